@@ -1,0 +1,54 @@
+"""The files of a checkpoint that go into the bundle as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from satchel.export.errors import ExportError
+
+_PATTERNS = ("generation_config.json", "tokenizer_config.json", "LICENSE*", "NOTICE*", "README.md")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table; empty if the file is not there.
+
+    Raises:
+        ExportError: If the file is there and holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_bytes())
+    except ValueError:
+        raise ExportError(f"{path}: not valid JSON; download it again") from None
+    if not isinstance(table, dict):
+        raise ExportError(f"{path}: holds {type(table).__name__} instead of a table; download it again")
+    return table
+
+
+def folder_companions(folder: Path) -> dict[str, bytes | Path]:
+    """The companions of a checkpoint folder: chat template, configs, licence, notices, model card."""
+    found: dict[str, bytes | Path] = {
+        path.name: path for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()
+    }
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        found[template.name] = template
+    else:
+        text = _template(read_json(folder / "tokenizer_config.json").get("chat_template"))
+        if text is not None:
+            found[template.name] = text.encode()
+    return found
+
+
+def _template(stored: Any) -> str | None:
+    """The template text of a tokenizer_config.json, which holds one text, or a list of named ones."""
+    if isinstance(stored, str):
+        return stored
+    if isinstance(stored, list):
+        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
+        default = named.get("default")
+        return default if isinstance(default, str) else None
+    return None

@@ -1,0 +1,202 @@
+"""From the names and layouts of a stored checkpoint to the module's parameters, without reading a value.
+
+transformers declares, per architecture, which stored names map to which parameters and which operations (stack the
+experts, join gate and up, split a fused matrix) lie between. Those declarations are followed here as its loader follows
+them, but each operation becomes a `LazyWeight` over the stored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from satchel.export.checkpoint.structure import one_line
+from satchel.export.errors import ExportError
+from satchel.graphs.weights import LazyWeight, concatenated
+
+Sources = dict[str, list[LazyWeight]]
+
+
+@dataclass
+class _Conversion:
+    """The stored tensors, by the converter's pattern, that become one parameter or a few."""
+
+    converter: WeightConverter
+    sources: Sources = field(default_factory=dict)
+
+
+def convert(module: PreTrainedModel, stored: Mapping[str, LazyWeight], source: str) -> dict[str, LazyWeight]:
+    """The module's weights from the stored ones; stored tensors that the module has no place for are left out.
+
+    Args:
+        module: The model; its `state_dict()` gives the names and shapes that are wanted.
+        stored: Tensors by the names that the checkpoint gives them.
+        source: What to name in an error.
+
+    Raises:
+        ExportError: If stored tensors do not fit together as the architecture's operations want them.
+    """
+    wanted = module.state_dict()
+    transforms = get_model_conversion_mapping(module)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = module.base_model_prefix
+
+    weights: dict[str, LazyWeight] = {}
+    conversions: dict[str, _Conversion] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = name, None
+        if target not in wanted:
+            continue
+        if pattern is None:
+            weights.setdefault(target, stored[name])
+        else:
+            conversion = conversions.setdefault(target, _Conversion(by_pattern[pattern]))
+            conversion.sources.setdefault(pattern, []).append(stored[name])
+    latest = _Latest()
+    for target, conversion in conversions.items():
+        weights.update(_converted(target, conversion, module, source, latest))
+    return weights
+
+
+def _converted(
+    target: str, conversion: _Conversion, module: PreTrainedModel, source: str, latest: _Latest
+) -> dict[str, LazyWeight]:
+    try:
+        # On the meta device the operations give the names and shapes of their results and check that the sources fit.
+        shapes = {name: tuple(t.shape) for name, t in _run(target, conversion, module, _meta).items()}
+        lazy = _LAZY.get(_recipe(conversion.converter))
+        whole = _Whole(target, conversion, module, latest)
+        weights = lazy(conversion) if lazy is not None else [whole.weight(n, s) for n, s in shapes.items()]
+        return dict(zip(shapes, weights, strict=True))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ExportError(f"{source}: the tensors stored for {target} do not fit together: {one_line(error)}") from None
+
+
+def _meta(weight: LazyWeight) -> torch.Tensor:
+    return torch.empty(weight.dims, device="meta")
+
+
+def _real(weight: LazyWeight) -> torch.Tensor:
+    return torch.from_numpy(np.array(weight.numpy()))
+
+
+def _run(
+    target: str, conversion: _Conversion, module: PreTrainedModel, read: Callable[[LazyWeight], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """transformers' own operations on the sources, each as `read` gives it."""
+    converter: Any = deepcopy(conversion.converter)  # it takes callables as well as the futures it declares
+    for pattern, weights in conversion.sources.items():
+        for weight in weights:
+            converter.add_tensor(target, weight.name, pattern, partial(read, weight))
+    results: dict[str, Any] = converter.convert(target, model=module, config=module.config)
+    return {name: t[0] if isinstance(t, list) else t for name, t in results.items()}
+
+
+@dataclass
+class _Latest:
+    """The results computed last, for all of a checkpoint's `_Whole` together: no more than one set is in memory."""
+
+    owner: _Whole | None = None
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Whole:
+    """Parameters whose operations have no lazy form: computed whole, held until those of another are asked for."""
+
+    def __init__(self, target: str, conversion: _Conversion, module: PreTrainedModel, latest: _Latest) -> None:
+        self._target, self._conversion, self._module, self._latest = target, conversion, module, latest
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
+        return LazyWeight(name, shape, ir.DataType.FLOAT, lambda a, b: self._values(name)[a:b])
+
+    def _values(self, name: str) -> np.ndarray:
+        if self._latest.owner is not self:
+            self._latest.values = {}
+            self._latest.values = _run(self._target, self._conversion, self._module, _real)
+            self._latest.owner = self
+        values: np.ndarray = self._latest.values[name].numpy()
+        return values
+
+
+def _recipe(converter: WeightConverter) -> tuple[Any, ...]:
+    """The converter's operations as a key: (type, dim) of each; None for one that depends on more than that."""
+    return tuple(
+        (type(op), op.dim) if getattr(op, "num_shards_attribute", None) is None and hasattr(op, "dim") else None
+        for op in converter.operations
+    )
+
+
+def _stacks(conversion: _Conversion) -> list[LazyWeight]:
+    """One [experts, ...] weight for each pattern, in the converter's order; reading rows reads those experts only."""
+    found = [conversion.sources[p] for p in conversion.converter.source_patterns if p in conversion.sources]
+    return [_stack(weights) for weights in found]
+
+
+def _stack(weights: list[LazyWeight]) -> LazyWeight:
+    first = weights[0]
+    return LazyWeight(
+        first.name, (len(weights), *first.dims), first.dtype,
+        rows=lambda a, b: np.stack([w.numpy() for w in weights[a:b]]),
+        columns=lambda a, b: np.stack([w.rows(a, b) for w in weights]),
+    )  # fmt: skip
+
+
+def _joined(axis: int) -> Callable[[_Conversion], list[LazyWeight]]:
+    def join(conversion: _Conversion) -> list[LazyWeight]:
+        patterns = conversion.converter.source_patterns
+        weights = [w for p in patterns for w in conversion.sources.get(p, [])]
+        return [concatenated(weights, axis, weights[0].name)]
+
+    return join
+
+
+def _joined_stacks(conversion: _Conversion) -> list[LazyWeight]:
+    stacks = _stacks(conversion)
+    return [concatenated(stacks, 1, stacks[0].name)]
+
+
+def _split(conversion: _Conversion) -> list[LazyWeight]:
+    """As many parts of the rows as there are targets, the last one shorter where they do not divide."""
+    (weight,) = next(iter(conversion.sources.values()))
+    step = -(-weight.row_count // len(conversion.converter.target_patterns))
+    return [_part(weight, low, min(low + step, weight.row_count)) for low in range(0, weight.row_count, step)]
+
+
+def _part(weight: LazyWeight, low: int, high: int) -> LazyWeight:
+    return LazyWeight(
+        weight.name, (high - low, *weight.dims[1:]), weight.dtype,
+        rows=lambda a, b: weight.rows(low + a, low + b),
+        columns=(lambda a, b: weight.columns(a, b)[low:high]) if len(weight.dims) > 1 else None,
+    )  # fmt: skip
+
+
+_LAZY: dict[tuple[Any, ...], Callable[[_Conversion], list[LazyWeight]]] = {
+    ((MergeModulelist, 0),): _stacks,
+    ((MergeModulelist, 0), (Concatenate, 1)): _joined_stacks,
+    ((Concatenate, 0),): _joined(0),
+    ((Concatenate, 1),): _joined(1),
+    ((Chunk, 0),): _split,
+}
+"""Operations that need only the rows asked for; every other combination is computed whole, one parameter at a time."""

@@ -1,0 +1,83 @@
+"""Opening a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from satchel.export.checkpoint.gguf_config import architecture_of, config_of
+from satchel.export.checkpoint.gguf_file import read_gguf
+from satchel.export.checkpoint.gguf_tokenizer import gguf_tokenizer, special_tokens
+from satchel.export.checkpoint.gguf_weights import gguf_weights
+from satchel.export.checkpoint.record import Checkpoint
+from satchel.export.checkpoint.special_ids import special_ids
+from satchel.export.checkpoint.structure import Implementations, build_structure
+from satchel.export.checkpoint.ties import checked, tie
+from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer
+
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""End of text, of a turn and of a message: each of them ends a generation."""
+
+
+def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | None) -> Checkpoint:
+    """Open a GGUF file; see `open_checkpoint` for the arguments.
+
+    Raises:
+        ExportError: If the file is damaged, or holds something that would have to be dropped.
+    """
+    file = read_gguf(path)
+    architecture = architecture_of(file)
+    config = config_of(file)
+    module = build_structure(config, implementations, str(path))
+    weights = gguf_weights(module, file, architecture)
+    tie(module, weights)
+    weights = checked(module, weights, str(path))
+
+    files = gguf_tokenizer(file.metadata, path) if tokenizer is None else chosen_tokenizer(tokenizer)
+    if files is not None:
+        check_vocabulary(files, config.vocab_size, str(path))
+    generation = _generation_config(file.metadata)
+    ids = special_ids([generation, {} if files is None else vars(files)])
+    return Checkpoint(
+        kind="gguf",
+        name=path.name,
+        model_type=config.model_type,
+        module=module,
+        weights=weights,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
+        bos_token_id=ids.bos,
+        eos_token_ids=ids.eos,
+        pad_token_id=ids.pad,
+        stored_bytes=file.stored_bytes,
+        tokenizer=files,
+        companions=_companions(file.metadata, path, generation),
+    )
+
+
+def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    stored = {
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": [i for i in (metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS) if i is not None],
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    return {name: value for name, value in stored.items() if value not in (None, [])}
+
+
+def _companions(metadata: Mapping[str, Any], path: Path, generation: dict[str, Any]) -> dict[str, bytes | Path]:
+    """The files that a checkpoint folder would hold, made from the metadata."""
+    tokens = {name: token for name, token in special_tokens(metadata, path).items() if token is not None}
+    found: dict[str, bytes | Path] = {}
+    for name, table in (("generation_config.json", generation), ("tokenizer_config.json", tokens)):
+        if table:
+            found[name] = json.dumps(table, indent=2, ensure_ascii=False).encode()
+    template = metadata.get("tokenizer.chat_template")
+    if template:
+        found["chat_template.jinja"] = template.encode()
+    licence = metadata.get("general.license")
+    if licence:
+        title = metadata.get("general.name", path.stem)
+        found["README.md"] = f"---\nlicense: {licence}\n---\n# {title}\n".encode()
+    return found

@@ -1,0 +1,198 @@
+"""Reading a GGUF file: metadata and tensor table now, each tensor dequantised by rows when they are asked for.
+
+The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is walked once: a vocabulary
+is an array of tens of thousands of strings, and each of them costs time.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+
+from satchel.export.errors import ExportError
+from satchel.graphs.weights import LazyWeight
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+_MAX_DIMENSIONS = 8
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The content of a GGUF file.
+
+    Attributes:
+        path: The file.
+        metadata: Every key with its value: numbers, booleans, strings, or lists of them.
+        tensors: Every tensor by its name in the file, float32, dimensions in numpy's order.
+        stored_bytes: Bytes of the tensors in the file.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, LazyWeight]
+    stored_bytes: int
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read all of a GGUF file but the values of its tensors, which stay mapped.
+
+    Raises:
+        ExportError: If it is no GGUF file, cut short, of an unknown version, or has tensors of a type that the gguf
+            library cannot dequantise.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ExportError(f"{path}: not a GGUF file; pass a .gguf file or a checkpoint folder")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _Cursor(path, mapped, len(_MAGIC))
+    version = cursor.number("I")
+    if version not in _VERSIONS:
+        raise ExportError(
+            f"{path}: GGUF version {version}; satchel reads versions 2 and 3 (little-endian): convert it again"
+        )
+    tensor_count, key_count = cursor.number("Q"), cursor.number("Q")
+    metadata = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(key_count)}
+    entries = [cursor.tensor() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ExportError(f"{path}: general.alignment is {alignment!r}; the file is damaged: download it again")
+    start = -(-cursor.position // alignment) * alignment
+
+    data = np.frombuffer(mapped, dtype=np.uint8)
+    tensors, stored_bytes = {}, 0
+    for entry in entries:
+        begin = start + entry.offset
+        if begin + entry.nbytes > size:
+            raise ExportError(
+                f"{path}: cut short: tensor {entry.name} ends beyond the file's {size} bytes; download it again"
+            )
+        tensors[entry.name] = dequantized(entry.name, entry.shape, entry.type, data[begin : begin + entry.nbytes])
+        stored_bytes += entry.nbytes
+    return GgufFile(path, metadata, tensors, stored_bytes)
+
+
+def dequantized(
+    name: str, shape: tuple[int, ...], quantization: gguf.GGMLQuantizationType, data: np.ndarray
+) -> LazyWeight:
+    """A weight over the bytes of a tensor; blocks run along the last axis and only those asked for are dequantised.
+
+    Args:
+        name: The tensor's name.
+        shape: Its shape, in numpy's order.
+        quantization: How it is stored.
+        data: Its bytes, uint8, one-dimensional.
+    """
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+    if len(shape) < 2:
+        # A vector is one row of blocks, so its rows are what columns are to a matrix.
+        vector = dequantized(name, (1, math.prod(shape)), quantization, data)
+        return LazyWeight(name, shape, ir.DataType.FLOAT, lambda a, b: vector.columns(a, b)[0])
+    stored = data.reshape(*shape[:-1], shape[-1] // block * block_bytes)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return _dequantize(stored[start:stop], quantization)
+
+    def columns(start: int, stop: int) -> np.ndarray:
+        if len(shape) > 2:
+            return _dequantize(stored[:, start:stop], quantization)
+        low, high = start // block, -(-stop // block)
+        values = _dequantize(stored[:, low * block_bytes : high * block_bytes], quantization)
+        return values[:, start - low * block : stop - low * block]
+
+    return LazyWeight(name, shape, ir.DataType.FLOAT, rows, columns)
+
+
+def _dequantize(stored: np.ndarray, quantization: gguf.GGMLQuantizationType) -> np.ndarray:
+    if quantization == gguf.GGMLQuantizationType.F32:
+        return np.ascontiguousarray(stored).view(np.float32)
+    if quantization == gguf.GGMLQuantizationType.F16:
+        return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
+    return gguf.quants.dequantize(np.ascontiguousarray(stored), quantization)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    offset: int
+    nbytes: int
+
+
+class _Cursor:
+    """A position in the mapped file; every read checks that the file goes on that far."""
+
+    def __init__(self, path: Path, mapped: mmap.mmap, position: int) -> None:
+        self.position = position
+        self._path, self._mapped = path, mapped
+
+    def take(self, length: int) -> bytes:
+        end = self.position + length
+        if end > len(self._mapped):
+            raise ExportError(f"{self._path}: cut short: the file ends inside its metadata; download it again")
+        taken = self._mapped[self.position : end]
+        self.position = end
+        return taken
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ExportError(
+                f"{self._path}: metadata of the unknown type {kind}; the file is damaged: download it again"
+            )
+        kind, count = self.number("I"), self.number("Q")
+        if kind in _SCALARS:
+            code = f"<{count}{_SCALARS[kind]}"
+            return list(struct.unpack(code, self.take(count * struct.calcsize("<" + _SCALARS[kind]))))
+        return [self.value(kind) for _ in range(count)]
+
+    def tensor(self) -> _Entry:
+        name, dimensions = self.text(), self.number("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise ExportError(
+                f"{self._path}: tensor {name} has {dimensions} dimensions; the file is damaged: download it again"
+            )
+        shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
+        kind, offset = self.number("I"), self.number("Q")
+        try:
+            quantization = gguf.GGMLQuantizationType(kind)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+            _dequantize(np.zeros(block_bytes, np.uint8), quantization)
+        except (ValueError, KeyError, NotImplementedError):
+            raise ExportError(
+                f"{self._path}: tensor {name} is stored in the type {_type_name(kind)}, which the gguf library cannot "
+                "dequantise; export a file of another type"
+            ) from None
+        if shape and shape[-1] % block:
+            raise ExportError(
+                f"{self._path}: tensor {name} has rows of {shape[-1]}, its type needs multiples of {block}"
+            )
+        return _Entry(name, shape, quantization, offset, math.prod(shape) // block * block_bytes)
+
+
+def _type_name(kind: int) -> str:
+    names = {t.value: t.name for t in gguf.GGMLQuantizationType}
+    return names.get(kind, str(kind))

@@ -1,0 +1,58 @@
+"""The one way in: which reader opens a source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from satchel.export.checkpoint.gguf import open_gguf
+from satchel.export.checkpoint.huggingface import open_huggingface
+from satchel.export.checkpoint.module import load_module, open_module
+from satchel.export.checkpoint.record import Checkpoint
+from satchel.export.checkpoint.structure import Implementations
+from satchel.export.errors import ExportError
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FACTORY = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    attn_implementation: str = "eager",
+    experts_implementation: str | None = None,
+    tokenizer: Path | None = None,
+) -> Checkpoint:
+    """Open a checkpoint: config and structure now, the values of a weight only when they are asked for.
+
+    Args:
+        source: A Hugging Face folder, a `.gguf` file, or `file.py:factory` for a module of one's own.
+        attn_implementation: Name of the attention function in transformers' registry.
+        experts_implementation: The same for mixture-of-experts layers; None leaves the choice to transformers.
+        tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder to use in place of the source's own.
+
+    Raises:
+        ExportError: If the source is missing, damaged, or not a causal language model in floating point.
+    """
+    implementations = Implementations(attn_implementation, experts_implementation)
+    factory = _FACTORY.fullmatch(str(source))
+    if factory is not None:
+        module = load_module(Path(factory["file"]), factory["factory"])
+        return open_module(module, name=Path(factory["file"]).name, tokenizer=tokenizer)
+    path = Path(source)
+    if path.suffix == ".py":
+        raise ExportError(f"{path}: name the function that builds the module too: {path}:FUNCTION")
+    if path.is_dir():
+        return open_huggingface(path, implementations, tokenizer)
+    if path.is_file():
+        return open_gguf(path, implementations, tokenizer)
+    raise ExportError(_missing(str(source)))
+
+
+def _missing(source: str) -> str:
+    if _HUB_NAME.fullmatch(source):
+        return (
+            f"{source}: no such folder; satchel exports from local files: download it first "
+            f"(e.g. `hf download {source} --local-dir DIR`) and pass DIR"
+        )
+    return f"{source}: no such file or folder; pass a checkpoint folder, a .gguf file or file.py:factory"

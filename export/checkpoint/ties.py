@@ -1,0 +1,66 @@
+"""Making the weights complete: tied names share one weight, and every name of the module has one of the right shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from satchel.export.errors import ExportError
+from satchel.graphs.weights import LazyWeight
+
+
+def tie(module: PreTrainedModel, weights: dict[str, LazyWeight]) -> None:
+    """Let names that the config ties share one weight, in place.
+
+    Where both are stored and differ, the checkpoint is right and the config is wrong: the module's parameters are
+    untied, which is what transformers does when it loads such a model.
+    """
+    for target, origin in list(module.all_tied_weights_keys.items()):
+        if target in weights and origin in weights:
+            if _equal(weights[target], weights[origin]):
+                weights[target] = weights[origin]
+            else:
+                _untie(module, target)
+        elif origin in weights:
+            weights[target] = weights[origin]
+        elif target in weights:
+            weights[origin] = weights[target]
+
+
+def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str) -> dict[str, LazyWeight]:
+    """The weights in the order of `module.state_dict()`.
+
+    Raises:
+        ExportError: If one is missing or has another shape than the module's.
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in weights]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ExportError(
+            f"{source}: tensor {missing[0]} is missing{more}; download the checkpoint again, or export the whole one"
+        )
+    for name, tensor in wanted.items():
+        found, expected = weights[name].dims, tuple(tensor.shape)
+        if found != expected:
+            raise ExportError(
+                f"{source}: tensor {name} has shape {list(found)}, the config asks for {list(expected)}; "
+                "use the config that belongs to these weights"
+            )
+    return {name: weights[name] for name in wanted}
+
+
+def _equal(first: LazyWeight, second: LazyWeight) -> bool:
+    if first.dims != second.dims:
+        return False
+    return all(np.array_equal(a, b) for a, b in zip(first.blocks(), second.blocks(), strict=True))
+
+
+def _untie(module: PreTrainedModel, name: str) -> None:
+    path, _, attribute = name.rpartition(".")
+    parent = module.get_submodule(path)
+    tied = module.get_parameter(name)
+    setattr(parent, attribute, torch.nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad))
+    del module.all_tied_weights_keys[name]
+    module.config.tie_word_embeddings = False

@@ -1,0 +1,56 @@
+"""Reading PyTorch's own checkpoint files without running the code that a pickle may hold."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from satchel.export.errors import ExportError
+from satchel.graphs.weights import LazyWeight, from_array
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+def read_torch(path: Path) -> dict[str, LazyWeight]:
+    """The tensors of one `.bin` file, mapped into memory; floating point comes out as float32, converted after slicing.
+
+    Raises:
+        ExportError: If the file is damaged, of the format before PyTorch 1.6 (which cannot be mapped), holds anything
+            but tensors, or is a pickle that wants to run code.
+    """
+    with path.open("rb") as file:
+        magic = file.read(len(_ZIP_MAGIC))
+    if magic != _ZIP_MAGIC:
+        raise ExportError(
+            f"{path}: not a zip archive as torch.save writes them since 1.6, so old or damaged; download it again "
+            "or save the model with save_pretrained, which writes safetensors"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ExportError(
+            f"{path}: holds Python objects besides tensors, which could run code; satchel reads tensors only: "
+            "save the model with save_pretrained, which writes safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError):
+        raise ExportError(f"{path}: cut short or damaged; download it again") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ExportError(f"{path}: not a table of tensors; save the model's state_dict, or use save_pretrained")
+    return {name: from_tensor(name, tensor) for name, tensor in tensors.items()}
+
+
+def from_tensor(name: str, tensor: torch.Tensor) -> LazyWeight:
+    """A weight over a torch tensor; floating point is read as float32, a few rows at a time."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return from_array(name, tensor.numpy())
+    shaped = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    return LazyWeight(
+        name, tuple(tensor.shape), ir.DataType.FLOAT,
+        rows=lambda a, b: shaped[a:b].to(torch.float32).numpy(),
+        columns=(lambda a, b: shaped[:, a:b].to(torch.float32).numpy()) if shaped.ndim > 1 else None,
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""`satchel export`: flags -> ExportConfig -> export_bundle. Standard library only until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+EXAMPLE = """\
+example:
+  satchel export SmolLM2-135M-Instruct/ -o smollm2
+  satchel export model.gguf -o bundle --precision fp16 --max-context 2048
+  satchel export my_model.py:build -o bundle --tokenizer tokenizer.json"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags; the defaults are those of ExportConfig."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Compile a causal language model into a bundle that runs through ONNX Runtime."
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a GGUF file, or file.py:factory"
+    )
+    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--precision", default="fp32", metavar="P", help="fp32 (default) or fp16")
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="positions that the bundle allows (default: the model's, at most 4096)",
+    )
+    parser.add_argument("--target", default="cpu", metavar="T", help="what the graphs are made for: cpu (default)")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="a tokenizer.json, SentencePiece .model or folder to use"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command. Raises ExportError for what the user has to mend."""
+    signal.signal(signal.SIGTERM, _terminate)
+    from satchel.export.compile import export_bundle
+    from satchel.export.config import ExportConfig
+
+    config = ExportConfig(
+        output=args.output, precision=args.precision, max_context=args.max_context, target=args.target,
+        force=args.force, tokenizer=args.tokenizer,
+    )  # fmt: skip
+    start = time.monotonic()
+    manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
+    seconds, size = time.monotonic() - start, sum(f.bytes for f in manifest.files.values())
+    if args.json:
+        facts = {
+            "bundle": str(args.output),
+            "precision": manifest.precision,
+            "parameters": manifest.model.parameters,
+            "bytes": size,
+            "seconds": seconds,
+        }
+        print(json.dumps(facts))
+    elif not args.quiet:
+        print(
+            f"{args.output}: {manifest.precision}, {size / (1 << 20):,.0f} MiB, made in {seconds:.1f} s",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does, so that what is half written goes away."""
+    raise KeyboardInterrupt

@@ -1,0 +1,63 @@
+"""What an export will need, said before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.errors import ExportError
+from satchel.graphs.weights import BLOCK_BYTES
+
+MIB = 1 << 20
+BYTES = {"fp32": 4, "fp16": 2}
+
+# Measured on two cores; see docs/benchmarks.md.
+IMPORTS_MIB = 430
+LAYER_MIB = 2.5
+START_SECONDS = 6.0
+LAYER_SECONDS = 0.5
+WRITE_BYTES_PER_SECOND = 250e6
+GRAPH_BYTES_PER_LAYER = 40_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Peak anonymous memory in bytes (mapped file pages apart), bytes on disk, and seconds."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+    def __str__(self) -> str:
+        time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.1f} min"
+        return f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk and {time}"
+
+
+def forecast(checkpoint: Checkpoint, precision: str, layers: int) -> Forecast:
+    """Estimate an export from the sizes in the checkpoint."""
+    weights = {id(w): w for w in checkpoint.weights.values()}.values()
+    elements = [w.size for w in weights]
+    disk = sum(elements) * BYTES[precision] + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
+    # A GGUF weight that is transposed is decoded whole; all else is read a block at a time.
+    largest = max(elements, default=0) * 4 if checkpoint.kind == "gguf" else 0
+    memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES + largest
+    seconds = START_SECONDS + LAYER_SECONDS * layers + sum(elements) * 4 / WRITE_BYTES_PER_SECOND
+    return Forecast(memory, disk, seconds)
+
+
+def check_disk(needed: Forecast, output: Path) -> None:
+    """Check that the disk has room.
+
+    Raises:
+        ExportError: It has not.
+    """
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed.disk:
+        raise ExportError(
+            f"{place}: {needed.disk / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free: free some space or choose another place"
+        )

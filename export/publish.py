@@ -1,0 +1,68 @@
+"""Files appear whole or not at all: a folder is made beside its place and moved there when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from satchel.export.errors import ExportError
+from satchel.runtime.manifest import MANIFEST_NAME
+
+
+def check_target(output: Path, force: bool) -> None:
+    """Check that a bundle may be written to `output`.
+
+    Raises:
+        ExportError: Something is there and `force` is off, or what is there is no bundle, or its parent is no folder.
+    """
+    parent = output.absolute().parent
+    if parent.exists() and not parent.is_dir():
+        raise ExportError(f"{parent} is not a folder: choose another place for the bundle")
+    if not output.exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
+        raise ExportError(
+            f"{output} is there and is not a bundle: choose another place (--force replaces bundles only)"
+        )
+    if not force:
+        raise ExportError(f"{output} is there already: choose another place, or replace it with --force")
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise."""
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    stage = output.parent / f".{output.name}.partial-{os.getpid()}"
+    stage.mkdir()
+    try:
+        yield stage
+        old = output.parent / f".{output.name}.old-{os.getpid()}"
+        if output.exists():
+            output.rename(old)
+        stage.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what an export that was killed left here, known by the process id in its name."""
+    for path in output.parent.glob(f".{output.name}.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,99 @@
+"""The internal Attention operator -> standard operators over a shared KV cache, for layers beyond GroupQueryAttention."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs import signature
+from satchel.graphs.contract import Refused, Report, graph_pass
+from satchel.graphs.values import INTERNAL, Builder, attributes, dims, nodes, replace
+
+
+@graph_pass
+def expand_attention(model: ir.Model, report: Report) -> None:
+    """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention, the causal mask and the window as a boolean mask.
+
+    before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention -> [batch, new, heads, value_dim]
+    after:  key, value, past_key_values.N -> TensorScatter at the first new position -> present.N
+            query, present.N, mask [batch, 1, new, capacity] -> Attention(scale, softcap) -> Transpose -> [batch, new, heads, value_dim]
+    refuses when: the number or width of the heads is not known, or an attribute is not known. Such a model cannot be exported.
+    """
+    for node in nodes(model, "Attention", INTERNAL):
+        try:
+            options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
+            sizes = [dims(v) for v in node.inputs]
+            if any(s is None or not isinstance(s[1], int) or not isinstance(s[3], int) for s in sizes):
+                raise Refused("the number or width of its heads is not known")
+        except Refused as refusal:
+            report.refuse(node, str(refusal))
+            continue
+        _, key_size, value_size = sizes
+        _rewrite(model, node, options, (key_size[1], key_size[3], value_size[3]))  # type: ignore[index, arg-type]
+        report.count += 1
+
+
+def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, object], sizes: tuple[int, int, int]) -> None:
+    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"  # type: ignore[call-overload]
+    query, key, value = node.inputs
+    past = signature.add_cache(model, index, sizes)
+    first = _first_positions(model)
+    present = tuple(
+        builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
+        for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
+    )
+    mask = _mask(model, node, int(options["window"]))  # type: ignore[call-overload]
+    mixed = builder.value(
+        "Attention", [query, *present, mask], name, scale=options["scale"], softcap=options["softcap"]
+    )
+    replace(
+        node.outputs[0], builder.value("Transpose", [mixed], f"{name}.by_token", node.outputs[0], perm=[0, 2, 1, 3])
+    )
+    signature.add_present(model, index, (present[0], present[1]), past)
+
+
+def _named(model: ir.Model, name: str) -> ir.Value | None:
+    return next((n.outputs[0] for n in model.graph if n.name == name), None)
+
+
+def _first_positions(model: ir.Model) -> ir.Value:
+    """The position of each row's first new token [batch], made once at the graph's start."""
+    there = _named(model, "cache.first")
+    if there is not None:
+        return there
+    builder = Builder(model, next(iter(model.graph)))
+    zero = builder.constant(np.asarray(0, np.int64), "zero")
+    return builder.value("Gather", [signature.graph_input(model, signature.POSITION_IDS), zero], "cache.first", axis=1)
+
+
+def _mask(model: ir.Model, before: ir.Node, window: int) -> ir.Value:
+    """Which cached positions each new token sees: [batch, 1, new, capacity] bool, made once per window."""
+    name = f"mask.window_{window}"
+    there = _named(model, name)
+    if there is not None:
+        return there
+    builder = Builder(model, before)
+    past = next(v for v in model.graph.inputs if str(v.name).startswith("past_key_values."))
+    queries = builder.value(
+        "Unsqueeze",
+        [
+            signature.graph_input(model, signature.POSITION_IDS),
+            builder.constant(np.asarray([1, 3], np.int64), "axes.1_3"),
+        ],
+        f"{name}.queries",
+    )  # [batch, 1, new, 1]
+    capacity = builder.value(
+        "Gather",
+        [builder.value("Shape", [past], f"{name}.shape"), builder.constant(np.asarray(2, np.int64), "two")],
+        f"{name}.capacity",
+        axis=0,
+    )
+    zero, one = builder.constant(np.asarray(0, np.int64), "zero"), builder.constant(np.asarray(1, np.int64), "one")
+    keys = builder.value("Range", [zero, capacity, one], f"{name}.keys")
+    if not window:
+        return builder.value("LessOrEqual", [keys, queries], name)
+    causal = builder.value("LessOrEqual", [keys, queries], f"{name}.causal")
+    reach = builder.value(
+        "Sub", [queries, builder.constant(np.asarray(window, np.int64), f"window.{window}")], f"{name}.reach"
+    )
+    return builder.value("And", [causal, builder.value("Greater", [keys, reach], f"{name}.near")], name)
