@@ -1,0 +1,49 @@
+"""The light runner: generates text from a bundle with numpy and ONNX Runtime. Importing it loads neither."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from satchel.runtime.bundle import Bundle, open_bundle
+    from satchel.runtime.engine import Engine, State
+    from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
+    from satchel.runtime.generate import Generation, Generator, PieceStream
+    from satchel.runtime.manifest import Manifest
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Engine",
+    "Generation",
+    "Generator",
+    "Manifest",
+    "PieceStream",
+    "PromptError",
+    "ProviderError",
+    "SatchelError",
+    "State",
+    "open_bundle",
+]
+
+_HOMES = {
+    "Bundle": "bundle",
+    "open_bundle": "bundle",
+    "Engine": "engine",
+    "State": "engine",
+    "BundleError": "errors",
+    "PromptError": "errors",
+    "ProviderError": "errors",
+    "SatchelError": "errors",
+    "Generation": "generate",
+    "Generator": "generate",
+    "PieceStream": "generate",
+    "Manifest": "manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,87 @@
+"""A bundle on disk: its folder, its manifest, and files that are all there, inside the folder and undamaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from satchel.runtime.errors import BundleError
+from satchel.runtime.hash_memory import HashMemory, file_identity, sha256_of
+from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
+from satchel.runtime.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. Make one with `open_bundle`, which checks what is on disk first."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest lists. Raises BundleError for any other name."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.folder / MANIFEST_NAME}: '{name}' is not listed in 'files': export the bundle again"
+            )
+        return self.folder / name
+
+    def graph_path(self, phase: str) -> Path:
+        """The graph file of "prefill", "decode" or "score"."""
+        return self.path(self.manifest.graph(phase).file)
+
+
+def open_bundle(path: str | Path, *, progress: bool = False) -> Bundle:
+    """Open a bundle folder: read manifest.json, then check every file that it lists.
+
+    Each file must lie inside the folder and have the listed size and SHA-256. A file is hashed in full when it is first
+    seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
+    when hashing takes more than two seconds. Raises BundleError.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder: give a folder made by satchel export")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"{folder}: no {MANIFEST_NAME} in it: give a folder made by satchel export")
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    for name, record in manifest.files.items():
+        _check_place(folder, name)
+        _check_size(folder / name, record)
+    _check_hashes(folder, manifest.files, progress)
+    return Bundle(folder, manifest)
+
+
+def _check_place(folder: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    inside = not pure.is_absolute() and ".." not in pure.parts and str(pure) == name and "\\" not in name
+    if not inside or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"{folder / MANIFEST_NAME}: '{name}' leads outside the bundle, which is not allowed: "
+            "put the file itself into the folder, or do not trust this bundle"
+        )
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path}: missing: copy the bundle again, or export it again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise BundleError(
+            f"{path}: {size} bytes where the manifest says {record.bytes}: copy the bundle again, or export it again"
+        )
+
+
+def _check_hashes(folder: Path, files: dict[str, FileRecord], progress: bool) -> None:
+    memory = HashMemory.load()
+    unseen = [name for name, record in files.items() if memory.recall(folder / name) != record.sha256]
+    if not unseen:
+        return
+    with progress_bar(sum(files[name].bytes for name in unseen), "checking", "B", shown=progress) as bar:
+        for name in unseen:
+            path = folder / name
+            seen = file_identity(path)
+            digest = sha256_of(path, bar.update)
+            if digest != files[name].sha256:
+                raise BundleError(f"{path}: damaged (its SHA-256 differs): copy the bundle again, or export it again")
+            memory.remember(path, seen, digest)
+    memory.save()

@@ -1,0 +1,104 @@
+"""The `satchel` command: finds the subcommand, imports only that, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from satchel.runtime.errors import SatchelError
+
+EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+
+# What `pip install 'satchel[export]'` brings: a missing one is the user's to install, not a fault.
+EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the module that has its `configure` and `main`, and its line in the list."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "export": Command("satchel.export.cli", "compile a checkpoint into a bundle (needs satchel[export])"),
+    "run": Command("satchel.runtime.commands.run", "continue a prompt"),
+    "bench": Command("satchel.runtime.commands.bench", "measure the speed and memory of a bundle"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_INPUT, f"satchel: error: {message} (see {self.prog} --help)\n")
+
+
+class ShowVersion(argparse.Action):
+    """Prints the installed version; it is looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"satchel {version('satchel')}")
+        parser.exit()
+
+
+def build_parser(arguments: Sequence[str]) -> Parser:
+    """The parser, in which only the subcommand that `arguments` name has its options: the others are not imported."""
+    parser = Parser(prog="satchel", description="Compile a language model into a bundle, and run it offline.")
+    parser.epilog = "example: satchel run BUNDLE 'The capital of France is'"
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+    _add_common(parser, default=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            importlib.import_module(command.module).configure(subparser)
+            _add_common(subparser, default=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns 0 (done), 1 (a check failed), 2 (wrong input; one line says what) or 130 (Ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        code: int = importlib.import_module(COMMANDS[args.command].module).main(args)
+        sys.stdout.flush()
+        return code
+    except SatchelError as error:
+        print(f"satchel: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXPORT_PACKAGES:
+            raise
+        print(f"satchel: error: {package} is not installed: pip install 'satchel[export]'", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("satchel: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has had enough. The interpreter flushes standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _add_common(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument("--verbose", action="store_true", default=default, help="show ONNX Runtime's own log")
+    parser.add_argument("--quiet", action="store_true", default=default, help="no progress and no figures")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

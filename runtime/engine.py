@@ -1,0 +1,164 @@
+"""The step layer: runs the graphs of a bundle over explicit state. It knows token ids and logits, not text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.errors import PromptError
+from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.session import SessionSettings, open_session
+
+PREFILL_CHUNK = 256  # tokens
+
+TokenIds = Sequence[int] | NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class State:
+    """One sequence in the making: its KV cache, its buffers, and a binding to each graph that is kept across steps.
+
+    `logits` [vocabulary] float32 are those of the last token fed; the next step overwrites them. A state belongs to one
+    thread at a time; different states are independent.
+    """
+
+    def __init__(
+        self, cache: KVCache, prefill: ort.InferenceSession, decode: ort.InferenceSession, vocabulary: int
+    ) -> None:
+        self.cache = cache
+        self.logits: Logits = np.zeros(vocabulary, np.float32)
+        self.token = np.zeros((1, 1), np.int64)
+        self.mask = np.ones(cache.capacity, np.int64)  # the first `total` entries are a step's attention mask
+        self.mask_pointer = self.mask.ctypes.data
+        self.prefill_binding = _bind_cache(prefill, cache)
+        self.decode_binding = _bind_cache(decode, cache)
+        for binding in (self.prefill_binding, self.decode_binding):
+            _bind_output(binding, "logits", self.logits, (1, 1, vocabulary))
+        _bind_input(self.decode_binding, "input_ids", self.token, (1, 1))
+
+
+class Engine:
+    """The sessions of one bundle. Threads may share it, each with states of its own."""
+
+    def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
+        """Open the prefill and the decode graph. Raises BundleError and ProviderError."""
+        self.bundle = bundle
+        self.vocabulary = bundle.manifest.model.vocab_size
+        self.max_context = bundle.manifest.model.max_context
+        self._settings = settings
+        self._prefill = open_session(bundle, "prefill", settings)
+        self._decode = open_session(bundle, "decode", settings)
+        self._score: ort.InferenceSession | None = None
+        self._score_lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, provider: str = PROVIDER, threads: int | None = None, *, verbose: bool = False
+    ) -> Engine:
+        """Open an engine; `threads` None means one per physical core, `verbose` shows ONNX Runtime's own log."""
+        return cls(bundle, SessionSettings(provider, threads, verbose))
+
+    def new_state(self, capacity: int) -> State:
+        """A state with room for `capacity` positions. Raises PromptError above the bundle's largest context."""
+        if not 1 <= capacity <= self.max_context:
+            raise PromptError(
+                f"a context of {capacity} positions is not possible: this bundle allows 1 to {self.max_context}: "
+                "ask for fewer tokens"
+            )
+        cache = KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context)
+        return State(cache, self._prefill, self._decode, self.vocabulary)
+
+    def prefill(self, state: State, ids: TokenIds, chunk: int = PREFILL_CHUNK) -> Logits:
+        """Feed `ids` after what the state already holds, `chunk` at a time.
+
+        Returns the logits of the last id, [vocabulary] float32: a buffer of the state that its next step overwrites.
+        Raises PromptError when there is no id, one is outside the vocabulary, or they do not fit.
+        """
+        tokens = self.check_ids(ids)
+        state.cache.require(len(tokens))
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            _bind_input(state.prefill_binding, "input_ids", part, (1, len(part)))
+            _run(self._prefill, state.prefill_binding, state, len(part))
+        return state.logits
+
+    def decode(self, state: State, token: int) -> Logits:
+        """Feed one token. Returns its logits, [vocabulary] float32: the same buffer as `prefill` returns.
+
+        Raises PromptError when the token is outside the vocabulary or the context is full.
+        """
+        if not 0 <= token < self.vocabulary:
+            raise PromptError(f"token id {token} is outside the vocabulary: use ids from 0 to {self.vocabulary - 1}")
+        state.token[0, 0] = token
+        _run(self._decode, state.decode_binding, state, 1)
+        return state.logits
+
+    def score(self, ids: TokenIds, chunk: int = PREFILL_CHUNK) -> Logits:
+        """The logits of every position of `ids`, [sequence, vocabulary] float32, through the score graph.
+
+        That graph is opened on first use. Raises PromptError as `prefill` does.
+        """
+        tokens = self.check_ids(ids)
+        session = self._score_session()
+        state = self.new_state(len(tokens))
+        binding = _bind_cache(session, state.cache)
+        logits: Logits = np.empty((len(tokens), self.vocabulary), np.float32)
+        for start in range(0, len(tokens), chunk):
+            part, rows = tokens[start : start + chunk], logits[start : start + chunk]
+            _bind_input(binding, "input_ids", part, (1, len(part)))
+            _bind_output(binding, "logits", rows, (1, *rows.shape))
+            _run(session, binding, state, len(part))
+        return logits
+
+    def check_ids(self, ids: TokenIds) -> NDArray[np.int64]:
+        """The ids as contiguous int64. Raises PromptError when there is none or one is outside the vocabulary."""
+        tokens = np.ascontiguousarray(ids, np.int64).reshape(-1)
+        if not len(tokens):
+            raise PromptError("the prompt has no tokens: give at least one token to continue from")
+        outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
+        if len(outside):
+            raise PromptError(
+                f"token id {outside[0]} is outside the vocabulary: use ids from 0 to {self.vocabulary - 1}"
+            )
+        return tokens
+
+    def _score_session(self) -> ort.InferenceSession:
+        with self._score_lock:
+            if self._score is None:
+                self._score = open_session(self.bundle, "score", self._settings)
+            return self._score
+
+
+def _run(session: ort.InferenceSession, binding: ort.IOBinding, state: State, count: int) -> None:
+    """Run a step of `count` tokens, whose ids and logits are bound already, and count them in the cache."""
+    state.cache.require(count)
+    shape = (1, state.cache.length + count)
+    binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, state.mask_pointer)
+    session.run_with_iobinding(binding)
+    state.cache.advance(count)
+
+
+def _bind_cache(session: ort.InferenceSession, cache: KVCache) -> ort.IOBinding:
+    """A binding in which each buffer of the cache is past and present at once: the graph writes in place."""
+    binding = session.io_binding()
+    for name, buffer in cache.past.items():
+        _bind_input(binding, name, buffer, buffer.shape)
+    for name, buffer in cache.present.items():
+        _bind_output(binding, name, buffer, buffer.shape)
+    return binding
+
+
+# Bindings hold addresses only: whoever binds an array keeps it alive until the last run.
+def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)

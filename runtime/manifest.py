@@ -1,0 +1,224 @@
+"""manifest.json: everything that the runner knows about a bundle, as data. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from satchel.runtime import strict_json
+from satchel.runtime.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+PHASES = ("prefill", "decode", "score")
+CACHE_MODES = ("shared",)
+DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+TOKENIZER_KINDS = ("tokenizer.json", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the bundle was made from: the kind of checkpoint, its file or folder name, and its `model_type`."""
+
+    kind: str
+    name: str
+    model_type: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Counts and special token ids of the model. `max_context` is in positions, `vocab_size` the logits' width."""
+
+    parameters: int
+    vocab_size: int
+    max_context: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """One layer's key and value buffers, [batch, kv_heads, capacity, key_dim or value_dim], and their graph names."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The KV cache. Mode "shared": one buffer is bound as past and as present, and the graph writes in place."""
+
+    mode: str
+    dtype: str
+    layers: tuple[CacheLayer, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output; each dimension is a size or the name of a dimension that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its file in the bundle, session configuration entries for ONNX Runtime, and its signature."""
+
+    file: str
+    session: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits."""
+
+    prefill: GraphSpec
+    decode: GraphSpec
+    score: GraphSpec
+
+
+@dataclass(frozen=True)
+class CorpusEntry:
+    """A text and the token ids, special tokens included, that the checkpoint's own tokenizer made of it at export."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The tokenizer's kind and file. `add_bos` is for "sentencepiece"; tokenizer.json adds its own special tokens."""
+
+    kind: str
+    file: str
+    add_bos: bool
+    corpus: tuple[CorpusEntry, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size in bytes and the SHA-256 (64 lower-case hex digits) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner."""
+
+    FORMAT: ClassVar[str] = "satchel-bundle"
+    VERSION: ClassVar[int] = 1
+
+    producer: dict[str, str]
+    source: Source
+    target: str
+    precision: str
+    model: ModelFacts
+    kv_cache: CacheSpec
+    graphs: Graphs
+    tokenizer: TokenizerSpec | None
+    passes: tuple[dict[str, Any], ...]
+    files: dict[str, FileRecord]
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read and check a manifest file. Raises BundleError naming the file, the key and what to do."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BundleError(
+                f"{path}: cannot be read ({error.strerror}): give a folder made by satchel export"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path}: not valid JSON ({error}): copy the bundle or export it again") from None
+        return cls.from_json(document, str(path))
+
+    @classmethod
+    def from_json(cls, document: Any, name: str = MANIFEST_NAME) -> Manifest:
+        """Check a parsed manifest and build it; `name` is the file that messages name. Raises BundleError."""
+        if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
+            raise BundleError(f"{name}: not a satchel manifest ('format' is not '{cls.FORMAT}'): give a satchel bundle")
+        if document.get("version") != cls.VERSION:
+            raise BundleError(
+                f"{name}: bundle version {document.get('version')!r}, but this satchel reads version {cls.VERSION}: "
+                "export the bundle again with this satchel, or install the satchel that made it"
+            )
+        fields = {key: value for key, value in document.items() if key not in ("format", "version")}
+        try:
+            manifest: Manifest = strict_json.from_json(cls, fields)
+            _check_values(manifest)
+        except strict_json.StrictJsonError as error:
+            raise BundleError(f"{name}: {error}: export the bundle again with this satchel") from None
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values; `from_json` of it gives an equal manifest."""
+        body: dict[str, Any] = strict_json.to_json(self)
+        return {"format": self.FORMAT, "version": self.VERSION, **body}
+
+    def graph(self, phase: str) -> GraphSpec:
+        """The graph of "prefill", "decode" or "score"."""
+        spec: GraphSpec = getattr(self.graphs, phase)
+        return spec
+
+
+def _check_values(manifest: Manifest) -> None:
+    model, cache, tokenizer = manifest.model, manifest.kv_cache, manifest.tokenizer
+    for field in ("parameters", "vocab_size", "max_context"):
+        _check(getattr(model, field) > 0, f"model.{field}", getattr(model, field), "a number above 0")
+    special = [model.bos_token_id, model.pad_token_id, *model.eos_token_ids]
+    for token_id in special:
+        _check(
+            token_id is None or 0 <= token_id < model.vocab_size, "model", token_id, "token ids below model.vocab_size"
+        )
+    _check_one_of(cache.mode, "kv_cache.mode", CACHE_MODES)
+    _check_one_of(cache.dtype, "kv_cache.dtype", DTYPES)
+    for index, layer in enumerate(cache.layers):
+        for field in ("kv_heads", "key_dim", "value_dim"):
+            size = getattr(layer, field)
+            _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
+    for phase in PHASES:
+        _check_graph(manifest, phase)
+    if tokenizer:
+        _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
+        _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
+    for name, record in manifest.files.items():
+        _check(record.bytes >= 0, f"files.{name}.bytes", record.bytes, "a size")
+        well_formed = len(record.sha256) == 64 and set(record.sha256) <= set("0123456789abcdef")
+        _check(well_formed, f"files.{name}.sha256", record.sha256, "64 lower-case hex digits")
+
+
+def _check_graph(manifest: Manifest, phase: str) -> None:
+    graph, key = manifest.graph(phase), f"graphs.{phase}"
+    _check(graph.file in manifest.files, f"{key}.file", graph.file, "listed in 'files'")
+    for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        for index, tensor in enumerate(tensors):
+            _check_one_of(tensor.dtype, f"{key}.{side}[{index}].dtype", DTYPES)
+    layers = manifest.kv_cache.layers
+    wanted = {"input_ids", "attention_mask", *(name for layer in layers for name in (layer.past_key, layer.past_value))}
+    found = {tensor.name for tensor in graph.inputs}
+    _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+    wanted = {"logits", *(name for layer in layers for name in (layer.present_key, layer.present_value))}
+    found = {tensor.name for tensor in graph.outputs}
+    _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+
+
+def _check_one_of(value: str, key: str, known: tuple[str, ...]) -> None:
+    _check(value in known, key, value, f"one of {', '.join(known)}")
+
+
+def _check(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise strict_json.StrictJsonError(f"'{key}' must be {expected}, found {str(value)[:60]!r}")

@@ -1,0 +1,89 @@
+"""Runs a bundle that has just been written, before it is published: `python -m satchel.runtime.selftest FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.errors import BundleError, SatchelError
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.session import SessionSettings, open_session
+from satchel.runtime.tokenizer import Tokenizer
+
+Cache = dict[str, NDArray[np.float32]]
+
+TOLERANCE = 1e-3
+"""Between the same logits by two ways through the graphs, relative to the largest."""
+
+
+def selftest(folder: Path) -> None:
+    """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
+
+    The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the score graph.
+    One graph is open at a time: the weights that they share are then in memory once.
+
+    Raises:
+        BundleError: They do not, or the logits are not finite.
+    """
+    bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
+    model = bundle.manifest.model
+    length = min(6, model.max_context)
+    ids = np.asarray([[(7 * i + 1) % model.vocab_size for i in range(length)]], np.int64)
+    empty = _empty_cache(bundle.manifest, length)
+    whole, _ = _run(bundle, "prefill", ids, 0, empty)
+    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty) if length > 1 else (whole, empty)
+    results = {
+        "decode": _run(bundle, "decode", ids[:, -1:], length - 1, cache)[0],
+        "score": _run(bundle, "score", ids, 0, empty)[0],
+    }
+    for name, logits in results.items():
+        if not np.isfinite(logits).all() or not np.isfinite(whole).all():
+            raise BundleError(f"{folder}: the logits of the {name} graph are not finite: export in another precision")
+        error = float(np.abs(logits - whole).max() / max(float(np.abs(whole).max()), 1e-30))
+        if error > TOLERANCE:
+            raise BundleError(
+                f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the largest logit"
+            )
+    if bundle.manifest.tokenizer is not None:
+        Tokenizer.open(bundle)  # checks itself against the recorded corpus
+
+
+def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
+    cache = {}
+    for layer in manifest.kv_cache.layers:
+        for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim)):
+            cache[name] = np.zeros((1, layer.kv_heads, capacity, width), manifest.kv_cache.dtype)
+    return cache
+
+
+def _run(
+    bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
+) -> tuple[NDArray[np.float32], Cache]:
+    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence] on top of `past` positions of `cache`."""
+    session = open_session(bundle, phase, SessionSettings())
+    mask = np.ones((1, past + ids.shape[1]), np.int64)
+    names = [output.name for output in session.get_outputs()]
+    values = dict(zip(names, session.run(None, {"input_ids": ids, "attention_mask": mask, **cache}), strict=True))
+    layers = bundle.manifest.kv_cache.layers
+    pairs = [
+        (n, p)
+        for layer in layers
+        for n, p in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
+    ]
+    return values["logits"][0, -1], {name: values[present] for name, present in pairs}
+
+
+def main() -> int:
+    try:
+        selftest(Path(sys.argv[1]))
+    except SatchelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

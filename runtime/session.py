@@ -1,0 +1,146 @@
+"""Opens ONNX Runtime sessions for a bundle's graphs: providers, threads, options and the check of the signature."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.manifest import MANIFEST_NAME, TensorSpec
+
+# What the user calls a provider -> what ONNX Runtime calls it.
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+# dtype in the manifest -> type of a graph input or output in ONNX Runtime.
+TENSOR_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+    "bool": "tensor(bool)",
+}
+
+# The only session configuration entries that a manifest may set: none of them names a file.
+ALLOWED_CONFIG = (
+    "session.disable_prepacking",
+    "session.disable_quant_qdq",
+    "session.enable_quant_qdq_cleanup",
+    "session.qdq_matmulnbits_accuracy_level",
+    "session.qdq_matmulnbits_block_size",
+    "session.use_device_allocator_for_initializers",
+    "session.use_env_allocators",
+    "mlas.enable_gemm_fastmath_arm64_bfloat16",
+)
+
+# ONNX Runtime's exceptions have no base class of their own.
+ORT_ERRORS = (
+    RuntimeError,
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+LOG_VERBOSE, LOG_FATAL = 0, 4
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What the user chooses about sessions. `threads` None means one per physical core that this process may use."""
+
+    provider: str = PROVIDER
+    threads: int | None = None
+    verbose: bool = False
+
+
+def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
+    """Open the graph of `phase` ("prefill", "decode" or "score").
+
+    Raises ProviderError for a provider that is unknown or not on this machine, and BundleError when the graph does not
+    load, or has other inputs and outputs than the manifest says.
+    """
+    path = bundle.graph_path(phase)
+    options = _session_options(bundle, phase, settings)
+    provider = _provider(settings.provider)
+    try:
+        session = ort.InferenceSession(path, options, providers=[provider], enable_fallback=0)
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
+            "export the bundle again, or use the ONNX Runtime named in its manifest"
+        ) from None
+    _check_signature(bundle, phase, session)
+    return session
+
+
+def default_threads() -> int:
+    """The number of physical cores among the CPUs that this process may use (Linux sysfs; logical CPUs without it)."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text(encoding="ascii") if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
+    threads = default_threads() if settings.threads is None else settings.threads
+    if threads < 1:
+        raise SatchelError(f"--threads {threads}: there must be at least 1 thread")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
+    # Each session has its own threads: unless they stop spinning when a run ends, those of one phase take the cores
+    # from the other. A pool for the whole process would do too, but then forbids sessions with threads of their own.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in bundle.manifest.graph(phase).session.items():
+        if key not in ALLOWED_CONFIG:
+            raise BundleError(
+                f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}.session: '{key}' is not for a bundle to set: "
+                f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
+            )
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _provider(name: str) -> str:
+    if name not in PROVIDERS:
+        raise ProviderError(f"--provider {name}: unknown: choose one of {', '.join(PROVIDERS)}")
+    there = ort.get_available_providers()
+    if PROVIDERS[name] not in there:
+        raise ProviderError(
+            f"--provider {name}: this ONNX Runtime has no {PROVIDERS[name]}, only {', '.join(there)}: "
+            "choose another provider or install the ONNX Runtime build that has it"
+        )
+    return PROVIDERS[name]
+
+
+def _check_signature(bundle: Bundle, phase: str, session: ort.InferenceSession) -> None:
+    graph = bundle.manifest.graph(phase)
+    for side, declared, found in (
+        ("inputs", graph.inputs, session.get_inputs()),
+        ("outputs", graph.outputs, session.get_outputs()),
+    ):
+        differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
+        if differing:
+            raise BundleError(
+                f"{bundle.graph_path(phase)}: its {side} are not those of the manifest "
+                f"(first difference: {' '.join(differing[0])}): export the bundle again"
+            )
+
+
+def _declared_types(tensors: tuple[TensorSpec, ...]) -> set[tuple[str, str]]:
+    return {(tensor.name, TENSOR_TYPES[tensor.dtype]) for tensor in tensors}

@@ -1,0 +1,78 @@
+"""Reads parsed JSON into frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+JSON_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object", tuple: "a list"}
+
+
+class StrictJsonError(ValueError):
+    """Parsed JSON does not have the declared shape. The message names the key and what was found there."""
+
+
+def from_json(kind: Any, value: Any, key: str = "") -> Any:
+    """Build a value of type `kind` from parsed JSON.
+
+    `kind` is str, int, bool, Any, a frozen dataclass, `tuple[T, ...]`, `dict[str, T]`, or a union of those (`T | None`,
+    `int | str`). `key` is the path of `value` in the document, for messages. Raises StrictJsonError.
+    """
+    if kind is Any:
+        return value
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return _union(arguments, value, key)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(typing.cast(type, kind), value, key)
+    if origin is tuple:
+        _require(isinstance(value, list), tuple, value, key)
+        return tuple(from_json(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, dict), dict, value, key)
+        return {name: from_json(arguments[1], item, _join(key, name)) for name, item in value.items()}
+    _require(type(value) is kind, kind, value, key)
+    return value
+
+
+def to_json(value: Any) -> Any:
+    """The inverse of `from_json`: dataclasses become dicts in the order of their fields, tuples become lists."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def _dataclass(kind: type, value: Any, key: str) -> Any:
+    _require(isinstance(value, dict), dict, value, key)
+    types_of = typing.get_type_hints(kind)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
+    unknown = sorted(value.keys() - hints.keys())
+    if unknown:
+        raise StrictJsonError(f"unknown key '{_join(key, unknown[0])}'")
+    missing = [name for name in hints if name not in value]
+    if missing:
+        raise StrictJsonError(f"missing key '{_join(key, missing[0])}'")
+    return kind(**{name: from_json(hint, value[name], _join(key, name)) for name, hint in hints.items()})
+
+
+def _union(alternatives: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None and types.NoneType in alternatives:
+        return None
+    kinds = [kind for kind in alternatives if kind is not types.NoneType]
+    matching = [kind for kind in kinds if type(value) is kind]
+    return from_json((matching or kinds)[0], value, key)
+
+
+def _require(condition: bool, kind: type, value: Any, key: str) -> None:
+    if not condition:
+        raise StrictJsonError(f"'{key}' must be {JSON_NAMES[kind]}, found {str(value)[:60]!r}")
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

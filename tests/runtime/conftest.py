@@ -1,0 +1,27 @@
+"""One tiny bundle for all tests that only read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.generate import Generator
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def engine(tiny: Path) -> Engine:
+    return Engine.open(open_bundle(tiny), threads=1)
+
+
+@pytest.fixture(scope="session")
+def generator(tiny: Path) -> Generator:
+    return Generator.open(tiny, threads=1)

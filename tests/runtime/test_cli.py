@@ -1,0 +1,187 @@
+"""The command line: what goes to standard output and to standard error, and the exit codes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime import cli
+from satchel.runtime.generate import Generator
+
+COMMAND = [sys.executable, "-m", "satchel.runtime.cli"]
+
+
+def satchel(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose context takes many seconds to fill."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "endless", max_context=100_000)
+
+
+@pytest.fixture
+def running(endless: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A `satchel run` that has begun to print."""
+    command = [*COMMAND, "run", str(endless), "the cat", "--max-new-tokens", "99000", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        yield process
+        process.kill()
+
+
+def test_run_prints_the_text_and_one_line_of_figures_beside_it(tiny: Path, generator: Generator) -> None:
+    done = satchel("run", tiny, "the cat sat", "--max-new-tokens", "20", "--threads", "1")
+    assert done.returncode == 0
+    assert done.stdout.decode() == generator.generate("the cat sat", 20).text + "\n"
+    figures = r"prompt 4 tokens at [\d.]+ tokens/s, new 20 tokens at [\d.]+ tokens/s \(length\), KV cache [\d.]+ MiB\n"
+    assert re.fullmatch(figures, done.stderr.decode())
+
+
+def test_run_takes_the_prompt_from_standard_input_less_one_newline(tiny: Path, generator: Generator) -> None:
+    done = satchel("run", tiny, "--max-new-tokens", "5", "--quiet", stdin="the 猫\n\n".encode())
+    assert done.stdout.decode() == generator.generate("the 猫\n", 5).text + "\n"
+    assert done.stderr == b""
+
+
+def test_run_flushes_each_piece(tiny: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+
+    class Output(io.StringIO):
+        def flush(self) -> None:
+            flushed.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    assert cli.main(["run", str(tiny), "the cat sat", "--max-new-tokens", "20", "--threads", "1"]) == 0
+    with generator.stream("the cat sat", 20) as stream:
+        assert flushed[:3] == list(itertools.accumulate(stream))[:3]
+
+
+def test_run_json_is_one_object_on_one_line(tiny: Path, generator: Generator) -> None:
+    done = satchel("run", tiny, "the cat", "--max-new-tokens", "6", "--json")
+    expected = generator.generate("the cat", 6)
+    assert done.stdout.count(b"\n") == 1
+    found = json.loads(done.stdout)
+    assert found["text"] == expected.text
+    assert found["token_ids"] == list(expected.token_ids)
+    assert (found["finish_reason"], found["prompt_tokens"], found["new_tokens"]) == ("length", 3, 6)
+    assert found["kv_bytes"] == expected.kv_bytes
+    assert found["prefill_tokens_per_second"] > 0 < found["decode_tokens_per_second"]
+    assert done.stderr == b""
+
+
+def test_bench_json_has_the_figures_as_the_last_line(tiny: Path) -> None:
+    work = ("--prompt-tokens", "20", "--new-tokens", "30", "--vocabulary", "300")
+    done = satchel("bench", tiny, *work, "--threads", "1", "--json")
+    assert done.returncode == 0
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert list(figures) == ["prefill", "decode", "load", "rss_mb", "pss_mb"]
+    assert all(value > 0 for value in figures.values())
+    assert 0.01 < figures["load"] < 30
+    assert 10 < figures["pss_mb"] < figures["rss_mb"] < 1000
+
+
+def test_bench_prints_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", str(tiny), "--prompt-tokens", "5", "--new-tokens", "5", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["prefill", "decode", "load", "memory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere", "x"], "nowhere: no such folder: give a folder made by satchel export"),
+        (["run", "TINY", "x", "--max-context", "65"], "--max-context 65: this bundle allows 1 to 64"),
+        (["run", "TINY", "x", "--max-new-tokens", "-1"], "--max-new-tokens -1: must be 0 or more"),
+        (["run", "TINY", "x", "--threads", "0"], "--threads 0: there must be at least 1 thread"),
+        (["run", "TINY", "x", "--provider", "tpu"], "--provider tpu: unknown: choose one of cpu"),
+        (["run", "TINY", "x" * 200], "tokens but the context holds 64: shorten the prompt or raise --max-context"),
+        (["bench", "TINY"], "640 positions is not possible: this bundle allows 1 to 64: ask for fewer tokens"),
+        (["bench", "TINY", "--vocabulary", "401"], "--vocabulary 401: must be from 101 to the bundle's 400"),
+        (["bench", "TINY", "--prompt-tokens", "0"], "--prompt-tokens and --new-tokens must be 1 or more"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main([str(tiny) if argument == "TINY" else argument for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("satchel: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_wrong_arguments_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["run"], ["frobnicate"], ["run", "b", "p", "--max-new-tokens", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"satchel: error: .* \(see satchel.* --help\)\n", err)
+
+
+def test_input_that_is_not_utf_8_is_refused(tiny: Path) -> None:
+    done = satchel("run", tiny, stdin=b"ab\xff")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"standard input is not UTF-8 text (byte 2): convert it to UTF-8" in done.stderr
+
+
+def test_an_interrupt_ends_the_line_and_exits_130(running: subprocess.Popen[bytes]) -> None:
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert out.endswith(b"\n")
+    assert err == b"satchel: interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error(running: subprocess.Popen[bytes]) -> None:
+    running.stdout.close()
+    assert running.wait(timeout=30) == 0
+    assert running.stderr.read() == b""
+
+
+def test_version_and_help_name_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in (
+        (["--version"], r"satchel \d+\.\d+"),
+        (["--help"], r"(?s)usage: satchel .*export.*run.*bench.*example: satchel run"),
+        (["run", "--help"], r"(?s)usage: satchel run .*example:\n  satchel run [^\n]+\n$"),
+        (["bench", "--help"], r"(?s)usage: satchel bench .*example:\n  satchel bench [^\n]+\n$"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+        assert re.match(expected, capsys.readouterr().out)
+
+
+def test_a_missing_package_of_the_exporter_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    module = "def configure(parser): pass\ndef main(args):\n    import onnxscript.missing\n"
+    (tmp_path / "needs_onnxscript.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "export", cli.Command("needs_onnxscript", "needs more"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert cli.main(["export"]) == 2
+    assert capsys.readouterr().err == "satchel: error: onnxscript is not installed: pip install 'satchel[export]'\n"
+
+
+def test_another_missing_module_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = "def configure(parser): pass\ndef main(args):\n    import no_such_module_here\n"
+    (tmp_path / "needs_nothing.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "export", cli.Command("needs_nothing", "needs nothing"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
+        cli.main(["export"])

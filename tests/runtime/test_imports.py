@@ -1,0 +1,60 @@
+"""The runner stays light: a fresh interpreter generates text without any package of the exporter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPORTER_ONLY = ["torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf"]
+
+
+def run_python(code: str, *arguments: str | Path) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_generating_text_loads_no_package_of_the_exporter(tiny: Path) -> None:
+    code = """
+import importlib, pkgutil, sys
+import satchel.runtime
+for module in pkgutil.walk_packages(satchel.runtime.__path__, "satchel.runtime."):
+    importlib.import_module(module.name)
+assert satchel.runtime.Generator.open(sys.argv[1], threads=1).generate("the cat", 5).token_ids
+packages = {name.split(".")[0] for name in sys.modules} | {".".join(name.split(".")[:2]) for name in sys.modules}
+print(*sorted(packages))
+"""
+    loaded = set(run_python(code, tiny).split())
+    assert {"numpy", "onnxruntime", "tokenizers", "satchel.runtime"} <= loaded
+    assert loaded.isdisjoint([*EXPORTER_ONLY, "satchel.export", "satchel.graphs"])
+
+
+def test_every_module_of_the_runner_imports_when_the_exporters_packages_are_not_installed() -> None:
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({EXPORTER_ONLY!r}))
+import satchel.runtime
+names = [module.name for module in pkgutil.walk_packages(satchel.runtime.__path__, "satchel.runtime.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+    assert int(run_python(code)) > 10
+
+
+@pytest.mark.parametrize("module", ["satchel.runtime", "satchel.runtime.cli", "satchel.runtime.manifest"])
+def test_a_light_module_loads_neither_numpy_nor_onnx_runtime(module: str) -> None:
+    loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
+    assert "numpy" not in loaded
+    assert "onnxruntime" not in loaded
+
+
+def test_the_package_offers_each_name_that_it_declares() -> None:
+    code = "import satchel.runtime as r; print(*(getattr(r, name).__name__ for name in r.__all__)); print(*r.__all__)"
+    found, declared = run_python(code).splitlines()
+    assert found == declared

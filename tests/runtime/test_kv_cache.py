@@ -1,0 +1,50 @@
+"""The KV cache: its size, its length, and that unused capacity costs no memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.tiny_bundle import cache_layers
+
+from satchel.runtime.errors import PromptError
+from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.manifest import CacheLayer, CacheSpec
+from satchel.runtime.memory import pss_mib
+
+SPEC = CacheSpec(mode="shared", dtype="float32", layers=cache_layers())
+
+
+def test_the_size_counts_every_buffer_once() -> None:
+    cache = KVCache(SPEC, capacity=10, limit=64)
+    assert cache.nbytes == 2 * 2 * (2 * 10 * 16) * 4  # layers, key and value, elements, bytes
+    assert cache.length == 0
+
+
+def test_keys_and_values_may_differ_in_width_and_be_of_another_dtype() -> None:
+    layer = CacheLayer(3, 8, 4, "pk", "pv", "k", "v")
+    cache = KVCache(CacheSpec("shared", "int8", (layer,)), capacity=5, limit=5)
+    assert cache.past["pk"].shape == (1, 3, 5, 8)
+    assert cache.past["pv"].shape == (1, 3, 5, 4)
+    assert cache.present["v"].dtype == np.int8
+
+
+def test_the_length_never_passes_the_capacity() -> None:
+    cache = KVCache(SPEC, capacity=4, limit=64)
+    cache.advance(3)
+    with pytest.raises(PromptError, match=r"3 \+ 2 tokens do not fit 4 positions: raise --max-context"):
+        cache.advance(2)
+    assert cache.length == 3
+    cache.advance(1)
+    assert cache.length == cache.capacity == 4
+
+
+def test_capacity_that_is_not_used_costs_no_memory() -> None:
+    before = pss_mib()
+    cache = KVCache(SPEC, capacity=1 << 19, limit=1 << 19)
+    assert cache.nbytes >= 256 << 20
+    assert pss_mib() - before < 16
+
+
+def test_a_cache_beyond_the_memory_says_what_to_lower() -> None:
+    with pytest.raises(PromptError, match=r"not enough memory for a KV cache of .* positions: lower --max-context"):
+        KVCache(SPEC, capacity=1 << 50, limit=1 << 50)

@@ -1,0 +1,103 @@
+"""The manifest reader: strict about keys, types, values and the version."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_bundle import read_manifest
+
+from satchel.runtime.errors import BundleError
+from satchel.runtime.manifest import Manifest
+
+
+@pytest.fixture
+def document(tiny: Path) -> dict[str, Any]:
+    return copy.deepcopy(read_manifest(tiny))
+
+
+def test_reading_what_was_written_gives_an_equal_manifest(document: dict[str, Any]) -> None:
+    manifest = Manifest.from_json(document)
+    assert manifest.to_json() == document
+    assert list(manifest.to_json())[:2] == ["format", "version"]
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert manifest.graph("decode").inputs[0].shape == ("batch", 1)
+
+
+def set_at(document: dict[str, Any], path: list[Any], value: Any) -> None:
+    for key in path[:-1]:
+        document = document[key]
+    document[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["surprise"], 1, "unknown key 'surprise'"),
+        (["model", "color"], 1, "unknown key 'model.color'"),
+        (["kv_cache", "layers", 1, "extra"], 1, r"unknown key 'kv_cache.layers\[1\].extra'"),
+        (["target"], 3, "'target' must be a string, found '3'"),
+        (["model", "vocab_size"], "400", "'model.vocab_size' must be a whole number, found '400'"),
+        (["model", "vocab_size"], True, "'model.vocab_size' must be a whole number, found 'True'"),
+        (["model", "max_context"], 0, "'model.max_context' must be a number above 0, found '0'"),
+        (["model", "eos_token_ids"], 2, "'model.eos_token_ids' must be a list, found '2'"),
+        (["model", "eos_token_ids"], [400], "'model' must be token ids below model.vocab_size, found '400'"),
+        (["model", "bos_token_id"], 1.5, "'model.bos_token_id' must be a whole number, found '1.5'"),
+        (["producer"], {"torch": 2}, "'producer.torch' must be a string"),
+        (["graphs", "prefill"], [], "'graphs.prefill' must be an object"),
+        (
+            ["graphs", "prefill", "file"],
+            "else.onnx",
+            "'graphs.prefill.file' must be listed in 'files'",
+        ),
+        (["graphs", "score", "inputs", 0, "name"], "ids", "'graphs.score.inputs' must be .*'ids'"),
+        (["graphs", "decode", "outputs", 0, "dtype"], "float8", r"'graphs.decode.outputs\[0\].dtype' must be one of"),
+        (["kv_cache", "mode"], "swapped", "'kv_cache.mode' must be one of shared, found 'swapped'"),
+        (["kv_cache", "layers", 0, "kv_heads"], 0, r"'kv_cache.layers\[0\].kv_heads' must be a number above 0"),
+        (["tokenizer", "kind"], "words", "'tokenizer.kind' must be one of tokenizer.json, sentencepiece"),
+        (["tokenizer", "add_bos"], 1, "'tokenizer.add_bos' must be true or false"),
+        (["files", "weights.bin", "sha256"], "abc", "'files.weights.bin.sha256' must be 64 lower-case hex digits"),
+        (["files", "weights.bin", "bytes"], -1, "'files.weights.bin.bytes' must be a size"),
+    ],
+)
+def test_a_wrong_entry_is_named(document: dict[str, Any], path: list[Any], value: Any, message: str) -> None:
+    set_at(document, path, value)
+    with pytest.raises(BundleError, match=rf"^b/manifest\.json: {message}.*: export the bundle again"):
+        Manifest.from_json(document, "b/manifest.json")
+
+
+@pytest.mark.parametrize("key", ["model", "graphs", "files", "tokenizer"])
+def test_a_missing_entry_is_named(document: dict[str, Any], key: str) -> None:
+    del document[key]
+    with pytest.raises(BundleError, match=f"missing key '{key}': export the bundle again"):
+        Manifest.from_json(document)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_another_version_says_which_one_is_read_and_what_to_do(document: dict[str, Any], version: object) -> None:
+    document["version"] = version
+    document["surprise"] = "of the other version"
+    with pytest.raises(BundleError, match=r"bundle version .* reads version 1: export the bundle again .* or install"):
+        Manifest.from_json(document)
+
+
+@pytest.mark.parametrize("change", [lambda _: [], lambda document: {**document, "format": "zip"}, lambda _: None])
+def test_another_document_is_not_a_manifest(document: dict[str, Any], change: Callable[[Any], Any]) -> None:
+    with pytest.raises(BundleError, match=r"not a satchel manifest .* give a satchel bundle"):
+        Manifest.from_json(change(document))
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json: not valid JSON .*: copy the bundle or export it again"):
+        Manifest.read(tmp_path / "manifest.json")
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be read \(No such file"):
+        Manifest.read(tmp_path / "manifest.json")

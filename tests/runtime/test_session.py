@@ -1,0 +1,130 @@
+"""Sessions: providers, threads, what a manifest may set, and the check against the graph that was loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+from support.tiny_bundle import read_manifest, write_manifest
+
+from satchel.runtime import session as session_module
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.session import SessionSettings, default_threads, open_session
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Put other content into a listed file, with the manifest's record to match."""
+    (folder / name).write_bytes(content)
+    document = read_manifest(folder)
+    document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(folder, document)
+
+
+def test_an_unknown_provider_is_refused_with_the_known_ones(tiny: Path) -> None:
+    with pytest.raises(ProviderError, match="--provider tpu: unknown: choose one of cpu"):
+        Engine.open(open_bundle(tiny), "tpu")
+
+
+def test_a_provider_that_is_not_there_is_refused_with_those_that_are(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(session_module.PROVIDERS, "moon", "MoonExecutionProvider")
+    with pytest.raises(ProviderError, match=r"no MoonExecutionProvider, only .*CPUExecutionProvider.*: choose another"):
+        Engine.open(open_bundle(tiny), "moon")
+
+
+def test_fewer_than_one_thread_is_refused(tiny: Path) -> None:
+    with pytest.raises(SatchelError, match="--threads 0: there must be at least 1 thread"):
+        Engine.open(open_bundle(tiny), threads=0)
+
+
+def test_engines_may_differ_in_threads_and_leave_other_sessions_alone(tiny: Path) -> None:
+    bundle = open_bundle(tiny)
+    logits = [engine.score([5, 9, 7]) for engine in (Engine.open(bundle, threads=1), Engine.open(bundle, threads=2))]
+    assert logits[0] == pytest.approx(logits[1], rel=1e-5, abs=1e-5)
+    assert ort.InferenceSession(bundle.graph_path("score")).get_inputs()
+
+
+def test_the_default_is_one_thread_for_each_core_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_threads() >= 1
+    monkeypatch.setattr(session_module.os, "sched_getaffinity", lambda _: {0})
+    assert default_threads() == 1
+
+
+def test_the_entries_of_the_manifest_reach_the_session(tiny: Path) -> None:
+    session = open_session(open_bundle(tiny), "prefill", SessionSettings(threads=1))
+    assert session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
+
+
+def test_the_threads_of_a_phase_stop_spinning_when_its_run_ends(tiny: Path) -> None:
+    session = open_session(open_bundle(tiny), "decode", SessionSettings(threads=2))
+    assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_an_entry_that_is_not_for_bundles_is_refused(folder: Path) -> None:
+    document = read_manifest(folder)
+    document["graphs"]["decode"]["session"] = {"session.model_external_initializers_file_folder_path": "/etc"}
+    write_manifest(folder, document)
+    with pytest.raises(BundleError, match=r"manifest\.json: graphs\.decode\.session: .*not for a bundle to set"):
+        Engine.open(open_bundle(folder))
+
+
+def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_says_is_refused(folder: Path) -> None:
+    model = onnx.load(folder / "decode.onnx", load_external_data=False)
+    for node in model.graph.node:
+        node.output[:] = ["scores" if name == "logits" else name for name in node.output]
+    model.graph.output[0].name = "scores"
+    replace_file(folder, "decode.onnx", model.SerializeToString())
+    with pytest.raises(BundleError, match=r"decode\.onnx: its outputs are not those .*logits.*: export the bundle"):
+        Engine.open(open_bundle(folder))
+
+
+def test_a_graph_of_another_type_than_the_manifest_says_is_refused(folder: Path) -> None:
+    document = read_manifest(folder)
+    document["graphs"]["prefill"]["inputs"][0]["dtype"] = "int32"
+    write_manifest(folder, document)
+    with pytest.raises(BundleError, match=r"prefill\.onnx: its inputs .*input_ids tensor\(int"):
+        Engine.open(open_bundle(folder))
+
+
+def test_a_graph_that_onnx_runtime_cannot_load_is_named_in_one_line(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    replace_file(folder, "prefill.onnx", b"not a graph")
+    with pytest.raises(BundleError, match=r"prefill\.onnx: ONNX Runtime [\d.]+ cannot load it \(.*\): export") as error:
+        Engine.open(open_bundle(folder))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd"])
+def test_a_graph_whose_weights_are_outside_the_bundle_is_refused(
+    folder: Path, location: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(folder / "weights.bin", folder.parent / "weights.bin")
+    model = onnx.load(folder / "prefill.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    replace_file(folder, "prefill.onnx", model.SerializeToString())
+    with pytest.raises(BundleError, match=r"prefill\.onnx: ONNX Runtime .* cannot load it"):
+        Engine.open(open_bundle(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_score_graph_is_opened_on_first_use(folder: Path) -> None:
+    engine = Engine.open(open_bundle(folder), threads=1)
+    engine.prefill(engine.new_state(4), [5, 6])
+    assert engine._score is None
+    assert engine.score([5, 6]).shape == (2, engine.vocabulary)
+    assert engine._score is not None
