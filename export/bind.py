@@ -1,4 +1,4 @@
-"""Gives the initialisers of a traced graph their values: lazily, from the checkpoint or from the trace's own constants."""
+"""Gives the initialisers of a traced graph their values, lazily: from the checkpoint or from the trace itself."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model
             raise ExportError(f"{name}: tensor {key} is {list(lazy.dims)}, and the model wants {list(wanted)}")
         model.graph.initializers.pop(str(value.name))
         value.name = key
-        value.const_value = lazy
+        value.const_value = LazyWeight(key, lazy.dims, lazy.dtype, lazy.rows, lazy.columns)
         value.dtype = lazy.dtype
         model.graph.initializers[key] = value
     return model

@@ -134,7 +134,8 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     for value in values:
         if value.shape is None or value.dtype not in DTYPE_NAMES:
             raise ExportError(
-                f"the graph's {value.name} has no shape or an unexpected type {value.dtype}: report this model to satchel"
+                f"the graph's {value.name} has no shape or an unexpected type {value.dtype}: "
+                "report this model to satchel"
             )
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
         specs.append(TensorSpec(str(value.name), DTYPE_NAMES[value.dtype], shape))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from satchel.export import trace as tracing
 from satchel.export.bind import bind
 from satchel.export.bundle_writer import (
     WEIGHTS_NAME,
@@ -34,6 +32,8 @@ from satchel.export.genai_config import genai_config
 from satchel.export.publish import check_target, staged
 from satchel.export.soundness import check_sound
 from satchel.export.stages import Stages
+from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.trace import trace
 from satchel.graphs import pipeline, signature
 from satchel.graphs.contract import PassError
 from satchel.graphs.pipeline import Done
@@ -73,17 +73,18 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     stages = Stages(progress)
     check_target(config.output, config.force)
     with stages.stage("opening the checkpoint"):
-        tracing.register_implementations()
+        register_implementations()
         checkpoint = _open(source, config)
         check_family(checkpoint)
     context = config.context(checkpoint.max_context)
     needed = forecast(checkpoint, config.precision, _layers(checkpoint) or 1)
     stages.say(
-        f"{checkpoint.name}: {_parameters(checkpoint) / 1e6:,.1f} M parameters, context {context:,}; export needs {needed}"
+        f"{checkpoint.name}: {_parameters(checkpoint) / 1e6:,.1f} M parameters, context {context:,}; "
+        f"export needs {needed}"
     )
     check_disk(needed, config.output)
     with stages.stage("tracing the model"):
-        traced = tracing.trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
+        traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
         model = bind(traced, checkpoint.weights, checkpoint.name)
     with stages.stage("optimising the graphs"):
         models, report = lower(model, config, checkpoint)
@@ -129,8 +130,8 @@ def _open(source: str | Path | torch.nn.Module, config: ExportConfig) -> Checkpo
         return open_module(source, tokenizer=config.tokenizer)
     return open_checkpoint(
         source,
-        attn_implementation=tracing.IMPLEMENTATION,
-        experts_implementation=tracing.IMPLEMENTATION,
+        attn_implementation=IMPLEMENTATION,
+        experts_implementation=IMPLEMENTATION,
         tokenizer=config.tokenizer,
     )
 
@@ -146,7 +147,12 @@ def _parameters(checkpoint: Checkpoint) -> int:
 
 def _report(graph: str, done: Sequence[Done]) -> list[dict[str, Any]]:
     return [
-        {"graph": graph, "pass": d.name, "count": d.count, "refusals": [{"node": r.node, "reason": r.reason} for r in d.refusals]}
+        {
+            "graph": graph,
+            "pass": d.name,
+            "count": d.count,
+            "refusals": [{"node": r.node, "reason": r.reason} for r in d.refusals],
+        }
         for d in done
     ]  # fmt: skip
 
@@ -235,11 +241,14 @@ def _tokenizer(checkpoint: Checkpoint) -> TokenizerSpec | None:
 
 
 def _self_check(folder: Path) -> None:
-    """Run the bundle in a process of its own, as the runner will: without torch, and without its memory counting as the export's."""
+    """Run the bundle in a process of its own, as the runner will: without torch, and without its memory counting as the
+    export's.
+    """
     command = [sys.executable, "-m", "satchel.runtime.selftest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise ExportError(
-            f"the exported bundle does not run: {json.dumps(lines[-1]) if lines else 'no message'}; nothing was written, report this model to satchel"
+            f"the exported bundle does not run: {lines[-1] if lines else 'no message'}; "
+            "nothing was written: report this model to satchel"
         )

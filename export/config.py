@@ -53,6 +53,7 @@ class ExportConfig:
             return min(model_limit, DEFAULT_CONTEXT)
         if self.max_context > model_limit:
             raise ExportError(
-                f"--max-context {self.max_context} is more than the {model_limit} positions that the model was made for: give at most {model_limit}"
+                f"--max-context {self.max_context} is more than the {model_limit} positions "
+                f"that the model was made for: give at most {model_limit}"
             )
         return self.max_context

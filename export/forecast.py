@@ -59,5 +59,6 @@ def check_disk(needed: Forecast, output: Path) -> None:
     free = shutil.disk_usage(place).free
     if free < needed.disk:
         raise ExportError(
-            f"{place}: {needed.disk / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free: free some space or choose another place"
+            f"{place}: {needed.disk / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free: "
+            "free some space or choose another place"
         )

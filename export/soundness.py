@@ -1,4 +1,6 @@
-"""Checks that a traced graph is a decoder that a KV cache can serve; what is not is refused by name, never exported wrong."""
+"""Checks that a traced graph is a decoder that a KV cache can serve; what is not is refused by name, never exported
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,29 @@ from satchel.graphs import signature
 from satchel.graphs.values import INTERNAL, constant, nodes, rank, weight
 
 EACH_ELEMENT = frozenset(
-    "Abs Add And Cast CastLike Ceil Clip Cos Div Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LeakyRelu "
-    "Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sign Sin Softplus Softsign Sqrt Sub Swish Tan Tanh Where Xor".split()
+    """
+    Abs Add And Cast CastLike Ceil Clip Cos Div Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid
+    HardSwish Identity IsNaN LeakyRelu Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or Pow Reciprocal Relu Round
+    Sigmoid Sign Sin Softplus Softsign Sqrt Sub Swish Tan Tanh Where Xor
+    """.split()  # noqa: SIM905
 )
 MOVES = frozenset(
-    "Concat ConstantOfShape Constant Flatten Gather Reshape Shape Slice Split Squeeze Tile Transpose Unsqueeze".split()
+    """
+    Concat ConstantOfShape Constant Flatten Gather Reshape Shape Slice Split Squeeze Tile Transpose Unsqueeze
+    """.split()  # noqa: SIM905
 )
 LAST_AXIS = frozenset(
-    "ArgMax GatherElements LayerNormalization LogSoftmax OneHot ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare "
-    "RMSNormalization ScatterElements Softmax TopK".split()
+    """
+    ArgMax GatherElements LayerNormalization LogSoftmax OneHot ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceSum ReduceSumSquare RMSNormalization ScatterElements Softmax TopK
+    """.split()  # noqa: SIM905
 )
 PRODUCTS = frozenset(("MatMul", "Gemm"))
 
 
 def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
-    """Check that attention is the only place where tokens meet, that each layer has it once, and that no padding mask is read elsewhere.
+    """Check that attention is the only place where tokens meet, that each layer has it once, and that no padding mask
+    is read elsewhere.
 
     Args:
         model: The traced and normalised graph, with its internal Attention operators.
@@ -37,8 +47,9 @@ def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
     expected = list(range(len(found) if layers is None else layers))
     if found != expected or not found:
         raise ExportError(
-            f"{name}: {len(found)} attention layers were traced (indices {found}) where {len(expected)} are expected: the model has attention code or "
-            "layers of its own kind (recurrent, linear, shared), which satchel does not support"
+            f"{name}: {len(found)} attention layers were traced (indices {found}) where {len(expected)} are expected: "
+            "the model has attention code or layers of its own kind (recurrent, linear, shared), "
+            "which satchel does not support"
         )
     if signature.graph_input(model, signature.ATTENTION_MASK).uses():
         raise ExportError(
@@ -48,7 +59,8 @@ def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
         reason = _mixes_tokens(node)
         if reason:
             raise ExportError(
-                f"{name}: {reason} (node {node.name}); a model in which tokens meet outside its attention cannot be cached, so it is not exported"
+                f"{name}: {reason} (node {node.name}); a model in which tokens meet outside its attention cannot be "
+                "cached, so it is not exported"
             )
 
 

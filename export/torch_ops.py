@@ -1,9 +1,13 @@
-"""The two operators that stand in a traced graph for what a pass lowers later: `satchel::Attention` and `satchel::Experts`.
+"""The operators that stand in a traced graph for what a pass lowers later.
 
-| operator | inputs | output | attributes |
-| --- | --- | --- | --- |
-| Attention | query [batch, heads, new, key_dim], key [batch, kv_heads, new, key_dim], value [batch, kv_heads, new, value_dim] of the new tokens | [batch, new, heads, value_dim] | layer, scale, window (0: none), softcap (0: none) |
-| Experts | hidden [tokens, hidden], index and weights [tokens, k], gate_up [experts, 2 x inner, hidden], down [experts, hidden, inner] | [tokens, hidden] | none; the activation is SiLU |
+`satchel::Attention`: query [batch, heads, new, key_dim], key [batch, kv_heads, new, key_dim] and value [batch,
+kv_heads,
+new, value_dim] of the new tokens -> [batch, new, heads, value_dim]. Attributes: layer, scale, window and softcap, where
+0
+means none.
+
+`satchel::Experts`: hidden [tokens, hidden], index and weights [tokens, k] of the chosen experts, gate_up [experts,
+2 x inner, hidden], down [experts, hidden, inner] -> [tokens, hidden]. The activation is SiLU.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,8 +63,7 @@ def pack(model: ir.Model, products: Sequence[Product], name: str, before: ir.Nod
     biases = [p.bias for p in products if p.bias is not None]
     if biases and len(biases) != len(products):
         raise Refused("some of the products have a bias and some have none")
-    stem = os.path.commonprefix([p.matrix.name for p in products]).rpartition(".")[0]
-    path = f"{stem}.{name}" if stem else name
+    path = ".".join([*_common_parts([p.matrix.name for p in products]), name])
     builder = Builder(model, before)
     matrix = builder.initializer(concatenated([p.matrix for p in products], 1, f"{path}.weight.T"))
     packed = builder.value("MatMul", [first.x, matrix], path)
@@ -80,3 +78,13 @@ def pack(model: ir.Model, products: Sequence[Product], name: str, before: ir.Nod
     for old, new in zip(products, split.outputs, strict=True):
         new.shape, new.type = old.value.shape, old.value.type
         replace(old.value, new)
+
+
+def _common_parts(names: Sequence[str]) -> list[str]:
+    """The parts between dots that all names begin with."""
+    parts = []
+    for same in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(same)) > 1:
+            break
+        parts.append(same[0])
+    return parts

@@ -37,7 +37,9 @@ def graph_input(model: ir.Model, name: str) -> ir.Value:
 
 
 def add_cache(model: ir.Model, layer: int, sizes: tuple[int, int, int]) -> tuple[ir.Value, ir.Value]:
-    """Add one layer's KV cache to the graph's inputs: two of [batch, kv_heads, capacity, head_dim], for `sizes` = (kv_heads, key_dim, value_dim)."""
+    """Add one layer's KV cache to the graph's inputs: two of [batch, kv_heads, capacity, head_dim], for `sizes` =
+    (kv_heads, key_dim, value_dim).
+    """
     kv_heads, *widths = sizes
     made = []
     for name, width in zip(past_names(layer), widths, strict=True):

@@ -125,7 +125,9 @@ class Builder:
         outputs: int = 1,
         **attributes: object,
     ) -> ir.Node:
-        """A new node called `name`, inserted before `self.before` (at the end without one); its first output takes the same name."""
+        """A new node called `name`, inserted before `self.before` (at the end without one); its first output takes the
+        same name.
+        """
         attrs: Mapping[str, object] = {k: v for k, v in attributes.items() if v is not None}
         node = ir.node(op_type, list(inputs), attributes=dict(attrs), domain=domain, num_outputs=outputs, name=name)  # type: ignore[arg-type]
         for index, output in enumerate(node.outputs):
@@ -166,7 +168,8 @@ class Builder:
         return self.initializer(ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """An initialiser for a tensor, lazy or not, under the tensor's own name; one already made of the same tensor is used again.
+        """An initialiser for a tensor, lazy or not, under the tensor's own name; one already made of the same tensor is
+        used again.
 
         Raises:
             ValueError: Another initialiser has the name.

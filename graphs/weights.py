@@ -1,7 +1,8 @@
 """Weights that are computed when they are written, a few rows at a time.
 
 A pass never touches the numbers of a large weight: it writes down what is to be done with them (transpose, concatenate,
-scale, cast) as a `LazyWeight` over other `LazyWeight`s. The bundle writer then asks for rows, block after block, so the memory in use
+scale, cast) as a `LazyWeight` over other `LazyWeight`s. The bundle writer then asks for rows, block after block, so the
+memory in use
 is bounded by the block and not by the model.
 """
 
@@ -28,7 +29,8 @@ class LazyWeight(ir.TensorProtocol):
         shape: Its shape. A weight without dimensions counts as one row.
         dtype: Its ONNX dtype; `rows` must return arrays of exactly the numpy equivalent.
         rows: `rows(start, stop)` returns `tensor[start:stop]` along the first axis as a numpy array.
-        columns: `columns(start, stop)` returns `tensor[:, start:stop]`; given where that costs less than reading all rows.
+        columns: `columns(start, stop)` returns `tensor[:, start:stop]`; given where that costs less than reading all
+            rows.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
     from satchel.runtime.generate import Generation, Generator, PieceStream
     from satchel.runtime.manifest import Manifest
+    from satchel.runtime.session import share_thread_pool
 
 __all__ = [
     "Bundle",
@@ -25,6 +26,7 @@ __all__ = [
     "SatchelError",
     "State",
     "open_bundle",
+    "share_thread_pool",
 ]
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "Generator": "generate",
     "PieceStream": "generate",
     "Manifest": "manifest",
+    "share_thread_pool": "session",
 }
 
 

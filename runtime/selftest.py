@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
@@ -22,7 +23,8 @@ TOLERANCE = 1e-3
 def selftest(folder: Path) -> None:
     """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
 
-    The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the score graph.
+    The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
+    score graph.
     One graph is open at a time: the weights that they share are then in memory once.
 
     Raises:
@@ -62,7 +64,9 @@ def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
 def _run(
     bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
 ) -> tuple[NDArray[np.float32], Cache]:
-    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence] on top of `past` positions of `cache`."""
+    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence] on top of `past` positions of
+    `cache`.
+    """
     session = open_session(bundle, phase, SessionSettings())
     mask = np.ones((1, past + ids.shape[1]), np.int64)
     names = [output.name for output in session.get_outputs()]

@@ -55,6 +55,9 @@ ORT_ERRORS = (
 
 LOG_VERBOSE, LOG_FATAL = 0, 4
 
+_process_pool: int | None = None
+"""Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
+
 
 @dataclass(frozen=True)
 class SessionSettings:
@@ -86,6 +89,25 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     return session
 
 
+def share_thread_pool(threads: int | None = None) -> None:
+    """Let all sessions of this process, those of both phases first of all, run on one pool of `threads` threads.
+
+    For programs in which nobody but satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime opens no
+    session with threads of its own in this process. Must come before the first session; None means one thread per
+    physical core. Raises SatchelError when the process has a pool of another size.
+    """
+    global _process_pool
+    wanted = default_threads() if threads is None else threads
+    if _process_pool is None:
+        _check_threads(wanted)
+        ort.set_global_thread_pool_sizes(wanted, 1)
+        _process_pool = wanted
+    elif threads is not None and threads != _process_pool:
+        raise SatchelError(
+            f"--threads {threads}: this process shares one pool of {_process_pool} threads: ask for {_process_pool}"
+        )
+
+
 def default_threads() -> int:
     """The number of physical cores among the CPUs that this process may use (Linux sysfs; logical CPUs without it)."""
     cores = set()
@@ -96,16 +118,19 @@ def default_threads() -> int:
 
 
 def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
+    if _process_pool is not None:
+        share_thread_pool(settings.threads)  # complains about another number
     threads = default_threads() if settings.threads is None else settings.threads
-    if threads < 1:
-        raise SatchelError(f"--threads {threads}: there must be at least 1 thread")
+    _check_threads(threads)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
-    # Each session has its own threads: unless they stop spinning when a run ends, those of one phase take the cores
-    # from the other. A pool for the whole process would do too, but then forbids sessions with threads of their own.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if _process_pool is not None:
+        options.use_per_session_threads = False
+    else:
+        # Threads that spin on when a run ends take the cores from the other phase's session.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     for key, value in bundle.manifest.graph(phase).session.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
@@ -114,6 +139,11 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
             )
         options.add_session_config_entry(key, value)
     return options
+
+
+def _check_threads(threads: int) -> None:
+    if threads < 1:
+        raise SatchelError(f"--threads {threads}: there must be at least 1 thread")
 
 
 def _provider(name: str) -> str:

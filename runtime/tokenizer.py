@@ -14,9 +14,6 @@ from satchel.runtime.manifest import TokenizerSpec
 class Tokenizer(ABC):
     """What both kinds of tokenizer have in common. Threads may share one."""
 
-    def __init__(self, bos_token_id: int | None) -> None:
-        self._bos_token_id = bos_token_id
-
     @staticmethod
     def open(bundle: Bundle) -> Tokenizer:
         """The bundle's tokenizer, checked: the texts in the manifest must give the ids recorded at export.
@@ -28,7 +25,7 @@ class Tokenizer(ABC):
         if spec is None:
             raise BundleError(f"{bundle.folder}: has no tokenizer: use token ids, or export it again with --tokenizer")
         path = bundle.path(spec.file)
-        tokenizer = _load(spec, path, bundle.manifest.model.bos_token_id)
+        tokenizer = _load(spec, path)
         for entry in spec.corpus:
             if tokenizer.encode(entry.text) != list(entry.ids):
                 raise BundleError(
@@ -38,7 +35,7 @@ class Tokenizer(ABC):
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the bundle's tokenizer adds and never two leading BOS tokens.
+        """The ids of a text, with the special tokens that the bundle's tokenizer adds: those of the original tokenizer.
 
         Raises PromptError for text that is not Unicode (lone surrogates, as from undecodable command line bytes).
         """
@@ -46,9 +43,7 @@ class Tokenizer(ABC):
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
-        ids = self._encode(text)
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self._bos_token_id
-        return ids[1:] if doubled else ids
+        return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
@@ -68,10 +63,9 @@ class Tokenizer(ABC):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, through the tokenizers library; its post-processor adds the special tokens."""
 
-    def __init__(self, path: Path, bos_token_id: int | None) -> None:
+    def __init__(self, path: Path) -> None:
         import tokenizers
 
-        super().__init__(bos_token_id)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
@@ -106,7 +100,6 @@ class SentencePieceTokenizer(Tokenizer):
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
         self._add_bos = add_bos
-        super().__init__(self._processor.bos_id())
 
     def is_hidden(self, token: int) -> bool:
         return not 0 <= token < self._size or self._processor.is_control(token)
@@ -126,7 +119,7 @@ def _unreadable(path: Path, library: str, version: str, error: Exception) -> Bun
     )
 
 
-def _load(spec: TokenizerSpec, path: Path, bos_token_id: int | None) -> Tokenizer:
+def _load(spec: TokenizerSpec, path: Path) -> Tokenizer:
     if spec.kind == "sentencepiece":
         return SentencePieceTokenizer(path, spec.add_bos)
-    return JsonTokenizer(path, bos_token_id)
+    return JsonTokenizer(path)

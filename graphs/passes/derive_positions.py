@@ -16,7 +16,8 @@ def derive_positions(model: ir.Model, report: Report) -> None:
 
     before: position_ids (input) -> readers
     after:  max(sum(attention_mask) - sequence, 0) + (0 .. sequence - 1) -> readers
-    Right for a first prompt padded on the right, for one more chunk of a single row, and for one new token per row of any length.
+    Right for a first prompt padded on the right, for one more chunk of a single row, and for one new token per row of
+    any length.
     refuses when: never; without the input there is nothing to do.
     """
     positions = next((v for v in model.graph.inputs if v.name == signature.POSITION_IDS), None)

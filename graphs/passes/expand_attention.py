@@ -1,4 +1,4 @@
-"""The internal Attention operator -> standard operators over a shared KV cache, for layers beyond GroupQueryAttention."""
+"""The internal Attention operator -> standard operators over a shared KV cache, where nothing fused will do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from satchel.graphs.values import INTERNAL, Builder, attributes, dims, nodes, re
 
 @graph_pass
 def expand_attention(model: ir.Model, report: Report) -> None:
-    """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention, the causal mask and the window as a boolean mask.
+    """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention, the causal mask
+    and the window as a boolean mask.
 
     before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention -> [batch, new, heads, value_dim]
     after:  key, value, past_key_values.N -> TensorScatter at the first new position -> present.N
-            query, present.N, mask [batch, 1, new, capacity] -> Attention(scale, softcap) -> Transpose -> [batch, new, heads, value_dim]
-    refuses when: the number or width of the heads is not known, or an attribute is not known. Such a model cannot be exported.
+            query, present.N, mask [batch, 1, new, capacity] -> Attention(scale, softcap) -> Transpose -> [batch, new,
+            heads, value_dim]
+    refuses when: the number or width of the heads is not known, or an attribute is not known. Such a model cannot be
+    exported.
     """
     for node in nodes(model, "Attention", INTERNAL):
         try:

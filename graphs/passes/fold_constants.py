@@ -59,6 +59,13 @@ def _elementwise(function: Callable[..., np.ndarray]) -> Callable[[ir.Node, Arra
     return evaluate
 
 
+def _divide(dividend: np.ndarray, divisor: np.ndarray) -> np.ndarray:
+    if dividend.dtype.kind not in "iu":
+        return dividend / divisor
+    floor = dividend // divisor  # ONNX rounds towards zero
+    return floor + ((dividend % divisor != 0) & ((dividend < 0) != (divisor < 0)))
+
+
 EVALUATORS: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {
     "Cast": _cast,
     "Reshape": _reshape,
@@ -72,7 +79,7 @@ EVALUATORS: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {
     "Add": _elementwise(np.add),
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),
-    "Div": _elementwise(lambda a, b: a // b if a.dtype.kind == "i" else a / b),
+    "Div": _elementwise(_divide),
     "Neg": _elementwise(np.negative),
     "Sqrt": _elementwise(np.sqrt),
     "Reciprocal": _elementwise(np.reciprocal),
@@ -82,7 +89,8 @@ EVALUATORS: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {
 
 @graph_pass
 def fold_constants(model: ir.Model, report: Report) -> None:
-    """Replace nodes whose inputs are small constants by their value, and the transpose of a large weight by a lazily transposed weight.
+    """Replace nodes whose inputs are small constants by their value, and the transpose of a large weight by a lazily
+    transposed weight.
 
     before: [2] -> Cast -> Reshape -> shape       W -> Transpose -> MatMul
     after:  shape (initialiser)                   W.T (lazy initialiser) -> MatMul

@@ -34,12 +34,16 @@ class Layer:
 
 @graph_pass
 def fuse_attention(model: ir.Model, report: Report) -> None:
-    """Give each attention layer its KV cache and lower it to GroupQueryAttention, with the rotation inside where query and key share it.
+    """Give each attention layer its KV cache and lower it to GroupQueryAttention, with the rotation inside where query
+    and key share it.
 
-    before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention(layer, scale, window, softcap) -> [batch, new, heads, head_dim]
-    after:  query, key, value [batch, new, heads * head_dim], past_key_values.N -> GroupQueryAttention -> Reshape -> [batch, new, heads, head_dim]
+    before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention(layer, scale, window, softcap) ->
+            [batch, new, heads, head_dim]
+    after:  query, key, value [batch, new, heads * head_dim], past_key_values.N -> GroupQueryAttention -> Reshape ->
+            [batch, new, heads, head_dim]
                                                                              \\-> present.N
-    refuses when: keys and values differ in width, the heads do not divide, or a size is not known. expand_attention takes those layers.
+    refuses when: keys and values differ in width, the heads do not divide, or a size is not known. expand_attention
+    takes those layers.
     """
     for node in nodes(model, "Attention", INTERNAL):
         try:
@@ -89,7 +93,8 @@ def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
     half = last_dim(cos)
     if layer.head_dim % 16 or half is None or half % 8:
         raise Refused(
-            f"GroupQueryAttention rotates heads and parts of heads of multiples of 16 channels, not {2 * (half or 0)} of {layer.head_dim}"
+            "GroupQueryAttention rotates heads and parts of heads of multiples of 16 channels, "
+            f"not {2 * (half or 0)} of {layer.head_dim}"
         )
     return dataclasses.replace(
         layer, query=query, key=key, rotary=(cos, sin), interleaved=bool(options[0]["interleaved"])
@@ -121,7 +126,9 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, ob
 
 
 def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
-    """[batch, heads, new, head_dim] -> [batch, new, heads * head_dim], by taking back what spread the heads where that is there."""
+    """[batch, heads, new, head_dim] -> [batch, new, heads * head_dim], by taking back what spread the heads where that
+    is there.
+    """
     transpose = producer(value, "Transpose")
     if (
         transpose is not None
@@ -144,7 +151,9 @@ def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
 
 
 def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
-    """(index of each row's last token [batch] int32, length of the mask as an int32 scalar), made once at the graph's start."""
+    """(index of each row's last token [batch] int32, length of the mask as an int32 scalar), made once at the graph's
+    start.
+    """
     for node in model.graph:
         if node.name == "total_sequence_length":
             before = next(n for n in model.graph if n.name == "seqlens_k")

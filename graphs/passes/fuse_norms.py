@@ -42,7 +42,8 @@ def fuse_norms(model: ir.Model, report: Report) -> None:
     after:  x -> RMSNormalization(scale, eps) -> y
     before: x -> Sub(ReduceMean(x, -1)) -> RMSNormalization(scale, eps) -> y
     after:  x -> LayerNormalization(scale, eps) -> y
-    refuses when: the mean is not over the last axis alone with the dimension kept, or an attribute is not known. A scale that is not one
+    refuses when: the mean is not over the last axis alone with the dimension kept, or an attribute is not known. A
+    scale that is not one
     vector over the last axis stays a Mul after the norm.
     Source: RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; ONNX operator set 23.
     """
@@ -128,6 +129,8 @@ def _fuse_layer_norm(model: ir.Model, node: ir.Node, report: Report) -> None:
     try:
         _check_mean(mean)
         options = attributes(node, axis=-1, epsilon=1e-5)
+        if options["axis"] != -1 and options["axis"] != (rank(subtract.inputs[0]) or 0) - 1:
+            raise Refused("the norm is not over the last axis alone")
     except Refused as refusal:
         report.refuse(node, str(refusal))
         return

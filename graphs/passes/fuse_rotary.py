@@ -41,10 +41,13 @@ def fuse_rotary(model: ir.Model, report: Report) -> None:
     """Fuse the rotation of queries or keys by tables that are looked up by position.
 
     before: x -> Mul(Unsqueeze(Gather(cos, position))) \\
-            x -> Slice, Slice, Neg, Concat -> Mul(Unsqueeze(Gather(sin, position))) -> Add -> y      (halves; pairs with step-2 slices)
+            x -> Slice, Slice, Neg, Concat -> Mul(Unsqueeze(Gather(sin, position))) -> Add -> y      (halves; pairs with
+            step-2 slices)
     after:  x -> RotaryEmbedding(cos[:, half], sin[:, half], position) -> y
-    A rotation of the first channels only (Slice, rotate, Concat with the rest) becomes one node with rotary_embedding_dim.
-    refuses when: the tables of the two halves (or of a pair's two channels) differ, or slices do not meet in the middle.
+    A rotation of the first channels only (Slice, rotate, Concat with the rest) becomes one node with
+    rotary_embedding_dim.
+    refuses when: the tables of the two halves (or of a pair's two channels) differ, or slices do not meet in the
+    middle.
     Source: RoFormer, Su et al. 2021, arXiv:2104.09864; ONNX operator set 23.
     """
     for add in nodes(model, "Add"):
@@ -93,7 +96,9 @@ def _table_operand(mul: ir.Node) -> tuple[ir.Value, LazyWeight, ir.Value] | None
 
 
 def _rotated_kind(rotated: ir.Value, x: ir.Value) -> bool | None:
-    """False if `rotated` is concat(-x[half:], x[:half]); True if it is the pairs (-x[1], x[0], -x[3], x[2], ...); None otherwise."""
+    """False if `rotated` is concat(-x[half:], x[:half]); True if it is the pairs (-x[1], x[0], -x[3], x[2], ...); None
+    otherwise.
+    """
     width = last_dim(x)
     if width is None:
         return None
@@ -103,7 +108,7 @@ def _rotated_kind(rotated: ir.Value, x: ir.Value) -> bool | None:
         high = _channels(negative.inputs[0], x) if negative else None
         if high is None or low is None:
             return None
-        if (low, high) != (range(0, width // 2), range(width // 2, width)):
+        if (low, high) != (range(width // 2), range(width // 2, width)):
             raise Refused(f"the rotated halves are {low} and {high} of {width} channels")
         return False
     reshape = producer(rotated, "Reshape")
@@ -156,7 +161,7 @@ def _widen(rotation: Rotation) -> Rotation:
     if (
         joins[0].inputs[0] is not rotation.value
         or whole is None
-        or (first, rest) != (range(0, width or 0), range(width or 0, whole))
+        or (first, rest) != (range(width or 0), range(width or 0, whole))
     ):
         return rotation
     return dataclasses.replace(rotation, x=source, value=joins[0].outputs[0])

@@ -38,7 +38,7 @@ def fuse_skip_norms(model: ir.Model, report: Report) -> None:
 
 def _rewrite(model: ir.Model, norm: ir.Node, add: ir.Node, op_type: str, epsilon: object) -> None:
     first, second = add.inputs
-    # Placed where the sum was made, since readers of the sum may stand before the norm; the norm's scale is there from the start.
+    # Placed where the sum was made: readers of the sum may stand before the norm.
     node = Builder(model, add).node(
         op_type, [first, second, *norm.inputs[1:]], f"{norm.name}.skip", MICROSOFT, outputs=4, epsilon=epsilon
     )  # fmt: skip

@@ -15,8 +15,10 @@ def lower_experts(model: ir.Model, report: Report) -> None:
     """Lower each mixture of experts to ONNX Runtime's MoE operator.
 
     before: hidden, index, weights -> satchel::Experts(gate_up, down) -> y
-    after:  ScatterElements(-inf, index, Log(weights)) -> router;  hidden, router -> MoE(gate_up interleaved, down) -> Mul(sum of weights) -> y
-    MoE makes its weights itself, by softmax over the router's row, the best k of it, and scaling these to 1. Fed with the logarithm of the weights that the model
+    after:  ScatterElements(-inf, index, Log(weights)) -> router;  hidden, router -> MoE(gate_up interleaved, down) ->
+            Mul(sum of weights) -> y
+    MoE makes its weights itself, by softmax over the router's row, the best k of it, and scaling these to 1. Fed with
+    the logarithm of the weights that the model
     chose, and minus infinity elsewhere, it comes back to these weights divided by their sum.
     refuses when: the expert weights are not constants, or k is not known.
     """
@@ -43,7 +45,8 @@ def _lower(model: ir.Model, node: ir.Node, gate_up: LazyWeight, k: int) -> None:
     gate_up_value = builder.initializer(_interleaved(gate_up))
     mixed = builder.value(
         "MoE", [hidden, router, gate_up_value, None, node.inputs[4]], f"{name}.moe", node.outputs[0], MICROSOFT,
-        k=k, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=1,
+        k=k, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
+        normalize_routing_weights=1,
     )  # fmt: skip
     axis = builder.constant(np.asarray([-1], np.int64), "axis.last")
     total = builder.value("ReduceSum", [weights, axis], f"{name}.weight_sum", keepdims=1)
@@ -51,8 +54,8 @@ def _lower(model: ir.Model, node: ir.Node, gate_up: LazyWeight, k: int) -> None:
 
 
 def _interleaved(gate_up: LazyWeight) -> LazyWeight:
-    """[experts, gate rows then up rows, hidden] -> [experts, gate, up, gate, up, ..., hidden], the order that MoE reads."""
-    experts, rows, hidden = gate_up.dims
+    """The order that MoE reads: [experts, gates then ups, hidden] -> [experts, gate, up, gate, up, ..., hidden]."""
+    _, rows, hidden = gate_up.dims
 
     def read(start: int, stop: int) -> np.ndarray:
         block = gate_up.rows(start, stop).reshape(stop - start, 2, rows // 2, hidden)

@@ -15,10 +15,12 @@ PASS_THROUGH = {"Reshape", "Transpose", "RMSNormalization", "LayerNormalization"
 
 @graph_pass
 def pack_qkv(model: ir.Model, report: Report) -> None:
-    """Join the three products in front of a GroupQueryAttention, and hand it queries, keys and values in one tensor where nothing stands between.
+    """Join the three products in front of a GroupQueryAttention, and hand it queries, keys and values in one tensor
+    where nothing stands between.
 
     before: x -> MatMul(q), x -> MatMul(k), x -> MatMul(v) -> GroupQueryAttention(q, k, v)
-    after:  x -> MatMul(q|k|v) -> GroupQueryAttention(qkv)                      (with norms between: -> Split -> norms -> GroupQueryAttention)
+    after:  x -> MatMul(q|k|v) -> GroupQueryAttention(qkv)                      (with norms between: -> Split -> norms
+            -> GroupQueryAttention)
     refuses when: the products read different inputs, or only some have a bias.
     """
     for attention in nodes(model, "GroupQueryAttention", MICROSOFT):
@@ -70,7 +72,9 @@ def _feed_packed(attention: ir.Node) -> bool:
 
 
 def _span(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
-    """(source, first channel, end channel) where the value is some channels of the last axis of a [batch, new, channels] tensor."""
+    """(source, first channel, end channel) where the value is some channels of the last axis of a [batch, new,
+    channels] tensor.
+    """
     cut = value.producer() if value is not None else None
     if (
         value is None

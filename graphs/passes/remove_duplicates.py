@@ -27,7 +27,8 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
 
     before: x -> Shape -> a      x -> Shape -> b
     after:  x -> Shape -> a, b
-    refuses when: the operator is random, has a subgraph, or an attribute that does not compare (silently: these are no duplicates).
+    refuses when: the operator is random, has a subgraph, or an attribute that does not compare (silently: these are no
+    duplicates).
     """
     seen_constants: dict[Hashable, ir.Value] = {}
     for value in list(model.graph.initializers.values()):

@@ -15,11 +15,13 @@ END = np.iinfo(np.int64).max
 
 @graph_pass
 def remove_identity(model: ir.Model, report: Report) -> None:
-    """Drop Identity, casts to the same type, slices of everything, reshapes to the same shape, joins with empty tensors, and pairs of moves that undo each other.
+    """Drop Identity, casts to the same type, slices of everything, reshapes to the same shape, joins with empty
+    tensors, and pairs of moves that undo each other.
 
     before: x -> Slice(all) -> Cast(same) -> Transpose(p) -> Transpose(p inverted) -> y
     after:  x -> y
-    Reshape after Reshape becomes one Reshape. refuses when: shapes or types are not known (silently: such a node is right as it is).
+    Reshape after Reshape becomes one Reshape. refuses when: shapes or types are not known (silently: such a node is
+    right as it is).
     """
     for node in list(model.graph):
         rule = RULES.get(node.op_type) if node.domain == "" else None

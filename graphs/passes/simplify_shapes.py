@@ -11,11 +11,13 @@ from satchel.graphs.values import Builder, constant, dims, nodes, replace
 
 @graph_pass
 def simplify_shapes(model: ir.Model, report: Report) -> None:
-    """Give each Reshape a constant target (0 keeps a dimension, one -1 is inferred) and drop each Expand that changes nothing.
+    """Give each Reshape a constant target (0 keeps a dimension, one -1 is inferred) and drop each Expand that changes
+    nothing.
 
     before: x [batch, sequence, 64] -> Reshape(Concat(Shape(x)..., 4, 16)) -> y [batch, sequence, 4, 16]
     after:  x -> Reshape([0, 0, 4, 16]) -> y
-    refuses when: two dimensions of the result are neither numbers nor those of the input at the same place (silently: such a Reshape is right as it is).
+    refuses when: two dimensions of the result are neither numbers nor those of the input at the same place (silently:
+    such a Reshape is right as it is).
     """
     for node in nodes(model, "Reshape"):
         if constant(node.inputs[1]) is not None:

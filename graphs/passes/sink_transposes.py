@@ -16,7 +16,8 @@ def sink_transposes(model: ir.Model, report: Report) -> None:
 
     before: x [batch, new, heads, head_dim] -> Transpose(0, 2, 1, 3) -> RMSNormalization -> y
     after:  x -> RMSNormalization -> Transpose(0, 2, 1, 3) -> y
-    refuses when: the Transpose moves the last axis, the norm is over more axes, or others read the transposed value (silently).
+    refuses when: the Transpose moves the last axis, the norm is over more axes, or others read the transposed value
+    (silently).
     """
     for op_type in NORMS:
         for norm in nodes(model, op_type):

@@ -12,11 +12,13 @@ from satchel.graphs.weights import LazyWeight, mapped
 
 @graph_pass
 def store_float16(model: ir.Model, report: Report) -> None:
-    """Store each float32 weight as float16, with a Cast to float32 in front of its readers; what is looked up is cast after the look-up.
+    """Store each float32 weight as float16, with a Cast to float32 in front of its readers; what is looked up is cast
+    after the look-up.
 
     before: W float32 -> MatMul              ids -> Gather(E float32) -> x
     after:  W float16 -> Cast -> MatMul      ids -> Gather(E float16) -> Cast -> x
-    refuses when: the weight has no dimensions (silently). Writing a weight fails if a value is beyond float16's largest, 65,504.
+    refuses when: the weight has no dimensions (silently). Writing a weight fails if a value is beyond float16's
+    largest, 65,504.
     """
     for value in list(model.graph.initializers.values()):
         lazy = weight(value)

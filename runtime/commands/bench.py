@@ -29,7 +29,9 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.benchmark import Workload, measure
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
+    from satchel.runtime.session import share_thread_pool
 
+    share_thread_pool(args.threads)
     bundle = open_bundle(args.bundle, progress=not args.quiet)
     engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
     workload = Workload(args.prompt_tokens, args.new_tokens, args.vocabulary or engine.vocabulary)

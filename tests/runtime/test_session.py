@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -15,6 +17,7 @@ from satchel.runtime import session as session_module
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.generate import Generator
 from satchel.runtime.session import SessionSettings, default_threads, open_session
 
 
@@ -128,3 +131,29 @@ def test_the_score_graph_is_opened_on_first_use(folder: Path) -> None:
     assert engine._score is None
     assert engine.score([5, 6]).shape == (2, engine.vocabulary)
     assert engine._score is not None
+
+
+SHARED_POOL = """
+import sys
+import onnxruntime
+from satchel.runtime import Generator, SatchelError, share_thread_pool
+
+share_thread_pool(1)
+generator = Generator.open(sys.argv[1])
+print(generator.generate([3, 4, 5], 4).token_ids)
+share_thread_pool()
+share_thread_pool(1)
+for again in (lambda: share_thread_pool(2), lambda: Generator.open(sys.argv[1], threads=2)):
+    try:
+        again()
+    except SatchelError as error:
+        print(error)
+"""
+
+
+def test_a_process_that_shares_one_pool_generates_and_refuses_another_size(tiny: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SHARED_POOL, str(tiny)], capture_output=True, text=True, check=True)
+    first, *complaints = done.stdout.splitlines()
+    assert first == str(Generator.open(tiny, threads=1).generate([3, 4, 5], 4).token_ids)
+    assert len(complaints) == 2
+    assert all("shares one pool of 1 threads: ask for 1" in line for line in complaints)

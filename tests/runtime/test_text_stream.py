@@ -30,7 +30,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
         path.write_bytes(sentencepiece_model())
         return SentencePieceTokenizer(path, add_bos=True)
     path.write_bytes(byte_level_json() if request.param == "byte level" else byte_fallback_json())
-    return JsonTokenizer(path, bos_token_id=1)
+    return JsonTokenizer(path)
 
 
 def stream(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> list[str]:

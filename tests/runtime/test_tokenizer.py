@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from support.tiny_tokenizers import byte_fallback_json, byte_level_json, sentencepiece_model
+from transformers import PreTrainedTokenizerFast
 
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.errors import BundleError, PromptError
@@ -20,14 +21,18 @@ LLAMA2 = "SATCHEL_LLAMA2_TOKENIZER"
 @pytest.mark.parametrize("content", [byte_level_json, byte_fallback_json])
 def test_tokenizer_json_adds_its_own_bos_once(tmp_path: Path, content) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content())
-    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", bos_token_id=1)
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
     plain = tokenizer.encode("the cat")
     assert plain[0] == 1
     assert 1 not in plain[1:]
-    marked = tokenizer.encode("<s>the cat")
-    assert marked[0] == 1
-    assert 1 not in marked[1:]
     assert tokenizer.decode(plain) == "the cat"
+
+
+def test_a_bos_that_the_text_spells_out_is_encoded_as_the_original_tokenizer_does(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(byte_level_json())
+    text = "<s>the cat"
+    original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert JsonTokenizer(tmp_path / "tokenizer.json").encode(text) == original(text).input_ids
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -47,7 +52,7 @@ def test_a_text_is_never_cut_or_padded_by_settings_left_in_the_file(tmp_path: Pa
     settings.enable_truncation(4)
     settings.enable_padding(length=9)
     settings.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", bos_token_id=1)
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
     text = "the quick brown fox jumps over"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("a")) == 2
@@ -56,7 +61,7 @@ def test_a_text_is_never_cut_or_padded_by_settings_left_in_the_file(tmp_path: Pa
 def test_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(byte_level_json())
     with pytest.raises(PromptError, match="not valid UTF-8 at character 3: mend or remove it"):
-        JsonTokenizer(tmp_path / "tokenizer.json", None).encode("abc\udcff")
+        JsonTokenizer(tmp_path / "tokenizer.json").encode("abc\udcff")
 
 
 def test_the_texts_recorded_at_export_must_encode_the_same(tmp_path: Path) -> None:

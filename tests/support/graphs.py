@@ -1,0 +1,221 @@
+"""Writes small graphs from text, applies a pass to them under every rule of the pass contract, and compares numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from satchel.graphs.contract import GraphPass, PassResult, Report
+from satchel.graphs.values import Builder
+from satchel.graphs.verify import signature, verify
+from satchel.graphs.weights import from_array
+
+OPSETS = 'ir_version: 10, opset_import: ["": 24, "com.microsoft": 1, "satchel": 1]'
+Arrays = Mapping[str, np.ndarray]
+
+ort.set_default_logger_severity(3)
+
+
+def build(text: str, **weights: np.ndarray) -> ir.Model:
+    """A model from the text of one graph in ONNX's own notation, with the shapes that ONNX infers.
+
+    Args:
+        text: "(inputs) => (outputs) <constants and shapes of values> { nodes }". Constants become plain tensors.
+        weights: Arrays that become lazy weights, as those of a checkpoint are; a name may hold dots as double underscores.
+            They are not written among the inputs of the text.
+    """
+    named = {name.replace("__", "."): array for name, array in weights.items()}
+    text = text.strip()
+    types = {np.dtype(np.float32): "float", np.dtype(np.int64): "int64", np.dtype(np.float16): "float16"}
+    declared = [f'{types[a.dtype]}[{",".join(map(str, a.shape))}] "{n}"' for n, a in named.items()]
+    opened, rest = text[0], text[1:].lstrip()
+    comma = ", " if declared and not rest.startswith(")") else ""
+    proto = onnx.parser.parse_model(f"<{OPSETS}> graph {opened}{', '.join(declared)}{comma}{rest}")
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    for value in list(model.graph.inputs):
+        if value.name in named:
+            model.graph.inputs.remove(value)
+            value.const_value = from_array(value.name, named[value.name])
+            model.graph.register_initializer(value)
+    for index, node in enumerate(model.graph):
+        node.name = node.name or f"node_{index}"
+    return model
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    """Seeded float32 numbers from the standard normal distribution."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def serialised(model: ir.Model) -> bytes:
+    """Every byte of the model, weights and order included."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    """How often each operator stands in the graph; those outside the standard domain with their domain in front."""
+    return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph)
+
+
+def the(model: ir.Model, op_type: str) -> ir.Node:
+    """The only node of that operator."""
+    (node,) = [n for n in model.graph if n.op_type == op_type]
+    return node
+
+
+def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
+    """The model's outputs by ONNX Runtime, which is kept from optimising."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"])
+    known = {value.name for value in session.get_inputs()}
+    outputs = [value.name for value in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, {n: a for n, a in feeds.items() if n in known}), strict=True))
+
+
+def _edit(graph_pass: GraphPass, model: ir.Model) -> tuple[ir.Model, Report]:
+    """Run the pass as the pipeline does, in place; returns what became of the clone."""
+    clone, report = model.clone(), Report()
+    graph_pass.edit(clone, report)
+    return clone, report
+
+
+def untouched(graph_pass: GraphPass, model: ir.Model) -> list[str]:
+    """Check that the pass leaves the model alone, to the last byte; returns the reasons that it gave."""
+    before = serialised(model)
+    result = graph_pass(model)
+    assert result.count == 0, f"{graph_pass.name} counted {result.count}: {operators(result.model)}"
+    assert result.model is model
+    assert serialised(model) == before
+    edited, report = _edit(graph_pass, model)
+    assert report.count == 0
+    assert serialised(edited) == before, "a count of zero must mean that the edit in place changed nothing either"
+    return [refusal.reason for refusal in result.refusals]
+
+
+def fired(graph_pass: GraphPass, model: ir.Model, count: int, keeps_signature: bool = True) -> PassResult:
+    """Check that the pass changes the model `count` times, and what every pass owes: the given model unaltered, a valid
+    graph, inputs and outputs kept, and nothing left to do for a second run.
+    """
+    before = serialised(model)
+    result = graph_pass(model)
+    assert serialised(model) == before, f"{graph_pass.name} altered the model that it was given"
+    assert result.count == count, f"{graph_pass.name} counted {result.count}: {result.refusals}"
+    assert result.model is not model
+    assert serialised(result.model) != before
+    verify(result.model)
+    if keeps_signature:
+        assert signature(result.model) == signature(model)
+    untouched(graph_pass, result.model)
+    return result
+
+
+def same_numbers(before: ir.Model, after: ir.Model, feeds: Arrays, exact: bool = False) -> None:
+    """Check that both models give the same outputs: bit for bit, or within rtol 1e-5 and atol 1e-6."""
+    wanted, found = run(before, feeds), run(after, feeds)
+    assert list(found) == list(wanted)
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape, name
+        assert np.ptp(array.astype(np.float64)) > 0, f"{name} is constant and would show no mistake"
+        if exact:
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def tag(model: ir.Model, op_type: str, attribute: str, value: object) -> ir.Model:
+    """Give each node of that operator one more attribute; returns the model."""
+    for node in model.graph:
+        if node.op_type == op_type:
+            node.attributes[attribute] = ir.convenience.convert_attribute(attribute, value)  # type: ignore[arg-type]
+    return model
+
+
+def expose(model: ir.Model, name: str) -> ir.Model:
+    """Make a value inside the graph one of its outputs, which is one more reader; returns the model."""
+    value = next(v for node in model.graph for v in node.outputs if v.name == name)
+    model.graph.outputs.append(value)
+    return model
+
+
+def renamed_identity(model: ir.Model, report: Report) -> None:
+    """An edit for tests of the machinery: puts an Identity before the first output."""
+    output = model.graph.outputs[0]
+    end = output.producer()
+    assert end is not None
+    model.graph.outputs[0] = Builder(model).value("Identity", [output], f"{output.name}.same", output)
+    report.count += 1
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis, in the scores' own dtype."""
+    exponents = np.exp(scores - scores.max(-1, keepdims=True))
+    return exponents / exponents.sum(-1, keepdims=True)
+
+
+def attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float, window: int = 0, softcap: float = 0.0
+) -> np.ndarray:
+    """What satchel::Attention means, over whole sequences of one row and without a cache.
+
+    Args:
+        query: [heads, sequence, key_dim]; key [kv_heads, sequence, key_dim], value [kv_heads, sequence, value_dim].
+        scale: Factor of the scores.
+        window: How many positions each token sees, itself included; 0 for all.
+        softcap: Scores s become softcap * tanh(s / softcap); 0 for none.
+
+    Returns:
+        [sequence, heads, value_dim], computed in float64.
+    """
+    query, key, value = (a.astype(np.float64) for a in (query, key, value))
+    shared = query.shape[0] // key.shape[0]
+    key, value = key.repeat(shared, 0), value.repeat(shared, 0)
+    scores = scale * query @ key.swapaxes(1, 2)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    rows, columns = np.indices(scores.shape[1:])
+    seen = (columns <= rows) & (columns > rows - (window or len(rows)))
+    return (softmax(np.where(seen, scores, -np.inf)) @ value).swapaxes(0, 1)
+
+
+def experts(
+    hidden: np.ndarray, index: np.ndarray, weights: np.ndarray, gate_up: np.ndarray, down: np.ndarray
+) -> np.ndarray:
+    """What satchel::Experts means: hidden [tokens, hidden] -> the weighted sum over each token's experts, in float64."""
+    hidden, weights, gate_up, down = (a.astype(np.float64) for a in (hidden, weights, gate_up, down))
+    out = np.zeros_like(hidden)
+    for token, (chosen, shares) in enumerate(zip(index, weights, strict=True)):
+        for expert, share in zip(chosen, shares, strict=True):
+            gate, up = np.split(gate_up[expert] @ hidden[token], 2)
+            out[token] += share * (down[expert] @ (gate / (1 + np.exp(-gate)) * up))
+    return out
+
+
+def rotation_tables(seed: int, positions: int, width: int, pairs: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Tables of cosine and sine [positions, width] as checkpoints hold them: each angle stands there twice."""
+    angles = np.arange(positions)[:, None] * np.random.default_rng(seed).uniform(0.01, 1, width // 2)[None]
+    whole = angles.repeat(2, 1) if pairs else np.concatenate([angles, angles], 1)
+    return np.cos(whole).astype(np.float32), np.sin(whole).astype(np.float32)
+
+
+def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairs: bool = False) -> np.ndarray:
+    """x [..., sequence, head_dim] with its first channels rotated by tables [sequence, width]."""
+    width = cos.shape[-1]
+    first, rest = x[..., :width].astype(np.float64), x[..., width:]
+    if pairs:
+        turned = np.stack([-first[..., 1::2], first[..., 0::2]], -1).reshape(first.shape)
+    else:
+        turned = np.concatenate([-first[..., width // 2 :], first[..., : width // 2]], -1)
+    return np.concatenate([first * cos + turned * sin, rest], -1)
+
+
+def spans(total: int, *starts: int) -> Sequence[tuple[int, int]]:
+    """(0, total) cut at `starts`: the chunks in which a sequence is fed."""
+    return list(zip((0, *starts), (*starts, total), strict=True))
