@@ -92,9 +92,9 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
 def share_thread_pool(threads: int | None = None) -> None:
     """Let all sessions of this process, those of both phases first of all, run on one pool of `threads` threads.
 
-    For programs in which nobody but satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime opens no
-    session with threads of its own in this process. Must come before the first session; None means one thread per
-    physical core. Raises SatchelError when the process has a pool of another size.
+    For programs in which nobody but satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime
+    refuses sessions with threads of their own in this process. Must come before the first session; None means one
+    thread per physical core. Raises SatchelError when the process has a pool of another size.
     """
     global _process_pool
     wanted = default_threads() if threads is None else threads

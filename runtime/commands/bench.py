@@ -26,12 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure, and print a small table or one JSON object."""
     started = time.perf_counter()  # before numpy and ONNX Runtime: their import is part of the load time
+    from satchel.runtime import session
     from satchel.runtime.benchmark import Workload, measure
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
-    from satchel.runtime.session import share_thread_pool
 
-    share_thread_pool(args.threads)
+    session.share_thread_pool(args.threads)
     bundle = open_bundle(args.bundle, progress=not args.quiet)
     engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
     workload = Workload(args.prompt_tokens, args.new_tokens, args.vocabulary or engine.vocabulary)

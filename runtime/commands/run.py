@@ -44,11 +44,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Generate and print; one line of figures goes to standard error."""
+    from satchel.runtime import session
     from satchel.runtime.generate import Generator
-    from satchel.runtime.session import share_thread_pool
 
     prompt = _read_standard_input() if args.prompt is None else args.prompt
-    share_thread_pool(args.threads)
+    session.share_thread_pool(args.threads)
     generator = Generator.open(
         args.bundle,
         provider=args.provider,
