@@ -118,17 +118,15 @@ def default_threads() -> int:
 
 
 def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
-    if _process_pool is not None:
-        share_thread_pool(settings.threads)  # complains about another number
-    threads = default_threads() if settings.threads is None else settings.threads
-    _check_threads(threads)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
     options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
     if _process_pool is not None:
+        share_thread_pool(settings.threads)  # complains about another number
         options.use_per_session_threads = False
     else:
+        options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
+        options.inter_op_num_threads = 1
+        _check_threads(options.intra_op_num_threads)
         # Threads that spin on when a run ends take the cores from the other phase's session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     for key, value in bundle.manifest.graph(phase).session.items():
