@@ -6,22 +6,61 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
-from satchel.export.errors import ExportError
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.describe import cache_spec, describe, tokenizer_spec
+from satchel.export.genai_config import genai_config
 from satchel.graphs.values import weight
 from satchel.graphs.weights import LazyWeight
-from satchel.runtime.manifest import FileRecord, TensorSpec
+from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
 
 WEIGHTS_NAME = "weights.bin"
 ALIGNMENT = 4096
 """Bytes at whose multiples each weight starts: a memory page, so that it can be mapped by itself."""
 
-DTYPE_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
 Advance = Callable[[int], None]
+
+
+def write_bundle(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    models: Mapping[str, ir.Model],
+    report: Sequence[dict[str, Any]],
+    progress: Callable[[int], AbstractContextManager[Advance]],
+) -> Manifest:
+    """Write all files of a bundle into an empty folder, the manifest last.
+
+    `progress(total)` gives a context that hears of the weight file's bytes as they are written.
+
+    Raises:
+        PassError: A weight cannot be stored in the precision.
+        OSError: The disk is full, or a file cannot be written.
+    """
+    places = lay_out(models.values())
+    with progress(sum(place.weight.nbytes for place in places.values())) as advance:
+        files = {WEIGHTS_NAME: write_weights(folder, places, advance)}
+    for phase, model in models.items():
+        write_graph(folder, f"{phase}.onnx", model, places)
+    tokenizer = tokenizer_spec(checkpoint)
+    companions = dict(checkpoint.companions)
+    if checkpoint.tokenizer is not None and tokenizer is not None:
+        companions[tokenizer.file] = checkpoint.tokenizer.file
+    write_companions(folder, companions)
+    genai = genai_config(checkpoint, cache_spec(models["prefill"]), config.context(checkpoint.max_context))
+    if genai is not None:
+        write_json(folder / "genai_config.json", genai)
+    files |= {path.name: record(path) for path in sorted(folder.iterdir()) if path.name not in files}
+    manifest = describe(checkpoint, config, models, report, files)
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
+    return manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +161,3 @@ def record(path: Path) -> FileRecord:
     """Size and hash of a small file."""
     with path.open("rb") as file:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Graph inputs or outputs as the manifest declares them.
-
-    Raises:
-        ExportError: A shape or type is not known.
-    """
-    specs = []
-    for value in values:
-        if value.shape is None or value.dtype not in DTYPE_NAMES:
-            raise ExportError(
-                f"the graph's {value.name} has no shape or an unexpected type {value.dtype}: "
-                "report this model to satchel"
-            )
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
-        specs.append(TensorSpec(str(value.name), DTYPE_NAMES[value.dtype], shape))
-    return tuple(specs)

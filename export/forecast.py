@@ -35,8 +35,9 @@ class Forecast:
         return f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk and {time}"
 
 
-def forecast(checkpoint: Checkpoint, precision: str, layers: int) -> Forecast:
+def forecast(checkpoint: Checkpoint, precision: str) -> Forecast:
     """Estimate an export from the sizes in the checkpoint."""
+    layers = checkpoint.layers or 1
     weights = {id(w): w for w in checkpoint.weights.values()}.values()
     elements = [w.size for w in weights]
     disk = sum(elements) * BYTES[precision] + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB

@@ -8,9 +8,7 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.runtime.manifest import CacheSpec
 
 
-def genai_config(
-    checkpoint: Checkpoint, cache: CacheSpec, heads: int | None, hidden_size: int | None, context: int
-) -> dict[str, Any] | None:
+def genai_config(checkpoint: Checkpoint, cache: CacheSpec, context: int) -> dict[str, Any] | None:
     """The configuration, or None where that runner cannot express the model (layers whose caches differ in size).
 
     That runner has one graph for prompts and further tokens; the prefill graph takes both.
@@ -24,8 +22,8 @@ def genai_config(
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "prefill.onnx",
         "head_size": head_dim,
-        "hidden_size": hidden_size or kv_heads * head_dim,
-        "num_attention_heads": heads or kv_heads,
+        "hidden_size": checkpoint.fact("hidden_size") or kv_heads * head_dim,
+        "num_attention_heads": checkpoint.fact("num_attention_heads") or kv_heads,
         "num_hidden_layers": len(cache.layers),
         "num_key_value_heads": kv_heads,
         "inputs": {

@@ -4,6 +4,9 @@ wrong.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import onnx_ir as ir
 
 from satchel.export.errors import ExportError
@@ -19,9 +22,11 @@ EACH_ELEMENT = frozenset(
 )
 MOVES = frozenset(
     """
-    Concat ConstantOfShape Constant Flatten Gather Reshape Shape Slice Split Squeeze Tile Transpose Unsqueeze
+    ConstantOfShape Constant Shape Squeeze Tile Transpose Unsqueeze
     """.split()  # noqa: SIM905
 )
+ALONG_AN_AXIS = frozenset(("Concat", "Gather", "Slice", "Split"))
+RESHAPES = frozenset(("Flatten", "Reshape"))
 LAST_AXIS = frozenset(
     """
     ArgMax GatherElements LayerNormalization LogSoftmax OneHot ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
@@ -51,7 +56,7 @@ def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
             "the model has attention code or layers of its own kind (recurrent, linear, shared), "
             "which satchel does not support"
         )
-    if signature.graph_input(model, signature.ATTENTION_MASK).uses():
+    if _reads_values(signature.graph_input(model, signature.ATTENTION_MASK)):
         raise ExportError(
             f"{name}: the model computes with the padding mask outside its attention, which satchel does not support"
         )
@@ -71,56 +76,76 @@ def _mixes_tokens(node: ir.Node) -> str | None:
         return None
     if node.domain != "":
         return f"the operator {node.domain}::{kind} is not known"
-    if kind in MOVES:
+    if kind in RESHAPES:
+        return None if _keeps_tokens_apart(node) else f"{kind} joins or divides tokens"
+    if kind in ALONG_AN_AXIS:
         return _moves_tokens(node)
+    if kind in MOVES:
+        return None
     if kind in PRODUCTS:
-        return (
-            None
-            if weight(node.inputs[1]) is not None or constant(node.inputs[1]) is not None
-            else f"{kind} multiplies two computed tensors"
-        )
+        fixed = weight(node.inputs[1]) is not None or constant(node.inputs[1]) is not None
+        return None if fixed else f"{kind} multiplies two computed tensors"
     if kind in LAST_AXIS:
-        return None if _on_last_axis(node) else f"{kind} works across another axis than the last"
+        return None if _on_last_axis(node) else f"{kind} works across another axis than the channels"
     return f"the operator {kind} may work across tokens"
 
 
 def _moves_tokens(node: ir.Node) -> str | None:
-    """Slices, splits and joins along the axis of the tokens change which token a row is."""
-    if node.op_type not in ("Slice", "Split", "Concat") or _is_integer(node):
-        return None
-    ndim = rank(node.inputs[0])
+    """Slices, splits, joins and look-ups along the axis of the tokens change which token a row is."""
+    data = node.inputs[0]
+    alike = (*node.outputs, *node.inputs) if node.op_type == "Concat" else (data,)
+    ndim = next((n for n in map(rank, alike) if n is not None), None)
+    if ndim is not None and ndim <= 1:
+        return None  # shapes are computed with such vectors; a row of tokens has the batch in front of it
     if node.op_type == "Slice":
         axes = constant(node.inputs[3]) if len(node.inputs) > 3 else None
-        cut = [] if axes is None or ndim is None else [int(a) % ndim for a in axes]
+        cut = [] if axes is None else [int(a) for a in axes]
     else:
-        axis = node.attributes["axis"].value if "axis" in node.attributes else 0
-        cut = [] if ndim is None else [int(axis) % ndim]
-    if not cut:
+        cut = [int(node.attributes["axis"].value) if "axis" in node.attributes else 0]
+    if not cut or ndim is None:
         return f"{node.op_type} is along an axis that is not known"
-    if (
-        ndim is not None
-        and ndim > 1
-        and any(a <= (1 if ndim > 2 else 0) and _has_tokens(node.inputs[0], a) for a in cut)
-    ):
+    # Joined channels are a number; where tokens are joined, the result's axis has a name.
+    if not all(_is_fixed(node.outputs[0] if node.op_type == "Concat" else data, axis) for axis in cut):
         return f"{node.op_type} is along the axis of the tokens"
     return None
 
 
-def _has_tokens(value: ir.Value | None, axis: int) -> bool:
-    return value is None or value.shape is None or not isinstance(value.shape[axis], int)
+def _keeps_tokens_apart(node: ir.Node) -> bool:
+    """True if one token's channels, what follows the last axis of unknown size, are as many after as before."""
+    before, after = (_channels(v) for v in (node.inputs[0], node.outputs[0]))
+    return rank(node.inputs[0]) == 0 or (before is not None and before == after)
 
 
-def _is_integer(node: ir.Node) -> bool:
-    dtype = node.outputs[0].dtype
-    return dtype is not None and dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+def _channels(value: ir.Value | None) -> int | None:
+    """The product of the dimensions after the last one that is not a number."""
+    if value is None or value.shape is None:
+        return None
+    fixed = list(itertools.takewhile(lambda d: isinstance(d, int), reversed(value.shape.dims)))
+    return math.prod(d for d in fixed if isinstance(d, int))
+
+
+def _is_fixed(value: ir.Value | None, axis: int) -> bool:
+    return value is not None and value.shape is not None and isinstance(value.shape[axis], int)
 
 
 def _on_last_axis(node: ir.Node) -> bool:
     ndim = rank(node.inputs[0])
     last = (-1,) if ndim is None else (-1, ndim - 1)
+    if not _is_fixed(node.inputs[0], -1):
+        return False
     if node.op_type.startswith("Reduce"):
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         return axes is not None and axes.size == 1 and int(axes.reshape(())) in last
     if "axis" not in node.attributes:
         return node.op_type not in ("ArgMax", "GatherElements", "ScatterElements")
     return int(node.attributes["axis"].value) in last
+
+
+def _reads_values(mask: ir.Value) -> bool:
+    """True if anything but the number of rows of the padding mask is used."""
+    return any(
+        use.node.op_type != "Shape"
+        or {name: use.node.attributes[name].value for name in use.node.attributes}
+        not in ({"start": 0, "end": 1}, {"end": 1})
+        for use in mask.uses()
+    )

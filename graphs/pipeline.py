@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -37,6 +38,11 @@ class Done:
     name: str
     count: int
     refusals: tuple[Refusal, ...]
+
+    def as_json(self, graph: str) -> dict[str, Any]:
+        """The step as the manifest reports it for one graph."""
+        refusals = [dataclasses.asdict(refusal) for refusal in self.refusals]
+        return {"graph": graph, "pass": self.name, "count": self.count, "refusals": refusals}
 
 
 def check_order(steps: Sequence[Step]) -> None:

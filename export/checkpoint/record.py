@@ -49,3 +49,19 @@ class Checkpoint:
     stored_bytes: int
     tokenizer: TokenizerFiles | None
     companions: Mapping[str, bytes | Path]
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights, tied ones counted once."""
+        return sum(weight.size for weight in {id(w): w for w in self.weights.values()}.values())
+
+    @property
+    def layers(self) -> int | None:
+        """The number of layers that the config promises; None for a module of the user's own."""
+        layers = self.fact("num_hidden_layers")
+        return layers if self.kind != "module" else None
+
+    def fact(self, name: str) -> int | None:
+        """A whole number from the config, or None where there is none of that name."""
+        value = getattr(getattr(self.module, "config", None), name, None)
+        return value if isinstance(value, int) else None

@@ -16,6 +16,7 @@ from satchel.graphs.values import (
     last_dim,
     nodes,
     producer,
+    rank,
     replace,
     scalar,
     weight,
@@ -89,6 +90,8 @@ def _table_operand(mul: ir.Node) -> tuple[ir.Value, LazyWeight, ir.Value] | None
         table, positions = weight(gather.inputs[0]), gather.inputs[1]
         if table is None or positions is None or len(table.dims) != 2 or attributes(gather, axis=0)["axis"] != 0:
             continue
+        if rank(positions) != 2:
+            raise Refused("the positions are not [batch, sequence]")
         if scalar(unsqueeze.inputs[1]) not in (1, -3):
             raise Refused("the tables are not spread over the head axis of [batch, heads, sequence, head_dim]")
         return other, table, positions
@@ -103,7 +106,7 @@ def _rotated_kind(rotated: ir.Value, x: ir.Value) -> bool | None:
     if width is None:
         return None
     concat = producer(rotated, "Concat")
-    if concat is not None and len(concat.inputs) == 2:
+    if concat is not None and len(concat.inputs) == 2 and concat.attributes["axis"].value in (-1, 3):
         negative, low = producer(concat.inputs[0], "Neg"), _channels(concat.inputs[1], x)
         high = _channels(negative.inputs[0], x) if negative else None
         if high is None or low is None:
@@ -114,8 +117,11 @@ def _rotated_kind(rotated: ir.Value, x: ir.Value) -> bool | None:
     reshape = producer(rotated, "Reshape")
     concat = producer(reshape.inputs[0], "Concat") if reshape else None
     parts = [producer(value, "Unsqueeze") for value in concat.inputs] if concat else []
-    if len(parts) != 2 or parts[0] is None or parts[1] is None:
+    if concat is None or reshape is None or len(parts) != 2 or parts[0] is None or parts[1] is None:
         return None
+    spread = [concat.attributes["axis"].value, *(scalar(p.inputs[1]) for p in parts if p is not None)]
+    if any(axis not in (-1, 4) for axis in spread) or dims(reshape.outputs[0]) != dims(x):
+        raise Refused("the two channels of a pair are not laid side by side")
     negative = producer(parts[0].inputs[0], "Neg")
     odd, even = (_channels(negative.inputs[0], x) if negative else None), _channels(parts[1].inputs[0], x)
     if odd is None or even is None:
@@ -160,6 +166,7 @@ def _widen(rotation: Rotation) -> Rotation:
     whole, first, rest = last_dim(source), _channels(rotation.x, source), _channels(joins[0].inputs[1], source)
     if (
         joins[0].inputs[0] is not rotation.value
+        or joins[0].attributes["axis"].value not in (-1, 3)
         or whole is None
         or (first, rest) != (range(width or 0), range(width or 0, whole))
     ):
@@ -173,7 +180,11 @@ def _rewrite(model: ir.Model, rotation: Rotation) -> None:
     if end is None or shape is None or len(shape) != 4:
         raise Refused("the rotated value is not [batch, heads, sequence, head_dim]")
     builder = Builder(model, end)
-    caches = [_cache(model, builder, table, rotation) for table in (rotation.cos, rotation.sin)]
+    halves = [(_cache_name(table, rotation), table) for table in (rotation.cos, rotation.sin)]
+    missing = {name: _half(table, rotation) for name, table in halves if name not in model.graph.initializers}
+    for name, half in missing.items():
+        builder.initializer(from_array(name, half))
+    caches = [model.graph.initializers[name] for name, _ in halves]
     partial = rotation.width if rotation.width != last_dim(rotation.x) else 0
     fused = builder.value(
         "RotaryEmbedding", [rotation.x, *caches, rotation.positions], f"{rotation.value.name}.rotary", rotation.value,
@@ -182,14 +193,14 @@ def _rewrite(model: ir.Model, rotation: Rotation) -> None:
     replace(rotation.value, fused)
 
 
-def _cache(model: ir.Model, builder: Builder, table: LazyWeight, rotation: Rotation) -> ir.Value:
+def _cache_name(table: LazyWeight, rotation: Rotation) -> str:
+    return f"{table.name}.{'pairs' if rotation.interleaved else 'halves'}"
+
+
+def _half(table: LazyWeight, rotation: Rotation) -> np.ndarray:
     """The table's half that RotaryEmbedding wants, [positions, width / 2]; both halves must be the same."""
-    name = f"{table.name}.{'pairs' if rotation.interleaved else 'halves'}"
-    there = model.graph.initializers.get(name)
-    if there is not None:
-        return there
     array, half = table.numpy(), rotation.width // 2
     first, second = (array[:, 0::2], array[:, 1::2]) if rotation.interleaved else (array[:, :half], array[:, half:])
     if array.shape[1] != rotation.width or not np.array_equal(first, second):
         raise Refused(f"the table {table.name} is not the same for the two channels that rotate together")
-    return builder.initializer(from_array(name, np.ascontiguousarray(first)))
+    return np.ascontiguousarray(first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from satchel.graphs.contract import Refused, Report, graph_pass
-from satchel.graphs.values import Builder, attributes, dims, nodes, only_user, producer, replace, weight
+from satchel.graphs.values import Builder, attributes, dims, nodes, only_user, producer, rank, replace, weight
 
 
 @graph_pass
@@ -14,7 +14,7 @@ def normalize_gemm(model: ir.Model, report: Report) -> None:
 
     before: x [batch, sequence, k] -> Reshape([-1, k]) -> Gemm(W, b) -> Reshape([batch, sequence, n]) -> y
     after:  x -> MatMul(W) -> Add(b) -> y
-    refuses when: the Gemm scales or transposes, or an attribute is not known.
+    refuses when: the Gemm scales or transposes, adds more than one row, or an attribute is not known.
     """
     for gemm in nodes(model, "Gemm"):
         before, after = producer(gemm.inputs[0], "Reshape"), only_user(gemm.outputs[0])
@@ -28,6 +28,7 @@ def normalize_gemm(model: ir.Model, report: Report) -> None:
             or outer is None
             or inner is None
             or outer[:-1] != inner[:-1]
+            or None in outer
             or (inner[-1], outer[-1]) != matrix.dims
         ):
             continue
@@ -35,12 +36,15 @@ def normalize_gemm(model: ir.Model, report: Report) -> None:
             options = attributes(gemm, alpha=1.0, beta=1.0, transA=0, transB=0)
             if options != {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}:
                 raise Refused("the Gemm scales or transposes")
+            bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+            if bias is not None and rank(bias) != 1:
+                raise Refused("the Gemm adds more than one row")
         except Refused as refusal:
             report.refuse(gemm, str(refusal))
             continue
         builder = Builder(model, gemm)
         product = builder.value("MatMul", [x, gemm.inputs[1]], f"{gemm.name}.product", y)
-        if len(gemm.inputs) > 2:
-            product = builder.value("Add", [product, gemm.inputs[2]], f"{gemm.name}.biased", y)
+        if bias is not None:
+            product = builder.value("Add", [product, bias], f"{gemm.name}.biased", y)
         replace(y, product)
         report.count += 1

@@ -35,7 +35,7 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
         array = constant(value)
         if array is None or value.is_graph_output():
             continue
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (array.dtype.name, array.shape, array.tobytes())
         first = seen_constants.setdefault(key, value)
         if first is not value and value.uses():
             ir.convenience.replace_all_uses_with(value, first)
@@ -67,7 +67,7 @@ def _attributes_key(node: ir.Node) -> Hashable | None:
         value = attribute.value
         if attribute.type == ir.AttributeType.TENSOR:
             array = np.asarray(value.numpy())
-            value = (array.dtype.str, array.shape, array.tobytes())
+            value = (array.dtype.name, array.shape, array.tobytes())
         elif attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
             return None
         try:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import constant, dims, nodes, producer, replace
+from satchel.graphs.values import constant, dims, producer, replace
 
 END = np.iinfo(np.int64).max
 
@@ -27,6 +27,8 @@ def remove_identity(model: ir.Model, report: Report) -> None:
         rule = RULES.get(node.op_type) if node.domain == "" else None
         if rule is None:
             continue
+        if node.op_type == "Reshape" and _merge_reshapes(node):
+            report.count += 1
         source = rule(node)
         if source is None or (
             node.outputs[0].is_graph_output()
@@ -35,9 +37,6 @@ def remove_identity(model: ir.Model, report: Report) -> None:
             continue
         replace(node.outputs[0], source)
         report.count += 1
-    for node in nodes(model, "Reshape"):
-        if _merge_reshapes(node):
-            report.count += 1
 
 
 def _identity(node: ir.Node) -> ir.Value | None:

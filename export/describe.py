@@ -1,0 +1,107 @@
+"""What the manifest says of a bundle: model facts, caches, graph signatures, tokenizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.errors import ExportError
+from satchel.graphs import signature
+from satchel.graphs.targets import TARGETS
+from satchel.runtime.manifest import (
+    CacheLayer,
+    CacheSpec,
+    CorpusEntry,
+    FileRecord,
+    Graphs,
+    GraphSpec,
+    Manifest,
+    ModelFacts,
+    Source,
+    TensorSpec,
+    TokenizerSpec,
+)
+
+PACKAGES = ("satchel", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
+"""Whose versions the manifest records."""
+
+DTYPE_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+
+
+def describe(
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    models: Mapping[str, ir.Model],
+    report: Sequence[dict[str, Any]],
+    files: Mapping[str, FileRecord],
+) -> Manifest:
+    """The manifest of a bundle whose files are written."""
+    facts = ModelFacts(
+        parameters=checkpoint.parameters,
+        vocab_size=checkpoint.vocab_size,
+        max_context=config.context(checkpoint.max_context),
+        bos_token_id=checkpoint.bos_token_id,
+        eos_token_ids=checkpoint.eos_token_ids,
+        pad_token_id=checkpoint.pad_token_id,
+    )
+    return Manifest(
+        producer={name: importlib.metadata.version(name) for name in PACKAGES},
+        source=Source(checkpoint.kind, checkpoint.name, checkpoint.model_type),
+        target=config.target,
+        precision=config.precision,
+        model=facts,
+        kv_cache=cache_spec(models["prefill"]),
+        graphs=Graphs(**{phase: _graph_spec(phase, model, config) for phase, model in models.items()}),
+        tokenizer=tokenizer_spec(checkpoint),
+        passes=tuple(report),
+        files=dict(files),
+    )
+
+
+def cache_spec(model: ir.Model) -> CacheSpec:
+    """The KV cache as the graph's inputs declare it."""
+    by_name = {spec.name: spec for spec in tensor_specs(model.graph.inputs)}
+    layers = []
+    for index in range(sum(name.endswith(".key") for name in by_name)):
+        past, present = signature.past_names(index), signature.present_names(index)
+        (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
+        layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
+    return CacheSpec("shared", "float32", tuple(layers))
+
+
+def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
+    """The tokenizer's entry, with the name that its file has in the bundle."""
+    files = checkpoint.tokenizer
+    if files is None:
+        return None
+    name = "tokenizer.json" if files.kind == "tokenizer.json" else "tokenizer.model"
+    corpus = tuple(CorpusEntry(text, tuple(ids)) for text, ids in files.corpus)
+    return TokenizerSpec(files.kind, name, files.add_bos, corpus)
+
+
+def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Graph inputs or outputs as the manifest declares them.
+
+    Raises:
+        ExportError: A shape or type is not known.
+    """
+    specs = []
+    for value in values:
+        if value.shape is None or value.dtype not in DTYPE_NAMES:
+            raise ExportError(
+                f"the graph's {value.name} has no shape or an unexpected type {value.dtype}: "
+                "report this model to satchel"
+            )
+        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
+        specs.append(TensorSpec(str(value.name), DTYPE_NAMES[value.dtype], shape))
+    return tuple(specs)
+
+
+def _graph_spec(phase: str, model: ir.Model, config: ExportConfig) -> GraphSpec:
+    session = dict(TARGETS[config.target].session)
+    return GraphSpec(f"{phase}.onnx", session, tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs))
