@@ -109,7 +109,7 @@ def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -
         for place in places.values():
             put(bytes(place.offset - position))
             for block in place.weight.blocks():
-                data = memoryview(block.reshape(-1).view("u1"))
+                data = block.reshape(-1).view("u1").data
                 put(data)
                 advance(len(data))
     return FileRecord(position, digest.hexdigest())

@@ -27,7 +27,7 @@ from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
 from satchel.export.trace import trace
 from satchel.graphs import pipeline
 from satchel.graphs.contract import PassError
-from satchel.graphs.targets import NORMALISE, PHASES, TARGETS
+from satchel.graphs.targets import PHASES, TARGETS
 from satchel.runtime.manifest import Manifest
 
 
@@ -86,9 +86,9 @@ def lower(model: ir.Model, checkpoint: Checkpoint, config: ExportConfig) -> Lowe
         PassError: A pass left a graph broken.
     """
     target = TARGETS[config.target]
-    normal, normalised = pipeline.run(model, NORMALISE)
+    normal, normalised = pipeline.run(model, target.normalise)
     check_sound(normal, checkpoint.name, checkpoint.layers)
-    common, fused = pipeline.run(normal, target.common[len(NORMALISE) :])
+    common, fused = pipeline.run(normal, target.fuse)
     left = [refusal.reason for done in fused if done.name == "expand_attention" for refusal in done.refusals]
     if left:
         raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {left[0]}")

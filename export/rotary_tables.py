@@ -13,11 +13,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from satchel.export.errors import ExportError
+
 
 @contextlib.contextmanager
 def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
     """Replace, for the time of the trace, each rotary module's forward by a look-up in its own table for positions 0 ..
     capacity - 1.
+
+    Raises:
+        ExportError: A rotary module does not give cosines and sines.
     """
     replaced: list[tuple[torch.nn.Module, list[str]]] = []
     try:
@@ -30,7 +35,8 @@ def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
                 or list(part.parameters())
             ):
                 continue
-            keys = sorted(part.rope_type) if isinstance(getattr(part, "rope_type", None), dict) else [None]
+            kinds: object = getattr(part, "rope_type", None)
+            keys = sorted(kinds) if isinstance(kinds, dict) else [None]
             names: list[str] = []
             replaced.append((part, names))
             positions = torch.arange(capacity)[None]
@@ -38,10 +44,15 @@ def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
                 extra = () if key is None else (key,)
                 with torch.no_grad():
                     tables = forward(torch.zeros(1, dtype=torch.float32), positions, *extra)
+                if not isinstance(tables, tuple) or len(tables) != 2:
+                    raise ExportError(
+                        f"{type(part).__name__}: it gives no tables of cosines and sines (complex rotations, or none); "
+                        "this family is not supported"
+                    )
                 for kind, table in zip(("cos", "sin"), tables, strict=True):
                     names.append(_table_name(kind, key))
                     part.register_buffer(names[-1], table[0].float().contiguous(), persistent=False)
-            part.forward = _look_up(part)  # type: ignore[method-assign]
+            part.forward = _look_up(part)
         yield
     finally:
         for part, names in replaced:

@@ -152,7 +152,8 @@ class _ProtocolWrapper(torch.nn.Module):
         ) -> torch.Tensor:  # fmt: skip
             scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
             out = torch.ops.satchel.attention(query, key, value, next(layers), scale, window or 0, softcap or 0.0)
-            return out.transpose(1, 2)
+            spread: torch.Tensor = out.transpose(1, 2)
+            return spread
 
         logits: torch.Tensor = self.module(input_ids, position_ids, attention)
         return logits

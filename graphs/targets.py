@@ -78,13 +78,15 @@ class Target:
     """The passes of one target.
 
     Attributes:
-        common: Run once on the traced graph.
+        normalise: Run first; what they leave is checked for soundness.
+        fuse: Run once on the normalised graph.
         phases: Run on a copy for each phase.
         precisions: Run last on each phase, by name of the precision.
         session: Session configuration entries that the runner sets for each phase's graph.
     """
 
-    common: tuple[Step, ...]
+    normalise: tuple[Step, ...]
+    fuse: tuple[Step, ...]
     phases: Mapping[str, tuple[Step, ...]]
     precisions: Mapping[str, tuple[Step, ...]]
     session: Mapping[str, str]
@@ -92,7 +94,8 @@ class Target:
 
 TARGETS: Mapping[str, Target] = {
     "cpu": Target(
-        common=NORMALISE + FUSE,
+        normalise=NORMALISE,
+        fuse=FUSE,
         phases=PHASE_STEPS,
         precisions={"fp32": FINISH, "fp16": (*FINISH, Step(store_float16, after=("remove_dead",)))},
         # Packed copies of float weights cost their size again in each session; mapped ones are shared by all.

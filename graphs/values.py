@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -77,7 +78,7 @@ def split_operand(node: ir.Node, wanted: str) -> tuple[ir.Node, ir.Value] | None
     return None
 
 
-def attributes(node: ir.Node, **defaults: object) -> dict[str, object]:
+def attributes(node: ir.Node, **defaults: Any) -> dict[str, Any]:
     """The node's attributes over their defaults.
 
     Raises:
@@ -102,6 +103,18 @@ def last_dim(value: ir.Value | None) -> int | None:
     return shape[-1] if shape and isinstance(shape[-1], int) else None
 
 
+def heads_of(value: ir.Value | None) -> tuple[int, int]:
+    """(heads, head_dim) of a tensor [batch, heads, new, head_dim].
+
+    Raises:
+        Refused: One of them is not known.
+    """
+    match dims(value):
+        case [_, int(heads), _, int(head_dim)]:
+            return heads, head_dim
+    raise Refused("the number or width of its heads is not known")
+
+
 def rank(value: ir.Value | None) -> int | None:
     """The number of dimensions where it is known."""
     return None if value is None or value.shape is None else len(value.shape)
@@ -113,8 +126,6 @@ class Builder:
     def __init__(self, model: ir.Model, before: ir.Node | None = None) -> None:
         self.graph = model.graph
         self.before = before
-        if MICROSOFT not in model.opset_imports:
-            model.opset_imports[MICROSOFT] = 1
 
     def node(
         self,
@@ -123,13 +134,14 @@ class Builder:
         name: str,
         domain: str = "",
         outputs: int = 1,
-        **attributes: object,
+        **attributes: Any,
     ) -> ir.Node:
         """A new node called `name`, inserted before `self.before` (at the end without one); its first output takes the
         same name.
         """
-        attrs: Mapping[str, object] = {k: v for k, v in attributes.items() if v is not None}
-        node = ir.node(op_type, list(inputs), attributes=dict(attrs), domain=domain, num_outputs=outputs, name=name)  # type: ignore[arg-type]
+        attrs: Mapping[str, Any] = {k: v for k, v in attributes.items() if v is not None}
+        self.graph.opset_imports.setdefault(domain, 1)
+        node = ir.node(op_type, list(inputs), attributes=dict(attrs), domain=domain, num_outputs=outputs, name=name)
         for index, output in enumerate(node.outputs):
             output.name = name if index == 0 else f"{name}.{index}"
         if self.before is None:
@@ -145,7 +157,7 @@ class Builder:
         name: str,
         like: ir.Value | None = None,
         domain: str = "",
-        **attributes: object,
+        **attributes: Any,
     ) -> ir.Value:
         """The only output of a new node, with the dtype and shape of `like` if given."""
         output = self.node(op_type, inputs, name, domain, **attributes).outputs[0]
@@ -178,7 +190,9 @@ class Builder:
         there = self.graph.initializers.get(name)
         if there is not None:
             raise ValueError(f"an initialiser called {name} is there already")
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 

@@ -23,15 +23,15 @@ def verify(model: ir.Model) -> None:
     names: set[str] = set()
     for value in known:
         _take_name(value, names)
-    for value in graph.initializers.values():
-        if value.const_value is None:
-            raise PassError(f"initialiser {value.name} has no value")
+    for initializer in graph.initializers.values():
+        if initializer.const_value is None:
+            raise PassError(f"initialiser {initializer.name} has no value")
     for node in graph:
         if node.domain not in model.opset_imports:
             raise PassError(f"node {node.name} is of domain {node.domain!r}, which the model does not import")
-        for value in node.inputs:
-            if value is not None and value not in known:
-                raise PassError(f"node {node.name} ({node.op_type}) reads {value.name}, which nothing before it makes")
+        for read in node.inputs:
+            if read is not None and read not in known:
+                raise PassError(f"node {node.name} ({node.op_type}) reads {read.name}, which nothing before it makes")
         for value in node.outputs:
             if value.name == "" and not value.uses():
                 continue  # an optional output that is not asked for

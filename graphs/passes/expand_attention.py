@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs import signature
 from satchel.graphs.contract import Refused, Report, graph_pass
-from satchel.graphs.values import INTERNAL, Builder, attributes, dims, nodes, replace
+from satchel.graphs.values import INTERNAL, Builder, attributes, heads_of, nodes, replace
 
 
 @graph_pass
@@ -25,19 +27,16 @@ def expand_attention(model: ir.Model, report: Report) -> None:
     for node in nodes(model, "Attention", INTERNAL):
         try:
             options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
-            sizes = [dims(v) for v in node.inputs]
-            if any(s is None or not isinstance(s[1], int) or not isinstance(s[3], int) for s in sizes):
-                raise Refused("the number or width of its heads is not known")
+            _, (kv_heads, key_dim), (_, value_dim) = map(heads_of, node.inputs)
         except Refused as refusal:
             report.refuse(node, str(refusal))
             continue
-        _, key_size, value_size = sizes
-        _rewrite(model, node, options, (key_size[1], key_size[3], value_size[3]))  # type: ignore[index, arg-type]
+        _rewrite(model, node, options, (kv_heads, key_dim, value_dim))
         report.count += 1
 
 
-def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, object], sizes: tuple[int, int, int]) -> None:
-    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"  # type: ignore[call-overload]
+def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
     query, key, value = node.inputs
     past = signature.add_cache(model, index, sizes)
     first = _first_positions(model)
@@ -45,7 +44,7 @@ def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, object], sizes: 
         builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
         for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
     )
-    mask = _mask(model, node, int(options["window"]))  # type: ignore[call-overload]
+    mask = _mask(model, node, int(options["window"]))
     mixed = builder.value(
         "Attention", [query, *present, mask], name, scale=options["scale"], softcap=options["softcap"]
     )

@@ -15,7 +15,7 @@ Arrays = Sequence[np.ndarray]
 
 
 def _cast(node: ir.Node, inputs: Arrays) -> np.ndarray:
-    to = ir.DataType(int(attributes(node, to=1, saturate=1)["to"]))  # type: ignore[call-overload]
+    to = ir.DataType(int(attributes(node, to=1, saturate=1)["to"]))
     return inputs[0].astype(to.numpy())
 
 
@@ -48,7 +48,7 @@ def _squeeze(node: ir.Node, inputs: Arrays) -> np.ndarray:
 
 def _transpose(node: ir.Node, inputs: Arrays) -> np.ndarray:
     perm = attributes(node, perm=None)["perm"]
-    return np.transpose(inputs[0], perm)  # type: ignore[arg-type]
+    return np.transpose(inputs[0], perm)
 
 
 def _elementwise(function: Callable[..., np.ndarray]) -> Callable[[ir.Node, Arrays], np.ndarray]:
@@ -61,9 +61,9 @@ def _elementwise(function: Callable[..., np.ndarray]) -> Callable[[ir.Node, Arra
 
 def _divide(dividend: np.ndarray, divisor: np.ndarray) -> np.ndarray:
     if dividend.dtype.kind not in "iu":
-        return dividend / divisor
-    floor = dividend // divisor  # ONNX rounds towards zero
-    return floor + ((dividend % divisor != 0) & ((dividend < 0) != (divisor < 0)))
+        return np.asarray(dividend / divisor)
+    inexact_negative = (dividend % divisor != 0) & ((dividend < 0) != (divisor < 0))
+    return np.asarray(dividend // divisor + inexact_negative)  # ONNX rounds towards zero
 
 
 EVALUATORS: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {
@@ -74,8 +74,8 @@ EVALUATORS: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Identity": lambda node, inputs: inputs[0],
-    "Concat": lambda node, inputs: np.concatenate(inputs, axis=int(attributes(node, axis=None)["axis"])),  # type: ignore[call-overload]
-    "Gather": lambda node, inputs: np.take(inputs[0], inputs[1], axis=int(attributes(node, axis=0)["axis"])),  # type: ignore[call-overload]
+    "Concat": lambda node, inputs: np.concatenate(inputs, axis=int(attributes(node, axis=None)["axis"])),
+    "Gather": lambda node, inputs: np.take(inputs[0], inputs[1], axis=int(attributes(node, axis=0)["axis"])),
     "Add": _elementwise(np.add),
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),

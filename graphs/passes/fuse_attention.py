@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs import signature
 from satchel.graphs.contract import Refused, Report, graph_pass
-from satchel.graphs.values import INTERNAL, MICROSOFT, Builder, attributes, dims, last_dim, nodes, producer, replace
+from satchel.graphs.values import (
+    INTERNAL,
+    MICROSOFT,
+    Builder,
+    attributes,
+    dims,
+    heads_of,
+    last_dim,
+    nodes,
+    producer,
+    replace,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +71,12 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
 
 def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
     query, key, value = (v for v in node.inputs if v is not None)
-    sizes = [dims(v) for v in (query, key, value)]
-    if any(s is None or len(s) != 4 or not isinstance(s[1], int) or not isinstance(s[3], int) for s in sizes):
-        raise Refused("the number or width of its heads is not known")
-    (heads, head_dim), (kv_heads, key_dim), (value_heads, value_dim) = [(s[1], s[3]) for s in sizes if s is not None]
+    (heads, head_dim), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, (query, key, value))
     if key_dim != value_dim:
         raise Refused(f"keys are {key_dim} wide and values {value_dim}: GroupQueryAttention wants them alike")
-    if heads % kv_heads or kv_heads != value_heads:  # type: ignore[operator]
+    if heads % kv_heads or kv_heads != value_heads:
         raise Refused(f"{heads} query heads cannot be shared out over {kv_heads} key and {value_heads} value heads")
-    layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim)  # type: ignore[arg-type]
+    layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim)
     try:
         return _with_rotation(model, layer)
     except Refused as refusal:
@@ -101,8 +111,8 @@ def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
     )
 
 
-def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, object]) -> None:
-    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"  # type: ignore[call-overload]
+def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, Any]) -> None:
+    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
     flat = [
         _flat(builder, value, f"{name}.{part}")
         for part, value in (("query", layer.query), ("key", layer.key), ("value", layer.value))
@@ -138,12 +148,15 @@ def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
         spread = transpose.inputs[0]
     else:
         spread = builder.value("Transpose", [value], f"{name}.by_token", perm=[0, 2, 1, 3])
-        spread.shape, spread.type = ir.Shape([value.shape[i] for i in (0, 2, 1, 3)]), value.type  # type: ignore[index]
-    batch, new, heads, head_dim = spread.shape.dims  # type: ignore[union-attr]
-    width = int(heads) * int(head_dim)  # type: ignore[arg-type]
+        batch, heads, new, head_dim = dims(value) or []
+        spread.shape, spread.type = ir.Shape([batch, new, heads, head_dim]), value.type
+    batch, _, new, _ = dims(value) or []
+    width = math.prod(heads_of(value))
     reshape = producer(spread, "Reshape")
-    if reshape is not None and dims(reshape.inputs[0]) == dims(ir.Value(shape=ir.Shape([batch, new, width]))):
-        return reshape.inputs[0]  # type: ignore[return-value]
+    if reshape is not None and dims(reshape.inputs[0]) == [batch, new, width]:
+        flat = reshape.inputs[0]
+        if flat is not None:
+            return flat
     shape = builder.constant(np.asarray([0, 0, width], np.int64), f"shape.0_0_{width}")
     flat = builder.value("Reshape", [spread, shape], f"{name}.flat")
     flat.shape, flat.type = ir.Shape([batch, new, width]), value.type

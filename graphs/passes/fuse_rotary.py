@@ -179,9 +179,9 @@ def _rewrite(model: ir.Model, rotation: Rotation) -> None:
     shape = dims(rotation.x)
     if end is None or shape is None or len(shape) != 4:
         raise Refused("the rotated value is not [batch, heads, sequence, head_dim]")
-    builder = Builder(model, end)
     halves = [(_cache_name(table, rotation), table) for table in (rotation.cos, rotation.sin)]
     missing = {name: _half(table, rotation) for name, table in halves if name not in model.graph.initializers}
+    builder = Builder(model, end)
     for name, half in missing.items():
         builder.initializer(from_array(name, half))
     caches = [model.graph.initializers[name] for name, _ in halves]

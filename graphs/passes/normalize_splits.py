@@ -26,7 +26,7 @@ def normalize_splits(model: ir.Model, report: Report) -> None:
 
 
 def _rewrite(model: ir.Model, node: ir.Node) -> None:
-    axis = int(attributes(node, axis=0, keepdims=1)["axis"])  # type: ignore[call-overload]
+    axis = int(attributes(node, axis=0, keepdims=1)["axis"])
     sizes = _sizes(node, axis)
     readers = [use.node for use in node.outputs[0].uses()]
     parts = [constant(reader.inputs[1]) if reader.op_type == "SequenceAt" else None for reader in readers]

@@ -45,14 +45,14 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
         attributes = _attributes_key(node)
         if attributes is None or node.op_type in RANDOM:
             continue
-        key = (
+        node_key = (
             node.domain,
             node.op_type,
             attributes,
             tuple(id(v) if v is not None else None for v in node.inputs),
             len(node.outputs),
         )
-        first_node = seen.setdefault(key, node)
+        first_node = seen.setdefault(node_key, node)
         if first_node is node or any(o.is_graph_output() for o in node.outputs):
             continue
         for old, new in zip(node.outputs, first_node.outputs, strict=True):
