@@ -24,8 +24,7 @@ def selftest(folder: Path) -> None:
     """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
 
     The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
-    score graph.
-    One graph is open at a time: the weights that they share are then in memory once.
+    score graph. One graph is open at a time, with as little memory as will do.
 
     Raises:
         BundleError: They do not, or the logits are not finite.
@@ -67,7 +66,7 @@ def _run(
     """The last token's logits [vocabulary] and the cache after `ids` [1, sequence] on top of `past` positions of
     `cache`.
     """
-    session = open_session(bundle, phase, SessionSettings())
+    session = open_session(bundle, phase, SessionSettings(lean=True))
     mask = np.ones((1, past + ids.shape[1]), np.int64)
     names = [output.name for output in session.get_outputs()]
     values = dict(zip(names, session.run(None, {"input_ids": ids, "attention_mask": mask, **cache}), strict=True))

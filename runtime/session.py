@@ -61,11 +61,17 @@ _process_pool: int | None = None
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """What the user chooses about sessions. `threads` None means one per physical core that this process may use."""
+    """What the user chooses about sessions.
+
+    `threads` None means one per physical core that this process may use. `lean` keeps weights as they are stored and
+    frees each result when it is read: the memory in use does not grow with the model, but every run expands float16
+    weights anew.
+    """
 
     provider: str = PROVIDER
     threads: int | None = None
     verbose: bool = False
+    lean: bool = False
 
 
 def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
@@ -78,7 +84,10 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     options = _session_options(bundle, phase, settings)
     provider = _provider(settings.provider)
     try:
-        session = ort.InferenceSession(path, options, providers=[provider], enable_fallback=0)
+        disabled = ["ConstantFolding"] if settings.lean else []
+        session = ort.InferenceSession(
+            path, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
+        )
     except ORT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise BundleError(
@@ -129,6 +138,9 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         _check_threads(options.intra_op_num_threads)
         # Threads that spin on when a run ends take the cores from the other phase's session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if settings.lean:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     for key, value in bundle.manifest.graph(phase).session.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
