@@ -141,6 +141,8 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
     if settings.lean:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+        # The default order runs all that depends on weights alone first, and keeps it.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     for key, value in bundle.manifest.graph(phase).session.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
