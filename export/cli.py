@@ -1,4 +1,4 @@
-"""`satchel export`: flags -> ExportConfig -> export_bundle. Standard library only until it runs."""
+"""`satchel export`: flags -> ExportConfig -> export_bundle. Loads nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+
+from satchel.export.config import DEFAULT_CONTEXT, PRECISIONS, TARGETS, ExportConfig
 
 EXAMPLE = """\
 example:
@@ -26,16 +28,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a GGUF file, or file.py:factory"
     )
     parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--precision", default="fp32", metavar="P", help="fp32 (default) or fp16")
+    parser.add_argument(
+        "--precision",
+        metavar="P",
+        default=ExportConfig.precision,
+        help=f"how weights are stored: {' or '.join(PRECISIONS)} (default %(default)s)",
+    )
     parser.add_argument(
         "--max-context",
-        type=int,
         metavar="N",
-        help="positions that the bundle allows (default: the model's, at most 4096)",
+        type=int,
+        default=ExportConfig.max_context,
+        help=f"positions that the bundle allows (default: the model's, at most {DEFAULT_CONTEXT})",
     )
-    parser.add_argument("--target", default="cpu", metavar="T", help="what the graphs are made for: cpu (default)")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="a tokenizer.json, SentencePiece .model or folder to use"
+        "--target",
+        metavar="T",
+        default=ExportConfig.target,
+        help=f"what the graphs are made for: {' or '.join(TARGETS)} (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", type=Path, help="a tokenizer.json, SentencePiece .model or folder to use"
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
@@ -45,7 +58,6 @@ def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for what the user has to mend."""
     signal.signal(signal.SIGTERM, _terminate)
     from satchel.export.compile import export_bundle
-    from satchel.export.config import ExportConfig
 
     config = ExportConfig(
         output=args.output, precision=args.precision, max_context=args.max_context, target=args.target,

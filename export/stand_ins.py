@@ -115,7 +115,7 @@ def _experts(
     """The experts function that `transformers` calls: [tokens, hidden] and the chosen experts' indices and weights
     [tokens, k] -> [tokens, hidden].
     """
-    where = type(module).__name__
+    where, activation = type(module).__name__, getattr(module, "act_fn", None)
     beyond = {
         "biases": module.has_bias,
         "transposed weights": module.is_transposed,
@@ -124,8 +124,8 @@ def _experts(
         "a norm after each expert": module.has_post_expert_norm,
         "a gate of its own": "_apply_gate" in type(module).__dict__
         and type(module)._apply_gate.__name__ != "_default_apply_gate",
-        f"the activation {type(module.act_fn).__name__}": not isinstance(module.act_fn, torch.nn.SiLU)
-        and type(module.act_fn).__name__ != "SiLUActivation",
+        f"the activation {type(activation).__name__}": not isinstance(activation, torch.nn.SiLU)
+        and type(activation).__name__ != "SiLUActivation",
     }
     found = [feature for feature, there in beyond.items() if there]
     if found:

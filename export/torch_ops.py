@@ -65,6 +65,7 @@ def _operator(
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
+_STANDARD = onnxscript.opset18
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
 _ATTENTION = _operator(
     "Attention",
@@ -86,7 +87,17 @@ def _translate_experts(hidden: Any, index: Any, weights: Any, gate_up: Any, down
     return _EXPERTS(hidden, index, weights, gate_up, down)
 
 
+def _translate_repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
+    """Each channel `repeats` times, as a look-up: the usual way by Expand leaves values of unknown shape behind."""
+    size = None if dim is None or x.shape is None else x.shape[dim]
+    if not isinstance(size, int):
+        raise NotImplementedError("repeat_interleave along an axis of unknown size")
+    index = [channel for channel in range(size) for _ in range(repeats)]
+    return _STANDARD.Gather(x, _STANDARD.Constant(value_ints=index), axis=dim)
+
+
 TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.repeat_interleave.self_int: _translate_repeat_interleave,
     torch.ops.satchel.attention.default: _translate_attention,
     torch.ops.satchel.experts.default: _translate_experts,
 }

@@ -78,7 +78,9 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
             ValueError,
             AttributeError,
             NotImplementedError,
-            KeyError,
+            AssertionError,
+            LookupError,
+            ArithmeticError,
             torch.onnx.OnnxExporterError,
         ) as error:
             raise ExportError(f"{name}: torch cannot trace this model: {_root_cause(error)}") from error

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from satchel.export.errors import ExportError
+from satchel.export.families import check_family
 
 _MESSAGE_LENGTH = 300
 
@@ -55,8 +56,9 @@ def build_structure(config: PreTrainedConfig, implementations: Implementations, 
 
 
 def check_decoder(config: PreTrainedConfig, source: str) -> None:
-    """Refuse, by name, a config that is not that of a decoder-only text model."""
+    """Refuse, by name, a config that is not that of a decoder-only text model, or is of a family known not to work."""
     model_type = config.model_type
+    check_family(model_type, source)
     if config.is_encoder_decoder:
         raise ExportError(
             f"{source}: {model_type} is an encoder-decoder model; satchel exports decoder-only language models"
