@@ -34,7 +34,7 @@ def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model
             continue
         lazy = weights.get(key)
         if lazy is None and key in trace.constants:
-            lazy = from_array(key, trace.constants[key])
+            lazy = from_array(key, trace.constants[key], computed=True)
         if lazy is None:
             raise ExportError(f"{name}: the model reads the tensor {key}, which the checkpoint does not hold")
         wanted = tuple(value.shape.numpy()) if value.shape is not None else lazy.dims
@@ -42,7 +42,7 @@ def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model
             raise ExportError(f"{name}: tensor {key} is {list(lazy.dims)}, and the model wants {list(wanted)}")
         model.graph.initializers.pop(str(value.name))
         value.name = key
-        value.const_value = LazyWeight(key, lazy.dims, lazy.dtype, lazy.rows, lazy.columns)
+        value.const_value = LazyWeight(key, lazy.dims, lazy.dtype, lazy.rows, lazy.columns, computed=lazy.computed)
         value.dtype = lazy.dtype
         model.graph.initializers[key] = value
     return model

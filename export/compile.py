@@ -57,8 +57,8 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     )
     if checkpoint.kind != "module" and checkpoint.model_type not in PASSED:
         stages.say(
-            f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested on:"
-            " compare the bundle's answers with the original's"
+            f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested "
+            "on: compare the bundle's answers with the original's"
         )
     check_disk(needed, config.output)
     with stages.stage("tracing the model"):

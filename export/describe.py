@@ -103,5 +103,11 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _graph_spec(phase: str, model: ir.Model, config: ExportConfig) -> GraphSpec:
-    session = dict(TARGETS[config.target].session)
-    return GraphSpec(f"{phase}.onnx", session, tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs))
+    session = TARGETS[config.target].sessions[phase]
+    return GraphSpec(
+        file=f"{phase}.onnx",
+        session=dict(session.config),
+        session_of=session.of,
+        inputs=tensor_specs(model.graph.inputs),
+        outputs=tensor_specs(model.graph.outputs),
+    )

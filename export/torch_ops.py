@@ -65,7 +65,7 @@ def _operator(
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
-_STANDARD = onnxscript.opset18
+_STANDARD: Any = onnxscript.opset18
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
 _ATTENTION = _operator(
     "Attention",

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import Refused
-from satchel.graphs.values import Builder, only_user, producer, rank, replace, weight
+from satchel.graphs.values import Builder, last_dim, only_user, producer, rank, replace, weight
 from satchel.graphs.weights import LazyWeight, concatenated
 
 
@@ -42,7 +42,8 @@ def product(value: ir.Value | None) -> Product | None:
                 and only_user(inner.outputs[0]) is add
             ):
                 found = product(inner.outputs[0])
-                return dataclasses.replace(found, bias=weight(bias), value=value) if found else None
+                whole = found is not None and last_dim(bias) == found.width
+                return dataclasses.replace(found, bias=weight(bias), value=value) if found and whole else None
         return None
     node = producer(value, "MatMul")
     matrix = weight(node.inputs[1]) if node is not None else None
@@ -64,6 +65,8 @@ def pack(model: ir.Model, products: Sequence[Product], name: str, before: ir.Nod
     if biases and len(biases) != len(products):
         raise Refused("some of the products have a bias and some have none")
     path = ".".join([*_common_parts([p.matrix.name for p in products]), name])
+    if f"{path}.weight.T" in model.graph.initializers:
+        raise Refused(f"{path}.weight.T is there already: the layers share their weights")
     builder = Builder(model, before)
     matrix = builder.initializer(concatenated([p.matrix for p in products], 1, f"{path}.weight.T"))
     packed = builder.value("MatMul", [first.x, matrix], path)

@@ -27,6 +27,7 @@ from satchel.graphs.passes.single_token import single_token
 from satchel.graphs.passes.sink_transposes import sink_transposes
 from satchel.graphs.passes.slice_last_logits import slice_last_logits
 from satchel.graphs.passes.store_float16 import store_float16
+from satchel.graphs.passes.stream_tied_head import stream_tied_head
 from satchel.graphs.pipeline import Step
 
 PHASES = ("prefill", "decode", "score")
@@ -64,13 +65,28 @@ FUSE = (
 PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     "prefill": (
         Step(slice_last_logits),
-        Step(fuse_skip_norms, after=("slice_last_logits",)),
-    ),  # the slice looks for the plain norm
-    "decode": (Step(single_token), Step(fuse_skip_norms)),
+        Step(stream_tied_head, after=("slice_last_logits",)),
+        Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
+    ),
+    "decode": (Step(single_token), Step(stream_tied_head, after=("single_token",)), Step(fuse_skip_norms)),
     "score": (Step(fuse_skip_norms),),
 }
 
 FINISH = (Step(remove_duplicates), Step(remove_dead))
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How the runner opens a graph.
+
+    Attributes:
+        config: Session configuration entries.
+        of: The phase whose session runs this phase too, where their kernels and weights are the same; None for a
+            session of its own.
+    """
+
+    config: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    of: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +98,14 @@ class Target:
         fuse: Run once on the normalised graph.
         phases: Run on a copy for each phase.
         precisions: Run last on each phase, by name of the precision.
-        session: Session configuration entries that the runner sets for each phase's graph.
+        sessions: How the runner opens each phase's graph.
     """
 
     normalise: tuple[Step, ...]
     fuse: tuple[Step, ...]
     phases: Mapping[str, tuple[Step, ...]]
     precisions: Mapping[str, tuple[Step, ...]]
-    session: Mapping[str, str]
+    sessions: Mapping[str, Session]
 
 
 TARGETS: Mapping[str, Target] = {
@@ -98,7 +114,12 @@ TARGETS: Mapping[str, Target] = {
         fuse=FUSE,
         phases=PHASE_STEPS,
         precisions={"fp32": FINISH, "fp16": (*FINISH, Step(store_float16, after=("remove_dead",)))},
-        # Packed copies of float weights cost their size again in each session; mapped ones are shared by all.
-        session={"session.disable_prepacking": "1"},
+        # In float both phases have the same kernels: one session packs the weights once for both. Scoring is rare, and
+        # reads them as they are mapped.
+        sessions={
+            "prefill": Session(),
+            "decode": Session(of="prefill"),
+            "score": Session({"session.disable_prepacking": "1"}),
+        },
     ),
 }

@@ -166,11 +166,13 @@ class Builder:
         return output
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
-        """An initialiser with these values; an equal one of the same name is used again.
+        """An initialiser `const/name` with these values; one that is there already is used again. No checkpoint's names
+        have a slash.
 
         Raises:
-            ValueError: Another initialiser has the name.
+            ValueError: It is there with other values.
         """
+        name = f"const/{name}"
         there = self.graph.initializers.get(name)
         if there is not None:
             known = constant(there)

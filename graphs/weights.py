@@ -31,17 +31,20 @@ class LazyWeight(ir.TensorProtocol):
         rows: `rows(start, stop)` returns `tensor[start:stop]` along the first axis as a numpy array.
         columns: `columns(start, stop)` returns `tensor[:, start:stop]`; given where that costs less than reading all
             rows.
+        computed: True for what no checkpoint holds (rotary tables, folded constants): stored as it is in any precision.
     """
 
     def __init__(
-        self, name: str, shape: Sequence[int], dtype: ir.DataType, rows: Rows, columns: Rows | None = None
-    ) -> None:
+        self, name: str, shape: Sequence[int], dtype: ir.DataType, rows: Rows, columns: Rows | None = None,
+        *, computed: bool = False,
+    ) -> None:  # fmt: skip
         self.name = name
         self.shape = ir.Shape(shape, frozen=True)
         self.dtype = dtype
         self.doc_string = None
         self.metadata_props: dict[str, str] = {}
         self.meta: dict[str, object] = {}
+        self.computed = computed
         self._rows = rows
         self._columns = columns
 
@@ -110,12 +113,13 @@ class LazyWeight(ir.TensorProtocol):
         return f"LazyWeight({self.name}, {self.dims}, {self.dtype})"
 
 
-def from_array(name: str, array: np.ndarray) -> LazyWeight:
+def from_array(name: str, array: np.ndarray, *, computed: bool = False) -> LazyWeight:
     """A weight that is in memory (or mapped) already."""
     array = np.asarray(array)
     shaped = array.reshape(1) if array.ndim == 0 else array
     columns: Rows | None = (lambda a, b: shaped[:, a:b]) if array.ndim > 1 else None
-    return LazyWeight(name, array.shape, ir.DataType.from_numpy(array.dtype), lambda a, b: shaped[a:b], columns)
+    dtype = ir.DataType.from_numpy(array.dtype)
+    return LazyWeight(name, array.shape, dtype, lambda a, b: shaped[a:b], columns, computed=computed)
 
 
 def transposed(weight: LazyWeight, name: str) -> LazyWeight:
@@ -148,7 +152,7 @@ def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWei
             if low < high:
                 parts.append(weight.rows(low, high))
             offset += weight.row_count
-        return np.concatenate(parts)
+        return np.concatenate(parts) if parts else first.rows(0, 0)
 
     columns: Rows | None = None
     if len(shape) > 1:

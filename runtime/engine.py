@@ -48,13 +48,17 @@ class Engine:
     """The sessions of one bundle. Threads may share it, each with states of its own."""
 
     def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
-        """Open the prefill and the decode graph. Raises BundleError and ProviderError."""
+        """Open the prefill and the decode graph, in one session where the manifest says so.
+
+        Raises BundleError and ProviderError.
+        """
         self.bundle = bundle
         self.vocabulary = bundle.manifest.model.vocab_size
         self.max_context = bundle.manifest.model.max_context
         self._settings = settings
         self._prefill = open_session(bundle, "prefill", settings)
-        self._decode = open_session(bundle, "decode", settings)
+        shared = bundle.manifest.graph("decode").session_of == "prefill"
+        self._decode = self._prefill if shared else open_session(bundle, "decode", settings)
         self._score: ort.InferenceSession | None = None
         self._score_lock = threading.Lock()
 

@@ -71,10 +71,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph: its file in the bundle, session configuration entries for ONNX Runtime, and its signature."""
+    """One graph: its file in the bundle, session configuration entries for ONNX Runtime, and its signature.
+
+    `session_of` names the graph whose session runs this phase too, so that weights are in memory once; None means a
+    session of its own. The prefill graph takes any number of tokens, and so can run the decode phase.
+    """
 
     file: str
     session: dict[str, str]
+    session_of: str | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -206,6 +211,8 @@ def _check_graph(manifest: Manifest, phase: str) -> None:
     for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         for index, tensor in enumerate(tensors):
             _check_one_of(tensor.dtype, f"{key}.{side}[{index}].dtype", DTYPES)
+    shareable = (None, "prefill") if phase == "decode" else (None,)
+    _check(graph.session_of in shareable, f"{key}.session_of", graph.session_of, f"one of {shareable}")
     layers = manifest.kv_cache.layers
     wanted = {"input_ids", "attention_mask", *(name for layer in layers for name in (layer.past_key, layer.past_value))}
     found = {tensor.name for tensor in graph.inputs}

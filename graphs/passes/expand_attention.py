@@ -21,13 +21,17 @@ def expand_attention(model: ir.Model, report: Report) -> None:
     after:  key, value, past_key_values.N -> TensorScatter at the first new position -> present.N
             query, present.N, mask [batch, 1, new, capacity] -> Attention(scale, softcap) -> Transpose -> [batch, new,
             heads, value_dim]
-    refuses when: the number or width of the heads is not known, or an attribute is not known. Such a model cannot be
-    exported.
+    refuses when: the number or width of the heads is not known, the heads do not divide, or an attribute is not known.
+    Such a model cannot be exported.
     """
     for node in nodes(model, "Attention", INTERNAL):
         try:
             options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
-            _, (kv_heads, key_dim), (_, value_dim) = map(heads_of, node.inputs)
+            (heads, _), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, node.inputs)
+            if heads % kv_heads or kv_heads != value_heads:
+                raise Refused(
+                    f"{heads} query heads cannot be shared out over {kv_heads} key, {value_heads} value heads"
+                )
         except Refused as refusal:
             report.refuse(node, str(refusal))
             continue

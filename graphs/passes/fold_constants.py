@@ -32,7 +32,7 @@ def _slice(node: ir.Node, inputs: Arrays) -> np.ndarray:
     steps = rest[1] if len(rest) > 1 else np.ones(len(starts), np.int64)
     index = [slice(None)] * data.ndim
     for axis, start, end, step in zip(axes.tolist(), starts.tolist(), ends.tolist(), steps.tolist(), strict=True):
-        index[axis] = slice(start, None if step < 0 and end < -data.shape[axis] else end, step)
+        index[axis] = slice(start, end, step)
     return data[tuple(index)]
 
 
@@ -132,7 +132,7 @@ def _put(model: ir.Model, node: ir.Node, array: np.ndarray) -> None:
     (output,) = node.outputs
     floats = array.dtype.kind == "f" and array.size > 1
     tensor: ir.TensorProtocol = (
-        from_array(str(output.name), array)
+        from_array(str(output.name), array, computed=True)
         if floats
         else ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=output.name)
     )

@@ -55,8 +55,8 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
     after:  query, key, value [batch, new, heads * head_dim], past_key_values.N -> GroupQueryAttention -> Reshape ->
             [batch, new, heads, head_dim]
                                                                              \\-> present.N
-    refuses when: keys and values differ in width, the heads do not divide, or a size is not known. expand_attention
-    takes those layers.
+    refuses when: keys and values differ in width, the width is no multiple of 8, the heads do not divide, or a size is
+    not known. expand_attention takes those layers.
     """
     for node in nodes(model, "Attention", INTERNAL):
         try:
@@ -76,6 +76,8 @@ def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
         raise Refused(f"keys are {key_dim} wide and values {value_dim}: GroupQueryAttention wants them alike")
     if heads % kv_heads or kv_heads != value_heads:
         raise Refused(f"{heads} query heads cannot be shared out over {kv_heads} key and {value_heads} value heads")
+    if head_dim % 8:
+        raise Refused(f"heads are {head_dim} channels wide: GroupQueryAttention wants a multiple of 8")
     layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim)
     try:
         return _with_rotation(model, layer)
@@ -91,7 +93,7 @@ def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
         Refused: The operator has no kernel for this width.
     """
     first, second = producer(layer.query, "RotaryEmbedding"), producer(layer.key, "RotaryEmbedding")
-    if first is None or second is None:
+    if first is None or second is None or len(first.inputs) < 4:
         return layer
     positions = signature.graph_input(model, signature.POSITION_IDS)
     if list(first.inputs[1:]) != list(second.inputs[1:]) or first.inputs[3] is not positions:
@@ -142,7 +144,7 @@ def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
     transpose = producer(value, "Transpose")
     if (
         transpose is not None
-        and list(transpose.attributes["perm"].value) == [0, 2, 1, 3]
+        and transpose.attributes.get_ints("perm") == (0, 2, 1, 3)
         and transpose.inputs[0] is not None
     ):
         spread = transpose.inputs[0]

@@ -72,7 +72,8 @@ def _fuse(model: ir.Model, reciprocal: ir.Node, report: Report) -> None:
             report.refuse(reciprocal, "the width of the norm is not known")
             return
         name = f"ones.{width}"
-        scale = model.graph.initializers.get(name) or builder.initializer(from_array(name, np.ones(width, np.float32)))
+        ones = from_array(name, np.ones(width, np.float32), computed=True)
+        scale = model.graph.initializers.get(name) or builder.initializer(ones)
     fused = builder.value(
         "RMSNormalization", [norm.x, scale], f"{norm.value.name}.norm", norm.value, axis=-1, epsilon=norm.epsilon
     )

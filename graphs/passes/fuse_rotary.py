@@ -165,8 +165,7 @@ def _widen(rotation: Rotation) -> Rotation:
         return rotation
     whole, first, rest = last_dim(source), _channels(rotation.x, source), _channels(joins[0].inputs[1], source)
     if (
-        joins[0].inputs[0] is not rotation.value
-        or joins[0].attributes["axis"].value not in (-1, 3)
+        joins[0].attributes["axis"].value not in (-1, 3)
         or whole is None
         or (first, rest) != (range(width or 0), range(width or 0, whole))
     ):
@@ -183,7 +182,7 @@ def _rewrite(model: ir.Model, rotation: Rotation) -> None:
     missing = {name: _half(table, rotation) for name, table in halves if name not in model.graph.initializers}
     builder = Builder(model, end)
     for name, half in missing.items():
-        builder.initializer(from_array(name, half))
+        builder.initializer(from_array(name, half, computed=True))
     caches = [model.graph.initializers[name] for name, _ in halves]
     partial = rotation.width if rotation.width != last_dim(rotation.x) else 0
     fused = builder.value(

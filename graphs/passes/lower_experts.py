@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import INTERNAL, MICROSOFT, Builder, nodes, replace, weight
+from satchel.graphs.contract import Refused, Report, graph_pass
+from satchel.graphs.values import INTERNAL, MICROSOFT, Builder, attributes, last_dim, nodes, replace, weight
 from satchel.graphs.weights import LazyWeight
 
 
@@ -20,13 +20,16 @@ def lower_experts(model: ir.Model, report: Report) -> None:
     MoE makes its weights itself, by softmax over the router's row, the best k of it, and scaling these to 1. Fed with
     the logarithm of the weights that the model
     chose, and minus infinity elsewhere, it comes back to these weights divided by their sum.
-    refuses when: the expert weights are not constants, or k is not known.
+    refuses when: the expert weights are not constants, k is not known, or an attribute is not known.
     """
     for node in nodes(model, "Experts", INTERNAL):
-        gate_up = weight(node.inputs[3])
-        k = node.inputs[1].shape[-1] if node.inputs[1] is not None and node.inputs[1].shape is not None else None
-        if gate_up is None or weight(node.inputs[4]) is None or not isinstance(k, int):
-            report.refuse(node, "the expert weights are not constants, or the number of experts per token is not known")
+        try:
+            attributes(node)
+            gate_up, k = weight(node.inputs[3]), last_dim(node.inputs[1])
+            if gate_up is None or weight(node.inputs[4]) is None or k is None:
+                raise Refused("the expert weights are not constants, or the number of experts per token is not known")
+        except Refused as refusal:
+            report.refuse(node, str(refusal))
             continue
         _lower(model, node, gate_up, k)
         report.count += 1

@@ -42,7 +42,7 @@ def _product_before(value: ir.Value | None) -> Product | None:
         node = value.producer()
         if found is not None or node is None or node.op_type not in PASS_THROUGH:
             return found
-        value = node.inputs[0]
+        value = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     return None
 
 

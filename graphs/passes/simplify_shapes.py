@@ -6,13 +6,13 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import Builder, constant, dims, nodes, replace
+from satchel.graphs.values import Builder, constant, dims, nodes, replace, weight
 
 
 @graph_pass
 def simplify_shapes(model: ir.Model, report: Report) -> None:
-    """Give each Reshape a constant target (0 keeps a dimension, one -1 is inferred) and drop each Expand that changes
-    nothing.
+    """Give each Reshape a constant target (0 keeps a dimension, one -1 is inferred), drop each Expand that changes
+    nothing, and note the shape of each product that the tracer left without one (where it adds a bias).
 
     before: x [batch, sequence, 64] -> Reshape(Concat(Shape(x)..., 4, 16)) -> y [batch, sequence, 4, 16]
     after:  x -> Reshape([0, 0, 4, 16]) -> y
@@ -33,6 +33,11 @@ def simplify_shapes(model: ir.Model, report: Report) -> None:
         before, after = dims(node.inputs[0]), dims(node.outputs[0])
         if before is not None and before == after and None not in before and node.inputs[0] is not None:
             replace(node.outputs[0], node.inputs[0])
+            report.count += 1
+    for node in nodes(model, "MatMul"):
+        x, matrix, product = node.inputs[0], weight(node.inputs[1]), node.outputs[0]
+        if product.shape is None and matrix is not None and len(matrix.dims) == 2 and x is not None and x.shape:
+            product.shape, product.type = ir.Shape([*x.shape[:-1], matrix.dims[1]]), x.type
             report.count += 1
 
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from satchel.graphs import signature
 from satchel.graphs.contract import Report, graph_pass
+from satchel.graphs.values import dims
 
 
 @graph_pass
@@ -14,14 +15,13 @@ def single_token(model: ir.Model, report: Report) -> None:
 
     before: input_ids [batch, sequence]      x [batch, sequence, hidden]
     after:  input_ids [batch, 1]             x [batch, 1, hidden]
-    refuses when: the sequence is fixed already (silently).
+    refuses when: the sequence is fixed already, or has no name (silently).
     """
-    ids = signature.graph_input(model, signature.INPUT_IDS)
-    name = ids.shape[1] if ids.shape is not None else None
-    if isinstance(name, int) or name is None:
+    _, name = dims(signature.graph_input(model, signature.INPUT_IDS)) or (None, None)
+    if not isinstance(name, str):
         return
-    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
-    for value in values:
-        if value.shape is not None and name in list(value.shape):
-            value.shape = ir.Shape([1 if d == name else d for d in value.shape])
+    for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
+        shape = dims(value)
+        if shape is not None and name in shape:
+            value.shape = ir.Shape([1 if d == name else d for d in shape])
     report.count += 1

@@ -21,16 +21,26 @@ def sink_transposes(model: ir.Model, report: Report) -> None:
     """
     for op_type in NORMS:
         for norm in nodes(model, op_type):
-            transpose = producer(norm.inputs[0], "Transpose")
-            if transpose is None or only_user(transpose.outputs[0]) is not norm or rank(norm.inputs[1]) != 1:
+            x, perm = _before_transposes(norm)
+            if x is norm.inputs[0] or rank(norm.inputs[1]) != 1:
                 continue
-            perm, x = list(transpose.attributes["perm"].value), transpose.inputs[0]
-            last = len(perm) - 1
-            axis = norm.attributes["axis"].value if "axis" in norm.attributes else -1
-            if perm[last] != last or axis not in (-1, last) or x is None:
+            if norm.attributes.get_int("axis", -1) not in (-1, len(perm) - 1):
                 continue
             builder, y = Builder(model, norm), norm.outputs[0]
-            options = {name: a.value for name, a in norm.attributes.items()}
+            options = {name: attribute.value for name, attribute in norm.attributes.items()}
             normed = builder.value(op_type, [x, *norm.inputs[1:]], f"{norm.name}.sunk", x, **options)
             replace(y, builder.value("Transpose", [normed], f"{norm.name}.moved", y, perm=perm))
             report.count += 1
+
+
+def _before_transposes(norm: ir.Node) -> tuple[ir.Value | None, list[int]]:
+    """(x, perm), where the norm reads Transpose(x, perm), of one or more Transposes that keep the last axis."""
+    value, reader = norm.inputs[0], norm
+    perm = list(range(rank(value) or 0))
+    while (transpose := producer(value, "Transpose")) is not None and only_user(transpose.outputs[0]) is reader:
+        moves = transpose.attributes.get_ints("perm")
+        if moves is None or moves[-1] != len(moves) - 1 or len(moves) != len(perm):
+            break
+        perm = [moves[axis] for axis in perm]
+        value, reader = transpose.inputs[0], transpose
+    return value, perm

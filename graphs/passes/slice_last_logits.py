@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from satchel.graphs import signature
 from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import MICROSOFT, Builder, constant, rank, weight
+from satchel.graphs.values import MICROSOFT, Builder, constant, only_user, rank, weight
 
 ROW_WISE_UNARY = {"Tanh", "Cast", "Neg", "Sigmoid", "Erf", "Identity"}
 ROW_WISE_WITH_CONSTANT = {"Add", "Sub", "Mul", "Div", "MatMul", "RMSNormalization", "LayerNormalization"}
@@ -25,7 +25,7 @@ def slice_last_logits(model: ir.Model, report: Report) -> None:
     (logits,) = [v for v in model.graph.outputs if v.name == signature.LOGITS]
     chain: list[ir.Node] = []
     value = logits
-    while (node := _row_wise(value)) is not None and (value is logits or len(value.uses()) == 1):
+    while (node := _row_wise(value)) is not None and (value is logits or only_user(value) is not None):
         chain.append(node)
         value = node.inputs[_data_input(node)]  # type: ignore[assignment]
     maker = value.producer()
@@ -54,12 +54,11 @@ def _row_wise(value: ir.Value) -> ir.Node | None:
     if node.op_type not in ROW_WISE_WITH_CONSTANT:
         return None
     others = [v for i, v in enumerate(node.inputs) if i != _data_input(node)]
-    fixed = all(
-        v is not None and (weight(v) is not None or constant(v) is not None) and (rank(v) or 0) <= 2 for v in others
-    )
-    if node.op_type in ("MatMul", "RMSNormalization", "LayerNormalization"):
-        return node if fixed and _data_input(node) == 0 else None
-    return node if fixed and all((rank(v) or 0) <= 1 for v in others) else None
+    highest = 2 if node.op_type == "MatMul" else 1
+    fixed = all((weight(v) is not None or constant(v) is not None) and (rank(v) or 0) <= highest for v in others)
+    ordered = node.op_type in ("MatMul", "RMSNormalization", "LayerNormalization")
+    over_rows = node.attributes.get_int("axis", -1) not in (-1, 2)
+    return node if fixed and not over_rows and not (ordered and _data_input(node) == 1) else None
 
 
 def _data_input(node: ir.Node) -> int:

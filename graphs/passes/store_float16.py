@@ -17,12 +17,12 @@ def store_float16(model: ir.Model, report: Report) -> None:
 
     before: W float32 -> MatMul              ids -> Gather(E float32) -> x
     after:  W float16 -> Cast -> MatMul      ids -> Gather(E float16) -> Cast -> x
-    refuses when: the weight has no dimensions (silently). Writing a weight fails if a value is beyond float16's
-    largest, 65,504.
+    refuses when: the weight has no dimensions, or no checkpoint holds it, as a rotary table (silently). Writing
+    fails if a value is beyond float16's largest, 65,504.
     """
     for value in list(model.graph.initializers.values()):
         lazy = weight(value)
-        if lazy is None or lazy.dtype != ir.DataType.FLOAT or not lazy.dims:
+        if lazy is None or lazy.computed or lazy.dtype != ir.DataType.FLOAT or not lazy.dims:
             continue
         _store(model, value, lazy)
         report.count += 1
@@ -34,7 +34,7 @@ def _store(model: ir.Model, value: ir.Value, lazy: LazyWeight) -> None:
         mapped(lazy, lambda array: _round(lazy.name, array), f"{lazy.name}.fp16", ir.DataType.FLOAT16)
     )
     for node in readers:
-        if node.op_type == "Gather" and node.inputs[0] is value:
+        if node.op_type == "Gather":
             node.replace_input_with(0, half)
             output = node.outputs[0]
             float32 = Builder(model, _first(model, output)).value(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from support.tiny_bundle import MAX_CONTEXT, VOCABULARY
+from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_manifest
 
+from satchel.runtime.bundle import open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 
@@ -149,3 +152,19 @@ def test_a_capacity_that_the_bundle_does_not_allow_is_refused(engine: Engine, ca
         PromptError, match=f"{capacity} positions is not possible: .* 1 to {MAX_CONTEXT}: ask for fewer"
     ):
         engine.new_state(capacity)
+
+
+def test_one_session_serves_both_phases_where_the_manifest_says_so(tiny: Path, tmp_path: Path, engine: Engine) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
+    document = read_manifest(folder)
+    document["graphs"]["decode"]["session_of"] = "prefill"
+    write_manifest(folder, document)
+    shared = Engine.open(open_bundle(folder), threads=1)
+    assert shared._decode is shared._prefill
+    assert engine._decode is not engine._prefill
+    results = []
+    for each in (engine, shared):
+        state = each.new_state(8)
+        each.prefill(state, [5, 6, 7])
+        results.append([each.decode(state, token).copy() for token in (8, 9)])
+    assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-6)

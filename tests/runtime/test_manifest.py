@@ -56,6 +56,8 @@ def set_at(document: dict[str, Any], path: list[Any], value: Any) -> None:
         ),
         (["graphs", "score", "inputs", 0, "name"], "ids", "'graphs.score.inputs' must be .*'ids'"),
         (["graphs", "decode", "outputs", 0, "dtype"], "float8", r"'graphs.decode.outputs\[0\].dtype' must be one of"),
+        (["graphs", "decode", "session_of"], "score", "'graphs.decode.session_of' must be one of"),
+        (["graphs", "prefill", "session_of"], "prefill", "'graphs.prefill.session_of' must be one of"),
         (["kv_cache", "mode"], "swapped", "'kv_cache.mode' must be one of shared, found 'swapped'"),
         (["kv_cache", "layers", 0, "kv_heads"], 0, r"'kv_cache.layers\[0\].kv_heads' must be a number above 0"),
         (["tokenizer", "kind"], "words", "'tokenizer.kind' must be one of tokenizer.json, sentencepiece"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -11,11 +11,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from satchel.graphs.contract import GraphPass, PassResult, Report
-from satchel.graphs.values import Builder
 from satchel.graphs.verify import signature, verify
 from satchel.graphs.weights import from_array
 
-OPSETS = 'ir_version: 10, opset_import: ["": 24, "com.microsoft": 1, "satchel": 1]'
 Arrays = Mapping[str, np.ndarray]
 
 ort.set_default_logger_severity(3)
@@ -25,9 +23,10 @@ def build(text: str, **weights: np.ndarray) -> ir.Model:
     """A model from the text of one graph in ONNX's own notation, with the shapes that ONNX infers.
 
     Args:
-        text: "(inputs) => (outputs) <constants and shapes of values> { nodes }". Constants become plain tensors.
-        weights: Arrays that become lazy weights, as those of a checkpoint are; a name may hold dots as double underscores.
-            They are not written among the inputs of the text.
+        text: "(inputs) => (outputs) <constants and shapes of values> { nodes }". Constants become plain tensors; a
+            dimension written ? has neither size nor name.
+        weights: Arrays that become lazy weights, as those of a checkpoint are; a double underscore in a name stands for
+            a dot. They are not written among the inputs of the text.
     """
     named = {name.replace("__", "."): array for name, array in weights.items()}
     text = text.strip()
@@ -35,7 +34,10 @@ def build(text: str, **weights: np.ndarray) -> ir.Model:
     declared = [f'{types[a.dtype]}[{",".join(map(str, a.shape))}] "{n}"' for n, a in named.items()]
     opened, rest = text[0], text[1:].lstrip()
     comma = ", " if declared and not rest.startswith(")") else ""
-    proto = onnx.parser.parse_model(f"<{OPSETS}> graph {opened}{', '.join(declared)}{comma}{rest}")
+    domains = ["", *(domain for domain in ("com.microsoft", "satchel") if f"{domain}." in text)]
+    opsets = ", ".join(f'"{domain}": {1 if domain else 24}' for domain in domains)
+    header = f"<ir_version: 10, opset_import: [{opsets}]>"
+    proto = onnx.parser.parse_model(f"{header} graph {opened}{', '.join(declared)}{comma}{rest}")
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     for value in list(model.graph.inputs):
         if value.name in named:
@@ -44,6 +46,9 @@ def build(text: str, **weights: np.ndarray) -> ir.Model:
             model.graph.register_initializer(value)
     for index, node in enumerate(model.graph):
         node.name = node.name or f"node_{index}"
+    for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([None if str(d).startswith("unk__") else d for d in value.shape])
     return model
 
 
@@ -68,15 +73,20 @@ def the(model: ir.Model, op_type: str) -> ir.Node:
     return node
 
 
-def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
-    """The model's outputs by ONNX Runtime, which is kept from optimising."""
+def session(model: ir.Model) -> ort.InferenceSession:
+    """The model in ONNX Runtime on one thread, kept from optimising."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"])
-    known = {value.name for value in session.get_inputs()}
-    outputs = [value.name for value in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, {n: a for n, a in feeds.items() if n in known}), strict=True))
+    return ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"])
+
+
+def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
+    """The model's outputs by ONNX Runtime; feeds that are no inputs of it are left out."""
+    opened = session(model)
+    known = {value.name for value in opened.get_inputs()}
+    outputs = [value.name for value in opened.get_outputs()]
+    return dict(zip(outputs, opened.run(outputs, {n: a for n, a in feeds.items() if n in known}), strict=True))
 
 
 def _edit(graph_pass: GraphPass, model: ir.Model) -> tuple[ir.Model, Report]:
@@ -145,15 +155,6 @@ def expose(model: ir.Model, name: str) -> ir.Model:
     return model
 
 
-def renamed_identity(model: ir.Model, report: Report) -> None:
-    """An edit for tests of the machinery: puts an Identity before the first output."""
-    output = model.graph.outputs[0]
-    end = output.producer()
-    assert end is not None
-    model.graph.outputs[0] = Builder(model).value("Identity", [output], f"{output.name}.same", output)
-    report.count += 1
-
-
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Over the last axis, in the scores' own dtype."""
     exponents = np.exp(scores - scores.max(-1, keepdims=True))
@@ -188,7 +189,7 @@ def attention(
 def experts(
     hidden: np.ndarray, index: np.ndarray, weights: np.ndarray, gate_up: np.ndarray, down: np.ndarray
 ) -> np.ndarray:
-    """What satchel::Experts means: hidden [tokens, hidden] -> the weighted sum over each token's experts, in float64."""
+    """What satchel::Experts means: hidden [tokens, hidden] -> each token's weighted sum of its experts, in float64."""
     hidden, weights, gate_up, down = (a.astype(np.float64) for a in (hidden, weights, gate_up, down))
     out = np.zeros_like(hidden)
     for token, (chosen, shares) in enumerate(zip(index, weights, strict=True)):
@@ -214,8 +215,3 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairs: bool = False
     else:
         turned = np.concatenate([-first[..., width // 2 :], first[..., : width // 2]], -1)
     return np.concatenate([first * cos + turned * sin, rest], -1)
-
-
-def spans(total: int, *starts: int) -> Sequence[tuple[int, int]]:
-    """(0, total) cut at `starts`: the chunks in which a sequence is fed."""
-    return list(zip((0, *starts), (*starts, total), strict=True))

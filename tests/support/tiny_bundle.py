@@ -95,6 +95,7 @@ def graph_spec(phase: str) -> GraphSpec:
     return GraphSpec(
         file=f"{phase}.onnx",
         session={"session.disable_prepacking": "1"},
+        session_of=None,
         inputs=(
             TensorSpec("input_ids", "int64", ("batch", 1 if phase == "decode" else "sequence")),
             TensorSpec("attention_mask", "int64", ("batch", "total")),

@@ -1,0 +1,348 @@
+"""Tiny seeded random models of the families that satchel is tested on, and what makes each family special."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+TOLERANCE = 1e-4
+"""Largest allowed difference between logits, as a part of the largest logit."""
+
+VOCABULARY, HEAD_DIM, WINDOW = 97, 16, 7
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+Model = transformers.PreTrainedModel
+Without = Mapping[str, Any] | Callable[[Model], None]
+"""How to take a feature away from a reference model: other options for its config, or a change to the built model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A tiny model of one family.
+
+    Attributes:
+        model_type: As in config.json.
+        options: Of the config, over those of `COMMON`.
+        features: What is special, and how the reference loses it.
+        reference: Further options of the reference model only.
+        context: The largest context of the bundle, in positions.
+        seed: Of the weights; the smallest with which 32 greedy tokens are a test: 8 different ones, and no near-tie.
+        deviation: Standard deviation of the weights; norms lie around 1 with it, biases around 0.
+    """
+
+    model_type: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    features: Mapping[str, Without] = dataclasses.field(default_factory=dict)
+    reference: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    context: int = 64
+    seed: int = 0
+    deviation: float = 0.2
+
+
+def config_of(family: Family, **changes: Any) -> transformers.PreTrainedConfig:
+    """The family's config with further changes."""
+    return transformers.AutoConfig.for_model(family.model_type, **{**COMMON, **family.options, **changes})
+
+
+def build(family: Family, seed: int | None = None) -> Model:
+    """The model with weights drawn so wide that logits depend on all tokens before."""
+    torch.manual_seed(family.seed if seed is None else seed)
+    model = _empty(family)
+    one = 0.0 if family.model_type.startswith("gemma") else 1.0  # Gemma's norms scale by 1 + weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = one if _is_norm(name) and name.endswith("weight") else 0.0
+            parameter.copy_(centre + family.deviation * torch.randn_like(parameter))
+    return model
+
+
+def reference(family: Family, weights: Mapping[str, torch.Tensor], without: str | None = None) -> Model:
+    """transformers' own float32 model with these weights, whole or without one of the family's features."""
+    change = family.features[without] if without is not None else {}
+    model = _empty(family, **{**family.reference, **(change if isinstance(change, Mapping) else {})})
+    missing, _ = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if set(missing) - tied:
+        raise ValueError(f"the reference has no values for {missing}")
+    if not isinstance(change, Mapping):
+        change(model)
+    return model
+
+
+def logits_of(model: Model, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits of all positions, [sequence, vocabulary] float32, without a cache."""
+    tokens = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, position_ids=torch.arange(len(ids))[None], use_cache=False).logits
+    found: NDArray[np.float32] = logits[0].float().numpy()
+    return found
+
+
+def greedy(model: Model, prompt: NDArray[np.int64], count: int) -> list[int]:
+    """transformers' own greedy continuation, with its cache."""
+    tokens = torch.from_numpy(prompt)[None]
+    generated = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, use_cache=True,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return [int(token) for token in generated[0, len(prompt) :]]
+
+
+def save(family: Family, folder: Path) -> Path:
+    """Write the model as a checkpoint folder."""
+    build(family).save_pretrained(folder)
+    return folder
+
+
+def _empty(family: Family, **changes: Any) -> Model:
+    build_from: Any = transformers.AutoModelForCausalLM.from_config  # untyped in transformers
+    model: Model = build_from(config_of(family, **changes), dtype=torch.float32, attn_implementation="eager")
+    return model.train(False)
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name or ".ln_" in name
+
+
+def skipping(*leaves: str) -> Callable[[Model], None]:
+    """Replace the submodules of these names by the identity."""
+
+    def change(model: Model) -> None:
+        found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
+        if not found:
+            raise ValueError(f"no module is called {' or '.join(leaves)}")
+        for name in found:
+            model.set_submodule(name, torch.nn.Identity())
+
+    return change
+
+
+def zeroing(*endings: str) -> Callable[[Model], None]:
+    """Set the parameters whose names end so to zero."""
+
+    def change(model: Model) -> None:
+        found = [p for name, p in model.named_parameters() if name.endswith(endings)]
+        if not found:
+            raise ValueError(f"no parameter ends in {' or '.join(endings)}")
+        for parameter in found:
+            torch.nn.init.zeros_(parameter)
+
+    return change
+
+
+def unrotated(model: Model) -> None:
+    """Rotate by nothing, wherever the token stands."""
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb"):
+            forward = module.forward
+
+            def still(*args: Any, forward: Any = forward, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+                cos, sin = forward(*args, **options)
+                return torch.ones_like(cos), torch.zeros_like(sin)
+
+            module.forward = still  # type: ignore[method-assign]
+
+
+def unscaled_embeddings(model: Model) -> None:
+    """Gemma's embeddings as they are stored."""
+    model.get_input_embeddings().embed_scale.fill_(1.0)
+
+
+def uncentred(model: Model) -> None:
+    """Norms that leave the mean in, as root-mean-square norms do."""
+    for module in model.modules():
+        if type(module).__name__.endswith("LayerNorm"):
+
+            def scale_only(x: torch.Tensor, module: Any = module) -> torch.Tensor:
+                return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+            module.forward = scale_only  # type: ignore[method-assign]
+
+
+def sequential(model: Model) -> None:
+    """Feed-forward after attention instead of beside it, for blocks with one norm."""
+    for layer in model.get_decoder().layers:
+
+        def forward(hidden: torch.Tensor, layer: Any = layer, **options: Any) -> torch.Tensor:
+            attended = hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)[0]
+            return attended + layer.mlp(layer.input_layernorm(attended))
+
+        layer.forward = forward
+
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [2.0 + i for i in range(8)]
+ALTERNATING = ["sliding_attention", "full_attention"]
+ALWAYS_FULL = ["full_attention", "full_attention"]
+BIASES = zeroing(".bias")
+HEAD_NORMS = skipping("q_norm", "k_norm")
+POST_NORMS = skipping("post_attention_layernorm", "post_feedforward_layernorm")
+
+
+def _longrope(short: list[float], long: list[float]) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+
+
+def _phi3(chosen: list[float], other: list[float], context: int, seed: int = 0) -> Family:
+    """The reference has the chosen factors for both lengths: transformers would choose by the length of each call."""
+    return Family(
+        "phi3",
+        {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": _longrope(SHORT, LONG)},
+        {
+            "the chosen factors": {"rope_parameters": _longrope(other, other)},
+            "rope scaling": {"rope_parameters": PLAIN_ROPE},
+        },
+        {"rope_parameters": _longrope(chosen, chosen)},
+        context=context,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _rope(part: float) -> dict[str, Any]:
+    return {**PLAIN_ROPE, "partial_rotary_factor": part}
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", {"head_dim": HEAD_DIM}, {"rotation": unrotated}, seed=2),
+    "llama_llama3_rope": Family(
+        "llama", {"head_dim": HEAD_DIM, "rope_parameters": LLAMA3}, {"rope scaling": {"rope_parameters": PLAIN_ROPE}}
+    ),
+    "mistral": Family(
+        "mistral", {"head_dim": HEAD_DIM, "sliding_window": WINDOW}, {"window": {"sliding_window": None}}
+    ),
+    "qwen2": Family("qwen2", {}, {"biases": BIASES}),
+    "qwen3": Family("qwen3", {"head_dim": HEAD_DIM}, {"norms of queries and keys": HEAD_NORMS}, seed=1),
+    "gemma2": Family(
+        "gemma2",
+        {
+            "head_dim": HEAD_DIM, "query_pre_attn_scalar": 5, "sliding_window": WINDOW, "layer_types": ALTERNATING,
+            "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0, "tie_word_embeddings": False,
+        },
+        {
+            "window": {"layer_types": ALWAYS_FULL},
+            "window in one layer only": {"layer_types": ["sliding_attention"] * 2},
+            "soft-capped scores": {"attn_logit_softcapping": None},
+            "soft-capped logits": {"final_logit_softcapping": None},
+            "scale of the scores": {"query_pre_attn_scalar": HEAD_DIM},
+            "scaled embeddings": unscaled_embeddings,
+            "GeGLU": {"hidden_activation": "silu"},
+            "norms after attention and feed-forward": POST_NORMS,
+        },
+        seed=2,
+    ),
+    "gemma3_text": Family(
+        "gemma3_text",
+        {
+            "head_dim": HEAD_DIM, "query_pre_attn_scalar": 5, "sliding_window": WINDOW, "layer_types": ALTERNATING,
+            "final_logit_softcapping": 9.0, "tie_word_embeddings": False,
+        },
+        {
+            "window": {"layer_types": ALWAYS_FULL},
+            "soft-capped logits": {"final_logit_softcapping": None},
+            "norms of queries and keys": HEAD_NORMS,
+            "scaled embeddings": unscaled_embeddings,
+            "GeGLU": {"hidden_activation": "silu"},
+            "a rotation for each kind of layer": {
+                "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e6} for kind in ALTERNATING}
+            },
+        },
+    ),
+    "phi3_short": _phi3(SHORT, LONG, context=64),
+    "phi3_long": _phi3(LONG, SHORT, context=96, seed=1),
+    "smollm3": Family(
+        "smollm3",
+        {"no_rope_layers": [1, 0], "pad_token_id": 0},
+        {"the layer without rotation": {"no_rope_layers": [1, 1]}, "rotation": {"no_rope_layers": [0, 0]}},
+    ),
+    "olmo2": Family(
+        "olmo2",
+        {},
+        {
+            "norms of queries and keys": HEAD_NORMS,
+            "norms after attention and feed-forward": POST_NORMS,
+        },
+        seed=1,
+    ),
+    "granite": Family(
+        "granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.6, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        {
+            "scaled embeddings": {"embedding_multiplier": 1.0},
+            "scale of the scores": {"attention_multiplier": HEAD_DIM**-0.5},
+            "scaled residuals": {"residual_multiplier": 1.0},
+            "scaled logits": {"logits_scaling": 1.0},
+        },
+    ),
+    "cohere": Family(
+        "cohere",
+        {"logit_scale": 0.25, "use_qk_norm": True, "pad_token_id": 0},
+        {
+            "feed-forward beside attention": sequential,
+            "centred norms": uncentred,
+            "norms of queries and keys": {"use_qk_norm": False},
+            "scaled logits": {"logit_scale": 1.0},
+            "rotation": unrotated,
+        },
+    ),
+    "gpt2": Family("gpt2", {}, {"learned positions": zeroing("wpe.weight"), "biases": BIASES}),
+    "gpt_neox": Family(
+        "gpt_neox",
+        {"num_attention_heads": 2, "rope_parameters": _rope(0.5)},
+        {
+            "rotation of half the channels": {"rope_parameters": _rope(1.0)},
+            "feed-forward beside attention": {"use_parallel_residual": False},
+            "biases": BIASES,
+        },
+        seed=6,
+    ),
+    "starcoder2": Family(
+        "starcoder2", {"sliding_window": WINDOW}, {"window": {"sliding_window": None}, "biases": BIASES}
+    ),
+    "stablelm": Family(
+        "stablelm",
+        {"rope_parameters": _rope(0.5), "use_qkv_bias": True, "qk_layernorm": True},
+        {
+            "rotation of half the channels": {"rope_parameters": _rope(1.0)},
+            "norms of queries and keys": {"qk_layernorm": False},
+            "biases": zeroing("_proj.bias"),
+        },
+    ),
+    "stablelm_wide": Family(
+        "stablelm",
+        {"num_attention_heads": 2, "rope_parameters": _rope(0.5), "use_parallel_residual": True},
+        {"rotation of half the channels": {"rope_parameters": _rope(1.0)}},
+        seed=1,
+    ),
+    "mixtral": Family(
+        "mixtral",
+        {"head_dim": HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        {"window": {"sliding_window": None}, "the second expert": {"num_experts_per_tok": 1}},
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {"head_dim": HEAD_DIM, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        {
+            "the second expert": {"num_experts_per_tok": 1},
+            "expert weights that do not sum to 1": {"norm_topk_prob": True},
+            "norms of queries and keys": HEAD_NORMS,
+        },
+    ),
+}  # fmt: skip
