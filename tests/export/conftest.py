@@ -1,0 +1,32 @@
+"""One tiny checkpoint and the bundle of it for all tests that only read them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import save_tiny
+
+from satchel.export import ExportConfig, export_bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny", tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(tiny_checkpoint, ExportConfig(bundle))
+    return bundle
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """The export command takes over SIGTERM: give it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,103 @@
+"""What a good export leaves and says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import onnx
+import pytest
+from support.export_command import export, satchel
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.runtime import Generator
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+
+
+def test_a_bundle_holds_the_graphs_one_weight_file_and_what_travels_along(tiny_bundle: Path) -> None:
+    manifest = Manifest.read(tiny_bundle / MANIFEST_NAME)
+    names = {path.name for path in tiny_bundle.iterdir()}
+    graphs = {"prefill.onnx", "decode.onnx", "score.onnx"}
+    carried = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "genai_config.json"}
+    assert names == {MANIFEST_NAME, "weights.bin", *graphs, *carried}
+    assert set(manifest.files) == names - {MANIFEST_NAME}
+    for name in graphs:
+        model = onnx.load(tiny_bundle / name, load_external_data=False)
+        large = [tensor for tensor in model.graph.initializer if tensor.ByteSize() > 1024]
+        places = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+        assert large == []
+        assert places == {"weights.bin"}
+
+
+def test_every_weight_is_stored_once(tiny_bundle: Path) -> None:
+    manifest = Manifest.read(tiny_bundle / MANIFEST_NAME)
+    places: dict[int, int] = {}
+    for phase in ("prefill", "decode", "score"):
+        model = onnx.load(tiny_bundle / f"{phase}.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            if entries:
+                places[int(entries["offset"])] = int(entries["length"])
+    stored = sum(places.values())
+    tables = 2 * 128 * 8 * 4  # cos and sin, 128 positions of half a head, float32
+    norms_shared = 4 * manifest.model.parameters + tables
+    assert stored == norms_shared
+    assert manifest.files["weights.bin"].bytes < stored + 4096 * len(places)
+
+
+def test_the_same_export_twice_gives_the_same_bytes(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "again"))
+    for path in tiny_bundle.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_the_forecast_and_the_stages_are_told_in_order(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = satchel("export", tiny_checkpoint, "-o", tmp_path / "bundle")
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    expected = [
+        r"\[1/5\] opening the checkpoint \.\.\. [\d.]+ s",
+        r"tiny: 0\.1 M parameters, context 128; (export )?needs about \d+ MiB of memory, \d+ MiB of disk and \d+ s",
+        r"\[2/5\] tracing the model \.\.\. [\d.]+ s",
+        r"\[3/5\] optimising the graphs \.\.\. [\d.]+ s",
+        r"\[4/5\] writing the weights \.\.\. [\d.]+ s",
+        r"\[5/5\] checking the bundle \.\.\. [\d.]+ s",
+        r".*bundle: fp32, \d+ MiB, made in [\d.]+ s",
+    ]
+    assert len(lines) == len(expected), done.stderr
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_json_is_one_object_on_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "fp16", "--json", "--quiet")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.count("\n") == 1
+    found = json.loads(ran.out)
+    manifest = Manifest.read(tmp_path / "bundle" / MANIFEST_NAME)
+    assert (found["bundle"], found["precision"]) == (str(tmp_path / "bundle"), "fp16")
+    assert found["parameters"] == manifest.model.parameters
+    assert found["bytes"] == sum(file.bytes for file in manifest.files.values())
+    assert 0 < found["seconds"] < 300
+
+
+def test_a_bundle_may_be_moved(tiny_bundle: Path, tmp_path: Path) -> None:
+    expected = Generator.open(tiny_bundle, threads=1).generate("the cat", 8)
+    moved = tmp_path / "a folder" / "moved"
+    moved.parent.mkdir()
+    for path in sorted(tiny_bundle.iterdir()):
+        moved.mkdir(exist_ok=True)
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert Generator.open(moved, threads=1).generate("the cat", 8).token_ids == expected.token_ids
+
+
+def test_exporting_in_python_is_silent_unless_asked(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle"))
+    assert capfd.readouterr() == ("", "")
+    assert manifest == Manifest.read(tmp_path / "bundle" / MANIFEST_NAME)
+    assert manifest.producer["satchel"]

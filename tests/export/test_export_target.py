@@ -1,0 +1,80 @@
+"""Where a bundle may be written: nowhere that holds anything but a bundle, and over a bundle only when told to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from support.export_command import export, refused, tree
+
+from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+
+
+def test_a_bundle_that_is_there_is_kept_without_force(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    says = (str(target), "is there already", "--force")
+    refused(capsys, tmp_path, tiny_checkpoint, "-o", target, says=says)
+
+
+def test_force_replaces_a_bundle_whole(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (target / "left over").touch()
+    ran = export(capsys, tiny_checkpoint, "-o", target, "--max-context", "64", "--force", "--quiet")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert Manifest.read(target / MANIFEST_NAME).model.max_context == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert not (target / "left over").exists()
+
+
+def test_force_does_not_replace_what_is_no_bundle(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "thesis", tmp_path / "notes"
+    folder.mkdir()
+    (folder / "chapter 1").write_text("It was")
+    file.write_text("Buy milk")
+    for target in (folder, file):
+        says = (str(target), "is not a bundle", "choose another place", "--force replaces bundles only")
+        refused(capsys, tmp_path, tiny_checkpoint, "-o", target, "--force", says=says)
+
+
+def test_a_place_below_a_file_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").touch()
+    says = (f"{tmp_path / 'notes'} is not a folder", "choose another place")
+    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "notes" / "bundle", says=says)
+
+
+def test_a_bundle_that_fails_its_check_is_not_published(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    before = tree(tmp_path)
+
+    def fail(folder: Path) -> None:
+        assert (folder / "weights.bin").is_file()
+        raise ExportError("the check says no")
+
+    monkeypatch.setattr("satchel.export.compile._self_check", fail)
+    with pytest.raises(ExportError, match="the check says no"):
+        export_bundle(tiny_checkpoint, ExportConfig(target, force=True))
+    assert tree(tmp_path) == before
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_one(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, living = (tmp_path / f".bundle.partial-{pid}" for pid in ((1 << 22) + 1, os.getppid()))
+    for folder in (gone, living):
+        folder.mkdir()
+        (folder / "weights.bin").write_bytes(b"half")
+    assert export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--quiet").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "bundle"])

@@ -1,0 +1,98 @@
+"""A module of a user's own: attention that no fused operator has is expanded into standard operators, and is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from numpy.typing import NDArray
+from support.batches import together
+from support.exported import difference
+from support.families import TOLERANCE
+from support.own_module import CONTEXT, KEY_DIM, LAYERS, VOCABULARY, OwnModule, plain_attention
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.manifest import Manifest
+
+PROMPT, CHUNK, TOTAL = 20, 9, 60
+NARROW = KEY_DIM // 2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "equal widths": {"value_dim": KEY_DIM, "window": 7, "softcap": 1.5},
+    "narrow values": {"value_dim": NARROW},
+    "narrow values, window": {"value_dim": NARROW, "window": 7},
+    "narrow values, window and soft cap": {"value_dim": NARROW, "window": 7, "softcap": 1.5},
+}
+
+
+def logits_of(module: OwnModule, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        logits = module(torch.from_numpy(ids)[None], torch.arange(len(ids))[None], plain_attention)[0]
+    found: NDArray[np.float32] = logits.numpy()
+    return found
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, OwnModule, Path, Manifest]:
+    module = OwnModule(**VARIANTS[request.param])
+    folder = tmp_path_factory.mktemp("own") / "bundle"
+    return request.param, module, folder, export_bundle(module, ExportConfig(folder))
+
+
+def test_every_way_through_the_graphs_gives_the_logits_of_torch(
+    exported: tuple[str, OwnModule, Path, Manifest],
+) -> None:
+    _, module, folder, manifest = exported
+    ids = np.random.default_rng(2).integers(0, VOCABULARY, TOTAL)
+    expected = logits_of(module, ids)
+    engine = Engine.open(Bundle(folder, manifest), threads=1)
+    assert difference(engine.score(ids, chunk=TOTAL), expected) <= TOLERANCE
+    for chunk in (PROMPT, CHUNK):
+        state = engine.new_state(CONTEXT)
+        found = [engine.prefill(state, ids[:PROMPT], chunk=chunk).copy()]
+        found += [engine.decode(state, int(token)).copy() for token in ids[PROMPT:]]
+        assert difference(np.stack(found), expected[PROMPT - 1 :]) <= TOLERANCE
+
+
+def test_the_form_of_the_attention_follows_from_its_widths(exported: tuple[str, OwnModule, Path, Manifest]) -> None:
+    name, _, folder, manifest = exported
+    operators = [node.op_type for node in ir.load(folder / "decode.onnx").graph]
+    counts = {(entry["graph"], entry["pass"]): entry["count"] for entry in manifest.passes}
+    reasons = [refusal["reason"] for entry in manifest.passes for refusal in entry["refusals"]]
+    assert counts["common", "share_tied_head"] == 1
+    assert [(c.key_dim, c.value_dim) for c in manifest.kv_cache.layers] == [
+        (KEY_DIM, VARIANTS[name]["value_dim"])
+    ] * LAYERS
+    if name == "equal widths":
+        assert operators.count("GroupQueryAttention") == LAYERS
+        assert reasons == []
+    else:
+        assert (operators.count("TensorScatter"), operators.count("Attention")) == (2 * LAYERS, LAYERS)
+        assert counts["common", "expand_attention"] == LAYERS
+        assert reasons == ["keys are 16 wide and values 8: GroupQueryAttention wants them alike"] * LAYERS
+
+
+def test_padded_rows_give_what_each_row_gives_alone(exported: tuple[str, OwnModule, Path, Manifest]) -> None:
+    _, module, folder, _ = exported
+    ids = np.random.default_rng(3).integers(0, VOCABULARY, 40)
+    rows, following = [ids[:13], ids[13:18], ids[18:27]], ids[30:33]
+    prompt, step = together(folder, rows, following)
+    for row, token, after_prompt, after_step in zip(rows, following, prompt, step, strict=True):
+        expected = logits_of(module, np.append(row, token))
+        assert difference(after_prompt, expected[-2]) <= TOLERANCE
+        assert difference(after_step, expected[-1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("feature", ["window", "softcap"])
+def test_the_comparison_would_notice_the_loss_of_a_feature(feature: str) -> None:
+    options = VARIANTS["narrow values, window and soft cap"]
+    ids = np.random.default_rng(2).integers(0, VOCABULARY, TOTAL)
+    whole, without = (logits_of(OwnModule(**o), ids) for o in (options, {**options, feature: None}))
+    assert difference(without, whole) >= 100 * TOLERANCE

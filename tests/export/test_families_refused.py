@@ -1,0 +1,99 @@
+"""Families that satchel cannot express are refused with the reason; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.families import COMMON, FAMILIES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export.families import PASSED, REFUSED
+
+SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 16}
+STATE: dict[str, Any] = {
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
+    "falcon": ({}, "attention code of its own"),
+    "gptj": ({"rotary_dim": 8}, "attention code of its own"),
+    "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "attention code of its own"),
+    "bloom": ({}, "ALiBi"),
+    "mpt": ({}, "ALiBi"),
+    "mamba": ({}, "recurrent or convolutional state"),
+    "jamba": ({}, "recurrent or convolutional state"),
+    "granitemoehybrid": ({**STATE, **MOE, "layer_types": ["mamba", "attention"]}, "recurrent or convolutional state"),
+    "qwen3_next": ({**STATE, "head_dim": 16, "num_experts": 4}, "recurrent or convolutional state"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "recurrent or convolutional state"),
+    "gpt_oss": ({**MOE, "head_dim": 16}, "its attention has sinks"),
+    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "works in chunks"),
+    "deepseek_v3": ({**LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "multi-head latent attention"),
+    "bert": ({}, "not a causal language model"),
+    "t5": ({"d_model": 64, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 16}, "encoder-decoder"),
+}  # fmt: skip
+BY_STRUCTURE: dict[str, tuple[dict[str, Any], str]] = {
+    "gpt_oss": ({**MOE, "head_dim": 16}, "its attention uses s_aux"),
+    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "no tables of cosines and sines"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "1 attention layers were traced (indices [1]) where 2"),
+    "diffllama": ({}, "attention layers were traced (indices [0, 0, 1, 1])"),
+    "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "'FakeTensor' and 'Mask'"),
+    "doge": ({}, "'Mask' object has no attribute"),
+    "xlm": ({"emb_dim": 64, "n_layers": 2, "n_heads": 4}, "torch cannot trace this model: AssertionError"),
+}  # fmt: skip
+
+
+def refusal(model_type: str, options: dict[str, Any], place: Path) -> str:
+    """Save a small model of that type, export it, and return what the export says."""
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **options})
+    torch.manual_seed(0)
+    kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM)
+    kind = next(k for k in kinds if type(config) in k._model_mapping)
+    kind.from_config(config).save_pretrained(place / "checkpoint")
+    with pytest.raises(ExportError) as caught:
+        export_bundle(place / "checkpoint", ExportConfig(place / "bundle", max_context=32))
+    assert [path.name for path in place.iterdir()] == ["checkpoint"], "something was written"
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("model_type", BY_NAME)
+def test_a_family_known_not_to_work_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    options, reason = BY_NAME[model_type]
+    message = refusal(model_type, options, tmp_path)
+    assert model_type in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("model_type", BY_STRUCTURE)
+def test_what_cannot_be_expressed_is_found_without_the_table(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(REFUSED, model_type, raising=False)
+    options, reason = BY_STRUCTURE[model_type]
+    assert reason in refusal(model_type, options, tmp_path)
+
+
+def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("satchel.export.compile.PASSED", PASSED - {"gpt2"})
+    config = transformers.AutoConfig.for_model("gpt2", **SMALL)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", max_context=32), progress=True)
+    assert (tmp_path / "bundle").is_dir()
+    assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err
+
+
+def test_the_tables_name_families_of_transformers_once() -> None:
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert known >= PASSED | set(REFUSED)
+    assert not PASSED & set(REFUSED)
+    assert {family.model_type for family in FAMILIES.values()} <= PASSED

@@ -1,0 +1,90 @@
+"""A traced graph in which tokens meet outside attention is refused, whatever the operator."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from support.graphs import build, normal
+
+from satchel.export.errors import ExportError
+from satchel.export.soundness import check_sound
+
+# x -> one attention layer -> BETWEEN -> head; q is [batch, heads, sequence, 4], mixed [batch, sequence, 8].
+TEXT = """(int64[batch,sequence] input_ids, int64[batch,total] attention_mask)
+    => (float[batch,sequence,9] logits)
+    <int64[4] heads = {0, 0, 2, 4}, int64[3] flat = {0, 0, 8}, int64[1] last = {-1}, int64[1] two = {2},
+     int64[1] zero = {0}, int64[1] one = {1}, int64[1] end = {9223372036854775807}, int64 index = {-1},
+     int64[3] pairs = {0, -1, 16}, int64[3] whole = {0, 0, 8}, float half = {0.5},
+     float[batch,sequence,2,4] attended> {
+    x = Gather(table, input_ids)
+    spread = Reshape(x, heads)
+    q = Transpose<perm = [0, 2, 1, 3]>(spread)
+    attended = satchel.Attention<layer = 0, scale = 1.0, window = 0, softcap = 0.0>(q, q, q)
+    mixed = Reshape(attended, flat)
+    BETWEEN
+    logits = MatMul(y, head)
+}"""
+SOUND = {
+    "nothing": "y = Mul(mixed, half)",
+    "channels halved and joined": "a, b = Split<axis = -1, num_outputs = 2>(mixed) y = Concat<axis = 2>(b, a)",
+    "channels cut": "a = Slice(mixed, zero, two, last) b = Slice(mixed, two, end, last) y = Concat<axis = -1>(b, a)",
+    "softmax over channels": "y = Softmax(mixed)",
+    "a norm": "m = ReduceMean(mixed, last) y = Sub(mixed, m)",
+    "the batch size of the mask": "n = Shape<start = 0, end = 1>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
+}
+UNSOUND = {
+    "the token before": ("a = Slice(mixed, one, end, one) y = Concat<axis = 1>(a, a)", "Slice is along the axis"),
+    "tokens of one head": (
+        "a = Slice(q, one, end, two) b = Transpose<perm = [0, 2, 1, 3]>(a) c = Reshape(b, flat) y = Add(mixed, c)",
+        "Slice is along the axis of the tokens",
+    ),
+    "the last token": ("a = Gather<axis = 1>(mixed, last) y = Add(mixed, a)", "Gather is along the axis of the tokens"),
+    "shifted ids": (
+        "a = Slice(input_ids, zero, last, one) b = Gather(table, a) y = Add(mixed, b)",
+        "Slice is along the axis of the tokens",
+    ),
+    "tokens joined": ("y = Concat<axis = 1>(mixed, mixed)", "Concat is along the axis of the tokens"),
+    "two tokens as one": ("a = Reshape(mixed, pairs) b = Neg(a) y = Reshape(b, whole)", "joins or divides tokens"),
+    "the mean of all tokens": ("m = ReduceMean(mixed, one) y = Sub(mixed, m)", "another axis than the channels"),
+    "softmax over tokens": ("y = Softmax<axis = 1>(mixed)", "another axis than the channels"),
+    "softmax over tokens moved last": (
+        "a = Transpose<perm = [0, 2, 1]>(mixed) b = Softmax(a) y = Transpose<perm = [0, 2, 1]>(b)",
+        "another axis than the channels",
+    ),
+    "attention by hand": (
+        "t = Transpose<perm = [0, 2, 1]>(mixed) s = MatMul(mixed, t) y = MatMul(s, mixed)",
+        "MatMul multiplies two computed tensors",
+    ),
+    "a running sum": ("y = CumSum(mixed, index)", "the operator CumSum may work across tokens"),
+    "the padding mask": (
+        "f = Cast<to = 1>(attention_mask) m = ReduceSum(f, last) n = Unsqueeze(m, last) y = Mul(mixed, n)",
+        "the padding mask outside its attention",
+    ),
+    "the length of the mask": (
+        "n = Shape<start = 1, end = 2>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
+        "the padding mask outside its attention",
+    ),
+}
+
+
+def graph(between: str) -> ir.Model:
+    return build(TEXT.replace("BETWEEN", between), table=normal(1, 9, 8), head=normal(2, 8, 9))
+
+
+@pytest.mark.parametrize("between", SOUND.values(), ids=SOUND)
+def test_what_each_token_does_alone_is_sound(between: str) -> None:
+    check_sound(graph(between), "tiny", 1)
+
+
+@pytest.mark.parametrize(("between", "reason"), UNSOUND.values(), ids=UNSOUND)
+def test_tokens_that_meet_outside_attention_are_refused(between: str, reason: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        check_sound(graph(between), "tiny", 1)
+    assert str(caught.value).startswith("tiny: ")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_another_number_of_attention_layers_than_promised_is_refused(layers: int) -> None:
+    with pytest.raises(ExportError, match=rf"tiny: 1 attention layers .* where {layers} are expected"):
+        check_sound(graph(SOUND["nothing"]), "tiny", layers)

@@ -1,0 +1,200 @@
+"""fuse_norms: norms written as arithmetic become one operator each, or stay as they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.graphs import build, expose, fired, normal, operators, same_numbers, tag, the, untouched
+
+from satchel.graphs.passes.fuse_norms import fuse_norms
+
+HEAD = """
+(float[batch,3,7] x) => (float[batch,3,7] y) <float two = {2.0}, float eps = {0.01}, int64[1] last = {-1}>
+"""
+RMS = """{
+    squares = Pow(x, two)
+    mean = ReduceMean<keepdims = 1>(squares, last)
+    shifted = Add(mean, eps)
+    root = Sqrt(shifted)
+    inverse = Reciprocal(root)
+    normed = Mul(x, inverse)
+    y = Mul(normed, scale)
+}"""
+X = {"x": normal(1, 2, 3, 7) + np.float32(1)}
+SCALE = normal(2, 7)
+
+
+def rms(*changes: tuple[str, str], head: str = HEAD, scale: np.ndarray = SCALE) -> ir.Model:
+    """The norm with some pieces of its text replaced; each piece must be there."""
+    text = head + RMS
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return build(text, scale=scale)
+
+
+def test_a_norm_written_as_arithmetic_becomes_one_operator() -> None:
+    model = rms()
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"RMSNormalization": 1}
+    assert the(result.model, "RMSNormalization").attributes["epsilon"].value == pytest.approx(0.01)
+    same_numbers(model, result.model, X)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("squares = Pow(x, two)", "squares = Mul(x, x)"),
+        ("Mul(normed, scale)", "Mul(scale, normed)"),
+        ("Mul(x, inverse)", "Mul(inverse, x)"),
+        ("Add(mean, eps)", "Add(eps, mean)"),
+        ("last = {-1}", "last = {2}"),
+    ],
+)
+def test_every_spelling_of_the_same_norm_fuses(change: tuple[str, str]) -> None:
+    model = rms(change)
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"RMSNormalization": 1}
+    same_numbers(model, result.model, X)
+
+
+def test_a_norm_without_scale_gets_a_vector_of_ones() -> None:
+    model = rms(("y = Mul(normed, scale)", "y = Identity(normed)"))
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"RMSNormalization": 1, "Identity": 1}
+    assert "ones.7" in result.model.graph.initializers
+    same_numbers(model, result.model, X)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (1, 1, 7)], ids=["one number", "a matrix", "three axes"])
+def test_a_scale_that_is_no_vector_stays_a_product_after_the_norm(shape: tuple[int, ...]) -> None:
+    model = rms(scale=normal(3, *shape))
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"RMSNormalization": 1, "Mul": 1}
+    same_numbers(model, result.model, X)
+
+
+def test_a_scale_that_is_computed_stays_a_product_after_the_norm() -> None:
+    model = rms(("y = Mul(normed, scale)", "s = Add(scale, two) y = Mul(normed, s)"))
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model)["Mul"] == 1
+    same_numbers(model, result.model, X)
+
+
+def test_a_normed_value_with_two_readers_is_kept_before_its_scale() -> None:
+    model = expose(rms(), "normed")
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"RMSNormalization": 1, "Mul": 1}
+    same_numbers(model, result.model, X)
+
+
+def test_a_mean_with_two_readers_is_still_computed() -> None:
+    model = expose(rms(), "mean")
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"RMSNormalization": 1, "Pow": 1, "ReduceMean": 1}
+    same_numbers(model, result.model, X)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("last = {-1}", "last = {1}"), "not over the last axis alone"),
+        (("int64[1] last = {-1}", "int64[2] last = {-1, -2}"), "not over the last axis alone"),
+        (("(squares, last)", "(squares)"), "not over the last axis alone"),
+    ],
+    ids=["another axis", "two axes", "all axes"],
+)
+def test_a_mean_over_other_axes_is_refused(change: tuple[str, str], reason: str) -> None:
+    assert any(reason in r for r in untouched(fuse_norms, rms(change)))
+
+
+def test_a_mean_that_drops_its_axis_is_refused() -> None:
+    model = rms(("keepdims = 1", "keepdims = 0"), head=HEAD.replace("batch,3,7", "7,7,7"))
+    assert any("dimension kept" in reason for reason in untouched(fuse_norms, model))
+
+
+def test_a_mean_with_an_unknown_attribute_is_refused() -> None:
+    reasons = untouched(fuse_norms, tag(rms(), "ReduceMean", "weighted", 1))
+    assert any("weighted" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("two = {2.0}", "two = {3.0}"),
+        ("Pow(x, two)", "Mul(x, scale)"),
+        ("Mul(x, inverse)", "Mul(other, inverse)"),
+        ("Mul(x, inverse)", "Sub(x, inverse)"),
+        ("Add(mean, eps)", "Add(mean, mean)"),
+        ("Add(mean, eps)", "Sub(mean, eps)"),
+    ],
+    ids=["cube", "product of two", "another operand", "difference", "epsilon not constant", "epsilon taken off"],
+)
+def test_arithmetic_that_is_no_norm_is_left_alone(change: tuple[str, str]) -> None:
+    assert untouched(fuse_norms, rms(change, head=HEAD.replace("x)", "x, float[batch,3,7] other)"))) == []
+
+
+def test_an_inverse_with_two_readers_is_left_alone() -> None:
+    assert untouched(fuse_norms, expose(rms(), "inverse")) == []
+
+
+def test_a_norm_of_unknown_width_without_scale_is_refused() -> None:
+    model = rms(("y = Mul(normed, scale)", "y = Identity(normed)"), head=HEAD.replace("batch,3,7", "batch,3,width"))
+    assert untouched(fuse_norms, model) == ["the width of the norm is not known"]
+
+
+LAYER = """
+(float[batch,3,7] x) => (float[batch,3,7] y) <int64[1] last = {-1}> {
+    mean = ReduceMean<keepdims = 1>(x, last)
+    centred = Sub(x, mean)
+    y = RMSNormalization<axis = -1, epsilon = 0.01>(centred, scale)
+}"""
+
+
+def layer(old: str = "", new: str = "") -> ir.Model:
+    assert old in LAYER
+    return build(LAYER.replace(old, new) if old else LAYER, scale=SCALE)
+
+
+def test_a_norm_of_centred_values_becomes_a_layer_norm() -> None:
+    model = layer()
+    result = fired(fuse_norms, model, 1)
+    assert operators(result.model) == {"LayerNormalization": 1}
+    same_numbers(model, result.model, X)
+
+
+def test_a_layer_norm_written_out_whole_counts_both_fusions() -> None:
+    text = RMS.replace("(x,", "(centred,").replace("{", "{ average = ReduceMean(x, last) centred = Sub(x, average)", 1)
+    model = build(HEAD + text, scale=SCALE)
+    result = fired(fuse_norms, model, 2)
+    assert operators(result.model) == {"LayerNormalization": 1}
+    same_numbers(model, result.model, X)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Sub(x, mean)", "Sub(mean, x)"),
+        ("Sub(x, mean)", "Add(x, mean)"),
+        ("ReduceMean", "ReduceMax"),
+        ("mean = ReduceMean<keepdims = 1>(x, last)", "other = Abs(x) mean = ReduceMean<keepdims = 1>(other, last)"),
+    ],
+    ids=["the mean less x", "a sum", "a maximum", "the mean of something else"],
+)
+def test_values_that_are_not_centred_keep_their_norm(old: str, new: str) -> None:
+    assert untouched(fuse_norms, layer(old, new)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("last = {-1}", "last = {1}", "not over the last axis alone"),
+        ("axis = -1", "axis = 1", "not over the last axis alone"),
+        ("axis = -1", "axis = -1, stash_type = 1", "stash_type"),
+    ],
+    ids=["mean over another axis", "norm over more axes", "attribute not known"],
+)
+def test_a_layer_norm_over_other_axes_is_refused(old: str, new: str, reason: str) -> None:
+    (found,) = untouched(fuse_norms, layer(old, new))
+    assert reason in found

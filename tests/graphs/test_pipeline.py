@@ -1,0 +1,143 @@
+"""The pipeline runs passes in a valid order, checks the graph after each, and names the one that broke it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from support.graphs import build, operators, serialised
+
+from satchel.graphs.contract import GraphPass, PassError, Report, graph_pass
+from satchel.graphs.passes.remove_dead import remove_dead
+from satchel.graphs.passes.remove_identity import remove_identity
+from satchel.graphs.pipeline import Step, check_order, run
+
+TEXT = "(float[3] x) => (float[3] y) { a = Identity(x) b = Abs(x) y = Neg(a) }"
+
+
+def named(name: str) -> GraphPass:
+    """A pass of that name that does nothing."""
+
+    def nothing(model: ir.Model, report: Report) -> None:
+        del model, report
+
+    return GraphPass(name, nothing, "")
+
+
+def steps(*orders: tuple[str, tuple[str, ...]]) -> list[Step]:
+    return [Step(named(name), after) for name, after in orders]
+
+
+@graph_pass
+def rename_output(model: ir.Model, report: Report) -> None:
+    model.graph.outputs[0].name = "renamed"
+    report.count += 1
+
+
+@graph_pass
+def read_too_early(model: ir.Model, report: Report) -> None:
+    first = next(iter(model.graph))
+    first.replace_input_with(0, model.graph.outputs[0])
+    report.count += 1
+
+
+@graph_pass
+def refuse_neg(model: ir.Model, report: Report) -> None:
+    for node in model.graph:
+        if node.op_type == "Neg":
+            report.refuse(node, "it is negative")
+
+
+def test_each_step_after_those_that_it_names_is_a_valid_order() -> None:
+    check_order(steps(("first", ()), ("second", ("first",)), ("third", ("second", "first"))))
+
+
+def test_a_step_before_one_that_it_names_is_refused() -> None:
+    with pytest.raises(PassError, match=r"^second must run after first$"):
+        check_order(steps(("second", ("first",)), ("first", ())))
+
+
+def test_a_step_must_not_name_itself() -> None:
+    with pytest.raises(PassError, match=r"^first must run after first$"):
+        check_order(steps(("first", ("first",))))
+
+
+def test_a_named_step_that_does_not_run_at_all_is_no_matter() -> None:
+    check_order(steps(("second", ("first",))))
+
+
+def test_a_repeated_step_may_stand_before_and_after() -> None:
+    check_order(steps(("clean", ()), ("fuse", ("clean",)), ("clean", ("fuse",))))
+    with pytest.raises(PassError, match="clean must run after fuse"):
+        check_order(steps(("clean", ("fuse",)), ("fuse", ())))
+
+
+def test_a_wrong_order_stops_the_run_before_any_pass() -> None:
+    ran: list[str] = []
+    with pytest.raises(PassError, match="must run after"):
+        run(build(TEXT), steps(("second", ("first",)), ("first", ())), ran.append)
+    assert ran == []
+
+
+def test_a_run_says_what_each_step_did_and_leaves_the_given_model_alone() -> None:
+    model = build(TEXT)
+    before = serialised(model)
+    ran: list[str] = []
+    after, done = run(model, [Step(refuse_neg), Step(remove_identity), Step(remove_dead)], ran.append)
+    assert serialised(model) == before
+    assert operators(after) == {"Neg": 1}
+    assert ran == ["refuse_neg", "remove_identity", "remove_dead"]
+    assert [(step.name, step.count) for step in done] == [("refuse_neg", 0), ("remove_identity", 1), ("remove_dead", 0)]
+    assert [(r.node, r.reason) for r in done[0].refusals] == [("node_2", "it is negative")]
+
+
+def test_an_empty_run_gives_a_copy() -> None:
+    model = build(TEXT)
+    after, done = run(model, [])
+    assert after is not model
+    assert done == []
+    assert serialised(after) == serialised(model)
+
+
+def test_a_report_is_json_for_the_manifest() -> None:
+    _, done = run(build(TEXT), [Step(refuse_neg)])
+    refusal = {"node": "node_2", "reason": "it is negative"}
+    assert done[0].as_json("decode") == {"graph": "decode", "pass": "refuse_neg", "count": 0, "refusals": [refusal]}
+
+
+def test_a_broken_graph_names_the_pass_and_those_before_it() -> None:
+    with pytest.raises(PassError) as raised:
+        run(build(TEXT), [Step(remove_dead), Step(remove_identity), Step(read_too_early)])
+    assert str(raised.value) == (
+        "after the pass read_too_early: node node_2 (Neg) reads y, which nothing before it makes"
+        " (passes before it: remove_dead, remove_identity)"
+    )
+
+
+def test_the_first_pass_has_none_before_it() -> None:
+    with pytest.raises(PassError, match=r"\(passes before it: none\)$"):
+        run(build(TEXT), [Step(read_too_early)])
+
+
+def test_a_signature_that_changes_is_refused_unless_the_step_says_so() -> None:
+    with pytest.raises(PassError, match=r"rename_output: inputs and outputs changed from .*'y'.* to .*'renamed'"):
+        run(build(TEXT), [Step(rename_output)])
+    after, _ = run(build(TEXT), [Step(rename_output, changes_signature=True)])
+    assert after.graph.outputs[0].name == "renamed"
+
+
+def test_a_pass_called_alone_gives_a_changed_copy_or_the_same_model() -> None:
+    model = build(TEXT)
+    before = serialised(model)
+    changed, unchanged = remove_identity(model), refuse_neg(model)
+    assert changed.count == 1
+    assert changed.model is not model
+    assert unchanged.count == 0
+    assert unchanged.model is model
+    assert [refusal.reason for refusal in unchanged.refusals] == ["it is negative"]
+    assert serialised(model) == before
+
+
+def test_a_pass_takes_out_what_its_own_change_left_unread_and_nothing_else() -> None:
+    model = build(TEXT)
+    assert operators(remove_identity(model).model) == {"Neg": 1}
+    assert operators(refuse_neg(model).model) == {"Identity": 1, "Abs": 1, "Neg": 1}

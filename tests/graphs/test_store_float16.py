@@ -1,0 +1,111 @@
+"""store_float16: weights are stored in half precision and computed with in single precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.graphs import build, fired, normal, operators, run, untouched
+
+from satchel.graphs.contract import PassError
+from satchel.graphs.passes.store_float16 import store_float16
+
+WEIGHTS = {"table": normal(1, 11, 7), "w": normal(2, 7, 5), "b": normal(3, 5)}
+IDS = {"ids": np.asarray([[3, 0, 10], [7, 7, 1]])}
+TEXT = """(int64[batch,sequence] ids) => (float[batch,sequence,5] y) <float two = {2.0}> {
+    e = Gather(table, ids) p = MatMul(e, w) s = Add(p, b) y = Mul(s, two)
+}"""
+
+
+def layer(old: str = "", new: str = "", **weights: np.ndarray) -> ir.Model:
+    assert old in TEXT
+    return build(TEXT.replace(old, new) if old else TEXT, **(WEIGHTS | weights))
+
+
+def rounded(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
+
+
+def check(model: ir.Model, count: int, exact: ir.Model) -> ir.Model:
+    """Check that the pass gives what float32 gives on weights rounded to float16, to the last bit."""
+    after = fired(store_float16, model, count).model
+    np.testing.assert_array_equal(run(after, IDS)["y"], run(exact, IDS)["y"])
+    assert np.ptp(run(after, IDS)["y"]) > 0
+    return after
+
+
+def dtypes(model: ir.Model) -> dict[str, str]:
+    return {name: value.dtype.name for name, value in model.graph.initializers.items() if value.dtype is not None}
+
+
+def test_weights_are_stored_in_half_and_cast_before_their_readers() -> None:
+    after = check(layer(), 3, layer(**rounded(WEIGHTS)))
+    halves = {"table.fp16": "FLOAT16", "w.fp16": "FLOAT16", "b.fp16": "FLOAT16"}
+    assert dtypes(after) == halves | {"two": "FLOAT"}
+    assert [node.op_type for node in after.graph].count("Cast") == 3
+
+
+def test_what_is_looked_up_is_cast_after_the_look_up() -> None:
+    after = fired(store_float16, layer(), 3).model
+    gather = after.graph[0]
+    assert gather.op_type == "Gather"
+    assert gather.inputs[0] is after.graph.initializers["table.fp16"]
+    assert [node.op_type for node in gather.outputs[0].consumers()] == ["Cast"]
+
+
+def test_a_weight_with_several_readers_is_cast_once() -> None:
+    change = ("y = Mul(s, two)", "q = MatMul(e, w) r = Add(q, s) y = Mul(r, b)")
+    after = check(layer(*change), 3, layer(*change, **rounded(WEIGHTS)))
+    assert operators(after)["Cast"] == 3
+
+
+def test_a_table_that_is_looked_up_and_multiplied_is_stored_once() -> None:
+    end = "p = MatMul(e, w) s = Add(p, b) y = Mul(s, two)"
+    assert end in TEXT
+    other = """d = MatMul(e, w) r = Add(d, b) t = Transpose(table) o = Abs(e) q = MatMul(o, t)
+        m = ReduceMean(q) s = Add(r, m) y = Mul(s, two)"""
+    after = check(layer(end, other), 3, layer(end, other, **rounded(WEIGHTS)))
+    assert [name for name in after.graph.initializers if "table" in name] == ["table.fp16"]
+    assert operators(after)["Cast"] == 4
+
+
+def test_two_look_ups_of_one_table_are_cast_each() -> None:
+    change = ("p = MatMul(e, w)", "f = Gather(table, ids) g = Mul(e, f) p = MatMul(g, w)")
+    after = check(layer(*change), 3, layer(*change, **rounded(WEIGHTS)))
+    assert operators(after)["Cast"] == 4
+
+
+def test_a_look_up_with_several_readers_is_cast_once() -> None:
+    change = ("p = MatMul(e, w)", "f = Abs(e) g = Mul(e, f) p = MatMul(g, w)")
+    after = check(layer(*change), 3, layer(*change, **rounded(WEIGHTS)))
+    assert operators(after)["Cast"] == 3
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float16])
+def test_weights_that_are_not_float32_are_left_alone(dtype: type) -> None:
+    text = "(float[5] x) => (float[5] y) { c = Cast<to = 1>(w) y = Add(x, c) }"
+    assert untouched(store_float16, build(text, w=np.arange(5).astype(dtype))) == []
+
+
+def test_numbers_and_plain_constants_are_left_alone() -> None:
+    text = "(float[2] x) => (float[2] y) <float[2] c = {1.5, 2.5}> { a = Add(x, c) y = Mul(a, w) }"
+    assert untouched(store_float16, build(text, w=np.asarray(2.5, np.float32))) == []
+
+
+def test_a_value_beyond_float16_fails_by_name_when_it_is_written() -> None:
+    large = WEIGHTS["w"].copy()
+    large[3, 2] = -65520
+    lazy = store_float16(layer(w=large)).model.graph.initializers["w.fp16"].const_value
+    assert lazy is not None
+    with pytest.raises(
+        PassError, match=r"^w has a value of 6.552e\+04, beyond float16's 65504: export with --precision"
+    ):
+        lazy.numpy()
+
+
+def test_the_largest_float16_and_an_infinity_are_stored_as_they_are() -> None:
+    edge = WEIGHTS["w"].copy()
+    edge[0, :3] = 65504, -65504, np.inf
+    lazy = store_float16(layer(w=edge)).model.graph.initializers["w.fp16"].const_value
+    assert lazy is not None
+    np.testing.assert_array_equal(lazy.numpy()[0, :3].astype(np.float32), edge[0, :3])

@@ -1,0 +1,78 @@
+"""Every target's pipelines are in a valid order, name passes that exist, and use every pass there is."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import satchel.graphs.passes
+from satchel.graphs.contract import GraphPass
+from satchel.graphs.pipeline import Step, check_order
+from satchel.graphs.targets import PHASES, TARGETS
+
+FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
+
+
+def whole_pipelines() -> dict[str, tuple[Step, ...]]:
+    """All that runs on one graph, for each target, phase and precision."""
+    return {
+        f"{name} {phase} {precision}": (*target.normalise, *target.fuse, *target.phases[phase], *last)
+        for name, target in TARGETS.items()
+        for phase in PHASES
+        for precision, last in target.precisions.items()
+    }
+
+
+PIPELINES = whole_pipelines()
+
+
+def the_pass(file: str) -> GraphPass:
+    found = getattr(importlib.import_module(f"satchel.graphs.passes.{file}"), file)
+    assert isinstance(found, GraphPass)
+    return found
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_step_comes_after_those_that_it_names(name: str) -> None:
+    check_order(PIPELINES[name])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_name_in_after_is_a_pass(name: str) -> None:
+    named = {earlier for step in PIPELINES[name] for earlier in step.after}
+    assert named <= set(FILES)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_has_every_phase(name: str) -> None:
+    assert set(TARGETS[name].phases) == set(PHASES)
+
+
+def test_every_pass_is_used_by_some_target() -> None:
+    assert {step.name for steps in PIPELINES.values() for step in steps} == set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_pass_is_called_after_its_file(file: str) -> None:
+    assert the_pass(file).name == file
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_pass_says_what_it_does_and_when_it_refuses(file: str) -> None:
+    doc = the_pass(file).doc
+    assert re.match(r"[A-Z].+\.\n", doc, re.DOTALL)
+    for heading in ("before:", "after:", "refuses when:"):
+        assert heading in doc, f"{file} has no {heading}"
+    assert doc.index("before:") < doc.index("after:") < doc.index("refuses when:")
+
+
+def test_passes_load_neither_torch_nor_a_runtime() -> None:
+    unwanted = {"torch", "transformers", "onnxruntime", "onnxscript", "satchel.export", "satchel.runtime"}
+    code = f"import sys, satchel.graphs.targets; print(sorted({unwanted} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
