@@ -45,9 +45,9 @@ def describe(
         parameters=checkpoint.parameters,
         vocab_size=checkpoint.vocab_size,
         max_context=config.context(checkpoint.max_context),
-        bos_token_id=checkpoint.bos_token_id,
-        eos_token_ids=checkpoint.eos_token_ids,
-        pad_token_id=checkpoint.pad_token_id,
+        bos_token_id=_possible(checkpoint, checkpoint.bos_token_id),
+        eos_token_ids=tuple(i for i in checkpoint.eos_token_ids if _possible(checkpoint, i) is not None),
+        pad_token_id=_possible(checkpoint, checkpoint.pad_token_id),
     )
     return Manifest(
         producer={name: importlib.metadata.version(name) for name in PACKAGES},
@@ -61,6 +61,11 @@ def describe(
         passes=tuple(report),
         files=dict(files),
     )
+
+
+def _possible(checkpoint: Checkpoint, token: int | None) -> int | None:
+    """The id, or None where the logits do not reach it: some configs name a padding id that the model never had."""
+    return token if token is not None and token < checkpoint.vocab_size else None
 
 
 def cache_spec(model: ir.Model) -> CacheSpec:
