@@ -138,12 +138,14 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         _check_threads(options.intra_op_num_threads)
         # Threads that spin on when a run ends take the cores from the other phase's session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    entries = dict(bundle.manifest.graph(phase).session)
     if settings.lean:
+        entries["session.disable_prepacking"] = "1"
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_mem_pattern = options.enable_cpu_mem_arena = False
         # The default order runs all that depends on weights alone first, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    for key, value in bundle.manifest.graph(phase).session.items():
+    for key, value in entries.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
                 f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}.session: '{key}' is not for a bundle to set: "
