@@ -60,5 +60,8 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(large: Path, tmp_path: P
         command, capture_output=True, text=True, timeout=PATIENCE, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    assert done.returncode != 0
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("satchel: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written (File too large): free space" in done.stderr
     assert list(tmp_path.iterdir()) == []
