@@ -64,9 +64,9 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     with stages.stage("tracing the model"):
         traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
         model = bind(traced, checkpoint.weights, checkpoint.name)
-    with stages.stage("optimising the graphs"), _named_errors(checkpoint.name):
+    with stages.stage("optimising the graphs"), _named_errors(checkpoint.name, config.output):
         graphs = lower(model, checkpoint, config)
-    with _named_errors(checkpoint.name), staged(config.output) as folder:
+    with _named_errors(checkpoint.name, config.output), staged(config.output) as folder:
         with stages.stage("writing the weights"):
             manifest = write_bundle(folder, checkpoint, config, graphs.models, graphs.report, stages.bytes)
         with stages.stage("checking the bundle"):
@@ -127,14 +127,14 @@ def _open(source: str | Path | torch.nn.Module, config: ExportConfig) -> Checkpo
 
 
 @contextlib.contextmanager
-def _named_errors(name: str) -> Iterator[None]:
+def _named_errors(name: str, output: Path) -> Iterator[None]:
     """Turn what passes and the disk have to say into an error that names the checkpoint."""
     try:
         yield
     except PassError as error:
         raise ExportError(f"{name}: {error}") from error
     except OSError as error:
-        place = error.filename or "the bundle"
+        place = error.filename or output
         raise ExportError(
             f"{name}: {place} cannot be written ({error.strerror}): free space or choose another"
         ) from error

@@ -44,17 +44,29 @@ def staged(output: Path) -> Iterator[Path]:
         old = output.parent / f".{output.name}.old-{os.getpid()}"
         if output.exists():
             output.rename(old)
-        stage.rename(output)
+        try:
+            stage.rename(output)
+        except BaseException:
+            if old.exists():
+                old.rename(output)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove what an export that was killed left here, known by the process id in its name."""
-    for path in output.parent.glob(f".{output.name}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+    """Remove what an export that was killed left here, known by the process id in its name.
+
+    A bundle that it had moved away and not replaced yet comes back.
+    """
+    for path in output.parent.glob(f".{output.name}.*-*"):
+        kind, _, pid = path.name.removeprefix(f".{output.name}.").rpartition("-")
+        if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+            continue
+        if kind == "old" and not output.exists():
+            path.rename(output)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

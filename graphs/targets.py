@@ -15,6 +15,7 @@ from satchel.graphs.passes.fuse_skip_norms import fuse_skip_norms
 from satchel.graphs.passes.lower_experts import lower_experts
 from satchel.graphs.passes.name_projections import name_projections
 from satchel.graphs.passes.normalize_gemm import normalize_gemm
+from satchel.graphs.passes.normalize_lookups import normalize_lookups
 from satchel.graphs.passes.normalize_splits import normalize_splits
 from satchel.graphs.passes.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.pack_qkv import pack_qkv
@@ -37,6 +38,7 @@ NORMALISE = (
     Step(simplify_shapes),
     Step(remove_identity, after=("simplify_shapes",)),  # a shape made constant shows whether a Reshape does anything
     Step(normalize_gemm, after=("remove_identity",)),
+    Step(normalize_lookups, after=("remove_identity",)),  # the index comes through an Expand that changes nothing
     Step(normalize_splits, after=("fold_constants",)),
     Step(remove_duplicates),
     Step(remove_dead),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ class KVCache:
     """Keys and values of one sequence for every layer, in memory that a graph writes in place.
 
     `past` (by graph input) and `present` (by graph output) name the same arrays, [1, kv_heads, capacity, head_dim], so
-    nothing is copied between steps. Pages that were never written cost no memory.
+    nothing is copied between steps. They lie in one anonymous mapping: pages that were never written cost no memory,
+    and all of it goes back to the system with the cache.
     """
 
     def __init__(self, spec: CacheSpec, capacity: int, limit: int) -> None:
@@ -25,16 +27,23 @@ class KVCache:
         self._length = 0
         self.past: dict[str, NDArray[Any]] = {}
         self.present: dict[str, NDArray[Any]] = {}
+        dtype = np.dtype(spec.dtype)
+        positions = [capacity * layer.kv_heads * dtype.itemsize for layer in spec.layers]
+        total = sum(p * (layer.key_dim + layer.value_dim) for p, layer in zip(positions, spec.layers, strict=True))
         try:
-            for layer in spec.layers:
-                key = np.zeros((1, layer.kv_heads, capacity, layer.key_dim), spec.dtype)
-                value = np.zeros((1, layer.kv_heads, capacity, layer.value_dim), spec.dtype)
-                self.past |= {layer.past_key: key, layer.past_value: value}
-                self.present |= {layer.present_key: key, layer.present_value: value}
-        except MemoryError:
+            memory, offset = mmap.mmap(-1, max(total, 1)), 0
+        except (OSError, OverflowError, ValueError):
             raise PromptError(
                 f"there is not enough memory for a KV cache of {capacity} positions: lower --max-context"
             ) from None
+        for layer in spec.layers:
+            for past, present, width in (
+                (layer.past_key, layer.present_key, layer.key_dim),
+                (layer.past_value, layer.present_value, layer.value_dim),
+            ):
+                buffer: NDArray[Any] = np.ndarray((1, layer.kv_heads, capacity, width), dtype, memory, offset)
+                offset += buffer.nbytes
+                self.past[past] = self.present[present] = buffer
 
     @property
     def length(self) -> int:

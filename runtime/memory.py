@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
-MIB = 1 << 20
+from satchel.runtime.errors import SatchelError
+
+KIB_PER_MIB = 1024
 
 
 def peak_rss_mib() -> float:
-    """The largest resident set size that the process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+    """The largest resident set size that the process has had, in MiB. Raises SatchelError off Linux."""
+    return _field("/proc/self/status", "VmHWM:")
 
 
 def pss_mib() -> float:
-    """The proportional set size now, in MiB: a file page that several mappings share counts once."""
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
+    """The proportional set size now, in MiB: a file page that several mappings share counts once.
+
+    Raises SatchelError off Linux.
+    """
+    return _field("/proc/self/smaps_rollup", "Pss:")
+
+
+def _field(path: str, name: str) -> float:
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+    except OSError:
+        raise SatchelError(f"{path} is not there: memory can be measured on Linux only") from None
+    return next(int(line.split()[1]) / KIB_PER_MIB for line in lines if line.startswith(name))

@@ -118,7 +118,9 @@ def share_thread_pool(threads: int | None = None) -> None:
 
 
 def default_threads() -> int:
-    """The number of physical cores among the CPUs that this process may use (Linux sysfs; logical CPUs without it)."""
+    """The number of physical cores among the CPUs that this process may use; of logical CPUs off Linux."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
     cores = set()
     for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")

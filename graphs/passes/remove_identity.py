@@ -15,8 +15,8 @@ END = np.iinfo(np.int64).max
 
 @graph_pass
 def remove_identity(model: ir.Model, report: Report) -> None:
-    """Drop Identity, casts to the same type, slices of everything, reshapes to the same shape, joins with empty
-    tensors, and pairs of moves that undo each other.
+    """Drop Identity, casts to the same type, slices of everything, reshapes and expansions to the same shape,
+    joins with nothing, and pairs of moves that undo each other.
 
     before: x -> Slice(all) -> Cast(same) -> Transpose(p) -> Transpose(p inverted) -> y
     after:  x -> y
@@ -106,13 +106,36 @@ def _transpose(node: ir.Node) -> ir.Value | None:
 
 
 def _concat(node: ir.Node) -> ir.Value | None:
-    """One operand beside others that are empty along the axis."""
+    """The only operand, or one beside others that are empty along the axis."""
+    if len(node.inputs) == 1:
+        return node.inputs[0]
     axis = node.attributes["axis"].value
     shapes = [dims(v) for v in node.inputs]
     if any(s is None for s in shapes):
         return None
     full = [v for v, s in zip(node.inputs, shapes, strict=True) if s is not None and s[axis] != 0]
     return full[0] if len(full) == 1 else None
+
+
+def _alone(node: ir.Node) -> ir.Value | None:
+    """The only operand of an operator that takes any number of them."""
+    return node.inputs[0] if len(node.inputs) == 1 else None
+
+
+def _expand(node: ir.Node) -> ir.Value | None:
+    """What is expanded to its own shape."""
+    shape = producer(node.inputs[1], "Shape")
+    whole = (
+        shape is not None
+        and shape.inputs[0] is node.inputs[0]
+        and _first_axis(shape) == 0
+        and "end" not in shape.attributes
+    )
+    return node.inputs[0] if whole else None
+
+
+def _first_axis(shape: ir.Node) -> int:
+    return int(shape.attributes["start"].value) if "start" in shape.attributes else 0
 
 
 RULES: dict[str, Callable[[ir.Node], ir.Value | None]] = {
@@ -123,5 +146,9 @@ RULES: dict[str, Callable[[ir.Node], ir.Value | None]] = {
     "Reshape": _reshape,
     "Transpose": _transpose,
     "Concat": _concat,
+    "Expand": _expand,
+    "Max": _alone,
+    "Min": _alone,
+    "Sum": _alone,
 }
 """For each operator: the value that its output equals, or None."""

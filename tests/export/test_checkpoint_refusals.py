@@ -12,7 +12,7 @@ import torch
 import transformers
 from support.checkpoints import change_json, save_tiny, tiny_model
 
-from satchel.export.checkpoint import open_checkpoint
+from satchel.export.checkpoint import huggingface, open_checkpoint
 from satchel.export.errors import ExportError
 
 
@@ -200,7 +200,5 @@ def test_experts_of_unequal_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_longest_context_is_refused(tmp_path: Path) -> None:
-    config = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
-    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", seq_length=None)
-    refused(tmp_path, "config.json", "names no longest context", "max_position_embeddings")
+    with pytest.raises(ExportError, match=r"config\.json: names no longest context; add max_position_embeddings"):
+        huggingface._max_context(transformers.PreTrainedConfig(), tmp_path)

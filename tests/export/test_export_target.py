@@ -78,3 +78,20 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(
         (folder / "weights.bin").write_bytes(b"half")
     assert export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--quiet").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "bundle"])
+
+
+def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / f".bundle.old-{(1 << 22) + 1}"
+    moved.mkdir()
+    (moved / "manifest.json").write_text("the only one")
+
+    def fail(folder: Path) -> None:
+        raise ExportError("the check says no")
+
+    monkeypatch.setattr("satchel.export.compile._self_check", fail)
+    with pytest.raises(ExportError, match="the check says no"):
+        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "the only one"

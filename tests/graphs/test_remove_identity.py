@@ -33,6 +33,9 @@ def between(nodes: str, source: str = "batch,3,5", result: str = "batch,3,5", ki
         "b = Reshape(a, kept)",
         "b = Transpose<perm = [0, 1, 2]>(a)",
         "b = Concat<axis = 2>(a)",
+        "b = Max(a)",
+        "whole = Shape(a) b = Expand(a, whole)",
+        "whole = Shape<start = 0>(a) b = Expand(a, whole)",
         "empty = Slice(a, zero, zero, one) b = Concat<axis = 1>(empty, a)",
         "empty = Slice(a, zero, zero, two) b = Concat<axis = -1>(a, empty)",
     ],
@@ -163,3 +166,15 @@ def test_an_output_keeps_its_name_when_its_node_goes() -> None:
 )
 def test_an_output_that_is_something_else_too_keeps_its_node(text: str) -> None:
     assert untouched(remove_identity, build(text)) == []
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "b = Max(a, x)",
+        "other = Shape(x) b = Expand(a, other)",
+        "part = Shape<start = 1>(a) b = Expand(a, part)",
+    ],
+)
+def test_an_operand_or_a_shape_of_something_else_is_left_alone(nodes: str) -> None:
+    assert untouched(remove_identity, between(nodes)) == []

@@ -43,7 +43,7 @@ class OwnModule(torch.nn.Module):
                 parameter.normal_(std=0.3)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention: Attention) -> torch.Tensor:
-        hidden = self.tokens(input_ids) + self.positions(position_ids)
+        hidden = self.tokens(input_ids) + self.positions.weight[position_ids]
         for options, products, output, norm in zip(self.options, self.products, self.outputs, self.norms, strict=False):
             normed = norm(hidden)
             heads = [
