@@ -1,6 +1,4 @@
-"""Checks that a traced graph is a decoder that a KV cache can serve; what is not is refused by name, never exported
-wrong.
-"""
+"""Checks that a traced graph is a decoder that a KV cache can serve; what is not is refused by name."""
 
 from __future__ import annotations
 
@@ -37,8 +35,7 @@ PRODUCTS = frozenset(("MatMul", "Gemm"))
 
 
 def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
-    """Check that attention is the only place where tokens meet, that each layer has it once, and that no padding mask
-    is read elsewhere.
+    """Check that tokens meet in attention only, once in each layer, and that nothing else reads the padding mask.
 
     Args:
         model: The traced and normalised graph, with its internal Attention operators.

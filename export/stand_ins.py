@@ -56,8 +56,9 @@ def _attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
     scaling: float | None = None, softcap: float | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """The attention function that `transformers` calls: query [batch, heads, new, head_dim] -> [batch, new, heads,
-    head_dim].
+    """The attention function that `transformers` calls.
+
+    query [batch, heads, new, head_dim] -> [batch, new, heads, head_dim], and no weights.
     """
     where = type(module).__name__
     if not isinstance(attention_mask, Mask):
@@ -86,8 +87,9 @@ def _attention(
 
 
 def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> Mask:
-    """The mask function that `transformers` calls: finds out by trying whether `mask_function` is causal, with or
-    without a window.
+    """The mask function that `transformers` calls.
+
+    It finds out by trying whether `mask_function` is causal, with or without a window.
     """
     window = int(local_size or 0)
     reach = window or 1 << 20
@@ -112,8 +114,9 @@ def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **_:
 def _experts(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts function that `transformers` calls: [tokens, hidden] and the chosen experts' indices and weights
-    [tokens, k] -> [tokens, hidden].
+    """The experts function that `transformers` calls.
+
+    [tokens, hidden] and the chosen experts' indices and weights [tokens, k] -> [tokens, hidden].
     """
     where, activation = type(module).__name__, getattr(module, "act_fn", None)
     beyond = {

@@ -31,8 +31,11 @@ OPSET = 24
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a trace gives: the graph, whose initialisers have no values yet, and the values of those that no checkpoint
-    holds, by name.
+    """What a trace gives.
+
+    Attributes:
+        model: The graph; its initialisers have no values yet.
+        constants: The values of those that no checkpoint holds, by name.
     """
 
     model: ir.Model
@@ -163,8 +166,9 @@ class _ProtocolWrapper(torch.nn.Module):
 
 @contextlib.contextmanager
 def _buffers_on(device: torch.device, module: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
-    """Put real buffers where the parameters are for the time of the trace; yields their values by name, to be given
-    back to the graph.
+    """Put real buffers where the parameters are for the time of the trace.
+
+    Yields their values by name, to be given back to the graph.
     """
     real = {name: b for name, b in module.named_buffers() if b.device.type != "meta"}
     places = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in real}

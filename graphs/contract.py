@@ -28,9 +28,7 @@ class Refusal:
 
 @dataclasses.dataclass
 class Report:
-    """What an edit did: how many times it changed the graph, and what it refused. Zero means that the graph is
-    unchanged.
-    """
+    """How many times an edit changed the graph, and what it refused. Zero means that the graph is unchanged."""
 
     count: int = 0
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
@@ -53,8 +51,9 @@ Edit = Callable[[ir.Model, Report], None]
 
 @dataclasses.dataclass(frozen=True)
 class GraphPass:
-    """A function `Model -> PassResult`. It never alters the model that it is given: the edit works on a clone, which
-    shares the weights.
+    """A function `Model -> PassResult`.
+
+    It never alters the model that it is given: the edit works on a clone, which shares the weights.
     """
 
     name: str
@@ -68,8 +67,9 @@ class GraphPass:
 
 
 def graph_pass(edit: Edit) -> GraphPass:
-    """Turn an edit in place, `edit(model, report)`, into a pass of the same name that also takes out what its change
-    left unread.
+    """Turn an edit in place, `edit(model, report)`, into a pass of the same name.
+
+    The pass also takes out what its change left unread.
     """
 
     def edit_and_sweep(model: ir.Model, report: Report) -> None:

@@ -6,8 +6,9 @@ import onnx_ir as ir
 
 
 def sweep(graph: ir.Graph) -> int:
-    """Remove nodes and initialisers that no output depends on; returns how many. Graph inputs stay: they are the
-    contract.
+    """Remove nodes and initialisers that no output depends on; returns how many.
+
+    Graph inputs stay: they are the contract.
     """
     removed = 0
     for node in reversed(list(graph)):

@@ -63,9 +63,7 @@ def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
 def _run(
     bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
 ) -> tuple[NDArray[np.float32], Cache]:
-    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence] on top of `past` positions of
-    `cache`.
-    """
+    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence], `past` positions being there."""
     session = open_session(bundle, phase, SessionSettings(lean=True))
     mask = np.ones((1, past + ids.shape[1]), np.int64)
     names = [output.name for output in session.get_outputs()]

@@ -14,8 +14,9 @@ from satchel.graphs.values import INTERNAL, Builder, attributes, heads_of, nodes
 
 @graph_pass
 def expand_attention(model: ir.Model, report: Report) -> None:
-    """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention, the causal mask
-    and the window as a boolean mask.
+    """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention.
+
+    Causality and the window become a boolean mask.
 
     before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention -> [batch, new, heads, value_dim]
     after:  key, value, past_key_values.N -> TensorScatter at the first new position -> present.N

@@ -47,8 +47,9 @@ class Layer:
 
 @graph_pass
 def fuse_attention(model: ir.Model, report: Report) -> None:
-    """Give each attention layer its KV cache and lower it to GroupQueryAttention, with the rotation inside where query
-    and key share it.
+    """Give each attention layer its KV cache and lower it to GroupQueryAttention.
+
+    The rotation goes inside where query and key share it.
 
     before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention(layer, scale, window, softcap) ->
             [batch, new, heads, head_dim]
@@ -138,8 +139,9 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
 
 
 def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
-    """[batch, heads, new, head_dim] -> [batch, new, heads * head_dim], by taking back what spread the heads where that
-    is there.
+    """[batch, heads, new, head_dim] -> [batch, new, heads * head_dim].
+
+    What spread the heads is taken back where it is there.
     """
     transpose = producer(value, "Transpose")
     if (
@@ -166,9 +168,7 @@ def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
 
 
 def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
-    """(index of each row's last token [batch] int32, length of the mask as an int32 scalar), made once at the graph's
-    start.
-    """
+    """(index of each row's last token [batch], length of the mask), both int32; made once, at the graph's start."""
     for node in model.graph:
         if node.name == "total_sequence_length":
             before = next(n for n in model.graph if n.name == "seqlens_k")

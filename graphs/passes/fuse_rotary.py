@@ -99,8 +99,9 @@ def _table_operand(mul: ir.Node) -> tuple[ir.Value, LazyWeight, ir.Value] | None
 
 
 def _rotated_kind(rotated: ir.Value, x: ir.Value) -> bool | None:
-    """False if `rotated` is concat(-x[half:], x[:half]); True if it is the pairs (-x[1], x[0], -x[3], x[2], ...); None
-    otherwise.
+    """Which channels of `x` rotate together, if `rotated` is its rotation by a right angle.
+
+    False: the halves, concat(-x[half:], x[:half]). True: the pairs, (-x[1], x[0], -x[3], x[2], ...). None: neither.
     """
     width = last_dim(x)
     if width is None:

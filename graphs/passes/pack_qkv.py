@@ -15,8 +15,9 @@ PASS_THROUGH = {"Reshape", "Transpose", "RMSNormalization", "LayerNormalization"
 
 @graph_pass
 def pack_qkv(model: ir.Model, report: Report) -> None:
-    """Join the three products in front of a GroupQueryAttention, and hand it queries, keys and values in one tensor
-    where nothing stands between.
+    """Join the three products in front of a GroupQueryAttention.
+
+    Queries, keys and values are handed over in one tensor where nothing stands between.
 
     before: x -> MatMul(q), x -> MatMul(k), x -> MatMul(v) -> GroupQueryAttention(q, k, v)
     after:  x -> MatMul(q|k|v) -> GroupQueryAttention(qkv)                      (with norms between: -> Split -> norms
@@ -72,9 +73,7 @@ def _feed_packed(attention: ir.Node) -> bool:
 
 
 def _span(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
-    """(source, first channel, end channel) where the value is some channels of the last axis of a [batch, new,
-    channels] tensor.
-    """
+    """(source, first, end) where the value is these channels of the last axis of a source [batch, new, channels]."""
     cut = value.producer() if value is not None else None
     if (
         value is None
