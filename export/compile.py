@@ -66,7 +66,7 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
         model = bind(traced, checkpoint.weights, checkpoint.name)
     with stages.stage("optimising the graphs"), _named_errors(checkpoint.name, config.output):
         graphs = lower(model, checkpoint, config)
-    with _named_errors(checkpoint.name, config.output), staged(config.output) as folder:
+    with _named_errors(checkpoint.name, config.output), staged(config.output, config.force) as folder:
         with stages.stage("writing the weights"):
             manifest = write_bundle(folder, checkpoint, config, graphs.models, graphs.report, stages.bytes)
         with stages.stage("checking the bundle"):
@@ -101,17 +101,23 @@ def lower(model: ir.Model, checkpoint: Checkpoint, config: ExportConfig) -> Lowe
         steps = (*target.phases[phase], *target.precisions[config.precision])
         models[phase], finished = pipeline.run(common, steps)
         report += [done.as_json(phase) for done in finished]
-    _check_logits(models, checkpoint.name)
+    _check_logits(models, checkpoint)
     return Lowered(models, tuple(report))
 
 
-def _check_logits(models: Mapping[str, ir.Model], name: str) -> None:
-    """Check that prefill and decode give the last token's logits alone, as the runner's buffers expect."""
+def _check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
+    """Check that prefill and decode give the last token's logits alone, and one for each id."""
+    name = checkpoint.name
     for phase in ("prefill", "decode"):
         shape = models[phase].graph.outputs[0].shape
         if shape is None or len(shape) != 3 or shape[1] != 1:
             raise ExportError(
                 f"{name}: what makes its logits does not work on each token alone, which satchel does not support"
+            )
+        if shape[2] != checkpoint.vocab_size:
+            raise ExportError(
+                f"{name}: its logits are {shape[2]} wide, and vocab_size says {checkpoint.vocab_size}: "
+                "give vocab_size as the last dimension of the logits"
             )
 
 

@@ -37,6 +37,7 @@ class ExportConfig:
     tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
         for option, value, allowed in (("precision", self.precision, PRECISIONS), ("target", self.target, TARGETS)):
             if value not in allowed:
                 raise ExportError(f"--{option} {value} is not known: choose {' or '.join(allowed)}")

@@ -43,6 +43,8 @@ def forecast(checkpoint: Checkpoint, precision: str) -> Forecast:
     disk = sum(elements) * BYTES[precision] + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
     # A GGUF weight that is transposed is decoded whole; all else is read a block at a time.
     largest = max(elements, default=0) * 4 if checkpoint.kind == "gguf" else 0
+    if precision == "fp16":  # the check of the bundle expands one weight after the other
+        largest += max(elements, default=0) * 4
     memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES + largest
     seconds = START_SECONDS + LAYER_SECONDS * layers + sum(elements) * 4 / WRITE_BYTES_PER_SECOND
     return Forecast(memory, disk, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,9 +33,15 @@ def check_target(output: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise."""
-    output = output.absolute()
+def staged(output: Path, force: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
+
+    Where `output` is a link, what it leads to is replaced.
+
+    Raises:
+        ExportError: Something has come to be at `output` meanwhile, and `force` is off.
+    """
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
     stage = output.parent / f".{output.name}.partial-{os.getpid()}"
@@ -42,6 +49,7 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         yield stage
         old = output.parent / f".{output.name}.old-{os.getpid()}"
+        check_target(output, force)
         if output.exists():
             output.rename(old)
         try:
@@ -60,7 +68,7 @@ def _remove_abandoned(output: Path) -> None:
 
     A bundle that it had moved away and not replaced yet comes back.
     """
-    for path in output.parent.glob(f".{output.name}.*-*"):
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*-*"):
         kind, _, pid = path.name.removeprefix(f".{output.name}.").rpartition("-")
         if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
             continue

@@ -31,6 +31,9 @@ LAST_AXIS = frozenset(
     ReduceSum ReduceSumSquare RMSNormalization ScatterElements Softmax TopK
     """.split()  # noqa: SIM905
 )
+LENGTH_ARITHMETIC = frozenset(
+    ("Add", "Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
+)
 PRODUCTS = frozenset(("MatMul", "Gemm"))
 
 
@@ -69,6 +72,8 @@ def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
 def _mixes_tokens(node: ir.Node) -> str | None:
     """Why this node may let one token see another, or None."""
     kind = node.op_type
+    if kind == "Cast" and node.domain == "" and _to_float(node) and _is_length(node.inputs[0]):
+        return "a length is used as a number"
     if node.domain == INTERNAL or kind in EACH_ELEMENT:
         return None
     if node.domain != "":
@@ -146,3 +151,28 @@ def _reads_values(mask: ir.Value) -> bool:
         not in ({"start": 0, "end": 1}, {"end": 1})
         for use in mask.uses()
     )
+
+
+def _to_float(cast: ir.Node) -> bool:
+    return ir.DataType(int(cast.attributes["to"].value)).is_floating_point()
+
+
+def _batch_only(shape: ir.Node) -> bool:
+    start, end = (shape.attributes[n].value if n in shape.attributes else None for n in ("start", "end"))
+    return (start or 0) == 0 and end == 1
+
+
+def _is_length(value: ir.Value | None) -> bool:
+    """Whether the value comes from the shape of a tensor, more than its batch size, by arithmetic on lengths alone."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        maker = value.producer() if value is not None else None
+        if maker is None or id(maker) in seen:
+            continue
+        seen.add(id(maker))
+        if maker.op_type == "Shape" and not _batch_only(maker):
+            return True
+        if maker.op_type in LENGTH_ARITHMETIC:
+            waiting.extend(maker.inputs)
+    return False

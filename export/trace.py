@@ -62,7 +62,9 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     examples = tuple(torch.zeros(2, length, dtype=torch.int64, device=device) for length in (7, 7, 11))
     batch, sequence, total = (torch.export.Dim(n) for n in (signature.BATCH, signature.SEQUENCE, signature.TOTAL))
     dims = ({0: batch, 1: sequence}, {0: batch, 1: sequence}, {0: batch, 1: total})
-    with _quiet(), tables_for_rotary(module, capacity), _buffers_on(device, module) as values, torch.no_grad():
+    # A user's own rotary module is traced as it is: only transformers' classes are known to give tables.
+    tables = contextlib.nullcontext() if protocol else tables_for_rotary(module, capacity)
+    with _quiet(), tables, _buffers_on(device, module) as values, torch.no_grad():
         try:
             program = torch.export.export(wrapper, examples, dynamic_shapes=dims, strict=False)
             onnx_program = torch.onnx.export(
@@ -155,6 +157,11 @@ class _ProtocolWrapper(torch.nn.Module):
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
             scale: float | None = None, window: int | None = None, softcap: float | None = None,
         ) -> torch.Tensor:  # fmt: skip
+            if scale == 0 or (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+                raise ExportError(
+                    f"attention got scale={scale}, window={window}, softcap={softcap}: scale must not be 0, "
+                    "window at least 1 and softcap above 0, or None for none of it"
+                )
             scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
             out = torch.ops.satchel.attention(query, key, value, next(layers), scale, window or 0, softcap or 0.0)
             spread: torch.Tensor = out.transpose(1, 2)
@@ -175,7 +182,8 @@ def _buffers_on(device: torch.device, module: torch.nn.Module) -> Iterator[dict[
     try:
         for name, (part, leaf) in places.items():
             part._buffers[leaf] = real[name].to(device)
-        yield {name: b.detach().numpy() for name, b in real.items()}
+        floats = {name: b.float() if b.dtype == torch.bfloat16 else b for name, b in real.items()}
+        yield {name: b.detach().numpy() for name, b in floats.items()}
     finally:
         for name, (part, leaf) in places.items():
             part._buffers[leaf] = real[name]

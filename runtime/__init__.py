@@ -1,8 +1,13 @@
-"""The light runner: generates text from a bundle with numpy and ONNX Runtime. Importing it loads neither."""
+"""The light runner: generates text from a bundle with numpy and ONNX Runtime. Importing it loads neither.
+
+It does set ORT_DISABLE_TELEMETRY, unless the environment says otherwise: ONNX Runtime reads it when it is loaded, and
+would write an identifier into the user's cache and try to send it.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +33,8 @@ __all__ = [
     "open_bundle",
     "share_thread_pool",
 ]
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Bundle": "bundle",

@@ -80,7 +80,10 @@ def _check_hashes(folder: Path, files: dict[str, FileRecord], progress: bool) ->
         for name in unseen:
             path = folder / name
             seen = file_identity(path)
-            digest = sha256_of(path, bar.update)
+            try:
+                digest = sha256_of(path, bar.update)
+            except OSError as error:
+                raise BundleError(f"{path}: cannot be read ({error.strerror}): give yourself the right to") from None
             if digest != files[name].sha256:
                 raise BundleError(f"{path}: damaged (its SHA-256 differs): copy the bundle again, or export it again")
             memory.remember(path, seen, digest)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
-from satchel.runtime.errors import PromptError
+from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.kv_cache import KVCache
-from satchel.runtime.session import SessionSettings, open_session
+from satchel.runtime.session import ORT_ERRORS, SessionSettings, open_session
 
 PREFILL_CHUNK = 256  # tokens
 
@@ -86,6 +86,7 @@ class Engine:
         Raises PromptError when there is no id, one is outside the vocabulary, or they do not fit.
         """
         tokens = self.check_ids(ids)
+        _check_chunk(chunk)
         state.cache.require(len(tokens))
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
@@ -110,6 +111,7 @@ class Engine:
         That graph is opened on first use. Raises PromptError as `prefill` does.
         """
         tokens = self.check_ids(ids)
+        _check_chunk(chunk)
         session = self._score_session()
         state = self.new_state(len(tokens))
         binding = _bind_cache(session, state.cache)
@@ -122,16 +124,21 @@ class Engine:
         return logits
 
     def check_ids(self, ids: TokenIds) -> NDArray[np.int64]:
-        """The ids as contiguous int64. Raises PromptError when there is none or one is outside the vocabulary."""
-        tokens = np.ascontiguousarray(ids, np.int64).reshape(-1)
-        if not len(tokens):
+        """The ids as contiguous int64.
+
+        Raises PromptError when there is none, they are no whole numbers in a row, or one is outside the vocabulary.
+        """
+        tokens = np.asarray(ids)
+        if not tokens.size:
             raise PromptError("the prompt has no tokens: give at least one token to continue from")
-        outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
-        if len(outside):
+        if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and not all(type(token) is int for token in ids)):
+            raise PromptError("token ids must be whole numbers, one after the other: give a list of them")
+        outside = [int(token) for token in tokens if not 0 <= token < self.vocabulary]
+        if outside:
             raise PromptError(
                 f"token id {outside[0]} is outside the vocabulary: use ids from 0 to {self.vocabulary - 1}"
             )
-        return tokens
+        return np.ascontiguousarray(tokens, np.int64)
 
     def _score_session(self) -> ort.InferenceSession:
         with self._score_lock:
@@ -145,8 +152,19 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding, state: State, co
     state.cache.require(count)
     shape = (1, state.cache.length + count)
     binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, state.mask_pointer)
-    session.run_with_iobinding(binding)
+    try:
+        session.run_with_iobinding(binding)
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"a graph of this bundle fails at position {state.cache.length} ({reason}): export it again"
+        ) from None
     state.cache.advance(count)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise PromptError(f"a chunk of {chunk} tokens is not possible: give at least 1")
 
 
 def _bind_cache(session: ort.InferenceSession, cache: KVCache) -> ort.IOBinding:

@@ -61,7 +61,11 @@ class TokenStream:
         if len(self.token_ids) == self._limit:
             self._finish("length")
             raise StopIteration
-        token = self._step(self._state)
+        try:
+            token = self._step(self._state)
+        except BaseException:  # the cache may hold the token or not: nothing right can follow
+            self._finish("closed")
+            raise
         if token in self._end_tokens:
             self._finish("stop")
             raise StopIteration
@@ -84,12 +88,14 @@ class TokenStream:
     def _step(self, state: State) -> int:
         start = time.perf_counter()
         if not self.token_ids:
-            token = self._choose(self._engine.prefill(state, self._prompt))
+            token = int(self._choose(self._engine.prefill(state, self._prompt)))
             self.prefill_seconds = time.perf_counter() - start
         else:
-            token = self._choose(self._engine.decode(state, self.token_ids[-1]))
+            token = int(self._choose(self._engine.decode(state, self.token_ids[-1])))
             self.decode_seconds += time.perf_counter() - start
             self.decode_steps += 1
+        if not 0 <= token < self._engine.vocabulary:
+            raise PromptError(f"token id {token} was chosen, outside the vocabulary of {self._engine.vocabulary} ids")
         return token
 
     def _finish(self, reason: str) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -132,10 +133,13 @@ def load_module(file: Path, factory: str) -> torch.nn.Module:
 
 
 def _run(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"satchel_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ExportError(f"{file}: not a Python file; its name must end in .py")
     loaded = importlib.util.module_from_spec(spec)
+    # As `python file.py` has it: modules beside the file can be imported, and the file's own classes find their module.
+    sys.path.insert(0, str(file.parent.resolve()))
+    sys.modules[loaded.__name__] = loaded
     try:
         spec.loader.exec_module(loaded)
     except Exception as error:

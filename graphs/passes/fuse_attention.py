@@ -62,6 +62,8 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
     for node in nodes(model, "Attention", INTERNAL):
         try:
             options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
+            if not options["scale"]:
+                raise Refused("GroupQueryAttention takes a scale of 0 for none given")
             layer = _match(model, node, report)
         except Refused as refusal:
             report.refuse(node, str(refusal))

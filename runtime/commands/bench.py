@@ -13,7 +13,7 @@ from satchel.runtime.defaults import PROVIDER
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel bench`."""
     parser.description = "Measure a bundle: batch 1, random prompt tokens, then greedy tokens that no end token stops."
-    parser.epilog = "example:\n  satchel bench out/smol-int8 --prompt-tokens 512 --new-tokens 128 --threads 2 --json"
+    parser.epilog = "example:\n  satchel bench out/smollm2-fp32 --prompt-tokens 512 --new-tokens 128 --threads 2 --json"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
     parser.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="prompt length (%(default)s)")
     parser.add_argument("--new-tokens", metavar="N", type=int, default=128, help="tokens to decode (%(default)s)")

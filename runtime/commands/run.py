@@ -19,7 +19,7 @@ MIB = 1 << 20
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel run`."""
     parser.description = "Continue a prompt, greedily. The text is taken as it is: no chat template is applied."
-    parser.epilog = 'example:\n  satchel run out/smol-int8 "The capital of France is" --max-new-tokens 20'
+    parser.epilog = 'example:\n  satchel run out/smollm2-fp32 "The capital of France is" --max-new-tokens 20'
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
     parser.add_argument(
         "prompt",
