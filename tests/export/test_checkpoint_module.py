@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from satchel.export.checkpoint import ModuleFacts, open_checkpoint, open_module
+from satchel.export.checkpoint.module import load_module
 from satchel.export.errors import ExportError
 
 FACTS = ModuleFacts(vocab_size=11, max_context=32, eos_token_ids=(2, 5), bos_token_id=1)
@@ -137,3 +138,14 @@ def test_files_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
 def test_wrong_facts_are_refused_where_they_are_made(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModuleFacts(**{"vocab_size": 11, "max_context": 32, **changes})  # type: ignore[arg-type]
+
+
+def test_a_file_may_have_dataclasses_and_import_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "neighbour_of_model.py").write_text("WIDTH = 7\n")
+    file = tmp_path / "model.py"
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses, torch\nfrom neighbour_of_model import WIDTH\n"
+        "@dataclasses.dataclass\nclass Options:\n    width: int = WIDTH\n"
+        "def build():\n    return torch.nn.Linear(Options().width, 1)\n"
+    )
+    assert load_module(file, "build").in_features == 7

@@ -10,6 +10,7 @@ import pytest
 from support.export_command import export, refused, tree
 
 from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export.publish import staged
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 
 
@@ -95,3 +96,31 @@ def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(
         export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle"))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "the only one"
+
+
+def test_force_through_a_link_replaces_the_bundle_that_it_leads_to(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "manifest.json").write_text("old")
+    link.symlink_to(real)
+    export_bundle(tiny_checkpoint, ExportConfig(link, force=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert link.is_symlink()
+    assert (real / "manifest.json").read_text() != "old"
+
+
+def test_what_a_killed_export_left_is_found_under_any_name(tmp_path: Path) -> None:
+    output = tmp_path / "b[1]"
+    (tmp_path / f".b[1].partial-{(1 << 22) + 1}").mkdir()
+    with staged(output, force=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["b[1]"]
+
+
+def test_a_bundle_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    with pytest.raises(ExportError, match="is there already"), staged(output, force=False):
+        output.mkdir()
+        (output / "manifest.json").write_text("another's")
+    assert (output / "manifest.json").read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from support.batches import together
 from support.exported import difference
 from support.families import TOLERANCE
-from support.own_module import CONTEXT, KEY_DIM, LAYERS, VOCABULARY, OwnModule, plain_attention
+from support.own_module import CONTEXT, HIDDEN, KEY_DIM, LAYERS, VOCABULARY, OwnModule, plain_attention
 
-from satchel.export import ExportConfig, export_bundle
+from satchel.export import ExportConfig, ExportError, ModuleFacts, export_bundle
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.manifest import Manifest
@@ -96,3 +96,59 @@ def test_the_comparison_would_notice_the_loss_of_a_feature(feature: str) -> None
     ids = np.random.default_rng(2).integers(0, VOCABULARY, TOTAL)
     whole, without = (logits_of(OwnModule(**o), ids) for o in (options, {**options, feature: None}))
     assert difference(without, whole) >= 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"window": 0}, {"softcap": -1.0}])
+def test_options_of_attention_that_mean_nothing_are_refused(options: dict[str, float], tmp_path: Path) -> None:
+    module = OwnModule(KEY_DIM)
+    module.options[0] = options
+    with pytest.raises(ExportError, match="scale must not be 0, window at least 1 and softcap above 0"):
+        export_bundle(module, ExportConfig(tmp_path / "bundle"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_of_another_size_than_the_logits_is_refused(tmp_path: Path) -> None:
+    module = OwnModule(KEY_DIM)
+    module.satchel = ModuleFacts(vocab_size=VOCABULARY + 5, max_context=CONTEXT)
+    with pytest.raises(ExportError, match=f"logits are {VOCABULARY} wide, and vocab_size says {VOCABULARY + 5}"):
+        export_bundle(module, ExportConfig(tmp_path / "bundle"))
+
+
+class ScaledRotaryEmbedding(torch.nn.Module):
+    """Called as transformers calls its own, but what it gives depends on more than positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.linspace(0.1, 1.0, HIDDEN))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None] * self.frequencies
+        return angles.cos() * (1 + x.tanh()), angles.sin()
+
+
+class WithOwnRotary(OwnModule):
+    """One layer, in front of which a rotary module of its own works on the embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__(KEY_DIM)
+        self.rotary = ScaledRotaryEmbedding()
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention: Any) -> torch.Tensor:
+        hidden = self.tokens(input_ids)
+        cos, sin = self.rotary(hidden, position_ids)
+        hidden = hidden * cos + sin
+        heads = [
+            self.products[0][name](hidden).unflatten(-1, (-1, KEY_DIM)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        ]
+        hidden = hidden + self.outputs[0](attention(*heads).transpose(1, 2).flatten(2))
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
+
+def test_a_rotary_module_of_ones_own_is_traced_as_it_is(tmp_path: Path) -> None:
+    module = WithOwnRotary().eval()
+    manifest = export_bundle(module, ExportConfig(tmp_path / "bundle"))
+    ids = np.random.default_rng(3).integers(0, VOCABULARY, 20)
+    engine = Engine.open(Bundle(tmp_path / "bundle", manifest), threads=1)
+    assert difference(engine.score(ids, chunk=20), logits_of(module, ids)) <= TOLERANCE

@@ -60,6 +60,10 @@ UNSOUND = {
         "f = Cast<to = 1>(attention_mask) m = ReduceSum(f, last) n = Unsqueeze(m, last) y = Mul(mixed, n)",
         "the padding mask outside its attention",
     ),
+    "a length as a number": (
+        "n = Shape<start = 1, end = 2>(mixed) m = Cast<to = 1>(n) y = Mul(mixed, m)",
+        "a length is used as a number",
+    ),
     "the length of the mask": (
         "n = Shape<start = 1, end = 2>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
         "the padding mask outside its attention",

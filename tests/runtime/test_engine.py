@@ -168,3 +168,25 @@ def test_one_session_serves_both_phases_where_the_manifest_says_so(tiny: Path, t
         each.prefill(state, [5, 6, 7])
         results.append([each.decode(state, token).copy() for token in (8, 9)])
     assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ids", [[1.9, 2.9], ["5"], [True], [[1, 2]], np.ones((1, 2), np.int64)])
+def test_ids_that_are_no_row_of_whole_numbers_are_refused(engine: Engine, ids: object) -> None:
+    with pytest.raises(PromptError, match="token ids must be whole numbers, one after the other: give a list"):
+        engine.check_ids(ids)
+
+
+@pytest.mark.parametrize("token", [2**70, -1, np.uint64(2**63 + 5)])
+def test_an_id_outside_the_vocabulary_is_named_as_it_is(engine: Engine, token: int) -> None:
+    with pytest.raises(PromptError, match=f"token id {int(token)} is outside the vocabulary"):
+        engine.check_ids([token])
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_without_tokens_is_refused(engine: Engine, chunk: int) -> None:
+    for step in (
+        lambda: engine.score([5, 6], chunk=chunk),
+        lambda: engine.prefill(engine.new_state(4), [5], chunk=chunk),
+    ):
+        with pytest.raises(PromptError, match=f"a chunk of {chunk} tokens is not possible"):
+            step()

@@ -184,3 +184,24 @@ def test_threads_that_share_a_generator_get_the_text_that_each_gets_alone(genera
 
 def test_greedy_takes_the_first_of_the_most_likely() -> None:
     assert greedy(np.array([0.0, 3.0, -1.0, 3.0], np.float32)) == 1
+
+
+def test_a_stream_ends_when_the_choice_of_a_token_fails(generator: Generator) -> None:
+    calls = []
+
+    def choose(logits: np.ndarray) -> int:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("no choice")
+        return int(logits.argmax())
+
+    stream = generator.stream([3, 4, 5], 8, choose)
+    with pytest.raises(ValueError, match="no choice"):
+        stream.result()
+    assert stream.result().finish_reason == "closed"
+    assert len(calls) == 3
+
+
+def test_a_choice_outside_the_vocabulary_is_refused(generator: Generator) -> None:
+    with pytest.raises(PromptError, match="token id -1 was chosen, outside the vocabulary"):
+        generator.generate([3, 4, 5], 4, lambda logits: -1)

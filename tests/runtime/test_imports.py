@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,11 @@ def test_the_package_offers_each_name_that_it_declares() -> None:
     code = "import satchel.runtime as r; print(*(getattr(r, name).__name__ for name in r.__all__)); print(*r.__all__)"
     found, declared = run_python(code).splitlines()
     assert found == declared
+
+
+def test_onnx_runtime_writes_no_identifier_into_the_users_cache(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "satchel.runtime.cli", "run", str(tiny), "the cat", "--max-new-tokens", "2"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert [path.name for path in cache.iterdir()] == ["satchel"]
