@@ -12,11 +12,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 BLOCK_BYTES = 32 << 20
 """How many bytes `blocks` hands out at a time."""
+
+FOUR_BITS = (np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4))
 
 Rows = Callable[[int, int], np.ndarray]
 
@@ -32,11 +36,12 @@ class LazyWeight(ir.TensorProtocol):
         columns: `columns(start, stop)` returns `tensor[:, start:stop]`; given where that costs less than reading all
             rows.
         computed: True for what no checkpoint holds (rotary tables, folded constants): stored as it is in any precision.
+        alias_of: The weight with the same bytes, under which they are stored; None for a weight of its own.
     """
 
     def __init__(
         self, name: str, shape: Sequence[int], dtype: ir.DataType, rows: Rows, columns: Rows | None = None,
-        *, computed: bool = False,
+        *, computed: bool = False, alias_of: LazyWeight | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.shape = ir.Shape(shape, frozen=True)
@@ -45,6 +50,7 @@ class LazyWeight(ir.TensorProtocol):
         self.metadata_props: dict[str, str] = {}
         self.meta: dict[str, object] = {}
         self.computed = computed
+        self._alias_of = alias_of
         self._rows = rows
         self._columns = columns
 
@@ -62,6 +68,11 @@ class LazyWeight(ir.TensorProtocol):
     def nbytes(self) -> int:
         """The number of bytes of the values."""
         return math.ceil(self.size * self.dtype.itemsize)
+
+    @property
+    def base(self) -> LazyWeight:
+        """The weight under which the bytes are stored: this one, or the one that it is another shape of."""
+        return self if self._alias_of is None else self._alias_of.base
 
     @property
     def raw(self) -> LazyWeight:
@@ -82,9 +93,14 @@ class LazyWeight(ir.TensorProtocol):
         return self._rows(0, self.row_count)[:, start:stop]
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[np.ndarray]:
-        """The tensor from first row to last, in C-contiguous blocks of about `block_bytes`."""
+        """The tensor from first row to last, in C-contiguous blocks of about `block_bytes`.
+
+        Of a type that has two elements in a byte, all blocks but the last have an even number of elements.
+        """
         row_bytes = max(1, self.nbytes // max(1, self.row_count))
         step = max(1, block_bytes // row_bytes)
+        if self.dtype.itemsize < 1:
+            step += step % 2
         for start in range(0, self.row_count, step):
             yield np.ascontiguousarray(self.rows(start, min(start + step, self.row_count)))
 
@@ -96,12 +112,12 @@ class LazyWeight(ir.TensorProtocol):
         return array if dtype is None else array.astype(dtype)
 
     def tobytes(self) -> bytes:
-        return np.ascontiguousarray(self.numpy()).tobytes()
+        return stored(np.ascontiguousarray(self.numpy())).tobytes()
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the values block by block."""
         for block in self.blocks():
-            file.write(block.tobytes())
+            file.write(stored(block).tobytes())
 
     def __dlpack__(self, *, stream: object = None) -> object:
         return self.numpy().__dlpack__()
@@ -122,14 +138,22 @@ def from_array(name: str, array: np.ndarray, *, computed: bool = False) -> LazyW
     return LazyWeight(name, array.shape, dtype, lambda a, b: shaped[a:b], columns, computed=computed)
 
 
+def marked_like(weight: LazyWeight, *sources: LazyWeight) -> LazyWeight:
+    """`weight` with the marks (`meta`) on which all that it is made of agree."""
+    first = sources[0].meta
+    weight.meta |= {key: value for key, value in first.items() if all(s.meta.get(key) == value for s in sources)}
+    return weight
+
+
 def transposed(weight: LazyWeight, name: str) -> LazyWeight:
     """The transpose of a two-dimensional weight: [a, b] -> [b, a]."""
     height, width = weight.dims
-    return LazyWeight(
+    new = LazyWeight(
         name, (width, height), weight.dtype,
         rows=lambda a, b: weight.columns(a, b).T,
         columns=lambda a, b: weight.rows(a, b).T,
     )  # fmt: skip
+    return marked_like(new, weight)
 
 
 def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWeight:
@@ -141,9 +165,10 @@ def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWei
     shape = list(first.dims)
     shape[axis] = sum(w.dims[axis] for w in weights)
     if axis > 0:
-        return LazyWeight(
+        joined = LazyWeight(
             name, shape, first.dtype, lambda a, b: np.concatenate([w.rows(a, b) for w in weights], axis=axis)
         )
+        return marked_like(joined, *weights)
 
     def rows(start: int, stop: int) -> np.ndarray:
         parts, offset = [], 0
@@ -160,17 +185,134 @@ def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWei
     return LazyWeight(name, shape, first.dtype, rows, columns)
 
 
+def reshaped(weight: LazyWeight, shape: Sequence[int], name: str) -> LazyWeight:
+    """The same bytes under another shape, in which they are not stored again: its `base` is that of `weight`.
+
+    Args:
+        weight: The weight as it is stored.
+        shape: As many elements in all; each of its rows must be whole rows of `weight`.
+        name: What to call it.
+
+    Raises:
+        ValueError: The shape has another number of elements, or cuts rows.
+    """
+    if math.prod(shape) != weight.size or not shape or weight.row_count % max(1, shape[0]):
+        raise ValueError(f"{weight} cannot be read as {tuple(shape)}")
+    each = weight.row_count // max(1, shape[0])
+    return LazyWeight(
+        name, shape, weight.dtype, lambda a, b: weight.rows(a * each, b * each).reshape(b - a, *shape[1:]),
+        computed=weight.computed, alias_of=weight,
+    )  # fmt: skip
+
+
 def mapped(
     weight: LazyWeight, function: Callable[[np.ndarray], np.ndarray], name: str, dtype: ir.DataType | None = None
 ) -> LazyWeight:
     """`function` applied to each element; it must keep the shape and give the numpy equivalent of `dtype`."""
-    return LazyWeight(
+    new = LazyWeight(
         name, weight.dims, weight.dtype if dtype is None else dtype,
         rows=lambda a, b: function(weight.rows(a, b)),
         columns=lambda a, b: function(weight.columns(a, b)),
     )  # fmt: skip
+    return marked_like(new, weight)
 
 
 def cast(weight: LazyWeight, dtype: ir.DataType, name: str) -> LazyWeight:
     """The weight in another dtype, rounded to nearest even."""
     return mapped(weight, lambda array: array.astype(dtype.numpy()), name, dtype)
+
+
+def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [rows, n] of 4 bits as bytes [rows, ceil(n / 2)], the first of two in the low half; 8 bits as they are."""
+    if bits == 8:
+        return codes
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def stored(block: np.ndarray) -> NDArray[np.uint8]:
+    """A C-contiguous array as the bytes in which ONNX stores it: two four-bit numbers to a byte, all else as it is."""
+    if block.dtype in FOUR_BITS:
+        return pack_rows(block.reshape(1, -1).view(np.uint8) & 0x0F, 4).reshape(-1)
+    return block.reshape(-1).view(np.uint8)
+
+
+def scaled(weight: LazyWeight, factors: LazyWeight, name: str, axis: int = 0) -> LazyWeight:
+    """The weight with entry i of its first (`axis` 0) or last (`axis` -1) axis multiplied by `factors[i]`."""
+    if axis not in (0, -1) or factors.dims != (weight.dims[axis],):
+        raise ValueError(f"cannot scale axis {axis} of {weight!r} by {factors!r}")
+    dtype, vector = weight.dtype.numpy(), len(weight.dims) == 1
+    trailing = [1] * (len(weight.dims) - 1)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        if axis == 0 or vector:
+            return np.asarray(weight.rows(start, stop) * factors.rows(start, stop).reshape(-1, *trailing), dtype)
+        return np.asarray(weight.rows(start, stop) * factors.numpy(), dtype)
+
+    def columns(start: int, stop: int) -> np.ndarray:
+        across = factors.numpy()[:, None] if axis == 0 else factors.rows(start, stop)
+        return np.asarray(weight.columns(start, stop) * across, dtype)
+
+    return marked_like(
+        LazyWeight(
+            name, weight.dims, weight.dtype, rows, columns if len(trailing) == 1 else None, computed=weight.computed
+        ),
+        weight,
+    )
+
+
+def right_multiplied(
+    weight: LazyWeight, matrix: np.ndarray, name: str, span: tuple[int, int] | None = None
+) -> LazyWeight:
+    """`weight @ matrix` over the last axis, for a square matrix [n, n].
+
+    Where the axis, or the part `span` = (start, stop) of it, is a multiple of n, each n channels are multiplied by
+    themselves: a block-diagonal matrix. Rows cost as many rows of `weight`.
+    """
+    size, width = len(matrix), weight.dims[-1]
+    low, high = span or (0, width)
+    if matrix.shape != (size, size) or not 0 <= low <= high <= width or (high - low) % size:
+        raise ValueError(f"cannot multiply channels {low} to {high} of {weight!r} by {list(matrix.shape)}")
+    dtype = weight.dtype.numpy()
+
+    def multiply(array: np.ndarray) -> np.ndarray:
+        part = array[..., low:high]
+        product = np.asarray(part.reshape(-1, size) @ matrix, dtype).reshape(part.shape)
+        if span is None:
+            return product
+        return np.concatenate([array[..., :low], product, array[..., high:]], axis=-1)
+
+    if len(weight.dims) == 1:
+        rows: Rows = lambda a, b: multiply(weight.numpy())[a:b]  # noqa: E731
+    else:
+        rows = lambda a, b: multiply(weight.rows(a, b))  # noqa: E731
+    return marked_like(LazyWeight(name, weight.dims, weight.dtype, rows, computed=weight.computed), weight)
+
+
+def left_multiplied(weight: LazyWeight, matrix: np.ndarray, name: str) -> LazyWeight:
+    """`matrix @ weight` over the axis before the last, for a square matrix [n, n].
+
+    Where the axis is a multiple of n, each n rows are multiplied by themselves: a block-diagonal matrix. Rows cost the
+    rows of the blocks that they lie in, so all of `weight` for a matrix over all rows: ask for large pieces. Columns
+    cost as many columns of `weight`.
+    """
+    size, height = len(matrix), weight.dims[-2]
+    if matrix.shape != (size, size) or height % size:
+        raise ValueError(f"cannot multiply {weight!r} from the left by {list(matrix.shape)}")
+    dtype = weight.dtype.numpy()
+
+    def multiply(array: np.ndarray) -> np.ndarray:
+        blocks = array.reshape(*array.shape[:-2], array.shape[-2] // size, size, array.shape[-1])
+        return np.asarray(matrix @ blocks, dtype).reshape(array.shape)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        if len(weight.dims) > 2:
+            return multiply(weight.rows(start, stop))
+        first = start // size * size
+        return multiply(weight.rows(first, -(-stop // size) * size))[start - first : stop - first]
+
+    columns: Rows | None = None
+    if len(weight.dims) == 2:
+        columns = lambda a, b: multiply(weight.columns(a, b))  # noqa: E731
+    return marked_like(LazyWeight(name, weight.dims, weight.dtype, rows, columns, computed=weight.computed), weight)
