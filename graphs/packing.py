@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from satchel.graphs.assign import LAYERS, RULE, layers_of
 from satchel.graphs.contract import Refused
 from satchel.graphs.values import Builder, last_dim, only_user, producer, rank, replace, weight
 from satchel.graphs.weights import LazyWeight, concatenated
@@ -56,9 +57,11 @@ def pack(model: ir.Model, products: Sequence[Product], name: str, before: ir.Nod
     """Replace `products` by one product and a Split of its result.
 
     Raises:
-        Refused: The products have different inputs, or only some have a bias.
+        Refused: The products have different inputs, only some have a bias, or a recipe stores them differently.
     """
     first = products[0]
+    if any(p.matrix.meta.get(RULE) != first.matrix.meta.get(RULE) for p in products):
+        raise Refused("the recipe has different rules for the products")
     if any(p.x is not first.x for p in products):
         raise Refused("the products do not read the same input")
     biases = [p.bias for p in products if p.bias is not None]
@@ -68,7 +71,9 @@ def pack(model: ir.Model, products: Sequence[Product], name: str, before: ir.Nod
     if f"{path}.weight.T" in model.graph.initializers:
         raise Refused(f"{path}.weight.T is there already: the layers share their weights")
     builder = Builder(model, before)
-    matrix = builder.initializer(concatenated([p.matrix for p in products], 1, f"{path}.weight.T"))
+    joined = concatenated([p.matrix for p in products], 1, f"{path}.weight.T")
+    joined.meta[LAYERS] = tuple(layer for p in products for layer in layers_of(p.matrix))
+    matrix = builder.initializer(joined)
     packed = builder.value("MatMul", [first.x, matrix], path)
     widths = [p.width for p in products]
     shape = ir.Shape([*list(first.value.shape or ())[:-1], sum(widths)]) if first.value.shape is not None else None

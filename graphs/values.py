@@ -181,9 +181,22 @@ class Builder:
             return there
         return self.initializer(ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
 
+    def shared(self, lazy: LazyWeight) -> ir.Value:
+        """An initialiser for a weight that may be read in several places; one of its name is used again.
+
+        Raises:
+            ValueError: One of its name has another shape or dtype.
+        """
+        there = self.graph.initializers.get(lazy.name)
+        if there is None:
+            return self.initializer(lazy)
+        known = weight(there)
+        if known is None or (known.dims, known.dtype) != (lazy.dims, lazy.dtype):
+            raise ValueError(f"an initialiser called {lazy.name} is there already")
+        return there
+
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """An initialiser for a tensor, lazy or not, under the tensor's own name; one already made of the same tensor is
-        used again.
+        """An initialiser for a tensor, lazy or not, under the tensor's own name.
 
         Raises:
             ValueError: Another initialiser has the name.

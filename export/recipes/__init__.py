@@ -1,0 +1,92 @@
+"""The recipes that ship with satchel, and the way to one of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.errors import ExportError
+from satchel.graphs.recipe import Recipe, RecipeError, parse_recipe
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def recipe_of(config: ExportConfig) -> Recipe | None:
+    """The recipe of an export: the one asked for, or that of the precision; None where weights stay in float.
+
+    An int8 KV cache over float weights has a recipe without rules.
+
+    Raises:
+        ExportError: The recipe cannot be read.
+    """
+    if config.quantised:
+        return load_recipe(config.precision if config.recipe is None else config.recipe)
+    return Recipe(config.precision, ()) if config.kv_cache == "int8" else None
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe from a TOML file, or one that ships, by its name.
+
+    Raises:
+        ExportError: There is no such file, or it is no recipe.
+    """
+    path = Path(name)
+    if not path.is_file() and (FOLDER / f"{name}.toml").is_file():
+        path = FOLDER / f"{name}.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"--recipe {name}: cannot be read ({error.strerror}): give a TOML file, or {', '.join(shipped())}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ExportError(f"--recipe {name}: not UTF-8 at byte {error.start}: give a TOML file") from None
+    try:
+        return parse_recipe(text, path.stem)
+    except RecipeError as error:
+        raise ExportError(f"--recipe {name}: {error}") from None
+
+
+def check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Check a recipe against a model that is opened and not read.
+
+    Raises:
+        ExportError: A pattern matches no layer, or a block size does not divide a layer's inputs.
+    """
+    layers = dict(_layers(checkpoint))
+    try:
+        recipe.check_layers(list(layers))
+    except RecipeError as error:
+        raise ExportError(f"recipe {recipe.name}: {error}") from None
+    for layer, (kind, inputs) in layers.items():
+        rule = recipe.rule(layer, kind)
+        if rule is not None and inputs is not None:
+            try:
+                rule.scheme(inputs)
+            except RecipeError as error:
+                raise ExportError(f"recipe {recipe.name}: {layer}: {error}") from None
+
+
+def _layers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """Each layer's name, its kind as far as the module tells, and the number of its inputs."""
+    modules = dict(checkpoint.module.named_modules())
+    for name, lazy in checkpoint.weights.items():
+        if len(lazy.dims) < 2:
+            continue
+        layer = name.removesuffix(".weight")
+        module = modules.get(layer)
+        if isinstance(module, torch.nn.Embedding):
+            yield layer, ("embedding", module.embedding_dim)
+        elif isinstance(module, torch.nn.Linear):
+            yield layer, ("linear", module.in_features)
+        else:
+            yield layer, ("experts" if len(lazy.dims) == 3 else "linear", None)

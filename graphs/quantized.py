@@ -1,0 +1,117 @@
+"""A quantised weight: its codes and grid, and the layouts in which kernels read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from satchel.graphs.recipe import Rule
+from satchel.graphs.rounding import Grid
+from satchel.graphs.weights import LazyWeight, from_array, pack_rows
+
+CODE_TYPES = {
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+}
+"""(bits, symmetric) -> dtype of the codes as DequantizeLinear reads them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """The codes of one weight [outputs, inputs] on their grid.
+
+    Attributes:
+        name: The weight's name in the graph.
+        grid: Scheme, scales [outputs, blocks] and zero points. For experts, outputs are those of one after the other.
+        codes: [outputs, inputs], one code per element: int8, or uint8 where there are zero points; may be mapped from
+            a file.
+    """
+
+    name: str
+    grid: Grid
+    codes: NDArray[np.int8] | NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points as they are stored."""
+        zero_points = 0 if self.grid.zero_points is None else self.grid.zero_points.size * self.grid.scheme.bits // 8
+        return self.codes.size * self.grid.scheme.bits // 8 + self.grid.scales.nbytes + zero_points
+
+    def columns(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
+        """Codes [inputs, outputs], scales and zero points [blocks, outputs] for DequantizeLinear along axis 0.
+
+        Where each output has one scale, scales and zero points are [outputs], for axis 1.
+        """
+        scheme, grid = self.grid.scheme, self.grid
+        dtype = CODE_TYPES[scheme.bits, grid.zero_points is None]
+        outputs, inputs = self.codes.shape
+        codes = LazyWeight(
+            f"{self.name}.codes", (inputs, outputs), dtype,
+            lambda a, b: np.ascontiguousarray(self.codes[:, a:b].T).astype(dtype.numpy()),
+        )  # fmt: skip
+        per_channel = scheme.block is None
+
+        def laid_out(array: np.ndarray) -> np.ndarray:
+            return array[:, 0] if per_channel else np.ascontiguousarray(array.T)
+
+        scales = from_array(f"{self.name}.scales", laid_out(grid.scales), computed=True)
+        if grid.zero_points is None:
+            return codes, scales, None
+        points = laid_out(grid.zero_points).astype(dtype.numpy())
+        return codes, scales, from_array(f"{self.name}.zero_points", points, computed=True)
+
+    def rows(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
+        """Codes [outputs, inputs * bits / 8] uint8, scales [outputs, blocks], zero points [outputs, blocks * bits / 8].
+
+        Codes of symmetric schemes have half the range added, the zero point that MatMulNBits, GatherBlockQuantized and
+        QMoE assume. Four bits are packed two to a byte, the first in the low half.
+        """
+        grid, bits = self.grid, self.grid.scheme.bits
+        offset = (1 << (bits - 1)) if grid.zero_points is None else 0
+        outputs, inputs = self.codes.shape
+
+        def packed(a: int, b: int) -> np.ndarray:
+            return pack_rows((self.codes[a:b].astype(np.int16) + offset).astype(np.uint8), bits)
+
+        codes = LazyWeight(f"{self.name}.rows", (outputs, inputs * bits // 8), ir.DataType.UINT8, packed)
+        scales = from_array(f"{self.name}.row_scales", grid.scales, computed=True)
+        if grid.zero_points is None:
+            return codes, scales, None
+        points = pack_rows(grid.zero_points, bits)
+        return codes, scales, from_array(f"{self.name}.row_zero_points", points, computed=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVScales:
+    """One scale for each channel of one layer's int8 cache.
+
+    Attributes:
+        key: [kv_heads, head_dim] float32: value = code * scale.
+        value: The same for the values.
+    """
+
+    key: NDArray[np.float32]
+    value: NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A model whose weights are rounded.
+
+    Attributes:
+        model: The float graph that all phases share, its weights transformed.
+        weights: What is stored for each weight that a rule matched, by the name of the float weight.
+        rules: The rule of each, by the same names.
+        kv_scales: Scales of the KV cache by layer; empty for a float cache.
+    """
+
+    model: ir.Model
+    weights: Mapping[str, QuantizedWeight]
+    rules: Mapping[str, Rule]
+    kv_scales: Mapping[int, KVScales]

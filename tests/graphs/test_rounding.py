@@ -1,0 +1,147 @@
+"""Grids for 4 and 8 bits: nearest codes, and scales as good as those that trying everything finds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.graphs import normal
+
+from satchel.graphs.recipe import Scheme
+from satchel.graphs.rounding import Grid, fit_grid
+
+EVERY = [Scheme(bits, block, symmetric) for bits in (4, 8) for block in (16, 32, None) for symmetric in (True, False)]
+WEIGHT = normal(1, 6, 64) * np.exp(normal(2, 6, 1))
+WEIGHT[0, 5], WEIGHT[1, 40] = 9, -30
+
+
+def name(scheme: Scheme) -> str:
+    return f"{scheme.bits} bits, {scheme.block or 'channel'}, {'symmetric' if scheme.symmetric else 'zero points'}"
+
+
+def errors(grid: Grid, weight: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """The squared error of each block, [outputs, blocks], in float64."""
+    error = np.square(grid.values(grid.round(weight)).astype(np.float64) - weight)
+    if importance is not None:
+        error *= importance
+    return error.reshape(*grid.scales.shape, -1).sum(-1)
+
+
+def by_trying(block: np.ndarray, scheme: Scheme) -> float:
+    """The least squared error of one block over a fine range of scales of both signs, and over all zero points."""
+    steps = (1 << scheme.bits) - 1
+    low = -(steps + 1) // 2 if scheme.symmetric else 0
+    span = 2 * np.abs(block).max() / steps
+    sizes = np.linspace(0.3, 1.3, 400) * span
+    scales = np.concatenate([sizes, -sizes])[:, None, None]
+    zeros = np.zeros(1) if scheme.symmetric else np.arange(steps + 1)
+    zeros = zeros[None, :, None]
+    codes = np.clip(np.rint(block / scales) + zeros, low, low + steps)
+    return float(np.square((codes - zeros) * scales - block).sum(-1).min())
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=name)
+def test_a_grid_has_a_scale_for_each_block(scheme: Scheme) -> None:
+    grid = fit_grid(WEIGHT, scheme)
+    blocks = 1 if scheme.block is None else 64 // scheme.block
+    assert (grid.scales.shape, grid.scales.dtype) == ((6, blocks), np.float32)
+    if scheme.symmetric:
+        assert grid.zero_points is None
+    else:
+        assert grid.zero_points is not None
+        assert (grid.zero_points.shape, grid.zero_points.dtype) == ((6, blocks), np.uint8)
+        assert grid.zero_points.max() < 1 << scheme.bits
+    assert (grid.low, grid.high) == {
+        (4, True): (-8, 7), (4, False): (0, 15), (8, True): (-128, 127), (8, False): (0, 255),
+    }[scheme.bits, scheme.symmetric]  # fmt: skip
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("scheme", EVERY, ids=name)
+def test_each_code_is_the_nearest(scheme: Scheme, search: bool) -> None:
+    grid = fit_grid(WEIGHT, scheme, search=search)
+    codes = grid.round(WEIGHT)
+    assert grid.low <= codes.min() and codes.max() <= grid.high
+    found = np.abs(grid.values(codes) - WEIGHT)
+    for code in range(grid.low, grid.high + 1):
+        other = np.abs(grid.values(np.full_like(codes, code)) - WEIGHT)
+        assert (found <= other + 1e-5).all()
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=name)
+def test_the_plain_grid_reaches_the_largest_weight(scheme: Scheme) -> None:
+    grid = fit_grid(WEIGHT, scheme, search=False)
+    scale, _ = grid.expanded(64)
+    # Half a step, and as much again where the zero point was rounded.
+    assert (
+        np.abs(grid.values(grid.round(WEIGHT)) - WEIGHT) <= np.abs(scale) * (0.501 if scheme.symmetric else 1)
+    ).all()
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=name)
+def test_the_search_never_loses_to_the_plain_scale(scheme: Scheme) -> None:
+    for importance in (None, np.random.default_rng(3).uniform(0.01, 5, 64).astype(np.float32)):
+        searched = errors(fit_grid(WEIGHT, scheme, importance), WEIGHT, importance)
+        plain = errors(fit_grid(WEIGHT, scheme, importance, search=False), WEIGHT, importance)
+        assert (searched <= plain * (1 + 1e-5)).all()
+        assert searched.sum() < 0.995 * plain.sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+def test_four_bits_come_near_to_what_trying_everything_finds(symmetric: bool) -> None:
+    scheme = Scheme(4, 16, symmetric)
+    weight = normal(5, 20, 16) + (0 if symmetric else normal(6, 20, 1))
+    least = np.asarray([by_trying(row.astype(np.float64), scheme) for row in weight])
+    found, plain = (errors(fit_grid(weight, scheme, search=search), weight)[:, 0] for search in (True, False))
+    assert found.sum() < 1.1 * least.sum()
+    assert plain.sum() > 1.2 * least.sum(), "the plain scale would pass this test, too"
+
+
+def test_eight_bits_come_near_to_what_trying_everything_finds() -> None:
+    scheme, weight = Scheme(8, 16), normal(7, 20, 16)
+    least = sum(by_trying(row.astype(np.float64), scheme) for row in weight)
+    found, plain = (errors(fit_grid(weight, scheme, search=search), weight).sum() for search in (True, False))
+    assert found < 1.2 * least
+    assert plain > 1.4 * least, "the plain scale would pass this test, too"
+
+
+def test_the_largest_weight_of_four_bits_may_take_the_longer_side() -> None:
+    weight = np.asarray([[8, 1, 2, 3, -4, 5, -6, 7] * 2, [-8, 1, 2, 3, -4, 5, -6, 7] * 2], np.float32)
+    grid = fit_grid(weight, Scheme(4, 16))
+    np.testing.assert_allclose(grid.scales[:, 0], [-1, 1], rtol=1e-6)
+    np.testing.assert_allclose(grid.values(grid.round(weight)), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("scheme", EVERY, ids=name)
+def test_zeros_stay_zeros(scheme: Scheme, search: bool) -> None:
+    weight = WEIGHT.copy()
+    weight[2], weight[3, :32], weight[4, ::3] = 0, 0, 0
+    grid = fit_grid(weight, scheme, search=search)
+    assert np.isfinite(grid.scales).all() and (grid.scales != 0).all()
+    np.testing.assert_array_equal(grid.values(grid.round(weight))[weight == 0], 0)
+
+
+@pytest.mark.parametrize("shift", [-20, 20])
+def test_zero_points_serve_blocks_of_one_sign(shift: int) -> None:
+    weight = normal(8, 4, 32) + shift
+    grid = fit_grid(weight, Scheme(8, 32, symmetric=False))
+    assert grid.zero_points is not None
+    assert set(grid.zero_points.reshape(-1)) == {0 if shift > 0 else 255}
+    assert np.abs(grid.values(grid.round(weight)) - weight).max() < 0.1
+
+
+def test_more_important_inputs_lose_less() -> None:
+    scheme, importance = Scheme(4, 32), np.ones(64, np.float32)
+    importance[10] = 1000
+    weight = normal(9, 20, 64)
+    plain, weighed = (fit_grid(weight, scheme, counts) for counts in (None, importance))
+    lost = [np.square(grid.values(grid.round(weight)) - weight)[:, 10].sum() for grid in (plain, weighed)]
+    assert lost[1] < lost[0] / 4
+    np.testing.assert_array_equal(weighed.scales[:, 1], plain.scales[:, 1])  # no input of the second block
+
+
+def test_equal_importance_is_none() -> None:
+    scheme = Scheme(4, 16, symmetric=False)
+    found, wanted = fit_grid(WEIGHT, scheme, np.full(64, 2, np.float32)), fit_grid(WEIGHT, scheme)
+    np.testing.assert_array_equal(found.scales, wanted.scales)
+    np.testing.assert_array_equal(found.zero_points, wanted.zero_points)
