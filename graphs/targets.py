@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
 
 from satchel.graphs.passes.derive_positions import derive_positions
 from satchel.graphs.passes.expand_attention import expand_attention
@@ -12,6 +15,8 @@ from satchel.graphs.passes.fuse_attention import fuse_attention
 from satchel.graphs.passes.fuse_norms import fuse_norms
 from satchel.graphs.passes.fuse_rotary import fuse_rotary
 from satchel.graphs.passes.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.insert_hadamard import insert_hadamard
+from satchel.graphs.passes.insert_qdq import insert_qdq
 from satchel.graphs.passes.lower_experts import lower_experts
 from satchel.graphs.passes.name_projections import name_projections
 from satchel.graphs.passes.normalize_gemm import normalize_gemm
@@ -19,17 +24,25 @@ from satchel.graphs.passes.normalize_lookups import normalize_lookups
 from satchel.graphs.passes.normalize_splits import normalize_splits
 from satchel.graphs.passes.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.pack_qkv import pack_qkv
+from satchel.graphs.passes.quantize_experts import quantize_experts
+from satchel.graphs.passes.quantize_kv_cache import quantize_kv_cache
+from satchel.graphs.passes.quantize_tables import quantize_tables
 from satchel.graphs.passes.remove_dead import remove_dead
 from satchel.graphs.passes.remove_duplicates import remove_duplicates
 from satchel.graphs.passes.remove_identity import remove_identity
+from satchel.graphs.passes.rotate_residual import rotate_residual
+from satchel.graphs.passes.rotate_values import rotate_values
 from satchel.graphs.passes.share_tied_head import share_tied_head
 from satchel.graphs.passes.simplify_shapes import simplify_shapes
 from satchel.graphs.passes.single_token import single_token
 from satchel.graphs.passes.sink_transposes import sink_transposes
 from satchel.graphs.passes.slice_last_logits import slice_last_logits
+from satchel.graphs.passes.smooth_products import smooth_products
 from satchel.graphs.passes.store_float16 import store_float16
 from satchel.graphs.passes.stream_tied_head import stream_tied_head
 from satchel.graphs.pipeline import Step
+from satchel.graphs.quantized import Quantised
+from satchel.graphs.recipe import Recipe
 
 PHASES = ("prefill", "decode", "score")
 
@@ -67,14 +80,47 @@ FUSE = (
 PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     "prefill": (
         Step(slice_last_logits),
-        Step(stream_tied_head, after=("slice_last_logits",)),
         Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
     ),
-    "decode": (Step(single_token), Step(stream_tied_head, after=("single_token",)), Step(fuse_skip_norms)),
+    "decode": (Step(single_token), Step(fuse_skip_norms)),
     "score": (Step(fuse_skip_norms),),
 }
 
+STREAM = (Step(stream_tied_head, after=("slice_last_logits", "single_token")),)
+"""For a head that is the embedding table in float; a score graph has too many tokens for it."""
+
 FINISH = (Step(remove_duplicates), Step(remove_dead))
+
+
+ROTATE = (Step(rotate_residual), Step(rotate_values))
+"""Outliers are spread over all channels of the residual stream and of each value head."""
+
+
+def even_out(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]) -> tuple[Step, ...]:
+    """The passes that a recipe asks for in front of its down projections; `statistics` are those of smooth_products."""
+    smooth = (Step(smooth_products(statistics)),) if "smooth" in recipe.transforms else ()
+    if "hadamard" not in recipe.transforms:
+        return smooth
+    # The Hadamard matrix hides what smoothing looks for.
+    return (*smooth, Step(insert_hadamard(recipe.hadamard_block), after=("smooth_products",)))
+
+
+def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
+    """The passes that put quantised weights and caches into the graph of a phase."""
+    weights = quantised.weights
+    activations = {name: getattr(rule, ACTIVATIONS_OF[phase]) for name, rule in quantised.rules.items()}
+    steps = (
+        Step(quantize_tables(weights), after=("slice_last_logits",)),  # the slice looks for the plain head
+        Step(quantize_experts(weights)),
+        Step(insert_qdq(weights, activations)),
+    )
+    if quantised.kv_scales:
+        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, phase)))
+    return steps
+
+
+ACTIVATIONS_OF = {"prefill": "prefill", "decode": "decode", "score": "prefill"}
+"""Which of a rule's forms of activations a phase takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +145,44 @@ class Target:
         normalise: Run first; what they leave is checked for soundness.
         fuse: Run once on the normalised graph.
         phases: Run on a copy for each phase.
-        precisions: Run last on each phase, by name of the precision.
         sessions: How the runner opens each phase's graph.
     """
 
     normalise: tuple[Step, ...]
     fuse: tuple[Step, ...]
     phases: Mapping[str, tuple[Step, ...]]
-    precisions: Mapping[str, tuple[Step, ...]]
-    sessions: Mapping[str, Session]
+    sessions: Callable[[Quantised | None], Mapping[str, Session]]
+
+    def steps(self, phase: str, precision: str, quantised: Quantised | None) -> tuple[Step, ...]:
+        """All passes for one phase, after those that the phases share."""
+        if quantised is not None:
+            return (*self.phases[phase], *quantise_steps(phase, quantised), *FINISH)
+        stream = STREAM if phase != "score" else ()
+        store = (Step(store_float16, after=("remove_dead",)),) if precision == "fp16" else ()
+        return (*self.phases[phase], *stream, *FINISH, *store)
 
 
-TARGETS: Mapping[str, Target] = {
-    "cpu": Target(
-        normalise=NORMALISE,
-        fuse=FUSE,
-        phases=PHASE_STEPS,
-        precisions={"fp32": FINISH, "fp16": (*FINISH, Step(store_float16, after=("remove_dead",)))},
-        # In float both phases have the same kernels: one session packs the weights once for both. Scoring is rare, and
-        # reads them as they are mapped.
-        sessions={
+def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
+    """Where both phases have the same kernels, one session packs the weights once for both.
+
+    Scoring is rare, and in float reads the weights as they are mapped.
+    """
+    if quantised is None:
+        return {
             "prefill": Session(),
             "decode": Session(of="prefill"),
             "score": Session({"session.disable_prepacking": "1"}),
-        },
-    ),
+        }
+    same = not quantised.kv_scales and all(rule.prefill == rule.decode for rule in quantised.rules.values())
+    # Int8 activations inside the kernel: without them a step of one token takes 50 times as long.
+    config = {"session.qdq_matmulnbits_accuracy_level": "4"}
+    return {
+        "prefill": Session(config),
+        "decode": Session(config, of="prefill" if same else None),
+        "score": Session(config),
+    }
+
+
+TARGETS: Mapping[str, Target] = {
+    "cpu": Target(normalise=NORMALISE, fuse=FUSE, phases=PHASE_STEPS, sessions=cpu_sessions),
 }

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from satchel.graphs.contract import Refused, Report, graph_pass
 from satchel.graphs.values import INTERNAL, MICROSOFT, Builder, attributes, last_dim, nodes, replace, weight
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.weights import LazyWeight, marked_like
 
 
 @graph_pass
@@ -64,4 +64,4 @@ def _interleaved(gate_up: LazyWeight) -> LazyWeight:
         block = gate_up.rows(start, stop).reshape(stop - start, 2, rows // 2, hidden)
         return block.swapaxes(1, 2).reshape(stop - start, rows, hidden)
 
-    return LazyWeight(f"{gate_up.name}.interleaved", gate_up.dims, gate_up.dtype, read)
+    return marked_like(LazyWeight(f"{gate_up.name}.interleaved", gate_up.dims, gate_up.dtype, read), gate_up)

@@ -7,7 +7,10 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, the, untouched
 
+from satchel.graphs.assign import assign, layers_of, rule_of
 from satchel.graphs.passes.pack_gate_up import pack_gate_up
+from satchel.graphs.recipe import Recipe, Rule
+from satchel.graphs.values import weight
 
 PATH = "layers__0__mlp__"
 WEIGHTS = {f"{PATH}{name}_proj__weight__T": normal(i, 5, 7) for i, name in enumerate(("gate", "up"))}
@@ -105,3 +108,27 @@ def test_other_products_are_left_alone(old: str, new: str) -> None:
     nodes = f"{UP} {GATE} {SILU} {END}"
     assert old in nodes
     assert untouched(pack_gate_up, layer(nodes.replace(old, new), narrow=normal(7, 5, 1), plain=normal(8, 5, 7))) == []
+
+
+@pytest.mark.parametrize(
+    "gate", [Rule(("*.gate_proj",), bits=8), Rule(("*.gate_proj",))], ids=["other bits", "left in float"]
+)
+def test_products_that_a_recipe_stores_differently_are_refused(gate: Rule) -> None:
+    marked = assign(Recipe("mine", (gate, Rule(bits=4))))(marked_layer()).model
+    assert untouched(pack_gate_up, marked) == ["the recipe has different rules for the products"]
+
+
+def test_products_with_one_rule_are_packed_and_keep_it() -> None:
+    rule = Rule(("layers.*",), bits=4)
+    packed = the(check(assign(Recipe("mine", (rule,)))(marked_layer()).model), "MatMul").inputs[1]
+    lazy = weight(packed)
+    assert lazy is not None
+    assert rule_of(lazy) == rule
+    assert layers_of(lazy) == ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+
+
+def marked_layer() -> ir.Model:
+    """The layer with an output as a recipe looks for it."""
+    model = layer(f"{GATE} {UP} {SILU} {END}")
+    model.graph.outputs[0].name = "logits"
+    return model

@@ -8,23 +8,46 @@ import re
 import subprocess
 import sys
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 import satchel.graphs.passes
 from satchel.graphs.contract import GraphPass
 from satchel.graphs.pipeline import Step, check_order
-from satchel.graphs.targets import PHASES, TARGETS
+from satchel.graphs.quantized import KVScales, Quantised
+from satchel.graphs.recipe import Recipe
+from satchel.graphs.targets import PHASES, ROTATE, TARGETS, even_out
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
+
+
+RECIPE = Recipe("all", (), transforms=("rotate", "smooth", "hadamard"))
+SCALES = KVScales(np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
+NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES})
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "insert_hadamard": (16,),
+    "insert_qdq": ({}, {}),
+    "quantize_experts": ({},),
+    "quantize_kv_cache": ({}, "decode"),
+    "quantize_tables": ({},),
+    "smooth_products": ({},),
+}
+"""For passes that are made for a model."""
 
 
 def whole_pipelines() -> dict[str, tuple[Step, ...]]:
     """All that runs on one graph, for each target, phase and precision."""
     return {
-        f"{name} {phase} {precision}": (*target.normalise, *target.fuse, *target.phases[phase], *last)
+        f"{name} {phase} {precision}": (
+            *target.normalise,
+            *target.fuse,
+            *((*ROTATE, *even_out(RECIPE, {})) if quantised is not None else ()),
+            *target.steps(phase, precision, quantised),
+        )
         for name, target in TARGETS.items()
         for phase in PHASES
-        for precision, last in target.precisions.items()
+        for precision, quantised in (("fp32", None), ("fp16", None), ("int8", NOTHING))
     }
 
 
@@ -33,8 +56,9 @@ PIPELINES = whole_pipelines()
 
 def the_pass(file: str) -> GraphPass:
     found = getattr(importlib.import_module(f"satchel.graphs.passes.{file}"), file)
-    assert isinstance(found, GraphPass)
-    return found
+    made = found(*ARGUMENTS[file]) if file in ARGUMENTS else found
+    assert isinstance(made, GraphPass)
+    return made
 
 
 @pytest.mark.parametrize("name", PIPELINES)

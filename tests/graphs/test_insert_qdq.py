@@ -1,0 +1,185 @@
+"""insert_qdq: a product reads codes, with activations in float, in int8 per token, or in int8 per tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from support.codes import rounded, values
+from support.graphs import build, expose, fired, normal, operators, run, serialised, untouched
+
+from satchel.graphs.passes.insert_qdq import insert_qdq
+from satchel.graphs.quantized import Quantised, QuantizedWeight
+from satchel.graphs.targets import cpu_sessions
+
+INPUTS, OUTPUTS = 64, 48
+W = normal(1, INPUTS, OUTPUTS)
+TEXT = """(float[batch,n,64] x) => (float[batch,n,48] y) {
+    a = Tanh(x)
+    p = MatMul(a, "layer.weight.T")
+    y = Neg(p)
+}"""
+NAME = "layer.weight.T"
+X = {"x": normal(2, 2, 5, INPUTS)}
+CHANNEL = rounded(NAME, W.T.copy(), 8, None)
+
+
+def product(text: str = TEXT, **weights: np.ndarray) -> ir.Model:
+    return build(text, **(weights or {"layer__weight__T": W}))
+
+
+def quantised(codes: QuantizedWeight, form: str, before: ir.Model | None = None, count: int = 1) -> ir.Model:
+    given = product() if before is None else before
+    return fired(insert_qdq({codes.name: codes}, {codes.name: form}), given, count).model
+
+
+def decoded(codes: QuantizedWeight) -> ir.Model:
+    """The float graph over what the codes stand for."""
+    return product(layer__weight__T=np.ascontiguousarray(values(codes).T))
+
+
+def per_token(a: np.ndarray, codes: QuantizedWeight) -> np.ndarray:
+    """The product with each row of `a` in int8, its largest magnitude being 127, in float64."""
+    a = a.astype(np.float64)
+    step = np.maximum(np.abs(a).max(-1, keepdims=True), 1e-10) / 127
+    return np.rint(a / step) * step @ values(codes).T.astype(np.float64)
+
+
+def per_tensor(a: np.ndarray, codes: QuantizedWeight) -> np.ndarray:
+    """The product with `a` in uint8 as ONNX defines DynamicQuantizeLinear, in float64."""
+    low, high = min(float(a.min()), 0.0), max(float(a.max()), 0.0)
+    step = (high - low) / 255
+    zero = np.clip(np.rint(-low / step), 0, 255)
+    codes_of_a = np.clip(np.rint(a.astype(np.float64) / step) + zero, 0, 255)
+    return (codes_of_a - zero) * step @ values(codes).T.astype(np.float64)
+
+
+def optimised(model: ir.Model, path: Path, level: str = "4") -> onnx.ModelProto:
+    """What ONNX Runtime makes of a graph with the runner's own session settings."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 4
+    sessions = cpu_sessions(Quantised(model, {}, {}, {}))
+    for key, value in sessions["prefill"].config.items():
+        options.add_session_config_entry(key, value)
+    assert options.get_session_config_entry("session.qdq_matmulnbits_accuracy_level") == level
+    ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"])
+    return onnx.load(path)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 16), (8, 64), (8, None)])
+def test_in_float_the_product_is_that_of_the_decoded_weight(bits: int, block: int | None, symmetric: bool) -> None:
+    codes = rounded(NAME, W.T.copy(), bits, block, symmetric)
+    after = quantised(codes, "float")
+    assert operators(after) == {"Tanh": 1, "DequantizeLinear": 1, "MatMul": 1, "Neg": 1}
+    np.testing.assert_array_equal(run(after, X)["y"], run(decoded(codes), X)["y"])
+
+
+def test_the_float_weight_is_gone() -> None:
+    after = quantised(rounded(NAME, W.T.copy()), "float")
+    assert sorted(after.graph.initializers) == [f"{NAME}.codes", f"{NAME}.scales"]
+
+
+def test_per_token_each_row_has_its_own_scale() -> None:
+    feeds = {"x": X["x"] * np.asarray([1e-3, 1, 10, 0.1, 1e-5], np.float32)[:, None]}
+    found = run(quantised(CHANNEL, "token"), feeds)["y"]
+    wanted = -per_token(np.tanh(feeds["x"]), CHANNEL)
+    largest = np.abs(wanted).max(-1, keepdims=True)
+    assert (np.abs(found - wanted) / largest).max() < 1e-5
+
+
+def test_per_token_a_row_of_zeros_stays_zeros() -> None:
+    feeds = {"x": X["x"].copy()}
+    feeds["x"][0, 2] = 0
+    found = run(quantised(CHANNEL, "token"), feeds)["y"]
+    np.testing.assert_array_equal(found[0, 2], 0)
+    assert np.abs(found[0, 1]).min() > 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_per_token_the_largest_number_may_have_either_sign(sign: int) -> None:
+    feeds = {"x": sign * np.abs(X["x"])}
+    wanted = -per_token(np.tanh(feeds["x"]), CHANNEL)
+    np.testing.assert_allclose(run(quantised(CHANNEL, "token"), feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_per_tensor_one_token_is_quantised_dynamically() -> None:
+    feeds = {"x": X["x"][:1, :1]}
+    after = quantised(CHANNEL, "tensor")
+    assert operators(after)["MatMulInteger"] == 1
+    assert operators(after)["MatMul"] == 0
+    wanted = -per_tensor(np.tanh(feeds["x"]), CHANNEL)
+    np.testing.assert_allclose(run(after, feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_per_tensor_zeros_stay_zeros() -> None:
+    found = run(quantised(CHANNEL, "tensor"), {"x": np.zeros((1, 1, INPUTS), np.float32)})["y"]
+    np.testing.assert_array_equal(found, 0)
+
+
+@pytest.mark.parametrize("form", ["token", "tensor"])
+def test_rounded_activations_lose_little(form: str) -> None:
+    feeds = {"x": X["x"][:1, :1]}
+    wanted, found = run(decoded(CHANNEL), feeds)["y"], run(quantised(CHANNEL, form), feeds)["y"]
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert 1e-4 < error < 0.02, "an error of zero would mean that nothing was rounded"
+
+
+@pytest.mark.parametrize("form", ["float", "token", "tensor"])
+def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
+    after = quantised(CHANNEL, form, expose(product(), "p"))
+    assert [str(v.name) for v in after.graph.outputs] == ["y", "p"]
+    found = run(after, X)
+    np.testing.assert_array_equal(found["p"], -found["y"])
+
+
+@pytest.mark.parametrize("form", ["float", "token", "tensor"])
+def test_two_products_of_one_weight_share_its_codes(form: str) -> None:
+    twice = TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)')
+    after = quantised(CHANNEL, form, product(twice), 2)
+    assert sum(name.startswith(NAME) for name in after.graph.initializers) == 2
+
+
+def test_products_may_take_their_inputs_in_different_forms() -> None:
+    text = TEXT.replace("y = Neg(p)", 'y = MatMul(p, "next.weight.T")').replace("n,48] y", "n,8] y")
+    other = rounded("next.weight.T", normal(3, 8, OUTPUTS), 4, 16)
+    before = product(text, layer__weight__T=W, next__weight__T=normal(3, 8, OUTPUTS).T.copy())
+    forms = {NAME: "token", other.name: "float"}
+    after = fired(insert_qdq({NAME: CHANNEL, other.name: other}, forms), before, 2).model
+    wanted = per_token(np.tanh(X["x"]), CHANNEL) @ values(other).T
+    np.testing.assert_allclose(run(after, X)["y"], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_are_not_named_are_left_alone() -> None:
+    assert untouched(insert_qdq({}, {}), product()) == []
+    other = rounded("other.weight.T", W.T.copy())
+    assert untouched(insert_qdq({other.name: other}, {other.name: "float"}), product()) == []
+
+
+def test_a_matrix_that_is_computed_is_left_alone() -> None:
+    text = TEXT.replace(f'MatMul(a, "{NAME}")', "MatMul(a, c)").replace("p = ", f'c = Identity("{NAME}") p = ')
+    assert untouched(insert_qdq({NAME: CHANNEL, "c": CHANNEL}, {NAME: "float", "c": "float"}), product(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "bits", "block", "kernel"),
+    [
+        ("float", 4, 32, "MatMulNBits"),
+        ("float", 8, 64, "MatMulNBits"),
+        ("token", 8, None, "MatMulIntegerToFloat"),
+        ("tensor", 8, None, "DynamicQuantizeMatMul"),
+    ],
+)
+def test_the_runner_multiplies_codes(form: str, bits: int, block: int | None, kernel: str, tmp_path: Path) -> None:
+    graph = optimised(quantised(rounded(NAME, W.T.copy(), bits, block), form), tmp_path / "optimised.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert "MatMul" not in kinds, kinds
+    assert kernel in kinds, kinds
+    if kernel == "MatMulNBits":
+        (node,) = [n for n in graph.node if n.op_type == kernel]
+        assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4

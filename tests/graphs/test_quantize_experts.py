@@ -1,0 +1,179 @@
+"""quantize_experts: a mixture of experts over codes is the one over what the codes stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from support.codes import rounded, values
+from support.graphs import build, experts, fired, normal, operators, run, serialised, tag, the, untouched
+
+from satchel.graphs.passes.lower_experts import lower_experts
+from satchel.graphs.passes.quantize_experts import quantize_experts
+from satchel.graphs.quantized import QuantizedWeight
+from satchel.graphs.values import weight
+
+TOKENS, HIDDEN, INNER, EXPERTS = 5, 96, 32, 7
+GATE_UP, DOWN = normal(1, EXPERTS, 2 * INNER, HIDDEN) / 8, normal(2, EXPERTS, HIDDEN, INNER) / 4
+TEXT = """(float[tokens,96] hidden, float[tokens,7] router) => (float[tokens,96] y) <float[tokens,96] m> {
+    m = com.microsoft.MoE <k=2, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
+        normalize_routing_weights=1> (hidden, router, gate_up, , down)
+    y = Neg(m)
+}"""
+FEEDS = {"hidden": normal(3, TOKENS, HIDDEN), "router": normal(4, TOKENS, EXPERTS)}
+Pair = dict[str, QuantizedWeight]
+
+
+def mixture(*changes: tuple[str, str], gate_up: np.ndarray = GATE_UP, down: np.ndarray = DOWN) -> ir.Model:
+    text = TEXT
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return build(text, gate_up=gate_up, down=down)
+
+
+def pair(bits: int = 8, block: int | None = 32, symmetric: bool = True) -> Pair:
+    arrays = {"gate_up": GATE_UP, "down": DOWN}
+    return {name: rounded(name, array, bits, block, symmetric) for name, array in arrays.items()}
+
+
+def plain(codes: Pair, *changes: tuple[str, str]) -> ir.Model:
+    """The mixture in float over what the codes stand for."""
+    gate_up, down = values(codes["gate_up"], *GATE_UP.shape), values(codes["down"], *DOWN.shape)
+    return mixture(*changes, gate_up=gate_up, down=down)
+
+
+def in_float(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """The model's y from a session that does not pack weights: the operator multiplies in float there."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"]).run(["y"], feeds)[0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("block", [16, 32, None])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_mixture_is_that_of_what_the_codes_stand_for(bits: int, block: int | None, symmetric: bool) -> None:
+    codes = pair(bits, block, symmetric)
+    after = fired(quantize_experts(codes), mixture(), 1).model
+    assert operators(after) == {"com.microsoft::QMoE": 1, "Neg": 1}
+    wanted = run(plain(codes), FEEDS)["y"]
+    np.testing.assert_allclose(in_float(after, FEEDS), wanted, rtol=1e-5, atol=1e-5)  # sums of some hundred products
+    error = np.linalg.norm(run(after, FEEDS)["y"] - wanted) / np.linalg.norm(wanted)
+    assert error < 0.02, "int8 activations cost about a percent"
+
+
+def test_codes_and_grids_stand_expert_by_expert() -> None:
+    codes = pair(4, 32, symmetric=False)
+    after = fired(quantize_experts(codes), mixture(), 1).model
+    shapes = [None if v is None else v.shape.numpy() for v in the(after, "QMoE").inputs[2:]]
+    rows, blocks = 2 * INNER, HIDDEN // 32
+    assert shapes == [
+        (EXPERTS, rows, HIDDEN // 2), (EXPERTS, rows, blocks), None,
+        (EXPERTS, HIDDEN, INNER // 2), (EXPERTS, HIDDEN, 1), None,
+        None, None, None, (EXPERTS, rows, 2), (EXPERTS, HIDDEN, 1),
+    ]  # fmt: skip
+    found = weight(the(after, "QMoE").inputs[2])
+    assert found is not None
+    expected = codes["gate_up"].codes.reshape(EXPERTS, rows, HIDDEN)
+    np.testing.assert_array_equal(found.numpy() & 15, expected[..., 0::2])
+    np.testing.assert_array_equal(found.rows(2, 4) >> 4, expected[2:4, :, 1::2])
+    assert found.base.name == "gate_up.rows"
+
+
+@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+def test_a_lowered_mixture_keeps_its_own_weights(k: int) -> None:
+    text = f"""(float[tokens,96] hidden, int64[tokens,{k}] index, float[tokens,{k}] weights) => (float[tokens,96] y)
+        <float[tokens,96] m> {{ m = satchel.Experts(hidden, index, weights, gate_up, down) y = Neg(m) }}"""
+    random = np.random.default_rng(5)
+    index = np.stack([random.permutation(EXPERTS)[:k] for _ in range(TOKENS)])
+    shares = random.uniform(0.05, 1, (TOKENS, k)).astype(np.float32)
+    lowered = lower_experts(build(text, gate_up=GATE_UP, down=DOWN)).model
+    stack = weight(the(lowered, "MoE").inputs[2])
+    assert stack is not None
+    codes = {"gate_up.interleaved": rounded("gate_up.interleaved", stack.numpy()), "down": rounded("down", DOWN)}
+    after = fired(quantize_experts(codes), lowered, 1).model
+    gates = values(codes["gate_up.interleaved"], EXPERTS, INNER, 2, HIDDEN).swapaxes(1, 2).reshape(GATE_UP.shape)
+    given = {"hidden": FEEDS["hidden"], "index": index, "weights": shares}
+    wanted = -experts(**given, gate_up=gates, down=values(codes["down"], *DOWN.shape))
+    np.testing.assert_allclose(in_float(after, given), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("normalize_routing_weights=1", "normalize_routing_weights=1, swiglu_limit=0.5"),
+        ("k=2", "k=3"),
+        ("activation_alpha=1.0, activation_beta=0.0", "activation_alpha=1.7, activation_beta=1.0"),
+    ],
+    ids=lambda change: change[1],
+)
+def test_attributes_are_carried_over(change: tuple[str, str]) -> None:
+    codes = pair()
+    after = fired(quantize_experts(codes), mixture(change), 1).model
+    wanted = run(plain(codes, change), FEEDS)["y"]
+    assert np.abs(wanted - run(plain(codes), FEEDS)["y"]).max() > 1e-3, "the attribute changes nothing here"
+    np.testing.assert_allclose(in_float(after, FEEDS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_two_mixtures_over_the_same_stacks_share_the_codes() -> None:
+    settings = 'k=1, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1'
+    second = f"n = com.microsoft.MoE <{settings}> (hidden, router, gate_up, , down)"
+    model = mixture(("y = Neg(m)", f"{second} y = Sub(m, n)"))
+    after = fired(quantize_experts(pair()), model, 2).model
+    first, other = (node for node in after.graph if node.op_type == "QMoE")
+    assert all(a is b for a, b in zip(first.inputs, other.inputs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"gate_up": rounded("gate_up", GATE_UP, 4)}, "are stored as"),
+        ({"gate_up": rounded("gate_up", GATE_UP, 8, 16)}, "are stored as"),
+        ({"gate_up": rounded("gate_up", GATE_UP, symmetric=False)}, "are stored as"),
+        ({"down": rounded("down", GATE_UP)}, "another shape"),
+    ],
+    ids=["bits", "blocks", "zero points", "shape"],
+)
+def test_codes_that_the_kernel_does_not_take_are_refused(changed: Pair, reason: str) -> None:
+    (found,) = untouched(quantize_experts(pair() | changed), mixture())
+    assert reason in found
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_one_stack_in_float_is_refused(name: str) -> None:
+    (reason,) = untouched(quantize_experts({name: pair()[name]}), mixture())
+    assert "only one" in reason
+
+
+def test_rows_of_half_bytes_are_refused() -> None:
+    odd = {"gate_up": normal(1, 2, 6, 9), "down": normal(2, 2, 9, 3)}
+    codes = {name: rounded(name, array, 4, None) for name, array in odd.items()}
+    (reason,) = untouched(quantize_experts(codes), mixture(gate_up=odd["gate_up"], down=odd["down"]))
+    assert "no whole bytes" in reason
+
+
+@pytest.mark.parametrize(
+    "inputs", ["(hidden, router, gate_up, bias, down)", "(hidden, router, gate_up, , down, , gate_up)"]
+)
+def test_biases_and_a_third_stack_are_refused(inputs: str) -> None:
+    model = mixture(("m = com", "bias = Identity(hidden) m = com"), ("(hidden, router, gate_up, , down)", inputs))
+    (reason,) = untouched(quantize_experts(pair()), model)
+    assert "third stack" in reason
+
+
+def test_an_unknown_attribute_is_refused() -> None:
+    (reason,) = untouched(quantize_experts(pair()), tag(mixture(), "MoE", "use_sparse_mixer", 1))
+    assert "use_sparse_mixer" in reason
+
+
+@pytest.mark.parametrize("text", ["normalize_routing_weights=0", "swiglu_limit=100.0"], ids=["zero", "left out"])
+def test_weights_that_do_not_sum_to_1_are_refused(text: str) -> None:
+    (reason,) = untouched(quantize_experts(pair()), mixture(("normalize_routing_weights=1", text)))
+    assert "sum of 1" in reason
+
+
+def test_mixtures_in_float_are_left_alone() -> None:
+    assert untouched(quantize_experts({}), mixture()) == []
+    assert untouched(quantize_experts(pair()), build("(float[3] x) => (float[3] y) { y = Neg(x) }")) == []
