@@ -30,8 +30,13 @@ class Command:
 
 COMMANDS = {
     "export": Command("satchel.export.cli", "compile a checkpoint into a bundle (needs satchel[export])"),
+    "sensitivity": Command(
+        "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])"
+    ),
     "run": Command("satchel.runtime.commands.run", "continue a prompt"),
     "bench": Command("satchel.runtime.commands.bench", "measure the speed and memory of a bundle"),
+    "eval": Command("satchel.runtime.commands.eval", "measure how close a bundle is to a reference on a text"),
+    "verify": Command("satchel.runtime.commands.verify", "replay what a bundle was certified for, on this machine"),
 }
 
 

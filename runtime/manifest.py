@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from satchel.runtime import strict_json
+from satchel.runtime.certificate import Certificate, check_values
 from satchel.runtime.errors import BundleError
 
 MANIFEST_NAME = "manifest.json"
@@ -94,6 +95,22 @@ class Graphs:
 
 
 @dataclass(frozen=True)
+class LayerPrecision:
+    """How one layer's weights are stored, and how its product takes its input in each phase.
+
+    `bits` is 8 or 4; `block` the number of inputs that share a scale, None for one scale per output channel;
+    `symmetric` is False where there are zero points. Activations are "float", or int8 with a scale per "token" or
+    "tensor".
+    """
+
+    bits: int
+    block: int | None
+    symmetric: bool
+    prefill_activations: str
+    decode_activations: str
+
+
+@dataclass(frozen=True)
 class CorpusEntry:
     """A text and the token ids, special tokens included, that the checkpoint's own tokenizer made of it at export."""
 
@@ -121,7 +138,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner."""
+    """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner.
+
+    `layers` names every layer whose weights are quantised; all others are in float.
+    `certificate` is None for a bundle that nobody certified.
+    """
 
     FORMAT: ClassVar[str] = "satchel-bundle"
     VERSION: ClassVar[int] = 1
@@ -133,9 +154,11 @@ class Manifest:
     model: ModelFacts
     kv_cache: CacheSpec
     graphs: Graphs
+    layers: dict[str, LayerPrecision]
     tokenizer: TokenizerSpec | None
     passes: tuple[dict[str, Any], ...]
     files: dict[str, FileRecord]
+    certificate: Certificate | None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -203,6 +226,8 @@ def _check_values(manifest: Manifest) -> None:
         _check(record.bytes >= 0, f"files.{name}.bytes", record.bytes, "a size")
         well_formed = len(record.sha256) == 64 and set(record.sha256) <= set("0123456789abcdef")
         _check(well_formed, f"files.{name}.sha256", record.sha256, "64 lower-case hex digits")
+    if manifest.certificate:
+        check_values(manifest.certificate, model.vocab_size, model.max_context)
 
 
 def _check_graph(manifest: Manifest, phase: str) -> None:

@@ -19,6 +19,11 @@ Cache = dict[str, NDArray[np.float32]]
 TOLERANCE = 1e-3
 """Between the same logits by two ways through the graphs, relative to the largest."""
 
+ROUNDED_TOLERANCE = 0.1
+"""The same where phases round activations or caches differently: a wrong graph is further off; the certificate measures
+the rest.
+"""
+
 
 def selftest(folder: Path) -> None:
     """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
@@ -40,11 +45,12 @@ def selftest(folder: Path) -> None:
         "decode": _run(bundle, "decode", ids[:, -1:], length - 1, cache)[0],
         "score": _run(bundle, "score", ids, 0, empty)[0],
     }
+    rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
     for name, logits in results.items():
         if not np.isfinite(logits).all() or not np.isfinite(whole).all():
             raise BundleError(f"{folder}: the logits of the {name} graph are not finite: export in another precision")
         error = float(np.abs(logits - whole).max() / max(float(np.abs(whole).max()), 1e-30))
-        if error > TOLERANCE:
+        if error > (ROUNDED_TOLERANCE if rounded else TOLERANCE):
             raise BundleError(
                 f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the largest logit"
             )

@@ -7,7 +7,10 @@ import types
 import typing
 from typing import Any
 
-JSON_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object", tuple: "a list"}
+JSON_NAMES = {
+    str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
+    tuple: "a list",
+}  # fmt: skip
 
 
 class StrictJsonError(ValueError):
@@ -17,8 +20,9 @@ class StrictJsonError(ValueError):
 def from_json(kind: Any, value: Any, key: str = "") -> Any:
     """Build a value of type `kind` from parsed JSON.
 
-    `kind` is str, int, bool, Any, a frozen dataclass, `tuple[T, ...]`, `dict[str, T]`, or a union of those (`T | None`,
-    `int | str`). `key` is the path of `value` in the document, for messages. Raises StrictJsonError.
+    `kind` is str, int, float, bool, Any, a frozen dataclass, `tuple[T, ...]`, `dict[str, T]`, or a union of those
+    (`T | None`, `int | str`). A whole number is a float too. `key` is the path of `value` in the document, for
+    messages. Raises StrictJsonError.
     """
     if kind is Any:
         return value
@@ -33,6 +37,8 @@ def from_json(kind: Any, value: Any, key: str = "") -> Any:
     if origin is dict:
         _require(isinstance(value, dict), dict, value, key)
         return {name: from_json(arguments[1], item, _join(key, name)) for name, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
     _require(type(value) is kind, kind, value, key)
     return value
 

@@ -202,12 +202,14 @@ def write_bundle(
         ),
         kv_cache=CacheSpec(mode="shared", dtype="float32", layers=cache_layers()),
         graphs=Graphs(prefill=graph_spec("prefill"), decode=graph_spec("decode"), score=graph_spec("score")),
+        layers={},
         tokenizer=spec,
         passes=(),
         files={
             name: FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
             for name, content in contents.items()
         },
+        certificate=None,
     )
     write_manifest(folder, manifest.to_json())
     return folder

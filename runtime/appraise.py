@@ -1,0 +1,97 @@
+"""Certifies a bundle that has just been written: `python -m satchel.runtime.appraise BUNDLE FOLDER TEXT`.
+
+FOLDER holds the windows and the reference's logits for them, and gets the certificate; TEXT says in JSON what the
+windows were cut from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime import strict_json
+from satchel.runtime.benchmark import LOWEST_ID, Workload, measure
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.certificate import Certificate, EvaluatedText, Speed, Window
+from satchel.runtime.certify import NEW_TOKENS, make_certificate
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.session import SessionSettings, default_threads, share_thread_pool
+
+WINDOWS, REFERENCE, RESULT = "windows.npy", "reference.npy", "certificate.json"
+
+PROMPTS = 6
+"""Windows whose beginnings become golden prompts."""
+
+PROMPT_TOKENS = 32
+SPEED_TOKENS = (256, 64)
+"""Tokens of the prompt and new ones for the speeds that are recorded."""
+
+LARGEST_PACKED = 1 << 30
+"""Bytes of weights up to which float sessions pack them, and speeds are measured."""
+
+FLOAT_DECODE_WINDOWS = 1
+"""In float, decode runs the kernels of prefill over weights as they are mapped, which is slow: one window will do."""
+
+
+def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificate:
+    """Measure a bundle against the logits in `work`. Raises SatchelError."""
+    bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
+    manifest = bundle.manifest
+    windows = list(np.load(work / WINDOWS))
+    logits = np.load(work / REFERENCE, mmap_mode="r")
+    places = {window.tobytes(): index for index, window in enumerate(windows)}
+
+    def reference(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(logits[places[ids.tobytes()]])
+
+    quantised = bool(manifest.layers)
+    engine = Engine(bundle, SessionSettings(lean=not quantised))
+    length = len(windows[0])
+    prompt = min(PROMPT_TOKENS, length // 2)
+    certificate = make_certificate(
+        engine,
+        reference,
+        text,
+        windows,
+        [(index, prompt, min(NEW_TOKENS, length - prompt)) for index in range(min(PROMPTS, len(windows)))],
+        skip=min(Window.SKIP, length // 8),
+        decode_windows=None if quantised else FLOAT_DECODE_WINDOWS,
+    )
+    del engine
+    return dataclasses.replace(certificate, speed=_speed(bundle))
+
+
+def _speed(bundle: Bundle) -> Speed | None:
+    """The speed on this machine; None for a bundle that takes much memory or a context too short to tell."""
+    manifest = bundle.manifest
+    prompt, new = SPEED_TOKENS
+    packed = sum(record.bytes for record in manifest.files.values())
+    if packed > LARGEST_PACKED or prompt + new > manifest.model.max_context or manifest.model.vocab_size <= LOWEST_ID:
+        return None
+    figures = measure(Engine(bundle, SessionSettings()), Workload(prompt, new, manifest.model.vocab_size), load=0.0)
+    return Speed(prompt, new, default_threads(), round(figures.prefill, 1), round(figures.decode, 1))
+
+
+def main() -> int:
+    try:
+        text = json.loads(sys.argv[3])
+        described = None if text is None else strict_json.from_json(EvaluatedText, text)
+        share_thread_pool()
+        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described)
+    except SatchelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    document = json.dumps(strict_json.to_json(certificate))
+    (Path(sys.argv[2]) / RESULT).write_text(document, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

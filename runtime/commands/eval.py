@@ -1,0 +1,166 @@
+"""`satchel eval`: measures how close a bundle's predictions are to a reference's on a text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from satchel.runtime.certificate import Window
+from satchel.runtime.errors import BundleError, PromptError, SatchelError
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+
+if TYPE_CHECKING:
+    from satchel.runtime.bundle import Bundle
+    from satchel.runtime.fidelity import Fidelity, Ids, Reference
+
+ROWS = (
+    ("KL mean", "kl_mean", ".5f"),
+    ("KL median", "kl_median", ".5f"),
+    ("KL p90", "kl_p90", ".5f"),
+    ("top-1", "top1", ".4f"),
+    ("perplexity", "perplexity", ".6g"),
+    ("reference's", "reference_perplexity", ".6g"),
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `satchel eval`."""
+    parser.description = (
+        "Measure a bundle on a text: KL(reference || bundle), how often both find the same token most likely, and "
+        "perplexity, for prefill and decode. Without a reference, perplexity alone."
+    )
+    parser.epilog = (
+        "example:\n  satchel eval out/smollm2-fp16 --text book.txt --reference SmolLM2-135M-Instruct/ --json"
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a UTF-8 text to predict")
+    parser.add_argument(
+        "--reference",
+        metavar="SOURCE",
+        help="another bundle, or a checkpoint as satchel export takes it (needs satchel[export])",
+    )
+    parser.add_argument(
+        "--windows", metavar="N", type=int, default=Window.WINDOWS, help="windows to use at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--window-tokens", metavar="N", type=int, default=Window.LENGTH, help="tokens of a window (%(default)s)"
+    )
+    parser.add_argument(
+        "--skip", metavar="N", type=int, default=Window.SKIP, help="positions not counted in each (%(default)s)"
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, and print a small table or one JSON object."""
+    _check_numbers(args)
+    text = _read(args.text)
+    from satchel.runtime import session
+    from satchel.runtime.bundle import open_bundle
+    from satchel.runtime.engine import Engine
+    from satchel.runtime.fidelity import evaluate
+    from satchel.runtime.progress import progress_bar
+
+    bundle = open_bundle(args.bundle, progress=not args.quiet)
+    windows = _windows(bundle, text, args)
+    _check_reference(args.reference, bundle.manifest, len(windows[0]))
+    session.share_thread_pool(args.threads)
+    reference = None if args.reference is None else _open_reference(args)
+    engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
+    tokens = sum(len(window) for window in windows)
+    with progress_bar(tokens, "evaluating", " tokens", shown=not args.quiet) as bar:
+        fidelity = evaluate(engine, windows, reference, skip=args.skip, progress=bar.update)
+    if args.json:
+        print(json.dumps(_as_json(fidelity, windows, args), ensure_ascii=False))
+        return 0
+    print(f"{'':15}{'prefill':>14}{'decode':>14}")
+    for label, field, form in ROWS:
+        values = [getattr(phase, field) for phase in (fidelity.prefill, fidelity.decode)]
+        if None not in values:
+            print(f"{label:15}" + "".join(f"{value:14{form}}" for value in values))
+    return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.windows < 1:
+        raise PromptError(f"--windows {args.windows}: must be 1 or more")
+    if args.skip < 0:
+        raise PromptError(f"--skip {args.skip}: must be 0 or more")
+    if args.window_tokens < args.skip + 2:
+        raise PromptError(
+            f"--window-tokens {args.window_tokens}: must be at least --skip + 2, which is {args.skip + 2}"
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SatchelError(f"{path}: cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeDecodeError as error:
+        raise SatchelError(f"{path}: not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
+
+
+def _windows(bundle: Bundle, text: str, args: argparse.Namespace) -> list[Ids]:
+    from satchel.runtime.fidelity import cut_windows, text_ids
+    from satchel.runtime.tokenizer import Tokenizer
+
+    longest = bundle.manifest.model.max_context
+    if args.window_tokens > longest:
+        raise PromptError(f"--window-tokens {args.window_tokens}: this bundle's context holds {longest}: ask for fewer")
+    if bundle.manifest.tokenizer is None:
+        raise BundleError(f"{bundle.folder}: has no tokenizer, which a text needs: export it again with --tokenizer")
+    ids = text_ids(Tokenizer.open(bundle), text)
+    if len(ids) < args.skip + 2:
+        raise PromptError(
+            f"{args.text}: has {len(ids)} tokens, and --skip {args.skip} needs at least {args.skip + 2}: "
+            "give a longer text or lower --skip"
+        )
+    return cut_windows(ids, args.window_tokens, args.windows)
+
+
+def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> None:
+    """Refuse a reference bundle that cannot be compared, before any graph is opened."""
+    if source is None or not _is_bundle(source):
+        return
+    other = Manifest.read(Path(source) / MANIFEST_NAME).model
+    if other.vocab_size != manifest.model.vocab_size:
+        raise BundleError(
+            f"{source}: its vocabulary has {other.vocab_size} tokens where the bundle's has "
+            f"{manifest.model.vocab_size}: give a bundle of the same model"
+        )
+    if other.max_context < tokens:
+        raise BundleError(f"{source}: its context holds {other.max_context}: lower --window-tokens to that")
+
+
+def _is_bundle(source: str) -> bool:
+    return (Path(source) / MANIFEST_NAME).is_file()
+
+
+def _open_reference(args: argparse.Namespace) -> Reference:
+    if not _is_bundle(args.reference):
+        from satchel.export.reference import open_reference
+
+        return open_reference(args.reference)
+    from satchel.runtime.bundle import open_bundle
+    from satchel.runtime.engine import Engine
+
+    bundle = open_bundle(args.reference, progress=not args.quiet)
+    return Engine.open(bundle, threads=args.threads, verbose=args.verbose).score
+
+
+def _as_json(fidelity: Fidelity, windows: Sequence[Ids], args: argparse.Namespace) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(fidelity),
+        "windows": len(windows),
+        "window_tokens": len(windows[0]),
+        "skip": args.skip,
+        "text": str(args.text),
+        "bundle": args.bundle,
+        "reference": args.reference,
+    }

@@ -1,0 +1,146 @@
+"""`satchel eval`: its figures, its JSON, and what it refuses before a model is opened."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle, write_manifest
+
+from satchel.runtime import cli
+from satchel.runtime.engine import Engine
+from satchel.runtime.fidelity import cut_windows, evaluate, text_ids
+from satchel.runtime.tokenizer import Tokenizer
+
+WORDS = "the cat sat on the mat and looked at the other cat, which sat elsewhere. " * 4
+SMALL = ["--windows", "2", "--window-tokens", "30", "--skip", "6", "--threads", "1"]
+PHASE_KEYS = ["kl_mean", "kl_median", "kl_p90", "top1", "perplexity", "reference_perplexity"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(WORDS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "other", seed=1)
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = cli.main(["eval", *map(str, arguments)])
+    return (code, *capsys.readouterr())
+
+
+def test_json_is_one_object_on_one_line(
+    tiny: Path, other: Path, text: Path, engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = ran(capsys, tiny, "--text", text, "--reference", tiny, *SMALL, "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    found = json.loads(out)
+    assert list(found) == ["prefill", "decode", "windows", "window_tokens", "skip", "text", "bundle", "reference"]
+    assert list(found["prefill"]) == list(found["decode"]) == PHASE_KEYS
+    assert found["prefill"]["kl_mean"] < 1e-6 > found["decode"]["kl_mean"]
+    assert found["prefill"]["top1"] == found["decode"]["top1"] == 1
+    assert (found["windows"], found["window_tokens"], found["skip"]) == (2, 30, 6)
+    assert (found["text"], found["bundle"], found["reference"]) == (str(text), str(tiny), str(tiny))
+
+
+def test_the_figures_are_those_of_the_text_without_special_tokens(
+    tiny: Path, other: Path, text: Path, engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = cut_windows(text_ids(Tokenizer.open(engine.bundle), WORDS), 30, 2)
+    expected = evaluate(engine, windows, None, skip=6)
+    _, out, _ = ran(capsys, tiny, "--text", text, "--reference", other, *SMALL, "--json")
+    found = json.loads(out)
+    assert found["prefill"]["perplexity"] == pytest.approx(expected.prefill.perplexity, rel=1e-6)
+    assert found["decode"]["perplexity"] == pytest.approx(expected.decode.perplexity, rel=1e-6)
+    assert found["prefill"]["kl_mean"] > 0.5
+    _, out, _ = ran(capsys, other, "--text", text, *SMALL, "--json")
+    assert json.loads(out)["prefill"]["perplexity"] == pytest.approx(found["prefill"]["reference_perplexity"], rel=1e-6)
+
+
+def test_without_a_reference_its_figures_are_null(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(ran(capsys, tiny, "--text", text, *SMALL, "--json")[1])
+    assert found["reference"] is None
+    assert [found["decode"][key] is None for key in PHASE_KEYS] == [True, True, True, True, False, True]
+
+
+def test_a_table_has_a_row_for_each_figure(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, tiny, "--text", text, "--reference", tiny, *SMALL)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    assert (code, err, rows[0]) == (0, "", ["prefill", "decode"])
+    assert [row[0] for row in rows[1:]] == ["KL mean", "KL median", "KL p90", "top-1", "perplexity", "reference's"]
+    assert all(len(row) == 3 for row in rows[1:])
+    _, out, _ = ran(capsys, tiny, "--text", text, *SMALL)
+    assert [line.split()[0] for line in out.splitlines()] == ["prefill", "perplexity"]
+
+
+def test_a_text_shorter_than_a_window_is_one_window(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("the cat sat on the mat and")
+    found = json.loads(ran(capsys, tiny, "--text", path, "--skip", "2", "--window-tokens", "60", "--json")[1])
+    assert found["windows"] == 1
+    assert 4 <= found["window_tokens"] < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["TINY", "--text", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory): give a text"),
+        (["TINY", "--text", "LATIN"], "not UTF-8 text (byte 3): convert it to UTF-8"),
+        (
+            ["TINY", "--text", "SHORT", "--window-tokens", "40"],
+            "tokens, and --skip 32 needs at least 34: give a longer",
+        ),
+        (["TINY", "--text", "TEXT"], "--window-tokens 256: this bundle's context holds 64: ask for fewer"),
+        (["TINY", "--text", "TEXT", "--window-tokens", "33"], "--window-tokens 33: must be at least --skip + 2"),
+        (["TINY", "--text", "TEXT", "--windows", "0"], "--windows 0: must be 1 or more"),
+        (["TINY", "--text", "TEXT", "--skip", "-1"], "--skip -1: must be 0 or more"),
+        (["MUTE", "--text", "TEXT", *SMALL], "has no tokenizer, which a text needs: export it again with --tokenizer"),
+        (["TINY", "--text", "TEXT", *SMALL, "--reference", "WIDE"], "its vocabulary has 401 tokens where the bundle's"),
+        (["TINY", "--text", "TEXT", *SMALL, "--reference", "LOW"], "its context holds 20: lower --window-tokens to"),
+        (["nowhere", "--text", "TEXT", *SMALL], "nowhere: no such folder: give a folder made by satchel export"),
+    ],
+)
+def test_wrong_input_is_one_line_before_a_model_is_opened(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a graph was opened")
+
+    monkeypatch.setattr("satchel.runtime.engine.open_session", never)
+    places = {"TINY": tiny, "TEXT": text, "LATIN": tmp_path / "latin.txt", "SHORT": tmp_path / "short.txt"}
+    places["LATIN"].write_bytes("caf\xe9".encode("latin-1"))
+    places["SHORT"].write_text("the cat")
+    if "MUTE" in arguments:
+        places["MUTE"] = write_bundle(tmp_path / "mute", tokenizer_kind=None)
+    for name, changes in (("WIDE", {"vocab_size": VOCABULARY + 1}), ("LOW", {"max_context": 20})):
+        if name in arguments:
+            places[name] = write_bundle(tmp_path / name)
+            manifest = read_manifest(places[name])
+            write_manifest(places[name], {**manifest, "model": {**manifest["model"], **changes}})
+    code, out, err = ran(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("satchel: error: ")
+    assert message in err
+
+
+def test_a_checkpoint_as_reference_needs_the_exporters_packages(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in list(sys.modules):
+        if name == "satchel.export.reference" or name.split(".")[0] == "torch":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, err = ran(capsys, tiny, "--text", text, *SMALL, "--reference", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == "satchel: error: torch is not installed: pip install 'satchel[export]'\n"

@@ -1,0 +1,198 @@
+"""The figures against a plain reimplementation, on a tiny bundle, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from support.tiny_bundle import VOCABULARY
+
+from satchel.runtime import fidelity
+from satchel.runtime.certificate import PhaseFidelity
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, PromptError, SatchelError
+from satchel.runtime.fidelity import cut_windows, evaluate, text_ids
+from satchel.runtime.tokenizer import Tokenizer
+
+LENGTH, SKIP = 24, 5
+RNG = np.random.default_rng(3)
+WINDOWS = [RNG.integers(3, VOCABULARY, LENGTH) for _ in range(3)]
+TOLERANCE = 1e-6
+
+
+def blurred(engine: Engine) -> Callable[[np.ndarray], np.ndarray]:
+    """A reference whose logits are the bundle's with noise that depends on the ids alone."""
+
+    def reference(ids: np.ndarray) -> np.ndarray:
+        noise = np.random.default_rng(int(ids.sum())).normal(0, 1.5, (len(ids), VOCABULARY))
+        return engine.score(ids) + noise.astype(np.float32)
+
+    return reference
+
+
+def plain(engine: Engine, reference: Callable[[np.ndarray], np.ndarray], first: int, windows: list) -> PhaseFidelity:
+    """The figures of positions `first` and later, one number at a time."""
+    divergences, agreements, losses, reference_losses = [], [], [], []
+    for window in windows:
+        theirs, ours = reference(window), engine.score(window)
+        for position in range(first, len(window)):
+            p, q = (probabilities(row[position]) for row in (theirs, ours))
+            divergences.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
+            agreements.append(p.index(max(p)) == q.index(max(q)))
+            if position + 1 < len(window):
+                losses.append(-math.log(q[window[position + 1]]))
+                reference_losses.append(-math.log(p[window[position + 1]]))
+    mean = [math.exp(sum(values) / len(values)) for values in (losses, reference_losses)]
+    return PhaseFidelity(
+        sum(divergences) / len(divergences),
+        float(np.median(divergences)),
+        float(np.quantile(divergences, 0.9)),
+        sum(agreements) / len(agreements),
+        *mean,
+    )
+
+
+def probabilities(logits: np.ndarray) -> list[float]:
+    exponentials = [math.exp(float(value) - float(logits.max())) for value in logits]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def assert_figures(found: PhaseFidelity, expected: PhaseFidelity) -> None:
+    for name, value in vars(expected).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("at_once", [1, 7 * VOCABULARY, 1 << 20])
+def test_the_figures_are_those_of_a_plain_computation(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(fidelity, "VALUES_AT_ONCE", at_once)
+    reference = blurred(engine)
+    found = evaluate(engine, WINDOWS, reference, skip=SKIP)
+    assert_figures(found.prefill, plain(engine, reference, SKIP, WINDOWS))
+    assert_figures(found.decode, plain(engine, reference, LENGTH // 2, WINDOWS))
+    assert 0.2 < found.prefill.top1 < 1
+    assert found.prefill.kl_mean > 0.1
+
+
+def test_decode_can_use_fewer_windows_and_skips_too(engine: Engine) -> None:
+    reference = blurred(engine)
+    found = evaluate(engine, WINDOWS, reference, skip=SKIP, decode_windows=1)
+    assert_figures(found.decode, plain(engine, reference, LENGTH // 2, WINDOWS[:1]))
+    assert_figures(found.prefill, plain(engine, reference, SKIP, WINDOWS))
+    late = evaluate(engine, WINDOWS, reference, skip=LENGTH - 4)
+    assert_figures(late.decode, plain(engine, reference, LENGTH - 4, WINDOWS))
+
+
+def test_a_bundle_against_itself_has_no_divergence(engine: Engine) -> None:
+    found = evaluate(engine, WINDOWS, engine.score, skip=SKIP)
+    for phase in (found.prefill, found.decode):
+        assert 0 <= phase.kl_mean < TOLERANCE
+        assert 0 <= phase.kl_p90 < TOLERANCE
+        assert phase.top1 == 1
+        assert phase.perplexity == pytest.approx(phase.reference_perplexity, rel=1e-5)
+
+
+def test_without_a_reference_there_is_perplexity_alone(engine: Engine) -> None:
+    found = evaluate(engine, WINDOWS, None, skip=SKIP)
+    expected = evaluate(engine, WINDOWS, engine.score, skip=SKIP)
+    for phase, whole in ((found.prefill, expected.prefill), (found.decode, expected.decode)):
+        assert phase == PhaseFidelity(None, None, None, None, whole.perplexity, None)
+
+
+def test_the_last_position_of_prefill_is_that_of_the_prefill_graph(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = np.zeros(VOCABULARY, np.float32)
+    monkeypatch.setattr(engine, "prefill", lambda *_: other)
+    # One window of skip + 2 tokens: of its two positions, one is prefill's.
+    window = WINDOWS[0][: SKIP + 2]
+    expected = engine.score(window)
+    found = evaluate(engine, [window], lambda ids: expected, skip=SKIP)
+    p = np.array(probabilities(expected[-1]))
+    assert found.prefill.kl_mean == pytest.approx(float((p * np.log(p * VOCABULARY)).sum()) / 2, rel=1e-4)
+
+
+def test_progress_counts_the_tokens_of_each_window(engine: Engine) -> None:
+    done: list[int] = []
+    evaluate(engine, WINDOWS, None, skip=SKIP, progress=done.append)
+    assert done == [LENGTH] * 3
+
+
+def test_the_memory_does_not_grow_with_the_number_of_windows(engine: Engine) -> None:
+    reference = blurred(engine)
+
+    def peak(windows: list) -> int:
+        tracemalloc.start()
+        evaluate(engine, windows, reference, skip=SKIP)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(WINDOWS)
+    one_window = LENGTH * VOCABULARY * 4
+    assert peak(WINDOWS * 8) < peak(WINDOWS) + one_window
+
+
+def test_windows_are_consecutive_and_the_incomplete_last_one_is_dropped() -> None:
+    ids = list(range(10))
+    assert [list(window) for window in cut_windows(ids, 4, 9)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [list(window) for window in cut_windows(ids, 5, 1)] == [[0, 1, 2, 3, 4]]
+    assert [list(window) for window in cut_windows(ids, 99, 3)] == [ids]
+    assert cut_windows(ids, 4)[0].dtype == np.int64
+
+
+class Wrapping:
+    """Stands for a tokenizer that puts `before` and `after` around the ids of a text, its characters' numbers."""
+
+    def __init__(self, before: list[int], after: list[int]) -> None:
+        self.before, self.after = before, after
+
+    def encode(self, text: str) -> list[int]:
+        return [*self.before, *map(ord, text), *self.after]
+
+
+@pytest.mark.parametrize(("before", "after"), [([], []), ([1], []), ([], [2]), ([1], [2]), ([1, 3], [2, 2])])
+def test_special_tokens_around_a_text_are_left_out(before: list[int], after: list[int]) -> None:
+    tokenizer = Wrapping(before, after)
+    assert text_ids(tokenizer, "cat") == [99, 97, 116]
+    assert text_ids(tokenizer, "") == []
+
+
+def test_the_tiny_tokenizers_special_token_is_left_out(engine: Engine) -> None:
+    tokenizer = Tokenizer.open(engine.bundle)
+    assert tokenizer.encode("the cat")[0] == 1
+    assert text_ids(tokenizer, "the cat") == tokenizer.encode("the cat")[1:]
+
+
+def constant(value: float, width: int = VOCABULARY) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda ids: np.full((len(ids), width), value, np.float32)
+
+
+def test_what_cannot_be_measured_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = [WINDOWS[0], WINDOWS[1][: SKIP + 1]]
+    with pytest.raises(PromptError, match="a window of 6 tokens is too short when 5 are skipped: give at least 7"):
+        evaluate(engine, short, None, skip=SKIP)
+    with pytest.raises(PromptError, match="a window of 0 tokens is too short"):
+        evaluate(engine, [], None, skip=SKIP)
+    with pytest.raises(PromptError, match="decode cannot be measured on 0 windows"):
+        evaluate(engine, WINDOWS, None, skip=SKIP, decode_windows=0)
+    with pytest.raises(
+        SatchelError, match=r"the reference's logits are \[24, 401\] where the bundle's are \[24, 400\]"
+    ):
+        evaluate(engine, WINDOWS, constant(0, VOCABULARY + 1), skip=SKIP)
+    with pytest.raises(SatchelError, match="the reference's logits are not finite"):
+        evaluate(engine, WINDOWS, constant(np.nan), skip=SKIP)
+    monkeypatch.setattr(engine, "score", constant(np.inf))
+    with pytest.raises(BundleError, match="the logits of the score and prefill graphs are not finite"):
+        evaluate(engine, WINDOWS, None, skip=SKIP)
+
+
+def test_a_hopeless_prediction_still_has_a_finite_perplexity(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sure = np.zeros((LENGTH, VOCABULARY), np.float32)
+    sure[:, 0] = 1e6  # of id 0, which never comes
+    monkeypatch.setattr(engine, "score", lambda ids: sure.copy())
+    assert math.isfinite(evaluate(engine, WINDOWS, None, skip=SKIP).prefill.perplexity)

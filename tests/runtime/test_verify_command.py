@@ -1,0 +1,132 @@
+"""`satchel verify`: it holds for the bundle that was certified, and says what moved in one that was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
+
+from satchel.runtime import cli, strict_json
+from satchel.runtime.certify import make_certificate, processor_name
+from satchel.runtime.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def certified(tiny: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "certified"
+    shutil.copytree(tiny, folder)
+    windows = [np.random.default_rng(2).integers(3, VOCABULARY, 20)]
+    certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 16), (0, 9, 8)], skip=4)
+    write_manifest(folder, {**read_manifest(folder), "certificate": strict_json.to_json(certificate)})
+    return folder
+
+
+@pytest.fixture
+def changed(certified: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy whose manifest, and the content of one file, are changed as told; the file's hash is mended."""
+
+    def make(change: Callable[[dict[str, Any]], None] | None = None, name: str = "", content: bytes = b"") -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(certified, folder)
+        manifest = read_manifest(folder)
+        if change:
+            change(manifest)
+        if name:
+            (folder / name).write_bytes(content)
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_manifest(folder, manifest)
+        return folder
+
+    return make
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = cli.main(["verify", *map(str, arguments), "--threads", "1"])
+    return (code, *capsys.readouterr())
+
+
+def test_the_bundle_that_was_certified_holds(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, certified)
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0] == f"recorded  ONNX Runtime {onnxruntime.__version__}, cpu, {processor_name()}"
+    assert lines[3].split() == ["prompt", "1", "0.00000", "0.00000", "16", "of", "16"]
+    assert lines[5].split() == ["all", "prompts", "0.00000", "0.00000"]
+    assert lines[-1] == "holds"
+
+
+def test_json_is_one_object_on_one_line(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, certified, "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    found = json.loads(out)
+    assert list(found) == ["bundle", "holds", "moved", "kl", "prompts", "onnxruntime", "provider", "processor"]
+    assert (found["bundle"], found["holds"], found["moved"]) == (str(certified), True, [])
+    assert found["kl"]["found"] == pytest.approx(found["kl"]["recorded"], abs=1e-6)
+    assert [(p["same_tokens"], p["new_tokens"]) for p in found["prompts"]] == [(16, 16), (8, 8)]
+    assert found["onnxruntime"] == dict.fromkeys(("recorded", "found"), onnxruntime.__version__)
+
+
+def test_other_weights_fail(certified: Path, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    weights = np.frombuffer((certified / "weights.bin").read_bytes(), np.float32).copy()
+    weights[: len(weights) // 2] += 0.3
+    folder = changed(name="weights.bin", content=weights.tobytes())
+    code, out, err = ran(capsys, folder)
+    moved = [line for line in out.splitlines() if line.startswith("moved: ")]
+    assert (code, err) == (1, "")
+    assert moved[0].startswith("moved: prompt 1: KL ")
+    assert moved[-1].startswith("moved: all prompts: KL ")
+    assert "holds" not in out
+    code, out, _ = ran(capsys, folder, "--json")
+    found = json.loads(out)
+    assert (code, found["holds"]) == (1, False)
+    assert [f"moved: {line}" for line in found["moved"]] == moved
+    assert found["kl"]["found"] > found["kl"]["recorded"] + 0.1
+
+
+def test_a_tokenizer_that_encodes_otherwise_fails(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def corpus(manifest: dict[str, Any]) -> None:
+        manifest["tokenizer"]["corpus"] = [{"text": "the cat", "ids": [5]}]
+
+    code, out, err = ran(capsys, changed(corpus))
+    moved = [line for line in out.splitlines() if line.startswith("moved: ")]
+    assert (code, err, len(moved)) == (1, "", 1)
+    assert "tokenizer.json: encodes 'the cat' otherwise than the checkpoint's tokenizer did" in moved[0]
+
+
+def test_a_bundle_without_tokenizer_can_be_verified(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = ran(capsys, changed(lambda manifest: manifest.update(tokenizer=None)))
+    assert (code, out.splitlines()[-1]) == (0, "holds")
+
+
+def test_a_bundle_without_certificate_cannot(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = f"satchel: error: {tiny}: has no certificate: export it again without --no-certificate\n"
+    assert ran(capsys, tiny) == (2, "", expected)
+
+
+def test_a_damaged_bundle_is_an_error_as_for_every_command(
+    certified: Path, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed()
+    weights = bytearray((folder / "weights.bin").read_bytes())
+    weights[100] ^= 1
+    (folder / "weights.bin").write_bytes(weights)
+    code, out, err = ran(capsys, folder)
+    assert (code, out) == (2, "")
+    assert "weights.bin: damaged (its SHA-256 differs)" in err
+
+
+def test_an_unknown_provider_is_one_line(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = ran(capsys, certified, "--provider", "tpu")
+    assert (code, err) == (2, "satchel: error: --provider tpu: unknown: choose one of cpu\n")
