@@ -17,13 +17,18 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.describe import cache_spec, describe, tokenizer_spec
 from satchel.export.genai_config import genai_config
+from satchel.graphs.quantized import Quantised
 from satchel.graphs.values import weight
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.weights import LazyWeight, stored
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
 
 WEIGHTS_NAME = "weights.bin"
-ALIGNMENT = 4096
-"""Bytes at whose multiples each weight starts: a memory page, so that it can be mapped by itself."""
+PAGE, LINE = 4096, 64
+"""Bytes at whose multiples a weight starts: a memory page for a large one, so that it can be mapped by itself; a cache
+line for one that is smaller than `LARGE`.
+"""
+
+LARGE = 1 << 20
 
 Advance = Callable[[int], None]
 
@@ -33,6 +38,7 @@ def write_bundle(
     checkpoint: Checkpoint,
     config: ExportConfig,
     models: Mapping[str, ir.Model],
+    quantised: Quantised | None,
     report: Sequence[dict[str, Any]],
     progress: Callable[[int], AbstractContextManager[Advance]],
 ) -> Manifest:
@@ -58,7 +64,7 @@ def write_bundle(
     if genai is not None:
         write_json(folder / "genai_config.json", genai)
     files |= {path.name: record(path) for path in sorted(folder.iterdir()) if path.name not in files}
-    manifest = describe(checkpoint, config, models, report, files)
+    manifest = describe(checkpoint, config, models, quantised, report, files)
     write_json(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
 
@@ -84,12 +90,14 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
             lazy = weight(value)
             if lazy is None:
                 continue
+            lazy = lazy.base
             there = places.get(lazy.name)
             if there is not None:
                 if (there.weight.dims, there.weight.dtype) != (lazy.dims, lazy.dtype):
                     raise ValueError(f"two weights are called {lazy.name}: {there.weight} and {lazy}")
                 continue
-            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            alignment = PAGE if lazy.nbytes >= LARGE else LINE
+            offset = -(-end // alignment) * alignment
             places[lazy.name] = Place(lazy, offset)
             end = offset + lazy.nbytes
     return places
@@ -109,7 +117,7 @@ def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -
         for place in places.values():
             put(bytes(place.offset - position))
             for block in place.weight.blocks():
-                data = block.reshape(-1).view("u1").data
+                data = stored(block).data
                 put(data)
                 advance(len(data))
     return FileRecord(position, digest.hexdigest())
@@ -124,7 +132,7 @@ def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, P
             continue
         value.const_value = ir.ExternalTensor(
             WEIGHTS_NAME,
-            places[lazy.name].offset,
+            places[lazy.base.name].offset,
             lazy.nbytes,
             lazy.dtype,
             shape=lazy.shape,

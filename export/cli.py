@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from satchel.export.config import DEFAULT_CONTEXT, PRECISIONS, TARGETS, ExportConfig
+from satchel.export.config import DEFAULT_CONTEXT, KV_CACHES, PRECISIONS, TARGETS, ExportConfig
+from satchel.export.report import report, row
 
 EXAMPLE = """\
 example:
   satchel export SmolLM2-135M-Instruct/ -o smollm2
   satchel export model.gguf -o bundle --precision fp16 --max-context 2048
+  satchel export SmolLM2-135M-Instruct/ -o smollm2-int4 --precision int4 --kv-cache int8
   satchel export my_model.py:build -o bundle --tokenizer tokenizer.json"""
 
 
@@ -32,7 +34,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="P",
         default=ExportConfig.precision,
-        help=f"how weights are stored: {' or '.join(PRECISIONS)} (default %(default)s)",
+        help=f"how weights and activations are stored: {', '.join(PRECISIONS)} (default %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        metavar="FORM",
+        default=ExportConfig.kv_cache,
+        help=f"how the KV cache is stored: {' or '.join(KV_CACHES)} (default %(default)s)",
+    )
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="which layer is stored how: a TOML file, or the name of a recipe that ships"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="TEXT", type=Path, help="a text like those the model will see (default: one that ships)"
+    )
+    parser.add_argument(
+        "--certificate-text",
+        metavar="TEXT",
+        type=Path,
+        help="the text to measure the bundle on (default: one that ships)",
+    )
+    parser.add_argument(
+        "--no-certificate",
+        dest="certificate",
+        action="store_false",
+        help="do not measure the bundle against the float model",
     )
     parser.add_argument(
         "--max-context",
@@ -61,25 +87,16 @@ def main(args: argparse.Namespace) -> int:
 
     config = ExportConfig(
         output=args.output, precision=args.precision, max_context=args.max_context, target=args.target,
-        force=args.force, tokenizer=args.tokenizer,
+        force=args.force, tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe,
+        calibrate=args.calibrate, certificate=args.certificate, certificate_text=args.certificate_text,
     )  # fmt: skip
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
-    seconds, size = time.monotonic() - start, sum(f.bytes for f in manifest.files.values())
+    facts = {"bundle": str(args.output), **report(manifest), "seconds": round(time.monotonic() - start, 1)}
     if args.json:
-        facts = {
-            "bundle": str(args.output),
-            "precision": manifest.precision,
-            "parameters": manifest.model.parameters,
-            "bytes": size,
-            "seconds": seconds,
-        }
         print(json.dumps(facts))
     elif not args.quiet:
-        print(
-            f"{args.output}: {manifest.precision}, {size / (1 << 20):,.0f} MiB, made in {seconds:.1f} s",
-            file=sys.stderr,
-        )
+        print(row(facts), file=sys.stderr)
     return 0
 
 

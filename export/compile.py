@@ -1,9 +1,8 @@
-"""The story of an export: open, trace, run the passes, write, check, publish."""
+"""The story of an export: open, trace, run the passes, round, write, check, measure, publish."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,18 +14,26 @@ import torch
 
 from satchel.export.bind import bind
 from satchel.export.bundle_writer import write_bundle
+from satchel.export.certify import certify
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.families import PASSED
 from satchel.export.forecast import check_disk, forecast
-from satchel.export.publish import check_target, staged
+from satchel.export.publish import check_target, scratch, staged
+from satchel.export.quantize.quantize import pieces, quantise
+from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.soundness import check_sound
-from satchel.export.stages import Stages
+from satchel.export.stages import Stages, skipped_stages
 from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.texts import open_texts
 from satchel.export.trace import trace
 from satchel.graphs import pipeline
+from satchel.graphs.assign import assign
 from satchel.graphs.contract import PassError
+from satchel.graphs.pipeline import Step
+from satchel.graphs.quantized import Quantised
+from satchel.graphs.recipe import Recipe
 from satchel.graphs.targets import PHASES, TARGETS
 from satchel.runtime.manifest import Manifest
 
@@ -45,45 +52,69 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     Raises:
         ExportError: The checkpoint or an option cannot be used; nothing is left behind.
     """
-    stages = Stages(progress)
+    recipe = recipe_of(config)
+    stages = Stages(progress, skipped_stages(config, recipe))
     check_target(config.output, config.force)
     with stages.stage("opening the checkpoint"):
-        register_implementations()
-        checkpoint = _open(source, config)
-    context = config.context(checkpoint.max_context)
-    needed = forecast(checkpoint, config.precision)
-    stages.say(
-        f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, context {context:,}; needs {needed}"
-    )
-    if checkpoint.kind != "module" and checkpoint.model_type not in PASSED:
-        stages.say(
-            f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested "
-            "on: compare the bundle's answers with the original's"
-        )
-    check_disk(needed, config.output)
-    with stages.stage("tracing the model"):
-        traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
-        model = bind(traced, checkpoint.weights, checkpoint.name)
-    with stages.stage("optimising the graphs"), _named_errors(checkpoint.name, config.output):
-        graphs = lower(model, checkpoint, config)
-    with _named_errors(checkpoint.name, config.output), staged(config.output, config.force) as folder:
-        with stages.stage("writing the weights"):
-            manifest = write_bundle(folder, checkpoint, config, graphs.models, graphs.report, stages.bytes)
-        with stages.stage("checking the bundle"):
-            _self_check(folder)
+        checkpoint = open_source(source, config)
+    if config.recipe is not None and recipe is not None:
+        check_recipe(recipe, checkpoint)
+    with _named_errors(checkpoint.name, config.output), scratch(config.output) as folder:
+        texts = open_texts(checkpoint, config, recipe, folder)
+        _announce(checkpoint, config, stages)
+        with stages.stage("tracing the model"):
+            model = trace_source(checkpoint, config)
+        with stages.stage("optimising the graphs"):
+            common, report = lower(model, checkpoint, config, recipe)
+        quantised = None
+        if recipe is not None:
+            with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
+                quantised, done = quantise(common, recipe, texts.calibration, folder / "rounding", config, bar)
+                report += [step.as_json("common") for step in done]
+        models = lower_phases(common if quantised is None else quantised.model, checkpoint, config, quantised, report)
+        with staged(config.output, config.force) as bundle:
+            with stages.stage("writing the bundle"):
+                manifest = write_bundle(bundle, checkpoint, config, models, quantised, report, stages.bytes)
+            with stages.stage("checking the bundle"):
+                _self_check(bundle)
+            if config.certificate:
+                with stages.stage("measuring the bundle"):
+                    manifest = certify(bundle, common, texts, folder / "certificate")
     return manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    """The graph of each phase, and what every pass did, for the manifest."""
+def open_source(source: str | Path | torch.nn.Module, config: ExportConfig) -> Checkpoint:
+    """Open a checkpoint in the form that can be traced.
 
-    models: Mapping[str, ir.Model]
-    report: tuple[dict[str, Any], ...]
+    Raises:
+        ExportError: It cannot be opened.
+    """
+    register_implementations()
+    if isinstance(source, torch.nn.Module):
+        return open_module(source, tokenizer=config.tokenizer)
+    return open_checkpoint(
+        source, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION, tokenizer=config.tokenizer
+    )
 
 
-def lower(model: ir.Model, checkpoint: Checkpoint, config: ExportConfig) -> Lowered:
-    """Run the target's passes over the traced graph.
+def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
+    """The checkpoint's graph as the tracer writes it, its weights bound to the checkpoint.
+
+    Raises:
+        ExportError: The model cannot be traced.
+    """
+    context = config.context(checkpoint.max_context)
+    traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
+    return bind(traced, checkpoint.weights, checkpoint.name)
+
+
+def lower(
+    model: ir.Model, checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None = None
+) -> tuple[ir.Model, list[dict[str, Any]]]:
+    """Run the passes over the traced graph that all phases share.
+
+    Returns:
+        The graph, its weights marked with the rules of `recipe`; and what every pass did, for the manifest.
 
     Raises:
         ExportError: The model is no decoder that a KV cache can serve, or a layer has no form on the target.
@@ -92,17 +123,36 @@ def lower(model: ir.Model, checkpoint: Checkpoint, config: ExportConfig) -> Lowe
     target = TARGETS[config.target]
     normal, normalised = pipeline.run(model, target.normalise)
     check_sound(normal, checkpoint.name, checkpoint.layers)
-    common, fused = pipeline.run(normal, target.fuse)
+    marks = () if recipe is None else (Step(assign(recipe)),)
+    common, fused = pipeline.run(normal, (*marks, *target.fuse))
     left = [refusal.reason for done in fused if done.name == "expand_attention" for refusal in done.refusals]
     if left:
         raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {left[0]}")
-    models, report = {}, [done.as_json("common") for done in (*normalised, *fused)]
+    return common, [done.as_json("common") for done in (*normalised, *fused)]
+
+
+def lower_phases(
+    common: ir.Model,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    quantised: Quantised | None,
+    report: list[dict[str, Any]],
+) -> dict[str, ir.Model]:
+    """The graph of each phase; what the passes did is added to `report`.
+
+    Raises:
+        ExportError: The logits have a shape that the runner cannot use, or a layer cannot be quantised as asked for.
+        PassError: A pass left a graph broken.
+    """
+    target, models = TARGETS[config.target], {}
     for phase in PHASES:
-        steps = (*target.phases[phase], *target.precisions[config.precision])
-        models[phase], finished = pipeline.run(common, steps)
+        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised))
         report += [done.as_json(phase) for done in finished]
+        refused = [r for done in finished if done.name.startswith("quantize_") for r in done.refusals]
+        if refused:
+            raise ExportError(f"{checkpoint.name}: {refused[0].node} cannot be quantised: {refused[0].reason}")
     _check_logits(models, checkpoint)
-    return Lowered(models, tuple(report))
+    return models
 
 
 def _check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
@@ -121,15 +171,19 @@ def _check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> Non
             )
 
 
-def _open(source: str | Path | torch.nn.Module, config: ExportConfig) -> Checkpoint:
-    if isinstance(source, torch.nn.Module):
-        return open_module(source, tokenizer=config.tokenizer)
-    return open_checkpoint(
-        source,
-        attn_implementation=IMPLEMENTATION,
-        experts_implementation=IMPLEMENTATION,
-        tokenizer=config.tokenizer,
+def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages) -> None:
+    """Say what the export will need, and check that it is there."""
+    needed = forecast(checkpoint, config)
+    context = config.context(checkpoint.max_context)
+    stages.say(
+        f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, context {context:,}; needs {needed}"
     )
+    if checkpoint.kind != "module" and checkpoint.model_type not in PASSED:
+        stages.say(
+            f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested "
+            "on: compare the bundle's answers with the original's"
+        )
+    check_disk(needed, config.output)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from satchel.export.errors import ExportError
 
-PRECISIONS = ("fp32", "fp16")
+FLOAT_PRECISIONS = ("fp32", "fp16")
+PRECISIONS = (*FLOAT_PRECISIONS, "a16w8", "a16w4", "a8w8", "int8", "int4")
+KV_CACHES = ("float", "int8")
 TARGETS = ("cpu",)
 DEFAULT_CONTEXT = 4096
 """The largest context that is chosen without being asked for, in positions."""
@@ -19,7 +21,12 @@ class ExportConfig:
 
     Attributes:
         output: The bundle's folder.
-        precision: How weights are stored: fp32, or fp16 computed with in float32.
+        precision: fp32; fp16, computed with in float32; or a quantised form, by the recipe of that name.
+        kv_cache: How the KV cache is stored: float or int8.
+        recipe: A recipe in place of the precision's own: a TOML file, or the name of one that ships.
+        calibrate: A text to calibrate on in place of the one that ships.
+        certificate: Measure the bundle against the float model, and write the figures into it.
+        certificate_text: A text to measure on in place of the one that ships.
         max_context: Positions that the bundle allows; None for the smaller of the model's own and 4,096.
         target: What the graphs are made for.
         force: Replace a bundle that is at `output` already.
@@ -35,14 +42,42 @@ class ExportConfig:
     target: str = "cpu"
     force: bool = False
     tokenizer: Path | None = None
+    kv_cache: str = "float"
+    recipe: str | Path | None = None
+    calibrate: Path | None = None
+    certificate: bool = True
+    certificate_text: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
-        for option, value, allowed in (("precision", self.precision, PRECISIONS), ("target", self.target, TARGETS)):
+        for option, value, allowed in (
+            ("precision", self.precision, PRECISIONS),
+            ("target", self.target, TARGETS),
+            ("kv-cache", self.kv_cache, KV_CACHES),
+        ):
             if value not in allowed:
                 raise ExportError(f"--{option} {value} is not known: choose {' or '.join(allowed)}")
+        if self.recipe is not None and not self.quantised:
+            quantised = ", ".join(p for p in PRECISIONS if p not in FLOAT_PRECISIONS)
+            raise ExportError(f"--recipe does not go with --precision {self.precision}: choose one of {quantised}")
+        if self.calibrate is not None and not self.quantised and self.kv_cache == "float":
+            raise ExportError(
+                f"--calibrate: there is nothing to calibrate with --precision {self.precision}: leave it out"
+            )
+        if self.certificate_text is not None and not self.certificate:
+            raise ExportError("--certificate-text does not go with --no-certificate: leave one of them out")
         if self.max_context is not None and self.max_context < 1:
             raise ExportError(f"--max-context {self.max_context}: give at least 1 position")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are stored in 8 or 4 bits."""
+        return self.precision not in FLOAT_PRECISIONS
+
+    @property
+    def int8_cache(self) -> bool:
+        """Whether keys and values are stored in 8 bits."""
+        return self.kv_cache == "int8"
 
     def context(self, model_limit: int) -> int:
         """The bundle's context for a model that was made for `model_limit` positions.

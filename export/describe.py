@@ -12,7 +12,9 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.graphs import signature
-from satchel.graphs.targets import TARGETS
+from satchel.graphs.assign import layer_name
+from satchel.graphs.quantized import Quantised
+from satchel.graphs.targets import TARGETS, Session
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -20,6 +22,7 @@ from satchel.runtime.manifest import (
     FileRecord,
     Graphs,
     GraphSpec,
+    LayerPrecision,
     Manifest,
     ModelFacts,
     Source,
@@ -30,17 +33,24 @@ from satchel.runtime.manifest import (
 PACKAGES = ("satchel", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
 """Whose versions the manifest records."""
 
-DTYPE_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+DTYPE_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT8: "int8",
+}
 
 
 def describe(
     checkpoint: Checkpoint,
     config: ExportConfig,
     models: Mapping[str, ir.Model],
+    quantised: Quantised | None,
     report: Sequence[dict[str, Any]],
     files: Mapping[str, FileRecord],
 ) -> Manifest:
     """The manifest of a bundle whose files are written."""
+    sessions = TARGETS[config.target].sessions(quantised)
     facts = ModelFacts(
         parameters=checkpoint.parameters,
         vocab_size=checkpoint.vocab_size,
@@ -56,10 +66,12 @@ def describe(
         precision=config.precision,
         model=facts,
         kv_cache=cache_spec(models["prefill"]),
-        graphs=Graphs(**{phase: _graph_spec(phase, model, config) for phase, model in models.items()}),
+        graphs=Graphs(**{phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}),
+        layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),
         files=dict(files),
+        certificate=None,
     )
 
 
@@ -76,7 +88,7 @@ def cache_spec(model: ir.Model) -> CacheSpec:
         past, present = signature.past_names(index), signature.present_names(index)
         (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
         layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
-    return CacheSpec("shared", "float32", tuple(layers))
+    return CacheSpec("shared", by_name[past[0]].dtype if layers else "float32", tuple(layers))
 
 
 def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
@@ -107,8 +119,18 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _graph_spec(phase: str, model: ir.Model, config: ExportConfig) -> GraphSpec:
-    session = TARGETS[config.target].sessions[phase]
+def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
+    """How each quantised layer is stored; layers that are not named are in the precision's float."""
+    layers = {}
+    for name, weight in ({} if quantised is None else quantised.weights).items():
+        scheme, rule = weight.grid.scheme, quantised.rules[name]  # type: ignore[union-attr]
+        layers[layer_name(weight)] = LayerPrecision(
+            scheme.bits, scheme.block, scheme.symmetric, rule.prefill, rule.decode
+        )
+    return layers
+
+
+def _graph_spec(phase: str, model: ir.Model, session: Session) -> GraphSpec:
     return GraphSpec(
         file=f"{phase}.onnx",
         session=dict(session.config),

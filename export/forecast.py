@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.graphs.weights import BLOCK_BYTES
 
 MIB = 1 << 20
-BYTES = {"fp32": 4, "fp16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "a16w8": 1.1, "a8w8": 1.1, "int8": 1.1, "a16w4": 0.8, "int4": 0.8}
+"""Of one weight with its share of scales; the upper end for those in 4 bits, whose embedding has 8."""
 
 # Measured on two cores; see docs/benchmarks.md.
 IMPORTS_MIB = 430
@@ -35,12 +37,13 @@ class Forecast:
         return f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk and {time}"
 
 
-def forecast(checkpoint: Checkpoint, precision: str) -> Forecast:
+def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
     """Estimate an export from the sizes in the checkpoint."""
+    precision = config.precision
     layers = checkpoint.layers or 1
     weights = {id(w): w for w in checkpoint.weights.values()}.values()
     elements = [w.size for w in weights]
-    disk = sum(elements) * BYTES[precision] + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
+    disk = int(sum(elements) * BYTES[precision]) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
     # A GGUF weight that is transposed is decoded whole; all else is read a block at a time.
     largest = max(elements, default=0) * 4 if checkpoint.kind == "gguf" else 0
     if precision == "fp16":  # the check of the bundle expands one weight after the other

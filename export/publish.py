@@ -63,6 +63,27 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `output` for what an export puts aside; it is removed when the block ends."""
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    folder = output.parent / f".{output.name}.scratch-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """An empty folder called `name` in `folder`."""
+    path = folder / name
+    path.mkdir(parents=True)
+    return path
+
+
 def _remove_abandoned(output: Path) -> None:
     """Remove what an export that was killed left here, known by the process id in its name.
 
@@ -70,7 +91,7 @@ def _remove_abandoned(output: Path) -> None:
     """
     for path in output.parent.glob(f".{glob.escape(output.name)}.*-*"):
         kind, _, pid = path.name.removeprefix(f".{output.name}.").rpartition("-")
-        if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+        if kind not in ("partial", "scratch", "old") or not pid.isdigit() or _alive(int(pid)):
             continue
         if kind == "old" and not output.exists():
             path.rename(output)

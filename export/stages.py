@@ -5,25 +5,33 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from satchel.export.bundle_writer import Advance
+from satchel.export.config import ExportConfig
+from satchel.graphs.recipe import Recipe
 from satchel.runtime.progress import progress_bar
 
 STAGES = (
     "opening the checkpoint",
     "tracing the model",
     "optimising the graphs",
-    "writing the weights",
+    "rounding the weights",
+    "writing the bundle",
     "checking the bundle",
+    "measuring the bundle",
 )
 
 
 class Stages:
-    """Prints each stage as it starts, and how long it took, to standard error; silent unless `shown`."""
+    """Prints each stage as it starts, and how long it took, to standard error; silent unless `shown`.
 
-    def __init__(self, shown: bool) -> None:
+    `skipped` are stages that this export does not have.
+    """
+
+    def __init__(self, shown: bool, skipped: Collection[str] = ()) -> None:
         self.shown = shown
+        self._names = [name for name in STAGES if name not in skipped]
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -35,7 +43,9 @@ class Stages:
         """Announce a stage of `STAGES`; its time is printed when it ends well."""
         start = time.monotonic()
         if self.shown:
-            print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name} ... ", end="", file=sys.stderr, flush=True)
+            print(
+                f"[{self._names.index(name) + 1}/{len(self._names)}] {name} ... ", end="", file=sys.stderr, flush=True
+            )
         try:
             yield
         except BaseException:
@@ -48,3 +58,15 @@ class Stages:
         """A bar of `total` bytes for the stage that is running; yields the function that advances it."""
         with progress_bar(total, "writing", "B", shown=self.shown) as bar:
             yield bar.update
+
+    @contextlib.contextmanager
+    def steps(self, total: int, what: str) -> Iterator[Callable[[int], object]]:
+        """A bar of `total` steps for the stage that is running; yields the function that advances it."""
+        with progress_bar(total, what, "", shown=self.shown) as bar:
+            yield bar.update
+
+
+def skipped_stages(config: ExportConfig, recipe: Recipe | None) -> list[str]:
+    """The stages that an export does not have."""
+    skipped = [] if config.certificate else ["measuring the bundle"]
+    return skipped if recipe is not None else ["rounding the weights", *skipped]

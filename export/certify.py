@@ -1,0 +1,67 @@
+"""Measures a written bundle against the float graph that it was made from, and puts the figures into its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.export.bundle_writer import write_json
+from satchel.export.errors import ExportError
+from satchel.export.publish import fresh
+from satchel.export.quantize.flow import Flow
+from satchel.export.texts import Texts
+from satchel.runtime import strict_json
+from satchel.runtime.appraise import REFERENCE, RESULT, WINDOWS
+from satchel.runtime.certificate import Certificate
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+
+
+def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manifest:
+    """Certify a bundle that is not published yet.
+
+    The reference runs here, layer by layer, and its logits go to a file. The bundle runs as a user will run it, in a
+    process of its own.
+
+    Args:
+        bundle: The bundle's folder.
+        model: The float graph that all phases share, before anything was rounded.
+        texts: The windows to measure on.
+        folder: For the reference's logits; made here.
+
+    Returns:
+        The manifest, with the certificate, as it is now in the bundle.
+
+    Raises:
+        ExportError: The bundle does not run, or gives logits that are not finite.
+    """
+    if texts.certificate is None:
+        raise ValueError("there is no text to measure on")
+    folder.mkdir(parents=True)
+    windows = texts.certificate
+    flow = Flow(model, windows, fresh(folder, "flow"))
+    flow.run()
+    logits = None
+    for index in range(len(windows)):
+        (found,) = flow.logits(index)
+        if logits is None:
+            shape = (len(windows), *found.shape)
+            logits = np.lib.format.open_memmap(folder / REFERENCE, "w+", np.float32, shape)
+        logits[index] = found
+    del logits
+    np.save(folder / WINDOWS, windows)
+    measured = None if texts.measured is None else strict_json.to_json(texts.measured)
+    command = [sys.executable, "-m", "satchel.runtime.appraise", str(bundle), str(folder), json.dumps(measured)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise ExportError(f"the exported bundle cannot be measured: {lines[-1] if lines else 'no message'}")
+    certificate: Certificate = strict_json.from_json(Certificate, json.loads((folder / RESULT).read_bytes()))
+    manifest = dataclasses.replace(Manifest.read(bundle / MANIFEST_NAME), certificate=certificate)
+    write_json(bundle / MANIFEST_NAME, manifest.to_json())
+    return manifest

@@ -1,0 +1,107 @@
+"""The story of `satchel sensitivity`: open, trace, transform, try each layer, choose."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from satchel.export.compile import lower, open_source, trace_source
+from satchel.export.config import ExportConfig
+from satchel.export.errors import ExportError
+from satchel.export.quantize.quantize import quantisable, rules, transform
+from satchel.export.quantize.sensitivity import Sensitivity, count, measure, raise_most_sensitive, raised_recipe
+from satchel.export.recipes import check_recipe, recipe_of
+from satchel.export.stages import Stages
+from satchel.export.texts import open_texts
+from satchel.graphs.recipe import write_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What is asked for: see the command's flags."""
+
+    precision: str
+    recipe: str | None = None
+    bits: float | None = None
+    text: Path | None = None
+    windows: int = 4
+    tokenizer: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Every product that was tried, those to raise, and the recipe that raises them."""
+
+    layers: list[Sensitivity]
+    raised: list[Sensitivity]
+    recipe: str
+    bits: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        layers = [dataclasses.asdict(layer) | {"raised": layer in self.raised} for layer in self.layers]
+        return {"layers": layers, "bits_per_weight": self.bits}
+
+
+def find_sensitive(source: str | Path, search: Search, *, progress: bool = False) -> Found:
+    """Measure what each product loses by the recipe alone, and choose those that keep 8 bits within a budget.
+
+    Raises:
+        ExportError: The checkpoint, the text or an option cannot be used.
+    """
+    config = ExportConfig(
+        output=Path("unused"), precision=search.precision, recipe=search.recipe, tokenizer=search.tokenizer,
+        certificate_text=search.text,
+    )  # fmt: skip
+    recipe = recipe_of(config)
+    if recipe is None:
+        raise ExportError(f"--precision {search.precision} rounds no layer: choose one with 4 bits")
+    if search.windows < 1:
+        raise ExportError(f"--windows {search.windows}: give at least 1")
+    stages = Stages(progress, skipped=("writing the bundle", "checking the bundle", "measuring the bundle"))
+    with stages.stage("opening the checkpoint"):
+        checkpoint = open_source(source, config)
+    if config.recipe is not None:
+        check_recipe(recipe, checkpoint)
+    with tempfile.TemporaryDirectory(prefix="satchel-") as name:
+        folder = Path(name)
+        texts = open_texts(checkpoint, config, recipe, folder)
+        with stages.stage("tracing the model"):
+            model = trace_source(checkpoint, config)
+        with stages.stage("optimising the graphs"):
+            common, _ = lower(model, checkpoint, config, recipe)
+        with stages.stage("rounding the weights"), stages.steps(count(common), "trying") as bar:
+            turned, _ = transform(common, recipe)
+            if texts.certificate is None:
+                raise ValueError("there is no text to measure on")
+            layers = measure(turned, recipe, texts.certificate[: search.windows], folder, bar)
+    bits_now = _bits(turned, checkpoint.parameters)
+    if not layers:
+        raise ExportError(f"recipe {recipe.name}: stores no product in fewer than 8 bits: there is nothing to raise")
+    raised = (
+        [] if search.bits is None
+        else raise_most_sensitive(recipe, layers, bits_now, search.bits, checkpoint.parameters)
+    )  # fmt: skip
+    if search.bits is not None and not raised:
+        raise ExportError(
+            f"--bits {search.bits:g}: the recipe takes {bits_now:.2f} bits per weight as it is: give more than that"
+        )
+    spent = sum(layer.weights * 4 for layer in raised) / checkpoint.parameters
+    comment = f"As {recipe.name}, with the layers in 8 bits that lose most by less."
+    return Found(layers, raised, write_recipe(raised_recipe(recipe, raised), comment), bits_now + spent)
+
+
+def _bits(model: Any, parameters: int) -> float:
+    """Bits per weight of a model whose weights are marked with their rules; what has none counts 32."""
+    chosen, total, seen = rules(model), 0.0, set()
+    for node, lazy in quantisable(model):
+        if lazy.name in seen:
+            continue
+        seen.add(lazy.name)
+        rule = chosen.get(lazy.name)
+        inputs = lazy.dims[0] if node.op_type == "MatMul" else lazy.dims[-1]
+        scheme = None if rule is None else rule.scheme(inputs)
+        total += lazy.size * (32.0 if scheme is None else scheme.bits_per_weight)
+    return total / parameters

@@ -1,0 +1,225 @@
+"""Runs a graph over windows of text piece by piece, so that one piece's weights are in memory at a time.
+
+This is how an export looks into a model: calibration reads the inputs of each product on the way and may replace its
+weight before the flow goes on, and the certificate's reference is what comes out at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from satchel.graphs import signature
+from satchel.graphs.segments import Segment, build, split
+from satchel.graphs.values import dims
+from satchel.graphs.weights import LazyWeight
+from satchel.runtime.session import default_threads
+
+Inputs = Callable[[], Iterator[NDArray[np.float32]]]
+"""The input of a product, one batch of windows after the other, [tokens, width]; may be read more than once."""
+
+Visit = Callable[[ir.Node, Inputs], Mapping[str, NDArray[Any]]]
+"""Called for each node with large weights: returns replacements for weights, by name, for the rest of the flow."""
+
+Observe = Callable[[str, NDArray[Any]], None]
+
+MAPPED_BYTES = 64 << 20
+"""A weight larger than this is written to a file and mapped."""
+
+
+def _keep(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
+    return {}
+
+
+class Flow:
+    """A graph on its way through windows of tokens, up to and without its last product, the head.
+
+    Args:
+        model: A graph before the phases part: logits for every position.
+        windows: Token ids [windows, length] int64.
+        folder: An empty folder for what lies between two pieces: a batch's values are in memory while they are used.
+        batch: Windows at a time; must divide their number.
+        keep: Keep what lies between all pieces, so that the flow can be taken up again in the middle.
+    """
+
+    def __init__(
+        self, model: ir.Model, windows: NDArray[np.int64], folder: Path, *, batch: int = 1, keep: bool = False
+    ) -> None:
+        if len(windows) % batch:
+            raise ValueError(f"{len(windows)} windows cannot be cut into batches of {batch}")
+        self.model = model
+        self.folder = folder
+        self.batch = batch
+        self.batches = len(windows) // batch
+        self.length = windows.shape[1]
+        self._opsets = dict(model.graph.opset_imports)
+        self._keep = keep
+        self._values: dict[str, list[Path | NDArray[Any]]] = {}
+        ids = windows.reshape(self.batches, batch, self.length)
+        self._values[signature.INPUT_IDS] = list(ids)
+        self._values[signature.ATTENTION_MASK] = list(np.ones_like(ids))
+        self._inputs = {str(v.name): v for v in model.graph.inputs}
+        self._head: Segment | None = None
+
+    def run(
+        self,
+        visit: Visit = _keep,
+        observe: Observe | None = None,
+        observed: Collection[str] = (),
+        progress: Callable[[int], object] = lambda done: None,
+        first: int = 0,
+    ) -> None:
+        """Run all but the head.
+
+        Args:
+            visit: Hears of each node with large weights, in the graph's order, before it runs.
+            observe: Hears of the values called `observed`, batch by batch.
+            observed: Names of values, such as the caches that attention hands out.
+            progress: Hears of each piece that is done.
+            first: The piece to begin with, where a flow that keeps what lies between has come by before.
+        """
+        segments = split(self.model, [signature.LOGITS, *observed])
+        self._head = segments.pop() if segments[-1].weights else None
+        for index, segment in list(enumerate(segments))[first:]:
+            later = {name for other in segments[index + 1 :] for name in other.reads}
+            later |= set(self._head.reads if self._head else ()) | {signature.LOGITS}
+            weights = {} if not segment.weights else self._weights(segment, visit)
+            self._run(segment, weights, later, observe, observed)
+            for name in [name for name in self._values if name not in later and not self._keep]:
+                self._drop(name)
+            progress(1)
+
+    def branch(self, folder: Path) -> Flow:
+        """A flow that goes on from what this one kept, and puts what it finds itself into `folder`."""
+        other = copy.copy(self)
+        other.folder, other._values = folder, dict(self._values)
+        return other
+
+    def pieces(self) -> list[str]:
+        """The names of the nodes at which the pieces begin, the head left out."""
+        return [str(segment.head.name) for segment in split(self.model, [signature.LOGITS])[:-1]]
+
+    def logits(self, index: int) -> NDArray[np.float32]:
+        """The logits of one batch of windows, [batch, length, vocabulary] float32, after `run`."""
+        if self._head is None:
+            return np.asarray(self._load(self._values[signature.LOGITS][index]), np.float32)
+        weights = {name: self._materialised(name, lazy) for name, lazy in self._head.weights.items()}
+        (logits,) = self._session(self._head, index).run([signature.LOGITS], self._feeds(self._head, index) | weights)
+        return np.asarray(logits, np.float32)
+
+    def _weights(self, segment: Segment, visit: Visit) -> dict[str, NDArray[Any]]:
+        head = segment.head
+        name = next(
+            (str(v.name) for v in head.inputs if v is not None and v.name in segment.reads and v.name in self._values),
+            None,
+        )
+
+        def inputs() -> Iterator[NDArray[np.float32]]:
+            for stored in self._values[str(name)]:
+                array = self._load(stored)
+                yield array.reshape(-1, array.shape[-1])
+
+        replaced = visit(head, inputs)
+        kept = {key: lazy for key, lazy in segment.weights.items() if key not in replaced}
+        if head.op_type == "Gather":  # only the rows that are looked up
+            return {}
+        return {**replaced, **{key: self._materialised(key, lazy) for key, lazy in kept.items()}}
+
+    def _materialised(self, name: str, lazy: LazyWeight) -> NDArray[Any]:
+        if lazy.nbytes <= MAPPED_BYTES:
+            return np.ascontiguousarray(lazy.numpy())
+        path = self.folder / f"weight-{_file_name(name)}"
+        if not path.exists():
+            with path.open("wb") as file:
+                lazy.tofile(file)
+        return np.memmap(path, lazy.dtype.numpy(), "r", shape=lazy.dims)
+
+    def _run(
+        self,
+        segment: Segment,
+        weights: dict[str, NDArray[Any]],
+        later: Collection[str],
+        observe: Observe | None,
+        observed: Collection[str],
+    ) -> None:
+        lookup = segment.head.op_type == "Gather" and bool(segment.weights)
+        session = None
+        results: dict[str, list[Path | NDArray[Any]]] = {name: [] for name in segment.keeps if name in later}
+        for index in range(self.batches):
+            feeds = self._feeds(segment, index)
+            if lookup:
+                feeds |= _looked_up(segment, feeds)
+            if session is None:
+                session = self._session_for(segment, feeds | weights, lookup)
+            used = {i.name for i in session.get_inputs()}
+            found = session.run(list(segment.keeps), {k: v for k, v in (feeds | weights).items() if k in used})
+            for name, array in zip(segment.keeps, found, strict=True):
+                if name in observed and observe is not None:
+                    observe(name, array)
+                if name in results:
+                    results[name].append(self._store(name, index, array))
+        self._values |= results
+
+    def _session(self, segment: Segment, index: int) -> ort.InferenceSession:
+        weights = {name: np.empty(0, lazy.dtype.numpy()) for name, lazy in segment.weights.items()}
+        return self._session_for(segment, self._feeds(segment, index) | weights, False)
+
+    def _session_for(self, segment: Segment, feeds: Mapping[str, NDArray[Any]], lookup: bool) -> ort.InferenceSession:
+        if lookup:  # its result is fed
+            first = segment.head.outputs[0]
+            segment = Segment(segment.nodes[1:], (*segment.reads, str(first.name)), {}, segment.keeps)
+        model = build(segment, {name: array.dtype for name, array in feeds.items()}, self._opsets)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = default_threads()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def _feeds(self, segment: Segment, index: int) -> dict[str, NDArray[Any]]:
+        feeds = {}
+        for name in segment.reads:
+            if name in self._values:
+                feeds[name] = self._load(self._values[name][index])
+            elif name in self._inputs:
+                feeds[name] = self._empty_cache(self._inputs[name])
+        return feeds
+
+    def _empty_cache(self, value: ir.Value) -> NDArray[np.float32]:
+        match dims(value):
+            case [_, int(heads), _, int(width)]:
+                return np.zeros((self.batch, heads, self.length, width), np.float32)
+        raise ValueError(f"{value.name} is no cache")
+
+    def _store(self, name: str, index: int, array: NDArray[Any]) -> Path | NDArray[Any]:
+        if array.nbytes < 1 << 16:
+            return array
+        path = self.folder / f"{_file_name(name)}-{index}.npy"
+        np.save(path, array)
+        return path
+
+    def _load(self, stored: Path | NDArray[Any]) -> NDArray[Any]:
+        return np.load(stored, mmap_mode="r") if isinstance(stored, Path) else stored
+
+    def _drop(self, name: str) -> None:
+        for stored in self._values.pop(name):
+            if isinstance(stored, Path):
+                stored.unlink()
+
+
+def _looked_up(segment: Segment, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The result of the look-up that a segment starts with, reading the rows that are asked for."""
+    table, ids = (str(value.name) for value in segment.head.inputs[:2] if value is not None)
+    wanted, places = np.unique(feeds[ids].astype(np.int64), return_inverse=True)
+    rows = np.concatenate([segment.weights[table].rows(int(i), int(i) + 1) for i in wanted])
+    return {str(segment.head.outputs[0].name): rows[places.reshape(feeds[ids].shape)]}
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "_")

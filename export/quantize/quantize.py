@@ -1,0 +1,318 @@
+"""The story of quantising: transform, calibrate, round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from satchel.export.config import ExportConfig
+from satchel.export.errors import ExportError
+from satchel.export.publish import fresh
+from satchel.export.quantize.flow import Flow, Inputs
+from satchel.export.quantize.gptq import round_with_feedback
+from satchel.export.quantize.kv_scales import kv_scales
+from satchel.graphs import pipeline, signature
+from satchel.graphs.assign import layer_name, rule_of
+from satchel.graphs.channels import gated_input
+from satchel.graphs.contract import Refused
+from satchel.graphs.pipeline import Done
+from satchel.graphs.quantized import KVScales, Quantised, QuantizedWeight
+from satchel.graphs.recipe import Recipe, RecipeError, Rule
+from satchel.graphs.rounding import Grid, fit_grid
+from satchel.graphs.segments import split
+from satchel.graphs.targets import ROTATE, even_out
+from satchel.graphs.values import MICROSOFT, last_dim, nodes, weight
+from satchel.graphs.weights import LazyWeight
+
+Progress = Callable[[int], Any]
+
+ROWS = 4096
+"""Outputs whose scales are searched at a time."""
+
+MOVES = ("Reshape", "Transpose", "Split", "Slice", "RMSNormalization", "LayerNormalization", "Add")
+"""What may stand between a product and attention without turning channels into each other."""
+
+BATCH = 4
+"""Windows that run through the model together."""
+
+
+def quantise(
+    model: ir.Model,
+    recipe: Recipe,
+    windows: NDArray[np.int64] | None,
+    folder: Path,
+    config: ExportConfig,
+    progress: Progress,
+) -> tuple[Quantised, list[Done]]:
+    """Transform, calibrate and round the weights of a graph by a recipe.
+
+    Args:
+        model: The graph that all phases share, its weights marked with their rules.
+        recipe: Which weight is stored how.
+        windows: Calibration text, [windows, length]; None for a recipe that needs none.
+        folder: A folder to be made, for codes and for what is between two pieces of the flow; whoever calls removes it
+            after the weights are written.
+        config: Whether to find scales for an int8 KV cache too.
+        progress: Hears of each piece of work that is done, out of `pieces(model, recipe)`.
+
+    Returns:
+        The weights, and what the transforms did.
+
+    Raises:
+        ExportError: A rule does not fit a layer that it matches.
+    """
+    model, done = transform(model, recipe)
+    chosen = rules(model)
+    schemes_fit(model, chosen)
+    maxima: dict[str, NDArray[np.float32]] = {}
+    statistics: dict[str, NDArray[np.float32]] = {}
+    if windows is not None and (config.int8_cache or "smooth" in recipe.transforms):
+        statistics, maxima = _observe(model, windows, folder, config.int8_cache, progress)
+    model, ran = pipeline.run(model, even_out(recipe, statistics))
+    done += ran
+    chosen = rules(model)
+    weights = _round(model, chosen, windows, folder, progress)
+    scales = {layer: _cache_scales(model, layer, maxima) for layer in range(len(maxima) // 2)}
+    return Quantised(model, weights, chosen, scales), done
+
+
+def transform(model: ir.Model, recipe: Recipe) -> tuple[ir.Model, list[Done]]:
+    """Run the recipe's transforms that need no text: the rotations. Returns the graph and what they did."""
+    if "rotate" not in recipe.transforms:
+        return model, []
+    return pipeline.run(model, ROTATE)
+
+
+def rules(model: ir.Model) -> dict[str, Rule]:
+    """The rule for each quantisable weight that one matched, by the weight's name, in the graph's order."""
+    found: dict[str, Rule] = {}
+    table = None
+    for node, lazy in quantisable(model):
+        rule = rule_of(lazy)
+        if node.op_type == "Gather":
+            table = rule
+        if lazy.computed:  # the rotation in front of a tied head is stored as the table is
+            rule = table if node.op_type == "MatMul" and len(lazy.dims) == 2 else None
+        if rule is not None:
+            found[lazy.name] = rule
+    return found
+
+
+def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
+    """Check that each weight can be stored as its rule says.
+
+    Raises:
+        ExportError: One cannot.
+    """
+    for _, lazy in quantisable(model):
+        rule = chosen.get(lazy.name)
+        if rule is None:
+            continue
+        try:
+            rule.scheme(_inputs(lazy, model))
+        except RecipeError as error:
+            raise ExportError(f"recipe: {layer_name(lazy)}: {error}") from None
+
+
+def quantisable(model: ir.Model) -> Iterator[tuple[ir.Node, LazyWeight]]:
+    """Nodes that read a weight which can be quantised, with the weight."""
+    places = {"MatMul": (1,), "Gather": (0,), "MoE": (2, 4)}
+    for node in model.graph:
+        for index in places.get(node.op_type, ()):
+            lazy = weight(node.inputs[index]) if len(node.inputs) > index else None
+            if lazy is not None and len(lazy.dims) > 1 and lazy.dtype == ir.DataType.FLOAT:
+                yield node, lazy
+
+
+def by_outputs(node: ir.Node) -> bool:
+    """Whether the weight is stored [.., outputs, inputs]; products have it [inputs, outputs]."""
+    return node.op_type != "MatMul"
+
+
+def _inputs(lazy: LazyWeight, model: ir.Model) -> int:
+    node = next(node for node, other in quantisable(model) if other.name == lazy.name)
+    return lazy.dims[-1] if by_outputs(node) else lazy.dims[0]
+
+
+def _observe(
+    model: ir.Model, windows: NDArray[np.int64], folder: Path, int8_cache: bool, progress: Progress
+) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+    """The root mean square of each down projection's input channels, [inputs] by the product's name; and the largest
+    magnitudes of the caches, [kv_heads, head_dim] by output name.
+    """
+    statistics: dict[str, NDArray[np.float32]] = {}
+    maxima: dict[str, NDArray[np.float32]] = {}
+
+    def visit(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
+        if _gated(node):
+            sums = [(np.square(x, dtype=np.float32).sum(0, dtype=np.float64), len(x)) for x in inputs()]
+            count = sum(n for _, n in sums)
+            statistics[str(node.name)] = np.sqrt(sum(s for s, _ in sums) / count).astype(np.float32)
+        return {}
+
+    def observe(name: str, array: NDArray[Any]) -> None:
+        largest = np.abs(array).max(axis=(0, 2))
+        maxima[name] = np.maximum(maxima[name], largest) if name in maxima else largest
+
+    caches = [str(v.name) for v in model.graph.outputs if v.name != signature.LOGITS] if int8_cache else []
+    flow = Flow(model, _batched(windows), fresh(folder, "observe"), batch=BATCH)
+    flow.run(visit, observe, caches, progress)
+    return statistics, maxima
+
+
+def _gated(node: ir.Node) -> bool:
+    """Whether smoothing will look at the node: a down projection, or what it refuses as one."""
+    try:
+        return gated_input(node) is not None
+    except Refused:
+        return True
+
+
+def _round(
+    model: ir.Model, chosen: Mapping[str, Rule], windows: NDArray[np.int64] | None, folder: Path, progress: Progress
+) -> dict[str, QuantizedWeight]:
+    codes = fresh(folder, "codes")
+    results: dict[str, QuantizedWeight] = {}
+
+    def visit(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
+        replaced = {}
+        for value in node.inputs:
+            lazy = weight(value)
+            if lazy is None or lazy.name not in chosen:
+                continue
+            rule = chosen[lazy.name]
+            if lazy.name not in results:
+                moments = None
+                if rule.rounding == "gptq" and node.op_type == "MatMul":
+                    moments = _moments(inputs)
+                results[lazy.name] = round_weight(lazy, rule, codes, by_outputs=by_outputs(node), moments=moments)
+            if not by_outputs(node):
+                replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
+        return replaced
+
+    products = {n.name for n, lazy in quantisable(model) if n.op_type == "MatMul" and lazy.name in chosen}
+    if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
+        flow = Flow(model, _batched(windows), fresh(folder, "round"), batch=BATCH)
+        flow.run(lambda node, inputs: visit(node, inputs) if node.name in products else {}, progress=progress)
+    for node, lazy in quantisable(model):
+        if lazy.name in chosen and lazy.name not in results:
+            results[lazy.name] = round_weight(lazy, chosen[lazy.name], codes, by_outputs=by_outputs(node))
+    return results
+
+
+def round_weight(
+    lazy: LazyWeight,
+    rule: Rule,
+    folder: Path,
+    *,
+    by_outputs: bool,
+    moments: NDArray[np.float32] | None = None,
+) -> QuantizedWeight:
+    """Round one weight by a rule; its codes go to a file in `folder` and are mapped.
+
+    Args:
+        lazy: The weight, [.., outputs, inputs] if `by_outputs`, else [inputs, outputs].
+        rule: How.
+        folder: Where to.
+        by_outputs: See `lazy`.
+        moments: The sum of x x^T over the layer's inputs, for rounding "gptq"; without it scales are searched.
+    """
+    inputs = lazy.dims[-1] if by_outputs else lazy.dims[0]
+    outputs = lazy.size // inputs
+    scheme = rule.scheme(inputs)
+    if scheme is None:
+        raise ValueError(f"{lazy.name} stays in float")
+    path = folder / f"{len(list(folder.iterdir()))}.codes"
+    stored = np.memmap(path, np.int8 if scheme.symmetric else np.uint8, "w+", shape=(outputs, inputs))
+    scales, points = [], []
+    search = rule.rounding != "nearest"
+    importance = None if moments is None else np.ascontiguousarray(moments.diagonal())
+    for start, part in _parts(lazy, by_outputs, inputs):
+        grid = fit_grid(part, scheme, importance, search=search)
+        stored[start : start + len(part)] = (
+            grid.round(part) if moments is None else round_with_feedback(part, moments, grid)
+        )
+        scales.append(grid.scales)
+        points.append(grid.zero_points)
+    stored.flush()
+    zero_points = None if scheme.symmetric else np.concatenate([p for p in points if p is not None])
+    mapped: NDArray[Any] = np.memmap(path, stored.dtype, "r", shape=stored.shape)
+    return QuantizedWeight(lazy.name, Grid(scheme, np.concatenate(scales), zero_points), mapped)
+
+
+def _parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The weight as [outputs, inputs], some outputs at a time, with the first output of each part."""
+    if not by_outputs:
+        whole = np.ascontiguousarray(lazy.numpy().T)
+        for start in range(0, len(whole), ROWS):
+            yield start, whole[start : start + ROWS]
+        return
+    start, per_row = 0, lazy.size // lazy.row_count // inputs
+    step = max(1, ROWS // per_row)
+    for row in range(0, lazy.row_count, step):
+        part = np.ascontiguousarray(lazy.rows(row, min(row + step, lazy.row_count))).reshape(-1, inputs)
+        yield start, part
+        start += len(part)
+
+
+def values(quantized: QuantizedWeight) -> NDArray[np.float32]:
+    """What a rounded weight stands for, [outputs, inputs] float32."""
+    return quantized.grid.values(quantized.codes.astype(np.int16))
+
+
+def _moments(inputs: Inputs) -> NDArray[np.float32]:
+    """The sum of x x^T over the inputs x, [width, width]."""
+    total: torch.Tensor | None = None
+    for x in inputs():
+        batch = torch.from_numpy(np.array(x))
+        total = batch.T @ batch if total is None else total.addmm_(batch.T, batch)
+    if total is None:
+        raise ValueError("there is nothing to take moments of")
+    return total.numpy()
+
+
+def _cache_scales(model: ir.Model, layer: int, maxima: Mapping[str, NDArray[np.float32]]) -> KVScales:
+    key, value = signature.present_names(layer)
+    past = signature.past_names(layer)[0]
+    attention = next(n for n in nodes(model, "GroupQueryAttention", MICROSOFT) if n.inputs[3].name == past)  # type: ignore[union-attr]
+    rotation = _rotation(attention)
+    if rotation is None:  # any two channels of a head may turn into each other
+        whole = np.broadcast_to(maxima[key].max(-1, keepdims=True), maxima[key].shape)
+        return kv_scales(whole, maxima[value], 0, False)
+    return kv_scales(maxima[key], maxima[value], *rotation)
+
+
+def _rotation(attention: ir.Node) -> tuple[int, bool] | None:
+    """How many channels of a key are turned, and whether neighbours are pairs; None where that is not known."""
+    if attention.attributes.get_int("do_rotary", 0):
+        width = last_dim(attention.inputs[7])
+        return None if width is None else (2 * width, bool(attention.attributes.get_int("rotary_interleaved", 0)))
+    value = attention.inputs[1] if attention.inputs[1] is not None else attention.inputs[0]
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "RotaryEmbedding":
+            width = node.attributes.get_int("rotary_embedding_dim", 0) or last_dim(node.inputs[0])
+            return None if width is None else (width, bool(node.attributes.get_int("interleaved", 0)))
+        if node.op_type in ("MatMul", "MatMulNBits"):
+            return 0, False
+        if node.op_type not in MOVES:
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _batched(windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Windows in full batches, the last ones left out."""
+    return windows[: max(BATCH, len(windows) // BATCH * BATCH)]
+
+
+def pieces(model: ir.Model, recipe: Recipe, config: ExportConfig) -> int:
+    """How often `progress` is told of work by `quantise`."""
+    segments = len(split(model, [])) - 1
+    flows = int(config.int8_cache or "smooth" in recipe.transforms)
+    return segments * (flows + int(any(rule.rounding == "gptq" for rule in recipe.rules if rule.bits)))

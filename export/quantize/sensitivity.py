@@ -1,0 +1,128 @@
+"""Which layers lose most by few bits: each is rounded alone, and the logits compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from satchel.export.publish import fresh
+from satchel.export.quantize.flow import Flow, Visit
+from satchel.export.quantize.quantize import by_outputs, quantisable, round_weight, rules, values
+from satchel.graphs.assign import layers_of
+from satchel.graphs.recipe import Recipe, Rule
+from satchel.runtime.fidelity import log_softmax
+
+RAISED_BITS = 8
+"""What a sensitive layer is raised to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """What rounding one product alone does.
+
+    Attributes:
+        layers: The checkpoint's layers that the product is made of.
+        weights: How many weights it has.
+        kl: Mean KL divergence, in nats, of the model with this weight rounded from the float model.
+    """
+
+    layers: tuple[str, ...]
+    weights: int
+    kl: float
+
+
+def measure(
+    model: ir.Model, recipe: Recipe, windows: NDArray[np.int64], folder: Path, progress: Callable[[int], object]
+) -> list[Sensitivity]:
+    """Round each product that `recipe` stores in fewer than 8 bits, alone and to the nearest, and compare the logits.
+
+    Args:
+        model: The graph that all phases share, its weights marked with their rules.
+        recipe: What is tried out.
+        windows: Text, [windows, length].
+        folder: An empty folder.
+        progress: Hears of each product.
+
+    Returns:
+        The products in the graph's order.
+    """
+    flow = Flow(model, windows, fresh(folder, "float"), keep=True)
+    flow.run()
+    chosen = rules(model)
+    places = {name: index for index, name in enumerate(flow.pieces())}
+    found = []
+    for node, lazy in quantisable(model):
+        rule = chosen.get(lazy.name)
+        if rule is None or rule.bits == RAISED_BITS or by_outputs(node) or node.name not in places:
+            continue
+        work = fresh(folder, "tried")
+        tried = dataclasses.replace(rule, rounding="search")
+        rounded = values(round_weight(lazy, tried, fresh(work, "codes"), by_outputs=False)).T
+        branch = flow.branch(fresh(work, "flow"))
+        weight = {lazy.name: np.ascontiguousarray(rounded)}
+        branch.run(_replacing(str(node.name), weight), first=places[str(node.name)])
+        found.append(Sensitivity(layers_of(lazy), lazy.size, _divergence(flow, branch)))
+        shutil.rmtree(work)
+        progress(1)
+    return found
+
+
+def count(model: ir.Model) -> int:
+    """How many products `measure` tries at most."""
+    return sum(not by_outputs(node) for node, _ in quantisable(model))
+
+
+def raise_most_sensitive(
+    recipe: Recipe, found: Sequence[Sensitivity], bits_now: float, bits: float, weights: int
+) -> list[Sensitivity]:
+    """The layers to raise to 8 bits so that the model stays within a budget: those that lose most for their size.
+
+    Args:
+        recipe: The recipe as it is.
+        found: What each product loses.
+        bits_now: Bits per weight of the whole model by `recipe`.
+        bits: How many it may have.
+        weights: Weights of the whole model.
+    """
+    spare = (bits - bits_now) * weights
+    raised = []
+    for layer in sorted(found, key=lambda s: s.kl / s.weights, reverse=True):
+        rule = recipe.rule(layer.layers[0], "linear") if layer.layers else None
+        cost = layer.weights * (
+            RAISED_BITS - (rule.bits if rule is not None and rule.bits is not None else RAISED_BITS)
+        )
+        if 0 < cost <= spare:
+            raised.append(layer)
+            spare -= cost
+    return raised
+
+
+def raised_recipe(recipe: Recipe, raised: Sequence[Sensitivity]) -> Recipe:
+    """The recipe with a rule in front of its own that keeps some layers at 8 bits."""
+    if not raised:
+        return recipe
+    first = next(rule for rule in recipe.rules if rule.matches(raised[0].layers[0], "linear"))
+    names = tuple(name for layer in raised for name in layer.layers)
+    rule: Rule = dataclasses.replace(first, layers=names, kinds=("linear",), bits=RAISED_BITS, optional=False)
+    return dataclasses.replace(recipe, rules=(rule, *recipe.rules))
+
+
+def _replacing(name: str, weight: Mapping[str, NDArray[np.float32]]) -> Visit:
+    return lambda node, inputs: weight if node.name == name else {}
+
+
+def _divergence(flow: Flow, branch: Flow) -> float:
+    """Mean KL(flow || branch) over all positions."""
+    total, count = 0.0, 0
+    for index in range(flow.batches):
+        for expected, found in zip(flow.logits(index), branch.logits(index), strict=True):
+            theirs, ours = log_softmax(expected), log_softmax(found)
+            total += float((np.exp(theirs) * (theirs - ours)).sum())
+            count += len(theirs)
+    return total / count
