@@ -59,9 +59,9 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
         checkpoint = open_source(source, config)
     if config.recipe is not None and recipe is not None:
         check_recipe(recipe, checkpoint)
+    _announce(checkpoint, config, stages)
     with _named_errors(checkpoint.name, config.output), scratch(config.output) as folder:
         texts = open_texts(checkpoint, config, recipe, folder)
-        _announce(checkpoint, config, stages)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimising the graphs"):
@@ -150,7 +150,10 @@ def lower_phases(
         report += [done.as_json(phase) for done in finished]
         refused = [r for done in finished if done.name.startswith("quantize_") for r in done.refusals]
         if refused:
-            raise ExportError(f"{checkpoint.name}: {refused[0].node} cannot be quantised: {refused[0].reason}")
+            raise ExportError(
+                f"{checkpoint.name}: {refused[0].node} cannot be quantised: {refused[0].reason}; "
+                "leave the layer in float by a --recipe of your own, or a cache by --kv-cache float"
+            )
     _check_logits(models, checkpoint)
     return models
 

@@ -11,7 +11,14 @@ from satchel.export.compile import lower, open_source, trace_source
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.quantize import quantisable, rules, transform
-from satchel.export.quantize.sensitivity import Sensitivity, count, measure, raise_most_sensitive, raised_recipe
+from satchel.export.quantize.sensitivity import (
+    Sensitivity,
+    count,
+    measure,
+    raise_most_sensitive,
+    raised_recipe,
+    raising_costs,
+)
 from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import Stages
 from satchel.export.texts import open_texts
@@ -67,7 +74,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
         check_recipe(recipe, checkpoint)
     with tempfile.TemporaryDirectory(prefix="satchel-") as name:
         folder = Path(name)
-        texts = open_texts(checkpoint, config, recipe, folder)
+        texts = open_texts(checkpoint, config, None, folder, option="--text")
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimising the graphs"):
@@ -88,7 +95,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
         raise ExportError(
             f"--bits {search.bits:g}: the recipe takes {bits_now:.2f} bits per weight as it is: give more than that"
         )
-    spent = sum(layer.weights * 4 for layer in raised) / checkpoint.parameters
+    spent = sum(raising_costs(recipe, layer) for layer in raised) / checkpoint.parameters
     comment = f"As {recipe.name}, with the layers in 8 bits that lose most by less."
     return Found(layers, raised, write_recipe(raised_recipe(recipe, raised), comment), bits_now + spent)
 

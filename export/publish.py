@@ -65,11 +65,11 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `output` for what an export puts aside; it is removed when the block ends."""
+    """Yield an empty folder on the disk of `output` for what an export puts aside; it is removed when the block ends."""
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
-    folder = output.parent / f".{output.name}.scratch-{os.getpid()}"
+    place = next(parent for parent in output.parents if parent.is_dir())
+    _remove_abandoned(place / output.name)
+    folder = place / f".{output.name}.scratch-{os.getpid()}"
     folder.mkdir()
     try:
         yield folder

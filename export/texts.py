@@ -50,10 +50,16 @@ class Texts:
     measured: EvaluatedText | None
 
 
-def open_texts(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None, folder: Path) -> Texts:
+def open_texts(
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    recipe: Recipe | None,
+    folder: Path,
+    option: str = "--certificate-text",
+) -> Texts:
     """Read and tokenise the texts of an export; a model without a tokenizer gets random ids.
 
-    `folder` takes the tokenizer's file while it is loaded.
+    `folder` takes the tokenizer's file while it is loaded; `option` is what the user calls the text to measure on.
 
     Raises:
         ExportError: A text that the user named cannot be read or is too short, or there is no tokenizer for it.
@@ -65,8 +71,8 @@ def open_texts(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | No
         ids, _ = _ids(tokenizer, checkpoint, config.calibrate, CALIBRATION, "--calibrate")
         calibration = _spread(_windows(ids, length, FEWEST, config.calibrate, "--calibrate"), CALIBRATION_WINDOWS)
     if config.certificate:
-        ids, measured = _ids(tokenizer, checkpoint, config.certificate_text, CERTIFICATE, "--certificate-text")
-        windows = _windows(ids, length, 1, config.certificate_text, "--certificate-text")
+        ids, measured = _ids(tokenizer, checkpoint, config.certificate_text, CERTIFICATE, option)
+        windows = _windows(ids, length, 1, config.certificate_text, option)
         certificate = windows[:CERTIFICATE_WINDOWS]
     return Texts(calibration, certificate, measured)
 
@@ -122,4 +128,5 @@ def _windows(ids: NDArray[np.int64], length: int, fewest: int, chosen: Path | No
 def _spread(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     if len(windows) <= count:
         return windows
-    return windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+    spread: NDArray[np.int64] = windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+    return spread

@@ -41,7 +41,7 @@ def round_with_feedback(weight: NDArray[np.float32], moments: NDArray[np.float32
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     scale, zero = (torch.from_numpy(a)[:, order].T.contiguous() for a in grid.expanded(inputs))
-    rest = torch.from_numpy(weight).clone()
+    rest = torch.from_numpy(weight.copy())  # a mapped weight is read-only
     rest[:, never] = 0.0
     rest = rest[:, order].T.contiguous()  # [inputs, outputs]: one input is one contiguous row
     codes = torch.empty_like(rest)

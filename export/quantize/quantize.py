@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def quantise(
         The weights, and what the transforms did.
 
     Raises:
-        ExportError: A rule does not fit a layer that it matches.
+        ExportError: A rule does not fit a layer that it matches, or a layer's cache cannot be stored in 8 bits.
     """
+    if config.int8_cache:
+        _caches_fit(model)
     model, done = transform(model, recipe)
     chosen = rules(model)
     schemes_fit(model, chosen)
@@ -101,7 +104,20 @@ def rules(model: ir.Model) -> dict[str, Rule]:
             rule = table if node.op_type == "MatMul" and len(lazy.dims) == 2 else None
         if rule is not None:
             found[lazy.name] = rule
+    for node in nodes(model, "MoE", MICROSOFT):
+        stacks = [lazy for lazy in map(weight, node.inputs) if lazy is not None and lazy.name in found]
+        found |= _sharing_blocks(stacks, found)
     return found
+
+
+def _sharing_blocks(stacks: Sequence[LazyWeight], found: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules of a mixture's stacks with those blocks alone that divide the inputs of all: its kernel wants one."""
+    shared = {}
+    for lazy in stacks:
+        rule = found[lazy.name]
+        blocks = tuple(b for b in rule.blocks if isinstance(b, str) or all(s.dims[-1] % b == 0 for s in stacks))
+        shared[lazy.name] = dataclasses.replace(rule, blocks=blocks) if blocks else rule
+    return shared
 
 
 def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
@@ -275,6 +291,19 @@ def _moments(inputs: Inputs) -> NDArray[np.float32]:
     if total is None:
         raise ValueError("there is nothing to take moments of")
     return total.numpy()
+
+
+def _caches_fit(model: ir.Model) -> None:
+    """Check that the fused operator, which alone reads codes, writes each layer's cache.
+
+    Raises:
+        ExportError: Another one does.
+    """
+    for node in nodes(model, "TensorScatter"):
+        raise ExportError(
+            f"--kv-cache int8: {node.name} is of a layer whose attention GroupQueryAttention cannot express, and only "
+            "that reads an int8 cache: use --kv-cache float"
+        )
 
 
 def _cache_scales(model: ir.Model, layer: int, maxima: Mapping[str, NDArray[np.float32]]) -> KVScales:

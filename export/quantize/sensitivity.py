@@ -29,11 +29,13 @@ class Sensitivity:
     Attributes:
         layers: The checkpoint's layers that the product is made of.
         weights: How many weights it has.
+        inputs: How many inputs.
         kl: Mean KL divergence, in nats, of the model with this weight rounded from the float model.
     """
 
     layers: tuple[str, ...]
     weights: int
+    inputs: int
     kl: float
 
 
@@ -67,7 +69,7 @@ def measure(
         branch = flow.branch(fresh(work, "flow"))
         weight = {lazy.name: np.ascontiguousarray(rounded)}
         branch.run(_replacing(str(node.name), weight), first=places[str(node.name)])
-        found.append(Sensitivity(layers_of(lazy), lazy.size, _divergence(flow, branch)))
+        found.append(Sensitivity(layers_of(lazy), lazy.size, lazy.dims[0], _divergence(flow, branch)))
         shutil.rmtree(work)
         progress(1)
     return found
@@ -93,24 +95,35 @@ def raise_most_sensitive(
     spare = (bits - bits_now) * weights
     raised = []
     for layer in sorted(found, key=lambda s: s.kl / s.weights, reverse=True):
-        rule = recipe.rule(layer.layers[0], "linear") if layer.layers else None
-        cost = layer.weights * (
-            RAISED_BITS - (rule.bits if rule is not None and rule.bits is not None else RAISED_BITS)
-        )
+        cost = raising_costs(recipe, layer)
         if 0 < cost <= spare:
             raised.append(layer)
             spare -= cost
     return raised
 
 
+def raising_costs(recipe: Recipe, layer: Sensitivity) -> float:
+    """The bits that a product takes more at 8 bits than by the recipe, zero points included."""
+    rule = _rule_of(recipe, layer)
+    now, then = rule.scheme(layer.inputs), _raised(rule, ()).scheme(layer.inputs)
+    return 0.0 if now is None or then is None else layer.weights * (then.bits_per_weight - now.bits_per_weight)
+
+
 def raised_recipe(recipe: Recipe, raised: Sequence[Sensitivity]) -> Recipe:
-    """The recipe with a rule in front of its own that keeps some layers at 8 bits."""
-    if not raised:
-        return recipe
-    first = next(rule for rule in recipe.rules if rule.matches(raised[0].layers[0], "linear"))
-    names = tuple(name for layer in raised for name in layer.layers)
-    rule: Rule = dataclasses.replace(first, layers=names, kinds=("linear",), bits=RAISED_BITS, optional=False)
-    return dataclasses.replace(recipe, rules=(rule, *recipe.rules))
+    """The recipe with rules in front of its own that keep some layers at 8 bits, in the blocks that they have."""
+    names: dict[Rule, list[str]] = {}
+    for layer in raised:
+        names.setdefault(_rule_of(recipe, layer), []).extend(layer.layers)
+    rules = tuple(_raised(rule, tuple(layers)) for rule, layers in names.items())
+    return dataclasses.replace(recipe, rules=(*rules, *recipe.rules))
+
+
+def _rule_of(recipe: Recipe, layer: Sensitivity) -> Rule:
+    return next(rule for rule in recipe.rules if rule.matches(layer.layers[0], "linear"))
+
+
+def _raised(rule: Rule, layers: tuple[str, ...]) -> Rule:
+    return dataclasses.replace(rule, layers=layers, kinds=("linear",), bits=RAISED_BITS, optional=False)
 
 
 def _replacing(name: str, weight: Mapping[str, NDArray[np.float32]]) -> Visit:

@@ -66,7 +66,7 @@ def test_a_bundle_that_fails_its_check_is_not_published(
 
     monkeypatch.setattr("satchel.export.compile._self_check", fail)
     with pytest.raises(ExportError, match="the check says no"):
-        export_bundle(tiny_checkpoint, ExportConfig(target, force=True))
+        export_bundle(tiny_checkpoint, ExportConfig(target, force=True, certificate=False))
     assert tree(tmp_path) == before
 
 
@@ -93,7 +93,7 @@ def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(
 
     monkeypatch.setattr("satchel.export.compile._self_check", fail)
     with pytest.raises(ExportError, match="the check says no"):
-        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle"))
+        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", certificate=False))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "the only one"
 
@@ -103,7 +103,7 @@ def test_force_through_a_link_replaces_the_bundle_that_it_leads_to(tiny_checkpoi
     real.mkdir()
     (real / "manifest.json").write_text("old")
     link.symlink_to(real)
-    export_bundle(tiny_checkpoint, ExportConfig(link, force=True))
+    export_bundle(tiny_checkpoint, ExportConfig(link, force=True, certificate=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
     assert link.is_symlink()
     assert (real / "manifest.json").read_text() != "old"

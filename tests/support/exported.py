@@ -53,7 +53,7 @@ def exported(name: str, places: pytest.TempPathFactory) -> Exported:
 
 def _export(family: Family, place: Path) -> Exported:
     checkpoint, folder = save(family, place / "checkpoint"), place / "bundle"
-    manifest = export_bundle(checkpoint, ExportConfig(folder, max_context=family.context))
+    manifest = export_bundle(checkpoint, ExportConfig(folder, max_context=family.context, certificate=False))
     weights = stored_weights(checkpoint)
     model = reference(family, weights)
     ids = np.random.default_rng(1).integers(3, VOCABULARY, PROMPT + STEPS)

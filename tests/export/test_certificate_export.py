@@ -1,0 +1,112 @@
+"""An export certifies its bundle: what it measured is in the manifest, and holds wherever the bundle goes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.checkpoints import CONTEXT, VOCABULARY, save_tiny
+from support.export_command import export
+
+from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export import certify as certify_module
+from satchel.export.texts import CERTIFICATE, CERTIFICATE_WINDOWS
+from satchel.runtime import cli
+from satchel.runtime.appraise import FLOAT_DECODE_WINDOWS, PROMPTS
+from satchel.runtime.certificate import Certificate
+from satchel.runtime.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 bundle certified on a text of the user's own."""
+    folder = tmp_path_factory.mktemp("int8")
+    (folder / "mine.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    export_bundle(tiny_checkpoint, ExportConfig(folder / "bundle", "int8", certificate_text=folder / "mine.txt"))
+    return folder / "bundle"
+
+
+def certificate(bundle: Path) -> Certificate:
+    found = Manifest.read(bundle / "manifest.json").certificate
+    assert found is not None
+    return found
+
+
+def verify(capsys: pytest.CaptureFixture[str], bundle: Path) -> tuple[int, str]:
+    capsys.readouterr()
+    code = cli.main(["verify", str(bundle), "--threads", "1"])
+    return code, capsys.readouterr().out
+
+
+def test_a_float_bundle_is_certified_to_be_the_model(tiny_bundle: Path) -> None:
+    found = certificate(tiny_bundle)
+    for phase in (found.prefill, found.decode):
+        assert phase.kl_mean is not None
+        assert 0 <= phase.kl_mean < 1e-8
+        assert phase.top1 == 1
+        assert phase.perplexity == pytest.approx(phase.reference_perplexity, rel=1e-5)
+    assert (found.windows, found.decode_windows) == (CERTIFICATE_WINDOWS, FLOAT_DECODE_WINDOWS)
+    assert (found.window_tokens, len(found.prompts)) == (CONTEXT, PROMPTS)
+
+
+def test_the_text_that_ships_is_named(tiny_bundle: Path) -> None:
+    text = certificate(tiny_bundle).text
+    assert text is not None
+    assert (text.name, text.sha256) == ("certificate.txt", hashlib.sha256(CERTIFICATE.read_bytes()).hexdigest())
+    assert text.tokens > CERTIFICATE_WINDOWS * CONTEXT
+
+
+def test_a_quantised_bundle_is_certified_with_what_it_lost(int8: Path) -> None:
+    found = certificate(int8)
+    for phase in (found.prefill, found.decode):
+        assert phase.kl_mean is not None
+        assert 1e-8 < phase.kl_mean < 0.05
+    assert found.decode_windows == found.windows, "its decode has kernels of its own"
+
+
+def test_a_text_of_one_s_own_is_measured_on(int8: Path) -> None:
+    text = certificate(int8).text
+    assert text is not None
+    content = (int8.parent / "mine.txt").read_bytes()
+    assert (text.name, text.sha256) == ("mine.txt", hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "int8"])
+def test_it_holds_where_it_was_made_and_in_another_folder(
+    bundle: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = request.getfixturevalue(bundle)
+    shutil.copytree(made, tmp_path / "elsewhere" / "copy")
+    for folder in (made, tmp_path / "elsewhere" / "copy"):
+        code, out = verify(capsys, folder)
+        assert (code, out.splitlines()[-1]) == (0, "holds"), out
+
+
+def test_no_certificate_is_none(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--no-certificate", "--json", "--quiet")
+    assert ran.code == 0, ran.err
+    assert Manifest.read(tmp_path / "bundle" / "manifest.json").certificate is None
+    assert json.loads(ran.out)["kl"] is None
+    assert cli.main(["verify", str(tmp_path / "bundle"), "--threads", "1", "--quiet"]) == 2
+    assert "has no certificate: export it again without --no-certificate" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_measured_on_random_ids(tmp_path: Path) -> None:
+    export_bundle(save_tiny(tmp_path / "mute"), ExportConfig(tmp_path / "bundle", max_context=40))
+    found = certificate(tmp_path / "bundle")
+    assert found.text is None
+    assert found.window_tokens == 40
+    assert {token < VOCABULARY for prompt in found.prompts for token in prompt.ids} == {True}
+    assert len({prompt.ids for prompt in found.prompts}) == len(found.prompts)
+
+
+def test_a_bundle_that_cannot_be_measured_is_not_published(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify_module, "WINDOWS", "elsewhere.npy")  # the process that measures looks for its own name
+    with pytest.raises(ExportError, match=r"the exported bundle cannot be measured: .*windows\.npy"):
+        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle"))
+    assert list(tmp_path.iterdir()) == []
