@@ -9,7 +9,9 @@ from pathlib import Path
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
+from satchel.export.texts import CALIBRATION_WINDOWS, CERTIFICATE_WINDOWS
 from satchel.graphs.weights import BLOCK_BYTES
+from satchel.runtime.certificate import Window
 
 MIB = 1 << 20
 BYTES = {"fp32": 4, "fp16": 2, "a16w8": 1.1, "a8w8": 1.1, "int8": 1.1, "a16w4": 0.8, "int4": 0.8}
@@ -22,19 +24,31 @@ START_SECONDS = 6.0
 LAYER_SECONDS = 0.5
 WRITE_BYTES_PER_SECOND = 250e6
 GRAPH_BYTES_PER_LAYER = 40_000
+ROUNDING_SECONDS = 0.9e-6
+"""For each weight that is rounded with feedback from the calibration text."""
+MEASURING_SECONDS = 0.12e-6
+"""For each weight, to run the float model and the bundle over the certificate's text."""
+ACTIVATIONS_PER_TOKEN = 6144
+"""Numbers that lie between two pieces of a model while it is calibrated; a wide model has more."""
+ROUNDING_MIB = 220
+"""Second moments, a weight in several forms, and what ONNX Runtime holds while it runs one piece."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Peak anonymous memory in bytes (mapped file pages apart), bytes on disk, and seconds."""
+    """Peak anonymous memory in bytes (mapped file pages apart), bytes on disk, bytes put aside beside the bundle while
+    it is made, and seconds.
+    """
 
     memory: int
     disk: int
+    scratch: int
     seconds: float
 
     def __str__(self) -> str:
         time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.1f} min"
-        return f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk and {time}"
+        more = f" ({self.scratch / MIB:,.0f} more while it works)" if self.scratch >= MIB else ""
+        return f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk{more} and {time}"
 
 
 def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
@@ -50,7 +64,15 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
         largest += max(elements, default=0) * 4
     memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES + largest
     seconds = START_SECONDS + LAYER_SECONDS * layers + sum(elements) * 4 / WRITE_BYTES_PER_SECOND
-    return Forecast(memory, disk, seconds)
+    scratch = 0
+    if config.quantised:
+        scratch += sum(elements) + CALIBRATION_WINDOWS * Window.LENGTH * 4 * ACTIVATIONS_PER_TOKEN
+        memory += ROUNDING_MIB * MIB + 4 * max(elements, default=0)
+        seconds += ROUNDING_SECONDS * sum(elements)
+    if config.certificate:
+        scratch += 4 * checkpoint.vocab_size * CERTIFICATE_WINDOWS * Window.LENGTH
+        seconds += MEASURING_SECONDS * sum(elements)
+    return Forecast(memory, disk, scratch, seconds)
 
 
 def check_disk(needed: Forecast, output: Path) -> None:
@@ -63,8 +85,9 @@ def check_disk(needed: Forecast, output: Path) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if free < needed.disk:
+    wanted = needed.disk + needed.scratch
+    if free < wanted:
         raise ExportError(
-            f"{place}: {needed.disk / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free: "
+            f"{place}: {wanted / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free: "
             "free some space or choose another place"
         )

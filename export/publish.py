@@ -65,7 +65,7 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """Yield an empty folder on the disk of `output` for what an export puts aside; it is removed when the block ends."""
+    """Yield an empty folder on the disk of `output` for what an export puts aside; it is removed at the end."""
     output = output.resolve()
     place = next(parent for parent in output.parents if parent.is_dir())
     _remove_abandoned(place / output.name)

@@ -228,14 +228,15 @@ def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return codes
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
 
 
 def stored(block: np.ndarray) -> NDArray[np.uint8]:
     """A C-contiguous array as the bytes in which ONNX stores it: two four-bit numbers to a byte, all else as it is."""
     if block.dtype in FOUR_BITS:
-        return pack_rows(block.reshape(1, -1).view(np.uint8) & 0x0F, 4).reshape(-1)
-    return block.reshape(-1).view(np.uint8)
+        return pack_rows(np.bitwise_and(block.reshape(1, -1).view(np.uint8), 0x0F, dtype=np.uint8), 4).reshape(-1)
+    whole: NDArray[np.uint8] = block.reshape(-1).view(np.uint8)
+    return whole
 
 
 def scaled(weight: LazyWeight, factors: LazyWeight, name: str, axis: int = 0) -> LazyWeight:
