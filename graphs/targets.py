@@ -39,6 +39,7 @@ from satchel.graphs.passes.sink_transposes import sink_transposes
 from satchel.graphs.passes.slice_last_logits import slice_last_logits
 from satchel.graphs.passes.smooth_products import smooth_products
 from satchel.graphs.passes.store_float16 import store_float16
+from satchel.graphs.passes.store_products_float16 import store_products_float16
 from satchel.graphs.passes.stream_tied_head import stream_tied_head
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
@@ -113,6 +114,7 @@ def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
         Step(quantize_tables(weights), after=("slice_last_logits",)),  # the slice looks for the plain head
         Step(quantize_experts(weights)),
         Step(insert_qdq(weights, activations)),
+        Step(store_products_float16),
     )
     if quantised.kv_scales:
         return (*steps, Step(quantize_kv_cache(quantised.kv_scales, phase)))

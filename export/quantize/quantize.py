@@ -94,16 +94,8 @@ def transform(model: ir.Model, recipe: Recipe) -> tuple[ir.Model, list[Done]]:
 
 def rules(model: ir.Model) -> dict[str, Rule]:
     """The rule for each quantisable weight that one matched, by the weight's name, in the graph's order."""
-    found: dict[str, Rule] = {}
-    table = None
-    for node, lazy in quantisable(model):
-        rule = rule_of(lazy)
-        if node.op_type == "Gather":
-            table = rule
-        if lazy.computed:  # the rotation in front of a tied head is stored as the table is
-            rule = table if node.op_type == "MatMul" and len(lazy.dims) == 2 else None
-        if rule is not None:
-            found[lazy.name] = rule
+    marked = {lazy.name: rule_of(lazy) for _, lazy in quantisable(model) if not lazy.computed}
+    found = {name: rule for name, rule in marked.items() if rule is not None}
     for node in nodes(model, "MoE", MICROSOFT):
         stacks = [lazy for lazy in map(weight, node.inputs) if lazy is not None and lazy.name in found]
         found |= _sharing_blocks(stacks, found)

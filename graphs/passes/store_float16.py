@@ -24,11 +24,12 @@ def store_float16(model: ir.Model, report: Report) -> None:
         lazy = weight(value)
         if lazy is None or lazy.computed or lazy.dtype != ir.DataType.FLOAT or not lazy.dims:
             continue
-        _store(model, value, lazy)
+        store_half(model, value, lazy)
         report.count += 1
 
 
-def _store(model: ir.Model, value: ir.Value, lazy: LazyWeight) -> None:
+def store_half(model: ir.Model, value: ir.Value, lazy: LazyWeight) -> None:
+    """Store one weight as float16, with a Cast for its readers."""
     readers = [use.node for use in value.uses()]
     half = Builder(model).initializer(
         mapped(lazy, lambda array: _round(lazy.name, array), f"{lazy.name}.fp16", ir.DataType.FLOAT16)

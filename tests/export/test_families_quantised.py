@@ -134,13 +134,14 @@ def optimised(bundle: Bundle, phase: str, place: Path) -> ir.Model:
 
 
 def large_floats(model: ir.Model) -> list[str]:
-    """Names of the float weights that products, tables or mixtures read."""
+    """Names of the float weights that products, tables or mixtures read; the rotation before a tied head is none."""
     return [
         str(value.name)
         for value in model.graph.initializers.values()
         if value.const_value is not None
         and value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
         and value.const_value.size >= LARGE
+        and ".rotation." not in str(value.name)
     ]
 
 
