@@ -57,7 +57,7 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     check_target(config.output, config.force)
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
-    if config.recipe is not None and recipe is not None:
+    if recipe is not None:
         check_recipe(recipe, checkpoint)
     _announce(checkpoint, config, stages)
     with _named_errors(checkpoint.name, config.output), scratch(config.output) as folder:

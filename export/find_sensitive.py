@@ -21,7 +21,7 @@ from satchel.export.quantize.sensitivity import (
 )
 from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import Stages
-from satchel.export.texts import open_texts
+from satchel.export.texts import CERTIFICATE_WINDOWS, open_texts
 from satchel.graphs.recipe import write_recipe
 
 
@@ -65,13 +65,12 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
     recipe = recipe_of(config)
     if recipe is None:
         raise ExportError(f"--precision {search.precision} rounds no layer: choose one with 4 bits")
-    if search.windows < 1:
-        raise ExportError(f"--windows {search.windows}: give at least 1")
+    if not 1 <= search.windows <= CERTIFICATE_WINDOWS:
+        raise ExportError(f"--windows {search.windows}: give 1 to {CERTIFICATE_WINDOWS}")
     stages = Stages(progress, skipped=("writing the bundle", "checking the bundle", "measuring the bundle"))
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
-    if config.recipe is not None:
-        check_recipe(recipe, checkpoint)
+    check_recipe(recipe, checkpoint)
     with tempfile.TemporaryDirectory(prefix="satchel-") as name:
         folder = Path(name)
         texts = open_texts(checkpoint, config, None, folder, option="--text")

@@ -157,11 +157,11 @@ class Target:
 
     def steps(self, phase: str, precision: str, quantised: Quantised | None) -> tuple[Step, ...]:
         """All passes for one phase, after those that the phases share."""
-        if quantised is not None:
-            return (*self.phases[phase], *quantise_steps(phase, quantised), *FINISH)
-        stream = STREAM if phase != "score" else ()
+        rounded = quantised is not None and bool(quantised.weights)
+        quantise = () if quantised is None else quantise_steps(phase, quantised)
+        stream = STREAM if phase != "score" and not rounded else ()
         store = (Step(store_float16, after=("remove_dead",)),) if precision == "fp16" else ()
-        return (*self.phases[phase], *stream, *FINISH, *store)
+        return (*self.phases[phase], *stream, *quantise, *FINISH, *store)
 
 
 def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
@@ -175,6 +175,8 @@ def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
             "decode": Session(of="prefill"),
             "score": Session({"session.disable_prepacking": "1"}),
         }
+    if not quantised.weights:  # an int8 cache alone
+        return {"prefill": Session(), "decode": Session(), "score": Session({"session.disable_prepacking": "1"})}
     same = not quantised.kv_scales and all(rule.prefill == rule.decode for rule in quantised.rules.values())
     # Int8 activations inside the kernel: without them a step of one token takes 50 times as long.
     config = {"session.qdq_matmulnbits_accuracy_level": "4"}
