@@ -162,7 +162,7 @@ def test_too_few_bits_are_an_error(
         (("-o", "absent.toml"), "--bits and --output belong together"),
         (("--precision", "fp32"), "--precision fp32 rounds no layer"),
         (("--precision", "int3"), "--precision int3 is not known"),
-        (("--windows", "0"), "--windows 0: give at least 1"),
+        (("--windows", "0"), "--windows 0: give 1 to 8"),
         (("--recipe", "nowhere"), "--recipe nowhere: cannot be read"),
         (("--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--precision", "int8"), "stores no product in fewer than 8 bits"),
