@@ -49,12 +49,20 @@ def selftest(folder: Path) -> None:
     for name, logits in results.items():
         if not np.isfinite(logits).all() or not np.isfinite(whole).all():
             raise BundleError(f"{folder}: the logits of the {name} graph are not finite: export in another precision")
-        size = (lambda x: float(np.sqrt(np.square(x).mean()))) if rounded else (lambda x: float(np.abs(x).max()))
+        size = _root_mean_square if rounded else _largest
         error = size(logits - whole) / max(size(whole), 1e-30)
         if error > (ROUNDED_TOLERANCE if rounded else TOLERANCE):
             raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
     if bundle.manifest.tokenizer is not None:
         Tokenizer.open(bundle)  # checks itself against the recorded corpus
+
+
+def _largest(values: NDArray[np.float32]) -> float:
+    return float(np.abs(values).max())
+
+
+def _root_mean_square(values: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def _empty_cache(manifest: Manifest, capacity: int) -> Cache:

@@ -42,7 +42,7 @@ class Sensitivity:
 def measure(
     model: ir.Model, recipe: Recipe, windows: NDArray[np.int64], folder: Path, progress: Callable[[int], object]
 ) -> list[Sensitivity]:
-    """Round each product that `recipe` stores in fewer than 8 bits, alone and on searched scales, and compare the logits.
+    """Round each product that `recipe` stores in fewer than 8 bits, alone, on searched scales; compare the logits.
 
     Args:
         model: The graph that all phases share, its weights marked with their rules.
