@@ -33,8 +33,8 @@ PROMPT_TOKENS = 32
 SPEED_TOKENS = (256, 64)
 """Tokens of the prompt and new ones for the speeds that are recorded."""
 
-LARGEST_PACKED = 1 << 30
-"""Bytes of weights up to which float sessions pack them, and speeds are measured."""
+LARGEST_PACKED = 1 << 28
+"""Bytes of a bundle up to which its speed is measured: packed sessions of a larger one would take much memory."""
 
 FLOAT_DECODE_WINDOWS = 1
 """In float, decode runs the kernels of prefill over weights as they are mapped, which is slow: one window will do."""
