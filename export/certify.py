@@ -46,14 +46,8 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manife
     windows = texts.certificate
     flow = Flow(model, windows, fresh(folder, "flow"))
     flow.run()
-    logits = None
     for index in range(len(windows)):
-        (found,) = flow.logits(index)
-        if logits is None:
-            shape = (len(windows), *found.shape)
-            logits = np.lib.format.open_memmap(folder / REFERENCE, "w+", np.float32, shape)
-        logits[index] = found
-    del logits
+        np.save(folder / REFERENCE.format(index), flow.logits(index)[0])
     np.save(folder / WINDOWS, windows)
     measured = None if texts.measured is None else strict_json.to_json(texts.measured)
     command = [sys.executable, "-m", "satchel.runtime.appraise", str(bundle), str(folder), json.dumps(measured)]

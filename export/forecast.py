@@ -9,7 +9,7 @@ from pathlib import Path
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.texts import CALIBRATION_WINDOWS, CERTIFICATE_WINDOWS
+from satchel.export.texts import CALIBRATION_WINDOWS, certificate_windows
 from satchel.graphs.weights import BLOCK_BYTES
 from satchel.runtime.certificate import Window
 
@@ -70,7 +70,7 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
         memory += ROUNDING_MIB * MIB + 4 * max(elements, default=0)
         seconds += ROUNDING_SECONDS * sum(elements)
     if config.certificate:
-        scratch += 4 * checkpoint.vocab_size * CERTIFICATE_WINDOWS * Window.LENGTH
+        scratch += 4 * checkpoint.vocab_size * certificate_windows(config) * Window.LENGTH
         seconds += MEASURING_SECONDS * sum(elements)
     return Forecast(memory, disk, scratch, seconds)
 

@@ -31,6 +31,9 @@ CALIBRATION_WINDOWS = 48
 CERTIFICATE_WINDOWS = 8
 """Windows that a certificate is measured on, from the text's start."""
 
+FLOAT_CERTIFICATE_WINDOWS = 4
+"""As many in float, where nothing was rounded and more windows say no more."""
+
 FEWEST = 8
 """Windows that a calibration text must have; fewer say too little about a layer's inputs."""
 
@@ -73,8 +76,13 @@ def open_texts(
     if config.certificate:
         ids, measured = _ids(tokenizer, checkpoint, config.certificate_text, CERTIFICATE, option)
         windows = _windows(ids, length, 1, config.certificate_text, option)
-        certificate = windows[:CERTIFICATE_WINDOWS]
+        certificate = windows[: certificate_windows(config)]
     return Texts(calibration, certificate, measured)
+
+
+def certificate_windows(config: ExportConfig) -> int:
+    """How many windows of the text a bundle of this precision is measured on."""
+    return CERTIFICATE_WINDOWS if config.quantised else FLOAT_CERTIFICATE_WINDOWS
 
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path) -> Tokenizer | None:

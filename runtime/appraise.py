@@ -1,6 +1,6 @@
 """Certifies a bundle that has just been written: `python -m satchel.runtime.appraise BUNDLE FOLDER TEXT`.
 
-FOLDER holds the windows and the reference's logits for them, and gets the certificate; TEXT says in JSON what the
+FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON what the
 windows were cut from.
 """
 
@@ -24,7 +24,7 @@ from satchel.runtime.errors import SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.session import SessionSettings, default_threads, share_thread_pool
 
-WINDOWS, REFERENCE, RESULT = "windows.npy", "reference.npy", "certificate.json"
+WINDOWS, REFERENCE, RESULT = "windows.npy", "reference-{}.npy", "certificate.json"
 
 PROMPTS = 6
 """Windows whose beginnings become golden prompts."""
@@ -33,11 +33,11 @@ PROMPT_TOKENS = 32
 SPEED_TOKENS = (256, 64)
 """Tokens of the prompt and new ones for the speeds that are recorded."""
 
-LARGEST_PACKED = 1 << 28
-"""Bytes of a bundle up to which its speed is measured: packed sessions of a larger one would take much memory."""
+LARGEST_PACKED = 1 << 30
+"""Bytes of a float bundle up to which its weights are packed, as for a user: faster, but a second copy in memory."""
 
 FLOAT_DECODE_WINDOWS = 1
-"""In float, decode runs the kernels of prefill over weights as they are mapped, which is slow: one window will do."""
+"""In float, decode runs the kernels of prefill: one window will do."""
 
 
 def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificate:
@@ -45,14 +45,15 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificat
     bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
     manifest = bundle.manifest
     windows = list(np.load(work / WINDOWS))
-    logits = np.load(work / REFERENCE, mmap_mode="r")
     places = {window.tobytes(): index for index, window in enumerate(windows)}
 
     def reference(ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.asarray(logits[places[ids.tobytes()]])
+        return np.asarray(np.load(work / REFERENCE.format(places[ids.tobytes()])), np.float32)
 
     quantised = bool(manifest.layers)
-    engine = Engine(bundle, SessionSettings(lean=not quantised))
+    # Quantised weights that are not packed run in other kernels, whose figures would not be the user's.
+    lean = not quantised and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
+    engine = Engine(bundle, SessionSettings(lean=lean))
     length = len(windows[0])
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
@@ -64,18 +65,15 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificat
         skip=min(Window.SKIP, length // 8),
         decode_windows=None if quantised else FLOAT_DECODE_WINDOWS,
     )
-    del engine
-    return dataclasses.replace(certificate, speed=_speed(bundle))
+    return certificate if lean else dataclasses.replace(certificate, speed=_speed(engine, manifest))
 
 
-def _speed(bundle: Bundle) -> Speed | None:
-    """The speed on this machine; None for a bundle that takes much memory or a context too short to tell."""
-    manifest = bundle.manifest
+def _speed(engine: Engine, manifest: Manifest) -> Speed | None:
+    """The speed on this machine; None for a context or a vocabulary too small to tell."""
     prompt, new = SPEED_TOKENS
-    packed = sum(record.bytes for record in manifest.files.values())
-    if packed > LARGEST_PACKED or prompt + new > manifest.model.max_context or manifest.model.vocab_size <= LOWEST_ID:
+    if prompt + new > manifest.model.max_context or manifest.model.vocab_size <= LOWEST_ID:
         return None
-    figures = measure(Engine(bundle, SessionSettings()), Workload(prompt, new, manifest.model.vocab_size), load=0.0)
+    figures = measure(engine, Workload(prompt, new, manifest.model.vocab_size), load=0.0)
     return Speed(prompt, new, default_threads(), round(figures.prefill, 1), round(figures.decode, 1))
 
 
