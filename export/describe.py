@@ -64,6 +64,7 @@ def describe(
         source=Source(checkpoint.kind, checkpoint.name, checkpoint.model_type),
         target=config.target,
         precision=config.precision,
+        recipe=None if quantised is None else quantised.recipe,
         model=facts,
         kv_cache=cache_spec(models["prefill"]),
         graphs=Graphs(**{phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}),

@@ -109,9 +109,11 @@ class Quantised:
         weights: What is stored for each weight that a rule matched, by the name of the float weight.
         rules: The rule of each, by the same names.
         kv_scales: Scales of the KV cache by layer; empty for a float cache.
+        recipe: The name of the recipe that they come from.
     """
 
     model: ir.Model
     weights: Mapping[str, QuantizedWeight]
     rules: Mapping[str, Rule]
     kv_scales: Mapping[int, KVScales]
+    recipe: str

@@ -140,6 +140,7 @@ class FileRecord:
 class Manifest:
     """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner.
 
+    `recipe` is the name of the recipe that quantised it, None where nothing is quantised.
     `layers` names every layer whose weights are quantised; all others are in float.
     `certificate` is None for a bundle that nobody certified.
     """
@@ -151,6 +152,7 @@ class Manifest:
     source: Source
     target: str
     precision: str
+    recipe: str | None
     model: ModelFacts
     kv_cache: CacheSpec
     graphs: Graphs

@@ -82,7 +82,7 @@ def quantise(
     chosen = rules(model)
     weights = _round(model, chosen, windows, folder, progress)
     scales = {layer: _cache_scales(model, layer, maxima) for layer in range(len(maxima) // 2)}
-    return Quantised(model, weights, chosen, scales), done
+    return Quantised(model, weights, chosen, scales, recipe.name), done
 
 
 def transform(model: ir.Model, recipe: Recipe) -> tuple[ir.Model, list[Done]]:

@@ -63,7 +63,7 @@ def optimised(model: ir.Model, path: Path, level: str = "4") -> onnx.ModelProto:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 4
-    sessions = cpu_sessions(Quantised(model, {NAME: CHANNEL}, {}, {}))
+    sessions = cpu_sessions(Quantised(model, {NAME: CHANNEL}, {}, {}, "int8"))
     for key, value in sessions["prefill"].config.items():
         options.add_session_config_entry(key, value)
     assert options.get_session_config_entry("session.qdq_matmulnbits_accuracy_level") == level

@@ -24,7 +24,7 @@ FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.pas
 
 RECIPE = Recipe("all", (), transforms=("rotate", "smooth", "hadamard"))
 SCALES = KVScales(np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
-NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES})
+NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES}, "fp32")
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "insert_hadamard": (16,),
     "insert_qdq": ({}, {}),

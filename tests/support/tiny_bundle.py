@@ -192,6 +192,7 @@ def write_bundle(
         source=Source(kind="test", name="tiny", model_type="tiny"),
         target="cpu",
         precision="fp32",
+        recipe=None,
         model=ModelFacts(
             parameters=len(weights.content) // 4,
             vocab_size=VOCABULARY,
