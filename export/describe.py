@@ -73,6 +73,7 @@ def describe(
         passes=tuple(report),
         files=dict(files),
         certificate=None,
+        specialized=None,
     )
 
 

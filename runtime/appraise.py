@@ -1,7 +1,7 @@
 """Certifies a bundle that has just been written: `python -m satchel.runtime.appraise BUNDLE FOLDER TEXT`.
 
-FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON what the
-windows were cut from.
+FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON
+what the windows were cut from.
 """
 
 from __future__ import annotations

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from satchel.runtime.errors import BundleError
+from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.hash_memory import HashMemory, file_identity, sha256_of
-from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
+from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
+from satchel.runtime.processor import processor_features
 from satchel.runtime.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Make one with `open_bundle`, which checks what is on disk first."""
+    """An opened bundle. Make one with `open_bundle`, which checks what is on disk first.
+
+    `specialized` is what the manifest has for this very machine; None where the portable graphs are to run.
+    """
 
     folder: Path
     manifest: Manifest
+    specialized: Specialized | None = None
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises BundleError for any other name."""
-        if name not in self.manifest.files:
+        if name not in self.manifest.files and not (self.specialized and name in self.specialized.files):
             raise BundleError(
                 f"{self.folder / MANIFEST_NAME}: '{name}' is not listed in 'files': export the bundle again"
             )
         return self.folder / name
 
     def graph_path(self, phase: str) -> Path:
-        """The graph file of "prefill", "decode" or "score"."""
+        """The portable graph file of "prefill", "decode" or "score"."""
         return self.path(self.manifest.graph(phase).file)
 
 
@@ -36,7 +42,19 @@ def open_bundle(path: str | Path, *, progress: bool = False) -> Bundle:
 
     Each file must lie inside the folder and have the listed size and SHA-256. A file is hashed in full when it is first
     seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
-    when hashing takes more than two seconds. Raises BundleError.
+    when hashing takes more than two seconds. Raises BundleError; warns with SatchelWarning where specialised graphs
+    are there and do not fit this machine, or are damaged.
+    """
+    bundle = survey_bundle(path)
+    folder, manifest = bundle.folder, bundle.manifest
+    _check_hashes(folder, manifest.files, progress)
+    return Bundle(folder, manifest, _usable(folder, manifest.specialized, progress))
+
+
+def survey_bundle(path: str | Path) -> Bundle:
+    """As `open_bundle`, without reading the files: they are where they should be and of their size, no more.
+
+    For who wants to know what a bundle says of itself, and runs nothing. Raises BundleError.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -47,8 +65,40 @@ def open_bundle(path: str | Path, *, progress: bool = False) -> Bundle:
     for name, record in manifest.files.items():
         _check_place(folder, name)
         _check_size(folder / name, record)
-    _check_hashes(folder, manifest.files, progress)
     return Bundle(folder, manifest)
+
+
+def _usable(folder: Path, specialized: Specialized | None, progress: bool) -> Specialized | None:
+    if specialized is None:
+        return None
+    reason = _misfit(specialized)
+    if reason is None:
+        try:
+            for name, record in specialized.files.items():
+                _check_place(folder, name)
+                _check_size(folder / name, record)
+            _check_hashes(folder, specialized.files, progress)
+        except BundleError as error:
+            reason = str(error).partition(": copy the bundle")[0]
+    if reason is None:
+        return specialized
+    warnings.warn(
+        f"{folder}: the portable graphs run, since {reason}: satchel specialize makes it ready for this machine",
+        SatchelWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _misfit(specialized: Specialized) -> str | None:
+    """Why specialised graphs are not for this machine, or None."""
+    import onnxruntime
+
+    if specialized.onnxruntime != onnxruntime.__version__:
+        return f"it was specialised for ONNX Runtime {specialized.onnxruntime} and this is {onnxruntime.__version__}"
+    if specialized.features != processor_features():
+        return f"it was specialised for another processor ({specialized.processor})"
+    return None
 
 
 def _check_place(folder: Path, name: str) -> None:

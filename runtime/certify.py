@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.engine import Engine, Logits
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.fidelity import Reference, evaluate, log_softmax
+from satchel.runtime.processor import processor_name
 from satchel.runtime.token_stream import greedy
 
 NEW_TOKENS = 16  # of a golden prompt's continuation
@@ -145,16 +144,6 @@ def golden_kl(position: GoldenPosition, logits: NDArray[np.float32]) -> float:
     theirs = log_softmax(np.array([*position.logits, position.rest]))
     ours = log_softmax(np.array([*logits[ids].astype(np.float64), _log_sum_exp(others)]))
     return max(float((np.exp(theirs) * (theirs - ours)).sum()), 0.0)
-
-
-def processor_name() -> str:
-    """A name of this machine's processor for people to read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (named[0] if named else "") or platform.processor() or platform.machine()
 
 
 def _check_prompts(prompts: Sequence[tuple[int, int, int]], windows: Sequence[NDArray[np.int64]]) -> None:

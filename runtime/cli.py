@@ -8,11 +8,12 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from satchel.runtime.errors import SatchelError
+from satchel.runtime.errors import SatchelError, SatchelWarning
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -34,8 +35,13 @@ COMMANDS = {
         "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])"
     ),
     "run": Command("satchel.runtime.commands.run", "continue a prompt"),
+    "specialize": Command(
+        "satchel.runtime.commands.specialize", "make a bundle ready for this machine"
+    ),
     "bench": Command("satchel.runtime.commands.bench", "measure the speed and memory of a bundle"),
     "eval": Command("satchel.runtime.commands.eval", "measure how close a bundle is to a reference on a text"),
+    "inspect": Command("satchel.runtime.commands.inspect", "show what is in a bundle"),
+    "profile": Command("satchel.runtime.commands.profile", "show where the time of a bundle goes"),
     "verify": Command("satchel.runtime.commands.verify", "replay what a bundle was certified for, on this machine"),
 }
 
@@ -80,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8")
     try:
         args = build_parser(arguments).parse_args(arguments)
-        code: int = importlib.import_module(COMMANDS[args.command].module).main(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if args.quiet else "always", SatchelWarning)
+            warnings.showwarning = _show_warning
+            code: int = importlib.import_module(COMMANDS[args.command].module).main(args)
         sys.stdout.flush()
         return code
     except SatchelError as error:
@@ -104,6 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0  # whoever read the output has had enough
         print("satchel: error: standard output cannot be written: the disk is full: free some space", file=sys.stderr)
         return EXIT_INPUT
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    satchels = issubclass(category, SatchelWarning)
+    text = f"satchel: {message}\n" if satchels else warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, file=file or sys.stderr, end="")
 
 
 def _add_common(parser: argparse.ArgumentParser, default: Any) -> None:

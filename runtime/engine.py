@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.kv_cache import KVCache
-from satchel.runtime.session import ORT_ERRORS, SessionSettings, open_session
+from satchel.runtime.session import ORT_ERRORS, SessionSettings, is_specialised, open_session
 
 PREFILL_CHUNK = 256  # tokens
 
@@ -57,7 +58,8 @@ class Engine:
         self.max_context = bundle.manifest.model.max_context
         self._settings = settings
         self._prefill = open_session(bundle, "prefill", settings)
-        shared = bundle.manifest.graph("decode").session_of == "prefill"
+        # Specialised graphs map the same weights, so that a session for each costs no memory.
+        shared = bundle.manifest.graph("decode").session_of == "prefill" and not is_specialised(bundle, settings)
         self._decode = self._prefill if shared else open_session(bundle, "decode", settings)
         self._score: ort.InferenceSession | None = None
         self._score_lock = threading.Lock()
@@ -68,6 +70,11 @@ class Engine:
     ) -> Engine:
         """Open an engine; `threads` None means one per physical core, `verbose` shows ONNX Runtime's own log."""
         return cls(bundle, SessionSettings(provider, threads, verbose))
+
+    @property
+    def sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+        """Those that run prefill and decode: the same one twice where both phases share it."""
+        return self._prefill, self._decode
 
     def new_state(self, capacity: int) -> State:
         """A state with room for `capacity` positions. Raises PromptError above the bundle's largest context."""
@@ -122,6 +129,16 @@ class Engine:
             _bind_output(binding, "logits", rows, (1, *rows.shape))
             _run(session, binding, state, len(part))
         return logits
+
+    def end_profiling(self) -> dict[str, Path]:
+        """Write the profiles that `SessionSettings.profile` asked for, and record no more.
+
+        Returns the file of "prefill" and that of "decode": the same one where both run in one session.
+        """
+        files = {"prefill": Path(self._prefill.end_profiling())}
+        shared = self._decode is self._prefill
+        files["decode"] = files["prefill"] if shared else Path(self._decode.end_profiling())
+        return files
 
     def check_ids(self, ids: TokenIds) -> NDArray[np.int64]:
         """The ids as contiguous int64.

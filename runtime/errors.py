@@ -9,6 +9,10 @@ class SatchelError(Exception):
     exit_code = 2
 
 
+class SatchelWarning(UserWarning):
+    """Something that the user should know and that stops nothing; the command line prints it as one line."""
+
+
 class BundleError(SatchelError):
     """A bundle is missing, damaged, of another version, or not to be trusted."""
 

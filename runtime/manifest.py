@@ -137,12 +137,28 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Specialized:
+    """Graphs and packed weights that `satchel specialize` made for one kind of machine.
+
+    They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
+    are the same; `processor` is its name, for people. `graphs` are file names by phase, and `files` lists all files.
+    """
+
+    onnxruntime: str
+    provider: str
+    processor: str
+    features: tuple[str, ...]
+    graphs: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner.
 
     `recipe` is the name of the recipe that quantised it, None where nothing is quantised.
     `layers` names every layer whose weights are quantised; all others are in float.
-    `certificate` is None for a bundle that nobody certified.
+    `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
     """
 
     FORMAT: ClassVar[str] = "satchel-bundle"
@@ -161,6 +177,7 @@ class Manifest:
     passes: tuple[dict[str, Any], ...]
     files: dict[str, FileRecord]
     certificate: Certificate | None
+    specialized: Specialized | None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -224,12 +241,23 @@ def _check_values(manifest: Manifest) -> None:
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
-    for name, record in manifest.files.items():
-        _check(record.bytes >= 0, f"files.{name}.bytes", record.bytes, "a size")
-        well_formed = len(record.sha256) == 64 and set(record.sha256) <= set("0123456789abcdef")
-        _check(well_formed, f"files.{name}.sha256", record.sha256, "64 lower-case hex digits")
+    _check_files(manifest.files, "files")
     if manifest.certificate:
         check_values(manifest.certificate, model.vocab_size, model.max_context)
+    if manifest.specialized:
+        specialized = manifest.specialized
+        _check_files(specialized.files, "specialized.files")
+        both = set(specialized.graphs) == {"prefill", "decode"}
+        _check(both, "specialized.graphs", sorted(specialized.graphs), "files of prefill and decode")
+        for phase, file in specialized.graphs.items():
+            _check(file in specialized.files, f"specialized.graphs.{phase}", file, "listed in 'specialized.files'")
+
+
+def _check_files(files: dict[str, FileRecord], key: str) -> None:
+    for name, record in files.items():
+        _check(record.bytes >= 0, f"{key}.{name}.bytes", record.bytes, "a size")
+        well_formed = len(record.sha256) == 64 and set(record.sha256) <= set("0123456789abcdef")
+        _check(well_formed, f"{key}.{name}.sha256", record.sha256, "64 lower-case hex digits")
 
 
 def _check_graph(manifest: Manifest, phase: str) -> None:

@@ -65,13 +65,15 @@ class SessionSettings:
 
     `threads` None means one per physical core that this process may use. `lean` keeps weights as they are stored and
     frees each result when it is read: the memory in use does not grow with the model, but every run expands float16
-    weights anew.
+    weights anew. `profile` makes each session write a profile of its runs when `Engine.end_profiling` is called, into
+    a file whose path begins with it.
     """
 
     provider: str = PROVIDER
     threads: int | None = None
     verbose: bool = False
     lean: bool = False
+    profile: Path | None = None
 
 
 def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
@@ -83,19 +85,35 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     path = bundle.graph_path(phase)
     options = _session_options(bundle, phase, settings)
     provider = _provider(settings.provider)
-    try:
-        disabled = ["ConstantFolding"] if settings.lean else []
-        session = ort.InferenceSession(
-            path, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
-        )
-    except ORT_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise BundleError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
-            "export the bundle again, or use the ONNX Runtime named in its manifest"
-        ) from None
+    if is_specialised(bundle, settings) and bundle.specialized and phase in bundle.specialized.graphs:
+        path = bundle.path(bundle.specialized.graphs[phase])
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
+    session = _open(path, options, provider, ["ConstantFolding"] if settings.lean else [])
     _check_signature(bundle, phase, session)
     return session
+
+
+def is_specialised(bundle: Bundle, settings: SessionSettings) -> bool:
+    """Whether the sessions of both phases open graphs that were made for this machine."""
+    made = bundle.specialized
+    return made is not None and made.provider == settings.provider and not settings.lean
+
+
+def save_optimised(bundle: Bundle, phase: str, settings: SessionSettings, path: Path, inline_bytes: int) -> None:
+    """Write the graph of `phase` as ONNX Runtime optimises it for this processor, to `path`.
+
+    Constants of `inline_bytes` or more, and the weights that kernels have packed, go beside it into a file with the
+    suffix ".data". Raises ProviderError and BundleError.
+    """
+    options = _session_options(bundle, phase, settings)
+    options.optimized_model_filepath = str(path)
+    for key, value in (
+        ("session.optimized_model_external_initializers_file_name", path.with_suffix(".data").name),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", str(inline_bytes)),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(key, value)
+    _open(bundle.graph_path(phase), options, _provider(settings.provider), [])
 
 
 def share_thread_pool(threads: int | None = None) -> None:
@@ -115,6 +133,19 @@ def share_thread_pool(threads: int | None = None) -> None:
         raise SatchelError(
             f"--threads {threads}: this process shares one pool of {_process_pool} threads: ask for {_process_pool}"
         )
+
+
+def _open(path: Path, options: ort.SessionOptions, provider: str, disabled: list[str]) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            path, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
+        )
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
+            "export the bundle again, or use the ONNX Runtime named in its manifest"
+        ) from None
 
 
 def default_threads() -> int:
@@ -140,6 +171,9 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         _check_threads(options.intra_op_num_threads)
         # Threads that spin on when a run ends take the cores from the other phase's session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if settings.profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{settings.profile}-{phase}"
     entries = dict(bundle.manifest.graph(phase).session)
     if settings.lean:
         entries["session.disable_prepacking"] = "1"

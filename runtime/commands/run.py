@@ -38,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-context", metavar="N", type=int, help="positions of prompt and text together (default: the bundle's)"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument(
+        "--specialize", action="store_true", help="first make the bundle ready for this machine, if it is not"
+    )
     parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")
 
@@ -49,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
 
     prompt = _read_standard_input() if args.prompt is None else args.prompt
     session.share_thread_pool(args.threads)
+    if args.specialize:
+        _specialize(args)
     generator = Generator.open(
         args.bundle,
         provider=args.provider,
@@ -69,6 +74,16 @@ def main(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(_figures(stream.result()), file=sys.stderr)
     return 0
+
+
+def _specialize(args: argparse.Namespace) -> None:
+    from satchel.runtime.specialize import specialize_if_needed
+
+    def progress(stage: str) -> None:
+        if not args.quiet:
+            print(f"{stage} ...", file=sys.stderr)
+
+    specialize_if_needed(args.bundle, threads=args.threads, progress=progress)
 
 
 def _read_standard_input() -> str:

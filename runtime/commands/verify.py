@@ -74,7 +74,8 @@ def _moved_tokenizer(bundle: Bundle) -> list[str]:
 def _show(certificate: Certificate, replays: Sequence[Replay], lines: Sequence[str], provider: str) -> None:
     import onnxruntime
 
-    from satchel.runtime.certify import mean_kl, processor_name
+    from satchel.runtime.certify import mean_kl
+    from satchel.runtime.processor import processor_name
 
     print(f"recorded  ONNX Runtime {certificate.onnxruntime}, {certificate.provider}, {certificate.processor}")
     print(f"here      ONNX Runtime {onnxruntime.__version__}, {provider}, {processor_name()}")
@@ -100,7 +101,8 @@ def _as_json(
 ) -> dict[str, object]:
     import onnxruntime
 
-    from satchel.runtime.certify import mean_kl, processor_name
+    from satchel.runtime.certify import mean_kl
+    from satchel.runtime.processor import processor_name
 
     return {
         "bundle": args.bundle,

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -178,16 +177,6 @@ def test_what_cannot_be_certified_is_refused(engine: Engine) -> None:
             PromptError, match=rf"a golden prompt of {prompt[1]} \+ {prompt[2]} tokens is not in window"
         ):
             make_certificate(engine, engine.score, None, WINDOWS, [prompt], skip=4)
-
-
-def test_a_processor_has_a_name_without_proc_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert certify.processor_name()
-
-    def missing(*_: Any, **__: Any) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert certify.processor_name() == (platform.processor() or platform.machine())
 
 
 def change(document: dict[str, Any], path: list[Any], value: Any) -> None:

@@ -211,6 +211,7 @@ def write_bundle(
             for name, content in contents.items()
         },
         certificate=None,
+        specialized=None,
     )
     write_manifest(folder, manifest.to_json())
     return folder

@@ -1,0 +1,39 @@
+"""`satchel inspect`: shows what is in a bundle, from its manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HTML_OPTION = "--html"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `satchel inspect`."""
+    parser.description = (
+        "Show what is in a bundle: sizes, precision per layer, passes, certificate. Reads the manifest and sizes of "
+        "files. It neither runs the bundle nor checks hashes: satchel verify does both."
+    )
+    parser.epilog = "example:\n  satchel inspect out/smollm2-int8 --html bundle.html"
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument(HTML_OPTION, metavar="FILE", type=Path, help="also write a page with every layer and pass")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Inspect, and print tables or one JSON object.
+
+    Opens the bundle with `survey_bundle`: a file that is missing or cut short is an error, and gigabytes are not hashed
+    to print a table.
+    """
+    from satchel.runtime.bundle import survey_bundle
+    from satchel.runtime.inspection import inspect_bundle
+    from satchel.runtime.inspection_report import as_page, as_text
+    from satchel.runtime.whole_file import write_whole
+
+    found = inspect_bundle(survey_bundle(args.bundle))
+    if args.html is not None:
+        write_whole(args.html, as_page(found), HTML_OPTION)
+    print(json.dumps(found.to_json()) if args.json else as_text(found))
+    return 0

@@ -1,0 +1,205 @@
+"""What a bundle's manifest says of it, put together for people: sizes, precision per layer, passes, certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from satchel.runtime import strict_json
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.certificate import EvaluatedText, Margin, PhaseFidelity, Speed
+from satchel.runtime.errors import BundleError
+from satchel.runtime.manifest import MANIFEST_NAME, PHASES, CacheSpec, LayerPrecision, Manifest, ModelFacts, Source
+
+WEIGHTS_NAME = "weights.bin"
+LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
+BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How many layers have keys and values of one form."""
+
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """The KV cache: its forms, and its size in bytes for one position and for the whole context."""
+
+    mode: str
+    dtype: str
+    shapes: tuple[CacheShape, ...]
+    bytes_per_token: int
+    bytes_at_full_context: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A node that a pass left alone, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """What a pass did to a graph: "common" (what all phases share) or that of a phase."""
+
+    graph: str
+    name: str
+    count: int
+    refusals: tuple[Refused, ...]
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """A graph's file and session. `session_of` names the phase whose session may run it."""
+
+    file: str
+    session: dict[str, str]
+    session_of: str | None
+
+
+@dataclass(frozen=True)
+class CertificateFacts:
+    """A `Certificate` with its golden prompts counted."""
+
+    text: EvaluatedText | None
+    windows: int
+    decode_windows: int
+    window_tokens: int
+    skip: int
+    prefill: PhaseFidelity
+    decode: PhaseFidelity
+    onnxruntime: str
+    provider: str
+    processor: str
+    margin: Margin
+    prompts: int
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class SpecializedFacts:
+    """For which machine the bundle has graphs of its own, and the sizes of their files in bytes."""
+
+    onnxruntime: str
+    provider: str
+    processor: str
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a bundle. Sizes are in bytes; `files` has the largest first.
+
+    `bytes` is all files together, those that `specialized` lists apart. `bits_per_weight` is 8 times the size of
+    weights.bin over the model's parameters, None without such a file. `layers` is as in the manifest: the quantised
+    ones; other weights are in `float_weights`.
+    """
+
+    bundle: str
+    source: Source
+    target: str
+    precision: str
+    recipe: str | None
+    model: ModelFacts
+    tokenizer: str | None
+    producer: dict[str, str]
+    files: dict[str, int]
+    bytes: int
+    bits_per_weight: float | None
+    kv_cache: CacheFacts
+    float_weights: str
+    layers: dict[str, LayerPrecision]
+    graphs: dict[str, GraphFacts]
+    passes: tuple[PassFacts, ...]
+    certificate: CertificateFacts | None
+    specialized: SpecializedFacts | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values, in the order of the fields."""
+        values: dict[str, Any] = strict_json.to_json(self)
+        return values
+
+
+def inspect_bundle(bundle: Bundle) -> Inspection:
+    """Put together what the manifest of a bundle says; `survey_bundle` is enough to have one.
+
+    Raises BundleError when its list of passes is not of the form that an export writes, or a size cannot be.
+    """
+    manifest = bundle.manifest
+    sizes = {MANIFEST_NAME: (bundle.folder / MANIFEST_NAME).stat().st_size}
+    sizes |= {name: record.bytes for name, record in manifest.files.items()}
+    weights = manifest.files.get(WEIGHTS_NAME)
+    cache, specialized = _cache_facts(manifest.kv_cache, manifest.model.max_context), _specialized_facts(manifest)
+    further = sum(specialized.files.values()) if specialized else 0
+    if max(cache.bytes_at_full_context, further) >= LARGEST_SIZE:
+        raise BundleError(f"{bundle.folder / MANIFEST_NAME}: its sizes are no sizes: export the bundle again")
+    return Inspection(
+        bundle=str(bundle.folder),
+        source=manifest.source,
+        target=manifest.target,
+        precision=manifest.precision,
+        recipe=manifest.recipe,
+        model=manifest.model,
+        tokenizer=None if manifest.tokenizer is None else manifest.tokenizer.file,
+        producer=manifest.producer,
+        files=dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))),
+        bytes=sum(sizes.values()),
+        bits_per_weight=None if weights is None else 8 * weights.bytes / manifest.model.parameters,
+        kv_cache=cache,
+        float_weights="float16" if manifest.precision == "fp16" else "float32",
+        layers=manifest.layers,
+        graphs={phase: _graph_facts(manifest, phase) for phase in PHASES},
+        passes=_passes(bundle),
+        certificate=_certificate_facts(manifest),
+        specialized=specialized,
+    )
+
+
+def _cache_facts(spec: CacheSpec, max_context: int) -> CacheFacts:
+    forms = Counter((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers)
+    shapes = tuple(CacheShape(count, *form) for form, count in forms.items())
+    numbers = sum(shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
+    size = numbers * BYTES[spec.dtype]
+    return CacheFacts(spec.mode, spec.dtype, shapes, size, size * max_context)
+
+
+def _graph_facts(manifest: Manifest, phase: str) -> GraphFacts:
+    graph = manifest.graph(phase)
+    return GraphFacts(graph.file, graph.session, graph.session_of)
+
+
+def _passes(bundle: Bundle) -> tuple[PassFacts, ...]:
+    try:
+        entries = [
+            {"name" if key == "pass" else key: value for key, value in entry.items()}
+            for entry in bundle.manifest.passes
+        ]
+        facts: tuple[PassFacts, ...] = strict_json.from_json(tuple[PassFacts, ...], entries, "passes")
+    except strict_json.StrictJsonError as error:
+        raise BundleError(f"{bundle.folder / MANIFEST_NAME}: {error}: export the bundle again") from None
+    return facts
+
+
+def _certificate_facts(manifest: Manifest) -> CertificateFacts | None:
+    certificate = manifest.certificate
+    if certificate is None:
+        return None
+    values = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(CertificateFacts)}
+    return CertificateFacts(**values | {"prompts": len(certificate.prompts)})
+
+
+def _specialized_facts(manifest: Manifest) -> SpecializedFacts | None:
+    found = manifest.specialized
+    if found is None:
+        return None
+    files = {name: record.bytes for name, record in found.files.items()}
+    return SpecializedFacts(found.onnxruntime, found.provider, found.processor, files)

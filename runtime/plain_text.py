@@ -1,0 +1,36 @@
+"""Text for terminals: names out of a bundle without control characters, and columns that line up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+GAP = "  "
+
+
+def printable(text: str) -> str:
+    """The text with every character that is not for reading (control characters, lone surrogates) escaped.
+
+    What a bundle says of itself could otherwise move the cursor, or end in an encoding error.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """One line per row, its cells padded to the widest of their column; the columns in `right` end flush.
+
+    Cells are taken as they are: escape what comes from a bundle with `printable` first.
+    """
+    widths: list[int] = []
+    for row in rows:
+        widths += [0] * (len(row) - len(widths))
+        for index, cell in enumerate(row):
+            widths[index] = max(widths[index], len(cell))
+    return [
+        GAP.join(
+            cell.rjust(widths[index]) if index in right else cell.ljust(widths[index]) for index, cell in enumerate(row)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,38 @@
+"""This machine's processor: its name, and what it can do that kernels choose by. Standard library only."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+# Extensions by which ONNX Runtime's CPU kernels, and so the layout of packed weights, differ; as Linux spells them.
+X86_EXTENSIONS = (
+    "sse4_1", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert", "avx512f", "avx512bw",
+    "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+)  # fmt: skip
+ARM_EXTENSIONS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve", "svei8mm", "svebf16", "sve2", "sme", "sme2")
+
+
+def processor_name() -> str:
+    """A name of this machine's processor for people to read."""
+    named = _entries("model name")
+    return (named[0] if named else "") or platform.processor() or platform.machine()
+
+
+def processor_features() -> tuple[str, ...]:
+    """The architecture, and the extensions that packed weights may depend on, in a fixed order.
+
+    Where the system does not list extensions (all but Linux), the processor's name stands for them.
+    """
+    listed = set(" ".join(_entries("flags")[:1] + _entries("Features")[:1]).split())
+    if not listed:
+        return (platform.machine(), processor_name())
+    return (platform.machine(), *(name for name in (*X86_EXTENSIONS, *ARM_EXTENSIONS) if name in listed))
+
+
+def _entries(key: str) -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key]

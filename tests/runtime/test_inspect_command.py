@@ -1,0 +1,276 @@
+"""`satchel inspect`: what it says of a bundle, on a terminal, as JSON and as a page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
+
+from satchel.runtime import bundle as bundle_module
+from satchel.runtime import cli, strict_json
+from satchel.runtime.certify import make_certificate
+from satchel.runtime.engine import Engine
+
+LAYERS = {
+    **{f"model.layers.{i}.mlp.up": {"bits": 4, "block": 32, "symmetric": False} for i in range(5)},
+    **{f"model.layers.{i}.mlp.down": {"bits": 4 if i in (1, 2) else 8, "block": 32, "symmetric": True}
+       for i in range(5)},
+    "lm_head": {"bits": 8, "block": None, "symmetric": True, "decode_activations": "tensor"},
+}  # fmt: skip
+ACTIVATIONS = {"prefill_activations": "token", "decode_activations": "token"}
+PASSES = [
+    {"graph": "common", "pass": "fuse_norms", "count": 1200, "refusals": []},
+    {"graph": "common", "pass": "fuse_gates", "count": 0, "refusals": [
+        {"node": f"gate.{i}", "reason": "a bias <is> in the way"} for i in range(3)]},
+    {"graph": "decode", "pass": "single_token", "count": 1, "refusals": []},
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags, their attributes, and the text of its table cells."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.cells: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cells:
+            self.cells[-1] += data.strip()
+
+
+@pytest.fixture
+def changed(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of the tiny bundle with keys of its manifest replaced."""
+
+    def make(**keys: Any) -> Path:
+        folder = tmp_path / "bundle"
+        shutil.copytree(tiny, folder)
+        write_manifest(folder, {**read_manifest(folder), **keys})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def rich(changed: Callable[..., Path], engine: Engine) -> Path:
+    windows = [np.random.default_rng(2).integers(3, VOCABULARY, 20)]
+    certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 8)], skip=4)
+    return changed(
+        layers={name: ACTIVATIONS | layer for name, layer in LAYERS.items()},
+        passes=PASSES,
+        precision="int4",
+        recipe="mine",
+        certificate=strict_json.to_json(certificate),
+    )
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = cli.main(["inspect", *map(str, arguments)])
+    return (code, *capsys.readouterr())
+
+
+def rows(out: str) -> list[list[str]]:
+    """The cells of each line: they are two spaces apart or more."""
+    return [re.split(r" {2,}", line.strip()) for line in out.splitlines()]
+
+
+def test_the_facts_are_those_of_the_manifest(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, rich)
+    lines, weights = rows(out), (rich / "weights.bin").stat().st_size
+    whole = sum(path.stat().st_size for path in rich.iterdir())
+    assert (code, err) == (0, "")
+    assert ["source", "tiny (test, tiny)"] in lines
+    assert ["precision", "int4, by recipe mine"] in lines
+    assert ["layers", "2 with 2 KV heads of 16"] in lines
+    assert ["weights.bin", f"{weights:,}", f"{weights / whole:.1%}"] in lines
+    assert ["all", f"{whole:,}"] in lines
+    bits = 8 * weights / read_manifest(rich)["model"]["parameters"]
+    assert [f"{whole / 1e6:.1f} MB; {bits:.2f} bits per weight"] in lines
+    assert ["a token", "512 bytes"] in lines  # 2 layers x 2 heads x (16 + 16) numbers x 4 bytes
+    assert ["decode", "decode.onnx", "its own", "session.disable_prepacking = 1"] in lines
+    assert ["common", "fuse_norms 1,200"] in lines
+    assert ["decode", "single_token 1"] in lines
+    assert ["measured on", "1 windows of 20 tokens, the first 4 of each not counted"] in lines
+    assert ["golden prompts", "1"] in lines
+    kl = [line for line in lines if line[0] == "KL mean"]
+    assert kl == [["KL mean", "0.00000", "0.00000"]]
+
+
+def test_equal_layers_and_equal_refusals_are_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = ran(capsys, rich)
+    start = rows(out).index(["Weights"])
+    assert rows(out)[start + 1 : start + 6] == [
+        ["model.layers.*.mlp.up", "4 bits, blocks of 32, with zero points, int8 activations per token", "x 5"],
+        ["model.layers.*.mlp.down", "8 bits, blocks of 32, symmetric, int8 activations per token",
+         "x 3 (layers 0, 3-4)"],
+        ["model.layers.*.mlp.down", "4 bits, blocks of 32, symmetric, int8 activations per token", "x 2 (layers 1-2)"],
+        ["lm_head", "8 bits, a scale per output, symmetric, int8 activations per token, in decode per tensor"],
+        ["all other weights", "float32"],
+    ]  # fmt: skip
+    assert ["common", "fuse_gates", "gate.0 and 2 more", "a bias <is> in the way"] in rows(out)
+
+
+def test_a_float_bundle_that_nobody_certified(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ran(capsys, tiny)
+    assert code == 0
+    for line in (["all weights", "float32"], ["none: nobody measured this bundle"], ["nothing"]):
+        assert line in rows(out)
+
+
+def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, rich, "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    found = json.loads(out)
+    assert found["bundle"] == str(rich)
+    assert found["layers"] == {name: ACTIVATIONS | layer for name, layer in LAYERS.items()}
+    assert found["kv_cache"]["bytes_at_full_context"] == 64 * found["kv_cache"]["bytes_per_token"] == 64 * 512
+    assert found["files"] == {path.name: path.stat().st_size for path in rich.iterdir()}
+    assert list(found["files"].values()) == sorted(found["files"].values(), reverse=True)
+    assert found["passes"][1]["refusals"][2] == {"node": "gate.2", "reason": "a bias <is> in the way"}
+    assert found["certificate"]["prompts"] == 1
+    assert found["graphs"]["prefill"]["session"] == {"session.disable_prepacking": "1"}
+
+
+def test_the_page_has_every_layer_and_refusal_and_loads_nothing(
+    rich: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("an old page", encoding="utf-8")
+    code, out, _ = ran(capsys, rich, "--html", path)
+    page = Page(path)
+    assert code == 0
+    assert out.startswith(str(rich))
+    for cell in [*LAYERS, "gate.0", "gate.1", "gate.2", "a bias <is> in the way", "fuse_gates"]:
+        assert cell in page.cells
+    assert {"script", "link", "img", "iframe", "is"}.isdisjoint(page.tags)
+    assert {"src", "href", "onload"}.isdisjoint(name for name, _ in page.attributes)
+    assert "default-src 'none'; style-src 'unsafe-inline'" in [value for _, value in page.attributes]
+    widths = [value for name, value in page.attributes if name == "style"]
+    assert widths.count("width: 50.0%") == 7  # four bits of eight: five up, two down
+    assert widths.count("width: 100.0%") == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "page.html"]
+
+
+def test_specialised_graphs_are_named_with_their_machine(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: {"bytes": 1_500_000, "sha256": "0" * 64} for name in ("fast/prefill.onnx", "fast/decode.onnx")}
+    graphs = {"prefill": "fast/prefill.onnx", "decode": "fast/decode.onnx"}
+    machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]}
+    folder = changed(specialized={**machine, "graphs": graphs, "files": files})
+    code, out, err = ran(capsys, folder)
+    assert (code, err) == (0, "")
+    assert ["specialised", "for ONNX Runtime 1.2.3, cpu, Abacus: 3.0 MB more"] in rows(out)
+
+
+HOSTILE = "\x1b[2J</style><script>alert(1)</script>\ud800"
+
+
+def test_what_a_bundle_says_of_itself_is_not_trusted(
+    changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed(
+        producer={HOSTILE: HOSTILE},
+        recipe=HOSTILE,
+        layers={HOSTILE: ACTIVATIONS | {"bits": 10**400, "block": 10**400, "symmetric": True}},
+        passes=[{"graph": HOSTILE, "pass": HOSTILE, "count": 1, "refusals": [{"node": HOSTILE, "reason": HOSTILE}]}],
+    )
+    code, out, _ = ran(capsys, folder, "--html", tmp_path / "page.html")
+    assert code == 0
+    assert "\x1b" not in out
+    assert out.count(r"\x1b[2J</style><script>alert(1)</script>\ud800") >= 6
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\x1b" not in text
+    assert text.count("&lt;script&gt;") >= 6
+    code, out, _ = ran(capsys, folder, "--json")
+    assert (code, json.loads(out)["recipe"]) == (0, HOSTILE)
+
+
+def test_the_files_are_not_read(
+    rich: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("a file was hashed")
+
+    monkeypatch.setattr(bundle_module, "sha256_of", refuse)
+    size = (rich / "weights.bin").stat().st_size
+    (rich / "weights.bin").write_bytes(bytes(size))
+    assert ran(capsys, rich)[0] == 0
+
+
+def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
+    code = "import sys; from satchel.runtime import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "inspect", str(tiny)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
+    assert "satchel.runtime.inspection" in loaded
+    assert {"numpy", "onnxruntime", "jinja2"}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "weights.bin").unlink(), "weights.bin: missing: copy the bundle again"),
+        (lambda folder: (folder / "weights.bin").write_bytes(b"short"), "weights.bin: 5 bytes where the manifest says"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"{"), "manifest.json: not valid JSON"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json in it"),
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: spoil_passes(folder, {"graph": "common"}), "missing key 'passes[0].name'"),
+        (lambda folder: spoil_passes(folder, {**PASSES[0], "count": "x"}), "'passes[0].count' must be a whole number"),
+        (lambda folder: spoil_passes(folder, {**PASSES[0], "time": 1}), "unknown key 'passes[0].time'"),
+        (lambda folder: spoil_cache(folder), "its sizes are no sizes: export the bundle again"),
+    ],
+)
+def test_a_bundle_that_is_damaged_is_one_line_and_exit_code_2(
+    changed: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = changed()
+    spoil(folder)
+    code, out, err = ran(capsys, folder, "--html", tmp_path / "page.html")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "page.html").exists()
+
+
+def spoil_passes(folder: Path, entry: dict[str, Any]) -> None:
+    write_manifest(folder, {**read_manifest(folder), "passes": [entry]})
+
+
+def spoil_cache(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    manifest["kv_cache"]["layers"][0]["kv_heads"] = 10**400
+    write_manifest(folder, manifest)
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, message in ((tmp_path, "this is a folder"), (tmp_path / "no" / "page.html", "there is no folder")):
+        code, out, err = ran(capsys, tiny, "--html", path)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"satchel: error: --html {path}: {message}")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,49 @@
+"""External data entries of ONNX files, against the onnx package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from satchel.runtime.onnx_wire import External, external_data, map_external_data
+
+
+def model(entries: External, value: float = 1.0) -> onnx.ModelProto:
+    """A graph with an initialiser of its own data and one whose data lies elsewhere."""
+    inside = helper.make_tensor("inside", TensorProto.FLOAT, [2], [value, -2.0])
+    outside = TensorProto(name="outside", data_type=TensorProto.FLOAT, dims=[300])
+    outside.data_location = TensorProto.EXTERNAL
+    for key, text in entries.items():
+        outside.external_data.add(key=key, value=text)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    node = helper.make_node("Neg", ["inside"], ["y"], alpha=0.5)  # a float attribute is a fixed32 field
+    graph = helper.make_graph([node], "g", [], [output], [inside, outside])
+    return helper.make_model(graph, doc_string="x" * 300)
+
+
+ENTRIES = {"location": "weights.bin", "offset": "4096", "length": "1200"}
+
+
+def test_entries_are_read() -> None:
+    assert external_data(model(ENTRIES).SerializeToString()) == [ENTRIES]
+
+
+def test_entries_are_replaced_and_all_else_stays() -> None:
+    entries = {"location": "o" * 200, "offset": "0", "length": "1200", "prepacked_0": "MatMul+1|0;64;0"}
+    changed = map_external_data(model(ENTRIES).SerializeToString(), lambda found: {**found, **entries})
+    assert onnx.load_from_string(changed) == model(entries)
+
+
+def test_nothing_changes_where_nothing_is_changed(tiny: Path) -> None:
+    for file in ("prefill.onnx", "decode.onnx"):
+        original = (tiny / file).read_bytes()
+        assert onnx.load_from_string(map_external_data(original, dict)) == onnx.load_from_string(original)
+
+
+@pytest.mark.parametrize("content", [b"\x3a\x05abc", b"\x3b", b"\xff" * 12], ids=["short", "group", "no number"])
+def test_what_is_no_protobuf_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="byte"):
+        external_data(content)

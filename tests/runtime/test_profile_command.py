@@ -1,0 +1,215 @@
+"""`satchel profile`: the runs of both phases told apart, figures that add up, the trace, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from support.tiny_bundle import read_manifest, write_manifest
+
+from satchel.runtime import cli, profiling
+from satchel.runtime.ort_profile import Kernel, Run, read_runs
+from satchel.runtime.profiling import PREFILL_PASSES, Recording, summarize
+
+PROMPT, NEW, CHUNK = 20, 6, 8
+CHUNKS = 3  # of 8, 8 and 4 tokens
+WORK = ("--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW), "--threads", "1")
+
+
+def name_nodes(folder: Path) -> None:
+    """Give the layers' nodes names like those of an export; all others keep none."""
+    manifest = read_manifest(folder)
+    for phase in ("prefill", "decode", "score"):
+        path = folder / f"{phase}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            weights = [name for name in node.input if name[:2] in ("q.", "k.", "v.", "o.")]
+            if node.op_type == "GroupQueryAttention":
+                node.name = f"attention.{node.output[0][1:]}"
+            elif weights:
+                node.name = f"layers.{weights[0][2:]}.{weights[0][0]}"
+        path.write_bytes(model.SerializeToString())
+        content = path.read_bytes()
+        manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(folder, manifest)
+
+
+@pytest.fixture(scope="module", params=["a session each", "one session"])
+def named(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "named"
+    shutil.copytree(tiny, folder)
+    name_nodes(folder)
+    manifest = read_manifest(folder)
+    manifest["graphs"]["decode"]["session_of"] = "prefill" if request.param == "one session" else None
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "PREFILL_CHUNK", CHUNK)
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = cli.main(["profile", *map(str, arguments)])
+    return (code, *capsys.readouterr())
+
+
+def test_json_has_figures_that_add_up(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, named, *WORK, "--top", "4", "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    found = json.loads(out)
+    assert list(found)[:5] == ["bundle", "onnxruntime", "threads", "prompt_tokens", "new_tokens"]
+    assert (found["bundle"], found["threads"], found["prompt_tokens"], found["new_tokens"]) == (
+        str(named), 1, PROMPT, NEW,
+    )  # fmt: skip
+    for phase, steps, runs in (("prefill", PREFILL_PASSES, CHUNKS), ("decode", NEW, 1)):
+        profile = found[phase]
+        assert (profile["steps"], profile["runs"]) == (steps, runs)
+        assert 0 < profile["kernels_ms"] <= profile["ms"]
+        for table in ("operators", "layers"):
+            assert sum(row["ms"] for row in profile[table]) == pytest.approx(profile["kernels_ms"])
+        count = {row["operator"]: row["count"] for row in profile["operators"]}
+        assert (count["MatMul"], count["GroupQueryAttention"]) == (9 * runs, 2 * runs)
+        assert [row["layer"] for row in profile["layers"]] == ["before", 0, 1, "after"]
+        assert len(profile["nodes"]) == 4
+        times = [row["ms"] for row in profile["nodes"]]
+        assert times == sorted(times, reverse=True)
+
+
+def test_the_trace_keeps_the_phases_apart(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text("an old trace", encoding="utf-8")
+    assert ran(capsys, named, *WORK, "--trace", path)[0] == 0
+    events = json.loads(path.read_text(encoding="utf-8"))
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert names == {1: "prefill", 2: "decode"}
+    spans = [event for event in events if event["ph"] == "X"]
+    ends = {}
+    for process, lengths in ((1, [8, 8, 4] * PREFILL_PASSES), (2, [1] * NEW)):
+        mine = [event for event in spans if event["pid"] == process]
+        runs = [event for event in mine if event["cat"] == "run"]
+        attention = [event for event in mine if event["name"] == "attention.0"]
+        # The tokens that attention was given tell what kind of run it was, whatever the order.
+        assert [shape_of(event)[1] for event in attention] == lengths
+        assert [event["name"] for event in runs] == [f"{names[process]} run {i + 1}" for i in range(len(lengths))]
+        for run, kernel in zip(runs, attention, strict=True):
+            assert run["ts"] <= kernel["ts"] <= kernel["ts"] + kernel["dur"] <= run["ts"] + run["dur"]
+            assert kernel["args"]["layer"] == 0
+        ends[process] = (runs[0]["ts"], runs[-1]["ts"] + runs[-1]["dur"])
+    assert ends[1][0] == 0
+    assert ends[1][1] == ends[2][0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def shape_of(event: dict[str, Any]) -> list[int]:
+    shape: list[int] = event["args"]["input_type_shape"][0]["float"]
+    return shape
+
+
+def test_tables_for_both_phases(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, named, *WORK, "--top", "2")
+    assert (code, err) == (0, "")
+    assert re.search(r"^prefill: a prompt of 20 tokens takes [\d.]+ ms in 3 runs of the graph, mean of 3$", out, re.M)
+    assert re.search(r"^decode: a token takes [\d.]+ ms in 1 run of the graph, mean of 6$", out, re.M)
+    assert re.search(r"^  GroupQueryAttention +6 +[\d.]+ +[\d.]+%$", out, re.M)
+    assert len(re.findall(r"^  between kernels +[\d.]+ +[\d.]+%$", out, re.M)) == 2
+    assert re.findall(r"^(before|0|1|after)(?: +[\d.]+ +[\d.]+%){2}$", out, re.M) == ["before", "0", "1", "after"]
+    _, _, slowest = out.partition("slowest nodes in prefill\n")
+    assert [line.split()[0] for line in slowest.splitlines()[:1]] == ["node"]
+    assert len(slowest.partition("\n\n")[0].splitlines()) == 3
+    code, out, _ = ran(capsys, named, *WORK, "--top", "0")
+    assert (code, "slowest" in out) == (0, False)
+
+
+def kernel(name: str, operator: str, duration: int) -> Kernel:
+    return Kernel(name, operator, 0, duration, {})
+
+
+def test_figures_are_per_step_and_shares_of_the_runs() -> None:
+    kernels = (kernel("embed", "Gather", 100), kernel("layers.0.up", "MatMul", 400), kernel("act", "Mul", 100),
+               kernel("layers.0.down", "MatMul", 200), kernel("head", "MatMul", 200))  # fmt: skip
+    profile = summarize(Recording(2, tuple(Run(0, 1250, kernels) for _ in range(4))), layers=1, top=2)
+    assert (profile.steps, profile.runs) == (2, 2)
+    assert (profile.ms, profile.kernels_ms) == pytest.approx((2.5, 2.0))
+    assert (profile.by_name, profile.by_position) == pytest.approx((0.6, 0.1))
+    found = [(row.operator, row.count, row.ms, row.share) for row in profile.operators]
+    assert found == [("MatMul", 6, pytest.approx(1.6), pytest.approx(0.64)),
+                     ("Gather", 2, pytest.approx(0.2), pytest.approx(0.08)),
+                     ("Mul", 2, pytest.approx(0.2), pytest.approx(0.08))]  # fmt: skip
+    layers = [(row.layer, row.ms) for row in profile.layers]
+    assert layers == [("before", pytest.approx(0.2)), (0, pytest.approx(1.4)), ("after", pytest.approx(0.4))]
+    assert [(row.name, row.layer, row.ms) for row in profile.nodes] == [
+        ("layers.0.up", 0, pytest.approx(0.8)),
+        ("layers.0.down", 0, pytest.approx(0.4)),
+    ]
+
+
+def test_profiles_do_not_stay_behind(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ran(capsys, tiny, *WORK)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profiler_that_lost_runs_is_an_error(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profiling, "read_runs", lambda path: read_runs(path)[:-1])
+    code, out, err = ran(capsys, tiny, *WORK, "--trace", tmp_path / "trace.json")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"recorded \d+ of \d+ runs: lower --prompt-tokens or --new-tokens", err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder: give a folder made by satchel export"),
+        (["TINY"], "544 positions is not possible: this bundle allows 1 to 64: ask for fewer tokens"),
+        (["TINY", "--prompt-tokens", "0"], "--prompt-tokens and --new-tokens must be 1 or more"),
+        (["TINY", "--new-tokens", "-1"], "--prompt-tokens and --new-tokens must be 1 or more"),
+        (["TINY", "--top", "-1"], "--top -1: must be 0 or more"),
+        (["TINY", "--threads", "0"], "--threads 0: there must be at least 1 thread"),
+        (["TINY", "--provider", "tpu"], "--provider tpu: unknown: choose one of cpu"),
+        (["TINY", "--trace", "."], "--trace .: this is a folder: name a file in it"),
+        (["TINY", "--trace", "no/trace.json"], "--trace no/trace.json: there is no folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ran(capsys, *[str(tiny) if argument == "TINY" else argument for argument in arguments])
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_shown_escaped(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(named, folder)
+    model = onnx.load(folder / "prefill.onnx", load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "GroupQueryAttention").name = 'layers.0."a\\b\x1b[2J'
+    content = model.SerializeToString()
+    (folder / "prefill.onnx").write_bytes(content)
+    manifest = read_manifest(folder)
+    manifest["files"]["prefill.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(folder, manifest)
+    code, out, _ = ran(capsys, folder, *WORK, "--top", "100")
+    assert (code, "\x1b" in out) == (0, False)
+    assert r'layers.0."a\b\x1b[2J' in out

@@ -1,0 +1,239 @@
+"""Specialised bundles: the same logits from mapped weights, where they fit; the portable graphs everywhere else."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+
+from satchel.runtime import bundle as bundle_module
+from satchel.runtime import cli, onnx_wire, specialize
+from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
+from satchel.runtime.session import SessionSettings, is_specialised
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_bundle(tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    for graph in manifest["graphs"].values():
+        graph["session"] = {}  # weights are packed
+    manifest["graphs"]["decode"]["session_of"] = "prefill"
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def made(folder: Path) -> Path:
+    specialize.specialize(open_bundle(folder), threads=1)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def logits(bundle: Bundle) -> np.ndarray:
+    engine = Engine.open(bundle, threads=1)
+    state = engine.new_state(16)
+    return np.stack([engine.prefill(state, IDS).copy(), *(engine.decode(state, token).copy() for token in IDS)])
+
+
+def change(folder: Path, **values: Any) -> None:
+    manifest = read_manifest(folder)
+    manifest["specialized"] |= values
+    write_manifest(folder, manifest)
+
+
+def test_the_logits_are_the_same(made: Path) -> None:
+    bundle = open_bundle(made)
+    assert bundle.specialized is not None
+    np.testing.assert_allclose(logits(bundle), logits(Bundle(made, bundle.manifest)), rtol=0, atol=1e-5)
+
+
+def test_both_phases_have_sessions_of_the_specialised_graphs(made: Path) -> None:
+    bundle = open_bundle(made)
+    engine = Engine.open(bundle, threads=1)
+    assert engine._decode is not engine._prefill
+    for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
+        (made / graph).write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=f"{bundle.specialized.graphs['prefill']}: ONNX Runtime"):  # type: ignore[union-attr]
+        Engine.open(bundle, threads=1)
+
+
+def test_packed_weights_are_mapped_and_stored_once(made: Path) -> None:
+    specialized = open_bundle(made).specialized
+    assert specialized is not None
+    entries = [onnx_wire.external_data((made / file).read_bytes()) for file in specialized.graphs.values()]
+    packed = [sorted(e[k] for e in found for k in e if k.startswith("prepacked_")) for found in entries]
+    assert packed[0], "no weight was packed"
+    assert packed[0] == packed[1], "the phases do not share what is packed"
+    locations = {entry["location"] for found in entries for entry in found}
+    assert locations == {"weights.bin", next(name for name in specialized.files if name.endswith(".bin"))}
+
+
+def test_lean_sessions_run_the_portable_graphs(made: Path) -> None:
+    bundle = open_bundle(made)
+    assert is_specialised(bundle, SessionSettings())
+    assert not is_specialised(bundle, SessionSettings(lean=True))
+
+
+def test_doing_it_again_replaces_what_was_there(made: Path) -> None:
+    before = files(made)
+    specialize.specialize(open_bundle(made), threads=1)
+    assert files(made).keys() == before.keys()
+    assert open_bundle(made).specialized is not None
+
+
+def test_removing_it_leaves_the_bundle_as_it_was(folder: Path) -> None:
+    before = files(folder)
+    assert cli.main(["specialize", str(folder), "--threads", "1"]) == 0
+    assert files(folder).keys() > before.keys()
+    assert cli.main(["specialize", str(folder), "--remove"]) == 0
+    after = files(folder)
+    assert after.keys() == before.keys()
+    assert read_manifest(folder)["specialized"] is None
+    assert cli.main(["specialize", str(folder), "--remove"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"onnxruntime": "1.0.0"}, "for ONNX Runtime 1.0.0 and this is"),
+        ({"features": ["z80"], "processor": "Zilog"}, r"for another processor \(Zilog\)"),
+    ],
+)
+def test_elsewhere_the_portable_graphs_run(made: Path, values: dict[str, Any], reason: str) -> None:
+    change(made, **values)
+    with pytest.warns(SatchelWarning, match=f"the portable graphs run, since it was specialised {reason}"):
+        bundle = open_bundle(made)
+    assert bundle.specialized is None
+    assert np.isfinite(logits(bundle)).all()
+
+
+def test_damaged_files_are_not_used(made: Path) -> None:
+    bundle = open_bundle(made)
+    name = next(name for name in bundle.specialized.files if name.endswith(".bin"))  # type: ignore[union-attr]
+    content = bytearray((made / name).read_bytes())
+    content[-1] ^= 1
+    (made / name).write_bytes(content)
+    with pytest.warns(SatchelWarning, match=r"since .*\.bin: damaged"):
+        assert open_bundle(made).specialized is None
+    (made / name).unlink()
+    with pytest.warns(SatchelWarning, match=r"since .*\.bin: missing"):
+        assert open_bundle(made).specialized is None
+
+
+def test_files_outside_the_bundle_are_not_used(made: Path) -> None:
+    shutil.copy(made / "weights.bin", made.parent / "outside.bin")
+    specialized = read_manifest(made)["specialized"]
+    change(made, files=specialized["files"] | {"../outside.bin": read_manifest(made)["files"]["weights.bin"]})
+    with pytest.warns(SatchelWarning, match="leads outside the bundle"):
+        assert open_bundle(made).specialized is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("graphs", {}), ("graphs", {"prefill": "a", "decode": "b"}), ("files", {"x": {"bytes": -1, "sha256": "0" * 64}})],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(made: Path, key: str, value: Any) -> None:
+    change(made, **{key: value})
+    with pytest.raises(BundleError, match=f"'specialized.{key}"):
+        open_bundle(made)
+
+
+def test_the_command_prints_one_line_where_they_do_not_fit(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(made, onnxruntime="1.0.0")
+    arguments = ["bench", str(made), "--prompt-tokens", "4", "--new-tokens", "2", "--threads", "1", "--json"]
+    assert cli.main(arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"satchel: {made}: the portable graphs run")
+    assert cli.main(["--quiet", *arguments]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    before = files(folder)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    assert cli.main(["specialize", str(folder), "--threads", "1"]) == 2
+    assert "cannot be written (Read-only file system): the portable graphs run" in capsys.readouterr().err
+    assert cli.main(["run", str(folder), "cat", "--specialize", "--max-new-tokens", "2", "--threads", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out
+    assert "cannot be written" in captured.err
+    assert files(folder) == before
+
+
+def test_run_makes_a_bundle_ready_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(folder), "cat", "--specialize", "--max-new-tokens", "2", "--threads", "1"]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr()
+    assert "optimising prefill" in first.err
+    assert open_bundle(folder).specialized is not None
+    assert cli.main(arguments) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert "optimising" not in second.err
+
+
+def test_graphs_that_differ_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(folder)
+    relocate = specialize._relocate
+
+    def spoil(graph: Path, store: Any) -> None:
+        relocate(graph, store)
+        store.file.flush()
+        content = Path(store.file.name).read_bytes()
+        Path(store.file.name).write_bytes(bytes(len(content)))
+
+    monkeypatch.setattr(specialize, "_relocate", spoil)
+    with pytest.raises(SatchelError, match="differ from the portable ones"):
+        specialize.specialize(open_bundle(folder), threads=1)
+    assert files(folder) == before
+
+
+def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = files(folder)
+    for step in ("save_optimised", "_compare", "_write_manifest"):
+        monkeypatch.setattr(specialize, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            specialize.specialize(open_bundle(folder), threads=1)
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        assert files(folder) == before, step
+
+
+def test_a_full_disk_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    before = files(folder)
+    with pytest.raises(SatchelError, match=r"takes up to .* MiB while it works and 0 MiB are free"):
+        specialize.specialize(open_bundle(folder), threads=1)
+    assert files(folder) == before
+
+
+def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_bundle(made).specialized is not None
+    assert bundle_module._misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]
