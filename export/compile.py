@@ -34,7 +34,7 @@ from satchel.graphs.contract import PassError
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe
-from satchel.graphs.targets import PHASES, TARGETS
+from satchel.graphs.targets import TARGETS
 from satchel.runtime.manifest import Manifest
 
 
@@ -145,7 +145,7 @@ def lower_phases(
         PassError: A pass left a graph broken.
     """
     target, models = TARGETS[config.target], {}
-    for phase in PHASES:
+    for phase in target.names(quantised):
         models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised))
         report += [done.as_json(phase) for done in finished]
         refused = [r for done in finished if done.name.startswith("quantize_") for r in done.refusals]

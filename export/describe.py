@@ -14,7 +14,7 @@ from satchel.export.errors import ExportError
 from satchel.graphs import signature
 from satchel.graphs.assign import layer_name
 from satchel.graphs.quantized import Quantised
-from satchel.graphs.targets import TARGETS, Session
+from satchel.graphs.targets import PREFILL_INT8, TARGETS, Session
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -50,7 +50,6 @@ def describe(
     files: Mapping[str, FileRecord],
 ) -> Manifest:
     """The manifest of a bundle whose files are written."""
-    sessions = TARGETS[config.target].sessions(quantised)
     facts = ModelFacts(
         parameters=checkpoint.parameters,
         vocab_size=checkpoint.vocab_size,
@@ -67,7 +66,7 @@ def describe(
         recipe=None if quantised is None else quantised.recipe,
         model=facts,
         kv_cache=cache_spec(models["prefill"]),
-        graphs=Graphs(**{phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}),
+        graphs=Graphs(**{PREFILL_INT8: None} | _graph_specs(models, TARGETS[config.target].sessions(quantised))),
         layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),
@@ -130,6 +129,10 @@ def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
             scheme.bits, scheme.block, scheme.symmetric, rule.prefill, rule.decode
         )
     return layers
+
+
+def _graph_specs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> dict[str, GraphSpec | None]:
+    return {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}
 
 
 def _graph_spec(phase: str, model: ir.Model, session: Session) -> GraphSpec:

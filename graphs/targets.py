@@ -43,9 +43,14 @@ from satchel.graphs.passes.store_products_float16 import store_products_float16
 from satchel.graphs.passes.stream_tied_head import stream_tied_head
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
-from satchel.graphs.recipe import Recipe
+from satchel.graphs.recipe import Recipe, Rule
 
 PHASES = ("prefill", "decode", "score")
+"""The graphs of every bundle."""
+
+PREFILL_INT8 = "prefill_int8"
+"""A graph of bundles with products in 4 bits: prefill over int8 weights that are made of these when the bundle is
+specialised. Prefill is bound by arithmetic, and int8 products are the fastest there are."""
 
 NORMALISE = (
     Step(fold_constants),
@@ -83,6 +88,7 @@ PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
         Step(slice_last_logits),
         Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
     ),
+    "prefill_int8": (Step(slice_last_logits), Step(fuse_skip_norms, after=("slice_last_logits",))),
     "decode": (Step(single_token), Step(fuse_skip_norms)),
     "score": (Step(fuse_skip_norms),),
 }
@@ -109,7 +115,7 @@ def even_out(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]) -> t
 def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
     """The passes that put quantised weights and caches into the graph of a phase."""
     weights = quantised.weights
-    activations = {name: getattr(rule, ACTIVATIONS_OF[phase]) for name, rule in quantised.rules.items()}
+    activations = {name: ACTIVATIONS[phase](rule) for name, rule in quantised.rules.items()}
     steps = (
         Step(quantize_tables(weights), after=("slice_last_logits",)),  # the slice looks for the plain head
         Step(quantize_experts(weights)),
@@ -117,12 +123,17 @@ def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
         Step(store_products_float16),
     )
     if quantised.kv_scales:
-        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, phase)))
+        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, "decode" if phase == "decode" else "prefill")))
     return steps
 
 
-ACTIVATIONS_OF = {"prefill": "prefill", "decode": "decode", "score": "prefill"}
-"""Which of a rule's forms of activations a phase takes."""
+ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
+    "prefill": lambda rule: rule.prefill,
+    "decode": lambda rule: rule.decode,
+    "score": lambda rule: rule.prefill,
+    "prefill_int8": lambda rule: "expanded" if rule.prefill == "float" else rule.prefill,
+}
+"""How a rule's products take their input in a phase: the names of insert_qdq's forms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +166,12 @@ class Target:
     phases: Mapping[str, tuple[Step, ...]]
     sessions: Callable[[Quantised | None], Mapping[str, Session]]
 
+    def names(self, quantised: Quantised | None) -> tuple[str, ...]:
+        """The graphs of a bundle."""
+        products = {} if quantised is None else {n: r for n, r in quantised.rules.items() if r.prefill == "float"}
+        small = quantised is not None and any(quantised.weights[name].grid.scheme.bits == 4 for name in products)
+        return (*PHASES, PREFILL_INT8) if small else PHASES
+
     def steps(self, phase: str, precision: str, quantised: Quantised | None) -> tuple[Step, ...]:
         """All passes for one phase, after those that the phases share."""
         rounded = quantised is not None and bool(quantised.weights)
@@ -184,6 +201,7 @@ def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
         "prefill": Session(config),
         "decode": Session(config, of="prefill" if same else None),
         "score": Session(config),
+        "prefill_int8": Session(config),
     }
 
 

@@ -1,4 +1,4 @@
-"""The KV cache of one sequence: buffers allocated once at their full capacity, and the one owner of their length."""
+"""The KV cache of a sequence: buffers allocated once at their full capacity, and the one owner of their length."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from satchel.runtime.manifest import CacheSpec
 
 
 class KVCache:
-    """Keys and values of one sequence for every layer, in memory that a graph writes in place.
+    """Keys and values of one sequence, or of several of one length, for every layer, in memory that a graph writes.
 
-    `past` (by graph input) and `present` (by graph output) name the same arrays, [1, kv_heads, capacity, head_dim], so
-    nothing is copied between steps. They lie in one anonymous mapping: pages that were never written cost no memory,
+    `past` (by graph input) and `present` (by graph output) name the same arrays, [rows, kv_heads, capacity, head_dim],
+    so nothing is copied between steps. They lie in one anonymous mapping: pages that were never written cost no memory,
     and all of it goes back to the system with the cache.
     """
 
-    def __init__(self, spec: CacheSpec, capacity: int, limit: int) -> None:
-        """Allocate room for `capacity` positions; `limit` is the most that the bundle allows, for messages."""
+    def __init__(self, spec: CacheSpec, capacity: int, limit: int, rows: int = 1) -> None:
+        """Allocate `capacity` positions for each of `rows` sequences; `limit` is the bundle's most, for messages."""
         self.capacity = capacity
+        self.rows = rows
         self._limit = limit
         self._length = 0
         self.past: dict[str, NDArray[Any]] = {}
         self.present: dict[str, NDArray[Any]] = {}
         dtype = np.dtype(spec.dtype)
-        positions = [capacity * layer.kv_heads * dtype.itemsize for layer in spec.layers]
+        positions = [rows * capacity * layer.kv_heads * dtype.itemsize for layer in spec.layers]
         total = sum(p * (layer.key_dim + layer.value_dim) for p, layer in zip(positions, spec.layers, strict=True))
         try:
             memory, offset = mmap.mmap(-1, max(total, 1)), 0
@@ -41,7 +42,7 @@ class KVCache:
                 (layer.past_key, layer.present_key, layer.key_dim),
                 (layer.past_value, layer.present_value, layer.value_dim),
             ):
-                buffer: NDArray[Any] = np.ndarray((1, layer.kv_heads, capacity, width), dtype, memory, offset)
+                buffer: NDArray[Any] = np.ndarray((rows, layer.kv_heads, capacity, width), dtype, memory, offset)
                 offset += buffer.nbytes
                 self.past[past] = self.present[present] = buffer
 

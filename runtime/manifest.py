@@ -87,11 +87,16 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits."""
+    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits.
+
+    `prefill_int8` is prefill over int8 weights that it makes of those in 4 bits: `satchel specialize` makes them once
+    and for all. None where a bundle has no products in 4 bits.
+    """
 
     prefill: GraphSpec
     decode: GraphSpec
     score: GraphSpec
+    prefill_int8: GraphSpec | None
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,15 @@ class Specialized:
     """Graphs and packed weights that `satchel specialize` made for one kind of machine.
 
     They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
-    are the same; `processor` is its name, for people. `graphs` are file names by phase, and `files` lists all files.
+    are the same; `processor` is its name, for people. `int8_prefill` tells that prefill runs over int8 weights made of
+    those in 4 bits. `graphs` are file names by phase, and `files` lists all files.
     """
 
     onnxruntime: str
     provider: str
     processor: str
     features: tuple[str, ...]
+    int8_prefill: bool
     graphs: dict[str, str]
     files: dict[str, FileRecord]
 
@@ -216,8 +223,10 @@ class Manifest:
         return {"format": self.FORMAT, "version": self.VERSION, **body}
 
     def graph(self, phase: str) -> GraphSpec:
-        """The graph of "prefill", "decode" or "score"."""
-        spec: GraphSpec = getattr(self.graphs, phase)
+        """The graph of "prefill", "decode", "score" or "prefill_int8". Raises BundleError where there is none."""
+        spec: GraphSpec | None = getattr(self.graphs, phase)
+        if spec is None:
+            raise BundleError(f"this bundle has no graph for {phase}: its products are not in 4 bits")
         return spec
 
 
@@ -236,7 +245,7 @@ def _check_values(manifest: Manifest) -> None:
         for field in ("kv_heads", "key_dim", "value_dim"):
             size = getattr(layer, field)
             _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
-    for phase in PHASES:
+    for phase in (*PHASES, *(("prefill_int8",) if manifest.graphs.prefill_int8 else ())):
         _check_graph(manifest, phase)
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)

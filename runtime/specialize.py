@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from satchel.runtime import onnx_wire
 from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.certify import check_certificate
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError, SatchelWarning
@@ -50,7 +51,11 @@ TOLERANCE = 1e-3
 
 
 def specialize(
-    bundle: Bundle, *, threads: int | None = None, progress: Callable[[str], Any] = lambda stage: None
+    bundle: Bundle,
+    *,
+    int8_prefill: bool = False,
+    threads: int | None = None,
+    progress: Callable[[str], Any] = lambda stage: None,
 ) -> Manifest:
     """Write graphs and packed weights for this machine into a bundle's folder, and name them in its manifest.
 
@@ -58,6 +63,7 @@ def specialize(
     is written last, names them; until then, and after any failure, the bundle is what it was.
 
     Args:
+        int8_prefill: Make int8 weights of those in 4 bits, for prefill alone: a faster prefill for more memory.
         threads: CPU threads for the work; None for one per physical core.
         progress: Hears the name of each stage as it begins.
 
@@ -65,12 +71,16 @@ def specialize(
         The bundle's manifest as it is now.
 
     Raises:
-        SatchelError: The folder cannot be written, the disk has no room, or the results differ.
+        SatchelError: The folder cannot be written, the disk has no room, or the results differ; or the bundle has no
+            weights in 4 bits, or int8 ones lose more than its certificate allows.
         BundleError: A graph does not load.
     """
     folder = bundle.folder
     settings = SessionSettings(threads=threads)
     portable = replace(bundle, specialized=None)
+    sources = {"prefill": "prefill_int8" if int8_prefill else "prefill", "decode": "decode"}
+    for phase in sources.values():
+        portable.graph_path(phase)
     with _scratch(folder) as scratch:
         _check_room(portable, scratch)
         with (scratch / "data").open("wb") as file:
@@ -78,10 +88,10 @@ def specialize(
             progress("reading the weights")
             for name in _weight_files(portable):
                 store.know(portable.path(name), name, portable)
-            for phase in PHASES:
+            for phase, source in sources.items():
                 progress(f"optimising {phase}")
                 path = scratch / f"{phase}.onnx"
-                save_optimised(portable, phase, settings, path, INLINE_BYTES)
+                save_optimised(portable, source, settings, path, INLINE_BYTES)
                 _relocate(path, store)
         names = {phase: f"{PREFIX}{_token(portable)}-{phase}.onnx" for phase in PHASES}
         made = {store.name: scratch / "data", **{names[phase]: scratch / f"{phase}.onnx" for phase in PHASES}}
@@ -94,13 +104,14 @@ def specialize(
             provider=PROVIDER,
             processor=processor_name(),
             features=processor_features(),
+            int8_prefill=int8_prefill,
             graphs=names,
             files=records,
         )
         manifest = replace(bundle.manifest, specialized=specialized)
         old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
         with _placed(folder, made, keep=old):
-            _compare(portable, Bundle(folder, manifest, specialized), settings)
+            _check(portable, Bundle(folder, manifest, specialized), settings)
             _write_manifest(folder, manifest, scratch)
     for name in old - set(made):
         (folder / name).unlink(missing_ok=True)
@@ -200,6 +211,19 @@ def _relocate(graph: Path, store: _Store) -> None:
     data_file.unlink()
 
 
+def _check(portable: Bundle, specialised: Bundle, settings: SessionSettings) -> None:
+    certificate = portable.manifest.certificate
+    if specialised.specialized is None or not specialised.specialized.int8_prefill:
+        _compare(portable, specialised, settings)
+    elif certificate is not None:
+        lines = check_certificate(Engine(specialised, settings), certificate)
+        if lines:
+            raise SatchelError(
+                f"{portable.folder}: with int8 weights prefill loses more than the certificate allows ({lines[0]}): "
+                "nothing was changed; specialise it without them"
+            )
+
+
 def _compare(portable: Bundle, specialised: Bundle, settings: SessionSettings) -> None:
     """Raise SatchelError unless both give the same logits for some tokens, by prefill and by decode."""
     expected, found = (_logits(bundle, settings) for bundle in (portable, specialised))
@@ -279,7 +303,7 @@ def _weight_files(bundle: Bundle) -> list[str]:
     """The files in which the portable graphs keep their data."""
     names = {
         entries.get("location", "")
-        for phase in PHASES
+        for phase in PHASES  # prefill_int8 has no others
         for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes())
     }
     return sorted(name for name in names if name in bundle.manifest.files)

@@ -18,6 +18,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  satchel specialize out/smollm2-int8"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument(
+        "--prefill",
+        choices=("stored", "int8"),
+        default="stored",
+        help="weights of prefill: as they are stored, or int8 made of those in 4 bits, which is faster for more memory "
+        "and disk, and a little less exact (default %(default)s)",
+    )
     parser.add_argument("--remove", action="store_true", help="take out what an earlier call added")
 
 
@@ -44,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(f"{stage} ...", file=sys.stderr)
 
-    made = specialize(bundle, threads=args.threads, progress=progress).specialized
+    made = specialize(bundle, int8_prefill=args.prefill == "int8", threads=args.threads, progress=progress).specialized
     if made is not None and not args.quiet:
         size = sum(record.bytes for record in made.files.values())
         print(

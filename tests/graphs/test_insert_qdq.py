@@ -108,6 +108,28 @@ def test_per_token_the_largest_number_may_have_either_sign(sign: int) -> None:
     np.testing.assert_allclose(run(quantised(CHANNEL, "token"), feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize(("bits", "block"), [(4, 16), (8, 32), (8, None)])
+def test_expanded_the_product_is_one_of_int8_weights_made_of_the_codes(
+    bits: int, block: int | None, symmetric: bool
+) -> None:
+    codes = rounded(NAME, W.T.copy(), bits, block, symmetric)
+    after = quantised(codes, "expanded")
+    decoded_weight = values(codes).astype(np.float32)  # [outputs, inputs]
+    step = np.abs(decoded_weight).max(1, keepdims=True) / np.float32(127)
+    int8 = np.rint(decoded_weight / step)  # in float32 as in the graph, since codes often lie between two steps
+    a = np.tanh(X["x"]).astype(np.float64)
+    row = np.abs(a).max(-1, keepdims=True) / 127
+    wanted = np.rint(a / row) * row @ (int8 * step).T.astype(np.float64)
+    np.testing.assert_allclose(run(after, X)["y"], -wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(wanted + run(decoded(codes), X)["y"]).max() > 1e-3, "nothing was rounded"
+
+
+def test_expanded_weights_of_zeros_stay_zeros() -> None:
+    after = quantised(rounded(NAME, np.zeros((OUTPUTS, INPUTS), np.float32), 4, 16), "expanded")
+    np.testing.assert_array_equal(run(after, X)["y"], 0)
+
+
 def test_per_tensor_one_token_is_quantised_dynamically() -> None:
     feeds = {"x": X["x"][:1, :1]}
     after = quantised(CHANNEL, "tensor")
@@ -130,7 +152,7 @@ def test_rounded_activations_lose_little(form: str) -> None:
     assert 1e-4 < error < 0.02, "an error of zero would mean that nothing was rounded"
 
 
-@pytest.mark.parametrize("form", ["float", "token", "tensor"])
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded"])
 def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
     after = quantised(CHANNEL, form, expose(product(), "p"))
     assert [str(v.name) for v in after.graph.outputs] == ["y", "p"]
@@ -138,7 +160,7 @@ def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
     np.testing.assert_array_equal(found["p"], -found["y"])
 
 
-@pytest.mark.parametrize("form", ["float", "token", "tensor"])
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded"])
 def test_two_products_of_one_weight_share_its_codes(form: str) -> None:
     twice = TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)')
     after = quantised(CHANNEL, form, product(twice), 2)
@@ -173,6 +195,8 @@ def test_a_matrix_that_is_computed_is_left_alone() -> None:
         ("float", 8, 64, "MatMulNBits"),
         ("token", 8, None, "MatMulIntegerToFloat"),
         ("tensor", 8, None, "DynamicQuantizeMatMul"),
+        ("expanded", 4, 32, "MatMulIntegerToFloat"),
+        ("expanded", 8, 64, "MatMulIntegerToFloat"),
     ],
 )
 def test_the_runner_multiplies_codes(form: str, bits: int, block: int | None, kernel: str, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 from integration.conftest import CHECKOUT
 from support.export_command import satchel
+from support.tiny_bundle import write_bundle
 
 from satchel.runtime import Engine, open_bundle
 
@@ -78,3 +80,82 @@ def test_peak_memory_counts_what_children_hold_and_keeps_the_exit_code() -> None
     found = re.search(r"^peak anonymous memory: (\d+) MiB$", done.stderr, re.MULTILINE)
     assert found is not None
     assert 100 <= int(found[1]) < 150
+
+
+WORK = ("--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "3", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("peers") / "tiny")
+
+
+def test_compare_peers_measures_satchel_alone(tiny: Path) -> None:
+    done = sample("compare_peers.py", "--satchel", f"one={tiny}", "--satchel", f"two={tiny}", *WORK, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found["median"]) == ["satchel one", "satchel two"]
+    for figures in found["median"].values():
+        assert list(figures) == ["prefill", "decode", "load", "rss_mb"]
+        assert all(value > 0 for value in figures.values())
+    assert found["ratio"] == {"satchel one": {}, "satchel two": {}}
+    rounds = [f"round {number} of 2: satchel {name}" for number in (1, 2) for name in ("one", "two")]
+    assert done.stderr.splitlines() == rounds
+
+
+def test_compare_peers_puts_a_peer_beside_it(tiny: Path, tmp_path: Path) -> None:
+    """llama-bench is not here: a script stands in that tells what it was asked for."""
+    stand_in = tmp_path / "llama-bench"
+    script = """#!/bin/sh
+echo "$@" >> "$0.log"
+echo "some chatter" >&2
+case "$*" in *" -n 0"*) speed=1000 ;; *) speed=50 ;; esac
+printf '[\\n  {\\n    "avg_ts": %s,\\n    "samples_ts": [ 1 ]\\n  }\\n]\\n' $speed
+"""
+    stand_in.write_text(script)
+    stand_in.chmod(0o755)
+    peer = ("--llama-bench", stand_in, "--gguf", tmp_path / "model-Q8_0.gguf")
+    done = sample("compare_peers.py", "--satchel", f"tiny={tiny}", *peer, *WORK, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    theirs = found["median"]["llama.cpp model-Q8_0"]
+    assert (theirs["prefill"], theirs["decode"], theirs["load"]) == (1000, 50, None)
+    ratio = found["ratio"]["satchel tiny"]["llama.cpp model-Q8_0"]
+    assert ratio["load"] is None
+    assert ratio["decode"] == pytest.approx(found["median"]["satchel tiny"]["decode"] / 50)
+    asked = Path(f"{stand_in}.log").read_text().splitlines()
+    assert len(asked) == 4
+    assert all("--threads 1 " in line for line in asked)
+    assert [re.findall(r"-[pnd] \d+", line) for line in asked[:2]] == [["-p 8", "-n 0"], ["-p 0", "-n 3", "-d 8"]]
+
+
+def test_compare_peers_says_in_a_line_which_peers_cannot_run(tiny: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"  # an interpreter without any package
+    venv.create(python, symlinks=True)
+    named = ("--genai", tmp_path, "--genai-python", python / "bin" / "python", "--openvino", tmp_path / "nowhere")
+    missing = ("--llama-bench", tmp_path / "none", "--gguf", "model.gguf", *named)
+    done = sample("compare_peers.py", "--satchel", f"tiny={tiny}", "--satchel", f"bad={tmp_path}", *missing, *WORK)
+    assert done.returncode == 2
+    assert done.stderr == f"{tmp_path}: not a bundle (no manifest.json that tells the vocabulary)\n"
+    done = sample("compare_peers.py", "--satchel", f"tiny={tiny}", *missing, *WORK)
+    assert done.returncode == 1
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["prefill", "satchel"]
+    left_out = {line.split(" is left out: ")[0]: line for line in done.stderr.splitlines() if "left out" in line}
+    assert len(left_out) == 3
+    assert "cannot be started (No such file or directory)" in left_out["llama.cpp model"]
+    assert "onnxruntime-genai cannot be imported by" in left_out[f"genai {tmp_path.name}"]
+    assert left_out["openvino nowhere"].endswith("nowhere: not there")
+    assert "Traceback" not in done.stderr
+    assert "round 2 of 2: satchel tiny" in done.stderr
+    assert "round 2 of 2: genai" not in done.stderr
+
+
+def test_compare_peers_refuses_what_makes_no_sense(tiny: Path) -> None:
+    for arguments, message in (
+        (("--rounds", "0"), "--rounds 0: must be 1 or more"),
+        (("--gguf", "model.gguf"), "--llama-bench and --gguf go together"),
+        (("--satchel", "nameless"), "--satchel nameless: must be NAME=BUNDLE"),
+    ):
+        done = sample("compare_peers.py", "--satchel", f"tiny={tiny}", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr

@@ -86,16 +86,17 @@ def test_bench_json_has_the_figures_as_the_last_line(tiny: Path) -> None:
     done = satchel("bench", tiny, *work, "--threads", "1", "--json")
     assert done.returncode == 0
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert list(figures) == ["prefill", "decode", "load", "rss_mb", "pss_mb"]
+    assert list(figures) == ["prefill", "decode", "load", "rss_mb", "pss_mb", "ttft"]
     assert all(value > 0 for value in figures.values())
     assert 0.01 < figures["load"] < 30
     assert 10 < figures["pss_mb"] < figures["rss_mb"] < 1000
 
 
 def test_bench_prints_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", str(tiny), "--prompt-tokens", "5", "--new-tokens", "5", "--threads", "1"]) == 0
+    work = ("--prompt-tokens", "5", "--new-tokens", "5", "--threads", "1", "--no-bandwidth")
+    assert cli.main(["bench", str(tiny), *work]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["prefill", "decode", "load", "memory"]
+    assert [line.split()[0] for line in lines] == ["prefill", "ttft", "decode", "load", "memory"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_bundle(tmp_path / "bundle")
     manifest = read_manifest(folder)
-    for graph in manifest["graphs"].values():
+    for graph in filter(None, manifest["graphs"].values()):
         graph["session"] = {}  # weights are packed
     manifest["graphs"]["decode"]["session_of"] = "prefill"
     write_manifest(folder, manifest)
@@ -221,6 +221,13 @@ def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.Monke
         monkeypatch.undo()
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
         assert files(folder) == before, step
+
+
+def test_int8_prefill_needs_weights_in_four_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(folder)
+    assert cli.main(["specialize", str(folder), "--prefill", "int8"]) == 2
+    assert "no graph for prefill_int8: its products are not in 4 bits" in capsys.readouterr().err
+    assert files(folder) == before
 
 
 def test_a_full_disk_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
