@@ -14,7 +14,7 @@ from satchel.export.errors import ExportError
 from satchel.graphs import signature
 from satchel.graphs.assign import layer_name
 from satchel.graphs.quantized import Quantised
-from satchel.graphs.targets import PREFILL_INT8, TARGETS, Session
+from satchel.graphs.targets import PHASES, PREFILL_INT8, TARGETS, Session
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -66,7 +66,7 @@ def describe(
         recipe=None if quantised is None else quantised.recipe,
         model=facts,
         kv_cache=cache_spec(models["prefill"]),
-        graphs=Graphs(**{PREFILL_INT8: None} | _graph_specs(models, TARGETS[config.target].sessions(quantised))),
+        graphs=_graphs(models, TARGETS[config.target].sessions(quantised)),
         layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),
@@ -131,8 +131,9 @@ def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
     return layers
 
 
-def _graph_specs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> dict[str, GraphSpec | None]:
-    return {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}
+def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
+    specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}
+    return Graphs(**{phase: specs[phase] for phase in PHASES}, prefill_int8=specs.get(PREFILL_INT8))
 
 
 def _graph_spec(phase: str, model: ir.Model, session: Session) -> GraphSpec:

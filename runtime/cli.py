@@ -35,9 +35,7 @@ COMMANDS = {
         "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])"
     ),
     "run": Command("satchel.runtime.commands.run", "continue a prompt"),
-    "specialize": Command(
-        "satchel.runtime.commands.specialize", "make a bundle ready for this machine"
-    ),
+    "specialize": Command("satchel.runtime.commands.specialize", "make a bundle ready for this machine"),
     "bench": Command("satchel.runtime.commands.bench", "measure the speed and memory of a bundle"),
     "eval": Command("satchel.runtime.commands.eval", "measure how close a bundle is to a reference on a text"),
     "inspect": Command("satchel.runtime.commands.inspect", "show what is in a bundle"),
