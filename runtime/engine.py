@@ -15,7 +15,7 @@ from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.kv_cache import KVCache
-from satchel.runtime.session import ORT_ERRORS, SessionSettings, is_specialised, open_session
+from satchel.runtime.session import ORT_ERRORS, SessionSettings, open_both, open_session
 
 PREFILL_CHUNK = 256  # tokens
 
@@ -57,10 +57,7 @@ class Engine:
         self.vocabulary = bundle.manifest.model.vocab_size
         self.max_context = bundle.manifest.model.max_context
         self._settings = settings
-        self._prefill = open_session(bundle, "prefill", settings)
-        # Specialised graphs map the same weights, so that a session for each costs no memory.
-        shared = bundle.manifest.graph("decode").session_of == "prefill" and not is_specialised(bundle, settings)
-        self._decode = self._prefill if shared else open_session(bundle, "decode", settings)
+        self._prefill, self._decode = open_both(bundle, settings)
         self._score: ort.InferenceSession | None = None
         self._score_lock = threading.Lock()
 

@@ -147,7 +147,8 @@ class Specialized:
 
     They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
     are the same; `processor` is its name, for people. `int8_prefill` tells that prefill runs over int8 weights made of
-    those in 4 bits. `graphs` are file names by phase, and `files` lists all files.
+    those in 4 bits; `tiled_attention` which of two attention kernels was faster. `graphs` are file names by phase, of
+    prefill alone where its session runs decode, too; `files` lists all files.
     """
 
     onnxruntime: str
@@ -155,6 +156,7 @@ class Specialized:
     processor: str
     features: tuple[str, ...]
     int8_prefill: bool
+    tiled_attention: bool
     graphs: dict[str, str]
     files: dict[str, FileRecord]
 
@@ -256,8 +258,8 @@ def _check_values(manifest: Manifest) -> None:
     if manifest.specialized:
         specialized = manifest.specialized
         _check_files(specialized.files, "specialized.files")
-        both = set(specialized.graphs) == {"prefill", "decode"}
-        _check(both, "specialized.graphs", sorted(specialized.graphs), "files of prefill and decode")
+        known = set(specialized.graphs) in ({"prefill"}, {"prefill", "decode"})
+        _check(known, "specialized.graphs", sorted(specialized.graphs), "files of prefill, or of prefill and decode")
         for phase, file in specialized.graphs.items():
             _check(file in specialized.files, f"specialized.graphs.{phase}", file, "listed in 'specialized.files'")
 

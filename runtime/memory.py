@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 
 from satchel.runtime.errors import SatchelError
 
 KIB_PER_MIB = 1024
+M_ARENA_MAX = -8  # of malloc.h
 
 
 def peak_rss_mib() -> float:
@@ -20,6 +23,28 @@ def pss_mib() -> float:
     Raises SatchelError off Linux.
     """
     return _field("/proc/self/smaps_rollup", "Pss:")
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system: loading packs weights, and glibc keeps what that took.
+
+    Does nothing where the C library is another.
+    """
+    _glibc("malloc_trim", 0)
+
+
+def use_one_arena() -> None:
+    """Let all threads allocate from one heap, for the rest of the process: glibc gives back little of other heaps.
+
+    Does nothing where the C library is another. Must come before there are other threads.
+    """
+    _glibc("mallopt", M_ARENA_MAX, 1)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    called = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if called is not None:
+        called(*arguments)
 
 
 def _field(path: str, name: str) -> float:

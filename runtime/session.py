@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
-from satchel.runtime.manifest import MANIFEST_NAME, TensorSpec
+from satchel.runtime.manifest import MANIFEST_NAME, Specialized, TensorSpec
+from satchel.runtime.memory import release_freed, use_one_arena
 
 # What the user calls a provider -> what ONNX Runtime calls it.
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -55,6 +59,8 @@ ORT_ERRORS = (
 
 LOG_VERBOSE, LOG_FATAL = 0, 4
 
+PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+
 _process_pool: int | None = None
 """Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
 
@@ -85,18 +91,55 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     path = bundle.graph_path(phase)
     options = _session_options(bundle, phase, settings)
     provider = _provider(settings.provider)
-    if is_specialised(bundle, settings) and bundle.specialized and phase in bundle.specialized.graphs:
-        path = bundle.path(bundle.specialized.graphs[phase])
+    made = _specialised(bundle, settings)
+    if made is not None and phase in made.graphs:
+        path = bundle.path(made.graphs[phase])
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
     session = _open(path, options, provider, ["ConstantFolding"] if settings.lean else [])
     _check_signature(bundle, phase, session)
     return session
 
 
-def is_specialised(bundle: Bundle, settings: SessionSettings) -> bool:
-    """Whether the sessions of both phases open graphs that were made for this machine."""
+def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """Open prefill and decode side by side, or in one session where the manifest or the specialised graphs say so.
+
+    Raises ProviderError and BundleError.
+    """
+    phases = ("prefill",) if _in_one_session(bundle, settings) else ("prefill", "decode")
+    made = _specialised(bundle, settings)
+    tiled = made is None or made.tiled_attention
+    with _attention(tiled), concurrent.futures.ThreadPoolExecutor(len(phases)) as threads:
+        sessions = list(threads.map(lambda phase: open_session(bundle, phase, settings), phases))
+    release_freed()
+    return sessions[0], sessions[-1]
+
+
+def _in_one_session(bundle: Bundle, settings: SessionSettings) -> bool:
+    made = _specialised(bundle, settings)
+    return bundle.manifest.graph("decode").session_of == "prefill" if made is None else "decode" not in made.graphs
+
+
+@contextlib.contextmanager
+def _attention(tiled: bool) -> Iterator[None]:
+    """Choose between ONNX Runtime's kernels for attention over many tokens: by tiles, or one row of scores at a time.
+
+    Sessions read this variable of the environment when they are opened, and there is no other way to say it. One that
+    the user has set stays.
+    """
+    if tiled or PLAIN_ATTENTION in os.environ:
+        yield
+        return
+    os.environ[PLAIN_ATTENTION] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[PLAIN_ATTENTION]
+
+
+def _specialised(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
+    """The graphs that were made for this machine, where these sessions are to use them."""
     made = bundle.specialized
-    return made is not None and made.provider == settings.provider and not settings.lean
+    return made if made is not None and made.provider == settings.provider and not settings.lean else None
 
 
 def save_optimised(bundle: Bundle, phase: str, settings: SessionSettings, path: Path, inline_bytes: int) -> None:
@@ -127,6 +170,7 @@ def share_thread_pool(threads: int | None = None) -> None:
     wanted = default_threads() if threads is None else threads
     if _process_pool is None:
         _check_threads(wanted)
+        use_one_arena()
         ort.set_global_thread_pool_sizes(wanted, 1)
         _process_pool = wanted
     elif threads is not None and threads != _process_pool:
@@ -174,11 +218,14 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
     if settings.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = f"{settings.profile}-{phase}"
+    if _in_one_session(bundle, settings):  # two are opened side by side, on a thread each
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
     entries = dict(bundle.manifest.graph(phase).session)
     if settings.lean:
         entries["session.disable_prepacking"] = "1"
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+        options.enable_cpu_mem_arena = False
         # The default order runs all that depends on weights alone first, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     for key, value in entries.items():

@@ -12,6 +12,7 @@ import json
 import mmap
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,10 @@ INLINE_BYTES = 1024
 
 DISK_FACTOR = 4
 """The most that the work takes of the weight file's size: both optimised graphs' weights, before what is equal goes."""
+
+TIMED_TOKENS, TIMED_RUNS = 512, 5
+ENOUGH_FASTER = 0.95
+"""Tiles take less memory, so the other kernel must take at most this share of their time."""
 
 CHECKED_TOKENS = 8
 TOLERANCE = 1e-3
@@ -78,7 +83,9 @@ def specialize(
     folder = bundle.folder
     settings = SessionSettings(threads=threads)
     portable = replace(bundle, specialized=None)
-    sources = {"prefill": "prefill_int8" if int8_prefill else "prefill", "decode": "decode"}
+    sources = {"prefill": "prefill_int8" if int8_prefill else "prefill"}
+    if int8_prefill or bundle.manifest.graph("decode").session_of is None:
+        sources["decode"] = "decode"
     for phase in sources.values():
         portable.graph_path(phase)
     with _scratch(folder) as scratch:
@@ -93,8 +100,8 @@ def specialize(
                 path = scratch / f"{phase}.onnx"
                 save_optimised(portable, source, settings, path, INLINE_BYTES)
                 _relocate(path, store)
-        names = {phase: f"{PREFIX}{_token(portable)}-{phase}.onnx" for phase in PHASES}
-        made = {store.name: scratch / "data", **{names[phase]: scratch / f"{phase}.onnx" for phase in PHASES}}
+        names = {phase: f"{PREFIX}{_token(portable)}-{phase}.onnx" for phase in sources}
+        made = {store.name: scratch / "data", **{names[phase]: scratch / f"{phase}.onnx" for phase in sources}}
         progress("checking")
         records = {
             name: FileRecord(path.stat().st_size, sha256_of(path, lambda _: None)) for name, path in made.items()
@@ -105,13 +112,19 @@ def specialize(
             processor=processor_name(),
             features=processor_features(),
             int8_prefill=int8_prefill,
+            tiled_attention=True,
             graphs=names,
             files=records,
         )
-        manifest = replace(bundle.manifest, specialized=specialized)
         old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
         with _placed(folder, made, keep=old):
-            _check(portable, Bundle(folder, manifest, specialized), settings)
+            _check(portable, Bundle(folder, bundle.manifest, specialized), settings)
+            progress("timing attention")
+            tiled = Bundle(folder, bundle.manifest, specialized)
+            plain = replace(specialized, tiled_attention=False)
+            if _plain_is_faster(tiled, replace(tiled, specialized=plain), settings):
+                specialized = plain
+            manifest = replace(bundle.manifest, specialized=specialized)
             _write_manifest(folder, manifest, scratch)
     for name in old - set(made):
         (folder / name).unlink(missing_ok=True)
@@ -233,6 +246,21 @@ def _compare(portable: Bundle, specialised: Bundle, settings: SessionSettings) -
             f"{portable.folder}: the specialised graphs differ from the portable ones by {error:.2g} of the logits: "
             "nothing was changed; report this processor and ONNX Runtime to satchel"
         )
+
+
+def _plain_is_faster(tiled: Bundle, plain: Bundle, settings: SessionSettings) -> bool:
+    """Whether prefill takes less time with one row of scores at a time, by medians of runs in turn."""
+    length = min(TIMED_TOKENS, tiled.manifest.model.max_context)
+    ids = [(7 * i + 1) % tiled.manifest.model.vocab_size for i in range(length)]
+    engines = [Engine(bundle, settings) for bundle in (tiled, plain)]
+    times: list[list[float]] = [[], []]
+    for _ in range(TIMED_RUNS):
+        for engine, taken in zip(engines, times, strict=True):
+            state = engine.new_state(length)
+            start = time.perf_counter()
+            engine.prefill(state, ids)
+            taken.append(time.perf_counter() - start)
+    return bool(np.median(times[1]) < np.median(times[0]) * ENOUGH_FASTER)
 
 
 def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:

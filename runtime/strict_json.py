@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any
@@ -26,13 +27,17 @@ def from_json(kind: Any, value: Any, key: str = "") -> Any:
     """
     if kind is Any:
         return value
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(value) is kind:
+        return value
+    origin, arguments = _parts(kind)
     if origin is types.UnionType:
         return _union(arguments, value, key)
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, key)
     if origin is tuple:
         _require(isinstance(value, list), tuple, value, key)
+        if all(type(item) is arguments[0] for item in value):
+            return tuple(value)
         return tuple(from_json(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         _require(isinstance(value, dict), dict, value, key)
@@ -54,10 +59,20 @@ def to_json(value: Any) -> Any:
     return value
 
 
+@functools.cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(kind), typing.get_args(kind)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    types_of = typing.get_type_hints(kind)
+    return {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
+
+
 def _dataclass(kind: type, value: Any, key: str) -> Any:
     _require(isinstance(value, dict), dict, value, key)
-    types_of = typing.get_type_hints(kind)
-    hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
+    hints = _hints(kind)
     unknown = sorted(value.keys() - hints.keys())
     if unknown:
         raise StrictJsonError(f"unknown key '{_join(key, unknown[0])}'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 import warnings
@@ -14,11 +15,11 @@ import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime import bundle as bundle_module
-from satchel.runtime import cli, onnx_wire, specialize
+from satchel.runtime import cli, onnx_wire, session, specialize
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
-from satchel.runtime.session import SessionSettings, is_specialised
+from satchel.runtime.session import SessionSettings
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -30,7 +31,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     manifest = read_manifest(folder)
     for graph in filter(None, manifest["graphs"].values()):
         graph["session"] = {}  # weights are packed
-    manifest["graphs"]["decode"]["session_of"] = "prefill"
     write_manifest(folder, manifest)
     return folder
 
@@ -63,10 +63,9 @@ def test_the_logits_are_the_same(made: Path) -> None:
     np.testing.assert_allclose(logits(bundle), logits(Bundle(made, bundle.manifest)), rtol=0, atol=1e-5)
 
 
-def test_both_phases_have_sessions_of_the_specialised_graphs(made: Path) -> None:
+def test_sessions_open_the_specialised_graphs(made: Path) -> None:
     bundle = open_bundle(made)
-    engine = Engine.open(bundle, threads=1)
-    assert engine._decode is not engine._prefill
+    Engine.open(bundle, threads=1)
     for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
         (made / graph).write_bytes(b"no graph")
     with pytest.raises(BundleError, match=f"{bundle.specialized.graphs['prefill']}: ONNX Runtime"):  # type: ignore[union-attr]
@@ -86,8 +85,9 @@ def test_packed_weights_are_mapped_and_stored_once(made: Path) -> None:
 
 def test_lean_sessions_run_the_portable_graphs(made: Path) -> None:
     bundle = open_bundle(made)
-    assert is_specialised(bundle, SessionSettings())
-    assert not is_specialised(bundle, SessionSettings(lean=True))
+    for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
+        (made / graph).write_bytes(b"no graph")
+    assert np.isfinite(Engine(bundle, SessionSettings(threads=1, lean=True)).score(IDS)).all()
 
 
 def test_doing_it_again_replaces_what_was_there(made: Path) -> None:
@@ -244,3 +244,34 @@ def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
         warnings.simplefilter("error")
         assert open_bundle(made).specialized is not None
     assert bundle_module._misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]
+
+
+def test_where_phases_share_a_session_there_is_one_graph(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    manifest["graphs"]["decode"]["session_of"] = "prefill"
+    write_manifest(folder, manifest)
+    specialize.specialize(open_bundle(folder), threads=1)
+    bundle = open_bundle(folder)
+    assert set(bundle.specialized.graphs) == {"prefill"}  # type: ignore[union-attr]
+    assert len(set(map(id, Engine.open(bundle, threads=1).sessions))) == 1
+    np.testing.assert_allclose(logits(bundle), logits(Bundle(folder, bundle.manifest)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_the_faster_attention_is_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch, tiled: bool) -> None:
+    monkeypatch.setattr(specialize, "_plain_is_faster", lambda *_: not tiled)
+    specialize.specialize(open_bundle(folder), threads=1)
+    seen = []
+    opened = session.open_session
+
+    def noting(*arguments: Any) -> Any:
+        seen.append(os.environ.get(session.PLAIN_ATTENTION))
+        return opened(*arguments)
+
+    monkeypatch.setattr(session, "open_session", noting)
+    Engine.open(open_bundle(folder), threads=1)
+    assert seen == [None if tiled else "1"] * 2
+    assert session.PLAIN_ATTENTION not in os.environ
+    monkeypatch.setenv(session.PLAIN_ATTENTION, "0")
+    Engine.open(open_bundle(folder), threads=1)
+    assert seen[2:] == ["0"] * 2, "what the user has set stays"
