@@ -159,3 +159,21 @@ def test_compare_peers_refuses_what_makes_no_sense(tiny: Path) -> None:
         done = sample("compare_peers.py", "--satchel", f"tiny={tiny}", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("Q8_0", 0.01), ("Q4_0", 0.15)])
+def test_a_llama_in_gguf_has_the_weights_of_its_checkpoint(kind: str, allowed: float, tmp_path: Path) -> None:
+    from satchel.export.compile import open_source
+    from satchel.export.config import ExportConfig
+
+    small = ("--layers", "2", "--hidden", "512", "--inner", "256", "--vocabulary", "320")
+    assert sample("make_llama_1b.py", tmp_path / "small", *small).returncode == 0
+    done = sample("gguf_of_llama.py", tmp_path / "small", tmp_path / "small.gguf", "--type", kind)
+    assert done.returncode == 0, done.stderr
+    config = ExportConfig(tmp_path / "unused")
+    ours, theirs = (open_source(tmp_path / name, config).weights for name in ("small.gguf", "small"))
+    compared = [name for name in theirs if name in ours]
+    assert len(compared) > 15
+    for name in compared:
+        found, wanted = ours[name].numpy(), theirs[name].numpy()
+        assert np.linalg.norm(found - wanted) <= allowed * np.linalg.norm(wanted), name
