@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,10 @@ def _greedy_rows(logits: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _prompt_ids(workload: Workload) -> NDArray[np.int64]:
-    """Random ids from a fixed seed, [prompt_tokens], or [batch, prompt_tokens] of more than one sequence."""
-    shape = workload.prompt_tokens if workload.batch == 1 else (workload.batch, workload.prompt_tokens)
-    return np.random.default_rng(0).integers(LOWEST_ID, workload.vocabulary, shape)
+    """Random ids from a fixed seed, [prompt_tokens], or [batch, prompt_tokens] of more than one sequence.
+
+    numpy's generator loads libraries that a runner does not, and would count as its memory.
+    """
+    draw, count = random.Random(0).randrange, workload.batch * workload.prompt_tokens
+    ids = np.asarray([draw(LOWEST_ID, workload.vocabulary) for _ in range(count)], np.int64)
+    return ids if workload.batch == 1 else ids.reshape(workload.batch, workload.prompt_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +21,8 @@ def file_identity(path: Path) -> Identity:
 
 def sha256_of(path: Path, advance: Callable[[int], object]) -> str:
     """The SHA-256 of a file as hex digits; `advance` is told the bytes read after each part."""
+    import hashlib  # it loads a library of 3 MiB, which a bundle that was hashed before does not need
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(READ_SIZE):
