@@ -17,9 +17,10 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.describe import cache_spec, describe, tokenizer_spec
 from satchel.export.genai_config import genai_config
-from satchel.graphs.quantized import Quantised
+from satchel.graphs.quantized import EXPANDED, Quantised
 from satchel.graphs.values import weight
 from satchel.graphs.weights import LazyWeight, stored
+from satchel.runtime.expand import EXPANDED_NAME
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
 
 WEIGHTS_NAME = "weights.bin"
@@ -51,7 +52,7 @@ def write_bundle(
         OSError: The disk is full, or a file cannot be written.
     """
     places = lay_out(models.values())
-    with progress(sum(place.weight.nbytes for place in places.values())) as advance:
+    with progress(sum(place.weight.nbytes for place in places.values() if place.file == WEIGHTS_NAME)) as advance:
         files = {WEIGHTS_NAME: write_weights(folder, places, advance)}
     for phase, model in models.items():
         write_graph(folder, f"{phase}.onnx", model, places)
@@ -71,20 +72,23 @@ def write_bundle(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a weight lies in the weight file, in bytes."""
+    """Where a weight lies in a file, in bytes."""
 
     weight: LazyWeight
     offset: int
+    file: str = WEIGHTS_NAME
 
 
 def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
     """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes.
 
+    Weights that a device makes have theirs in a file that no bundle has.
+
     Raises:
         ValueError: Two graphs have different weights of one name.
     """
     places: dict[str, Place] = {}
-    end = 0
+    ends = {WEIGHTS_NAME: 0, EXPANDED_NAME: 0}
     for model in models:
         for value in model.graph.initializers.values():
             lazy = weight(value)
@@ -97,9 +101,10 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
                     raise ValueError(f"two weights are called {lazy.name}: {there.weight} and {lazy}")
                 continue
             alignment = PAGE if lazy.nbytes >= LARGE else LINE
-            offset = -(-end // alignment) * alignment
-            places[lazy.name] = Place(lazy, offset)
-            end = offset + lazy.nbytes
+            file = EXPANDED_NAME if EXPANDED in lazy.meta else WEIGHTS_NAME
+            offset = -(-ends[file] // alignment) * alignment
+            places[lazy.name] = Place(lazy, offset, file)
+            ends[file] = offset + lazy.nbytes
     return places
 
 
@@ -114,7 +119,7 @@ def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -
             digest.update(data)
             position += len(data)
 
-        for place in places.values():
+        for place in (place for place in places.values() if place.file == WEIGHTS_NAME):
             put(bytes(place.offset - position))
             for block in place.weight.blocks():
                 data = stored(block).data
@@ -131,7 +136,7 @@ def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, P
         if lazy is None:
             continue
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_NAME,
+            places[lazy.base.name].file,
             places[lazy.base.name].offset,
             lazy.nbytes,
             lazy.dtype,

@@ -22,6 +22,14 @@ CODE_TYPES = {
 """(bits, symmetric) -> dtype of the codes as DequantizeLinear reads them."""
 
 
+EXPANDED = "expanded"
+"""Mark of weights in int8 that are made on the device: the name of the weight that they are made of."""
+
+INT8_LEVELS = 127
+SMALLEST_RANGE = np.float32(1e-10)
+"""An output's largest weight counts as this much at least, so that zeros stay zeros."""
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """The codes of one weight [outputs, inputs] on their grid.
@@ -65,6 +73,38 @@ class QuantizedWeight:
             return codes, scales, None
         points = laid_out(grid.zero_points).astype(dtype.numpy())
         return codes, scales, from_array(f"{self.name}.zero_points", points, computed=True)
+
+    def expanded(self) -> tuple[LazyWeight, LazyWeight]:
+        """The values in int8 with a scale per output: codes [inputs, outputs] and scales [outputs] for axis 1.
+
+        They are marked EXPANDED: no bundle has them, a device makes them of what `columns` stores (satchel.runtime.
+        expand). Codes lie between two steps more often than not, so both round in float32.
+        """
+        outputs, inputs = self.codes.shape
+
+        def scales(a: int, b: int) -> NDArray[np.float32]:
+            largest = np.abs(self._values(a, b)).max(axis=1)
+            steps: NDArray[np.float32] = np.maximum(largest, SMALLEST_RANGE) / np.float32(INT8_LEVELS)
+            return steps
+
+        def codes(a: int, b: int) -> NDArray[np.int8]:
+            steps = np.rint(self._values(0, outputs) / scales(0, outputs)[:, None])
+            return np.ascontiguousarray(steps[:, a:b].T).astype(np.int8)
+
+        made = (
+            LazyWeight(f"{self.name}.int8", (inputs, outputs), ir.DataType.INT8, codes, computed=True),
+            LazyWeight(f"{self.name}.int8_scales", (outputs,), ir.DataType.FLOAT, scales, computed=True),
+        )
+        for lazy in made:
+            lazy.meta[EXPANDED] = self.name
+        return made
+
+    def _values(self, a: int, b: int) -> NDArray[np.float32]:
+        """What the codes of outputs `a` to `b` stand for, [outputs, inputs] float32."""
+        grid = self.grid
+        zero_points = None if grid.zero_points is None else grid.zero_points[a:b]
+        part = dataclasses.replace(grid, scales=grid.scales[a:b], zero_points=zero_points)
+        return part.values(self.codes[a:b].astype(np.int16)).astype(np.float32)
 
     def rows(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
         """Codes [outputs, inputs * bits / 8] uint8, scales [outputs, blocks], zero points [outputs, blocks * bits / 8].

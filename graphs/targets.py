@@ -127,11 +127,16 @@ def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
     return steps
 
 
+def _expandable(rule: Rule) -> bool:
+    """Whether a rule's products gain by int8 weights: a head, which a rule of its own has, sees one token at a time."""
+    return rule.prefill == "float" and "linear" in rule.kinds
+
+
 ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
     "prefill": lambda rule: rule.prefill,
     "decode": lambda rule: rule.decode,
     "score": lambda rule: rule.prefill,
-    "prefill_int8": lambda rule: "expanded" if rule.prefill == "float" else rule.prefill,
+    "prefill_int8": lambda rule: "expanded" if _expandable(rule) else rule.prefill,
 }
 """How a rule's products take their input in a phase: the names of insert_qdq's forms."""
 
@@ -168,7 +173,8 @@ class Target:
 
     def names(self, quantised: Quantised | None) -> tuple[str, ...]:
         """The graphs of a bundle."""
-        products = {} if quantised is None else {n: r for n, r in quantised.rules.items() if r.prefill == "float"}
+        rules = {} if quantised is None else quantised.rules
+        products = [name for name, rule in rules.items() if _expandable(rule)]
         small = quantised is not None and any(quantised.weights[name].grid.scheme.bits == 4 for name in products)
         return (*PHASES, PREFILL_INT8) if small else PHASES
 

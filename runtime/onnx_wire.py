@@ -7,11 +7,13 @@ encoding that of the Protocol Buffers specification ("Encoding").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 LENGTH_DELIMITED = 2
 """The wire type of strings and messages."""
 
-MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_EXTERNAL_DATA = 7, 5, 13
+MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL_DATA = 1, 2, 8, 13
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 
 External = dict[str, str]
@@ -45,16 +47,54 @@ def map_external_data(model: bytes, change: Callable[[External], External]) -> b
     return _mapped(model, MODEL_GRAPH, graph)
 
 
+@dataclass(frozen=True)
+class ExternalTensor:
+    """An initialiser whose data lies elsewhere. `dtype` is a number of TensorProto.DataType."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: int
+    place: External
+
+
+def external_tensors(model: bytes) -> dict[str, ExternalTensor]:
+    """The main graph's initialisers that have external data, by name. Raises ValueError."""
+    graphs = [content for number, content, _ in fields(model) if number == MODEL_GRAPH]
+    tensors = [_tensor(body) for graph in graphs for kind, body, _ in fields(graph) if kind == GRAPH_INITIALIZER]
+    return {tensor.name: tensor for tensor in tensors if tensor.place}
+
+
 def external_data(model: bytes) -> list[External]:
     """The external data entries of the main graph's initialisers, those that have any. Raises ValueError."""
-    found: list[External] = []
+    return [tensor.place for tensor in external_tensors(model).values()]
 
-    def note(entries: External) -> External:
-        found.append(entries)
-        return entries
 
-    map_external_data(model, note)
-    return found
+def numbers(content: bytes, raw: bytes) -> Iterator[int]:
+    """The numbers of a field: several where they are packed, or the one that follows the tag."""
+    position = 0
+    if not content:
+        _, position = varint(raw, 0)
+        content = raw
+    while position < len(content):
+        number, position = varint(content, position)
+        yield number
+
+
+def _tensor(message: bytes) -> ExternalTensor:
+    name, dtype = "", 0
+    dims: list[int] = []
+    place: External = {}
+    for number, content, raw in fields(message):
+        if number == TENSOR_DIMS:
+            dims.extend(numbers(content, raw))
+        elif number == TENSOR_TYPE:
+            dtype = next(numbers(content, raw))
+        elif number == TENSOR_NAME:
+            name = content.decode()
+        elif number == TENSOR_EXTERNAL_DATA:
+            key, value = _entry(content)
+            place[key] = value
+    return ExternalTensor(name, tuple(dims), dtype, place)
 
 
 def _mapped(message: bytes, field: int, change: Callable[[bytes], bytes]) -> bytes:

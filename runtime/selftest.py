@@ -45,8 +45,6 @@ def selftest(folder: Path) -> None:
         "decode": _run(bundle, "decode", ids[:, -1:], length - 1, cache)[0],
         "score": _run(bundle, "score", ids, 0, empty)[0],
     }
-    if bundle.manifest.graphs.prefill_int8 is not None:
-        results["prefill_int8"] = _run(bundle, "prefill_int8", ids, 0, empty)[0]
     rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
     for name, logits in results.items():
         if not np.isfinite(logits).all() or not np.isfinite(whole).all():

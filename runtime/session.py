@@ -142,8 +142,10 @@ def _specialised(bundle: Bundle, settings: SessionSettings) -> Specialized | Non
     return made if made is not None and made.provider == settings.provider and not settings.lean else None
 
 
-def save_optimised(bundle: Bundle, phase: str, settings: SessionSettings, path: Path, inline_bytes: int) -> None:
-    """Write the graph of `phase` as ONNX Runtime optimises it for this processor, to `path`.
+def save_optimised(
+    bundle: Bundle, phase: str, graph: Path, settings: SessionSettings, path: Path, inline_bytes: int
+) -> None:
+    """Write a graph as ONNX Runtime optimises it for this processor, with the session entries of `phase`, to `path`.
 
     Constants of `inline_bytes` or more, and the weights that kernels have packed, go beside it into a file with the
     suffix ".data". Raises ProviderError and BundleError.
@@ -156,7 +158,7 @@ def save_optimised(bundle: Bundle, phase: str, settings: SessionSettings, path: 
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(key, value)
-    _open(bundle.graph_path(phase), options, _provider(settings.provider), [])
+    _open(graph, options, _provider(settings.provider), [])
 
 
 def share_thread_pool(threads: int | None = None) -> None:

@@ -29,6 +29,7 @@ from satchel.runtime.certify import check_certificate
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.expand import EXPANDED_NAME, expand_weights
 from satchel.runtime.hash_memory import sha256_of
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features, processor_name
@@ -98,7 +99,8 @@ def specialize(
             for phase, source in sources.items():
                 progress(f"optimising {phase}")
                 path = scratch / f"{phase}.onnx"
-                save_optimised(portable, source, settings, path, INLINE_BYTES)
+                with _complete(portable, source, scratch) as graph:
+                    save_optimised(portable, source, graph, settings, path, INLINE_BYTES)
                 _relocate(path, store)
         names = {phase: f"{PREFIX}{_token(portable)}-{phase}.onnx" for phase in sources}
         made = {store.name: scratch / "data", **{names[phase]: scratch / f"{phase}.onnx" for phase in sources}}
@@ -158,6 +160,27 @@ def remove(bundle: Bundle) -> Manifest:
     for name in specialized.files:
         (bundle.folder / name).unlink(missing_ok=True)
     return manifest
+
+
+@contextlib.contextmanager
+def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
+    """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
+    if source != "prefill_int8":
+        yield bundle.graph_path(source)
+        return
+    weights, graph = scratch / EXPANDED_NAME, scratch.with_suffix(".onnx")
+    expand_weights(bundle, weights)
+
+    def moved(entries: onnx_wire.External) -> onnx_wire.External:
+        inside = entries["location"] == EXPANDED_NAME
+        return {**entries, "location": f"{scratch.name}/{EXPANDED_NAME}"} if inside else entries
+
+    try:
+        graph.write_bytes(onnx_wire.map_external_data(bundle.graph_path(source).read_bytes(), moved))
+        yield graph
+    finally:
+        graph.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
 
 
 @dataclass

@@ -31,8 +31,7 @@ def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str,
     after:  "float":  Wq -> DequantizeLinear -> W';  x -> MatMul(W') -> y
             "token":  s = Max(ReduceMax(x), -ReduceMin(x), tiny) for each token;  x -> Div(s) -> QuantizeLinear(1/127)
                       -> DequantizeLinear -> MatMul(DequantizeLinear(Wq)) -> Mul(s) -> y
-            "expanded": as "token", over int8 weights with a scale per output that nodes over constants make of Wq: for
-                      prefill where codes in blocks would be slow, once these nodes are folded ahead of time
+            "expanded": as "token", over int8 weights with a scale per output that the device makes of Wq
             "tensor": x -> DynamicQuantizeLinear -> MatMulInteger(Wq) -> Cast -> Mul(scales) -> y
     refuses when: the weight is not among those given (silently).
     """
@@ -61,18 +60,11 @@ def _token(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
 
 
 def _expanded(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
-    builder, name = Builder(model, node), str(node.name)
-    axis = builder.constant(np.asarray([0], np.int64), "axis.first")
-    tiny = builder.constant(np.asarray(SMALLEST, np.float32), "smallest")
-    levels = builder.constant(np.asarray(LEVELS, np.float32), "int8_levels")
-    matrix = _decoded(builder, quantized, name)
-    magnitudes = builder.value("Abs", [matrix], f"{name}.magnitudes")
-    largest = builder.value("ReduceMax", [magnitudes, axis], f"{name}.largest", keepdims=0)
-    scales = builder.value("Div", [builder.value("Max", [largest, tiny], f"{name}.range"), levels], f"{name}.scales")
-    steps = builder.value("Round", [builder.value("Div", [matrix, scales], f"{name}.steps")], f"{name}.rounded")
-    codes = builder.value("Cast", [steps], f"{name}.codes", to=ir.DataType.INT8)
-    expanded = builder.value("DequantizeLinear", [codes, scales], f"{name}.expanded", matrix, axis=1)
-    _multiply_tokens(builder, node, expanded)
+    builder = Builder(model, node)
+    codes, scales = (builder.shared(lazy) for lazy in quantized.expanded())
+    matrix = builder.value("DequantizeLinear", [codes, scales], f"{node.name}.matrix", axis=1)
+    matrix.type, matrix.shape = ir.TensorType(ir.DataType.FLOAT), codes.shape
+    _multiply_tokens(builder, node, matrix)
 
 
 def _multiply_tokens(builder: Builder, node: ir.Node, matrix: ir.Value) -> None:
@@ -114,31 +106,6 @@ def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.
     value.type = ir.TensorType(ir.DataType.FLOAT)
     value.shape = codes.shape if codes is not None else None
     return value
-
-
-def _decoded(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
-    """The weight in float by operators that ONNX Runtime folds, as it does not fold DequantizeLinear."""
-    codes, scales, zero_points = (None if lazy is None else builder.shared(lazy) for lazy in quantized.columns())
-    block = quantized.grid.scheme.block
-    columns, rows = quantized.codes.shape
-
-    def in_blocks(value: ir.Value | None, each: int, part: str) -> ir.Value:
-        number = builder.value("Cast", [value], f"{name}.{part}_float", to=ir.DataType.FLOAT)
-        if block is None:
-            return number
-        shape = builder.constant(
-            np.asarray([rows // block, each, columns], np.int64), f"blocks.{rows}.{each}.{columns}"
-        )
-        return builder.value("Reshape", [number, shape], f"{name}.{part}_blocks")
-
-    steps = in_blocks(codes, block or rows, "codes")
-    if zero_points is not None:
-        steps = builder.value("Sub", [steps, in_blocks(zero_points, 1, "zeros")], f"{name}.shifted")
-    values = builder.value("Mul", [steps, in_blocks(scales, 1, "scales")], f"{name}.scaled")
-    whole = builder.constant(np.asarray([rows, columns], np.int64), f"shape.{rows}.{columns}")
-    matrix = builder.value("Reshape", [values, whole], f"{name}.matrix")
-    matrix.type, matrix.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([rows, columns])
-    return matrix
 
 
 INSERT = {"float": _float, "token": _token, "tensor": _tensor, "expanded": _expanded}

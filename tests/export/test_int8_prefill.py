@@ -1,0 +1,123 @@
+"""Int8 prefill of 4-bit bundles: weights made on the device, against ONNX's own reading of what the bundle stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from support.checkpoints import save_tiny
+from support.tiny_bundle import read_manifest, write_manifest
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.runtime import cli, expand
+from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError
+from satchel.runtime.expand import EXPANDED_NAME, expand_weights
+
+IDS = list(range(4, 28))
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+FORMS = {"int4": "int4", "zero points": "a16w4", "mixed": "int4-mixed"}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("int8-prefill")
+    checkpoint = save_tiny(folder / "checkpoint", **WIDE)
+    recipe = FORMS[request.param]
+    precision = "a16w4" if recipe == "a16w4" else "int4"
+    export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=64, recipe=recipe))
+    return open_bundle(folder / "bundle")
+
+
+def decoded(bundle: Bundle, model: onnx.ModelProto, name: str) -> np.ndarray:
+    """A stored weight [inputs, outputs] in float32, by onnx's own reader."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def read(end: str) -> np.ndarray | None:
+        tensor = tensors.get(name + end)
+        return None if tensor is None else numpy_helper.to_array(tensor, str(bundle.folder)).astype(np.float32)
+
+    codes, scales, zero_points = read(".codes"), read(".scales"), read(".zero_points")
+    assert codes is not None
+    assert scales is not None
+    block = len(codes) // len(scales)
+    if zero_points is not None:
+        codes = codes - np.repeat(zero_points, block, axis=0)
+    return codes * np.repeat(scales, block, axis=0)
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 300])
+def test_weights_are_the_nearest_steps_of_each_output(
+    bundle: Bundle, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expand, "VALUES_AT_ONCE", at_once)
+    expand_weights(bundle, tmp_path / EXPANDED_NAME)
+    graph = onnx.load(bundle.graph_path("prefill_int8"), load_external_data=False).graph
+    stored = onnx.load(bundle.graph_path("prefill"), load_external_data=False)
+    made = {t.name: t for t in graph.initializer if any(e.value == EXPANDED_NAME for e in t.external_data)}
+    names = [name.removesuffix(".int8") for name in made if name.endswith(".int8")]
+    assert len(names) == 8  # four products in each of two layers
+    for name in names:
+        codes = numpy_helper.to_array(made[f"{name}.int8"], str(tmp_path))
+        scales = numpy_helper.to_array(made[f"{name}.int8_scales"], str(tmp_path))
+        wanted = decoded(bundle, stored, name)
+        np.testing.assert_array_equal(scales, np.abs(wanted).max(axis=0) / np.float32(127))
+        np.testing.assert_array_equal(codes, np.rint(wanted / scales).astype(np.int8))
+
+
+def test_no_bundle_holds_them(bundle: Bundle) -> None:
+    assert not (bundle.folder / EXPANDED_NAME).exists()
+    assert EXPANDED_NAME not in bundle.manifest.files
+
+
+def test_a_specialised_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: Bundle) -> None:
+    folder = bundle.folder
+    before = sorted(path.name for path in folder.iterdir())
+    assert cli.main(["specialize", str(folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 0
+    special = open_bundle(folder)
+    assert special.specialized is not None
+    assert special.specialized.int8_prefill
+    kinds = {
+        phase: {node.op_type for node in onnx.load(folder / file, load_external_data=False).graph.node}
+        for phase, file in special.specialized.graphs.items()
+    }
+    assert "MatMulIntegerToFloat" in kinds["prefill"]
+    assert "MatMulIntegerToFloat" not in kinds["decode"]
+    portable, engine = Engine.open(Bundle(folder, bundle.manifest), threads=1), Engine.open(special, threads=1)
+    wanted, found = (e.prefill(e.new_state(32), IDS).copy() for e in (portable, engine))
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert 1e-4 < error < 0.2, "int8 rounds a little, and not nothing"
+    assert cli.main(["verify", str(folder), "--threads", "1"]) == 0
+    assert cli.main(["specialize", str(folder), "--remove"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_the_certificate_does_not_allow_is_not_kept(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rint = np.rint
+    monkeypatch.setattr(expand.np, "rint", lambda values: -rint(values))
+    before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
+    assert cli.main(["specialize", str(bundle.folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 2
+    assert "prefill loses more than the certificate allows (prompt 1: KL" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
+
+
+def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    manifest = read_manifest(bundle.folder)
+    manifest["graphs"]["prefill"]["file"] = "decode.onnx"
+    graph = onnx.load(bundle.graph_path("prefill_int8"), load_external_data=False)
+    for tensor in graph.graph.initializer:
+        tensor.name = tensor.name.replace(".int8", "x.int8")
+    changed = tmp_path / "bundle"
+    changed.mkdir()
+    for path in bundle.folder.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    (changed / "prefill_int8.onnx").write_bytes(graph.SerializeToString())
+    write_manifest(changed, read_manifest(bundle.folder))
+    with pytest.raises(BundleError, match=r"has a weight .* that prefill has not"):
+        expand_weights(Bundle(changed, bundle.manifest), tmp_path / EXPANDED_NAME)
