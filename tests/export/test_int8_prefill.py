@@ -12,7 +12,7 @@ from support.checkpoints import save_tiny
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime import cli, expand
+from satchel.runtime import cli, expand, specialize
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError
@@ -96,14 +96,23 @@ def test_a_specialised_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: 
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_what_the_certificate_does_not_allow_is_not_kept(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("tolerance", "reason"),
+    [(0.5, "differ from the portable ones"), (10, "more than the certificate allows (prompt 1")],
+)
+def test_weights_that_are_wrong_are_not_kept(
+    bundle: Bundle,
+    tolerance: float,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rint = np.rint
     monkeypatch.setattr(expand.np, "rint", lambda values: -rint(values))
+    monkeypatch.setattr(specialize, "ROUNDED_TOLERANCE", tolerance)
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
     assert cli.main(["specialize", str(bundle.folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 2
-    assert "prefill loses more than the certificate allows (prompt 1: KL" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
 
 
