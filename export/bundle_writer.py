@@ -20,8 +20,8 @@ from satchel.export.genai_config import genai_config
 from satchel.graphs.quantized import EXPANDED, Quantised
 from satchel.graphs.values import weight
 from satchel.graphs.weights import LazyWeight, stored
-from satchel.runtime.expand import EXPANDED_NAME
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
+from satchel.runtime.specializing.expand import EXPANDED_NAME
 
 WEIGHTS_NAME = "weights.bin"
 PAGE, LINE = 4096, 64

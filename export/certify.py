@@ -17,9 +17,9 @@ from satchel.export.publish import fresh
 from satchel.export.quantize.flow import Flow
 from satchel.export.texts import Texts
 from satchel.runtime import strict_json
-from satchel.runtime.appraise import REFERENCE, RESULT, WINDOWS
 from satchel.runtime.certificate import Certificate
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.proof.appraise import REFERENCE, RESULT, WINDOWS
 
 
 def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manifest:
@@ -50,7 +50,7 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manife
         np.save(folder / REFERENCE.format(index), flow.logits(index)[0])
     np.save(folder / WINDOWS, windows)
     measured = None if texts.measured is None else strict_json.to_json(texts.measured)
-    command = [sys.executable, "-m", "satchel.runtime.appraise", str(bundle), str(folder), json.dumps(measured)]
+    command = [sys.executable, "-m", "satchel.runtime.proof.appraise", str(bundle), str(folder), json.dumps(measured)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()

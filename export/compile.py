@@ -205,7 +205,7 @@ def _named_errors(name: str, output: Path) -> Iterator[None]:
 
 def _self_check(folder: Path) -> None:
     """Run the bundle as a user will: in a process of its own, without torch."""
-    command = [sys.executable, "-m", "satchel.runtime.selftest", str(folder)]
+    command = [sys.executable, "-m", "satchel.runtime.proof.selftest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()

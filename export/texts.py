@@ -15,7 +15,7 @@ from satchel.export.errors import ExportError
 from satchel.export.publish import fresh
 from satchel.graphs.recipe import Recipe
 from satchel.runtime.certificate import EvaluatedText, Window
-from satchel.runtime.fidelity import text_ids
+from satchel.runtime.proof.fidelity import text_ids
 from satchel.runtime.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 FOLDER = Path(__file__).resolve().parent / "corpora"

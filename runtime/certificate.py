@@ -1,7 +1,7 @@
 """What a bundle's manifest certifies of its answers: figures against the reference, and golden prompts to replay.
 
-Data only, and standard library only, since every reader of a manifest loads it; `satchel.runtime.certify` makes and
-checks certificates.
+Data only, and standard library only, since every reader of a manifest loads it; `satchel.runtime.proof.certify` makes
+and checks certificates.
 """
 
 from __future__ import annotations

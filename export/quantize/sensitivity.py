@@ -16,7 +16,7 @@ from satchel.export.quantize.flow import Flow, Visit
 from satchel.export.quantize.quantize import by_outputs, quantisable, round_weight, rules, values
 from satchel.graphs.assign import layers_of
 from satchel.graphs.recipe import Recipe, Rule
-from satchel.runtime.fidelity import log_softmax
+from satchel.runtime.proof.fidelity import log_softmax
 
 RAISED_BITS = 8
 """What a sensitive layer is raised to."""

@@ -14,8 +14,8 @@ from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import PromptError
 
 if TYPE_CHECKING:
-    from satchel.runtime.bandwidth import Bandwidth
-    from satchel.runtime.benchmark import Run, Summary, Workload
+    from satchel.runtime.bench.bandwidth import Bandwidth
+    from satchel.runtime.bench.benchmark import Run, Summary, Workload
     from satchel.runtime.bundle import Bundle
 
 PROMPT_TOKENS = 512
@@ -77,13 +77,13 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()  # before numpy and ONNX Runtime: their import is part of the load time
     contexts = _checked_contexts(args)
     from satchel.runtime import session
-    from satchel.runtime.benchmark import Workload, check_workload, summarize, timed_run, warm_up
+    from satchel.runtime.bench.benchmark import Workload, check_workload, summarize, timed_run, warm_up
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
     from satchel.runtime.memory import peak_rss_mib, pss_mib
 
     if args.plot is not None:
-        from satchel.runtime.speed_plot import check_plot, write_plot
+        from satchel.runtime.bench.speed_plot import check_plot, write_plot
 
         check_plot(args.plot)
     session.share_thread_pool(args.threads)
@@ -199,8 +199,8 @@ def _shares(
     bundle: Bundle, workloads: Sequence[Workload], summaries: Sequence[Summary]
 ) -> tuple[Bandwidth, list[dict[str, float]]]:
     """The machine's bandwidth, and of each workload the bytes that a step reads and the share it reaches by that."""
-    from satchel.runtime.bandwidth import measure_in_child
-    from satchel.runtime.decode_traffic import cache_bytes, weight_bytes
+    from satchel.runtime.bench.bandwidth import measure_in_child
+    from satchel.runtime.bench.decode_traffic import cache_bytes, weight_bytes
 
     found = measure_in_child()
     shares = []

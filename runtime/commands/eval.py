@@ -15,7 +15,7 @@ from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle
-    from satchel.runtime.fidelity import Fidelity, Ids, Reference
+    from satchel.runtime.proof.fidelity import Fidelity, Ids, Reference
 
 ROWS = (
     ("KL mean", "kl_mean", ".5f"),
@@ -63,8 +63,8 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
-    from satchel.runtime.fidelity import evaluate
     from satchel.runtime.progress import progress_bar
+    from satchel.runtime.proof.fidelity import evaluate
 
     bundle = open_bundle(args.bundle, progress=not args.quiet)
     windows = _windows(bundle, text, args)
@@ -107,7 +107,7 @@ def _read(path: Path) -> str:
 
 
 def _windows(bundle: Bundle, text: str, args: argparse.Namespace) -> list[Ids]:
-    from satchel.runtime.fidelity import cut_windows, text_ids
+    from satchel.runtime.proof.fidelity import cut_windows, text_ids
     from satchel.runtime.tokenizer import Tokenizer
 
     longest = bundle.manifest.model.max_context

@@ -28,8 +28,8 @@ def main(args: argparse.Namespace) -> int:
     to print a table.
     """
     from satchel.runtime.bundle import survey_bundle
-    from satchel.runtime.inspection import inspect_bundle
-    from satchel.runtime.inspection_report import as_page, as_text
+    from satchel.runtime.inspection.inspection import inspect_bundle
+    from satchel.runtime.inspection.report import as_page, as_text
     from satchel.runtime.whole_file import write_whole
 
     found = inspect_bundle(survey_bundle(args.bundle))

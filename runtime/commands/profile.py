@@ -13,7 +13,7 @@ from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import SatchelError
 
 if TYPE_CHECKING:
-    from satchel.runtime.profiling import PhaseProfile
+    from satchel.runtime.profiling.profiling import PhaseProfile
 
 TRACE_OPTION = "--trace"
 OUTSIDE = "before: embedding, positions, masks; after: the last norm and the head"
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     """Profile, and print tables or one JSON object."""
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
-    from satchel.runtime.profiling import record, summarize, trace
+    from satchel.runtime.profiling.profiling import record, summarize, trace
     from satchel.runtime.whole_file import check_target, write_whole
 
     if args.top < 0:

@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _specialize(args: argparse.Namespace) -> None:
-    from satchel.runtime.specialize import specialize_if_needed
+    from satchel.runtime.specializing.specialize import specialize_if_needed
 
     def progress(stage: str) -> None:
         if not args.quiet:

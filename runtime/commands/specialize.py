@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.errors import SatchelWarning
-    from satchel.runtime.specialize import remove, specialize
+    from satchel.runtime.specializing.specialize import remove, specialize
 
     started = time.perf_counter()
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from satchel.runtime.errors import BundleError
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle
     from satchel.runtime.certificate import Certificate
-    from satchel.runtime.certify import Replay
+    from satchel.runtime.proof.certify import Replay
 
 EXIT_MOVED = 1
 
@@ -35,9 +35,9 @@ def main(args: argparse.Namespace) -> int:
     """Replay, and print recorded and found figures with the verdict, or one JSON object. Returns 0 or 1."""
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
-    from satchel.runtime.certify import moved, replay
     from satchel.runtime.engine import Engine
     from satchel.runtime.progress import progress_bar
+    from satchel.runtime.proof.certify import moved, replay
 
     bundle = open_bundle(args.bundle, progress=not args.quiet)
     certificate = bundle.manifest.certificate
@@ -74,8 +74,8 @@ def _moved_tokenizer(bundle: Bundle) -> list[str]:
 def _show(certificate: Certificate, replays: Sequence[Replay], lines: Sequence[str], provider: str) -> None:
     import onnxruntime
 
-    from satchel.runtime.certify import mean_kl
     from satchel.runtime.processor import processor_name
+    from satchel.runtime.proof.certify import mean_kl
 
     print(f"recorded  ONNX Runtime {certificate.onnxruntime}, {certificate.provider}, {certificate.processor}")
     print(f"here      ONNX Runtime {onnxruntime.__version__}, {provider}, {processor_name()}")
@@ -101,8 +101,8 @@ def _as_json(
 ) -> dict[str, object]:
     import onnxruntime
 
-    from satchel.runtime.certify import mean_kl
     from satchel.runtime.processor import processor_name
+    from satchel.runtime.proof.certify import mean_kl
 
     return {
         "bundle": args.bundle,

@@ -15,9 +15,9 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export import certify as certify_module
 from satchel.export.texts import CERTIFICATE, FLOAT_CERTIFICATE_WINDOWS
 from satchel.runtime import cli
-from satchel.runtime.appraise import FLOAT_DECODE_WINDOWS, PROMPTS
 from satchel.runtime.certificate import Certificate
 from satchel.runtime.manifest import Manifest
+from satchel.runtime.proof.appraise import FLOAT_DECODE_WINDOWS, PROMPTS
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.runtime import cli
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.engine import Engine
-from satchel.runtime.fidelity import log_softmax
+from satchel.runtime.proof.fidelity import log_softmax
 from satchel.runtime.session import SessionSettings, _session_options
 
 # The largest mean KL from transformers, the largest error of the logits as a part of their root mean square, and the

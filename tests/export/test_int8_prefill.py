@@ -12,11 +12,12 @@ from support.checkpoints import save_tiny
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime import cli, expand, specialize
+from satchel.runtime import cli
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError
-from satchel.runtime.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.specializing import expand, specialize
+from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
 
 IDS = list(range(4, 28))
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from satchel.runtime.batch import Batch, check_rows
+from satchel.runtime.bench.batch import Batch, check_rows
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 

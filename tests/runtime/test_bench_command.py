@@ -14,9 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from satchel.runtime import bandwidth, cli, engine, speed_plot
-from satchel.runtime.bandwidth import Bandwidth
-from satchel.runtime.benchmark import Run, Summary
+from satchel.runtime import cli, engine
+from satchel.runtime.bench import bandwidth, speed_plot
+from satchel.runtime.bench.bandwidth import Bandwidth
+from satchel.runtime.bench.benchmark import Run, Summary
 
 FOUND = Bandwidth(gb_per_second=2.5, threads=3, buffer_mb=64)
 BASE_KEYS = ["prefill", "decode", "load", "rss_mb", "pss_mb", "ttft"]
@@ -84,7 +85,7 @@ def test_json_measures_bandwidth_when_told_to(bench: Any, children: list[str]) -
 
 def test_runs_give_medians_and_spread(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)]
-    monkeypatch.setattr("satchel.runtime.benchmark.timed_run", lambda *_: runs.pop())
+    monkeypatch.setattr("satchel.runtime.bench.benchmark.timed_run", lambda *_: runs.pop())
     document = found(bench(*WORK, "--runs", "3", "--json"))
     assert [document[key] for key in ("prefill", "ttft", "decode", "runs")] == [20.0, 2.0, 5.0, 3]
     assert document["spread"] == {"prefill": [10.0, 30.0], "ttft": [1.0, 3.0], "decode": [4.0, 6.0]}
@@ -93,7 +94,7 @@ def test_runs_give_medians_and_spread(bench: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_runs_show_in_the_table(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)]
-    monkeypatch.setattr("satchel.runtime.benchmark.timed_run", lambda *_: runs.pop())
+    monkeypatch.setattr("satchel.runtime.bench.benchmark.timed_run", lambda *_: runs.pop())
     code, out, err = bench(*WORK, "--runs", "3")
     assert (code, err) == (0, "")
     assert out.splitlines()[:3] == [

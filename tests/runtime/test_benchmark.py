@@ -7,9 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from satchel.runtime import benchmark
-from satchel.runtime.batch import Batch
-from satchel.runtime.benchmark import Figures, Run, Workload, check_workload, measure, summarize, timed_run, warm_up
+from satchel.runtime.bench import benchmark
+from satchel.runtime.bench.batch import Batch
+from satchel.runtime.bench.benchmark import (
+    Figures,
+    Run,
+    Workload,
+    check_workload,
+    measure,
+    summarize,
+    timed_run,
+    warm_up,
+)
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 

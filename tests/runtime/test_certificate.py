@@ -15,13 +15,14 @@ import onnxruntime
 import pytest
 from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle
 
-from satchel.runtime import certify, strict_json
+from satchel.runtime import strict_json
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.certificate import Certificate, EvaluatedText, GoldenPosition, Margin
-from satchel.runtime.certify import check_certificate, golden_kl, golden_position, make_certificate
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.manifest import Manifest
+from satchel.runtime.proof import certify
+from satchel.runtime.proof.certify import check_certificate, golden_kl, golden_position, make_certificate
 
 RNG = np.random.default_rng(5)
 WINDOWS = [RNG.integers(3, VOCABULARY, 20) for _ in range(2)]

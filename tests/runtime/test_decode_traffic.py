@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_bundle import HIDDEN, KV_HEADS, LAYERS, VOCABULARY
 
+from satchel.runtime.bench.decode_traffic import cache_bytes, weight_bytes
 from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.decode_traffic import cache_bytes, weight_bytes
 from satchel.runtime.errors import BundleError
 
 FLOAT = 4  # bytes

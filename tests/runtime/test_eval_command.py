@@ -12,7 +12,7 @@ from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle, write_m
 
 from satchel.runtime import cli
 from satchel.runtime.engine import Engine
-from satchel.runtime.fidelity import cut_windows, evaluate, text_ids
+from satchel.runtime.proof.fidelity import cut_windows, evaluate, text_ids
 from satchel.runtime.tokenizer import Tokenizer
 
 WORDS = "the cat sat on the mat and looked at the other cat, which sat elsewhere. " * 4

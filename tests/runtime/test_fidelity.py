@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from support.tiny_bundle import VOCABULARY
 
-from satchel.runtime import fidelity
 from satchel.runtime.certificate import PhaseFidelity
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.fidelity import cut_windows, evaluate, text_ids
+from satchel.runtime.proof import fidelity
+from satchel.runtime.proof.fidelity import cut_windows, evaluate, text_ids
 from satchel.runtime.tokenizer import Tokenizer
 
 LENGTH, SKIP = 24, 5

@@ -18,8 +18,8 @@ from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 
 from satchel.runtime import bundle as bundle_module
 from satchel.runtime import cli, strict_json
-from satchel.runtime.certify import make_certificate
 from satchel.runtime.engine import Engine
+from satchel.runtime.proof.certify import make_certificate
 
 LAYERS = {
     **{f"model.layers.{i}.mlp.up": {"bits": 4, "block": 32, "symmetric": False} for i in range(5)},
@@ -176,11 +176,17 @@ def test_specialised_graphs_are_named_with_their_machine(
 ) -> None:
     files = {name: {"bytes": 1_500_000, "sha256": "0" * 64} for name in ("fast/prefill.onnx", "fast/decode.onnx")}
     graphs = {"prefill": "fast/prefill.onnx", "decode": "fast/decode.onnx"}
-    machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]}
+    machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]} | {
+        "int8_prefill": True,
+        "tiled_attention": False,
+    }
     folder = changed(specialized={**machine, "graphs": graphs, "files": files})
     code, out, err = ran(capsys, folder)
     assert (code, err) == (0, "")
-    assert ["specialised", "for ONNX Runtime 1.2.3, cpu, Abacus: 3.0 MB more"] in rows(out)
+    assert [
+        "specialised",
+        "for ONNX Runtime 1.2.3, cpu, Abacus: int8 weights for prefill, plain attention, 3.0 MB more",
+    ] in rows(out)
 
 
 HOSTILE = "\x1b[2J</style><script>alert(1)</script>\ud800"
@@ -223,7 +229,7 @@ def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
     code = "import sys; from satchel.runtime import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
     command = [sys.executable, "-c", code, "inspect", str(tiny)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
-    assert "satchel.runtime.inspection" in loaded
+    assert "satchel.runtime.inspection.inspection" in loaded
     assert {"numpy", "onnxruntime", "jinja2"}.isdisjoint(loaded)
 
 

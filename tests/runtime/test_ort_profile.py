@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from satchel.runtime.errors import SatchelError
-from satchel.runtime.ort_profile import AFTER, BEFORE, Place, place_kernels, read_runs
+from satchel.runtime.profiling.ort_profile import AFTER, BEFORE, Place, place_kernels, read_runs
 
 # A decode step of two layers as the profiler shows it, with the layer of each node.
 STEP = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from satchel.runtime.layer_names import layer_of, pattern_of
 from satchel.runtime.plain_text import columns, printable
+from satchel.runtime.profiling.layer_names import layer_of, pattern_of
 
 
 @pytest.mark.parametrize(

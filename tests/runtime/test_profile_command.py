@@ -14,9 +14,10 @@ import onnx
 import pytest
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime import cli, profiling
-from satchel.runtime.ort_profile import Kernel, Run, read_runs
-from satchel.runtime.profiling import PREFILL_PASSES, Recording, summarize
+from satchel.runtime import cli
+from satchel.runtime.profiling import profiling
+from satchel.runtime.profiling.ort_profile import Kernel, Run, read_runs
+from satchel.runtime.profiling.profiling import PREFILL_PASSES, Recording, summarize
 
 PROMPT, NEW, CHUNK = 20, 6, 8
 CHUNKS = 3  # of 8, 8 and 4 tokens

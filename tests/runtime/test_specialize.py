@@ -15,11 +15,12 @@ import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime import bundle as bundle_module
-from satchel.runtime import cli, onnx_wire, session, specialize
+from satchel.runtime import cli, onnx_wire, session
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.session import SessionSettings
+from satchel.runtime.specializing import specialize
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 

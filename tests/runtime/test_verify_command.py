@@ -15,9 +15,9 @@ import pytest
 from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 
 from satchel.runtime import cli, strict_json
-from satchel.runtime.certify import make_certificate
 from satchel.runtime.engine import Engine
 from satchel.runtime.processor import processor_name
+from satchel.runtime.proof.certify import make_certificate
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The machine's memory bandwidth: `python -m satchel.runtime.bandwidth` reads a large buffer and prints JSON.
+"""The machine's memory bandwidth: `python -m satchel.runtime.bench.bandwidth` reads a large buffer and prints JSON.
 
 Threads take the largest number of a slice each, which numpy does in vectors and without Python's lock, several times
 over; the fastest time counts. Run it in a process of its own: the buffer would show in the caller's memory figures.
@@ -56,7 +56,7 @@ def measure(threads: int, buffer_bytes: int) -> Bandwidth:
 
 def measure_in_child() -> Bandwidth:
     """Measure in a new process, with every CPU that this one may use. Raises SatchelError when that fails."""
-    command = [sys.executable, "-m", "satchel.runtime.bandwidth"]
+    command = [sys.executable, "-m", "satchel.runtime.bench.bandwidth"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return Bandwidth(**json.loads(done.stdout))
@@ -108,7 +108,7 @@ def _available_bytes() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print one JSON object on one line."""
     parser = argparse.ArgumentParser(description="Measure memory bandwidth.")
-    parser.prog = "python -m satchel.runtime.bandwidth"
+    parser.prog = "python -m satchel.runtime.bench.bandwidth"
     parser.add_argument("--threads", metavar="N", type=int, help="threads (default: one per logical CPU)")
     parser.add_argument("--mib", metavar="N", type=int, help="buffer in MiB (default: 4 times the caches, 256 or more)")
     args = parser.parse_args(arguments)

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 from satchel.runtime import onnx_wire
 from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.certify import check_certificate
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError, SatchelWarning
-from satchel.runtime.expand import EXPANDED_NAME, expand_weights
 from satchel.runtime.hash_memory import sha256_of
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features, processor_name
+from satchel.runtime.proof.certify import check_certificate
 from satchel.runtime.session import SessionSettings, save_optimised
+from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
 
 PHASES = ("prefill", "decode")
 PREFIX = "specialized-"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.batch import Batch, check_rows
+from satchel.runtime.bench.batch import Batch, check_rows
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 from satchel.runtime.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Certifies a bundle that has just been written: `python -m satchel.runtime.appraise BUNDLE FOLDER TEXT`.
+"""Certifies a bundle that has just been written: `python -m satchel.runtime.proof.appraise BUNDLE FOLDER TEXT`.
 
 FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON
 what the windows were cut from.
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime import strict_json
-from satchel.runtime.benchmark import LOWEST_ID, Workload, measure
+from satchel.runtime.bench.benchmark import LOWEST_ID, Workload, measure
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.certificate import Certificate, EvaluatedText, Speed, Window
-from satchel.runtime.certify import NEW_TOKENS, make_certificate
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.proof.certify import NEW_TOKENS, make_certificate
 from satchel.runtime.session import SessionSettings, default_threads, share_thread_pool
 
 WINDOWS, REFERENCE, RESULT = "windows.npy", "reference-{}.npy", "certificate.json"

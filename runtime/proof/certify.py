@@ -14,8 +14,8 @@ from satchel.runtime.certificate import Certificate, EvaluatedText, GoldenPositi
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.engine import Engine, Logits
 from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.fidelity import Reference, evaluate, log_softmax
 from satchel.runtime.processor import processor_name
+from satchel.runtime.proof.fidelity import Reference, evaluate, log_softmax
 from satchel.runtime.token_stream import greedy
 
 NEW_TOKENS = 16  # of a golden prompt's continuation

@@ -16,7 +16,7 @@ import numpy as np
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.engine import PREFILL_CHUNK, Engine
 from satchel.runtime.errors import PromptError, SatchelError
-from satchel.runtime.ort_profile import AFTER, BEFORE, Kernel, Place, Run, place_kernels, read_runs
+from satchel.runtime.profiling.ort_profile import AFTER, BEFORE, Kernel, Place, Run, place_kernels, read_runs
 from satchel.runtime.session import SessionSettings
 from satchel.runtime.token_stream import greedy
 

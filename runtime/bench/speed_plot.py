@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from satchel.runtime.benchmark import Summary
+from satchel.runtime.bench.benchmark import Summary
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.whole_file import check_target, write_whole
 

@@ -87,11 +87,13 @@ class CertificateFacts:
 
 @dataclass(frozen=True)
 class SpecializedFacts:
-    """For which machine the bundle has graphs of its own, and the sizes of their files in bytes."""
+    """For which machine the bundle has graphs of its own, how its prefill runs, and the files' sizes in bytes."""
 
     onnxruntime: str
     provider: str
     processor: str
+    int8_prefill: bool
+    tiled_attention: bool
     files: dict[str, int]
 
 
@@ -202,4 +204,6 @@ def _specialized_facts(manifest: Manifest) -> SpecializedFacts | None:
     if found is None:
         return None
     files = {name: record.bytes for name, record in found.files.items()}
-    return SpecializedFacts(found.onnxruntime, found.provider, found.processor, files)
+    return SpecializedFacts(
+        found.onnxruntime, found.provider, found.processor, found.int8_prefill, found.tiled_attention, files
+    )

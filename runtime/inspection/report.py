@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib import resources
 
 from satchel.runtime.certificate import PhaseFidelity
-from satchel.runtime.inspection import CertificateFacts, Inspection, PassFacts
-from satchel.runtime.layer_names import layer_of, pattern_of
+from satchel.runtime.inspection.inspection import CertificateFacts, Inspection, PassFacts
 from satchel.runtime.manifest import LayerPrecision
 from satchel.runtime.plain_text import columns, printable
+from satchel.runtime.profiling.layer_names import layer_of, pattern_of
 
 TEMPLATE = "inspection.html.jinja"
 MB, MIB = 1e6, 1 << 20
@@ -78,7 +78,7 @@ def as_page(inspection: Inspection) -> str:
     """The inspection as one HTML page that loads nothing: every layer, every pass and every refusal."""
     from jinja2 import Environment
 
-    template = resources.files("satchel.runtime").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    template = resources.files("satchel.runtime.inspection").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     biggest = max(inspection.bytes, 1)
     sizes = [Bar(printable(name), _megabytes(size), size / biggest) for name, size in inspection.files.items()]
@@ -112,11 +112,13 @@ def _overview(found: Inspection) -> Table:
     ]
     if found.specialized:
         machine = found.specialized
+        prefill = "int8 weights for prefill, " if machine.int8_prefill else ""
+        attention = "tiled" if machine.tiled_attention else "plain"
         rows.append(
             (
                 "specialised",
                 f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: "
-                f"{_megabytes(sum(machine.files.values()))} more",
+                f"{prefill}{attention} attention, {_megabytes(sum(machine.files.values()))} more",
             )
         )
     return Table("Bundle", _clean(rows))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.runtime.errors import SatchelError
-from satchel.runtime.layer_names import layer_of
+from satchel.runtime.profiling.layer_names import layer_of
 
 KERNEL_SUFFIX = "_kernel_time"
 RUN_EVENT = "model_run"

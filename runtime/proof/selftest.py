@@ -1,4 +1,4 @@
-"""Runs a bundle that has just been written, before it is published: `python -m satchel.runtime.selftest FOLDER`."""
+"""Runs a bundle before it is published: `python -m satchel.runtime.proof.selftest FOLDER`."""
 
 from __future__ import annotations
 

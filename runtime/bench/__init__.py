@@ -1,0 +1,1 @@
+"""Measures how fast a bundle runs and what memory it takes."""

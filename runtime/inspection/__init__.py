@@ -1,0 +1,1 @@
+"""Shows what is in a bundle without running it."""

@@ -1,0 +1,1 @@
+"""Where the time of prefill and decode goes, from ONNX Runtime's profiler."""

@@ -1,0 +1,1 @@
+"""Makes a bundle ready for the machine that it lies on."""
