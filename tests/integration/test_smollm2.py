@@ -73,7 +73,7 @@ def test_bench_gives_its_figures_as_json(smollm2: Path) -> None:
     done = satchel("bench", smollm2, *work, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert set(figures) == {"prefill", "decode", "load", "rss_mb", "pss_mb"}
+    assert set(figures) == {"prefill", "decode", "load", "rss_mb", "pss_mb", "ttft"}
     assert all(value > 0 for value in figures.values())
 
 
