@@ -145,7 +145,7 @@ def lower_phases(
         PassError: A pass left a graph broken.
     """
     target, models = TARGETS[config.target], {}
-    for phase in target.names(quantised):
+    for phase in target.graphs(quantised):
         models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised))
         report += [done.as_json(phase) for done in finished]
         refused = [r for done in finished if done.name.startswith("quantize_") for r in done.refusals]

@@ -77,8 +77,8 @@ class QuantizedWeight:
     def expanded(self) -> tuple[LazyWeight, LazyWeight]:
         """The values in int8 with a scale per output: codes [inputs, outputs] and scales [outputs] for axis 1.
 
-        They are marked EXPANDED: no bundle has them, a device makes them of what `columns` stores (satchel.runtime.
-        expand). Codes lie between two steps more often than not, so both round in float32.
+        They are marked EXPANDED: no bundle has them, a device makes them of what `columns` stores
+        (satchel.runtime.specializing.expand). Codes often lie between two steps, so both round in float32.
         """
         outputs, inputs = self.codes.shape
 

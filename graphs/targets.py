@@ -83,12 +83,14 @@ FUSE = (
     Step(share_tied_head, after=("fold_constants",)),
 )
 
+PREFILL = (
+    Step(slice_last_logits),
+    Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
+)
+
 PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
-    "prefill": (
-        Step(slice_last_logits),
-        Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
-    ),
-    "prefill_int8": (Step(slice_last_logits), Step(fuse_skip_norms, after=("slice_last_logits",))),
+    "prefill": PREFILL,
+    PREFILL_INT8: PREFILL,
     "decode": (Step(single_token), Step(fuse_skip_norms)),
     "score": (Step(fuse_skip_norms),),
 }
@@ -123,7 +125,7 @@ def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
         Step(store_products_float16),
     )
     if quantised.kv_scales:
-        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, "decode" if phase == "decode" else "prefill")))
+        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, phase)))
     return steps
 
 
@@ -171,8 +173,8 @@ class Target:
     phases: Mapping[str, tuple[Step, ...]]
     sessions: Callable[[Quantised | None], Mapping[str, Session]]
 
-    def names(self, quantised: Quantised | None) -> tuple[str, ...]:
-        """The graphs of a bundle."""
+    def graphs(self, quantised: Quantised | None) -> tuple[str, ...]:
+        """The names of a bundle's graphs."""
         rules = {} if quantised is None else quantised.rules
         products = [name for name, rule in rules.items() if _expandable(rule)]
         small = quantised is not None and any(quantised.weights[name].grid.scheme.bits == 4 for name in products)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from satchel.runtime.binding import bind_cache, bind_input, bind_output
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, PromptError
@@ -38,11 +38,11 @@ class State:
         self.token = np.zeros((1, 1), np.int64)
         self.mask = np.ones(cache.capacity, np.int64)  # the first `total` entries are a step's attention mask
         self.mask_pointer = self.mask.ctypes.data
-        self.prefill_binding = _bind_cache(prefill, cache)
-        self.decode_binding = _bind_cache(decode, cache)
+        self.prefill_binding = bind_cache(prefill, cache)
+        self.decode_binding = bind_cache(decode, cache)
         for binding in (self.prefill_binding, self.decode_binding):
-            _bind_output(binding, "logits", self.logits, (1, 1, vocabulary))
-        _bind_input(self.decode_binding, "input_ids", self.token, (1, 1))
+            bind_output(binding, "logits", self.logits, (1, 1, vocabulary))
+        bind_input(self.decode_binding, "input_ids", self.token, (1, 1))
 
 
 class Engine:
@@ -94,7 +94,7 @@ class Engine:
         state.cache.require(len(tokens))
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
-            _bind_input(state.prefill_binding, "input_ids", part, (1, len(part)))
+            bind_input(state.prefill_binding, "input_ids", part, (1, len(part)))
             _run(self._prefill, state.prefill_binding, state, len(part))
         return state.logits
 
@@ -118,12 +118,12 @@ class Engine:
         _check_chunk(chunk)
         session = self._score_session()
         state = self.new_state(len(tokens))
-        binding = _bind_cache(session, state.cache)
+        binding = bind_cache(session, state.cache)
         logits: Logits = np.empty((len(tokens), self.vocabulary), np.float32)
         for start in range(0, len(tokens), chunk):
             part, rows = tokens[start : start + chunk], logits[start : start + chunk]
-            _bind_input(binding, "input_ids", part, (1, len(part)))
-            _bind_output(binding, "logits", rows, (1, *rows.shape))
+            bind_input(binding, "input_ids", part, (1, len(part)))
+            bind_output(binding, "logits", rows, (1, *rows.shape))
             _run(session, binding, state, len(part))
         return logits
 
@@ -179,22 +179,3 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding, state: State, co
 def _check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise PromptError(f"a chunk of {chunk} tokens is not possible: give at least 1")
-
-
-def _bind_cache(session: ort.InferenceSession, cache: KVCache) -> ort.IOBinding:
-    """A binding in which each buffer of the cache is past and present at once: the graph writes in place."""
-    binding = session.io_binding()
-    for name, buffer in cache.past.items():
-        _bind_input(binding, name, buffer, buffer.shape)
-    for name, buffer in cache.present.items():
-        _bind_output(binding, name, buffer, buffer.shape)
-    return binding
-
-
-# Bindings hold addresses only: whoever binds an array keeps it alive until the last run.
-def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
-
-
-def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)

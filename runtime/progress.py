@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 SHOW_AFTER = 2.0  # seconds: shorter work shows nothing
+
+
+def stage_printer(*, shown: bool) -> Callable[[str], None]:
+    """What prints the name of each stage of some work, a line each on standard error, if `shown`."""
+
+    def stage(name: str) -> None:
+        if shown:
+            print(f"{name} ...", file=sys.stderr)
+
+    return stage
 
 
 def progress_bar(total: int, label: str, unit: str, *, shown: bool) -> Any:

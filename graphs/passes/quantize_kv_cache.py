@@ -47,7 +47,7 @@ def quantize_kv_cache(scales: Mapping[int, KVScales], phase: str) -> GraphPass:
 
     Args:
         scales: For each layer, by its number in the names of the cache.
-        phase: "prefill", "decode" or "score".
+        phase: "decode", or another graph of a bundle.
     """
 
     def edit(model: ir.Model, report: Report) -> None:

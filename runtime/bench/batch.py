@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from satchel.runtime.binding import bind_cache, bind_input, bind_output
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.kv_cache import KVCache
@@ -33,7 +32,7 @@ class Batch:
         self._mask = np.ones(rows * capacity, np.int64)  # all ones: its first rows x total entries are [rows, total]
         self._prefill, self._decode = engine.sessions
         self._prefill_binding, self._decode_binding = self._bound(self._prefill), self._bound(self._decode)
-        _bind_input(self._decode_binding, "input_ids", self._tokens, self._tokens.shape)
+        bind_input(self._decode_binding, "input_ids", self._tokens, self._tokens.shape)
 
     def prefill(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Feed the prompts, ids [rows, count], in one run: the attention operator takes several rows' parts only once.
@@ -43,7 +42,7 @@ class Batch:
         if self.cache.length:
             raise PromptError("a batch takes its prompts once: start another")
         prompts = np.ascontiguousarray(ids)
-        _bind_input(self._prefill_binding, "input_ids", prompts, prompts.shape)
+        bind_input(self._prefill_binding, "input_ids", prompts, prompts.shape)
         self._run(self._prefill, self._prefill_binding, prompts.shape[1])
         return self.logits
 
@@ -54,18 +53,14 @@ class Batch:
         return self.logits
 
     def _bound(self, session: ort.InferenceSession) -> ort.IOBinding:
-        binding = session.io_binding()
-        for name, buffer in self.cache.past.items():
-            _bind_input(binding, name, buffer, buffer.shape)
+        binding = bind_cache(session, self.cache)
         rows, vocabulary = self.logits.shape
-        _bind_output(binding, "logits", self.logits, (rows, 1, vocabulary))
-        for name, buffer in self.cache.present.items():
-            _bind_output(binding, name, buffer, buffer.shape)
+        bind_output(binding, "logits", self.logits, (rows, 1, vocabulary))
         return binding
 
     def _run(self, session: ort.InferenceSession, binding: ort.IOBinding, count: int) -> None:
         self.cache.require(count)
-        _bind_input(binding, "attention_mask", self._mask, (self.cache.rows, self.cache.length + count))
+        bind_input(binding, "attention_mask", self._mask, (self.cache.rows, self.cache.length + count))
         try:
             session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
@@ -83,11 +78,3 @@ def check_rows(manifest: Manifest, rows: int) -> None:
     for tensor in (*manifest.graphs.prefill.inputs, *manifest.graphs.decode.inputs):
         if isinstance(tensor.shape[0], int) and tensor.shape[0] != rows:
             raise PromptError(f"--batch {rows}: the graphs of this bundle take {tensor.shape[0]} at a time")
-
-
-def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
-
-
-def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)

@@ -77,13 +77,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _specialize(args: argparse.Namespace) -> None:
+    from satchel.runtime.progress import stage_printer
     from satchel.runtime.specializing.specialize import specialize_if_needed
 
-    def progress(stage: str) -> None:
-        if not args.quiet:
-            print(f"{stage} ...", file=sys.stderr)
-
-    specialize_if_needed(args.bundle, threads=args.threads, progress=progress)
+    specialize_if_needed(args.bundle, threads=args.threads, progress=stage_printer(shown=not args.quiet))
 
 
 def _read_standard_input() -> str:

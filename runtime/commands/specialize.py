@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.errors import SatchelWarning
+    from satchel.runtime.progress import stage_printer
     from satchel.runtime.specializing.specialize import remove, specialize
 
     started = time.perf_counter()
@@ -46,11 +47,7 @@ def main(args: argparse.Namespace) -> int:
         remove(bundle)
         return 0
     session.share_thread_pool(args.threads)
-
-    def progress(stage: str) -> None:
-        if not args.quiet:
-            print(f"{stage} ...", file=sys.stderr)
-
+    progress = stage_printer(shown=not args.quiet)
     made = specialize(bundle, int8_prefill=args.prefill == "int8", threads=args.threads, progress=progress).specialized
     if made is not None and not args.quiet:
         size = sum(record.bytes for record in made.files.values())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from satchel.runtime import strict_json
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.certificate import EvaluatedText, Margin, PhaseFidelity, Speed
+from satchel.runtime.certificate import Certificate
 from satchel.runtime.errors import BundleError
 from satchel.runtime.manifest import MANIFEST_NAME, PHASES, CacheSpec, LayerPrecision, Manifest, ModelFacts, Source
 
@@ -67,25 +66,6 @@ class GraphFacts:
 
 
 @dataclass(frozen=True)
-class CertificateFacts:
-    """A `Certificate` with its golden prompts counted."""
-
-    text: EvaluatedText | None
-    windows: int
-    decode_windows: int
-    window_tokens: int
-    skip: int
-    prefill: PhaseFidelity
-    decode: PhaseFidelity
-    onnxruntime: str
-    provider: str
-    processor: str
-    margin: Margin
-    prompts: int
-    speed: Speed | None
-
-
-@dataclass(frozen=True)
 class SpecializedFacts:
     """For which machine the bundle has graphs of its own, how its prefill runs, and the files' sizes in bytes."""
 
@@ -122,12 +102,14 @@ class Inspection:
     layers: dict[str, LayerPrecision]
     graphs: dict[str, GraphFacts]
     passes: tuple[PassFacts, ...]
-    certificate: CertificateFacts | None
+    certificate: Certificate | None
     specialized: SpecializedFacts | None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON values, in the order of the fields."""
+        """The same as plain JSON values, in the order of the fields, golden prompts counted."""
         values: dict[str, Any] = strict_json.to_json(self)
+        if self.certificate is not None:
+            values["certificate"]["prompts"] = len(self.certificate.prompts)
         return values
 
 
@@ -161,7 +143,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         layers=manifest.layers,
         graphs={phase: _graph_facts(manifest, phase) for phase in PHASES},
         passes=_passes(bundle),
-        certificate=_certificate_facts(manifest),
+        certificate=manifest.certificate,
         specialized=specialized,
     )
 
@@ -189,14 +171,6 @@ def _passes(bundle: Bundle) -> tuple[PassFacts, ...]:
     except strict_json.StrictJsonError as error:
         raise BundleError(f"{bundle.folder / MANIFEST_NAME}: {error}: export the bundle again") from None
     return facts
-
-
-def _certificate_facts(manifest: Manifest) -> CertificateFacts | None:
-    certificate = manifest.certificate
-    if certificate is None:
-        return None
-    values = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(CertificateFacts)}
-    return CertificateFacts(**values | {"prompts": len(certificate.prompts)})
 
 
 def _specialized_facts(manifest: Manifest) -> SpecializedFacts | None:

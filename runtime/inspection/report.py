@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from satchel.runtime.certificate import PhaseFidelity
-from satchel.runtime.inspection.inspection import CertificateFacts, Inspection, PassFacts
+from satchel.runtime.certificate import Certificate, PhaseFidelity
+from satchel.runtime.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.manifest import LayerPrecision
 from satchel.runtime.plain_text import columns, printable
 from satchel.runtime.profiling.layer_names import layer_of, pattern_of
@@ -280,7 +280,7 @@ def _certificate(found: Inspection) -> list[Table]:
     ]
 
 
-def _measured(certificate: CertificateFacts) -> list[tuple[str, str]]:
+def _measured(certificate: Certificate) -> list[tuple[str, str]]:
     text, margin, speed = certificate.text, certificate.margin, certificate.speed
     windows = f"{certificate.windows} windows of {certificate.window_tokens} tokens"
     if certificate.decode_windows != certificate.windows:
@@ -289,7 +289,7 @@ def _measured(certificate: CertificateFacts) -> list[tuple[str, str]]:
         ("text", "random ids" if text is None else f"{text.name}, {text.tokens:,} tokens, SHA-256 {text.sha256}"),
         ("measured on", f"{windows}, the first {certificate.skip} of each not counted"),
         ("where", f"ONNX Runtime {certificate.onnxruntime}, {certificate.provider}, {certificate.processor}"),
-        ("golden prompts", str(certificate.prompts)),
+        ("golden prompts", str(len(certificate.prompts))),
         (
             "margin",
             f"KL x {1 + margin.kl_relative:g} + {margin.kl_absolute:g} nats; "

@@ -44,8 +44,10 @@ CACHE_LINE = 64
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTOR = 4
-"""The most that the work takes of the weight file's size: both optimised graphs' weights, before what is equal goes."""
+DISK_FACTOR, INT8_DISK_FACTOR = 5, 9
+"""The most that the work takes of the weight file's size, with weights as they are stored, and with int8 ones made of
+those in 4 bits: what a graph was optimised from and to, and the file in the making.
+"""
 
 TIMED_TOKENS, TIMED_RUNS = 512, 5
 ENOUGH_FASTER = 0.95
@@ -93,7 +95,7 @@ def specialize(
     for phase in sources.values():
         portable.graph_path(phase)
     with _scratch(folder) as scratch:
-        _check_room(portable, scratch)
+        _check_room(portable, scratch, INT8_DISK_FACTOR if int8_prefill else DISK_FACTOR)
         with (scratch / "data").open("wb") as file:
             store = _Store(file, f"{PREFIX}{_token(portable)}.bin")
             progress("reading the weights")
@@ -344,8 +346,8 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256_of(path, lambda _: None))
 
 
-def _check_room(bundle: Bundle, scratch: Path) -> None:
-    needed = DISK_FACTOR * sum(bundle.manifest.files[name].bytes for name in _weight_files(bundle))
+def _check_room(bundle: Bundle, scratch: Path, factor: int) -> None:
+    needed = factor * sum(bundle.manifest.files[name].bytes for name in _weight_files(bundle))
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise SatchelError(

@@ -1,0 +1,33 @@
+"""Binds numpy arrays to a graph's inputs and outputs, so that a step copies nothing.
+
+Bindings hold addresses only: whoever binds an array keeps it alive until the last run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from satchel.runtime.kv_cache import KVCache
+
+
+def bind_cache(session: ort.InferenceSession, cache: KVCache) -> ort.IOBinding:
+    """A binding in which each buffer of the cache is past and present at once: the graph writes in place."""
+    binding = session.io_binding()
+    for name, buffer in cache.past.items():
+        bind_input(binding, name, buffer, buffer.shape)
+    for name, buffer in cache.present.items():
+        bind_output(binding, name, buffer, buffer.shape)
+    return binding
+
+
+def bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Let the graph read input `name` of this shape from the array's memory."""
+    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Let the graph write output `name` of this shape into the array's memory."""
+    binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
