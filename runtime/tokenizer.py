@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.manifest import TokenizerSpec
+
+if TYPE_CHECKING:
+    import sentencepiece
+
+# Appended to a SentencePiece model, these bytes are `normalizer_spec { add_dummy_prefix: false }`: in the protobuf
+# encoding a message that comes twice is merged, and the later value counts.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer(ABC):
@@ -39,15 +49,46 @@ class Tokenizer(ABC):
 
         Raises PromptError for text that is not Unicode (lone surrogates, as from undecodable command line bytes).
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
+        _check_unicode(text)
         return self._encode(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a text that a chat template rendered: nothing is added to it.
+
+        A special token that the text spells out, such as "<s>", becomes its id. Raises PromptError as `encode`.
+        """
+        _check_unicode(text)
+        return self._encode_rendered(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
         return self._decode([token for token in ids if not self.is_hidden(token)])
+
+    def text_of(self, token: int) -> str:
+        """The text that one token adds inside a longer text, with its leading space; empty for a special token.
+
+        Bytes that are no whole character become U+FFFD, so the texts of several tokens do not always join to `decode`.
+        """
+        if self.is_hidden(token):
+            return ""
+        # Alone, a token would lose its leading space.
+        before = self._decode(self._some_text)
+        text = self._decode([*self._some_text, token])
+        return text[len(before) :] if text.startswith(before) else self._decode([token])
+
+    def special_token(self, text: str) -> int | None:
+        """The id of the special token that is written as `text`; None where there is none."""
+        ids = self.encode_rendered(text)
+        found = len(ids) == 1 and self.is_hidden(ids[0]) and self.token_text(ids[0]) == text
+        return ids[0] if found else None
+
+    @cached_property
+    def _some_text(self) -> list[int]:
+        return [token for token in self._encode_rendered("a") if not self.is_hidden(token)]
+
+    @abstractmethod
+    def token_text(self, token: int) -> str | None:
+        """How the vocabulary writes a token, such as "</s>" or "▁the"; None for an id that it does not have."""
 
     @abstractmethod
     def is_hidden(self, token: int) -> bool:
@@ -55,6 +96,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_rendered(self, text: str) -> list[int]: ...
 
     @abstractmethod
     def _decode(self, ids: Sequence[int]) -> str: ...
@@ -78,10 +122,18 @@ class JsonTokenizer(Tokenizer):
         self._special = frozenset(token for token, entry in added.items() if entry.special)
 
     def is_hidden(self, token: int) -> bool:
-        return token in self._special or self._tokenizer.id_to_token(token) is None
+        return token in self._special or self.token_text(token) is None
+
+    def token_text(self, token: int) -> str | None:
+        found: str | None = self._tokenizer.id_to_token(token) if token >= 0 else None
+        return found
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -104,12 +156,53 @@ class SentencePieceTokenizer(Tokenizer):
     def is_hidden(self, token: int) -> bool:
         return not 0 <= token < self._size or self._processor.is_control(token)
 
+    def token_text(self, token: int) -> str | None:
+        return str(self._processor.id_to_piece(token)) if 0 <= token < self._size else None
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text, out_type=int, add_bos=self._add_bos)
         return ids
 
+    def _encode_rendered(self, text: str) -> list[int]:
+        # The space that SentencePiece puts in front of a text belongs to the first one only, not to what follows a
+        # special token.
+        ids: list[int] = []
+        start = 0
+        for special in self._special_pieces.finditer(text):
+            ids += self._encode_part(text[start : special.start()], at_start=start == 0)
+            ids.append(self._processor.piece_to_id(special.group()))
+            start = special.end()
+        return ids + self._encode_part(text[start:], at_start=start == 0)
+
+    def _encode_part(self, text: str, at_start: bool) -> list[int]:
+        processor = self._processor if at_start else self._without_prefix
+        ids: list[int] = processor.encode(text, out_type=int)
+        return ids
+
+    @cached_property
+    def _special_pieces(self) -> re.Pattern[str]:
+        """Finds the pieces that text alone never gives: control pieces, and that of unknown text."""
+        processor = self._processor
+        special = (i for i in range(self._size) if processor.is_control(i) or processor.is_unknown(i))
+        longest_first = sorted((str(processor.id_to_piece(i)) for i in special), key=len, reverse=True)
+        return re.compile("|".join(re.escape(piece) for piece in longest_first))
+
+    @cached_property
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        import sentencepiece
+
+        model = self._processor.serialized_model_proto() + _NO_DUMMY_PREFIX
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode(list(ids)))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
 
 
 def _unreadable(path: Path, library: str, version: str, error: Exception) -> BundleError:

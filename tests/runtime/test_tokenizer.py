@@ -9,13 +9,123 @@ from pathlib import Path
 import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from support.tiny_tokenizers import byte_fallback_json, byte_level_json, sentencepiece_model
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 LLAMA2 = "SATCHEL_LLAMA2_TOKENIZER"
+needs_llama2 = pytest.mark.skipif(LLAMA2 not in os.environ, reason=f"{LLAMA2} does not name a Llama-2 tokenizer.model")
+
+RENDERED = [
+    "<s>[INST] hello [/INST] fine </s><s>[INST]and now?[/INST]",
+    "<s>\n</s>\n\nthe cat<unk>the dog</s>",
+    "<s> the <s> cat</s>é世\U0001f642<s>世",
+    "the cat</s>the dog",
+    "\nthe cat<s>",
+    "<s></s><s>",
+    "<s",
+    "",
+]
+
+
+def sentencepiece_file(folder: Path) -> Path:
+    path = folder / "tokenizer.model"
+    path.write_bytes(sentencepiece_model())
+    return path
+
+
+@pytest.mark.parametrize("content", [byte_level_json, byte_fallback_json])
+def test_a_rendered_text_gets_the_special_tokens_that_it_spells_out_and_no_other(tmp_path: Path, content) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content())
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in RENDERED:
+        assert tokenizer.encode_rendered(text) == original.encode(text, add_special_tokens=False)
+    assert tokenizer.encode_rendered("<s>the cat</s>")[:1] == [1]
+    assert tokenizer.encode_rendered("<s>the cat</s>").count(1) == 1
+    assert 1 not in tokenizer.encode_rendered("the cat")
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_sentencepiece_cuts_control_pieces_out_of_a_rendered_text(tmp_path: Path, add_bos: bool) -> None:
+    tokenizer = SentencePieceTokenizer(sentencepiece_file(tmp_path), add_bos)
+    plain = SentencePieceTokenizer(tmp_path / "tokenizer.model", add_bos=False)
+    assert tokenizer.encode_rendered("the cat") == plain.encode("the cat")
+    # A text has a space put in front of it. What follows a special token has not.
+    assert tokenizer.encode_rendered("<s> the cat</s> the dog") == [
+        1,
+        *plain.encode("the cat"),
+        2,
+        *plain.encode("the dog"),
+    ]
+    ids = tokenizer.encode_rendered("the cat</s>the dog")
+    assert ids[: ids.index(2)] == plain.encode("the cat")
+    assert tokenizer.token_text(ids[ids.index(2) + 1]) != "▁the"
+    assert tokenizer.decode(ids[ids.index(2) + 1 :]) == "the dog"
+    assert tokenizer.encode_rendered("<s><unk></s>") == [1, 0, 2]
+    assert tokenizer.encode_rendered("") == []
+
+
+def test_sentencepiece_encodes_a_rendered_text_as_the_python_tokenizer_of_transformers(tmp_path: Path) -> None:
+    path = sentencepiece_file(tmp_path)
+    check_against_transformers(SentencePieceTokenizer(path, add_bos=True), path)
+
+
+@needs_llama2
+def test_the_llama_2_tokenizer_encodes_a_rendered_text_as_transformers() -> None:
+    path = Path(os.environ[LLAMA2])
+    tokenizer = SentencePieceTokenizer(path, add_bos=True)
+    check_against_transformers(tokenizer, path)
+    fast = LlamaTokenizer.from_pretrained(str(path.parent), vocab_file=str(path), local_files_only=True)
+    for text in RENDERED:  # without runs of spaces, which that class cuts up otherwise than the model itself
+        assert tokenizer.encode_rendered(text) == fast.encode(text, add_special_tokens=False)
+
+
+def check_against_transformers(tokenizer: SentencePieceTokenizer, path: Path) -> None:
+    """Compare with the class that calls the sentencepiece library; it puts no space in front of a text, so <s> does."""
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    original = SentencePieceBackend(vocab_file=str(path), legacy=False, **names)
+    for text in [*RENDERED, "  two  spaces\n    four</s>  two", "    ", "a   <s>   b"]:
+        assert tokenizer.encode_rendered("<s>" + text) == original.encode("<s>" + text, add_special_tokens=False)
+
+
+def test_rendered_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="not valid UTF-8 at character 3: mend or remove it"):
+        SentencePieceTokenizer(sentencepiece_file(tmp_path), add_bos=True).encode_rendered("<s>\udcff")
+
+
+def any_tokenizer(kind: str, folder: Path) -> Tokenizer:
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(sentencepiece_file(folder), add_bos=True)
+    (folder / "tokenizer.json").write_bytes(byte_level_json() if kind == "byte level" else byte_fallback_json())
+    return JsonTokenizer(folder / "tokenizer.json")
+
+
+KINDS = pytest.mark.parametrize("kind", ["byte level", "byte fallback", "sentencepiece"])
+
+
+@KINDS
+def test_the_texts_of_single_tokens_join_to_the_text_with_its_spaces(tmp_path: Path, kind: str) -> None:
+    tokenizer = any_tokenizer(kind, tmp_path)
+    ids = tokenizer.encode("the quick brown\nfox  jumps")
+    assert "".join(tokenizer.text_of(token) for token in ids).lstrip(" ") == "the quick brown\nfox  jumps"
+    assert any(tokenizer.text_of(token).startswith(" ") for token in ids[2:])
+    assert tokenizer.text_of(1) == tokenizer.text_of(2) == tokenizer.text_of(100_000) == tokenizer.text_of(-1) == ""
+    first_byte, *_ = tokenizer.encode("\U0001f642")[-4:]
+    assert tokenizer.text_of(first_byte) == "\ufffd"
+
+
+@KINDS
+def test_a_token_has_the_text_that_its_vocabulary_gives_it(tmp_path: Path, kind: str) -> None:
+    tokenizer = any_tokenizer(kind, tmp_path)
+    assert [tokenizer.token_text(token) for token in (0, 1, 2)] == ["<unk>", "<s>", "</s>"]
+    space = "Ġ" if kind == "byte level" else "▁"
+    assert tokenizer.token_text(tokenizer.encode("a the")[-1]).startswith(space)
+    assert tokenizer.token_text(100_000) is None
+    assert tokenizer.token_text(-1) is None
 
 
 @pytest.mark.parametrize("content", [byte_level_json, byte_fallback_json])
@@ -91,7 +201,7 @@ def test_a_tokenizer_that_its_library_cannot_read_is_named(tmp_path: Path, kind:
         Tokenizer.open(open_bundle(folder))
 
 
-@pytest.mark.skipif(LLAMA2 not in os.environ, reason=f"{LLAMA2} does not name a Llama-2 tokenizer.model")
+@needs_llama2
 def test_the_llama_2_tokenizer_gives_its_known_ids_and_the_text_back() -> None:
     tokenizer = SentencePieceTokenizer(Path(os.environ[LLAMA2]), add_bos=True)
     ids = tokenizer.encode("I love Beijing, because")

@@ -1,0 +1,1 @@
+"""Chat: the checkpoint's own template, rendered under limits."""
