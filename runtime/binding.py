@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from satchel.runtime.kv_cache import KVCache
 
 
-def bind_cache(session: ort.InferenceSession, cache: KVCache) -> ort.IOBinding:
-    """A binding in which each buffer of the cache is past and present at once: the graph writes in place."""
+def bind_cache(session: ort.InferenceSession, cache: KVCache, rows: int | None = None) -> ort.IOBinding:
+    """A binding in which each buffer of the cache is past and present at once: the graph writes in place.
+
+    `rows` binds the first of its rows only; None means all.
+    """
     binding = session.io_binding()
+    count = cache.rows if rows is None else rows
     for name, buffer in cache.past.items():
-        bind_input(binding, name, buffer, buffer.shape)
+        bind_input(binding, name, buffer, (count, *buffer.shape[1:]))
     for name, buffer in cache.present.items():
-        bind_output(binding, name, buffer, buffer.shape)
+        bind_output(binding, name, buffer, (count, *buffer.shape[1:]))
     return binding
 
 

@@ -31,17 +31,17 @@ class State:
     """
 
     def __init__(
-        self, cache: KVCache, prefill: ort.InferenceSession, decode: ort.InferenceSession, vocabulary: int
+        self, cache: KVCache, prefill: ort.InferenceSession, decode: ort.InferenceSession, logits: Logits
     ) -> None:
         self.cache = cache
-        self.logits: Logits = np.zeros(vocabulary, np.float32)
+        self.logits = logits
         self.token = np.zeros((1, 1), np.int64)
         self.mask = np.ones(cache.capacity, np.int64)  # the first `total` entries are a step's attention mask
         self.mask_pointer = self.mask.ctypes.data
         self.prefill_binding = bind_cache(prefill, cache)
         self.decode_binding = bind_cache(decode, cache)
         for binding in (self.prefill_binding, self.decode_binding):
-            bind_output(binding, "logits", self.logits, (1, 1, vocabulary))
+            bind_output(binding, "logits", logits, (1, 1, len(logits)))
         bind_input(self.decode_binding, "input_ids", self.token, (1, 1))
 
 
@@ -75,13 +75,20 @@ class Engine:
 
     def new_state(self, capacity: int) -> State:
         """A state with room for `capacity` positions. Raises PromptError above the bundle's largest context."""
+        return self.state_over(self.new_cache(capacity), np.zeros(self.vocabulary, np.float32))
+
+    def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
+        """A KV cache of `capacity` positions for each of `rows` sequences. Raises PromptError as `new_state` does."""
         if not 1 <= capacity <= self.max_context:
             raise PromptError(
                 f"a context of {capacity} positions is not possible: this bundle allows 1 to {self.max_context}: "
                 "ask for fewer tokens"
             )
-        cache = KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context)
-        return State(cache, self._prefill, self._decode, self.vocabulary)
+        return KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context, rows)
+
+    def state_over(self, cache: KVCache, logits: Logits) -> State:
+        """A state over a cache of one row and a buffer for logits, [vocabulary] float32."""
+        return State(cache, self._prefill, self._decode, logits)
 
     def prefill(self, state: State, ids: TokenIds, chunk: int = PREFILL_CHUNK) -> Logits:
         """Feed `ids` after what the state already holds, `chunk` at a time.
@@ -166,14 +173,17 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding, state: State, co
     state.cache.require(count)
     shape = (1, state.cache.length + count)
     binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, state.mask_pointer)
+    run_bound(session, binding, f"at position {state.cache.length}")
+    state.cache.advance(count)
+
+
+def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, where: str) -> None:
+    """Run a graph on what is bound. Raises BundleError, which says `where`."""
     try:
         session.run_with_iobinding(binding)
     except ORT_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise BundleError(
-            f"a graph of this bundle fails at position {state.cache.length} ({reason}): export it again"
-        ) from None
-    state.cache.advance(count)
+        raise BundleError(f"a graph of this bundle fails {where} ({reason}): export it again") from None
 
 
 def _check_chunk(chunk: int) -> None:

@@ -1,9 +1,10 @@
-"""The KV cache of a sequence: buffers allocated once at their full capacity, and the one owner of their length."""
+"""The KV cache: buffers allocated once at their full capacity, and the one owner of their length."""
 
 from __future__ import annotations
 
+import copy
 import mmap
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,3 +69,32 @@ class KVCache:
         """Count `count` positions that a graph has just written. Raises PromptError beyond the capacity."""
         self.require(count)
         self._length += count
+
+    def row(self, index: int) -> Self:
+        """A cache of one sequence, empty and with a length of its own, in the memory of row `index` of this one."""
+        row = copy.copy(self)
+        row.rows, row._length = 1, 0
+        row.past = {name: buffer[index : index + 1] for name, buffer in self.past.items()}
+        row.present = {name: buffer[index : index + 1] for name, buffer in self.present.items()}
+        return row
+
+    def clear(self) -> None:
+        """Hold nothing: the next position to be written is the first."""
+        self._length = 0
+
+    def copy_from(self, other: KVCache, count: int, start: int = 0) -> None:
+        """Hold the first `count` positions of `other`, a cache of as many rows, of which `start` are here already.
+
+        Raises PromptError where they do not fit.
+        """
+        self._length = 0
+        self.require(count)
+        for name, buffer in self.past.items():
+            buffer[:, :, start:count] = other.past[name][:, :, start:count]
+        self._length = count
+
+
+def position_bytes(spec: CacheSpec) -> int:
+    """The bytes that the keys and values of one position of one sequence take, all layers together."""
+    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in spec.layers)
+    return numbers * np.dtype(spec.dtype).itemsize

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bench.batch import Batch, check_rows
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 from satchel.runtime.manifest import Manifest
 from satchel.runtime.memory import peak_rss_mib, pss_mib
-from satchel.runtime.token_stream import greedy
+from satchel.runtime.rows import Rows
+from satchel.runtime.sampling.greedy import greedy
 
 LOWEST_ID = 100  # ids below are often special tokens
 WARM_UP_TOKENS = 16
@@ -28,7 +28,7 @@ WARM_UP_TOKENS = 16
 class Workload:
     """How many prompt tokens, how many decode steps, and the bound below which prompt ids are drawn.
 
-    `batch` sequences go through the graphs together, each with a prompt and new tokens of its own.
+    `batch` sequences are decoded together, each with a prompt and new tokens of its own.
     """
 
     prompt_tokens: int
@@ -88,7 +88,8 @@ def check_workload(workload: Workload, manifest: Manifest) -> None:
             f"{workload.prompt_tokens} prompt tokens and {workload.new_tokens} new ones: a context of {positions} "
             f"positions is not possible: this bundle allows 1 to {model.max_context}: ask for fewer tokens"
         )
-    check_rows(manifest, workload.batch)
+    if workload.batch < 1:
+        raise PromptError(f"--batch {workload.batch}: must be 1 or more")
 
 
 def measure(engine: Engine, workload: Workload, load: float) -> Figures:
@@ -136,20 +137,25 @@ def summarize(runs: Sequence[Run]) -> Summary:
 
 
 class _Sequences:
-    """`prefill`, `decode` and `choose` over fresh caches, of one sequence or of several at once."""
+    """`prefill`, `decode` and `choose` over fresh caches, of one sequence or of several, the way text is generated."""
 
     def __init__(self, engine: Engine, batch: int, capacity: int) -> None:
         self.prefill: Callable[[NDArray[np.int64]], NDArray[np.float32]]
         self.decode: Callable[[Any], NDArray[np.float32]]
         self.choose: Callable[[NDArray[np.float32]], Any]
-        if batch == 1:  # the way that text is generated
+        if batch == 1:
             state = engine.new_state(capacity)
             self.prefill, self.decode = partial(engine.prefill, state), partial(engine.decode, state)
             self.choose = greedy
         else:
-            rows = Batch(engine, batch, capacity)
-            self.prefill, self.decode = rows.prefill, rows.decode
+            rows = Rows(engine, batch, capacity)
+            self.prefill, self.decode = partial(_prefill_rows, engine, rows), rows.decode
             self.choose = _greedy_rows
+
+
+def _prefill_rows(engine: Engine, rows: Rows, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Prefill prompts [rows, count], one after the other; the logits of each one's last token, [rows, vocabulary]."""
+    return np.stack([engine.prefill(rows.add(), prompt) for prompt in prompts])
 
 
 def _greedy_rows(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
-from satchel.runtime.manifest import CacheSpec
 from satchel.runtime.onnx_wire import MODEL_GRAPH, ExternalTensor, external_tensors, fields, numbers
 
 # Field numbers of onnx.proto3.
@@ -54,12 +51,6 @@ def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
             size = int(tensor.place.get("length", "0")) * _factor(node, tensor, rows)
             read[key] = max(read.get(key, 0), size)
     return round(sum(read.values()))
-
-
-def cache_bytes(spec: CacheSpec, positions: float) -> float:
-    """The bytes of keys and values that `positions` positions of one sequence take."""
-    widths = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in spec.layers)
-    return positions * widths * np.dtype(spec.dtype).itemsize
 
 
 def _factor(node: _Node, tensor: ExternalTensor, rows: int) -> float:

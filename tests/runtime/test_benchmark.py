@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from satchel.runtime.bench import benchmark
-from satchel.runtime.bench.batch import Batch
 from satchel.runtime.bench.benchmark import (
     Figures,
     Run,
@@ -21,11 +20,12 @@ from satchel.runtime.bench.benchmark import (
 )
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
+from satchel.runtime.rows import Rows
 
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """The steps that an engine, or a batch, is asked for: what is fed."""
+    """The steps that an engine, or rows of a batch, are asked for: what is fed."""
     steps: list[tuple[str, Any]] = []
 
     def watch(kind: type, name: str) -> None:
@@ -37,9 +37,9 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
         monkeypatch.setattr(kind, name, watched)
 
-    for kind in (Engine, Batch):
-        watch(kind, "prefill")
-        watch(kind, "decode")
+    watch(Engine, "prefill")
+    watch(Engine, "decode")
+    watch(Rows, "decode")
     return steps
 
 
@@ -76,10 +76,10 @@ def test_runs_are_alike_and_each_starts_afresh(engine: Engine, fed: list[tuple[s
 def test_a_batch_decodes_what_each_row_would_alone(engine: Engine, fed: list[tuple[str, Any]]) -> None:
     workload = Workload(9, 5, 300, batch=3)
     warm_up(engine, workload)
-    assert [(name, ids.shape) for name, ids in fed] == [("Batch.prefill", (3, 9)), ("Batch.decode", (3,))]
+    assert [(name, ids.shape) for name, ids in fed] == [*[("Engine.prefill", (9,))] * 3, ("Rows.decode", (3,))]
     fed.clear()
     run = timed_run(engine, workload)
-    (_, prompts), *steps = list(fed)
+    prompts, steps = [ids for _, ids in fed[:3]], fed[3:]
     assert [tokens.shape for _, tokens in steps] == [(3,)] * 5
     assert len({tuple(row) for row in prompts}) == 3
     for index, prompt in enumerate(prompts):

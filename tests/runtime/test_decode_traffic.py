@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_bundle import HIDDEN, KV_HEADS, LAYERS, VOCABULARY
 
-from satchel.runtime.bench.decode_traffic import cache_bytes, weight_bytes
+from satchel.runtime.bench.decode_traffic import weight_bytes
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.errors import BundleError
 
@@ -74,14 +74,6 @@ def test_experts_count_as_far_as_rows_can_choose_them(tiny: Path, tmp_path: Path
     nodes = [helper.make_node("MoE", ["x", "router", "up", "", "down"], ["y"], domain="com.microsoft", k=2)]
     weights = [weight("up", [7, 3, 5], 0), weight("down", [7, 5, 3], 4096)]
     assert weight_bytes(bundle_of(tiny, tmp_path, nodes, weights), rows) == experts * 30 * FLOAT
-
-
-def test_the_cache_is_keys_and_values_of_every_layer(tiny: Path) -> None:
-    spec = open_bundle(tiny).manifest.kv_cache
-    layer = dataclasses.replace(spec.layers[0], kv_heads=3, key_dim=16, value_dim=24)
-    spec = dataclasses.replace(spec, dtype="int8", layers=(*spec.layers, layer))
-    assert cache_bytes(spec, 10.5) == 10.5 * (2 * KV_HEADS * 32 + 3 * 40)
-    assert cache_bytes(dataclasses.replace(spec, dtype="float32"), 2) == 2 * (2 * KV_HEADS * 32 + 3 * 40) * FLOAT
 
 
 def test_a_graph_that_makes_no_sense_is_an_error(tiny: Path, tmp_path: Path) -> None:

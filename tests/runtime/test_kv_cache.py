@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from support.tiny_bundle import cache_layers
 
 from satchel.runtime.errors import PromptError
-from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.kv_cache import KVCache, position_bytes
 from satchel.runtime.manifest import CacheLayer, CacheSpec
 from satchel.runtime.memory import pss_mib
 
@@ -48,3 +50,39 @@ def test_capacity_that_is_not_used_costs_no_memory() -> None:
 def test_a_cache_beyond_the_memory_says_what_to_lower() -> None:
     with pytest.raises(PromptError, match=r"not enough memory for a KV cache of .* positions: lower --max-context"):
         KVCache(SPEC, capacity=1 << 50, limit=1 << 50)
+
+
+def test_the_bytes_of_a_position_are_keys_and_values_of_every_layer() -> None:
+    spec = CacheSpec("shared", "int8", (*SPEC.layers, CacheLayer(3, 16, 24, "pk", "pv", "k", "v")))
+    numbers = 2 * 2 * (16 + 16) + 3 * (16 + 24)
+    assert position_bytes(spec) == numbers
+    assert position_bytes(dataclasses.replace(spec, dtype="float32")) == 4 * numbers
+    assert KVCache(SPEC, 7, 64).nbytes == 7 * position_bytes(SPEC)
+
+
+def test_a_row_is_a_cache_of_its_own_in_the_memory_of_the_whole() -> None:
+    cache = KVCache(SPEC, 5, 64, rows=3)
+    row = cache.row(1)
+    row.advance(2)
+    assert (row.rows, row.length, cache.length, row.capacity) == (1, 2, 0, 5)
+    for name, buffer in row.past.items():
+        assert buffer.shape == (1, 2, 5, 16)
+        buffer[:] = 7
+        assert [int(part.max()) for part in cache.past[name]] == [0, 7, 0]
+        assert row.present[name.replace("past_key_values", "present")][0, 0, 0, 0] == 7
+    assert row.nbytes == cache.nbytes / 3
+
+
+def test_a_copy_holds_what_was_copied_and_leaves_the_rest() -> None:
+    source, target = KVCache(SPEC, 7, 64), KVCache(SPEC, 5, 64)
+    for number, buffer in enumerate(source.past.values()):
+        buffer[:] = np.arange(7)[:, None] + 10 * number
+    source.advance(6)
+    target.copy_from(source, 4, start=1)
+    assert target.length == 4
+    for number, buffer in enumerate(target.past.values()):
+        assert buffer[0, 1, :, 3].tolist() == [0, *(10 * number + position for position in (1, 2, 3)), 0]
+    target.clear()
+    assert target.length == 0
+    with pytest.raises(PromptError, match=r"0 \+ 6 tokens do not fit 5 positions"):
+        target.copy_from(source, 6)

@@ -140,10 +140,10 @@ def make_graph(phase: str, weights: Weights) -> onnx.ModelProto:
         nodes.append(node("Add", [f"h{i}", f"p{i}"], [f"h{i + 1}"]))
     nodes.append(node("SimplifiedLayerNormalization", [f"h{LAYERS}", "gain"], ["states"], axis=-1, epsilon=1e-5))
     if phase != "score":
-        nodes += [  # row of the last real token: (real - 1) - (total - sequence)
+        nodes += [  # row of the last real token: min(real, sequence) - 1
             node("Shape", ["input_ids"], ["sequence"], start=1, end=2),
-            node("Sub", ["total1", "sequence"], ["past_length"]),
-            node("Sub", ["last", "past_length"], ["row"]),
+            node("Min", ["real", "sequence"], ["end"]),
+            node("Sub", ["end", "one"], ["row"]),
             node("Unsqueeze", ["row", "axes12"], ["rows"]),
             node("GatherND", ["states", "rows"], ["picked"], batch_dims=1),
         ]

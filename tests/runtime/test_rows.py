@@ -1,0 +1,149 @@
+"""Sequences that are decoded together give what each gives alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.engine import Engine, State
+from satchel.runtime.errors import PromptError
+from satchel.runtime.manifest import LayerPrecision, Manifest
+from satchel.runtime.rows import Rows, rows_together
+
+LENGTHS = (13, 1, 7)
+
+
+def filled(engine: Engine, rows: Rows, lengths: tuple[int, ...] = LENGTHS) -> list[State]:
+    """Prompts of these lengths in rows, and in states of their own; those."""
+    rng, states = np.random.default_rng(3), []
+    for length in lengths:
+        ids = rng.integers(0, engine.vocabulary, length)
+        states.append(engine.new_state(30))
+        expected = engine.prefill(states[-1], ids)
+        np.testing.assert_array_equal(engine.prefill(rows.add(), ids), expected)
+    return states
+
+
+def check_steps(engine: Engine, rows: Rows, states: list[State], steps: int) -> None:
+    """Feed both the same tokens, and compare."""
+    rng = np.random.default_rng(5)
+    for tokens in rng.integers(0, engine.vocabulary, (steps, len(states))):
+        found = rows.decode(tokens.tolist())
+        assert found.shape == (len(states), engine.vocabulary)
+        for logits, state, token in zip(found, states, tokens, strict=True):
+            np.testing.assert_allclose(logits, engine.decode(state, int(token)), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_any_length_give_what_each_gives_alone(engine: Engine) -> None:
+    rows = Rows(engine, 3, 30)
+    states = filled(engine, rows)
+    check_steps(engine, rows, states, 6)
+    assert [state.cache.length for state in rows.states] == [length + 6 for length in LENGTHS]
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_a_row_that_is_dropped_leaves_the_others_as_they_are(engine: Engine, dropped: int) -> None:
+    rows = Rows(engine, 3, 30)
+    states = filled(engine, rows)
+    check_steps(engine, rows, states, 2)
+    rows.drop(dropped)
+    states[dropped] = states[-1]
+    states.pop()
+    assert len(rows) == 2
+    check_steps(engine, rows, states, 3)
+
+
+def test_a_row_is_free_again_for_another_prompt(engine: Engine) -> None:
+    rows = Rows(engine, 2, 30)
+    states = filled(engine, rows, (9, 4))
+    rows.drop(0)
+    rows.drop(0)
+    assert len(rows) == 0
+    states = filled(engine, rows, (2, 11))
+    check_steps(engine, rows, states, 3)
+
+
+def test_a_copied_row_goes_its_own_way(engine: Engine) -> None:
+    rows = Rows(engine, 2, 30)
+    (state,) = filled(engine, rows, (9,))
+    twin = engine.new_state(30)
+    twin.cache.copy_from(state.cache, 9)
+    rows.add()
+    rows.copy(0, 1)
+    np.testing.assert_array_equal(rows.states[1].logits, rows.states[0].logits)
+    check_steps(engine, rows, [state, twin], 4)
+
+
+def test_a_copy_may_leave_out_what_is_there_already(engine: Engine) -> None:
+    rows = Rows(engine, 2, 30)
+    (state,) = filled(engine, rows, (5,))
+    rows.add()
+    rows.copy(0, 1)
+    rows.decode([1, 2])
+    for cache in (rows.states[0].cache, state.cache):
+        for buffer in cache.past.values():
+            buffer[:, :, :5] += 1  # what a copy from 5 on does not see
+    rows.copy(0, 1, start=5)
+    assert rows.states[1].cache.length == 6
+    for first, second in zip(*(rows.states[i].cache.past.values() for i in (0, 1)), strict=True):
+        np.testing.assert_array_equal(first[:, :, 5], second[:, :, 5])
+        assert (first[:, :, :5] != second[:, :, :5]).any()
+
+
+def test_rows_that_are_full_say_so(engine: Engine) -> None:
+    rows = Rows(engine, 2, 4)
+    filled(engine, rows, (4, 2))
+    assert rows.full
+    with pytest.raises(PromptError, match=r"all 2 rows are in use"):
+        rows.add()
+    with pytest.raises(PromptError, match=r"4 \+ 1 tokens do not fit 4 positions"):
+        rows.decode([1, 2])
+    assert [state.cache.length for state in rows.states] == [4, 2]
+    with pytest.raises(PromptError, match=r"--batch 0: must be 1 or more"):
+        Rows(engine, 0, 4)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(engine: Engine) -> None:
+    rows = Rows(engine, 2, 30)
+    filled(engine, rows, (4, 2))
+    with pytest.raises(PromptError, match="token id 400 is outside the vocabulary"):
+        rows.decode([1, 400])
+
+
+def one_scale(manifest: Manifest, activations: str) -> Manifest:
+    layer = LayerPrecision(8, None, True, "token", activations)
+    return dataclasses.replace(manifest, layers={"layer": layer})
+
+
+def test_rows_part_where_they_would_share_a_scale_or_the_graph_takes_one(engine: Engine) -> None:
+    manifest = engine.bundle.manifest
+    assert rows_together(manifest)
+    assert rows_together(one_scale(manifest, "token"))
+    assert not rows_together(one_scale(manifest, "tensor"))
+    decode = manifest.graphs.decode
+    fixed = dataclasses.replace(
+        decode, inputs=(dataclasses.replace(decode.inputs[0], shape=(1, 1)), *decode.inputs[1:])
+    )
+    assert not rows_together(dataclasses.replace(manifest, graphs=dataclasses.replace(manifest.graphs, decode=fixed)))
+
+
+def test_rows_that_part_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_bundle(tmp_path / "fixed")
+    document = read_manifest(folder)
+    document["graphs"]["decode"]["inputs"][0]["shape"] = [1, 1]
+    write_manifest(folder, document)
+    fixed = Engine.open(open_bundle(folder), threads=1)
+    alone: list[int] = []
+    decode = fixed.decode
+    monkeypatch.setattr(fixed, "decode", lambda state, token: alone.append(token) or decode(state, token))
+    rows = Rows(fixed, 3, 30)
+    for state, expected in zip(rows.states, filled(fixed, rows), strict=True):
+        assert state.cache.length == expected.cache.length
+    found = rows.decode([7, 8, 9])
+    assert alone == [7, 8, 9]
+    assert len({row.tobytes() for row in found}) == 3
