@@ -12,22 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle, open_bundle
+    from satchel.runtime.chat.conversation import Conversation
     from satchel.runtime.engine import Engine, State
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
-    from satchel.runtime.generate import Generation, Generator, PieceStream
+    from satchel.runtime.generation.generator import Generator, Request
+    from satchel.runtime.generation.options import GenerationOptions
+    from satchel.runtime.generation.result import Generation
+    from satchel.runtime.generation.stream import PieceStream
     from satchel.runtime.manifest import Manifest
     from satchel.runtime.session import share_thread_pool
 
 __all__ = [
     "Bundle",
     "BundleError",
+    "Conversation",
     "Engine",
     "Generation",
+    "GenerationOptions",
     "Generator",
     "Manifest",
     "PieceStream",
     "PromptError",
     "ProviderError",
+    "Request",
     "SatchelError",
     "State",
     "open_bundle",
@@ -39,15 +46,18 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "Bundle": "bundle",
     "open_bundle": "bundle",
+    "Conversation": "chat.conversation",
     "Engine": "engine",
     "State": "engine",
     "BundleError": "errors",
     "PromptError": "errors",
     "ProviderError": "errors",
     "SatchelError": "errors",
-    "Generation": "generate",
-    "Generator": "generate",
-    "PieceStream": "generate",
+    "Generation": "generation.result",
+    "GenerationOptions": "generation.options",
+    "Generator": "generation.generator",
+    "PieceStream": "generation.stream",
+    "Request": "generation.generator",
     "Manifest": "manifest",
     "share_thread_pool": "session",
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from satchel.runtime import strict_json
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.hash_memory import HashMemory, file_identity, sha256_of
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
@@ -35,6 +37,24 @@ class Bundle:
     def graph_path(self, phase: str) -> Path:
         """The portable graph file of "prefill", "decode" or "score"."""
         return self.path(self.manifest.graph(phase).file)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, as 64 hex digits, of what decides the numbers that the graphs compute and how a cache holds them.
+
+        That is the names and hashes of the manifest's files, the target, the precision and the cache's description.
+        Specialised graphs and a certificate leave it as it is.
+        """
+        import hashlib  # as in hash_memory
+
+        manifest = self.manifest
+        facts = {
+            "files": [[name, record.sha256] for name, record in sorted(manifest.files.items())],
+            "target": manifest.target,
+            "precision": manifest.precision,
+            "kv_cache": strict_json.to_json(manifest.kv_cache),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def open_bundle(path: str | Path, *, progress: bool = False) -> Bundle:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from satchel.runtime.kv_cache import KVCache
 from satchel.runtime.session import ORT_ERRORS, SessionSettings, open_both, open_session
 
 PREFILL_CHUNK = 256  # tokens
+MOST_SPARE = 64 << 20  # bytes
 
 TokenIds = Sequence[int] | NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -60,6 +62,10 @@ class Engine:
         self._prefill, self._decode = open_both(bundle, settings)
         self._score: ort.InferenceSession | None = None
         self._score_lock = threading.Lock()
+        self._spare: mmap.mmap | None = None
+        self._spare_lock = threading.Lock()
+        self._found: dict[str, bool] = {}
+        self._found_lock = threading.Lock()
 
     @classmethod
     def open(
@@ -84,7 +90,19 @@ class Engine:
                 f"a context of {capacity} positions is not possible: this bundle allows 1 to {self.max_context}: "
                 "ask for fewer tokens"
             )
-        return KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context, rows)
+        with self._spare_lock:
+            spare, self._spare = self._spare, None
+        return KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context, rows, spare)
+
+    def release(self, cache: KVCache) -> None:
+        """Take back the memory of a cache that nobody uses any more, for the next one.
+
+        The system fills new memory with zeros when it is first written, which can take as long as a copy of what was
+        there would. One cache's memory is kept, unless it is large.
+        """
+        if len(cache.memory) <= MOST_SPARE:
+            with self._spare_lock:
+                self._spare = cache.memory
 
     def state_over(self, cache: KVCache, logits: Logits) -> State:
         """A state over a cache of one row and a buffer for logits, [vocabulary] float32."""
@@ -99,8 +117,8 @@ class Engine:
         tokens = self.check_ids(ids)
         _check_chunk(chunk)
         state.cache.require(len(tokens))
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
+        for span in chunks(len(tokens), chunk):
+            part = tokens[span]
             bind_input(state.prefill_binding, "input_ids", part, (1, len(part)))
             _run(self._prefill, state.prefill_binding, state, len(part))
         return state.logits
@@ -127,12 +145,19 @@ class Engine:
         state = self.new_state(len(tokens))
         binding = bind_cache(session, state.cache)
         logits: Logits = np.empty((len(tokens), self.vocabulary), np.float32)
-        for start in range(0, len(tokens), chunk):
-            part, rows = tokens[start : start + chunk], logits[start : start + chunk]
+        for span in chunks(len(tokens), chunk):
+            part, rows = tokens[span], logits[span]
             bind_input(binding, "input_ids", part, (1, len(part)))
             bind_output(binding, "logits", rows, (1, *rows.shape))
             _run(session, binding, state, len(part))
         return logits
+
+    def once(self, name: str, find: Callable[[], bool]) -> bool:
+        """What `find` says, called the first time that this name is asked for."""
+        with self._found_lock:
+            if name not in self._found:
+                self._found[name] = find()
+            return self._found[name]
 
     def end_profiling(self) -> dict[str, Path]:
         """Write the profiles that `SessionSettings.profile` asked for, and record no more.
@@ -166,6 +191,19 @@ class Engine:
             if self._score is None:
                 self._score = open_session(self.bundle, "score", self._settings)
             return self._score
+
+
+def chunks(total: int, size: int = PREFILL_CHUNK) -> Iterator[slice]:
+    """Spans of up to `size` tokens that cover `total`, none of one token alone if that can be helped.
+
+    Some kernels round otherwise for one token than for several. Without such spans the numbers of a token do not depend
+    on how many tokens were fed before it in the same call.
+    """
+    start = 0
+    while start < total:
+        step = size - 1 if total - start == size + 1 and size > 2 else size
+        yield slice(start, min(start + step, total))
+        start += step
 
 
 def _run(session: ort.InferenceSession, binding: ort.IOBinding, state: State, count: int) -> None:

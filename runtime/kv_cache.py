@@ -21,8 +21,13 @@ class KVCache:
     and all of it goes back to the system with the cache.
     """
 
-    def __init__(self, spec: CacheSpec, capacity: int, limit: int, rows: int = 1) -> None:
-        """Allocate `capacity` positions for each of `rows` sequences; `limit` is the bundle's most, for messages."""
+    def __init__(
+        self, spec: CacheSpec, capacity: int, limit: int, rows: int = 1, memory: mmap.mmap | None = None
+    ) -> None:
+        """Allocate `capacity` positions for each of `rows` sequences; `limit` is the bundle's most, for messages.
+
+        `memory` of another cache, which nobody uses any more, serves in place of new memory where it is large enough.
+        """
         self.capacity = capacity
         self.rows = rows
         self._limit = limit
@@ -32,12 +37,14 @@ class KVCache:
         dtype = np.dtype(spec.dtype)
         positions = [rows * capacity * layer.kv_heads * dtype.itemsize for layer in spec.layers]
         total = sum(p * (layer.key_dim + layer.value_dim) for p, layer in zip(positions, spec.layers, strict=True))
-        try:
-            memory, offset = mmap.mmap(-1, max(total, 1)), 0
-        except (OSError, OverflowError, ValueError):
-            raise PromptError(
-                f"there is not enough memory for a KV cache of {capacity} positions: lower --max-context"
-            ) from None
+        if memory is None or len(memory) < total:
+            try:
+                memory = mmap.mmap(-1, max(total, 1))
+            except (OSError, OverflowError, ValueError):
+                raise PromptError(
+                    f"there is not enough memory for a KV cache of {capacity} positions: lower --max-context"
+                ) from None
+        self.memory, offset = memory, 0
         for layer in spec.layers:
             for past, present, width in (
                 (layer.past_key, layer.present_key, layer.key_dim),

@@ -1,4 +1,4 @@
-"""Sequences of different lengths that are decoded together."""
+"""Sequences of different lengths that are decoded together, where that changes none of them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from satchel.runtime.engine import Engine, Logits, State, run_bound
 from satchel.runtime.errors import PromptError
 from satchel.runtime.manifest import Manifest
 
+TRIED_ROWS, TRIED_STEPS, TRIED_TOKENS = 3, 3, 8
+TOLERANCE = 1e-4
+"""Of the largest logit: above what sums in another order differ by, far below what other codes of activations do."""
+
 
 class Rows:
     """Up to `rows` sequences in the rows of one KV cache. The first `len(self)` of them are in use.
 
-    A prompt is prefilled alone, into its row; then each step decodes one token for every row in use, in one run of the
-    graph where `rows_together` says that this changes no row's numbers, and row by row where not. Rows belong to one
-    thread at a time.
+    A prompt is prefilled alone, into its row; then each step decodes one token for every row in use: in one run of the
+    graph, or row by row. Rows belong to one thread at a time.
     """
 
-    def __init__(self, engine: Engine, rows: int, capacity: int) -> None:
-        """Allocate `capacity` positions for each row. Raises PromptError."""
+    def __init__(self, engine: Engine, rows: int, capacity: int, *, together: bool | None = None) -> None:
+        """Allocate `capacity` positions for each row.
+
+        `together` decodes all rows in one run, faster, even where a row's numbers then differ from those it has alone;
+        None does so only where they do not (`rows_agree`). Raises PromptError.
+        """
         if rows < 1:
             raise PromptError(f"--batch {rows}: must be 1 or more")
+        if together and fixed_rows(engine.bundle.manifest):
+            raise PromptError("the decode graph of this bundle takes a fixed number of rows: they cannot run together")
         self._engine = engine
         self._decode = engine.sessions[1]
         self._cache = engine.new_cache(capacity, rows)
@@ -32,7 +41,7 @@ class Rows:
         self._tokens = np.zeros((rows, 1), np.int64)
         self._mask = np.zeros(rows * capacity, np.int64)
         self._bindings: dict[int, ort.IOBinding] = {}
-        self._together = rows_together(engine.bundle.manifest)
+        self._together = rows > 1 and (rows_agree(engine) if together is None else together)
         self._used = 0
         self.states = [engine.state_over(self._cache.row(i), self._logits[i]) for i in range(rows)]
 
@@ -107,11 +116,38 @@ class Rows:
         return binding
 
 
-def rows_together(manifest: Manifest) -> bool:
-    """Whether several sequences can be decoded in one run that gives each what it gives alone.
+def rows_agree(engine: Engine) -> bool:
+    """Whether rows that are decoded in one run get the numbers that each gets alone; tried once for an engine.
 
-    Not so where the graph takes a fixed number of rows, and where it rounds activations with one scale for all rows.
+    Not so where the graph takes a fixed number of rows, where it rounds the activations of all rows with one scale, and
+    where a kernel adds up in another order for several rows: by rounding activations to int8, a model makes a visible
+    difference out of the last bit. Which kernels do that depends on the processor, so a few steps tell.
     """
-    fixed = any(isinstance(tensor.shape[0], int) for tensor in manifest.graphs.decode.inputs)
-    shared_scale = any(layer.decode_activations == "tensor" for layer in manifest.layers.values())
-    return not fixed and not shared_scale
+    return not fixed_rows(engine.bundle.manifest) and engine.once("rows agree", lambda: _agree(engine))
+
+
+def fixed_rows(manifest: Manifest) -> bool:
+    """Whether the decode graph takes a fixed number of rows."""
+    return any(isinstance(tensor.shape[0], int) for tensor in manifest.graphs.decode.inputs)
+
+
+def _agree(engine: Engine) -> bool:
+    """Compare a few steps of rows together with the same steps of each alone."""
+    length = min(TRIED_TOKENS, engine.max_context - TRIED_STEPS)
+    if length < 1:
+        return False
+    ids = [(7 * i + 1) % engine.vocabulary for i in range(length + TRIED_ROWS + TRIED_STEPS)]
+    rows = Rows(engine, TRIED_ROWS, length + TRIED_STEPS, together=True)
+    alone = [engine.new_state(length + TRIED_STEPS) for _ in range(TRIED_ROWS)]
+    for row, state in enumerate(alone):
+        prompt = ids[row : row + max(length - row, 1)]  # of different lengths
+        engine.prefill(rows.add(), prompt)
+        engine.prefill(state, prompt)
+    for step in range(TRIED_STEPS):
+        tokens = ids[length + step : length + step + TRIED_ROWS]
+        found = rows.decode(tokens)
+        for logits, state, token in zip(found, alone, tokens, strict=True):
+            expected = engine.decode(state, token)
+            if not np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max():
+                return False
+    return True

@@ -17,8 +17,8 @@ from satchel.runtime.bundle import Bundle
 from satchel.runtime.engine import PREFILL_CHUNK, Engine
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.profiling.ort_profile import AFTER, BEFORE, Kernel, Place, Run, place_kernels, read_runs
+from satchel.runtime.sampling.greedy import greedy
 from satchel.runtime.session import SessionSettings
-from satchel.runtime.token_stream import greedy
 
 PROFILED = ("prefill", "decode")
 PREFILL_PASSES = 3  # one prompt is too few runs for a mean

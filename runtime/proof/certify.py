@@ -16,7 +16,7 @@ from satchel.runtime.engine import Engine, Logits
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.processor import processor_name
 from satchel.runtime.proof.fidelity import Reference, evaluate, log_softmax
-from satchel.runtime.token_stream import greedy
+from satchel.runtime.sampling.greedy import greedy
 
 NEW_TOKENS = 16  # of a golden prompt's continuation
 TOP = 16  # most likely ids of a golden position

@@ -9,7 +9,7 @@ from support.tiny_bundle import write_bundle
 
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.engine import Engine
-from satchel.runtime.generate import Generator
+from satchel.runtime.generation.generator import Generator
 
 
 @pytest.fixture(scope="session")

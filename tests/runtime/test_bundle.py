@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +13,9 @@ import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime import bundle as bundle_module
-from satchel.runtime.bundle import open_bundle
+from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.manifest import FileRecord, Specialized
 
 
 @pytest.fixture
@@ -153,3 +157,36 @@ def test_a_path_that_is_no_bundle_says_what_to_give(tmp_path: Path) -> None:
 def test_the_tiny_bundle_is_the_same_on_every_run(tiny: Path, tmp_path: Path) -> None:
     again = write_bundle(tmp_path / "again")
     assert read_manifest(again) == read_manifest(tiny)
+
+
+def test_a_fingerprint_is_of_what_decides_the_numbers(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
+    facts = {
+        "files": sorted([name, record.sha256] for name, record in manifest.files.items()),
+        "kv_cache": {
+            "mode": "shared",
+            "dtype": "float32",
+            "layers": [dataclasses.asdict(x) for x in manifest.kv_cache.layers],
+        },
+        "precision": "fp32",
+        "target": "cpu",
+    }
+    encoded = json.dumps(facts, sort_keys=True).replace(" ", "").encode()
+    assert bundle.fingerprint == hashlib.sha256(encoded).hexdigest()
+    shuffled = dict(reversed(manifest.files.items()))
+    changed_file = dict(manifest.files) | {
+        "weights.bin": dataclasses.replace(manifest.files["weights.bin"], sha256="0" * 64)
+    }
+    record = FileRecord(bytes=1, sha256="0" * 64)
+    specialized = Specialized("1.0", "cpu", "one", (), True, True, {"prefill": "s/p.onnx"}, {"s/p.onnx": record})
+    for change, kept in (
+        ({"files": shuffled}, True),
+        ({"producer": {}, "passes": ({"a": 1},), "specialized": specialized}, True),
+        ({"files": changed_file}, False),
+        ({"precision": "int8"}, False),
+        ({"target": "gpu"}, False),
+        ({"kv_cache": dataclasses.replace(manifest.kv_cache, dtype="int8")}, False),
+    ):
+        other = Bundle(Path("elsewhere"), dataclasses.replace(manifest, **change))
+        assert (other.fingerprint == bundle.fingerprint) is kept

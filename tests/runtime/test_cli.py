@@ -16,7 +16,7 @@ import pytest
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime import cli
-from satchel.runtime.generate import Generator
+from satchel.runtime.generation.generator import Generator
 
 COMMAND = [sys.executable, "-m", "satchel.runtime.cli"]
 
@@ -122,6 +122,22 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert err.startswith("satchel: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_a_prompt_may_stand_behind_flags(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for order in (["the cat", "--max-new-tokens", "5"], ["--max-new-tokens", "5", "the cat"]):
+        assert cli.main(["run", str(tiny), "--quiet", *order]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    for arguments in (
+        ["--max-new-tokens", "5", "the", "cat"],
+        ["the", "--max-new-tokens", "5", "cat"],
+        ["x", "--nothing"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["run", str(tiny), *arguments])
+        assert stop.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_wrong_arguments_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,9 @@ from numpy.testing import assert_allclose
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_manifest
 
 from satchel.runtime.bundle import open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.engine import Engine, chunks
 from satchel.runtime.errors import PromptError
+from satchel.runtime.kv_cache import position_bytes
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40)
 TOLERANCE = 1e-5
@@ -190,3 +191,37 @@ def test_a_chunk_without_tokens_is_refused(engine: Engine, chunk: int) -> None:
     ):
         with pytest.raises(PromptError, match=f"a chunk of {chunk} tokens is not possible"):
             step()
+
+
+def test_the_memory_of_a_released_cache_serves_the_next_one(engine: Engine) -> None:
+    ids = [5, 80, 199, 12]
+    expected = engine.prefill(engine.new_state(9), ids).copy()
+    old = engine.new_cache(20)
+    for buffer in old.past.values():
+        buffer[:] = 1000.0  # what lies behind the length must not matter
+    engine.release(old)
+    state = engine.new_state(9)
+    assert state.cache.memory is old.memory
+    np.testing.assert_array_equal(engine.prefill(state, ids), expected)
+    assert engine.new_cache(9).memory is not old.memory
+    engine.release(old)
+    larger = engine.new_cache(21)
+    assert larger.memory is not old.memory
+    assert larger.nbytes == 21 * position_bytes(engine.bundle.manifest.kv_cache)
+
+
+def test_large_memory_goes_back_to_the_system(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("satchel.runtime.engine.MOST_SPARE", 1000)
+    cache = engine.new_cache(20)
+    engine.release(cache)
+    assert engine.new_cache(20).memory is not cache.memory
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "lengths"),
+    [(0, 4, []), (1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (9, 4, [4, 3, 2]), (3, 2, [2, 1]), (3, 1, [1, 1, 1])],
+)
+def test_spans_cover_all_and_leave_no_token_alone(total: int, size: int, lengths: list[int]) -> None:
+    spans = list(chunks(total, size))
+    assert [span.stop - span.start for span in spans] == lengths
+    assert [token for span in spans for token in range(total)[span]] == list(range(total))

@@ -12,8 +12,8 @@ import pytest
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
 from satchel.runtime.errors import PromptError
-from satchel.runtime.generate import Generator
-from satchel.runtime.token_stream import TokenStream, greedy
+from satchel.runtime.generation.generator import Generator
+from satchel.runtime.sampling.greedy import greedy
 
 PROMPT = "the cat sat on the mat"
 PROMPT_IDS = [5, 80, 199, 12]
@@ -48,8 +48,8 @@ def test_the_pieces_of_a_stream_are_the_text_of_generate(generator: Generator) -
 
 
 def test_the_figures_add_up(generator: Generator) -> None:
-    result = generator.generate(PROMPT_IDS, 10)
-    assert (result.prompt_tokens, result.new_tokens, result.decode_steps) == (4, 10, 9)
+    result = generator.generate([9, 81, 17, 33], 10)
+    assert (result.prompt_tokens, result.reused_tokens, result.new_tokens, result.decode_steps) == (4, 0, 10, 9)
     assert result.kv_bytes == 2 * 2 * (2 * (4 + 9) * 16) * 4
     assert result.prefill_speed == 4 / result.prefill_seconds > 0
     assert result.decode_speed == 9 / result.decode_seconds > 0
@@ -62,7 +62,7 @@ def test_the_choice_of_a_token_can_be_handed_in(generator: Generator) -> None:
         shapes.append((logits.shape, logits.dtype))
         return int(logits.argmin())
 
-    result = generator.generate(PROMPT_IDS, 3, least_likely)
+    result = generator.generate(PROMPT_IDS, 3, choose=least_likely)
     assert shapes == [((VOCABULARY,), np.float32)] * 3
     assert result.token_ids != generator.generate(PROMPT_IDS, 3).token_ids
 
@@ -143,14 +143,14 @@ def test_a_bundle_without_a_tokenizer_takes_ids_only(tmp_path: Path, generator: 
 
 
 def test_closing_a_stream_early_frees_its_cache(generator: Generator) -> None:
-    tokens = TokenStream(generator.engine, PROMPT_IDS, 20, MAX_CONTEXT)
-    next(tokens)
-    cache = weakref.ref(tokens._state.cache)
-    tokens.close()
+    stream = generator.stream(PROMPT, 20)
+    next(stream)
+    cache = weakref.ref(stream._state.cache)
+    stream.close()
     gc.collect()
     assert cache() is None
-    assert list(tokens) == []
-    assert tokens.finish_reason == "closed"
+    assert list(stream) == []
+    assert stream.result().finish_reason == "closed"
 
 
 def test_leaving_a_stream_early_keeps_what_was_generated(generator: Generator) -> None:
@@ -165,11 +165,11 @@ def test_leaving_a_stream_early_keeps_what_was_generated(generator: Generator) -
 
 
 def test_a_finished_stream_keeps_its_reason_and_holds_no_cache(generator: Generator) -> None:
-    tokens = TokenStream(generator.engine, PROMPT_IDS, 2, MAX_CONTEXT)
-    assert len(list(tokens)) == 2
-    tokens.close()
-    assert tokens.finish_reason == "length"
-    assert tokens._state is None
+    stream = generator.stream(PROMPT_IDS, 2)
+    assert stream.result().new_tokens == 2
+    stream.close()
+    assert stream.result().finish_reason == "length"
+    assert stream._state is None
 
 
 def test_threads_that_share_a_generator_get_the_text_that_each_gets_alone(generator: Generator) -> None:
@@ -195,13 +195,13 @@ def test_a_stream_ends_when_the_choice_of_a_token_fails(generator: Generator) ->
             raise ValueError("no choice")
         return int(logits.argmax())
 
-    stream = generator.stream([3, 4, 5], 8, choose)
+    stream = generator.stream([3, 4, 5], 8, choose=choose)
     with pytest.raises(ValueError, match="no choice"):
         stream.result()
-    assert stream.result().finish_reason == "closed"
+    assert stream.result().finish_reason == "error"
     assert len(calls) == 3
 
 
 def test_a_choice_outside_the_vocabulary_is_refused(generator: Generator) -> None:
     with pytest.raises(PromptError, match="token id -1 was chosen, outside the vocabulary"):
-        generator.generate([3, 4, 5], 4, lambda logits: -1)
+        generator.generate([3, 4, 5], 4, choose=lambda logits: -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,7 @@ from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.engine import Engine, State
 from satchel.runtime.errors import PromptError
-from satchel.runtime.manifest import LayerPrecision, Manifest
-from satchel.runtime.rows import Rows, rows_together
+from satchel.runtime.rows import Rows, rows_agree
 
 LENGTHS = (13, 1, 7)
 
@@ -115,29 +114,49 @@ def test_a_token_outside_the_vocabulary_is_refused(engine: Engine) -> None:
         rows.decode([1, 400])
 
 
-def one_scale(manifest: Manifest, activations: str) -> Manifest:
-    layer = LayerPrecision(8, None, True, "token", activations)
-    return dataclasses.replace(manifest, layers={"layer": layer})
+def engine_of(folder: Path, change: Callable[[dict], None] = lambda document: None) -> Engine:
+    document = read_manifest(folder)
+    change(document)
+    write_manifest(folder, document)
+    return Engine.open(open_bundle(folder), threads=1)
 
 
-def test_rows_part_where_they_would_share_a_scale_or_the_graph_takes_one(engine: Engine) -> None:
-    manifest = engine.bundle.manifest
-    assert rows_together(manifest)
-    assert rows_together(one_scale(manifest, "token"))
-    assert not rows_together(one_scale(manifest, "tensor"))
-    decode = manifest.graphs.decode
-    fixed = dataclasses.replace(
-        decode, inputs=(dataclasses.replace(decode.inputs[0], shape=(1, 1)), *decode.inputs[1:])
-    )
-    assert not rows_together(dataclasses.replace(manifest, graphs=dataclasses.replace(manifest.graphs, decode=fixed)))
+def test_rows_agree_where_the_graph_keeps_them_apart(engine: Engine) -> None:
+    assert rows_agree(engine)
+
+
+def test_rows_do_not_agree_where_one_changes_another(tmp_path: Path) -> None:
+    mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
+    assert not rows_agree(mixed)
+    rows = Rows(mixed, 2, 30)
+    check_steps(mixed, rows, filled(mixed, rows, (5, 9)), 3)  # so each is decoded alone
+
+
+def test_rounding_in_another_order_is_no_disagreement(tmp_path: Path) -> None:
+    assert rows_agree(engine_of(write_bundle(tmp_path / "rounded", rows_mix=1e-7)))
+
+
+def test_rows_run_together_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
+    rows = Rows(mixed, 2, 30, together=True)
+    filled(mixed, rows, (5, 9))
+    monkeypatch.setattr(mixed, "decode", lambda state, token: pytest.fail("decoded alone"))
+    rows.decode([1, 2])
+
+
+def fix_rows(document: dict) -> None:
+    document["graphs"]["decode"]["inputs"][0]["shape"] = [1, 1]
+
+
+def test_a_graph_of_fixed_rows_cannot_run_them_together(tmp_path: Path) -> None:
+    fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
+    assert not rows_agree(fixed)
+    with pytest.raises(PromptError, match="takes a fixed number of rows"):
+        Rows(fixed, 2, 30, together=True)
 
 
 def test_rows_that_part_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_bundle(tmp_path / "fixed")
-    document = read_manifest(folder)
-    document["graphs"]["decode"]["inputs"][0]["shape"] = [1, 1]
-    write_manifest(folder, document)
-    fixed = Engine.open(open_bundle(folder), threads=1)
+    fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
     alone: list[int] = []
     decode = fixed.decode
     monkeypatch.setattr(fixed, "decode", lambda state, token: alone.append(token) or decode(state, token))

@@ -17,7 +17,7 @@ from satchel.runtime import session as session_module
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
-from satchel.runtime.generate import Generator
+from satchel.runtime.generation.generator import Generator
 from satchel.runtime.session import SessionSettings, default_threads, open_session
 
 

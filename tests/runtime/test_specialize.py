@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -276,3 +277,16 @@ def test_the_faster_attention_is_chosen(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(session.PLAIN_ATTENTION, "0")
     Engine.open(open_bundle(folder), threads=1)
     assert seen[2:] == ["0"] * 2, "what the user has set stays"
+
+
+def test_the_command_says_in_json_what_it_made_and_took_away(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["specialize", str(folder), "--threads", "1", "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (err, out.count("\n"), found["bundle"]) == ("", 1, str(folder))
+    assert found["specialized"] == read_manifest(folder)["specialized"]
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.glob("specialized-*"))
+    assert found["seconds"] >= 0
+    assert cli.main(["specialize", str(folder), "--remove", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["specialized"], found["bytes"]) == (None, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_tokenizers import byte_fallback_json, byte_level_json, sentencepiece_model
 
-from satchel.runtime.text_stream import LONGEST_WINDOW, UNFINISHED, TextStream
+from satchel.runtime.generation.text_stream import LONGEST_WINDOW, UNFINISHED, TextStream
 from satchel.runtime.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 TEXTS = [

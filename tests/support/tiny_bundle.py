@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def graph_spec(phase: str) -> GraphSpec:
     )
 
 
-def make_graph(phase: str, weights: Weights) -> onnx.ModelProto:
+def make_graph(phase: str, weights: Weights, rows_mix: float = 0.0) -> onnx.ModelProto:
     """embed -> (norm -> q, k, v -> GroupQueryAttention -> o -> add) per layer -> [last token] -> head."""
     node = helper.make_node
     nodes = [
@@ -139,6 +139,13 @@ def make_graph(phase: str, weights: Weights) -> onnx.ModelProto:
         nodes.append(node("MatMul", [f"a{i}", f"o.{i}"], [f"p{i}"]))
         nodes.append(node("Add", [f"h{i}", f"p{i}"], [f"h{i + 1}"]))
     nodes.append(node("SimplifiedLayerNormalization", [f"h{LAYERS}", "gain"], ["states"], axis=-1, epsilon=1e-5))
+    if rows_mix:
+        nodes[-1].output[0] = "unmixed"
+        nodes += [
+            node("ReduceSum", ["unmixed", "axis0"], ["sum"], keepdims=1),
+            node("Mul", ["sum", "mix"], ["share"]),
+            node("Add", ["unmixed", "share"], ["states"]),
+        ]
     if phase != "score":
         nodes += [  # row of the last real token: min(real, sequence) - 1
             node("Shape", ["input_ids"], ["sequence"], start=1, end=2),
@@ -150,6 +157,9 @@ def make_graph(phase: str, weights: Weights) -> onnx.ModelProto:
     nodes.append(node("MatMul", ["states" if phase == "score" else "picked", "head"], ["logits"]))
     spec = graph_spec(phase)
     graph = helper.make_graph(nodes, phase, _values(spec.inputs), _values(spec.outputs), weights.tensors)
+    if rows_mix:
+        graph.initializer.append(numpy_helper.from_array(np.float32(rows_mix), "mix"))
+        graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "axis0"))
     for name, value in (("axis1", [1]), ("one", [1]), ("axes12", [1, 2])):
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
@@ -169,17 +179,22 @@ def write_bundle(
     eos_token_ids: tuple[int, ...] = (),
     seed: int = 0,
     max_context: int = MAX_CONTEXT,
+    companions: Mapping[str, bytes] | None = None,
+    rows_mix: float = 0.0,
 ) -> Path:
     """Write a bundle into the new folder `folder` and return it.
 
     `tokenizer` is the content of the tokenizer's file, by default a byte-level tokenizer.json; `tokenizer_kind` None
-    leaves the tokenizer out.
+    leaves the tokenizer out. `companions` are further files, such as a chat template. In decode, each row gets
+    `rows_mix` times the sum of all rows, before the head.
     """
     folder.mkdir(parents=True)
     weights = make_weights(seed, max_context)
-    contents = {"weights.bin": bytes(weights.content)}
+    contents = {**(companions or {}), "weights.bin": bytes(weights.content)}
     for phase in ("prefill", "decode", "score"):
-        contents[f"{phase}.onnx"] = make_graph(phase, weights).SerializeToString()
+        contents[f"{phase}.onnx"] = make_graph(
+            phase, weights, rows_mix if phase == "decode" else 0.0
+        ).SerializeToString()
     spec = None
     if tokenizer_kind:
         name = "tokenizer.model" if tokenizer_kind == "sentencepiece" else "tokenizer.json"

@@ -1,0 +1,1 @@
+"""Generation: from a prompt to tokens and text, alone or in batches."""

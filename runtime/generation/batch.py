@@ -1,0 +1,116 @@
+"""Many prompts in one go: rows take the next prompt as soon as they are done with one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from satchel.runtime.engine import Engine, Logits
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.generation.continuation import Continuation
+from satchel.runtime.generation.prefill import prefill
+from satchel.runtime.generation.prefix_store import Prefix, PrefixStore
+from satchel.runtime.rows import Rows
+
+
+def run_batch(
+    engine: Engine,
+    rows: Rows,
+    continuations: Iterable[Continuation],
+    store: PrefixStore,
+    token: Callable[[], object] = lambda: None,
+) -> Iterator[Continuation]:
+    """Run continuations to their ends, up to `len(rows.states)` at a time, and give each when it has ended.
+
+    A prompt is taken from the iterable when a row is free for it. An error that the user can mend ends one
+    continuation, whose `error` then says so, and no other. `token` is called for each one's prompt, when it
+    has been fed, and for each one's every further step. Raises BundleError where a step of several rows fails.
+    """
+    waiting = iter(continuations)
+    active: list[Continuation] = []
+    while True:
+        while not rows.full and (following := next(waiting, None)) is not None:
+            _start(engine, rows, following, active, store)
+            active.append(following)
+            token()
+            yield from _drop_ended(rows, active, store)
+        if not active:
+            return
+        _step(rows, active)
+        for _ in active:
+            token()
+        yield from _drop_ended(rows, active, store)
+
+
+def run_samples(
+    engine: Engine, rows: Rows, continuations: Sequence[Continuation], store: PrefixStore
+) -> Iterator[Continuation]:
+    """Run continuations of one and the same prompt, which is prefilled once, to their ends. There is a row for each.
+
+    Raises what the first token's choice raises.
+    """
+    first, *others = continuations
+    active = [first]
+    for other in others:
+        other.begin()  # no later than the first: where its time is over before its prompt is fed, so is theirs
+    prefill(engine, rows.add(), first, store)
+    for row, other in enumerate(others, start=1):
+        rows.add()
+        rows.copy(0, row)
+        other.reused_tokens = rows.states[row].cache.length
+        other.check_time()
+        if other.finish_reason is None:
+            other.take(rows.states[row].logits)
+        active.append(other)
+    yield from _drop_ended(rows, active, store)
+    while active:
+        _step(rows, active)
+        yield from _drop_ended(rows, active, store)
+
+
+def _start(
+    engine: Engine, rows: Rows, continuation: Continuation, active: Sequence[Continuation], store: PrefixStore
+) -> None:
+    in_use = zip(active, rows.states, strict=False)
+    live = [Prefix(beside.fed[: state.cache.length], state.cache) for beside, state in in_use]
+    state = rows.add()
+    if continuation.finish_reason:
+        return
+    try:
+        prefill(engine, state, continuation, store, live)
+    except SatchelError as error:
+        continuation.fail(error)
+
+
+def _step(rows: Rows, active: Sequence[Continuation]) -> None:
+    """Decode a token for every row; all of them have one to feed."""
+    start = time.perf_counter()
+    logits = rows.decode([continuation.token_ids[-1] for continuation in active])
+    for continuation, row in zip(active, logits, strict=True):
+        _take(continuation, row)
+    seconds = time.perf_counter() - start
+    for continuation in active:
+        continuation.timing.decode_seconds += seconds
+        continuation.timing.decode_steps += 1
+
+
+def _take(continuation: Continuation, logits: Logits) -> None:
+    try:
+        continuation.take(logits)
+    except SatchelError as error:
+        continuation.fail(error)
+
+
+def _drop_ended(rows: Rows, active: list[Continuation], store: PrefixStore) -> Iterator[Continuation]:
+    """Let the rows of continuations that have ended go, and give those; `active` has the order of the rows."""
+    for row in reversed(range(len(active))):
+        continuation = active[row]
+        if continuation.finish_reason is None:
+            continue
+        state = rows.states[row]
+        if continuation.error is None:
+            store.keep(continuation.fed[: state.cache.length], state.cache)
+        rows.drop(row)
+        active[row] = active[-1]
+        active.pop()
+        yield continuation

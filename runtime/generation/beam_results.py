@@ -1,0 +1,54 @@
+"""Beam search under generation options: what it adjusts, and its texts as generations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from satchel.runtime.generation.beam_search import Adjust, BeamSearch, Ids
+from satchel.runtime.generation.result import Generation
+from satchel.runtime.generation.text_stream import TextStream
+from satchel.runtime.sampling.filters import adjusted, adjusts
+from satchel.runtime.sampling.options import SamplingOptions
+from satchel.runtime.tokenizer import Tokenizer
+
+
+def adjustment(
+    options: SamplingOptions, prompt_tokens: int, end_tokens: Collection[int], vocabulary: int
+) -> Adjust | None:
+    """The penalties, bans and bias of `options`, on log-probabilities as transformers applies them to beams.
+
+    None where there are none. The function raises PromptError when it leaves no token.
+    """
+    if not adjusts(options):
+        return None
+    ends = np.array([token for token in end_tokens if 0 <= token < vocabulary], np.int64)
+    return lambda scores, ids: adjusted(scores, options, ids, prompt_tokens, ends)
+
+
+def beam_results(search: BeamSearch, tokenizer: Tokenizer | None) -> list[Generation]:
+    """Run a search. Returns what it finds, best first, with the texts and with what the search cost."""
+    found = search.run()
+    timing = search.timing
+    return [
+        Generation(
+            text=_text(tokenizer, search.prompt, hypothesis.token_ids) if tokenizer else "",
+            token_ids=hypothesis.token_ids,
+            finish_reason=hypothesis.finish_reason,
+            prompt_tokens=len(search.prompt),
+            reused_tokens=search.reused_tokens,
+            prefill_seconds=timing.prefill_seconds,
+            decode_seconds=timing.decode_seconds,
+            decode_steps=timing.decode_steps,
+            kv_bytes=search.kv_bytes // search.settings.beams,
+            logprobs=None,
+            score=hypothesis.score,
+        )
+        for hypothesis in found
+    ]
+
+
+def _text(tokenizer: Tokenizer, prompt: Ids, tokens: Sequence[int]) -> str:
+    stream = TextStream(tokenizer, prompt.tolist())
+    return "".join([*(stream.add(token) for token in tokens), stream.finish()])

@@ -1,0 +1,114 @@
+"""What a request may ask of a generation. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import numbers
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from satchel.runtime.defaults import MAX_NEW_TOKENS
+from satchel.runtime.errors import PromptError
+from satchel.runtime.sampling import options as sampling
+
+MOST_LOGPROBS = 100
+KEYS = ("max_new_tokens", "stop", "time_limit", "logprobs")
+
+
+@dataclass(frozen=True)
+class GenerationOptions(sampling.SamplingOptions):
+    """How a prompt is continued, and when that ends; the fields of `SamplingOptions` say how tokens are chosen.
+
+    Attributes:
+        max_new_tokens: The most tokens; 0 runs nothing.
+        stop: Texts that end it; neither they nor what follows are shown.
+        time_limit: The most seconds, from the start of prefill; None for no limit.
+        logprobs: Record the log-probability of each token, and those of this many most likely ones; None for neither.
+    """
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    stop: tuple[str, ...] = ()
+    time_limit: float | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stop: Collection[str] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(stop))
+
+    def check_all(self, vocabulary: int, where: str | None = None) -> None:
+        """Raise PromptError for values out of range, and for options that contradict each other.
+
+        `vocabulary` is the number of token ids; `where` is a place in a file, which messages then name.
+        """
+        if not _whole(self.max_new_tokens) or self.max_new_tokens < 0:
+            raise PromptError(f"{_name('max_new_tokens', where)} {self.max_new_tokens}: must be 0 or more")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise PromptError(
+                f"{_name('stop', where)}: must be text, at least one character: leave it out or give some"
+            )
+        if self.time_limit is not None and not (_number(self.time_limit) and 0 < self.time_limit < math.inf):
+            raise PromptError(f"{_name('time_limit', where)} {self.time_limit}: must be seconds, above 0")
+        if self.logprobs is not None and not (_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise PromptError(f"{_name('logprobs', where)} {self.logprobs}: must be from 0 to {MOST_LOGPROBS}")
+        self.check(self.max_new_tokens, vocabulary, where)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each option, without defaults: `given_in` tells which were given."""
+    group = parser.add_argument_group("ending")
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=int, help=f"tokens to generate at most (default {MAX_NEW_TOKENS})"
+    )
+    group.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
+    )
+    group.add_argument("--time-limit", metavar="SECONDS", type=float, help="end after this time")
+    parser.add_argument(
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="with --json: the log-probability of each token, and of the N most likely ones at its place",
+    )
+    sampling.add_flags(parser)
+
+
+def given_in(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a parsed command line holds, by field."""
+    own = {key: value for key in KEYS if (value := getattr(args, key)) is not None}
+    return own | sampling.given_in(args)
+
+
+def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
+    """The options of a parsed JSON object, by field; `where` names its place in messages ("line 7").
+
+    Raises PromptError for an unknown key and a wrong type; `GenerationOptions.check_all` sees to the rest.
+    """
+    own = {key: value for key, value in values.items() if key in KEYS and value is not None}
+    for key, right, what in (
+        ("max_new_tokens", _whole, "a whole number"),
+        ("time_limit", _number, "a number of seconds"),
+        ("logprobs", _whole, "a whole number"),
+        ("stop", _texts, "a text or a list of texts"),
+    ):
+        if key in own and not right(own[key]):
+            raise PromptError(f"{where}: {key} {str(own[key])[:60]!r}: must be {what}")
+    return own | sampling.from_mapping({key: value for key, value in values.items() if key not in KEYS}, where)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _name(field: str, where: str | None) -> str:
+    return f"--{field.replace('_', '-')}" if where is None else f"{where}: {field}"

@@ -1,0 +1,73 @@
+"""Feeds a prompt: what is known of it is copied, the rest runs through the prefill graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.engine import PREFILL_CHUNK, Engine, State
+from satchel.runtime.generation.continuation import Continuation
+from satchel.runtime.generation.prefix_store import Prefix, PrefixStore, common_length
+
+Progress = Callable[[int], object]
+"""Hears how many tokens of a prompt are done since the last call."""
+
+
+def prefill(
+    engine: Engine,
+    state: State,
+    continuation: Continuation,
+    store: PrefixStore,
+    live: Sequence[Prefix] = (),
+    progress: Progress = lambda count: None,
+) -> None:
+    """Feed the prompt to an empty state, and take the first token unless the time limit is over before.
+
+    What the prompt has in common with `store` and `live` is copied, as `feed` does.
+    """
+    start = time.perf_counter()
+    continuation.begin()
+
+    def is_over() -> bool:
+        continuation.check_time()
+        return continuation.finish_reason is not None
+
+    continuation.reused_tokens = feed(engine, state, continuation.prompt, store, live, progress, is_over)
+    if continuation.finish_reason is None:
+        continuation.take(state.logits)
+    continuation.timing.prefill_seconds = time.perf_counter() - start
+
+
+def feed(
+    engine: Engine,
+    state: State,
+    prompt: NDArray[np.int64],
+    store: PrefixStore,
+    live: Sequence[Prefix] = (),
+    progress: Progress = lambda count: None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> int:
+    """Feed a prompt to an empty state, until `is_over`, which is asked after each chunk. Returns the tokens reused.
+
+    As many tokens as some prefix of `store` or of `live`, the rows beside this one, has in common with the prompt are
+    copied from there. The last token of a prompt always runs: its logits are wanted.
+    """
+    reused, cache = store.longest(prompt)
+    for prefix in live:
+        common = common_length(prefix.ids, prompt)
+        if common > reused:
+            reused, cache = common, prefix.cache
+    reused = min(reused, len(prompt) - 1)
+    if cache is not None and reused:
+        state.cache.copy_from(cache, reused)
+        progress(reused)
+    for begin in range(reused, len(prompt), PREFILL_CHUNK):
+        part = prompt[begin : begin + PREFILL_CHUNK]
+        engine.prefill(state, part)
+        progress(len(part))
+        if is_over():
+            break
+    return reused

@@ -1,0 +1,217 @@
+"""What a file of answers survives: kills, interrupts, full disks, and files that are none."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.jsonl_work import Work, by_id
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime.commands import answer_file
+from satchel.runtime.commands.answer_file import AnswerFile
+from satchel.runtime.commands.prompt_lines import read_lines
+
+Capture = pytest.CaptureFixture[str]
+PATIENCE = 60  # seconds
+
+
+@pytest.fixture
+def work(tiny: Path, tmp_path: Path) -> Work:
+    return Work(tiny, tmp_path)
+
+
+@pytest.fixture
+def slow(long_bundle: Path, tmp_path: Path) -> Work:
+    """Work of ten answers, one of them an error, that takes some seconds, two at a time."""
+    work = Work(long_bundle, tmp_path)
+    work.write(*({"prompt": "the cat sat " + "again " * n, "max_new_tokens": 900 + 40 * n} for n in range(9)), b"{")
+    return work
+
+
+@pytest.fixture(scope="module")
+def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "long", max_context=2000)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Work], set[str]]:
+    """What a run of that work gives when nothing happens to it."""
+    found: set[str] = set()
+
+    def lines(work: Work) -> set[str]:
+        if not found:
+            other = Work(long_bundle, tmp_path_factory.mktemp("undisturbed"))
+            other.input = work.input
+            assert other.run("--batch", 2, "--quiet") == 1
+            found.update(other.output.read_text("utf-8").splitlines())
+        return found
+
+    return lines
+
+
+def wait_for_rows(path: Path, count: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_what_is_done_is_not_run_again(work: Work, capsys: Capture) -> None:
+    line = {"prompt": "the", "max_new_tokens": 1}
+    work.write(line, line, b"{", line)
+    assert work.run() == 1
+    whole = work.output.read_bytes()
+    capsys.readouterr()
+    lines = whole.splitlines(keepends=True)
+    work.output.write_bytes(b"".join(lines[:2]) + lines[2][:-9])
+    assert work.run("--max-context", 5) == 1
+    assert capsys.readouterr().err.startswith("resuming: 2 of 4 are done\n2 prompts of ")
+    assert sorted(work.output.read_bytes().splitlines()) == sorted(whole.splitlines())
+    work.bundle = Path("nowhere")  # and nothing is opened when all is done
+    assert work.run() == 1
+    failed = f'satchel: 1 of 4 prompts failed: see "error" in the rows of {work.output}\n'
+    assert capsys.readouterr().err == f"all 4 prompts are done already\n{failed}"
+    assert work.run("--quiet") == 1
+    assert capsys.readouterr().err == failed
+    work.write(line, line, b"", line)
+    work.output.write_bytes(b"".join(row for row in lines if b"error" not in row))
+    assert work.run("--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_torn_anywhere_keeps_its_whole_rows(work: Work) -> None:
+    line = {"prompt": "the cat", "max_new_tokens": 3}
+    work.write({**line, "id": "猫"}, line, b"{")
+    assert work.run("--quiet") == 1
+    content, lines = work.output.read_bytes(), read_lines(work.input.read_bytes())
+    for end in range(len(content) + 1):
+        work.output.write_bytes(content[:end])
+        with AnswerFile(work.output, lines) as file:
+            assert len(file.done) == content[:end].count(b"\n")
+        assert work.output.read_bytes() == content[: content.rfind(b"\n", 0, end) + 1]
+
+
+ANSWER = {"id": 1, "text": "", "finish_reason": "stop", "prompt_tokens": 1, "new_tokens": 0}
+FOREIGN: list[tuple[str, str]] = [
+    ("my diary", "line 1: it is no answer"),
+    ("my diary\n", "line 1: it is no answer"),
+    (json.dumps({"prompt": "the"}) + "\n", "line 1: it is no answer"),
+    (json.dumps(ANSWER | {"extra": 1}) + "\n", "line 1: it is no answer"),
+    (json.dumps(ANSWER) + "\n\n", "line 2: it is no answer"),
+    (json.dumps(ANSWER) + "\n{'id", "line 2: it is no answer"),
+    (json.dumps(ANSWER | {"id": True}) + "\n", "line 1: it is no answer"),
+    (json.dumps(ANSWER | {"id": "1"}) + "\n", "line 1: it answers no line of --input"),
+    (json.dumps(ANSWER | {"id": 3}) + "\n", "line 1: it answers no line of --input"),
+    (json.dumps({"id": 9, "error": "line 9: x"}) + "\n", "line 1: it answers no line of --input"),
+    (json.dumps({"id": 9, "error": "line 1: x"}) + "\n", "line 1: it answers no line of --input"),
+    (json.dumps({"id": 1, "error": "x"}) + "\n", "line 1: it answers no line of --input"),
+    (json.dumps({"id": 1, "error": 1}) + "\n", "line 1: it is no answer"),
+    (json.dumps(ANSWER) + "\n" + json.dumps(ANSWER) + "\n", "line 2: line 1 of --input has another answer before it"),
+    (json.dumps(ANSWER) + "\n\udcff\n", "line 2: it is no answer"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FOREIGN)
+def test_a_file_with_other_rows_is_refused_and_stays(work: Work, capsys: Capture, content: str, message: str) -> None:
+    work.write({"prompt": "the"}, {"prompt": "cat"})
+    work.output.write_text(content, "utf-8", "surrogateescape")
+    assert work.run() == 2
+    rest = "nothing was changed: name another file, or move this one"
+    assert capsys.readouterr().err == f"satchel: error: --output {work.output}: {message}: {rest}\n"
+    assert work.output.read_text("utf-8", "surrogateescape") == content
+
+
+def test_two_runs_do_not_write_to_one_file(work: Work, capsys: Capture) -> None:
+    work.write({"prompt": "the"})
+    with AnswerFile(work.output, read_lines(work.input.read_bytes())):
+        assert work.run() == 2
+    assert "another run writes to it: wait for its end, or name another" in capsys.readouterr().err
+    assert work.run("--quiet") == 0
+
+
+def test_a_run_that_is_killed_goes_on_and_loses_and_repeats_nothing(
+    slow: Work, undisturbed: Callable[[Work], set[str]]
+) -> None:
+    whole = undisturbed(slow)
+    for rows in (0, 1, 3, 4, 7):
+        with slow.start("--batch", 2) as process:
+            wait_for_rows(slow.output, rows)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert 7 <= slow.output.read_bytes().count(b"\n") < 10
+    assert slow.run("--batch", 2, "--quiet") == 1
+    lines = slow.output.read_text("utf-8").splitlines()
+    assert (len(lines), set(lines)) == (10, whole)
+
+
+def test_an_interrupt_leaves_a_file_to_go_on_with(slow: Work, undisturbed: Callable[[Work], set[str]]) -> None:
+    whole = undisturbed(slow)
+    with slow.start("--batch", 2, "--quiet") as process:
+        wait_for_rows(slow.output, 3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (130, b"", b"satchel: interrupted\n")
+    content = slow.output.read_text("utf-8")
+    assert content.endswith("\n")
+    assert set(content.splitlines()) < whole
+    assert slow.run("--batch", 2, "--quiet") == 1
+    assert set(slow.output.read_text("utf-8").splitlines()) == whole
+
+
+def test_a_disk_that_fills_keeps_the_whole_rows(work: Work) -> None:
+    line = {"prompt": "the cat sat on the mat", "max_new_tokens": 6}
+    work.write(*[line] * 8)
+    limit = 500  # bytes
+    with work.start("--quiet", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
+        out, err = process.communicate(timeout=PATIENCE)
+    content = work.output.read_bytes()
+    kept = content.count(b"\n")
+    assert (process.returncode, out) == (2, b"")
+    assert err.decode() == (
+        f"satchel: error: --output {work.output}: cannot be written (File too large): {kept} of 8 answers are kept: "
+        "free some space, and the same command goes on from there\n"
+    )
+    assert 0 < kept < 8
+    assert content.endswith(b"\n")
+    assert work.run("--quiet") == 0
+    assert work.output.read_bytes().startswith(content)
+    assert sorted(by_id(work.rows())) == list(range(1, 9))
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_part_of_a_row_is_cut_off_again(work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    work.write(*[{"prompt": "the", "max_new_tokens": 1}] * 3)
+    write, calls = os.write, []
+
+    def writing(file: int, content: memoryview) -> int:
+        calls.append(1)
+        return full() if len(calls) == 4 else write(file, content[: len(content) // 2 + 1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_file.os, "write", writing)
+        assert work.run() == 2
+    assert "cannot be written (No space left on device): " in capsys.readouterr().err
+    content = work.output.read_bytes()
+    assert content == b"" or content.endswith(b"\n")
+    assert work.run("--quiet") == 0
+    assert sorted(by_id(work.rows())) == [1, 2, 3]
+
+
+def test_a_disk_that_says_at_the_end_that_it_is_full_is_heard(
+    work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work.write({"prompt": "the", "max_new_tokens": 1})
+    monkeypatch.setattr(answer_file.os, "fsync", full)
+    assert work.run("--quiet") == 2
+    assert "cannot be written (No space left on device): 1 of 1 answers are kept" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""`satchel run --input`: rows of answers and errors, each as its line gives alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.jsonl_work import COMMAND, Row, Work, by_id
+
+from satchel.runtime.commands import answers
+from satchel.runtime.commands.prompt_lines import read_lines
+from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.generator import Generator
+
+Capture = pytest.CaptureFixture[str]
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+PATIENCE = 60  # seconds
+
+
+@pytest.fixture
+def work(tiny: Path, tmp_path: Path) -> Work:
+    return Work(tiny, tmp_path)
+
+
+def test_each_answer_is_what_its_line_gives_alone(work: Work, generator: Generator, capsys: Capture) -> None:
+    lines: list[Row] = [
+        {"id": "short", "prompt": "the"},
+        {"id": 7, "prompt": "the quick brown fox jumps over the lazy dog again and again", "max_new_tokens": 3},
+        {"prompt": "the cat sat on the mat", "temperature": 1.3, "seed": 11, "top_p": 0.9},
+        {"prompt": "the cat sat on the mat", "temperature": 1.3, "seed": 12, "stop": ["a", "e"]},
+        {"id": "é\u2028", "prompt": "satchel carries a model", "logit_bias": {"24": -100}, "max_new_tokens": 17},
+        {"prompt": "the dog", "max_new_tokens": 0},
+    ]
+    work.write(*lines)
+    assert work.run("--batch", 3, "--max-new-tokens", 12) == 0
+    found = by_id(work.rows())
+    assert list(found) != [line.get("id", number) for number, line in enumerate(lines, start=1)]  # as they end
+    for number, line in enumerate(lines, start=1):
+        options = {"max_new_tokens": 12} | {key: line[key] for key in line.keys() - {"id", "prompt"}}
+        options["logit_bias"] = {int(token): bias for token, bias in options.get("logit_bias", {}).items()}
+        alone = generator.generate(line["prompt"], **options)
+        assert found[line.get("id", number)] == {
+            "id": line.get("id", number),
+            "text": alone.text,
+            "finish_reason": alone.finish_reason,
+            "prompt_tokens": alone.prompt_tokens,
+            "new_tokens": alone.new_tokens,
+        }
+    assert capsys.readouterr().err.startswith("6 prompts of ")
+
+
+def test_options_of_a_line_go_before_those_of_the_command(work: Work, generator: Generator) -> None:
+    work.write({"prompt": "the"}, {"prompt": "the", "seed": 4}, {"prompt": "the", "temperature": 0})
+    flags = ("--temperature", 1.5, "--seed", 3, "--top-k", 50, "--max-new-tokens", 8)
+    assert work.run(*flags) == 0
+    found, sampling = by_id(work.rows()), {"temperature": 1.5, "top_k": 50, "max_new_tokens": 8}
+    assert found[1]["text"] == generator.generate("the", seed=3, **sampling).text
+    assert found[2]["text"] == generator.generate("the", seed=4, **sampling).text
+    assert found[3]["text"] == generator.generate("the", 8).text
+    assert len({row["text"] for row in found.values()}) == 3
+
+
+def test_log_probabilities_come_where_they_were_asked_for(work: Work, generator: Generator) -> None:
+    work.write({"prompt": "the"}, {"prompt": "the", "logprobs": 2})
+    assert work.run("--max-new-tokens", 3) == 0
+    rows = by_id(work.rows())
+    plain, asked = rows[1], rows[2]
+    assert "logprobs" not in plain
+    for entry, there in zip(asked["logprobs"], generator.generate("the", 3, logprobs=2).logprobs, strict=True):
+        assert entry["id"] == there.token
+        assert entry["logprob"] == pytest.approx(there.logprob, abs=1e-4)
+        assert [likely["id"] for likely in entry["top"]] == [token for token, _ in there.top]
+    work.output.unlink()
+    assert work.run("--max-new-tokens", 3, "--logprobs", 0) == 0
+    assert all("logprobs" in row for row in work.rows())
+
+
+WRONG: list[tuple[object, str]] = [
+    (b"{'prompt': 1}", "not JSON (Expecting property name enclosed in double quotes, column 2): write one object"),
+    (b'{"prompt": "a"', "not JSON (Expecting ',' delimiter, column 15)"),
+    (b'{"prompt": "a"} {"prompt": "b"}', "not JSON (Extra data, column 17)"),
+    (b'["a"]', "not a JSON object: write one like"),
+    (b'{"prompt": "\xff"}', "not UTF-8 text (byte 13): convert the file to UTF-8"),
+    (b"[" * 100_000, "not readable: nested too deeply"),
+    (b'{"id": ' + b"1" * 5000 + b"}", "not readable: a number has thousands of digits"),
+    (b'{"prompt": "a", "prompt": "b"}', "key 'prompt' comes twice: leave one of them out"),
+    ({"id": 1.5, "prompt": "a"}, "id 1.5: must be a text or a whole number"),
+    ({"id": True, "prompt": "a"}, "id True: must be a text or a whole number"),
+    ({"id": None, "prompt": "a"}, "id None: must be a text or a whole number"),
+    ({"id": "\ud800", "prompt": "a"}, r"id '\ud800': is no valid Unicode: mend it"),
+    ({}, "has neither prompt nor messages: give one of them"),
+    ({"prompt": "a", **CHAT}, "has both prompt and messages: give one of them"),
+    ({"prompt": ["a"]}, "prompt ['a']: must be a text"),
+    ({"prompt": "a\ud800"}, "the text is not valid UTF-8 at character 1: mend or remove it"),
+    ({"prompt": "a", "tools": []}, "has tools but no messages: only a chat template can use them"),
+    ({"messages": {}}, "messages {}: must be a list"),
+    ({**CHAT, "tools": "t"}, "tools 't': must be a list"),
+    ({**CHAT, "arguments": []}, "arguments []: must be an object"),
+    ({**CHAT, "arguments": {"documents": 5}}, "documents 5: must be a list"),
+    ({**CHAT, "arguments": {"messages": []}}, "arguments have messages, which is no further argument: take it out"),
+    ({"prompt": "a", "temprature": 1}, "unknown key 'temprature': the keys are id, prompt, messages, tools, argu"),
+    ({"prompt": "a", "\x1b\ud800": 1}, r"unknown key '\x1b\ud800': the keys are"),
+    ({"prompt": "a", "max_new_tokens": "9"}, "max_new_tokens '9': must be a whole number"),
+    ({"prompt": "a", "max_new_tokens": -1}, "max_new_tokens -1: must be 0 or more"),
+    ({"prompt": "a", "temperature": -1}, "temperature -1: must be finite, 0 or more"),
+    ({"prompt": "a", "top_k": 5}, "top_k 5: means nothing at temperature 0"),
+    ({"prompt": "a", "logit_bias": {"400": 1}}, "logit_bias 400=1.0: outside the vocabulary: use ids from 0 to 399"),
+    ({"prompt": "a", "stop": [""]}, "stop: must be text, at least one character"),
+    ({"prompt": "zq" * 100}, "the prompt has "),
+]
+
+
+def test_a_wrong_line_becomes_an_error_row_and_the_rest_is_done(work: Work, capsys: Capture) -> None:
+    good = {"prompt": "the cat", "max_new_tokens": 2}
+    work.write(good, b"  ", *(line for line, _ in WRONG), b"", {**good, "id": "last"})
+    assert work.run() == 1
+    rows = by_id(work.rows())
+    assert len(rows) == len(WRONG) + 2
+    for number, (line, message) in enumerate(WRONG, start=3):
+        assert rows[number].keys() == {"id", "error"}
+        assert rows[number]["error"].startswith(f"line {number}: "), line
+        # What the options say is theirs: a quote more or less is not counted.
+        assert rows[number]["error"].replace("'", "").startswith(f"line {number}: {message}".replace("'", "")), line
+    assert rows[1]["text"] == rows["last"]["text"] != ""
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == (
+        f'satchel: {len(WRONG)} of {len(WRONG) + 2} prompts failed: see "error" in the rows of {work.output}'
+    )
+
+
+def test_the_same_id_is_refused_from_the_second_time_on(work: Work) -> None:
+    a = {"prompt": "a", "max_new_tokens": 1}
+    work.write({**a, "id": "x"}, {**a, "id": 3}, a, {**a, "id": "x"}, {**a, "id": "3"}, {"id": "x"})
+    assert work.run("--quiet") == 1
+    rows = work.rows()
+    assert sorted(str(row["id"]) for row in rows if "text" in row) == ["3", "3", "x"]
+    errors = sorted(row["error"].split(": give", 1)[0] for row in rows if "error" in row)
+    assert errors == [
+        "line 3: id 3: line 2 has it too",
+        "line 4: id 'x': line 1 has it too",
+        "line 6: has neither prompt nor messages",
+    ]
+    before = work.output.read_bytes()
+    assert work.run("--quiet") == 1
+    assert work.output.read_bytes() == before
+
+
+def test_lines_of_other_systems_and_of_great_length_are_read() -> None:
+    text = "long " * 200_000
+    content = b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n' + json.dumps({"prompt": text, "id": -5}).encode()
+    first, second = read_lines(content)
+    assert (first.number, first.id, first.prompt, first.error) == (1, 1, "a", None)
+    assert (second.number, second.id, second.prompt) == (3, -5, text)
+    assert read_lines(b"") == read_lines(b"\n \n") == []
+
+
+def stub_chat(monkeypatch: pytest.MonkeyPatch, chat_ids: Callable[..., list[int]]) -> None:
+    module = types.ModuleType("satchel.runtime.chat.conversation")
+    module.chat_ids = chat_ids  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_messages_go_through_the_chat_template(
+    work: Work, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def chat_ids(owner: Generator, messages: Any, tools: Any = None, arguments: Any = None) -> list[int]:
+        seen.append((messages, tools, arguments))
+        if not messages:
+            raise PromptError("messages: none,\n\ud800")
+        return [5, 80, len(messages)]
+
+    stub_chat(monkeypatch, chat_ids)
+    tools = [{"type": "function"}]
+    work.write(CHAT, {**CHAT, "tools": tools, "arguments": {"thinking": True}}, {"messages": []})
+    assert work.run("--max-new-tokens", 4) == 1
+    rows = by_id(work.rows())
+    assert seen == [(CHAT["messages"], None, {}), (CHAT["messages"], tools, {"thinking": True}), ([], None, {})]
+    assert rows[1]["text"] == rows[2]["text"] == generator.generate([5, 80, 1], 4).text
+    assert rows[1]["prompt_tokens"] == 3
+    assert rows[3]["error"] == r"line 3: messages: none,\n\ud800"
+
+
+def test_standard_input_and_output_are_dashes(work: Work) -> None:
+    work.write({"prompt": "the", "max_new_tokens": 2}, b"{", {"prompt": "cat", "max_new_tokens": 1})
+    command = [*COMMAND, "run", str(work.bundle), "--input", "-", "--quiet"]
+    for output in ([], ["--output", "-"]):
+        done = subprocess.run(
+            [*command, *output], input=work.input.read_bytes(), capture_output=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 1
+        rows = by_id([json.loads(line) for line in done.stdout.decode().splitlines()])
+        assert [rows[id].get("new_tokens") for id in (1, 2, 3)] == [2, None, 1]
+        assert done.stderr == b'satchel: 1 of 3 prompts failed: see "error" in the rows of standard output\n'
+
+
+def test_wrong_options_of_the_command_are_no_row(work: Work, capsys: Capture) -> None:
+    work.write({"prompt": "the"})
+    assert work.run("--top-p", 0.5) == 2
+    assert "--top-p 0.5: means nothing at temperature 0" in capsys.readouterr().err
+    assert work.output.read_bytes() == b""
+
+
+def test_files_that_cannot_be_used_are_refused(work: Work, capsys: Capture, tmp_path: Path) -> None:
+    work.write({"prompt": "the"})
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(work.input)
+    for flag, path, message in (
+        ("--input", tmp_path / "none", "cannot be read (No such file or directory): name another file"),
+        ("--output", tmp_path, "cannot be opened (Is a directory): name another file"),
+        ("--output", tmp_path / "none" / "out", "cannot be opened (No such file or directory): name another file"),
+        ("--output", tmp_path / "pipe", "this is no plain file: name another, or - for standard output"),
+        ("--output", tmp_path / "link", "is the file of --input: name another file"),
+    ):
+        assert work.run(flag, path) == 2
+        assert capsys.readouterr().err == f"satchel: error: {flag} {path}: {message}\n"
+    assert work.input.read_bytes() == b'{"prompt": "the"}\n'
+
+
+def test_an_input_without_prompts_is_done_at_once(work: Work, capsys: Capture) -> None:
+    work.write(b"")
+    work.bundle = Path("nowhere")
+    assert work.run() == 0
+    assert capsys.readouterr().err == f"there are no prompts in {work.input}\n"
+
+
+def test_the_bar_counts_prompts_and_moves_with_tokens(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    class Bar:
+        def __init__(self, total: int, label: str, unit: str, *, shown: bool) -> None:
+            events.append((total, unit, shown))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            events.append(count)
+
+    monkeypatch.setattr(answers, "progress_bar", Bar)
+    work.write({"prompt": "the", "max_new_tokens": 5}, b"{", {"prompt": "cat", "max_new_tokens": 9})
+    assert work.run() == 1
+    assert events[0] == (3, " prompts", True)
+    assert events.count(1) == 3
+    assert events.count(0) > 3

@@ -1,0 +1,452 @@
+"""`satchel chat`: piped lines, commands, a terminal with Ctrl-C, and what goes to standard output."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chat_bundle import END, write_chat_bundle
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime import cli
+from satchel.runtime.chat.conversation import Conversation, checkpoint_options
+from satchel.runtime.generation.generator import Generator
+from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.result import Generation
+
+COMMAND = [sys.executable, "-m", "satchel.runtime.cli", "chat"]
+PATIENCE = 6.0  # seconds
+SHORT = ("--max-new-tokens", "12")
+READY, CTRL_C = "^> ", "\x03"
+HINT = "/help lists the commands, Ctrl-D leaves\n"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_bundle(tmp_path_factory.mktemp("bundles") / "chatty")
+
+
+@pytest.fixture(scope="module")
+def generator(chatty: Path) -> Iterator[Generator]:
+    generator = Generator.open(chatty, threads=1, prefix_mib=0)
+    yield generator
+    generator.template.close()
+
+
+def answers(generator: Generator, *questions: str, system: str | None = None, **options: Any) -> list[Generation]:
+    """What a conversation in Python gives."""
+    talk = Conversation(generator, system=system, options=replace(GenerationOptions(max_new_tokens=12), **options))
+    return [talk.ask(question).result() for question in questions]
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, bundle: Path, lines: str | bytes, *flags: object, short: bool = True) -> int:
+    """Run the command in this process on piped input."""
+    content = lines.encode() if isinstance(lines, str) else lines
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
+    return cli.main(["chat", str(bundle), "--threads", "1", *(SHORT if short else ()), *map(str, flags)])
+
+
+def test_each_line_is_a_turn(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert chat(monkeypatch, chatty, "hello\n\n  \nthe 猫\r\nand") == 0
+    out, err = capsys.readouterr()
+    expected = answers(generator, "hello", "the 猫", "and")
+    assert out == "".join(f"{result.text}\n" for result in expected)
+    line = r"\[prompt (\d+) tokens( \((\d+) of them kept\))?, new 12 at [\d.]+ tokens/s \(length\)\]"
+    figures = [re.fullmatch(line, shown) for shown in err.splitlines()]
+    assert [int(found[1]) for found in figures] == [result.prompt_tokens for result in expected]
+    known = [result.prompt_tokens + result.new_tokens - 1 for result in expected]
+    assert [found[3] and int(found[3]) for found in figures] == [None, *known[:2]]
+
+
+def test_a_backslash_goes_on_in_the_next_line_and_two_slashes_are_one(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert chat(monkeypatch, chatty, "one\\\ntwo\\\n three\n//exit\nlast\\\n", "--quiet") == 0
+    expected = answers(generator, "one\ntwo\n three", "/exit", "last")
+    assert capsys.readouterr() == ("".join(f"{result.text}\n" for result in expected), "")
+
+
+def test_json_is_an_object_for_each_answer(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    flags = ("--json", "--logprobs", 1, "--temperature", 0.9, "--seed", 4, "--stop", "q")
+    assert chat(monkeypatch, chatty, "hello\nthe cat\n", *flags) == 0
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    expected = answers(generator, "hello", "the cat", logprobs=1, temperature=0.9, seed=4, stop=("q",))
+    assert err == ""
+    for document, result in zip(found, expected, strict=True):
+        assert (document["text"], document["token_ids"]) == (result.text, list(result.token_ids))
+        assert (document["finish_reason"], document["prompt_tokens"]) == (result.finish_reason, result.prompt_tokens)
+        assert [entry["id"] for entry in document["logprobs"]] == document["token_ids"]
+    assert found[0]["reused_tokens"] == 0 < found[1]["reused_tokens"]
+
+
+def test_a_turn_that_fails_is_reported_and_the_rest_is_done(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = "hello\nforbidden\n/frobnicate\nthe cat\n"
+    messages = [
+        "the chat template refuses these messages: no such talk",
+        "/frobnicate: no such command: /help lists them, // sends a /",
+    ]
+    texts = [result.text for result in answers(generator, "hello", "the cat")]
+    assert chat(monkeypatch, chatty, lines, "--quiet") == 1
+    errors = "".join(f"satchel: error: {message}\n" for message in messages)
+    assert capsys.readouterr() == ("".join(f"{text}\n" for text in texts), errors)
+    assert chat(monkeypatch, chatty, lines, "--json") == 1
+    out, err = capsys.readouterr()
+    first, *failed, last = map(json.loads, out.splitlines())
+    assert (first["text"], failed, last["text"]) == (texts[0], [{"error": message} for message in messages], texts[1])
+    assert err == errors
+
+
+def test_lines_that_are_not_utf_8_end_it_by_their_number(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert chat(monkeypatch, chatty, b"hello\n\nab\xff\nmore\n", "--quiet") == 2
+    message = "satchel: error: line 3 of standard input is not UTF-8 text (byte 2): convert it to UTF-8\n"
+    assert capsys.readouterr() == (f"{answers(generator, 'hello')[0].text}\n", message)
+
+
+def test_the_commands(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk of today"
+    first, second = answers(generator, "hello", "the cat", system="be brief")
+    lines = [
+        "/history", "hello", f"/save  {path} ", "/reset", "/history", "hello", "/reset\tbe long", "/history",
+        f"/load {path}", "the cat", "/help", "/history", "/exit now", "never",
+    ]  # fmt: skip
+    assert chat(monkeypatch, chatty, "\n".join(lines), "--system", "be brief", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{first.text}\n{first.text}\n{second.text}\n"
+    help_text, rest = err[err.index("/reset [TEXT]") :].split("Ctrl-C ends an answer.", 1)
+    assert "/load FILE" in help_text
+    assert err[: err.index("/reset [TEXT]")].splitlines() == [
+        "system: be brief",
+        f"{path}: {first.prompt_tokens + 11} tokens saved",
+        "the conversation begins anew",
+        "system: be brief",
+        "the conversation begins anew",
+        "system: be long",
+        f"{path}: 3 messages loaded",
+    ]
+    assert rest.partition("\n")[2].split("\n", 1)[0] == "system: be brief"
+    assert f"user: hello\nassistant: {first.text}\nuser: the cat\nassistant: {second.text}\n" in rest
+
+
+def test_the_errors_of_commands(chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.write_text("my diary")
+    wrong = {
+        "/save": "/save: name a file, such as /save talk.state",
+        "/load ": "/load: name a file, such as /load talk.state",
+        "/save talk": "there is nothing to save yet: ask something first",
+        f"/load {tmp_path}/none": f"{tmp_path}/none: no such file: name one that a state was saved in",
+        f"/load {notes}": f"{notes}: no saved state of satchel: name a file that a state was saved in",
+        "/": "/: no such command: /help lists them, // sends a /",
+        "/Exit": "/Exit: no such command: /help lists them, // sends a /",
+        "/\x1b[1m": r"/\x1b[1m: no such command: /help lists them, // sends a /",
+    }
+    for line, message in wrong.items():
+        assert chat(monkeypatch, chatty, line, "--quiet") == 1
+        assert capsys.readouterr() == ("", f"satchel: error: {message}\n")
+    for name, message in (("none/talk", f"there is no folder {tmp_path}/none"), ("", "this is a folder")):
+        assert chat(monkeypatch, chatty, f"hello\n/save {tmp_path}/{name}\nhello", "--quiet") == 1
+        out, err = capsys.readouterr()
+        assert out.count("\n") == 2
+        assert re.fullmatch(rf"satchel: error: /save {tmp_path}/?{name}: {message}: .*\n", err)
+
+
+def test_a_saved_conversation_is_gone_on_with(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.state"
+    assert chat(monkeypatch, chatty, f"hello\n/save {path}\n", "--quiet") == 0
+    capsys.readouterr()
+    assert chat(monkeypatch, chatty, "the cat\n", "--load-state", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = answers(generator, "hello", "the cat")
+    assert (found["text"], found["reused_tokens"]) == (second.text, first.prompt_tokens + 11)
+    assert chat(monkeypatch, chatty, "the cat\n", "--load-state", path, "--system", "x") == 2
+    assert "--system with --load-state: a saved conversation has its own" in capsys.readouterr().err
+
+
+def test_a_state_of_run_is_no_conversation(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.state"
+    assert cli.main(["run", str(chatty), "the cat", "--max-new-tokens", "3", "--save-state", str(path)]) == 0
+    capsys.readouterr()
+    message = f"satchel: error: {path}: holds no conversation: load a file that satchel chat saved\n"
+    assert chat(monkeypatch, chatty, "hello\n", "--load-state", path) == 2
+    assert capsys.readouterr() == ("", message)
+    assert chat(monkeypatch, chatty, f"/load {path}\nhello\n", "--quiet") == 1
+    out, err = capsys.readouterr()
+    assert (out.count("\n"), err) == (1, message)
+
+
+def test_sampling_starts_from_the_checkpoint_and_flags_count_more(
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    config = {"do_sample": True, "temperature": 6.5, "top_k": 30, "repetition_penalty": 1.2}
+    folder = write_chat_bundle(tmp_path / "own", generation_config=config)
+    own = Generator.open(folder, threads=1)
+    options = replace(checkpoint_options(own, {"seed": 3}), max_new_tokens=12)
+    assert (options.temperature, options.top_k, options.repetition_penalty) == (6.5, 30, 1.2)
+    wanted = [
+        (("--seed", 3), options),
+        (("--seed", 3, "--top-k", 2, "--temperature", 9.5), replace(options, top_k=2, temperature=9.5)),
+        (("--temperature", 0), GenerationOptions(max_new_tokens=12, repetition_penalty=1.2)),
+    ]
+    found = []
+    for flags, expected in wanted:
+        assert chat(monkeypatch, folder, "hello\n", *flags, "--quiet") == 0
+        fields = {name: getattr(expected, name) for name in expected.__dataclass_fields__}
+        found.append(capsys.readouterr().out)
+        assert found[-1] == f"{answers(generator, 'hello', **fields)[0].text}\n"
+    assert len(set(found)) == 3
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert chat(monkeypatch, chatty, "hello\n", "--max-context", 60, "--json", short=False) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt_tokens"] + found["new_tokens"] == 61
+    assert chat(monkeypatch, chatty, f"{'x' * 80}\n", "--max-context", 60, "--quiet", short=False) == 1
+    assert "tokens but the context holds 60: reset it, or raise --max-context" in capsys.readouterr().err
+
+
+def test_the_template_its_tools_and_its_arguments_can_be_given(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    flags = ("--tools", tmp_path / "tools.json", "--template-argument", 'mood="merry "')
+    assert chat(monkeypatch, chatty, "hello\n", *flags, "--json") == 0
+    talk = Conversation(generator, tools=tools, arguments={"mood": "merry "})
+    talk.options = replace(talk.options, max_new_tokens=12)
+    expected = talk.ask("hello").result()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
+    (tmp_path / "own.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    assert chat(monkeypatch, chatty, "hello\n", "--chat-template", tmp_path / "own.jinja", "--json") == 0
+    ids = [1, *generator.tokenizer.encode_rendered("hello"), END]
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["prompt_tokens"]) == (generator.generate(ids, 12).text, len(ids))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--logprobs", 1], "--logprobs: is for --json: give that too, or leave it out"),
+        (["--max-new-tokens", -1], "--max-new-tokens -1: must be 0 or more"),
+        (["--seed", 3], "--seed 3: means nothing at temperature 0"),
+        (["--max-context", 0], "--max-context 0: this bundle allows 1 to 400"),
+        (["--prefix-memory", -1], "--prefix-memory -1: must be 0 or more"),
+        (["--threads", 0], "--threads 0: there must be at least 1 thread"),
+        (["--tools", "HERE/none"], "--tools HERE/none: cannot be read (No such file or directory): name another file"),
+        (["--tools", "HERE/text"], "--tools HERE/text: not valid JSON ("),
+        (["--tools", "HERE/object"], "--tools HERE/object: must hold a list of objects: put the schemas into [ ]"),
+        (["--tools", "HERE/deep"], "--tools HERE/deep: not valid JSON ("),
+        (["--tools", "HERE/bytes"], "--tools HERE/bytes: not UTF-8 text: convert it to UTF-8"),
+        (["--template-argument", "x"], "--template-argument x: must be NAME=JSON, such as enable_thinking=false"),
+        (["--template-argument", "x=y"], "--template-argument x=y: must be NAME=JSON"),
+        (["--template-argument", "a b=1"], "--template-argument a b=1: must be NAME=JSON"),
+        (["--chat-template", "HERE/wrong"], "the chat template cannot be read at line 1: "),
+        (["--chat-template", "HERE/none"], "--chat-template HERE/none: cannot be read"),
+        (["--load-state", "HERE/none"], "HERE/none: no such file: name one that a state was saved in"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(
+    chatty: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+) -> None:
+    for name, content in {"text": b"x", "object": b"{}", "deep": b"[" * 9999, "bytes": b"\xff", "wrong": b"{%"}.items():
+        (tmp_path / name).write_bytes(content)
+    flags = [str(flag).replace("HERE", str(tmp_path)) for flag in flags]
+    assert chat(monkeypatch, chatty, "hello\n", *flags) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("satchel: error: " + message.replace("HERE", str(tmp_path)))
+
+
+def test_a_bundle_without_a_template_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    folder = write_bundle(tmp_path / "bare")
+    assert chat(monkeypatch, folder, "hello\n") == 2
+    assert capsys.readouterr().err.endswith(
+        ": has no chat template: use satchel run, or give one with --chat-template FILE\n"
+    )
+
+
+def test_another_program_gets_each_answer_before_it_asks_again(chatty: Path, generator: Generator) -> None:
+    expected = answers(generator, "hello", "the cat")
+    command = [*COMMAND, str(chatty), "--json", *SHORT, "--threads", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for question, result in zip((b"hello\n", b"the cat\n"), expected, strict=True):
+            process.stdin.write(question)
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["text"] == result.text
+        process.stdin.close()
+        assert process.wait(timeout=PATIENCE) == 0
+
+
+class Terminal:
+    """A `satchel chat` on a terminal of its own."""
+
+    def __init__(self, bundle: Path, *flags: str) -> None:
+        self._main, side = pty.openpty()
+        attributes = termios.tcgetattr(side)
+        attributes[3] &= ~termios.ECHO
+        termios.tcsetattr(side, termios.TCSANOW, attributes)
+        self.process = subprocess.Popen(
+            [*COMMAND, str(bundle), "--threads", "1", *flags],
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # else Ctrl-C would be a character like others
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(side)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._main, text.encode())
+
+    def ask(self, question: str) -> None:
+        """Ask, and wait for the beginning of the answer: the question itself is shown as it is typed."""
+        self.type(f"{question}\n")
+        self.until(f"{question}\n")
+        self.until("[a-z]{3}")
+
+    def until(self, pattern: str, nudge: str = "") -> str:
+        """What is shown up to and with a pattern, from where the last call ended.
+
+        `nudge` is typed now, and every second: a Ctrl-C between a prompt and the wait for a key is heard at the next.
+        """
+        end = time.monotonic() + PATIENCE
+        while not (found := re.search(pattern, self.seen, re.MULTILINE)):
+            assert time.monotonic() < end, self.seen
+            self.type(nudge)
+            while select.select([self._main], [], [], 1)[0]:
+                self.seen += os.read(self._main, 1 << 16).decode("utf-8", "replace").replace("\r\n", "\n")
+                if re.search(pattern, self.seen, re.MULTILINE):
+                    break
+        shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return shown
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=PATIENCE)
+        os.close(self._main)
+        return code
+
+
+@pytest.fixture
+def terminals() -> Iterator[list[Terminal]]:
+    opened: list[Terminal] = []
+    yield opened
+    for terminal in opened:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose answers take many seconds."""
+    folder = tmp_path_factory.mktemp("bundles") / "endless"
+    return write_chat_bundle(folder, eos_token_ids=(), max_context=100_000)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_program(endless: Path, terminals: list[Terminal]) -> None:
+    terminal = Terminal(endless)
+    terminals.append(terminal)
+    assert terminal.until(READY) == f"{HINT}> "
+    terminal.ask("hello")
+    terminal.type(CTRL_C)
+    first = terminal.until(r"\(closed\)\]\n")
+    prompt, new = map(int, re.search(r" \.\.\.\n\[prompt (\d+) tokens, new (\d+) at", first).groups())
+    terminal.until(READY)
+    terminal.until("^/exit or Ctrl-D leaves\n> ", nudge=CTRL_C)
+    terminal.ask("the cat")
+    terminal.type(CTRL_C)
+    kept = int(re.search(r"\((\d+) of them kept\)", terminal.until(r"\(closed\)\]\n"))[1])
+    assert prompt + new - 1 <= kept <= prompt + new
+    terminal.until(READY)
+    terminal.type("/history\n")
+    assert re.search(r"(?s)user: hello\nassistant: .+\nuser: the cat\nassistant: .+", terminal.until(READY))
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_at_the_prompt_clears_what_was_typed(
+    chatty: Path, generator: Generator, terminals: list[Terminal]
+) -> None:
+    terminal = Terminal(chatty, *SHORT)
+    terminals.append(terminal)
+    terminal.until(READY)
+    terminal.type("one\\\n")
+    terminal.until(r"^\.\.\. ")
+    terminal.until("^/exit or Ctrl-D leaves\n> ", nudge=CTRL_C)
+    terminal.type("/nothing\n")
+    assert "satchel: error: /nothing: no such command" in terminal.until(READY)
+    terminal.type("two\n")
+    shown = terminal.until(r"\(length\)\]\n> ")
+    (result,) = answers(generator, "two")
+    assert f"[prompt {result.prompt_tokens} tokens, new 12 at " in shown
+    terminal.type("/exit\n")
+    assert terminal.end() == 0
+
+
+def test_an_interrupt_of_piped_lines_ends_the_program(endless: Path) -> None:
+    command = [*COMMAND, str(endless), "--threads", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"hello\nthe cat\n")
+        process.stdin.flush()
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, b"satchel: interrupted\n")
+    assert out.endswith(b"\n")
+
+
+def test_prompts_do_not_get_among_answers_that_go_elsewhere(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = iter(["hello", "\\", "/exit"])
+
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Typed())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines) if not prompt else pytest.fail(prompt))
+    assert cli.main(["chat", str(chatty), "--threads", "1", *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{answers(generator, 'hello')[0].text}\n"
+    assert err.startswith(f"{HINT}> [prompt ")
+    assert "> ... satchel: error: " not in err

@@ -1,0 +1,76 @@
+"""Every command explains itself: what it does, each flag, and an example that its own parser takes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+import pytest
+
+from satchel.runtime import cli
+
+WITHOUT_JSON = {"completion"}  # what it prints is for a shell
+WIDEST = 120
+
+
+def subparser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, as `satchel NAME` builds it."""
+    (commands,) = (
+        action for action in cli.build_parser([name])._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    found: argparse.ArgumentParser = commands.choices[name]
+    return found
+
+
+def examples(epilog: str) -> list[list[str]]:
+    """The command lines below "example:", without what the shell does with their output."""
+    lines = epilog.split("example:\n", 1)[1].splitlines()
+    assert all(line.startswith("  satchel ") for line in lines)
+    words = [shlex.split(line) for line in lines]
+    return [line[1 : line.index(">")] if ">" in line else line[1:] for line in words]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_has_a_description_of_whole_sentences(name: str) -> None:
+    description = subparser(name).description
+    assert description is not None
+    assert len(description) > 60
+    assert description[0].isupper()
+    assert description.endswith(".")
+    assert cli.COMMANDS[name].help
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_argument_of_a_command_is_explained(name: str) -> None:
+    actions = subparser(name)._actions
+    assert [action.dest for action in actions if not action.help] == []
+    flags = {flag for action in actions for flag in action.option_strings}
+    assert {"--quiet", "--verbose", "--help"} <= flags
+    assert ("--json" in flags) is (name not in WITHOUT_JSON)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_ends_with_an_example_that_the_parser_takes(name: str) -> None:
+    parser = subparser(name)
+    assert f"example:\n  satchel {name} " in (parser.epilog or "")
+    assert parser.format_help().endswith(f"{parser.epilog}\n")
+    for words in examples(parser.epilog or ""):
+        assert cli.build_parser(words).parse_args(words).command == words[0]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_the_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = subparser(name).format_help()
+    description = text.split("\n\n")[1].splitlines()
+    assert max(map(len, description)) <= 80
+    assert max(map(len, text.splitlines())) <= WIDEST
+
+
+def test_the_list_of_commands_has_an_example_and_a_line_for_each() -> None:
+    parser = cli.build_parser([])
+    text = parser.format_help()
+    assert [name for name in cli.COMMANDS if f"\n    {name}" not in text] == []
+    assert parser.epilog is not None
+    words = shlex.split(parser.epilog.removeprefix("example: satchel "))
+    assert cli.build_parser(words).parse_args(words).command == "run"

@@ -1,0 +1,223 @@
+"""`satchel run` on one prompt: its options, what makes no sense together, JSON, the bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.run_command import PROMPT, Capture, run, run_json
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime import cli, progress
+from satchel.runtime.commands import run_flags
+from satchel.runtime.defaults import PREFIX_MIB
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError
+from satchel.runtime.generation.generator import Generator
+
+
+@pytest.fixture(scope="module")
+def generator(tiny: Path) -> Generator:
+    """One that keeps nothing of what it has seen, as `run` does: figures are equal to the last bit."""
+    return Generator.open(tiny, threads=1, prefix_mib=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--temperature", "0.9", "--seed", "7"], {"temperature": 0.9, "seed": 7}),
+        (
+            ["--temperature", "2", "--seed", "1", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.05"],
+            {"temperature": 2.0, "seed": 1, "top_k": 5, "top_p": 0.9, "min_p": 0.05},
+        ),
+        (
+            ["--repetition-penalty", "1.8", "--presence-penalty", "1", "--frequency-penalty", "0.5"],
+            {"repetition_penalty": 1.8, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        ),
+        (["--no-repeat-ngram", "1", "--min-new-tokens", "3"], {"no_repeat_ngram": 1, "min_new_tokens": 3}),
+        (["--logit-bias", "24=-inf", "--logit-bias", "7=2.5"], {"logit_bias": {24: float("-inf"), 7: 2.5}}),
+        (["--stop", "q", "--stop", "e"], {"stop": ("q", "e")}),
+        (["--time-limit", "0.000001"], {"time_limit": 0.000001}),
+    ],
+)
+def test_every_option_has_a_flag_that_does_the_same(
+    tiny: Path, generator: Generator, capsys: Capture, flags: list[str], options: dict[str, Any]
+) -> None:
+    found = run_json(tiny, capsys, "--max-new-tokens", 20, *flags)
+    expected = generator.generate(PROMPT, 20, **options)
+    assert found["token_ids"] == list(expected.token_ids)
+    assert (found["text"], found["finish_reason"]) == (expected.text, expected.finish_reason)
+    plain = generator.generate(PROMPT, 20)
+    assert not options or (plain.token_ids, plain.finish_reason) != (expected.token_ids, expected.finish_reason)
+
+
+def test_without_a_limit_there_are_128_new_tokens(tmp_path: Path, capsys: Capture) -> None:
+    assert run_json(write_bundle(tmp_path / "long", max_context=300), capsys)["new_tokens"] == 128
+
+
+CONTRADICTIONS = [
+    (["PROMPT", "--input", "f"], "PROMPT with --input: prompts come from one place: leave one of them out"),
+    (["--samples", "2", "--beams", "2"], "--samples with --beams: beams are no samples: leave one of them out"),
+    (["--samples", "2", "--input", "f"], "--samples with --input: "),
+    (["--beams", "2", "--input", "f"], "--beams with --input: "),
+    (["--prompt-logprobs", "--input", "f"], "--prompt-logprobs with --input: "),
+    (["--json", "--input", "f"], "--json with --input: its answers are JSON anyway"),
+    (["--load-state", "s", "--input", "f"], "--load-state with --input: "),
+    (["--save-state", "s", "--input", "f"], "--save-state with --input: "),
+    (["--save-state", "s", "--samples", "2"], "--save-state with --samples: "),
+    (["--save-state", "s", "--beams", "2"], "--save-state with --beams: "),
+    (["PROMPT", "--output", "f"], "--output without --input: means nothing: give --input too, or leave --output out"),
+    (["PROMPT", "--batch", "2"], "--batch without --input: "),
+    (["PROMPT", "--length-penalty", "0"], "--length-penalty without --beams: "),
+    (["PROMPT", "--early-stopping"], "--early-stopping without --beams: "),
+    (["PROMPT", "--logprobs", "0"], "--logprobs without --json or --input: "),
+    (["PROMPT", "--prompt-logprobs"], "--prompt-logprobs without --json: "),
+    (["PROMPT", "--load-state", "s", "--prefix-memory", "0"], "--load-state with --prefix-memory 0: "),
+    (["PROMPT", "--save-state", "s", "--prefix-memory", "0"], "--save-state with --prefix-memory 0: "),
+    (["--input", "f", "--batch", "0"], "--batch 0: must be 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CONTRADICTIONS)
+def test_what_makes_no_sense_together_is_refused_before_a_bundle_is_opened(
+    capsys: Capture, arguments: list[str], message: str
+) -> None:
+    assert cli.main(["run", "nowhere", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"satchel: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "4"], "--top-k 4: means nothing at temperature 0"),
+        (["--min-new-tokens", "9", "--max-new-tokens", "8"], "--min-new-tokens 9: is more than --max-new-tokens 8"),
+        (["--logit-bias", "3=1", "--logit-bias", "3=2"], "--logit-bias 3"),
+        (["--stop", ""], "--stop: must be text"),
+        (["--time-limit", "0"], "--time-limit 0.0: must be seconds, above 0"),
+        (["--logprobs", "101", "--json"], "--logprobs 101: must be from 0 to 100"),
+        (["--samples", "3"], "--samples 3: greedy samples are all the same: give a --temperature above 0"),
+        (["--samples", "0"], "--samples 0: must be 1 or more"),
+        (["--beams", "0"], "--beams 0: must be"),
+        (["--beams", "2", "--temperature", "1"], "--temperature 1.0: cannot be had together with --beams"),
+        (["--beams", "2", "--logprobs", "1", "--json"], "--logprobs 1: cannot be had together with --beams"),
+        (["--prefix-memory", "-1"], "--prefix-memory -1: must be 0 or more"),
+        (["--load-state", "nowhere"], "nowhere: no such file"),
+        (["--save-state", "nowhere/state"], "--save-state nowhere/state: there is no folder"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(
+    tiny: Path, capsys: Capture, arguments: list[str], message: str
+) -> None:
+    assert run(tiny, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"satchel: error: {message}")
+
+
+def test_json_has_the_log_probabilities_that_were_asked_for(tiny: Path, generator: Generator, capsys: Capture) -> None:
+    found = run_json(tiny, capsys, "--max-new-tokens", 4, "--logprobs", 2, "--prompt-logprobs")
+    expected = generator.generate(PROMPT, 4, logprobs=2)
+    text_of = generator.tokenizer.text_of
+    assert found["logprobs"] == [
+        {
+            "id": entry.token,
+            "text": text_of(entry.token),
+            "logprob": entry.logprob,
+            "top": [{"id": token, "text": text_of(token), "logprob": value} for token, value in entry.top],
+        }
+        for entry in expected.logprobs
+    ]
+    ids = generator.encode(PROMPT).tolist()
+    assert [entry["id"] for entry in found["prompt_logprobs"]] == ids
+    assert found["prompt_logprobs"][0] == {"id": ids[0], "text": "", "logprob": None, "top": []}
+    for entry, there in zip(found["prompt_logprobs"][1:], generator.prompt_logprobs(PROMPT, 2)[1:], strict=True):
+        assert (entry["logprob"], len(entry["top"])) == (there.logprob, 2)
+    assert found["prompt_logprobs"][2]["text"] == " cat"
+
+
+def test_json_without_them_has_none_and_tells_what_was_reused(tiny: Path, capsys: Capture) -> None:
+    found = run_json(tiny, capsys, "--max-new-tokens", 2)
+    assert not {"logprobs", "prompt_logprobs", "samples"} & found.keys()
+    assert found["reused_tokens"] == 0
+
+
+def test_memory_for_prefixes_is_there_where_it_can_be_of_use() -> None:
+    parser = argparse.ArgumentParser()
+    run_flags.configure(parser)
+    for flags, expected in (
+        ([], 0),
+        (["--prefix-memory", "5"], 5),
+        (["--input", "f"], PREFIX_MIB),
+        (["--input", "f", "--prefix-memory", "0"], 0),
+        (["--load-state", "f"], PREFIX_MIB),
+        (["--save-state", "f"], PREFIX_MIB),
+    ):
+        assert run_flags.prefix_mib(parser.parse_args(["bundle", *flags])) == expected
+
+
+def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, calls = Engine.decode, []
+
+    def failing(self: Engine, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise BundleError("no more")
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(Engine, "decode", failing)
+    assert run(tiny, "--max-new-tokens", 20) == 2
+    out, err = capsys.readouterr()
+    assert len(out) > 1
+    assert out.endswith("\n")
+    assert err == "satchel: error: no more\n"
+
+
+def test_the_bar_counts_the_prompt_and_is_gone_once_that_is_read(
+    tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+
+    class Bar:
+        def __init__(self, total: int, label: str, unit: str, *, shown: bool) -> None:
+            events.append((total, shown))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+        def update(self, count: int) -> None:
+            events.append(count)
+
+        def close(self) -> None:
+            events.append("closed")
+
+    class Output:
+        def write(self, text: str) -> None:
+            events.append("text")
+
+        def flush(self) -> None:
+            pass
+
+    def decoding(self: Engine, *arguments: Any) -> Any:
+        events.append("decoding")
+        return decode(self, *arguments)
+
+    decode = Engine.decode
+    monkeypatch.setattr(Engine, "decode", decoding)
+    monkeypatch.setattr(progress, "progress_bar", Bar)
+    for flags, shown in ((["--max-new-tokens", 3], True), (["--quiet", "--json"], False)):
+        events.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Output())
+            assert run(tiny, *flags) == 0
+        assert events[:3] == [(4, shown), 4, "closed"]
+        assert events.index("closed") < events.index("decoding")
+        assert events.index("closed") < events.index("text")

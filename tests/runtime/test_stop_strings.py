@@ -1,0 +1,118 @@
+"""Stop strings: found however the text is split, never shown, and what was held back for nothing is let go."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from satchel.runtime.generation.stop_strings import StopStrings
+
+
+def run(strings: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:
+    """What is shown of a text in pieces, with the end that was held back, and whether it was stopped."""
+    stops, shown = StopStrings(strings), ""
+    for piece in pieces:
+        safe, found = stops.add(piece)
+        shown += safe
+        if found:
+            assert stops.finish() == ""
+            return shown, True
+    return shown + stops.finish(), False
+
+
+def cut(strings: tuple[str, ...], text: str) -> tuple[str, bool]:
+    """The same by looking at every beginning of the text, and at every string at its end."""
+    for end in range(len(text) + 1):
+        starts = [end - len(string) for string in strings if text[:end].endswith(string)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+def unsafe(strings: tuple[str, ...], text: str) -> int:
+    """How many characters at the end of a text may be the beginning of a string."""
+    sizes = (size for string in strings for size in range(1, len(string)) if text[len(text) - size :] == string[:size])
+    return max((size for size in sizes if size <= len(text)), default=0)
+
+
+@pytest.mark.parametrize(
+    "pieces", [["one END two"], ["one E", "N", "D two"], ["one ", "END", " two"], [*"one END two"]]
+)
+def test_a_stop_string_is_found_however_the_text_is_split(pieces: list[str]) -> None:
+    assert run(("END",), pieces) == ("one ", True)
+
+
+@pytest.mark.parametrize(
+    ("strings", "text", "shown"),
+    [
+        (("aab",), "aaab", "a"),
+        (("aab",), "aaaaabaab", "aaa"),
+        (("abab",), "abaabab", "aba"),
+        (("abcabd",), "abcabcabd", "abc"),
+        (("a",), "a", ""),
+        (("\n\n",), "x\n\n\n", "x"),
+        (("猫犬",), "猫猫犬", "猫"),
+    ],
+)
+def test_a_string_that_begins_like_itself_is_found_where_it_comes_first(
+    strings: tuple[str, ...], text: str, shown: str
+) -> None:
+    assert run(strings, [*text]) == run(strings, [text]) == (shown, True)
+
+
+def test_of_several_strings_the_one_that_is_whole_first_counts() -> None:
+    for pieces in (["abcdef"], [*"abcdef"], ["abc", "def"]):
+        assert run(("abcdef", "cd"), pieces) == run(("cd", "abcdef"), pieces) == ("ab", True)
+
+
+def test_of_strings_that_are_whole_at_once_the_longest_is_hidden() -> None:
+    for pieces in (["xabc"], [*"xabc"]):
+        assert run(("c", "abc", "bc"), pieces) == ("x", True)
+
+
+def test_what_may_be_a_beginning_is_held_back_and_let_go_when_it_is_none() -> None:
+    stops = StopStrings(["END", "Enough"])
+    assert stops.add("the En") == ("the ", False)
+    assert stops.add("") == ("", False)
+    assert stops.add("o") == ("", False)
+    assert stops.add("E") == ("Eno", False)
+    assert stops.add("N") == ("", False)
+    assert stops.finish() == "EN"
+    assert stops.finish() == ""
+
+
+def test_without_strings_everything_passes() -> None:
+    stops = StopStrings(())
+    assert stops.add("anything") == ("anything", False)
+    assert stops.finish() == ""
+
+
+def test_random_texts_are_cut_as_by_looking_at_all_of_them() -> None:
+    rng = random.Random(7)
+    stopped = 0
+    for _ in range(3000):
+        strings = tuple("".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 3)))
+        text = "".join(rng.choices("abc", k=rng.randint(0, 12)))
+        pieces, rest = [], text
+        while rest:
+            size = rng.randint(1, 4)
+            pieces.append(rest[:size])
+            rest = rest[size:]
+        assert run(strings, pieces) == cut(strings, text), (strings, pieces)
+        stopped += cut(strings, text)[1]
+    assert 500 < stopped < 2900
+
+
+def test_no_more_is_held_back_than_may_be_a_beginning() -> None:
+    rng = random.Random(8)
+    for _ in range(500):
+        strings = tuple("".join(rng.choices("ab", k=rng.randint(1, 6))) for _ in range(2))
+        stops, text, shown = StopStrings(strings), "", ""
+        for piece in rng.choices("ab", k=10):
+            text += piece
+            safe, found = stops.add(piece)
+            shown += safe
+            if found:
+                break
+            assert len(text) - len(shown) == unsafe(strings, text), (strings, text)

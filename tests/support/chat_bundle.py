@@ -1,0 +1,64 @@
+"""A tiny bundle to talk with: a byte-level tokenizer with ChatML's special tokens, and a template."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from support.tiny_bundle import write_bundle
+from support.tiny_tokenizers import byte_level_json
+
+START, END = 345, 346  # <|im_start|> and <|im_end|>: the ids after those of the byte-level tokenizer
+CONTEXT = 400
+
+TEMPLATE = """\
+{%- if tools %}<|im_start|>tools
+{{ tools | tojson }}<|im_end|>
+{% endif -%}
+{%- for message in (messages[-1:] if forget else messages) -%}
+{%- if message.content == "forbidden" %}{{ raise_exception("no such talk") }}{% endif -%}
+<|im_start|>{{ message.role }}
+{{ message.content | trim if trims else message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>{{ mood or "" }}assistant
+{% endif -%}
+"""
+
+
+@cache
+def chat_tokenizer() -> bytes:
+    """The byte-level tokenizer with the special tokens of ChatML."""
+    tokenizer = tokenizers.Tokenizer.from_str(byte_level_json().decode())
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    assert [tokenizer.token_to_id(text) for text in ("<|im_start|>", "<|im_end|>")] == [START, END]
+    return tokenizer.to_str().encode()
+
+
+def write_chat_bundle(
+    folder: Path,
+    *,
+    template: str | None = TEMPLATE,
+    generation_config: Any = None,
+    eos_token_ids: tuple[int, ...] = (END,),
+    max_context: int = CONTEXT,
+    seed: int = 0,
+) -> Path:
+    """Write the bundle into the new folder `folder` and return it.
+
+    `template` None leaves it out; `generation_config` is what generation_config.json holds, bytes as they are.
+    """
+    companions = {} if template is None else {"chat_template.jinja": template.encode()}
+    if generation_config is not None:
+        as_is = isinstance(generation_config, bytes)
+        companions["generation_config.json"] = generation_config if as_is else json.dumps(generation_config).encode()
+    return write_bundle(
+        folder,
+        tokenizer=chat_tokenizer(),
+        eos_token_ids=eos_token_ids,
+        max_context=max_context,
+        seed=seed,
+        companions=companions,
+    )

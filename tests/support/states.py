@@ -1,0 +1,74 @@
+"""Saved states: random ones, and their files taken apart and put together again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from support.tiny_bundle import MAX_CONTEXT, VOCABULARY
+
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.generation.prefix_store import Prefix
+from satchel.runtime.generation.state_file import SavedState
+from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.manifest import CacheLayer, CacheSpec
+
+TOKENS = 5
+MESSAGES = ({"role": "user", "content": "Grüße 猫 \ud800\n"}, {"role": "assistant", "content": None, "n": [1, 2.5]})
+DETAILS = {"seed": 3, "options": {"stop": ["\n"]}}
+OTHER_SPEC = CacheSpec(
+    "shared", "int8", (CacheLayer(3, 8, 4, "pk0", "pv0", "k0", "v0"), CacheLayer(1, 16, 2, "pk1", "pv1", "k1", "v1"))
+)
+
+
+def bundle_with(bundle: Bundle, spec: CacheSpec | None = None, **model: int) -> Bundle:
+    """The bundle with another description of its cache, or other facts of its model."""
+    manifest = bundle.manifest
+    facts = dataclasses.replace(manifest.model, **model)
+    return Bundle(
+        bundle.folder,
+        dataclasses.replace(manifest, kv_cache=spec or manifest.kv_cache, model=facts),
+        bundle.specialized,
+    )
+
+
+def make_state(spec: CacheSpec, room: int = 3, seed: int = 0, tokens: int = TOKENS) -> SavedState:
+    """A state of random tokens and numbers in a cache that holds one more, and has room for `room` more."""
+    rng = np.random.default_rng(seed)
+    cache = KVCache(spec, tokens + room, MAX_CONTEXT)
+    for buffer in cache.past.values():
+        buffer[:] = (rng.normal(0, 40, buffer.shape)).astype(buffer.dtype)
+    cache.advance(tokens + 1)
+    return SavedState(Prefix(rng.integers(0, VOCABULARY, tokens), cache), MESSAGES, DETAILS)
+
+
+def same(found: SavedState, wanted: SavedState) -> bool:
+    """Whether two states are equal, number for number."""
+    count = len(wanted.prefix.ids)
+    found_buffers, buffers = found.prefix.cache.past, wanted.prefix.cache.past
+    return (
+        found.prefix.ids.tolist() == wanted.prefix.ids.tolist()
+        and found.prefix.cache.length == count
+        and list(found_buffers) == list(buffers)
+        and all(
+            found_buffers[name].dtype == buffer.dtype
+            and found_buffers[name][:, :, :count].tobytes() == buffer[:, :, :count].tobytes()
+            for name, buffer in buffers.items()
+        )
+        and (found.messages, found.details) == (wanted.messages, wanted.details)
+    )
+
+
+def join(header: dict[str, Any] | bytes, payload: bytes) -> bytes:
+    """A state file of a header (parsed, or a line as it is) and a payload, with the header's hash made right."""
+    line = header if isinstance(header, bytes) else json.dumps(header).encode() + b"\n"
+    return b"satchel-state " + hashlib.sha256(line).hexdigest().encode() + b"\n" + line + payload
+
+
+def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The parsed header of a state file, and its payload."""
+    _, line, payload = content.split(b"\n", 2)
+    return json.loads(line), payload
