@@ -12,6 +12,7 @@ from types import FrameType
 
 from satchel.export.config import DEFAULT_CONTEXT, KV_CACHES, PRECISIONS, TARGETS, ExportConfig
 from satchel.export.report import report, row
+from satchel.runtime.progress import waiting
 
 EXAMPLE = """\
 example:
@@ -23,8 +24,10 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags; the defaults are those of ExportConfig."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Compile a causal language model into a bundle that runs through ONNX Runtime."
+    parser.description = (
+        "Compile a causal language model into a bundle: a folder that satchel runs through ONNX Runtime, without "
+        "torch. It is checked and measured against the model before it is there."
+    )
     parser.epilog = EXAMPLE
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a GGUF file, or file.py:factory"
@@ -83,7 +86,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for what the user has to mend."""
     signal.signal(signal.SIGTERM, _terminate)
-    from satchel.export.compile import export_bundle
+    with waiting("loading torch and transformers", shown=not args.quiet):
+        from satchel.export.compile import export_bundle
 
     config = ExportConfig(
         output=args.output, precision=args.precision, max_context=args.max_context, target=args.target,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from satchel.export.config import FLOAT_PRECISIONS, PRECISIONS
+from satchel.runtime.progress import waiting
 
 EXAMPLE = """\
 example:
@@ -17,10 +18,10 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Round each layer of a model alone, measure what becomes of its predictions, and write a recipe in which the "
-        "layers that lose most keep 8 bits."
+        "Find the layers of a model that lose most when their weights are rounded to few bits: round each one alone, "
+        "and measure what becomes of the model's predictions. Then write a recipe for satchel export in which those "
+        "keep 8 bits."
     )
     parser.epilog = EXAMPLE
     quantised = [p for p in PRECISIONS if p not in FLOAT_PRECISIONS]
@@ -41,12 +42,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for what the user has to mend."""
     from satchel.export.errors import ExportError
-    from satchel.export.find_sensitive import Search, find_sensitive
 
     if (args.output is None) != (args.bits is None):
         raise ExportError("--bits and --output belong together: the budget decides what the recipe says")
     if args.output is not None and args.output.exists() and not args.force:
         raise ExportError(f"{args.output} is there already: choose another name, or replace it with --force")
+    with waiting("loading torch and transformers", shown=not args.quiet):
+        from satchel.export.find_sensitive import Search, find_sensitive
+
     search = Search(
         precision=args.precision, recipe=args.recipe, bits=args.bits, text=args.text, windows=args.windows,
         tokenizer=args.tokenizer,

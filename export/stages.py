@@ -31,6 +31,7 @@ class Stages:
 
     def __init__(self, shown: bool, skipped: Collection[str] = ()) -> None:
         self.shown = shown
+        self._header = ""
         self._names = [name for name in STAGES if name not in skipped]
 
     def say(self, line: str) -> None:
@@ -42,10 +43,8 @@ class Stages:
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage of `STAGES`; its time is printed when it ends well."""
         start = time.monotonic()
-        if self.shown:
-            print(
-                f"[{self._names.index(name) + 1}/{len(self._names)}] {name} ... ", end="", file=sys.stderr, flush=True
-            )
+        self._header = f"[{self._names.index(name) + 1}/{len(self._names)}] {name} ... "
+        self._begin()
         try:
             yield
         except BaseException:
@@ -56,14 +55,27 @@ class Stages:
     @contextlib.contextmanager
     def bytes(self, total: int) -> Iterator[Advance]:
         """A bar of `total` bytes for the stage that is running; yields the function that advances it."""
-        with progress_bar(total, "writing", "B", shown=self.shown) as bar:
-            yield bar.update
+        with self._bar(total, "writing", "B") as advance:
+            yield advance
 
     @contextlib.contextmanager
     def steps(self, total: int, what: str) -> Iterator[Callable[[int], object]]:
         """A bar of `total` steps for the stage that is running; yields the function that advances it."""
-        with progress_bar(total, what, "", shown=self.shown) as bar:
-            yield bar.update
+        with self._bar(total, what, "") as advance:
+            yield advance
+
+    @contextlib.contextmanager
+    def _bar(self, total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
+        try:
+            with progress_bar(total, what, unit, shown=self.shown) as bar:
+                yield bar.update
+        finally:
+            if sys.stderr.isatty():
+                self._begin("\r")  # the bar was drawn over it
+
+    def _begin(self, start: str = "") -> None:
+        if self.shown:
+            print(f"{start}{self._header}", end="", file=sys.stderr, flush=True)
 
 
 def skipped_stages(config: ExportConfig, recipe: Recipe | None) -> list[str]:

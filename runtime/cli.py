@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
@@ -34,13 +34,15 @@ COMMANDS = {
     "sensitivity": Command(
         "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])"
     ),
-    "run": Command("satchel.runtime.commands.run", "continue a prompt"),
+    "run": Command("satchel.runtime.commands.run", "continue a prompt, or many"),
+    "chat": Command("satchel.runtime.commands.chat", "talk with a model"),
     "specialize": Command("satchel.runtime.commands.specialize", "make a bundle ready for this machine"),
     "bench": Command("satchel.runtime.commands.bench", "measure the speed and memory of a bundle"),
     "eval": Command("satchel.runtime.commands.eval", "measure how close a bundle is to a reference on a text"),
     "inspect": Command("satchel.runtime.commands.inspect", "show what is in a bundle"),
     "profile": Command("satchel.runtime.commands.profile", "show where the time of a bundle goes"),
     "verify": Command("satchel.runtime.commands.verify", "replay what a bundle was certified for, on this machine"),
+    "completion": Command("satchel.runtime.commands.completion", "let a shell complete commands, flags and paths"),
 }
 
 
@@ -49,6 +51,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"satchel: error: {message} (see {self.prog} --help)\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps a text of one line, and leaves one of several lines, such as an example, as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class ShowVersion(argparse.Action):
@@ -63,18 +72,24 @@ class ShowVersion(argparse.Action):
 
 def build_parser(arguments: Sequence[str]) -> Parser:
     """The parser, in which only the subcommand that `arguments` name has its options: the others are not imported."""
-    parser = Parser(prog="satchel", description="Compile a language model into a bundle, and run it offline.")
-    parser.epilog = "example: satchel run BUNDLE 'The capital of France is'"
-    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
-    _add_common(parser, default=False)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == chosen:
-            importlib.import_module(command.module).configure(subparser)
-            _add_common(subparser, default=argparse.SUPPRESS)
-    return parser
+    return _build([argument for argument in arguments if argument in COMMANDS][:1])
+
+
+def build_full_parser() -> Parser:
+    """The parser, in which every subcommand has its options."""
+    return _build(COMMANDS)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """A command line as a namespace; what is wrong with it is one line, and exit code 2."""
+    parser = build_parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse settles an optional PROMPT where the first flag comes, and then knows no place for one behind it.
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
+        args.prompt = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        args = build_parser(arguments).parse_args(arguments)
+        args = parse(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if args.quiet else "always", SatchelWarning)
             warnings.showwarning = _show_warning
@@ -111,6 +126,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0  # whoever read the output has had enough
         print("satchel: error: standard output cannot be written: the disk is full: free some space", file=sys.stderr)
         return EXIT_INPUT
+
+
+def _build(chosen: Collection[str]) -> Parser:
+    parser = Parser(
+        prog="satchel",
+        description="Compile a language model into a bundle, a folder that ONNX Runtime alone can run, and run it "
+        "offline. satchel COMMAND --help explains a command and its flags, with an example.",
+        epilog="example: satchel run out/smollm2-fp32 'The capital of France is'",
+    )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+    _add_common(parser, default=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, formatter_class=HelpFormatter)
+        if name in chosen:
+            importlib.import_module(command.module).configure(subparser)
+            _add_common(subparser, default=argparse.SUPPRESS)
+    return parser
 
 
 def _show_warning(

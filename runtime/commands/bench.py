@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from satchel.runtime.bench.bandwidth import Bandwidth
     from satchel.runtime.bench.benchmark import Run, Summary, Workload
     from satchel.runtime.bundle import Bundle
+    from satchel.runtime.engine import Engine
 
 PROMPT_TOKENS = 512
 PLOTTED_CONTEXTS = (128, 256, 512, 1024, 2048)
@@ -28,9 +29,10 @@ MB = 1e6
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel bench`."""
     parser.description = (
-        "Measure a bundle: random prompt tokens, then greedy tokens that no end token stops. One untimed warm-up of up "
-        "to 16 tokens goes before. ttft is the time to first token: from the prompt's ids to the first token chosen. "
-        "load is from the first import to both phases ready, once per process."
+        "Measure how fast a bundle reads a prompt (prefill) and writes text (decode), and how much memory that takes. "
+        "The prompt is random tokens, and no end token stops the writing. An untimed warm-up of up to 16 tokens goes "
+        "before. ttft is the time to first token: from the prompt's ids to the first token chosen. load is the time "
+        "from the first import until the bundle is ready, once per process."
     )
     parser.epilog = "example:\n  satchel bench out/smollm2-fp32 --prompt-tokens 512 --new-tokens 128 --threads 2 --json"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
@@ -44,9 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=1,
-        help="sequences that go through the graphs together: all prompts, of one length, in one run of the prefill "
-        "graph (alone, a prompt goes in parts), then one run per step; speeds are the total over all of them, ttft is "
-        "until each has its first token (1)",
+        help="sequences, with prompts of one length: each prompt is prefilled, then all are decoded together, in one "
+        "run per step where that changes no numbers; speeds are the total over all of them, ttft is until each has "
+        "its first token (1)",
     )
     parser.add_argument(
         "--contexts",
@@ -77,37 +79,41 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()  # before numpy and ONNX Runtime: their import is part of the load time
     contexts = _checked_contexts(args)
     from satchel.runtime import session
-    from satchel.runtime.bench.benchmark import Workload, check_workload, summarize, timed_run, warm_up
+    from satchel.runtime.bench.benchmark import Workload, check_workload, summarize, warm_up
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
     from satchel.runtime.memory import peak_rss_mib, pss_mib
+    from satchel.runtime.progress import waiting
 
+    shown = not args.quiet
     if args.plot is not None:
         from satchel.runtime.bench.speed_plot import check_plot, write_plot
 
         check_plot(args.plot)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(args.bundle, progress=not args.quiet)
+    bundle = open_bundle(args.bundle, progress=shown)
     lengths = _lengths(args, contexts, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary
     workloads = [Workload(length, args.new_tokens, vocabulary, args.batch) for length in lengths]
     for workload in workloads:
         check_workload(workload, bundle.manifest)
-    engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
+    with waiting("opening the bundle", shown=shown):
+        engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
     load = time.perf_counter() - started
 
     by_context = contexts is not None or args.plot is not None
     if by_context and not args.json:
         print(_row(("context", "prefill tokens/s", "ttft s", "decode tokens/s"), args.runs))
-    warm_up(engine, workloads[0])
+    with waiting("warming up", shown=shown):
+        warm_up(engine, workloads[0])
     summaries = []
     for workload in workloads:
-        summaries.append(summarize([timed_run(engine, workload) for _ in range(args.runs)]))
+        summaries.append(summarize(_timed_runs(engine, workload, args.runs, shown)))
         if by_context and not args.json:
             print(_row((str(workload.prompt_tokens), *_cells(summaries[-1], args.runs)), args.runs), flush=True)
     figures = {"load": load, "rss_mb": peak_rss_mib(), "pss_mb": pss_mib()}
     if args.json:
-        share = _shares(bundle, workloads, summaries) if args.bandwidth else None
+        share = _shares(engine, workloads, summaries, shown) if args.bandwidth else None
         print(json.dumps(_as_json(args, workloads, summaries, figures, share, by_context)))
     else:
         if not by_context:
@@ -116,11 +122,12 @@ def main(args: argparse.Namespace) -> int:
         memory = f"{figures['pss_mb']:10.1f} MiB now (PSS), {figures['rss_mb']:.1f} MiB at most (RSS)"
         print(f"memory   {memory}", flush=True)
         if args.bandwidth is not False:
-            _show_bandwidth(*_shares(bundle, workloads, summaries), workloads, by_context)
+            _show_bandwidth(*_shares(engine, workloads, summaries, shown), workloads, by_context)
     if args.plot is not None:
         threads = session.default_threads() if args.threads is None else args.threads
         title = f"{bundle.folder.resolve().name}, batch {args.batch}, threads {threads}, runs {args.runs}"
-        write_plot(args.plot, title, lengths, summaries)
+        with waiting("drawing the plot", shown=shown):
+            write_plot(args.plot, title, lengths, summaries)
     return 0
 
 
@@ -160,6 +167,18 @@ def _lengths(args: argparse.Namespace, contexts: list[int] | None, bundle: Bundl
     return fitting
 
 
+def _timed_runs(engine: Engine, workload: Workload, count: int, shown: bool) -> list[Run]:
+    from satchel.runtime.bench.benchmark import timed_run
+    from satchel.runtime.progress import waiting
+
+    runs = []
+    for number in range(1, count + 1):
+        of = "" if count == 1 else f", run {number} of {count}"
+        with waiting(f"measuring {workload.prompt_tokens} + {workload.new_tokens} tokens{of}", shown=shown):
+            runs.append(timed_run(engine, workload))
+    return runs
+
+
 def _show_run(workload: Workload, summary: Summary, runs: int) -> None:
     median, lowest, highest = summary.median, summary.lowest, summary.highest
     of = "" if runs == 1 else f"; median of {runs} runs"
@@ -196,18 +215,23 @@ def _row(cells: Sequence[str], runs: int) -> str:
 
 
 def _shares(
-    bundle: Bundle, workloads: Sequence[Workload], summaries: Sequence[Summary]
+    engine: Engine, workloads: Sequence[Workload], summaries: Sequence[Summary], shown: bool
 ) -> tuple[Bandwidth, list[dict[str, float]]]:
     """The machine's bandwidth, and of each workload the bytes that a step reads and the share it reaches by that."""
     from satchel.runtime.bench.bandwidth import measure_in_child
-    from satchel.runtime.bench.decode_traffic import cache_bytes, weight_bytes
+    from satchel.runtime.bench.decode_traffic import weight_bytes
+    from satchel.runtime.kv_cache import position_bytes
+    from satchel.runtime.progress import waiting
+    from satchel.runtime.rows import rows_agree
 
-    found = measure_in_child()
-    shares = []
+    with waiting("measuring the memory bandwidth", shown=shown):
+        found = measure_in_child()
+    bundle, shares = engine.bundle, []
     for workload, summary in zip(workloads, summaries, strict=True):
         positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean of what the steps attend to
-        kept = cache_bytes(bundle.manifest.kv_cache, positions) * workload.batch
-        step = weight_bytes(bundle, workload.batch) + kept
+        kept = positions * position_bytes(bundle.manifest.kv_cache) * workload.batch
+        runs = 1 if workload.batch == 1 or rows_agree(engine) else workload.batch
+        step = runs * weight_bytes(bundle, workload.batch // runs) + kept
         per_second = step * summary.median.decode / workload.batch
         shares.append({"bytes_per_step": round(step), "bandwidth_share": per_second / (found.gb_per_second * 1e9)})
     return found, shares

@@ -30,8 +30,9 @@ ROWS = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel eval`."""
     parser.description = (
-        "Measure a bundle on a text: KL(reference || bundle), how often both find the same token most likely, and "
-        "perplexity, for prefill and decode. Without a reference, perplexity alone."
+        "Measure how close a bundle's predictions are to those of a reference, such as the model that it was made "
+        "from, on a text: the divergence KL(reference || bundle), how often both find the same token most likely, and "
+        "the perplexities; for prefill and for decode. Without a reference, the bundle's perplexity alone."
     )
     parser.epilog = (
         "example:\n  satchel eval out/smollm2-fp16 --text book.txt --reference SmolLM2-135M-Instruct/ --json"
@@ -63,17 +64,20 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
-    from satchel.runtime.progress import progress_bar
+    from satchel.runtime.progress import progress_bar, waiting
     from satchel.runtime.proof.fidelity import evaluate
 
-    bundle = open_bundle(args.bundle, progress=not args.quiet)
-    windows = _windows(bundle, text, args)
+    shown = not args.quiet
+    bundle = open_bundle(args.bundle, progress=shown)
+    with waiting("reading the text", shown=shown):
+        windows = _windows(bundle, text, args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
     session.share_thread_pool(args.threads)
     reference = None if args.reference is None else _open_reference(args)
-    engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
+    with waiting("opening the bundle", shown=shown):
+        engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
     tokens = sum(len(window) for window in windows)
-    with progress_bar(tokens, "evaluating", " tokens", shown=not args.quiet) as bar:
+    with progress_bar(tokens, "evaluating", " tokens", shown=shown) as bar:
         fidelity = evaluate(engine, windows, reference, skip=args.skip, progress=bar.update)
     if args.json:
         print(json.dumps(_as_json(fidelity, windows, args), ensure_ascii=False))
@@ -143,15 +147,20 @@ def _is_bundle(source: str) -> bool:
 
 
 def _open_reference(args: argparse.Namespace) -> Reference:
-    if not _is_bundle(args.reference):
-        from satchel.export.reference import open_reference
+    from satchel.runtime.progress import waiting
 
-        return open_reference(args.reference)
+    label, shown = "opening the reference", not args.quiet
+    if not _is_bundle(args.reference):
+        with waiting(label, shown=shown):  # with torch and transformers
+            from satchel.export.reference import open_reference
+
+            return open_reference(args.reference)
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
 
-    bundle = open_bundle(args.reference, progress=not args.quiet)
-    return Engine.open(bundle, threads=args.threads, verbose=args.verbose).score
+    bundle = open_bundle(args.reference, progress=shown)
+    with waiting(label, shown=shown):
+        return Engine.open(bundle, threads=args.threads, verbose=args.verbose).score
 
 
 def _as_json(fidelity: Fidelity, windows: Sequence[Ids], args: argparse.Namespace) -> dict[str, object]:

@@ -12,8 +12,9 @@ HTML_OPTION = "--html"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel inspect`."""
     parser.description = (
-        "Show what is in a bundle: sizes, precision per layer, passes, certificate. Reads the manifest and sizes of "
-        "files. It neither runs the bundle nor checks hashes: satchel verify does both."
+        "Show what is in a bundle: its sizes, the precision of each layer, the passes that made its graphs, its "
+        "certificate. Reads the manifest and sizes of files. It neither runs the bundle nor checks hashes: satchel "
+        "verify does both."
     )
     parser.epilog = "example:\n  satchel inspect out/smollm2-int8 --html bundle.html"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
@@ -30,10 +31,12 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.bundle import survey_bundle
     from satchel.runtime.inspection.inspection import inspect_bundle
     from satchel.runtime.inspection.report import as_page, as_text
+    from satchel.runtime.progress import waiting
     from satchel.runtime.whole_file import write_whole
 
-    found = inspect_bundle(survey_bundle(args.bundle))
-    if args.html is not None:
-        write_whole(args.html, as_page(found), HTML_OPTION)
+    with waiting("reading the manifest", shown=not args.quiet):
+        found = inspect_bundle(survey_bundle(args.bundle))
+        if args.html is not None:
+            write_whole(args.html, as_page(found), HTML_OPTION)
     print(json.dumps(found.to_json()) if args.json else as_text(found))
     return 0

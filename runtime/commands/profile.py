@@ -22,8 +22,8 @@ OUTSIDE = "before: embedding, positions, masks; after: the last norm and the hea
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel profile`."""
     parser.description = (
-        "Run a prompt of random tokens and then greedy tokens under ONNX Runtime's profiler, and show where the time "
-        "goes: by operator, by layer, by node. The profiler slows runs down: satchel bench measures speed."
+        "Show where the time of a bundle goes, by operator, by layer and by node: a prompt of random tokens, and then "
+        "new tokens, run under ONNX Runtime's profiler. It slows them down: satchel bench measures speed."
     )
     parser.epilog = "example:\n  satchel profile out/smollm2-int8 --prompt-tokens 256 --threads 2 --trace trace.json"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
@@ -43,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.profiling.profiling import record, summarize, trace
+    from satchel.runtime.progress import waiting
     from satchel.runtime.whole_file import check_target, write_whole
 
     if args.top < 0:
@@ -52,11 +53,12 @@ def main(args: argparse.Namespace) -> int:
     session.share_thread_pool(args.threads)
     bundle = open_bundle(args.bundle, progress=not args.quiet)
     settings = session.SessionSettings(args.provider, args.threads, args.verbose)
-    recordings = record(bundle, settings, args.prompt_tokens, args.new_tokens)
     layers = len(bundle.manifest.kv_cache.layers)
-    if args.trace is not None:
-        write_whole(args.trace, trace(recordings, layers), TRACE_OPTION)
-    profiles = {phase: summarize(recording, layers, args.top) for phase, recording in recordings.items()}
+    with waiting("profiling", shown=not args.quiet):
+        recordings = record(bundle, settings, args.prompt_tokens, args.new_tokens)
+        if args.trace is not None:
+            write_whole(args.trace, trace(recordings, layers), TRACE_OPTION)
+        profiles = {phase: summarize(recording, layers, args.top) for phase, recording in recordings.items()}
     if args.json:
         threads = session.default_threads() if args.threads is None else args.threads
         print(json.dumps(_as_json(args, threads, profiles)))

@@ -21,8 +21,8 @@ EXIT_MOVED = 1
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel verify`."""
     parser.description = (
-        "Replay a bundle's certificate: its golden prompts must give what was recorded when it was made, within the "
-        "margins stated there. Exits with 1 if something moved."
+        "Check that a bundle still gives on this machine what was recorded when it was made: run the prompts of its "
+        "certificate again, and compare within the margins stated there. Exits with 1 if something moved."
     )
     parser.epilog = "example:\n  satchel verify out/smollm2-fp32 --threads 2"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
@@ -36,21 +36,24 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
-    from satchel.runtime.progress import progress_bar
+    from satchel.runtime.progress import progress_bar, waiting
     from satchel.runtime.proof.certify import moved, replay
 
-    bundle = open_bundle(args.bundle, progress=not args.quiet)
+    shown = not args.quiet
+    bundle = open_bundle(args.bundle, progress=shown)
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")
     session.share_thread_pool(args.threads)
-    engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
+    with waiting("opening the bundle", shown=shown):
+        engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
     replays = []
-    with progress_bar(len(certificate.prompts), "replaying", " prompts", shown=not args.quiet) as bar:
+    with progress_bar(len(certificate.prompts), "replaying", " prompts", shown=shown) as bar:
         for prompt in certificate.prompts:
             replays.append(replay(engine, prompt))
             bar.update(1)
-    lines = _moved_tokenizer(bundle) + moved(certificate, replays)
+    with waiting("checking the tokenizer", shown=shown):
+        lines = _moved_tokenizer(bundle) + moved(certificate, replays)
     if args.json:
         print(json.dumps(_as_json(args, certificate, replays, lines), ensure_ascii=False))
     else:
