@@ -8,15 +8,13 @@ from satchel.runtime import Generator
 
 
 def main(bundle: str, prompt: str) -> None:
-    """Print a continuation twice: piece by piece as it comes, then what it cost."""
+    """Print a continuation piece by piece as it comes, and then what it cost."""
     generator = Generator.open(bundle, threads=2)
-
     with generator.stream(prompt, max_new_tokens=48) as stream:
         for piece in stream:
             print(piece, end="", flush=True)
         print()
-
-    result = generator.generate(prompt, max_new_tokens=48)
+        result = stream.result()
     print(f"{result.new_tokens} tokens, {result.decode_speed:.0f} tokens/s, ended by {result.finish_reason}")
 
 

@@ -55,6 +55,16 @@ def test_generate_prints_the_text_as_a_stream_and_then_its_cost(own: Path) -> No
     assert re.search(r"^48 tokens, \d+ tokens/s, ended by length$", done.stdout, re.MULTILINE)
 
 
+def test_prompts_that_begin_alike_are_prefilled_once(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "tiny")
+    done = sample("prefix_reuse.py", bundle, "--prompts", "5", "--prefix", "20", "--own", "6", "--new-tokens", "4")
+    assert (done.returncode, done.stderr) == (0, "")
+    prefill, reused, same = done.stdout.splitlines()
+    assert re.fullmatch(r"prefill without reuse [\d.]+ s, with [\d.]+ s: [\d.]+ times less", prefill)
+    assert reused == "reused 80 of 130 prompt tokens"
+    assert same == "the same answers: 5 of 5"
+
+
 def test_the_large_checkpoint_is_a_llama_that_transformers_reads(tmp_path: Path) -> None:
     import torch
     import transformers
