@@ -41,7 +41,7 @@ class Rows:
         self._tokens = np.zeros((rows, 1), np.int64)
         self._mask = np.zeros(rows * capacity, np.int64)
         self._bindings: dict[int, ort.IOBinding] = {}
-        self._together = rows > 1 and (rows_agree(engine) if together is None else together)
+        self._together = together
         self._used = 0
         self.states = [engine.state_over(self._cache.row(i), self._logits[i]) for i in range(rows)]
 
@@ -86,12 +86,17 @@ class Rows:
         That is a buffer which the next step overwrites. Raises PromptError when a row's context is full.
         """
         states = self.states[: self._used]
-        if self._together and len(states) > 1:
+        if len(states) > 1 and self._runs_together():
             self._decode_together(states, tokens)
         else:
             for state, token in zip(states, tokens, strict=True):
                 self._engine.decode(state, token)
         return self._logits[: self._used]
+
+    def _runs_together(self) -> bool:
+        if self._together is None:
+            self._together = rows_agree(self._engine)
+        return self._together
 
     def _decode_together(self, states: Sequence[State], tokens: Sequence[int]) -> None:
         for state in states:

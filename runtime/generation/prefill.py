@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.engine import PREFILL_CHUNK, Engine, State
+from satchel.runtime.engine import Engine, State, chunks
 from satchel.runtime.generation.continuation import Continuation
 from satchel.runtime.generation.prefix_store import Prefix, PrefixStore, common_length
+
+TAIL = 2  # tokens of a prompt that always run
 
 Progress = Callable[[int], object]
 """Hears how many tokens of a prompt are done since the last call."""
@@ -53,21 +55,22 @@ def feed(
     """Feed a prompt to an empty state, until `is_over`, which is asked after each chunk. Returns the tokens reused.
 
     As many tokens as some prefix of `store` or of `live`, the rows beside this one, has in common with the prompt are
-    copied from there. The last token of a prompt always runs: its logits are wanted.
+    copied from there. The last two tokens of a prompt always run: the logits of the last one are wanted, and one token
+    alone is rounded otherwise by some kernels (see `chunks`).
     """
     reused, cache = store.longest(prompt)
     for prefix in live:
         common = common_length(prefix.ids, prompt)
         if common > reused:
             reused, cache = common, prefix.cache
-    reused = min(reused, len(prompt) - 1)
+    reused = min(reused, max(len(prompt) - TAIL, 0))
     if cache is not None and reused:
         state.cache.copy_from(cache, reused)
         progress(reused)
-    for begin in range(reused, len(prompt), PREFILL_CHUNK):
-        part = prompt[begin : begin + PREFILL_CHUNK]
-        engine.prefill(state, part)
-        progress(len(part))
+    rest = prompt[reused:]
+    for span in chunks(len(rest)):
+        engine.prefill(state, rest[span])
+        progress(span.stop - span.start)
         if is_over():
             break
     return reused

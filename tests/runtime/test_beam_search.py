@@ -238,7 +238,7 @@ def test_a_search_prefills_what_is_new_and_keeps_the_best(engine: Engine) -> Non
         np.testing.assert_allclose(cache.past[name][:, :, :kept], buffer[:, :, :kept], rtol=1e-4, atol=1e-4)
     again = search(engine, BeamSettings(3, 6), store=store)
     assert again.run()[0].token_ids == best.token_ids
-    assert again.reused_tokens == len(PROMPT) - 1
+    assert again.reused_tokens == len(PROMPT) - 2
 
 
 def test_a_time_limit_ends_texts_where_they_are(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

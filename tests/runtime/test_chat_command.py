@@ -321,7 +321,7 @@ class Terminal:
     def __init__(self, bundle: Path, *flags: str) -> None:
         self._main, side = pty.openpty()
         attributes = termios.tcgetattr(side)
-        attributes[3] &= ~termios.ECHO
+        attributes[3] &= ~termios.ECHO  # what is typed is not shown
         termios.tcsetattr(side, termios.TCSANOW, attributes)
         self.process = subprocess.Popen(
             [*COMMAND, str(bundle), "--threads", "1", *flags],
@@ -339,9 +339,8 @@ class Terminal:
         os.write(self._main, text.encode())
 
     def ask(self, question: str) -> None:
-        """Ask, and wait for the beginning of the answer: the question itself is shown as it is typed."""
+        """Ask, and wait for the beginning of the answer."""
         self.type(f"{question}\n")
-        self.until(f"{question}\n")
         self.until("[a-z]{3}")
 
     def until(self, pattern: str, nudge: str = "") -> str:
@@ -351,10 +350,10 @@ class Terminal:
         """
         end = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.seen, re.MULTILINE)):
-            assert time.monotonic() < end, self.seen
+            assert time.monotonic() < end, self.seen[-1000:]
             self.type(nudge)
-            while select.select([self._main], [], [], 1)[0]:
-                self.seen += os.read(self._main, 1 << 16).decode("utf-8", "replace").replace("\r\n", "\n")
+            while time.monotonic() < end and select.select([self._main], [], [], 1)[0]:
+                self.seen = (self.seen + os.read(self._main, 1 << 16).decode("utf-8", "replace")).replace("\r\n", "\n")
                 if re.search(pattern, self.seen, re.MULTILINE):
                     break
         shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]

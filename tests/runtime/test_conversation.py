@@ -191,7 +191,7 @@ def test_reset_forgets_all_but_the_system_prompt(talk: Conversation) -> None:
     talk.reset()
     assert talk.messages == [system()]
     again = say(talk, HELLO)[0]
-    assert (again.text, again.reused_tokens) == (first.text, first.prompt_tokens - 1)
+    assert (again.text, again.reused_tokens) == (first.text, first.prompt_tokens - 2)
     talk.reset("be long")
     assert talk.messages == [system("be long")]
     talk.reset("")
@@ -319,7 +319,7 @@ def test_an_interrupt_keeps_what_there_is(talk: Conversation, monkeypatch: pytes
     assert result.finish_reason == "closed"
     if not after:
         assert talk.messages == before
-        assert say(talk, "the cat")[0].reused_tokens == result.prompt_tokens - 1  # what was fed is kept
+        assert say(talk, "the cat")[0].reused_tokens == result.prompt_tokens - 2  # what was fed is kept
         return
     assert talk.messages == [*before, user("the cat"), assistant(result.text)]
     assert result.new_tokens == 4
