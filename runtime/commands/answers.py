@@ -111,8 +111,7 @@ def answer_lines(
                 fail(line, str(error))
             else:
                 runnable.append(line)
-        # A bar that is told of nothing does not appear before the first answer.
-        running = generator.run_requests(requests, rows=args.batch or BATCH_ROWS, token=lambda: bar.update(0))
+        running = generator.run_requests(requests, rows=args.batch or BATCH_ROWS, together=args.together or None)
         for index, outcome in running:
             if isinstance(outcome, SatchelError):
                 fail(runnable[index], str(outcome))

@@ -28,6 +28,7 @@ EXCLUSIVE = (
 DEPENDENT = (
     ("--output", ("--input",)),
     ("--batch", ("--input",)),
+    ("--together", ("--input",)),
     ("--length-penalty", ("--beams",)),
     ("--early-stopping", ("--beams",)),
     ("--logprobs", ("--json", "--input")),
@@ -134,7 +135,12 @@ def _add_lines(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output", metavar="FILE", help="write answers as JSON lines, and go on with those that are there (default: -)"
     )
-    group.add_argument("--batch", metavar="N", type=int, help=f"prompts to run together (default {BATCH_ROWS})")
+    group.add_argument("--batch", metavar="N", type=int, help=f"prompts to run at a time (default {BATCH_ROWS})")
+    group.add_argument(
+        "--together",
+        action="store_true",
+        help="decode them in one run even where they then round otherwise than alone: faster, with other texts",
+    )
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

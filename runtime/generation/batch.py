@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from satchel.runtime.engine import Engine, Logits
 from satchel.runtime.errors import SatchelError
@@ -14,17 +14,12 @@ from satchel.runtime.rows import Rows
 
 
 def run_batch(
-    engine: Engine,
-    rows: Rows,
-    continuations: Iterable[Continuation],
-    store: PrefixStore,
-    token: Callable[[], object] = lambda: None,
+    engine: Engine, rows: Rows, continuations: Iterable[Continuation], store: PrefixStore
 ) -> Iterator[Continuation]:
     """Run continuations to their ends, up to `len(rows.states)` at a time, and give each when it has ended.
 
     A prompt is taken from the iterable when a row is free for it. An error that the user can mend ends one
-    continuation, whose `error` then says so, and no other. `token` is called for each one's prompt, when it
-    has been fed, and for each one's every further step. Raises BundleError where a step of several rows fails.
+    continuation, whose `error` then says so, and no other. Raises BundleError where a step of several rows fails.
     """
     waiting = iter(continuations)
     active: list[Continuation] = []
@@ -32,13 +27,10 @@ def run_batch(
         while not rows.full and (following := next(waiting, None)) is not None:
             _start(engine, rows, following, active, store)
             active.append(following)
-            token()
             yield from _drop_ended(rows, active, store)
         if not active:
             return
         _step(rows, active)
-        for _ in active:
-            token()
         yield from _drop_ended(rows, active, store)
 
 

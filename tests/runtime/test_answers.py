@@ -232,7 +232,7 @@ def test_an_input_without_prompts_is_done_at_once(work: Work, capsys: Capture) -
     assert capsys.readouterr().err == f"there are no prompts in {work.input}\n"
 
 
-def test_the_bar_counts_prompts_and_moves_with_tokens(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_counts_prompts(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
 
     class Bar:
@@ -251,6 +251,4 @@ def test_the_bar_counts_prompts_and_moves_with_tokens(work: Work, monkeypatch: p
     monkeypatch.setattr(answers, "progress_bar", Bar)
     work.write({"prompt": "the", "max_new_tokens": 5}, b"{", {"prompt": "cat", "max_new_tokens": 9})
     assert work.run() == 1
-    assert events[0] == (3, " prompts", True)
-    assert events.count(1) == 3
-    assert events.count(0) > 3
+    assert events == [(3, " prompts", True), 1, 1, 1]

@@ -30,7 +30,7 @@ from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
 
 COMMAND = [sys.executable, "-m", "satchel.runtime.cli", "chat"]
-PATIENCE = 6.0  # seconds
+PATIENCE = 60.0  # seconds
 SHORT = ("--max-new-tokens", "12")
 READY, CTRL_C = "^> ", "\x03"
 HINT = "/help lists the commands, Ctrl-D leaves\n"

@@ -327,14 +327,6 @@ def test_the_same_seed_gives_the_same_text_on_any_number_of_threads(tiny: Path, 
         assert essence(other) != essence(found[0])
 
 
-def test_token_is_called_for_each_prompt_and_each_step(fresh: Generator) -> None:
-    calls: list[int] = []
-    requests = [Request(prompt, GenerationOptions(max_new_tokens=4)) for prompt in PROMPTS]
-    after = [len(calls) for _ in fresh.run_requests(requests, rows=3, token=lambda: calls.append(1))]
-    assert len(calls) == len(PROMPTS) * 4
-    assert after[0] == 3 * 4
-
-
 def test_a_batch_with_something_wrong_raises_it(fresh: Generator) -> None:
     with pytest.raises(PromptError, match="the prompt has no tokens"):
         fresh.generate_batch([[5], []])
@@ -374,3 +366,12 @@ def test_the_log_probabilities_of_a_wrong_prompt_are_refused(tiny: Path, fresh: 
         Generator.open(tiny, threads=1, max_context=10).prompt_logprobs([5] * 11)
     with pytest.raises(PromptError, match="the -1 most likely tokens were asked for"):
         fresh.prompt_logprobs([5, 6], -1)
+
+
+def test_rows_that_do_not_agree_run_in_turn_unless_asked_to_run_together(tmp_path: Path) -> None:
+    mixed = Generator.open(write_bundle(tmp_path / "mixed", rows_mix=0.5), threads=1, prefix_mib=0)
+    expected = [mixed.generate(prompt, 12).token_ids for prompt in PROMPTS]
+    found = mixed.generate_batch(PROMPTS, rows=4, max_new_tokens=12)
+    assert [result.token_ids for result in found] == expected
+    faster = mixed.generate_batch(PROMPTS, rows=4, max_new_tokens=12, together=True)
+    assert [result.token_ids for result in faster] != expected
