@@ -65,7 +65,7 @@ class Stages:
             yield advance
 
     @contextlib.contextmanager
-    def _bar(self, total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
+    def _bar(self, total: int, what: str, unit: str) -> Iterator[Advance]:
         try:
             with progress_bar(total, what, unit, shown=self.shown) as bar:
                 yield bar.update

@@ -99,9 +99,8 @@ def _drop_ended(rows: Rows, active: list[Continuation], store: PrefixStore) -> I
         continuation = active[row]
         if continuation.finish_reason is None:
             continue
-        state = rows.states[row]
         if continuation.error is None:
-            store.keep(continuation.fed[: state.cache.length], state.cache)
+            store.keep(continuation.fed, rows.states[row].cache)
         rows.drop(row)
         active[row] = active[-1]
         active.pop()

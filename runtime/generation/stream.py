@@ -65,7 +65,7 @@ class PieceStream:
         state, self._state = self._state, None
         self._continuation.close()
         if state is not None:
-            self._store.keep(self._continuation.fed[: state.cache.length], state.cache)
+            self._store.keep(self._continuation.fed, state.cache)
             self._engine.release(state.cache)
 
     def result(self) -> Generation:

@@ -74,8 +74,9 @@ def write(generator: Generator, text: str, *more: int, count: int = 40, **option
 
 def test_an_end_token_ends_it_and_is_neither_shown_nor_counted(tmp_path: Path) -> None:
     ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=(END,)), threads=1)
-    result = write(ending, "one", END, 9).result()
+    result = write(ending, "one", END, 9, logprobs=0).result()
     assert (result.text, result.finish_reason, result.new_tokens) == ("one", "stop", 3)
+    assert len(result.logprobs) == 3
     assert result.decode_steps == 3
 
 
