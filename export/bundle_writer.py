@@ -17,10 +17,11 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.describe import cache_spec, describe, tokenizer_spec
 from satchel.export.genai_config import genai_config
-from satchel.graphs.quantized import EXPANDED, Quantised
+from satchel.graphs.quantized import BLOCKS, EXPANDED, MADE, Quantised
 from satchel.graphs.values import weight
 from satchel.graphs.weights import LazyWeight, stored
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
+from satchel.runtime.specializing.blocks import BLOCKS_NAME
 from satchel.runtime.specializing.expand import EXPANDED_NAME
 
 WEIGHTS_NAME = "weights.bin"
@@ -30,6 +31,9 @@ line for one that is smaller than `LARGE`.
 """
 
 LARGE = 1 << 20
+
+FILES = {None: WEIGHTS_NAME, EXPANDED: EXPANDED_NAME, BLOCKS: BLOCKS_NAME}
+"""Where a weight lies by its mark MADE; weights without it alone are in the bundle."""
 
 Advance = Callable[[int], None]
 
@@ -82,13 +86,13 @@ class Place:
 def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
     """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes.
 
-    Weights that a device makes have theirs in a file that no bundle has.
+    Weights that a device makes have theirs in files that no bundle has.
 
     Raises:
         ValueError: Two graphs have different weights of one name.
     """
     places: dict[str, Place] = {}
-    ends = {WEIGHTS_NAME: 0, EXPANDED_NAME: 0}
+    ends = dict.fromkeys(FILES.values(), 0)
     for model in models:
         for value in model.graph.initializers.values():
             lazy = weight(value)
@@ -101,7 +105,7 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
                     raise ValueError(f"two weights are called {lazy.name}: {there.weight} and {lazy}")
                 continue
             alignment = PAGE if lazy.nbytes >= LARGE else LINE
-            file = EXPANDED_NAME if EXPANDED in lazy.meta else WEIGHTS_NAME
+            file = FILES[lazy.meta.get(MADE)]
             offset = -(-ends[file] // alignment) * alignment
             places[lazy.name] = Place(lazy, offset, file)
             ends[file] = offset + lazy.nbytes

@@ -14,7 +14,7 @@ from satchel.export.errors import ExportError
 from satchel.graphs import signature
 from satchel.graphs.assign import layer_name
 from satchel.graphs.quantized import Quantised
-from satchel.graphs.targets import PHASES, PREFILL_INT8, TARGETS, Session
+from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, TARGETS, Session
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -133,7 +133,8 @@ def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
 
 def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
     specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}
-    return Graphs(**{phase: specs[phase] for phase in PHASES}, prefill_int8=specs.get(PREFILL_INT8))
+    further = {name: specs.get(name) for name in (PREFILL_INT8, DECODE_BLOCKS)}
+    return Graphs(**{phase: specs[phase] for phase in PHASES}, **further)
 
 
 def _graph_spec(phase: str, model: ir.Model, session: Session) -> GraphSpec:

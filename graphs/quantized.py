@@ -22,10 +22,19 @@ CODE_TYPES = {
 """(bits, symmetric) -> dtype of the codes as DequantizeLinear reads them."""
 
 
-EXPANDED = "expanded"
-"""Mark of weights in int8 that are made on the device: the name of the weight that they are made of."""
+MADE = "made"
+"""Mark of weights that no bundle holds and a device makes of those that it does: EXPANDED or BLOCKS."""
+
+EXPANDED, BLOCKS = "expanded", "blocks"
+"""Int8 with a scale per output, made of smaller blocks; and the other way round, blocks of BLOCK inputs."""
+
+BLOCK = 64
+
+INT8_PRODUCTS = 4
+"""The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
 
 INT8_LEVELS = 127
+UINT8_ZERO = 128
 SMALLEST_RANGE = np.float32(1e-10)
 """An output's largest weight counts as this much at least, so that zeros stay zeros."""
 
@@ -96,7 +105,33 @@ class QuantizedWeight:
             LazyWeight(f"{self.name}.int8_scales", (outputs,), ir.DataType.FLOAT, scales, computed=True),
         )
         for lazy in made:
-            lazy.meta[EXPANDED] = self.name
+            lazy.meta[MADE] = EXPANDED
+        return made
+
+    def blocked(self) -> tuple[LazyWeight, LazyWeight]:
+        """Codes with a scale per output as MatMulNBits takes them: the same numbers, cut into blocks of BLOCK inputs.
+
+        Codes [outputs, blocks, BLOCK] uint8 have 128 added. The last block is filled up with zeros, which the operator
+        does not read. Scales [outputs, blocks] are the output's, again and again. Both are marked BLOCKS: a device
+        makes them (satchel.runtime.specializing.blocks).
+        """
+        outputs, inputs = self.codes.shape
+        count = -(-inputs // BLOCK)
+
+        def codes(a: int, b: int) -> NDArray[np.uint8]:
+            whole = np.full((b - a, count * BLOCK), UINT8_ZERO, np.uint8)
+            whole[:, :inputs] = self.codes[a:b].astype(np.int16) + UINT8_ZERO
+            return whole.reshape(b - a, count, BLOCK)
+
+        def scales(a: int, b: int) -> NDArray[np.float32]:
+            return np.repeat(self.grid.scales[a:b], count, axis=1)
+
+        made = (
+            LazyWeight(f"{self.name}.block_codes", (outputs, count, BLOCK), ir.DataType.UINT8, codes, computed=True),
+            LazyWeight(f"{self.name}.block_scales", (outputs, count), ir.DataType.FLOAT, scales, computed=True),
+        )
+        for lazy in made:
+            lazy.meta[MADE] = BLOCKS
         return made
 
     def _values(self, a: int, b: int) -> NDArray[np.float32]:

@@ -52,6 +52,12 @@ PREFILL_INT8 = "prefill_int8"
 """A graph of bundles with products in 4 bits: prefill over int8 weights that are made of these when the bundle is
 specialised. Prefill is bound by arithmetic, and int8 products are the fastest there are."""
 
+DECODE_BLOCKS = "decode_blocks"
+"""A graph of bundles whose decode takes activations in int8: decode over the same weights in blocks, made when such a
+bundle is specialised. Some processors multiply one row by blocks faster."""
+
+DECODE = (Step(single_token), Step(fuse_skip_norms))
+
 NORMALISE = (
     Step(fold_constants),
     Step(simplify_shapes),
@@ -91,7 +97,8 @@ PREFILL = (
 PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     "prefill": PREFILL,
     PREFILL_INT8: PREFILL,
-    "decode": (Step(single_token), Step(fuse_skip_norms)),
+    "decode": DECODE,
+    DECODE_BLOCKS: DECODE,
     "score": (Step(fuse_skip_norms),),
 }
 
@@ -125,7 +132,7 @@ def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
         Step(store_products_float16),
     )
     if quantised.kv_scales:
-        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, phase)))
+        return (*steps, Step(quantize_kv_cache(quantised.kv_scales, "decode" if phase == DECODE_BLOCKS else phase)))
     return steps
 
 
@@ -138,7 +145,8 @@ ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
     "prefill": lambda rule: rule.prefill,
     "decode": lambda rule: rule.decode,
     "score": lambda rule: rule.prefill,
-    "prefill_int8": lambda rule: "expanded" if _expandable(rule) else rule.prefill,
+    PREFILL_INT8: lambda rule: "expanded" if _expandable(rule) else rule.prefill,
+    DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else "blocks",
 }
 """How a rule's products take their input in a phase: the names of insert_qdq's forms."""
 
@@ -178,7 +186,8 @@ class Target:
         rules = {} if quantised is None else quantised.rules
         products = [name for name, rule in rules.items() if _expandable(rule)]
         small = quantised is not None and any(quantised.weights[name].grid.scheme.bits == 4 for name in products)
-        return (*PHASES, PREFILL_INT8) if small else PHASES
+        whole = any(rule.decode != "float" for rule in rules.values())
+        return (*PHASES, *((PREFILL_INT8,) if small else ()), *((DECODE_BLOCKS,) if whole else ()))
 
     def steps(self, phase: str, precision: str, quantised: Quantised | None) -> tuple[Step, ...]:
         """All passes for one phase, after those that the phases share."""
@@ -209,7 +218,8 @@ def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
         "prefill": Session(config),
         "decode": Session(config, of="prefill" if same else None),
         "score": Session(config),
-        "prefill_int8": Session(config),
+        PREFILL_INT8: Session(config),
+        DECODE_BLOCKS: Session(config),
     }
 
 

@@ -13,6 +13,9 @@ from satchel.runtime.errors import BundleError
 
 MANIFEST_NAME = "manifest.json"
 PHASES = ("prefill", "decode", "score")
+FURTHER = {"prefill_int8": "its products are not in 4 bits", "decode_blocks": "its decode takes no int8 activations"}
+"""Graphs that not every bundle has, and why one has them not."""
+
 CACHE_MODES = ("shared",)
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 TOKENIZER_KINDS = ("tokenizer.json", "sentencepiece")
@@ -89,14 +92,16 @@ class GraphSpec:
 class Graphs:
     """The three graphs over one set of weights: the prompt, each further token, and all positions' logits.
 
-    `prefill_int8` is prefill over int8 weights that it makes of those in 4 bits: `satchel specialize` makes them once
-    and for all. None where a bundle has no products in 4 bits.
+    Two more read weights that no bundle holds, and that `satchel specialize` makes. `prefill_int8` is prefill over int8
+    weights made of those in 4 bits; None where a bundle has no products in 4 bits. `decode_blocks` is decode over the
+    same int8 numbers in blocks of inputs; None where decode takes no activations in int8.
     """
 
     prefill: GraphSpec
     decode: GraphSpec
     score: GraphSpec
     prefill_int8: GraphSpec | None
+    decode_blocks: GraphSpec | None
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,9 @@ class Specialized:
 
     They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
     are the same; `processor` is its name, for people. `int8_prefill` tells that prefill runs over int8 weights made of
-    those in 4 bits; `tiled_attention` which of two attention kernels was faster. `graphs` are file names by phase, of
-    prefill alone where its session runs decode, too; `files` lists all files.
+    those in 4 bits, `decode_blocks` that decode runs over int8 weights in blocks, and `tiled_attention` which of two
+    attention kernels was faster. `graphs` are file names by phase, of prefill alone where its session runs decode, too;
+    `files` lists all files.
     """
 
     onnxruntime: str
@@ -156,6 +162,7 @@ class Specialized:
     processor: str
     features: tuple[str, ...]
     int8_prefill: bool
+    decode_blocks: bool
     tiled_attention: bool
     graphs: dict[str, str]
     files: dict[str, FileRecord]
@@ -225,10 +232,10 @@ class Manifest:
         return {"format": self.FORMAT, "version": self.VERSION, **body}
 
     def graph(self, phase: str) -> GraphSpec:
-        """The graph of "prefill", "decode", "score" or "prefill_int8". Raises BundleError where there is none."""
+        """The graph of a phase, or one of `FURTHER`. Raises BundleError where there is none."""
         spec: GraphSpec | None = getattr(self.graphs, phase)
         if spec is None:
-            raise BundleError(f"this bundle has no graph for {phase}: its products are not in 4 bits")
+            raise BundleError(f"this bundle has no graph for {phase}: {FURTHER[phase]}")
         return spec
 
 
@@ -247,7 +254,7 @@ def _check_values(manifest: Manifest) -> None:
         for field in ("kv_heads", "key_dim", "value_dim"):
             size = getattr(layer, field)
             _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
-    for phase in (*PHASES, *(("prefill_int8",) if manifest.graphs.prefill_int8 else ())):
+    for phase in (*PHASES, *(name for name in FURTHER if getattr(manifest.graphs, name))):
         _check_graph(manifest, phase)
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import GraphPass, Report
-from satchel.graphs.quantized import QuantizedWeight
+from satchel.graphs.quantized import BLOCK, INT8_PRODUCTS, QuantizedWeight
 from satchel.graphs.sweep import sweep
-from satchel.graphs.values import Builder, nodes, replace
+from satchel.graphs.values import MICROSOFT, Builder, nodes, replace
 
 LEVELS = 127
 """Steps of an int8 activation on each side of zero."""
@@ -25,7 +25,8 @@ def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str,
 
     Args:
         weights: What is stored for a float weight, by the weight's name.
-        activations: By the same names, how the product takes its input: "float", "token" or "tensor", or "expanded".
+        activations: By the same names, how the product takes its input: "float", "token" or "tensor", or "expanded" or
+            "blocks".
 
     before: x -> MatMul(W) -> y
     after:  "float":  Wq -> DequantizeLinear -> W';  x -> MatMul(W') -> y
@@ -33,6 +34,7 @@ def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str,
                       -> DequantizeLinear -> MatMul(DequantizeLinear(Wq)) -> Mul(s) -> y
             "expanded": as "token", over int8 weights with a scale per output that the device makes of Wq
             "tensor": x -> DynamicQuantizeLinear -> MatMulInteger(Wq) -> Cast -> Mul(scales) -> y
+            "blocks": x -> MatMulNBits(Wb) -> y, which rounds x block by block, over Wb that the device makes of Wq
     refuses when: the weight is not among those given (silently).
     """
 
@@ -96,6 +98,17 @@ def _tensor(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     replace(result, builder.value("Mul", [product, scale], f"{name}.rescaled", result))
 
 
+def _blocks(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    builder, result = Builder(model, node), node.outputs[0]
+    codes, scales = (builder.shared(lazy) for lazy in quantized.blocked())
+    outputs, inputs = quantized.codes.shape
+    product = builder.value(
+        "MatMulNBits", [node.inputs[0], codes, scales], f"{node.name}.blocks", result, MICROSOFT,
+        bits=8, block_size=BLOCK, K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
+    )  # fmt: skip
+    replace(result, product)
+
+
 def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
     """The weight in float for the product `name`: layers that share a weight have one such node each."""
     codes, scales, zero_points = (None if lazy is None else builder.shared(lazy) for lazy in quantized.columns())
@@ -108,4 +121,4 @@ def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.
     return value
 
 
-INSERT = {"float": _float, "token": _token, "tensor": _tensor, "expanded": _expanded}
+INSERT = {"float": _float, "token": _token, "tensor": _tensor, "expanded": _expanded, "blocks": _blocks}

@@ -8,12 +8,9 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from satchel.graphs.contract import GraphPass, Refused, Report, graph_pass
-from satchel.graphs.quantized import QuantizedWeight
+from satchel.graphs.quantized import INT8_PRODUCTS, QuantizedWeight
 from satchel.graphs.values import MICROSOFT, Builder, attributes, replace, weight
 from satchel.graphs.weights import LazyWeight, reshaped
-
-INT8_PRODUCTS = 4
-"""The `accuracy_level` at which a product's kernel rounds its activations to 8 bits, block by block."""
 
 
 def quantize_tables(weights: Mapping[str, QuantizedWeight]) -> GraphPass:

@@ -30,13 +30,14 @@ class _Node:
 
 
 def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
-    """The bytes of weights.bin that one decode step of `rows` sequences multiplies by.
+    """The bytes of weights that one decode step of `rows` sequences multiplies by, in the form in which decode runs.
 
     Tables that are only looked up are left out; a table that is the head's matrix as well counts once. Float16 weights
     count as the float32 that they are in memory. Of experts, as many count as the rows can choose at most. Raises
     BundleError when the decode graph cannot be read.
     """
-    path = bundle.graph_path("decode")
+    blocks = bundle.specialized is not None and bundle.specialized.decode_blocks
+    path = bundle.graph_path("decode_blocks" if blocks else "decode")
     try:
         tensors, nodes = _read(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -67,12 +67,13 @@ class GraphFacts:
 
 @dataclass(frozen=True)
 class SpecializedFacts:
-    """For which machine the bundle has graphs of its own, how its prefill runs, and the files' sizes in bytes."""
+    """For which machine the bundle has graphs of its own, how its phases run, and the files' sizes in bytes."""
 
     onnxruntime: str
     provider: str
     processor: str
     int8_prefill: bool
+    decode_blocks: bool
     tiled_attention: bool
     files: dict[str, int]
 
@@ -179,5 +180,11 @@ def _specialized_facts(manifest: Manifest) -> SpecializedFacts | None:
         return None
     files = {name: record.bytes for name, record in found.files.items()}
     return SpecializedFacts(
-        found.onnxruntime, found.provider, found.processor, found.int8_prefill, found.tiled_attention, files
+        onnxruntime=found.onnxruntime,
+        provider=found.provider,
+        processor=found.processor,
+        int8_prefill=found.int8_prefill,
+        decode_blocks=found.decode_blocks,
+        tiled_attention=found.tiled_attention,
+        files=files,
     )

@@ -113,12 +113,13 @@ def _overview(found: Inspection) -> Table:
     if found.specialized:
         machine = found.specialized
         prefill = "int8 weights for prefill, " if machine.int8_prefill else ""
+        decode = "weights in blocks for decode, " if machine.decode_blocks else ""
         attention = "tiled" if machine.tiled_attention else "plain"
         rows.append(
             (
                 "specialised",
                 f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: "
-                f"{prefill}{attention} attention, {_megabytes(sum(machine.files.values()))} more",
+                f"{prefill}{decode}{attention} attention, {_megabytes(sum(machine.files.values()))} more",
             )
         )
     return Table("Bundle", _clean(rows))

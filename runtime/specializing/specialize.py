@@ -9,64 +9,78 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from satchel.runtime import onnx_wire
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.defaults import PROVIDER
-from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError, SatchelWarning
 from satchel.runtime.hash_memory import sha256_of
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features, processor_name
-from satchel.runtime.proof.certify import check_certificate
 from satchel.runtime.session import SessionSettings, save_optimised
+from satchel.runtime.specializing.blocks import BLOCKS_NAME, make_blocks
 from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.specializing.packing import Places, Store, relocate, stored_places
+from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, plain_is_faster, step_seconds
 
-PHASES = ("prefill", "decode")
 PREFIX = "specialized-"
-PAGE, PAGED_FROM = 4096, 1 << 20
-CACHE_LINE = 64
-"""Bytes that offsets are multiples of: pages for what is mapped alone, cache lines for the small rest."""
 
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTOR, INT8_DISK_FACTOR = 5, 9
-"""The most that the work takes of the weight file's size, with weights as they are stored, and with int8 ones made of
-those in 4 bits: what a graph was optimised from and to, and the file in the making.
+DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 10}
+INT8_DISK_FACTOR = 4
+"""The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
+int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making.
 """
 
-TIMED_TOKENS, TIMED_RUNS = 512, 5
-ENOUGH_FASTER = 0.95
-"""Tiles take less memory, so the other kernel must take at most this share of their time."""
+MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
+    "prefill_int8": (EXPANDED_NAME, expand_weights),
+    "decode_blocks": (BLOCKS_NAME, make_blocks),
+}
+"""Graphs whose weights no bundle holds: the file in which they say that these are, and what makes it."""
 
-CHECKED_TOKENS = 8
-TOLERANCE = 1e-3
-"""Between logits of the specialised and the portable graphs, of the largest one: the kernels are the same."""
+LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks"}
 
-ROUNDED_TOLERANCE = 0.5
-"""The same where prefill has int8 weights: enough to notice a wrong graph; the certificate tells the rest."""
+
+def _silent(_: str) -> None:
+    """Hears of what happens, and says nothing."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One set of specialised graphs: the graph that each phase is made of."""
+
+    sources: dict[str, str]
+
+    @property
+    def blocks(self) -> bool:
+        """Whether decode runs over weights in blocks."""
+        return "decode_blocks" in self.sources.values()
+
+    @property
+    def int8(self) -> bool:
+        """Whether prefill runs over int8 weights made of those in 4 bits."""
+        return "prefill_int8" in self.sources.values()
 
 
 def specialize(
     bundle: Bundle,
     *,
     int8_prefill: bool = False,
+    decode: str = "auto",
     threads: int | None = None,
-    progress: Callable[[str], Any] = lambda stage: None,
+    progress: Callable[[str], Any] = _silent,
+    say: Callable[[str], Any] = _silent,
 ) -> Manifest:
     """Write graphs and packed weights for this machine into a bundle's folder, and name them in its manifest.
 
@@ -75,67 +89,138 @@ def specialize(
 
     Args:
         int8_prefill: Make int8 weights of those in 4 bits, for prefill alone: a faster prefill for more memory.
+        decode: What decode multiplies by: "stored", the weights as they are; "blocks", the same numbers in blocks of
+            inputs, which it has for itself; "auto", that of both which is faster here, blocks only by a margin. Where a
+            bundle has no graph for blocks, "auto" is "stored".
         threads: CPU threads for the work; None for one per physical core.
         progress: Hears the name of each stage as it begins.
+        say: Hears what was found out.
 
     Returns:
         The bundle's manifest as it is now.
 
     Raises:
         SatchelError: The folder cannot be written, the disk has no room, or the results differ; or the bundle has no
-            weights in 4 bits, or int8 ones lose more than its certificate allows.
+            weights of the kind asked for, or what is made of them loses more than its certificate allows. With "auto"
+            blocks that differ or lose too much are left out, with a SatchelWarning.
         BundleError: A graph does not load.
     """
-    folder = bundle.folder
-    settings = SessionSettings(threads=threads)
+    folder, settings = bundle.folder, SessionSettings(threads=threads)
     portable = replace(bundle, specialized=None)
-    sources = {"prefill": "prefill_int8" if int8_prefill else "prefill"}
-    if int8_prefill or bundle.manifest.graph("decode").session_of is None:
-        sources["decode"] = "decode"
-    for phase in sources.values():
-        portable.graph_path(phase)
+    forms = _forms(portable, int8_prefill, decode)
     with _scratch(folder) as scratch:
-        _check_room(portable, scratch, INT8_DISK_FACTOR if int8_prefill else DISK_FACTOR)
-        with (scratch / "data").open("wb") as file:
-            store = _Store(file, f"{PREFIX}{_token(portable)}.bin")
-            progress("reading the weights")
-            for name in _weight_files(portable):
-                store.know(portable.path(name), name, portable)
-            for phase, source in sources.items():
-                progress(f"optimising {phase}")
-                path = scratch / f"{phase}.onnx"
-                with _complete(portable, source, scratch) as graph:
-                    save_optimised(portable, source, graph, settings, path, INLINE_BYTES)
-                _relocate(path, store)
-        names = {phase: f"{PREFIX}{_token(portable)}-{phase}.onnx" for phase in sources}
-        made = {store.name: scratch / "data", **{names[phase]: scratch / f"{phase}.onnx" for phase in sources}}
-        progress("checking")
-        records = {
-            name: FileRecord(path.stat().st_size, sha256_of(path, lambda _: None)) for name, path in made.items()
-        }
+        kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
+        _check_room(portable, scratch, DISK_FACTORS[kind] + (INT8_DISK_FACTOR if int8_prefill else 0))
+        made = _make(portable, forms, settings, scratch, progress)
+        old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
+        files = {name: path for _, paths in made for name, path in paths.items()}
+        with _placed(folder, files, keep=old):
+            found = [Bundle(folder, bundle.manifest, specialized) for specialized, _ in made]
+            progress("checking")
+            chosen = _choose(portable, found, settings, progress, say)
+            progress("timing attention")
+            plain = replace(chosen, tiled_attention=False)
+            if plain_is_faster(replace(found[0], specialized=chosen), replace(found[0], specialized=plain), settings):
+                chosen = plain
+            manifest = replace(bundle.manifest, specialized=chosen)
+            _write_manifest(folder, manifest, scratch)
+    for name in (old | set(files)) - set(chosen.files):
+        (folder / name).unlink(missing_ok=True)
+    return manifest
+
+
+def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[_Form]:
+    """The forms to make, the one to keep unless another is faster first. Raises BundleError without such a graph."""
+    graphs = portable.manifest.graphs
+    if decode == "blocks" or (decode == "auto" and graphs.decode_blocks is not None):
+        portable.graph_path("decode_blocks")
+        ways = ["decode_blocks"] if decode == "blocks" else ["decode", "decode_blocks"]
+    else:
+        ways = ["decode"]
+    prefill = "prefill_int8" if int8_prefill else "prefill"
+    portable.graph_path(prefill)
+    forms = []
+    for way in ways:
+        together = way == "decode" and prefill == "prefill" and graphs.decode.session_of is not None
+        forms.append(_Form({"prefill": prefill} if together else {"prefill": prefill, "decode": way}))
+    return forms
+
+
+def _make(
+    portable: Bundle, forms: list[_Form], settings: SessionSettings, scratch: Path, progress: Callable[[str], Any]
+) -> list[tuple[Specialized, dict[str, Path]]]:
+    """Make the files of each form in the scratch folder: its manifest entry, and where they lie by their names."""
+    progress("reading the weights")
+    known: Places = {}
+    for name in _weight_files(portable):
+        known |= stored_places(portable, name)
+    saved: dict[str, Path] = {}
+    made = []
+    for number, form in enumerate(forms):
+        token = _token(portable, form)
+        place = scratch / token
+        place.mkdir()
+        files = {f"{PREFIX}{token}.bin": place / "data"}
+        graphs = {phase: f"{PREFIX}{token}-{phase}.onnx" for phase in form.sources}
+        later = {source for other in forms[number + 1 :] for source in other.sources.values()}
+        with (place / "data").open("wb") as file:
+            store = Store(file, f"{PREFIX}{token}.bin", dict(known))
+            for phase, source in form.sources.items():
+                if source not in saved:
+                    progress(f"optimising {LABELS.get(source, source)}")
+                    saved[source] = scratch / f"{source}.onnx"
+                    with _complete(portable, source, scratch) as graph:
+                        save_optimised(portable, source, graph, settings, saved[source], INLINE_BYTES)
+                files[graphs[phase]] = place / f"{phase}.onnx"
+                relocate(saved[source], files[graphs[phase]], store)
+                if source not in later:
+                    saved[source].with_suffix(".data").unlink(missing_ok=True)
         specialized = Specialized(
             onnxruntime=ort.__version__,
             provider=PROVIDER,
             processor=processor_name(),
             features=processor_features(),
-            int8_prefill=int8_prefill,
+            int8_prefill=form.int8,
+            decode_blocks=form.blocks,
             tiled_attention=True,
-            graphs=names,
-            files=records,
+            graphs=graphs,
+            files={name: _record(path) for name, path in files.items()},
         )
-        old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
-        with _placed(folder, made, keep=old):
-            _check(portable, Bundle(folder, bundle.manifest, specialized), settings)
-            progress("timing attention")
-            tiled = Bundle(folder, bundle.manifest, specialized)
-            plain = replace(specialized, tiled_attention=False)
-            if _plain_is_faster(tiled, replace(tiled, specialized=plain), settings):
-                specialized = plain
-            manifest = replace(bundle.manifest, specialized=specialized)
-            _write_manifest(folder, manifest, scratch)
-    for name in old - set(made):
-        (folder / name).unlink(missing_ok=True)
-    return manifest
+        made.append((specialized, files))
+    return made
+
+
+def _choose(
+    portable: Bundle,
+    found: list[Bundle],
+    settings: SessionSettings,
+    progress: Callable[[str], Any],
+    say: Callable[[str], Any],
+) -> Specialized:
+    """Check the forms, time decode where there are two, and return the one to keep.
+
+    Raises SatchelError where the first is not right; a second one is then left out.
+    """
+    first, *others = found
+    check(portable, first, settings)
+    kept = first
+    for other in others:
+        try:
+            check(portable, other, settings)
+        except SatchelError as error:
+            warnings.warn(f"decode runs over weights as they are stored: {error}", SatchelWarning, stacklevel=3)
+            continue
+        progress("timing decode")
+        stored, blocks = step_seconds([first, other], settings)
+        if blocks < stored * ENOUGH_FASTER:
+            kept = other
+        say(
+            f"a step of decode takes {1e3 * stored:.1f} ms over weights as they are stored and {1e3 * blocks:.1f} ms "
+            f"over weights in blocks: {'blocks' if kept is other else 'stored ones'} are kept"
+        )
+    if kept.specialized is None:
+        raise ValueError("there are no specialised graphs")
+    return kept.specialized
 
 
 def specialize_if_needed(path: str | Path, *, threads: int | None = None, progress: Callable[[str], Any]) -> None:
@@ -170,15 +255,15 @@ def remove(bundle: Bundle) -> Manifest:
 @contextlib.contextmanager
 def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
     """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
-    if source != "prefill_int8":
+    if source not in MADE:
         yield bundle.graph_path(source)
         return
-    weights, graph = scratch / EXPANDED_NAME, scratch.with_suffix(".onnx")
-    expand_weights(bundle, weights)
+    name, make = MADE[source]
+    weights, graph = scratch / name, scratch.with_suffix(".onnx")
+    make(bundle, weights)
 
     def moved(entries: onnx_wire.External) -> onnx_wire.External:
-        inside = entries["location"] == EXPANDED_NAME
-        return {**entries, "location": f"{scratch.name}/{EXPANDED_NAME}"} if inside else entries
+        return {**entries, "location": f"{scratch.name}/{name}"} if entries["location"] == name else entries
 
     try:
         graph.write_bytes(onnx_wire.map_external_data(bundle.graph_path(source).read_bytes(), moved))
@@ -186,121 +271,6 @@ def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
     finally:
         graph.unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
-
-
-@dataclass
-class _Store:
-    """The one file that takes the data of both graphs; equal bytes are written once.
-
-    `places` are those of data by its hash: a file of the bundle, and the offset in it.
-    """
-
-    file: BinaryIO
-    name: str
-    places: dict[bytes, tuple[str, int]] = field(default_factory=dict)
-    size: int = 0
-
-    def know(self, path: Path, name: str, bundle: Bundle) -> None:
-        """Take in what the portable graphs keep in the weight file `name`, so that it is not written again."""
-        ranges = set()
-        for phase in ("prefill", "decode", "score"):
-            for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes()):
-                if entries.get("location") == name:
-                    ranges.add((int(entries["offset"]), int(entries["length"])))
-        with _mapped(path) as content:
-            for offset, length in ranges:
-                self.places.setdefault(_digest(content[offset : offset + length]), (name, offset))
-
-    def put(self, data: memoryview, *, here: bool) -> tuple[str, int]:
-        """The file and offset at which the data lies; `here`: in this file, even if another one has it."""
-        digest = _digest(data)
-        place = self.places.get(digest)
-        if place is None or (here and place[0] != self.name):
-            alignment = PAGE if len(data) >= PAGED_FROM else CACHE_LINE
-            self.file.write(bytes(-self.size % alignment))
-            self.size += -self.size % alignment
-            place = self.places[digest] = (self.name, self.size)
-            self.file.write(data)
-            self.size += len(data)
-        return place
-
-
-def _relocate(graph: Path, store: _Store) -> None:
-    """Move a saved graph's data into the store, and point the graph there; its own data file goes."""
-    data_file = graph.with_suffix(".data")
-    with _mapped(data_file) as content:
-
-        def part(offset: str, length: str) -> memoryview:
-            return content[int(offset) : int(offset) + int(length)]
-
-        def moved(entries: onnx_wire.External) -> onnx_wire.External:
-            packed = [key for key in entries if key.startswith("prepacked_")]
-            # What is packed must lie in the same file as what it was packed from.
-            location, offset = store.put(part(entries["offset"], entries["length"]), here=bool(packed))
-            result = {"location": location, "offset": str(offset), "length": entries["length"]}
-            for key in packed:
-                kernel, *blobs = entries[key].split("|")
-                places = []
-                for blob in blobs:
-                    start, length, *rest = blob.split(";")
-                    places.append(";".join([str(store.put(part(start, length), here=True)[1]), length, *rest]))
-                result[key] = "|".join([kernel, *places])
-            return result
-
-        model = onnx_wire.map_external_data(graph.read_bytes(), moved)
-    graph.write_bytes(model)
-    data_file.unlink()
-
-
-def _check(portable: Bundle, specialised: Bundle, settings: SessionSettings) -> None:
-    """Raise SatchelError unless what the specialised graphs give is right."""
-    certificate = portable.manifest.certificate
-    rounded = specialised.specialized is not None and specialised.specialized.int8_prefill
-    _compare(portable, specialised, settings, ROUNDED_TOLERANCE if rounded else TOLERANCE)
-    if rounded and certificate is not None:
-        lines = check_certificate(Engine(specialised, settings), certificate)
-        if lines:
-            raise SatchelError(
-                f"{portable.folder}: with int8 weights prefill loses more than the certificate allows ({lines[0]}): "
-                "nothing was changed; specialise it without them"
-            )
-
-
-def _compare(portable: Bundle, specialised: Bundle, settings: SessionSettings, tolerance: float) -> None:
-    """Raise SatchelError unless both give the same logits for some tokens, by prefill and by decode."""
-    expected, found = (_logits(bundle, settings) for bundle in (portable, specialised))
-    error = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-30))
-    if not error <= tolerance:
-        raise SatchelError(
-            f"{portable.folder}: the specialised graphs differ from the portable ones by {error:.2g} of the logits: "
-            "nothing was changed; report this processor and ONNX Runtime to satchel"
-        )
-
-
-def _plain_is_faster(tiled: Bundle, plain: Bundle, settings: SessionSettings) -> bool:
-    """Whether prefill takes less time with one row of scores at a time, by medians of runs in turn."""
-    length = min(TIMED_TOKENS, tiled.manifest.model.max_context)
-    ids = [(7 * i + 1) % tiled.manifest.model.vocab_size for i in range(length)]
-    engines = [Engine(bundle, settings) for bundle in (tiled, plain)]
-    times: list[list[float]] = [[], []]
-    for _ in range(TIMED_RUNS):
-        for engine, taken in zip(engines, times, strict=True):
-            state = engine.new_state(length)
-            start = time.perf_counter()
-            engine.prefill(state, ids)
-            taken.append(time.perf_counter() - start)
-    return bool(np.median(times[1]) < np.median(times[0]) * ENOUGH_FASTER)
-
-
-def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:
-    engine = Engine(bundle, settings)
-    count = max(min(CHECKED_TOKENS, engine.max_context - 1), 1)
-    ids = [(7 * i + 1) % engine.vocabulary for i in range(count)]
-    state = engine.new_state(min(count + 1, engine.max_context))
-    logits = [engine.prefill(state, ids).copy()]
-    if state.cache.capacity > count:
-        logits.append(engine.decode(state, ids[0]).copy())
-    return np.stack(logits)
 
 
 @contextlib.contextmanager
@@ -360,31 +330,14 @@ def _weight_files(bundle: Bundle) -> list[str]:
     """The files in which the portable graphs keep their data."""
     names = {
         entries.get("location", "")
-        for phase in PHASES  # prefill_int8 has no others
+        for phase in ("prefill", "decode")  # no other graph has others
         for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes())
     }
     return sorted(name for name in names if name in bundle.manifest.files)
 
 
-def _token(bundle: Bundle) -> str:
-    """A short name for this bundle on this machine, so that files of two machines are not taken for each other."""
-    facts = [ort.__version__, *processor_features(), *(record.sha256 for record in bundle.manifest.files.values())]
+def _token(bundle: Bundle, form: _Form) -> str:
+    """A short name for a form of this bundle on this machine, so that files of two are not taken for each other."""
+    hashes = [record.sha256 for record in bundle.manifest.files.values()]
+    facts = [ort.__version__, *processor_features(), *form.sources.values(), *hashes]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
-    """A file's content; an empty file cannot be mapped."""
-    if not path.exists() or not path.stat().st_size:
-        yield memoryview(b"")
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        try:
-            yield view
-        finally:
-            view.release()
-
-
-def _digest(data: memoryview) -> bytes:
-    return hashlib.sha256(data).digest()

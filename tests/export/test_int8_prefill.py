@@ -16,7 +16,7 @@ from satchel.runtime import cli
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError
-from satchel.runtime.specializing import expand, specialize
+from satchel.runtime.specializing import expand, trials
 from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
 
 IDS = list(range(4, 28))
@@ -111,7 +111,7 @@ def test_weights_that_are_wrong_are_not_kept(
 def test_what_the_certificate_does_not_allow_is_not_kept(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(specialize, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
+    monkeypatch.setattr(trials, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
     assert cli.main(["specialize", str(bundle.folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 2
     assert "more than the certificate allows (prompt 1: KL 2" in capsys.readouterr().err

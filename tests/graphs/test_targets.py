@@ -17,7 +17,7 @@ from satchel.graphs.contract import GraphPass
 from satchel.graphs.pipeline import Step, check_order
 from satchel.graphs.quantized import KVScales, Quantised
 from satchel.graphs.recipe import Recipe
-from satchel.graphs.targets import PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
+from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
 
@@ -46,7 +46,7 @@ def whole_pipelines() -> dict[str, tuple[Step, ...]]:
             *target.steps(phase, precision, quantised),
         )
         for name, target in TARGETS.items()
-        for phase in (*PHASES, PREFILL_INT8)
+        for phase in (*PHASES, PREFILL_INT8, DECODE_BLOCKS)
         for precision, quantised in (("fp32", None), ("fp16", None), ("int8", NOTHING))
     }
 
@@ -74,7 +74,7 @@ def test_every_name_in_after_is_a_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_every_phase(name: str) -> None:
-    assert set(TARGETS[name].phases) == {*PHASES, PREFILL_INT8}
+    assert set(TARGETS[name].phases) == {*PHASES, PREFILL_INT8, DECODE_BLOCKS}
 
 
 def test_every_pass_is_used_by_some_target() -> None:

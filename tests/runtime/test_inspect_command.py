@@ -178,6 +178,7 @@ def test_specialised_graphs_are_named_with_their_machine(
     graphs = {"prefill": "fast/prefill.onnx", "decode": "fast/decode.onnx"}
     machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]} | {
         "int8_prefill": True,
+        "decode_blocks": True,
         "tiled_attention": False,
     }
     folder = changed(specialized={**machine, "graphs": graphs, "files": files})
@@ -185,7 +186,8 @@ def test_specialised_graphs_are_named_with_their_machine(
     assert (code, err) == (0, "")
     assert [
         "specialised",
-        "for ONNX Runtime 1.2.3, cpu, Abacus: int8 weights for prefill, plain attention, 3.0 MB more",
+        "for ONNX Runtime 1.2.3, cpu, Abacus: int8 weights for prefill, weights in blocks for decode, plain attention, "
+        "3.0 MB more",
     ] in rows(out)
 
 

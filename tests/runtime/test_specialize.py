@@ -197,15 +197,15 @@ def test_run_makes_a_bundle_ready_once(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_graphs_that_differ_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(folder)
-    relocate = specialize._relocate
+    relocate = specialize.relocate
 
-    def spoil(graph: Path, store: Any) -> None:
-        relocate(graph, store)
+    def spoil(saved: Path, graph: Path, store: Any) -> None:
+        relocate(saved, graph, store)
         store.file.flush()
         content = Path(store.file.name).read_bytes()
         Path(store.file.name).write_bytes(bytes(len(content)))
 
-    monkeypatch.setattr(specialize, "_relocate", spoil)
+    monkeypatch.setattr(specialize, "relocate", spoil)
     with pytest.raises(SatchelError, match="differ from the portable ones"):
         specialize.specialize(open_bundle(folder), threads=1)
     assert files(folder) == before
@@ -216,7 +216,7 @@ def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     before = files(folder)
-    for step in ("save_optimised", "_compare", "_write_manifest"):
+    for step in ("save_optimised", "check", "_write_manifest"):
         monkeypatch.setattr(specialize, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             specialize.specialize(open_bundle(folder), threads=1)
@@ -261,7 +261,7 @@ def test_where_phases_share_a_session_there_is_one_graph(folder: Path) -> None:
 
 @pytest.mark.parametrize("tiled", [True, False])
 def test_the_faster_attention_is_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch, tiled: bool) -> None:
-    monkeypatch.setattr(specialize, "_plain_is_faster", lambda *_: not tiled)
+    monkeypatch.setattr(specialize, "plain_is_faster", lambda *_: not tiled)
     specialize.specialize(open_bundle(folder), threads=1)
     seen = []
     opened = session.open_session

@@ -218,7 +218,11 @@ def write_bundle(
         ),
         kv_cache=CacheSpec(mode="shared", dtype="float32", layers=cache_layers()),
         graphs=Graphs(
-            prefill=graph_spec("prefill"), decode=graph_spec("decode"), score=graph_spec("score"), prefill_int8=None
+            prefill=graph_spec("prefill"),
+            decode=graph_spec("decode"),
+            score=graph_spec("score"),
+            prefill_int8=None,
+            decode_blocks=None,
         ),
         layers={},
         tokenizer=spec,

@@ -1,0 +1,111 @@
+"""Whether specialised graphs give the right logits, and which of two kernels is faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.proof.certify import check_certificate
+from satchel.runtime.session import SessionSettings
+
+TIMED_TOKENS, TIMED_RUNS = 512, 5
+TIMED_PROMPT, TIMED_STEPS, TIMED_ROUNDS = 16, 8, 4
+ENOUGH_FASTER = 0.95
+"""What takes more memory, attention without tiles or decode by blocks, must take less than this share of the time."""
+
+CHECKED_TOKENS = 8
+TOLERANCE = 1e-3
+"""Between logits of the specialised and the portable graphs, of the largest one: the kernels are the same."""
+
+ROUNDED_TOLERANCE = 0.5
+"""The same where weights or activations are rounded otherwise: enough to notice a wrong graph; the certificate tells
+the rest.
+"""
+
+
+def check(portable: Bundle, specialised: Bundle, settings: SessionSettings) -> None:
+    """Raise SatchelError unless what the specialised graphs give is right."""
+    certificate, made = portable.manifest.certificate, specialised.specialized
+    if made is None:
+        raise ValueError("there are no specialised graphs")
+    prefill = ROUNDED_TOLERANCE if made.int8_prefill else TOLERANCE
+    # Decode reads the cache that prefill leaves.
+    decode = ROUNDED_TOLERANCE if made.int8_prefill or made.decode_blocks else TOLERANCE
+    compare(portable, specialised, settings, (prefill, decode))
+    if decode > TOLERANCE and certificate is not None:
+        lines = check_certificate(Engine(specialised, settings), certificate)
+        if lines:
+            what = "int8 weights prefill" if made.int8_prefill else "weights in blocks decode"
+            flag = "--prefill stored" if made.int8_prefill else "--decode stored"
+            raise SatchelError(
+                f"{portable.folder}: with {what} loses more than the certificate allows ({lines[0]}): "
+                f"nothing was changed; specialise it with {flag}"
+            )
+
+
+def compare(portable: Bundle, specialised: Bundle, settings: SessionSettings, tolerances: tuple[float, float]) -> None:
+    """Raise SatchelError unless both give the same logits for some tokens, by prefill and by decode.
+
+    `tolerances` are those of the two phases, shares of the largest logit.
+    """
+    expected, found = (_logits(bundle, settings) for bundle in (portable, specialised))
+    for wanted, given, tolerance in zip(expected, found, tolerances, strict=False):  # a context of 1 has no decode
+        error = float(np.abs(given - wanted).max() / max(float(np.abs(wanted).max()), 1e-30))
+        if not error <= tolerance:
+            raise SatchelError(
+                f"{portable.folder}: the specialised graphs differ from the portable ones by {error:.2g} of the "
+                "logits: nothing was changed; report this processor and ONNX Runtime to satchel"
+            )
+
+
+def plain_is_faster(tiled: Bundle, plain: Bundle, settings: SessionSettings) -> bool:
+    """Whether prefill takes less time with one row of scores at a time, by medians of runs in turn."""
+    length = min(TIMED_TOKENS, tiled.manifest.model.max_context)
+    ids = [(7 * i + 1) % tiled.manifest.model.vocab_size for i in range(length)]
+    engines = [Engine(bundle, settings) for bundle in (tiled, plain)]
+    times: list[list[float]] = [[], []]
+    for _ in range(TIMED_RUNS):
+        for engine, taken in zip(engines, times, strict=True):
+            state = engine.new_state(length)
+            start = time.perf_counter()
+            engine.prefill(state, ids)
+            taken.append(time.perf_counter() - start)
+    return bool(np.median(times[1]) < np.median(times[0]) * ENOUGH_FASTER)
+
+
+def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:
+    engine = Engine(bundle, settings)
+    count = max(min(CHECKED_TOKENS, engine.max_context - 1), 1)
+    ids = [(7 * i + 1) % engine.vocabulary for i in range(count)]
+    state = engine.new_state(min(count + 1, engine.max_context))
+    logits = [engine.prefill(state, ids).copy()]
+    if state.cache.capacity > count:
+        logits.append(engine.decode(state, ids[0]).copy())
+    return np.stack(logits)
+
+
+def step_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:
+    """How long one step of decode takes with each bundle, after a short prompt: medians of steps in turn."""
+    model = bundles[0].manifest.model
+    prompt = min(TIMED_PROMPT, max(model.max_context // 2, 1))
+    room = model.max_context - prompt
+    rounds, steps = min(TIMED_ROUNDS, room), min(TIMED_STEPS, max(room // TIMED_ROUNDS, 1))
+    ids = [(7 * i + 1) % model.vocab_size for i in range(prompt + rounds * steps)]
+    engines = [Engine(bundle, settings) for bundle in bundles]
+    states = [engine.new_state(len(ids)) for engine in engines]
+    times: list[list[float]] = [[] for _ in engines]
+    for engine, state in zip(engines, states, strict=True):
+        engine.prefill(state, ids[:prompt])
+    for first in range(prompt, len(ids), steps):
+        for engine, state, taken in zip(engines, states, times, strict=True):
+            for token in ids[first : first + steps]:
+                start = time.perf_counter()
+                engine.decode(state, token)
+                taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) if taken else 0.0 for taken in times]
