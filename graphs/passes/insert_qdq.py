@@ -103,7 +103,7 @@ def _blocks(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     codes, scales = (builder.shared(lazy) for lazy in quantized.blocked())
     outputs, inputs = quantized.codes.shape
     product = builder.value(
-        "MatMulNBits", [node.inputs[0], codes, scales], f"{node.name}.blocks", result, MICROSOFT,
+        "MatMulNBits", [node.inputs[0], codes, scales], f"{node.name}.by_blocks", result, MICROSOFT,
         bits=8, block_size=BLOCK, K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
     )  # fmt: skip
     replace(result, product)

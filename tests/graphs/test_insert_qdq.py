@@ -130,6 +130,31 @@ def test_expanded_weights_of_zeros_stay_zeros() -> None:
     np.testing.assert_array_equal(run(after, X)["y"], 0)
 
 
+def per_block(a: np.ndarray, codes: QuantizedWeight) -> np.ndarray:
+    """The product with each 64 inputs of each row of `a` in int8, the largest of them being 127, in float64."""
+    rows, inputs = a.shape
+    whole = np.zeros((rows, -(-inputs // 64) * 64))
+    whole[:, :inputs] = a
+    parts = whole.reshape(rows, -1, 64)
+    step = np.maximum(np.abs(parts).max(-1, keepdims=True), 1e-30) / 127
+    return (np.rint(parts / step) * step).reshape(rows, -1)[:, :inputs] @ values(codes).T.astype(np.float64)
+
+
+@pytest.mark.parametrize("inputs", [64, 40, 130, 192])
+def test_by_blocks_each_block_of_each_row_has_its_own_scale(inputs: int) -> None:
+    codes = rounded(NAME, normal(4, OUTPUTS, inputs), 8, None)
+    text = TEXT.replace("64] x", f"{inputs}] x")
+    before = product(text, layer__weight__T=np.ascontiguousarray(values(codes).T))
+    x = normal(5, 3, 1, inputs) * np.asarray([1e-3, 1, 50], np.float32)[:, None, None]
+    found = run(quantised(codes, "blocks", before), {"x": x})["y"]
+    wanted = -per_block(np.tanh(x)[:, 0], codes)
+    np.testing.assert_allclose(found[:, 0], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    assert np.abs(found - run(before, {"x": x})["y"]).max() > 1e-3, "nothing was rounded"
+    for row in range(3):
+        alone = run(quantised(codes, "blocks", before), {"x": x[row : row + 1]})["y"]
+        np.testing.assert_allclose(found[row], alone[0], rtol=0, atol=1e-6 * np.abs(alone).max())
+
+
 def test_per_tensor_one_token_is_quantised_dynamically() -> None:
     feeds = {"x": X["x"][:1, :1]}
     after = quantised(CHANNEL, "tensor")
@@ -152,7 +177,7 @@ def test_rounded_activations_lose_little(form: str) -> None:
     assert 1e-4 < error < 0.02, "an error of zero would mean that nothing was rounded"
 
 
-@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded"])
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded", "blocks"])
 def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
     after = quantised(CHANNEL, form, expose(product(), "p"))
     assert [str(v.name) for v in after.graph.outputs] == ["y", "p"]
@@ -160,7 +185,7 @@ def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
     np.testing.assert_array_equal(found["p"], -found["y"])
 
 
-@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded"])
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded", "blocks"])
 def test_two_products_of_one_weight_share_its_codes(form: str) -> None:
     twice = TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)')
     after = quantised(CHANNEL, form, product(twice), 2)
@@ -197,6 +222,7 @@ def test_a_matrix_that_is_computed_is_left_alone() -> None:
         ("tensor", 8, None, "DynamicQuantizeMatMul"),
         ("expanded", 4, 32, "MatMulIntegerToFloat"),
         ("expanded", 8, 64, "MatMulIntegerToFloat"),
+        ("blocks", 8, None, "MatMulNBits"),
     ],
 )
 def test_the_runner_multiplies_codes(form: str, bits: int, block: int | None, kernel: str, tmp_path: Path) -> None:

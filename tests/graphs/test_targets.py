@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import onnx_ir as ir
 import pytest
+from support.codes import rounded
 
 import satchel.graphs.passes
 from satchel.graphs.contract import GraphPass
 from satchel.graphs.pipeline import Step, check_order
 from satchel.graphs.quantized import KVScales, Quantised
-from satchel.graphs.recipe import Recipe
+from satchel.graphs.recipe import Recipe, Rule
 from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
@@ -75,6 +76,16 @@ def test_every_name_in_after_is_a_pass(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_every_phase(name: str) -> None:
     assert set(TARGETS[name].phases) == {*PHASES, PREFILL_INT8, DECODE_BLOCKS}
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "there"), [("float", "float", False), ("token", "tensor", True), ("token", "token", True)]
+)
+def test_decode_by_blocks_is_there_where_decode_takes_int8_activations(prefill: str, decode: str, there: bool) -> None:
+    codes = rounded("w", np.ones((4, 64), np.float32), 8, None)
+    rule = Rule(kinds=("linear",), bits=8, blocks=("channel",), prefill=prefill, decode=decode)
+    quantised = Quantised(NOTHING.model, {"w": codes}, {"w": rule}, {}, "int8")
+    assert (DECODE_BLOCKS in TARGETS["cpu"].graphs(quantised)) is there
 
 
 def test_every_pass_is_used_by_some_target() -> None:

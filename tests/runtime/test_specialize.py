@@ -232,6 +232,20 @@ def test_int8_prefill_needs_weights_in_four_bits(folder: Path, capsys: pytest.Ca
     assert files(folder) == before
 
 
+def test_decode_by_blocks_needs_int8_activations(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(folder)
+    assert cli.main(["specialize", str(folder), "--decode", "blocks"]) == 2
+    assert "no graph for decode_blocks: its decode takes no int8 activations" in capsys.readouterr().err
+    assert files(folder) == before
+
+
+def test_without_a_graph_for_blocks_nothing_is_timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(specialize, "step_seconds")
+    made = specialize.specialize(open_bundle(folder), threads=1).specialized
+    assert made is not None
+    assert not made.decode_blocks
+
+
 def test_a_full_disk_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))

@@ -1,0 +1,256 @@
+"""Decode by blocks: the same int8 weights in another order, made on the device, kept where they are faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from support.checkpoints import save_tiny
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.runtime import cli
+from satchel.runtime.bench.decode_traffic import weight_bytes
+from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, SatchelWarning
+from satchel.runtime.specializing import blocks, specialize, trials
+from satchel.runtime.specializing.blocks import BLOCKS_NAME, blocks_bytes, make_blocks
+
+IDS = list(range(4, 28))
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
+NARROW = {"hidden_size": 96, "intermediate_size": 176, "head_dim": 32, **HEADS}  # no multiples of 64
+FORMS = {
+    "int8": (WIDE, "int8", "float"),
+    "filled up": (NARROW, "int8", "float"),
+    "per token": (WIDE, "a8w8", "float"),
+    "int8 cache": (WIDE, "int8", "int8"),
+}
+COMMAND = ["--threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """The bundle of a form, exported once."""
+
+    @functools.cache
+    def export(form: str) -> Bundle:
+        folder = tmp_path_factory.mktemp("decode-blocks")
+        widths, precision, cache = FORMS[form]
+        checkpoint = save_tiny(folder / "checkpoint", **widths)
+        export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=64, kv_cache=cache))
+        return open_bundle(folder / "bundle")
+
+    return export
+
+
+@pytest.fixture(params=FORMS)
+def made(exported: Callable[[str], Bundle], request: pytest.FixtureRequest) -> Bundle:
+    return exported(request.param)
+
+
+@pytest.fixture
+def bundle(exported: Callable[[str], Bundle], tmp_path: Path) -> Bundle:
+    """One bundle for each test to change."""
+    shutil.copytree(exported("int8").folder, tmp_path / "bundle")
+    return open_bundle(tmp_path / "bundle")
+
+
+def files(bundle: Bundle) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
+
+
+def products(bundle: Bundle, phase: str) -> set[str]:
+    """What the specialised graph of a phase multiplies quantised weights with, the head apart."""
+    assert bundle.specialized is not None
+    graph = onnx.load(bundle.folder / bundle.specialized.graphs[phase], load_external_data=False).graph
+    kinds = {"MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+    return {node.op_type for node in graph.node if node.op_type in kinds and "head" not in node.name}
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, stored: float, in_blocks: float) -> None:
+    monkeypatch.setattr(specialize, "step_seconds", lambda *_: [stored, in_blocks])
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 300])
+def test_weights_are_the_stored_codes_in_blocks(
+    made: Bundle, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CODES_AT_ONCE", at_once)
+    make_blocks(made, tmp_path / BLOCKS_NAME)
+    graph = onnx.load(made.graph_path("decode_blocks"), load_external_data=False).graph
+    stored = {t.name: t for t in onnx.load(made.graph_path("decode"), load_external_data=False).graph.initializer}
+    own = {t.name: t for t in graph.initializer if any(e.value == BLOCKS_NAME for e in t.external_data)}
+    names = [name.removesuffix(".block_codes") for name in own if name.endswith(".block_codes")]
+    assert len(names) == 8  # four products in each of two layers
+    for name in names:
+        found = numpy_helper.to_array(own[f"{name}.block_codes"], str(tmp_path))
+        codes = numpy_helper.to_array(stored[f"{name}.codes"], str(made.folder)).T.astype(int)  # [outputs, inputs]
+        outputs, inputs = codes.shape
+        flat = found.reshape(outputs, -1).astype(int) - 128
+        np.testing.assert_array_equal(flat[:, :inputs], codes)
+        assert flat.shape[1] - inputs < 64
+        assert not flat[:, inputs:].any()
+        scales = numpy_helper.to_array(own[f"{name}.block_scales"], str(tmp_path))
+        assert scales.shape == found.shape[:2]
+        wanted = numpy_helper.to_array(stored[f"{name}.scales"], str(made.folder))
+        assert (scales == wanted[:, None]).all()
+    sizes = [np.prod(t.dims) * (1 if t.name.endswith("codes") else 4) for t in own.values()]
+    assert blocks_bytes(made) == sum(sizes)
+
+
+def test_no_bundle_holds_them(made: Bundle) -> None:
+    assert not (made.folder / BLOCKS_NAME).exists()
+    assert BLOCKS_NAME not in made.manifest.files
+
+
+def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(made: Bundle) -> None:
+    folder = made.folder
+    before = files(made)
+    assert cli.main(["specialize", str(folder), "--decode", "blocks", *COMMAND]) == 0
+    special = open_bundle(folder)
+    assert special.specialized is not None
+    assert special.specialized.decode_blocks
+    assert products(special, "decode") == {"MatMulNBits"}
+    assert products(special, "prefill") == {"MatMulIntegerToFloat"}
+    portable, engine = Engine.open(Bundle(folder, made.manifest), threads=1), Engine.open(special, threads=1)
+    states = portable.new_state(32), engine.new_state(32)
+    first = [e.prefill(s, IDS).copy() for e, s in zip((portable, engine), states, strict=True)]
+    np.testing.assert_allclose(first[1], first[0], rtol=0, atol=1e-4)
+    for token in IDS[:4]:
+        wanted, found = portable.decode(states[0], token).copy(), engine.decode(states[1], token).copy()
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert 1e-5 < error < 0.1, "activations are rounded in blocks, and not left as they are"
+    assert cli.main(["verify", str(folder), "--threads", "1"]) == 0
+    assert cli.main(["specialize", str(folder), "--remove"]) == 0
+    after = files(made)
+    after.pop("manifest.json")
+    assert after == {name: content for name, content in before.items() if name != "manifest.json"}
+
+
+@pytest.mark.parametrize(("in_blocks", "kept"), [(0.94, True), (0.96, False), (1.5, False)])
+def test_the_faster_form_is_kept_and_nothing_of_the_other(
+    bundle: Bundle, in_blocks: float, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed(monkeypatch, 1.0, in_blocks)
+    before = files(bundle).keys()
+    assert cli.main(["specialize", str(bundle.folder), "--threads", "1"]) == 0
+    special = open_bundle(bundle.folder).specialized
+    assert special is not None
+    assert special.decode_blocks is kept
+    assert files(bundle).keys() - before == special.files.keys()
+    assert products(open_bundle(bundle.folder), "decode") == {"MatMulNBits" if kept else "DynamicQuantizeMatMul"}
+    said = capsys.readouterr().err
+    assert f"1000.0 ms over weights as they are stored and {1e3 * in_blocks:.1f} ms over weights in blocks" in said
+    assert ("more in memory for decode's own" in said) is kept
+
+
+def test_a_second_call_may_decide_otherwise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(bundle).keys()
+    for in_blocks in (0.5, 2.0, 0.5):
+        timed(monkeypatch, 1.0, in_blocks)
+        specialize.specialize(open_bundle(bundle.folder), threads=1)
+        special = open_bundle(bundle.folder).specialized
+        assert special is not None
+        assert special.decode_blocks is (in_blocks < 1)
+        assert files(bundle).keys() - before == special.files.keys()
+
+
+@pytest.mark.parametrize("decode", ["stored", "blocks"])
+def test_what_is_asked_for_is_not_timed(bundle: Bundle, decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> list[float]:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(specialize, "step_seconds", never)
+    made = specialize.specialize(bundle, decode=decode, threads=1).specialized
+    assert made is not None
+    assert made.decode_blocks is (decode == "blocks")
+
+
+def test_steps_are_timed_in_both_forms(bundle: Bundle) -> None:
+    settings = trials.SessionSettings(threads=1)
+    other = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest))
+    stored, same = trials.step_seconds([bundle, other], settings)
+    assert 0 < stored < 10
+    assert 0 < same < 10
+    short = dataclasses.replace(bundle.manifest.model, max_context=1)
+    tiny = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, model=short))
+    assert trials.step_seconds([tiny], settings) == [0.0]
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks.np, "repeat", lambda scales, count, axis: -np.tile(scales, (1, count)))
+
+
+def test_blocks_that_are_wrong_are_not_kept(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt(monkeypatch)
+    before = files(bundle)
+    assert cli.main(["specialize", str(bundle.folder), "--decode", "blocks", *COMMAND]) == 2
+    assert "differ from the portable ones" in capsys.readouterr().err
+    assert files(bundle) == before
+
+
+def test_by_itself_it_says_so_and_keeps_the_stored_ones(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt(monkeypatch)
+    before = files(bundle).keys()
+    with pytest.warns(SatchelWarning, match="decode runs over weights as they are stored: .* differ from the portable"):
+        made = specialize.specialize(bundle, threads=1).specialized
+    assert made is not None
+    assert not made.decode_blocks
+    assert files(bundle).keys() - before == made.files.keys()
+
+
+def test_what_the_certificate_does_not_allow_is_not_kept(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
+    before = files(bundle)
+    assert cli.main(["specialize", str(bundle.folder), "--decode", "blocks", *COMMAND]) == 2
+    said = capsys.readouterr().err
+    assert "with weights in blocks decode loses more than the certificate allows (prompt 1: KL 2" in said
+    assert "--decode stored" in said
+    assert files(bundle) == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specialize.specialize(bundle, decode="stored", threads=1)
+
+
+def test_a_step_reads_the_blocks(bundle: Bundle) -> None:
+    before = weight_bytes(bundle)
+    specialize.specialize(bundle, decode="blocks", threads=1)
+    graph = onnx.load(bundle.graph_path("decode"), load_external_data=False).graph
+    sizes = {t.name: int(np.prod(t.dims)) for t in graph.initializer}
+    codes = sum(size for name, size in sizes.items() if name.endswith(".codes"))
+    scales = sum(size for name, size in sizes.items() if name.endswith(".scales"))
+    assert weight_bytes(open_bundle(bundle.folder)) - before == codes // 64 * 4 - scales * 4
+
+
+def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    path = bundle.graph_path("decode_blocks")
+    graph = onnx.load(path, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        tensor.name = tensor.name.replace(".block_", "x.block_")
+    path.write_bytes(graph.SerializeToString())
+    with pytest.raises(BundleError, match=r"has a weight .* that decode has not"):
+        make_blocks(bundle, tmp_path / BLOCKS_NAME)
+
+
+def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    path = bundle.graph_path("decode_blocks")
+    graph = onnx.load(path, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        if tensor.name.endswith(".block_codes"):
+            tensor.dims[1] += 1
+    path.write_bytes(graph.SerializeToString())
+    with pytest.raises(BundleError, match=r"has a weight .* that decode has not"):
+        make_blocks(bundle, tmp_path / BLOCKS_NAME)
