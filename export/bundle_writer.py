@@ -32,7 +32,7 @@ line for one that is smaller than `LARGE`.
 
 LARGE = 1 << 20
 
-FILES = {None: WEIGHTS_NAME, EXPANDED: EXPANDED_NAME, BLOCKS: BLOCKS_NAME}
+FILES: Mapping[object, str] = {None: WEIGHTS_NAME, EXPANDED: EXPANDED_NAME, BLOCKS: BLOCKS_NAME}
 """Where a weight lies by its mark MADE; weights without it alone are in the bundle."""
 
 Advance = Callable[[int], None]

@@ -133,8 +133,8 @@ def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
 
 def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
     specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}
-    further = {name: specs.get(name) for name in (PREFILL_INT8, DECODE_BLOCKS)}
-    return Graphs(**{phase: specs[phase] for phase in PHASES}, **further)
+    always = {phase: specs[phase] for phase in PHASES}
+    return Graphs(**always, prefill_int8=specs.get(PREFILL_INT8), decode_blocks=specs.get(DECODE_BLOCKS))
 
 
 def _graph_spec(phase: str, model: ir.Model, session: Session) -> GraphSpec:

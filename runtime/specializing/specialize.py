@@ -37,7 +37,7 @@ PREFIX = "specialized-"
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 10}
+DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
 INT8_DISK_FACTOR = 4
 """The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
 int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making.

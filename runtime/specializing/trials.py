@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +41,16 @@ def check(portable: Bundle, specialised: Bundle, settings: SessionSettings) -> N
     if decode > TOLERANCE and certificate is not None:
         lines = check_certificate(Engine(specialised, settings), certificate)
         if lines:
-            what = "int8 weights prefill" if made.int8_prefill else "weights in blocks decode"
-            flag = "--prefill stored" if made.int8_prefill else "--decode stored"
+            forms = {"int8 weights for prefill": made.int8_prefill, "weights in blocks for decode": made.decode_blocks}
+            flags = {"--prefill stored": made.int8_prefill, "--decode stored": made.decode_blocks}
             raise SatchelError(
-                f"{portable.folder}: with {what} loses more than the certificate allows ({lines[0]}): "
-                f"nothing was changed; specialise it with {flag}"
+                f"{portable.folder}: with {_those(forms)} it loses more than the certificate allows ({lines[0]}): "
+                f"nothing was changed; specialise it with {_those(flags)}"
             )
+
+
+def _those(choices: Mapping[str, bool]) -> str:
+    return " and ".join(name for name, chosen in choices.items() if chosen)
 
 
 def compare(portable: Bundle, specialised: Bundle, settings: SessionSettings, tolerances: tuple[float, float]) -> None:

@@ -217,7 +217,7 @@ def test_what_the_certificate_does_not_allow_is_not_kept(
     before = files(bundle)
     assert cli.main(["specialize", str(bundle.folder), "--decode", "blocks", *COMMAND]) == 2
     said = capsys.readouterr().err
-    assert "with weights in blocks decode loses more than the certificate allows (prompt 1: KL 2" in said
+    assert "with weights in blocks for decode it loses more than the certificate allows (prompt 1: KL 2" in said
     assert "--decode stored" in said
     assert files(bundle) == before
     with warnings.catch_warnings():
