@@ -26,9 +26,10 @@ MADE = "made"
 """Mark of weights that no bundle holds and a device makes of those that it does: EXPANDED or BLOCKS."""
 
 EXPANDED, BLOCKS = "expanded", "blocks"
-"""Int8 with a scale per output, made of smaller blocks; and the other way round, blocks of BLOCK inputs."""
+"""Int8 with a scale per output, made of smaller blocks; and the other way round."""
 
-BLOCK = 64
+BLOCK_SIZES = (128, 64)
+"""Inputs of a block: the first that divides a weight's inputs, else the last, and the last block is filled up."""
 
 INT8_PRODUCTS = 4
 """The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
@@ -109,25 +110,26 @@ class QuantizedWeight:
         return made
 
     def blocked(self) -> tuple[LazyWeight, LazyWeight]:
-        """Codes with a scale per output as MatMulNBits takes them: the same numbers, cut into blocks of BLOCK inputs.
+        """Codes with a scale per output as MatMulNBits takes them: the same numbers, cut into blocks of inputs.
 
-        Codes [outputs, blocks, BLOCK] uint8 have 128 added. The last block is filled up with zeros, which the operator
+        Codes [outputs, blocks, block] uint8 have 128 added. The last block is filled up with zeros, which the operator
         does not read. Scales [outputs, blocks] are the output's, again and again. Both are marked BLOCKS: a device
         makes them (satchel.runtime.specializing.blocks).
         """
         outputs, inputs = self.codes.shape
-        count = -(-inputs // BLOCK)
+        block = next((size for size in BLOCK_SIZES if inputs % size == 0), BLOCK_SIZES[-1])
+        count = -(-inputs // block)
 
         def codes(a: int, b: int) -> NDArray[np.uint8]:
-            whole = np.full((b - a, count * BLOCK), UINT8_ZERO, np.uint8)
+            whole = np.full((b - a, count * block), UINT8_ZERO, np.uint8)
             whole[:, :inputs] = self.codes[a:b].astype(np.int16) + UINT8_ZERO
-            return whole.reshape(b - a, count, BLOCK)
+            return whole.reshape(b - a, count, block)
 
         def scales(a: int, b: int) -> NDArray[np.float32]:
             return np.repeat(self.grid.scales[a:b], count, axis=1)
 
         made = (
-            LazyWeight(f"{self.name}.block_codes", (outputs, count, BLOCK), ir.DataType.UINT8, codes, computed=True),
+            LazyWeight(f"{self.name}.block_codes", (outputs, count, block), ir.DataType.UINT8, codes, computed=True),
             LazyWeight(f"{self.name}.block_scales", (outputs, count), ir.DataType.FLOAT, scales, computed=True),
         )
         for lazy in made:

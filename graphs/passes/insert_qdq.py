@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import GraphPass, Report
-from satchel.graphs.quantized import BLOCK, INT8_PRODUCTS, QuantizedWeight
+from satchel.graphs.quantized import INT8_PRODUCTS, QuantizedWeight
 from satchel.graphs.sweep import sweep
 from satchel.graphs.values import MICROSOFT, Builder, nodes, replace
 
@@ -100,11 +100,12 @@ def _tensor(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
 
 def _blocks(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     builder, result = Builder(model, node), node.outputs[0]
-    codes, scales = (builder.shared(lazy) for lazy in quantized.blocked())
+    lazy, lazy_scales = quantized.blocked()
+    codes, scales = builder.shared(lazy), builder.shared(lazy_scales)
     outputs, inputs = quantized.codes.shape
     product = builder.value(
         "MatMulNBits", [node.inputs[0], codes, scales], f"{node.name}.by_blocks", result, MICROSOFT,
-        bits=8, block_size=BLOCK, K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
+        bits=8, block_size=lazy.dims[2], K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
     )  # fmt: skip
     replace(result, product)
 

@@ -131,16 +131,17 @@ def test_expanded_weights_of_zeros_stay_zeros() -> None:
 
 
 def per_block(a: np.ndarray, codes: QuantizedWeight) -> np.ndarray:
-    """The product with each 64 inputs of each row of `a` in int8, the largest of them being 127, in float64."""
+    """The product with each block of each row of `a` in int8, the largest number of it being 127, in float64."""
     rows, inputs = a.shape
-    whole = np.zeros((rows, -(-inputs // 64) * 64))
+    block = 64 if inputs % 128 else 128
+    whole = np.zeros((rows, -(-inputs // block) * block))
     whole[:, :inputs] = a
-    parts = whole.reshape(rows, -1, 64)
+    parts = whole.reshape(rows, -1, block)
     step = np.maximum(np.abs(parts).max(-1, keepdims=True), 1e-30) / 127
     return (np.rint(parts / step) * step).reshape(rows, -1)[:, :inputs] @ values(codes).T.astype(np.float64)
 
 
-@pytest.mark.parametrize("inputs", [64, 40, 130, 192])
+@pytest.mark.parametrize("inputs", [64, 40, 130, 192, 256])
 def test_by_blocks_each_block_of_each_row_has_its_own_scale(inputs: int) -> None:
     codes = rounded(NAME, normal(4, OUTPUTS, inputs), 8, None)
     text = TEXT.replace("64] x", f"{inputs}] x")
