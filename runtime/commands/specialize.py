@@ -78,9 +78,9 @@ def main(args: argparse.Namespace) -> int:
         specialized = None if made is None else dataclasses.asdict(made)
         print(json.dumps({"bundle": args.bundle, "specialized": specialized, "bytes": size, "seconds": seconds}))
     elif made is not None:
-        own = f", {blocks_bytes(bundle) / MIB:,.0f} MiB more in memory for decode's own" if made.decode_blocks else ""
+        more = f", at least {blocks_bytes(bundle) / MIB:,.0f} MiB more in memory for decode alone"
         say(
             f"specialised for {made.processor}, ONNX Runtime {made.onnxruntime}: {size / MIB:,.0f} MiB more on disk"
-            f"{own}, in {seconds} s"
+            f"{more if made.decode_blocks else ''}, in {seconds} s"
         )
     return 0

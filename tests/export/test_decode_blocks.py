@@ -151,7 +151,7 @@ def test_the_faster_form_is_kept_and_nothing_of_the_other(
     assert products(open_bundle(bundle.folder), "decode") == {"MatMulNBits" if kept else "DynamicQuantizeMatMul"}
     said = capsys.readouterr().err
     assert f"1000.0 ms over weights as they are stored and {1e3 * in_blocks:.1f} ms over weights in blocks" in said
-    assert ("more in memory for decode's own" in said) is kept
+    assert ("more in memory for decode alone" in said) is kept
 
 
 def test_a_second_call_may_decide_otherwise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
