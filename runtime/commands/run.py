@@ -76,7 +76,8 @@ def _specialize(args: argparse.Namespace) -> None:
     from satchel.runtime.progress import stage_printer
     from satchel.runtime.specializing.specialize import specialize_if_needed
 
-    specialize_if_needed(args.bundle, threads=args.threads, progress=stage_printer(shown=not args.quiet))
+    shown = not args.quiet
+    specialize_if_needed(args.bundle, threads=args.threads, progress=stage_printer(shown=shown), shown=shown)
 
 
 def _run_single(args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any]) -> Generation:

@@ -78,9 +78,10 @@ def main(args: argparse.Namespace) -> int:
         specialized = None if made is None else dataclasses.asdict(made)
         print(json.dumps({"bundle": args.bundle, "specialized": specialized, "bytes": size, "seconds": seconds}))
     elif made is not None:
-        more = f", at least {blocks_bytes(bundle) / MIB:,.0f} MiB more in memory for decode alone"
+        own = blocks_bytes(bundle) / MIB if made.decode_blocks else 0
+        memory = f", at least {own:,.0f} MiB more in memory for decode alone" if own else ""
         say(
             f"specialised for {made.processor}, ONNX Runtime {made.onnxruntime}: {size / MIB:,.0f} MiB more on disk"
-            f"{more if made.decode_blocks else ''}, in {seconds} s"
+            f"{memory}, in {seconds} s"
         )
     return 0

@@ -223,14 +223,16 @@ def _choose(
     return kept.specialized
 
 
-def specialize_if_needed(path: str | Path, *, threads: int | None = None, progress: Callable[[str], Any]) -> None:
+def specialize_if_needed(
+    path: str | Path, *, threads: int | None = None, progress: Callable[[str], Any], shown: bool = False
+) -> None:
     """Specialise the bundle at `path` unless it is ready for this machine. Where that fails, warn and leave it.
 
-    Raises BundleError for a bundle that cannot be opened.
+    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. Raises BundleError for a bundle that cannot be opened.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, progress=shown)
     if bundle.specialized is not None:
         return
     try:
