@@ -228,7 +228,8 @@ def specialize_if_needed(
 ) -> None:
     """Specialise the bundle at `path` unless it is ready for this machine. Where that fails, warn and leave it.
 
-    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. Raises BundleError for a bundle that cannot be opened.
+    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. Raises
+    BundleError for a bundle that cannot be opened.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)
