@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
             print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
         for line in typed_turns() if interactive else read_turns():
             try:
-                if line.split(maxsplit=1)[0] == "/exit":
+                if line.startswith("/") and line.split(maxsplit=1)[0] == "/exit":
                     break
                 _turn(conversation, line, args)
             except SatchelError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import json
 import os
 import pty
@@ -24,7 +25,7 @@ from support.chat_bundle import END, write_chat_bundle
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime import cli
-from satchel.runtime.chat.conversation import Conversation, checkpoint_options
+from satchel.runtime.chat.conversation import Answer, Conversation, checkpoint_options
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
@@ -134,7 +135,7 @@ def test_the_commands(
     first, second = answers(generator, "hello", "the cat", system="be brief")
     lines = [
         "/history", "hello", f"/save  {path} ", "/reset", "/history", "hello", "/reset\tbe long", "/history",
-        f"/load {path}", "the cat", "/help", "/history", "/exit now", "never",
+        f"/load {path}", "the cat", "/help", "/history", "/exit\tnow", "never",
     ]  # fmt: skip
     assert chat(monkeypatch, chatty, "\n".join(lines), "--system", "be brief", "--quiet") == 0
     out, err = capsys.readouterr()
@@ -433,19 +434,68 @@ def test_an_interrupt_of_piped_lines_ends_the_program(endless: Path) -> None:
     assert out.endswith(b"\n")
 
 
-def test_prompts_do_not_get_among_answers_that_go_elsewhere(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    lines = iter(["hello", "\\", "/exit"])
+def typed(monkeypatch: pytest.MonkeyPatch, bundle: Path, *lines: str) -> tuple[int, list[str]]:
+    """The command in this process on lines that seem to be typed; the exit code, and the prompts of `input`."""
+    waiting, prompts = iter(lines), []
 
     class Typed(io.StringIO):
         def isatty(self) -> bool:
             return True
 
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        line = next(waiting, None)
+        if line is None:
+            raise EOFError
+        return line
+
     monkeypatch.setattr(sys, "stdin", Typed())
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines) if not prompt else pytest.fail(prompt))
-    assert cli.main(["chat", str(chatty), "--threads", "1", *SHORT]) == 0
+    monkeypatch.setattr("builtins.input", read)
+    return cli.main(["chat", str(bundle), "--threads", "1", *SHORT]), prompts
+
+
+def test_prompts_do_not_get_among_answers_that_go_elsewhere(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert typed(monkeypatch, chatty, "hello\\", "you", "/exit", "never") == (0, ["", "", ""])
+    (result,) = answers(generator, "hello\nyou")
     out, err = capsys.readouterr()
-    assert out == f"{answers(generator, 'hello')[0].text}\n"
-    assert err.startswith(f"{HINT}> [prompt ")
-    assert "> ... satchel: error: " not in err
+    assert out == f"{result.text}\n"
+    assert re.fullmatch(rf"{HINT}> \.\.\. \[prompt [^\n]+\]\n> ", err)
+
+
+def test_only_a_slash_at_the_very_beginning_makes_a_command(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert typed(monkeypatch, chatty, "\\", "/exit", " /exit", "last\\")[0] == 0
+    expected = answers(generator, "\n/exit", " /exit", "last")
+    assert capsys.readouterr().out == "".join(f"{result.text}\n" for result in expected)
+
+
+def test_an_interrupt_before_the_answer_begins_drops_the_question(
+    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    ask, calls = Conversation.ask, []
+
+    def interrupted(*arguments: Any, **more: Any) -> Answer:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return ask(*arguments, **more)
+
+    monkeypatch.setattr(Conversation, "ask", interrupted)
+    assert typed(monkeypatch, chatty, "the cat", "hello")[0] == 0
+    assert capsys.readouterr().out == f"{answers(generator, 'hello')[0].text}\n"
+
+
+def test_each_piece_is_shown_at_once(chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+
+    class Output(io.StringIO):
+        def flush(self) -> None:
+            flushed.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    assert chat(monkeypatch, chatty, "hello\n", "--quiet") == 0
+    pieces = list(Conversation(generator, options=GenerationOptions(max_new_tokens=12)).ask("hello"))
+    assert flushed[: len(pieces)] == list(itertools.accumulate(pieces))

@@ -126,9 +126,11 @@ def test_the_ids_of_an_answer_stay_those_that_the_model_wrote(talk: Conversation
     assert whole != ids  # encoding the whole anew splits the answer otherwise
 
 
-@pytest.mark.parametrize("name", ["trims", "forget"])
+@pytest.mark.parametrize("name", ["trims", "shouts", "forget"])
 def test_what_the_template_changes_is_encoded_anew(generator: Generator, plain: Generator, name: str) -> None:
-    """A template that trims takes away the space with which an answer begins; one that forgets, what came before."""
+    """A template that trims takes away the space with which an answer begins; one that forgets, what came before; one
+    that shouts keeps the length of all.
+    """
     arguments = {name: True}
     options = replace(SHORT, logit_bias={encode_one(generator, " the"): 1e4}, no_repeat_ngram=1)
     talk = Conversation(generator, arguments=arguments, options=options)

@@ -271,6 +271,12 @@ def test_samples_end_when_they_like(tmp_path: Path, fresh: Generator) -> None:
     assert [result.finish_reason for result in found] == ["length" if place == 12 else "stop" for place in places]
 
 
+def test_one_of_no_tokens_runs_nothing_in_a_batch(fresh: Generator, prefilled: list[int]) -> None:
+    requests = [Request(prompt, GenerationOptions(max_new_tokens=i)) for i, prompt in enumerate(PROMPTS[:2])]
+    assert [result.new_tokens for result in together(fresh, requests, 2)] == [0, 1]
+    assert prefilled == [LENGTHS[1]]
+
+
 def test_samples_of_no_tokens_run_nothing(fresh: Generator, prefilled: list[int]) -> None:
     found = fresh.samples(PROMPTS[0], 2, max_new_tokens=0, temperature=1.0)
     assert [(result.text, result.finish_reason) for result in found] == [("", "length")] * 2

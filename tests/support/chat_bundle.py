@@ -21,7 +21,7 @@ TEMPLATE = """\
 {%- for message in (messages[-1:] if forget else messages) -%}
 {%- if message.content == "forbidden" %}{{ raise_exception("no such talk") }}{% endif -%}
 <|im_start|>{{ message.role }}
-{{ message.content | trim if trims else message.content }}<|im_end|>
+{{ message.content | trim if trims else message.content | upper if shouts else message.content }}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt %}<|im_start|>{{ mood or "" }}assistant
 {% endif -%}
