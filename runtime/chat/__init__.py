@@ -1,1 +1,1 @@
-"""Chat: conversations in the form of the checkpoint's own template, which is rendered under limits."""
+"""Chat: conversations in the form of the checkpoint's own template."""

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.chat.messages import check_messages
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.continuation import Callback
 from satchel.runtime.generation.generator import Generator, Request
@@ -24,6 +23,7 @@ from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.state_file import SavedState
 from satchel.runtime.generation.stream import PieceStream
 from satchel.runtime.sampling.options import SamplingOptions, from_generation_config
+from satchel.runtime.templates.messages import check_messages
 
 GENERATION_CONFIG = "generation_config.json"
 

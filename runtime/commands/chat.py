@@ -108,10 +108,10 @@ def _turn(conversation: Conversation, line: str, args: argparse.Namespace) -> No
 def _open(args: argparse.Namespace) -> Conversation:
     from satchel.runtime import session
     from satchel.runtime.chat.conversation import Conversation, checkpoint_options
-    from satchel.runtime.chat.template import ChatTemplate, special_tokens
     from satchel.runtime.generation.generator import Generator
     from satchel.runtime.generation.prefix_store import PrefixStore
     from satchel.runtime.kv_cache import position_bytes
+    from satchel.runtime.templates.chat_template import ChatTemplate, special_tokens
 
     given = generation_options.given_in(args)
     if args.logprobs is not None and not args.json:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import open_bundle
-from satchel.runtime.chat.template import ChatTemplate
 from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
 from satchel.runtime.engine import Engine, TokenIds
 from satchel.runtime.errors import PromptError, SatchelError
@@ -33,6 +32,7 @@ from satchel.runtime.progress import waiting
 from satchel.runtime.rows import Rows
 from satchel.runtime.sampling.logprobs import TokenLogprob, prompt_log_probabilities
 from satchel.runtime.sampling.sampler import Sampler
+from satchel.runtime.templates.chat_template import ChatTemplate
 from satchel.runtime.tokenizer import Tokenizer
 
 MIB = 1 << 20

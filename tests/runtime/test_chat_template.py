@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.chat.template import ChatTemplate, special_tokens
 from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.templates.chat_template import ChatTemplate, special_tokens
 from satchel.runtime.tokenizer import Tokenizer
 
 SMOLLM2 = "SATCHEL_SMOLLM2_GGUF"

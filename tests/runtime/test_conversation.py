@@ -15,13 +15,13 @@ from support.chat_bundle import CONTEXT, END, START, write_chat_bundle
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime.chat.conversation import Conversation, chat_ids, checkpoint_options
-from satchel.runtime.chat.template import ChatTemplate
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.state_file import SavedState, write_state
+from satchel.runtime.templates.chat_template import ChatTemplate
 
 SHORT = GenerationOptions(max_new_tokens=12)
 SYSTEM = "be brief"

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.chat.messages import check_messages
-from satchel.runtime.chat.template_process import TemplateProcess, request_line
 from satchel.runtime.errors import BundleError
+from satchel.runtime.templates.messages import check_messages
+from satchel.runtime.templates.render_process import TemplateProcess, request_line
 from satchel.runtime.tokenizer import Tokenizer
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -23,8 +23,8 @@ class ChatTemplate:
     """A Jinja template with the special tokens that it may name. Threads may share one: they render in turn.
 
     Templates come with checkpoints and are not trusted. One is compiled and rendered in Jinja's sandbox, and as that
-    bounds neither time nor memory, in a child process under limits (`satchel.runtime.chat.limits`). The child starts
-    with the first rendering, is kept for the next, and is replaced when a rendering breaks it.
+    bounds neither time nor memory, in a child process under limits (`satchel.runtime.templates.limits`). The child
+    starts with the first rendering, is kept for the next, and is replaced when a rendering breaks it.
     """
 
     def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:

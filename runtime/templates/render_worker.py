@@ -1,4 +1,4 @@
-"""Renders one chat template under limits: `python -m satchel.runtime.chat.template_worker`, see `template_process`.
+"""Renders one chat template under limits: `python -m satchel.runtime.templates.render_worker`, see `render_process`.
 
 Requests come on standard input and replies go to standard output, each one line of ASCII JSON. The first reply is
 `{"ready": true}`. Then `{"template": source}` gets `{"ready": true}`, and `{"variables": {...}}` gets `{"text": ...}`.
@@ -24,7 +24,7 @@ from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from satchel.runtime.chat.limits import MEMORY_BYTES, OUTPUT_BYTES
+from satchel.runtime.templates.limits import MEMORY_BYTES, OUTPUT_BYTES
 
 FAILURES = ("syntax", "refused", "forbidden", "failed", "size", "memory")
 

@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from satchel.runtime.chat.limits import MEMORY_BYTES, OUTPUT_BYTES, SECONDS
 from satchel.runtime.errors import PromptError
 from satchel.runtime.plain_text import printable
+from satchel.runtime.templates.limits import MEMORY_BYTES, OUTPUT_BYTES, SECONDS
 
-_WORKER = "satchel.runtime.chat.template_worker"
+_WORKER = "satchel.runtime.templates.render_worker"
 _START_SECONDS = 30.0  # for Python to start on a busy machine: nothing of the template runs in this time
 _LONGEST_REPLY = 8 * OUTPUT_BYTES  # a byte of text is 6 characters of ASCII JSON at most
 _LONGEST_REASON = 300  # characters of what an error says
