@@ -59,10 +59,16 @@ def smollm2(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(gguf: Path) -> Reference:
+def original(gguf: Path) -> tuple[Any, Any]:
+    """The tokenizer and the model in float32, as transformers reads the GGUF file."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def reference(original: tuple[Any, Any]) -> Reference:
+    tokenizer, model = original
     text_ids, prompt_ids = tokenizer(TEXT).input_ids, tokenizer(PROMPT).input_ids
     with torch.no_grad():
         logits = model(torch.tensor([text_ids])).logits[0].numpy()
