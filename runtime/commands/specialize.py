@@ -32,7 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="weights of decode: as they are stored, which prefill has too; the same int8 numbers in blocks, which "
         "some processors multiply faster, for the memory of the products' weights once more; or the faster of both as "
-        "timed here, blocks only where a step takes less than 0.95 of the time (default %(default)s)",
+        "timed here, blocks only where a step takes less than 0.95 of the time, and only of bundles in which decode "
+        "has a session of its own, as int8 (default %(default)s)",
     )
     parser.add_argument("--remove", action="store_true", help="take out what an earlier call added")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")

@@ -91,7 +91,7 @@ def specialize(
         int8_prefill: Make int8 weights of those in 4 bits, for prefill alone: a faster prefill for more memory.
         decode: What decode multiplies by: "stored", the weights as they are; "blocks", the same numbers in blocks of
             inputs, which it has for itself; "auto", that of both which is faster here, blocks only by a margin. Where a
-            bundle has no graph for blocks, "auto" is "stored".
+            bundle has no graph for blocks, or both phases share a session, "auto" is "stored".
         threads: CPU threads for the work; None for one per physical core.
         progress: Hears the name of each stage as it begins.
         say: Hears what was found out.
@@ -132,7 +132,9 @@ def specialize(
 def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[_Form]:
     """The forms to make, the one to keep unless another is faster first. Raises BundleError without such a graph."""
     graphs = portable.manifest.graphs
-    if decode == "blocks" or (decode == "auto" and graphs.decode_blocks is not None):
+    # Where both phases share a session, the bundle was made to take little memory.
+    offered = graphs.decode_blocks is not None and graphs.decode.session_of is None
+    if decode == "blocks" or (decode == "auto" and offered):
         portable.graph_path("decode_blocks")
         ways = ["decode_blocks"] if decode == "blocks" else ["decode", "decode_blocks"]
     else:

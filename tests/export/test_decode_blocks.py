@@ -176,6 +176,19 @@ def test_what_is_asked_for_is_not_timed(bundle: Bundle, decode: str, monkeypatch
     assert made.decode_blocks is (decode == "blocks")
 
 
+def test_where_both_phases_share_a_session_blocks_are_for_those_who_ask(
+    exported: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exported("per token").folder, tmp_path / "bundle")
+    shared = open_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(specialize, "step_seconds", lambda *_: pytest.fail("timed"))
+    for decode, own in (("auto", False), ("blocks", True)):
+        made = specialize.specialize(shared, decode=decode, threads=1).specialized
+        assert made is not None
+        assert made.decode_blocks is own
+        assert ("decode" in made.graphs) is own
+
+
 def test_steps_are_timed_in_both_forms(bundle: Bundle) -> None:
     settings = trials.SessionSettings(threads=1)
     other = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest))

@@ -184,7 +184,9 @@ def test_threads_share_a_template_and_each_gets_its_own_text() -> None:
 
 def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render_process, "_WORKER", "satchel.runtime.templates.nothing")
-    with pytest.raises(PromptError, match=r"does not start: find out why with `.* -m satchel\.runtime\.templates\.nothing`"):
+    with pytest.raises(
+        PromptError, match=r"does not start: find out why with `.* -m satchel\.runtime\.templates\.nothing`"
+    ):
         ChatTemplate("").render(TURNS)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(PromptError, match=r"no process can be started to render .* \(No such file or directory\)"):
