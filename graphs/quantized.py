@@ -28,8 +28,8 @@ MADE = "made"
 EXPANDED, BLOCKS = "expanded", "blocks"
 """Int8 with a scale per output, made of smaller blocks; and the other way round."""
 
-BLOCK_SIZES = (128, 64)
-"""Inputs of a block: the first that divides a weight's inputs, else the last, and the last block is filled up."""
+BLOCK = 64
+"""Inputs of a block; the last one is filled up. With 128 a row's product depends on how many rows there are."""
 
 INT8_PRODUCTS = 4
 """The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
@@ -117,19 +117,18 @@ class QuantizedWeight:
         makes them (satchel.runtime.specializing.blocks).
         """
         outputs, inputs = self.codes.shape
-        block = next((size for size in BLOCK_SIZES if inputs % size == 0), BLOCK_SIZES[-1])
-        count = -(-inputs // block)
+        count = -(-inputs // BLOCK)
 
         def codes(a: int, b: int) -> NDArray[np.uint8]:
-            whole = np.full((b - a, count * block), UINT8_ZERO, np.uint8)
+            whole = np.full((b - a, count * BLOCK), UINT8_ZERO, np.uint8)
             whole[:, :inputs] = self.codes[a:b].astype(np.int16) + UINT8_ZERO
-            return whole.reshape(b - a, count, block)
+            return whole.reshape(b - a, count, BLOCK)
 
         def scales(a: int, b: int) -> NDArray[np.float32]:
             return np.repeat(self.grid.scales[a:b], count, axis=1)
 
         made = (
-            LazyWeight(f"{self.name}.block_codes", (outputs, count, block), ir.DataType.UINT8, codes, computed=True),
+            LazyWeight(f"{self.name}.block_codes", (outputs, count, BLOCK), ir.DataType.UINT8, codes, computed=True),
             LazyWeight(f"{self.name}.block_scales", (outputs, count), ir.DataType.FLOAT, scales, computed=True),
         )
         for lazy in made:

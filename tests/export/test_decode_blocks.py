@@ -97,7 +97,7 @@ def test_weights_are_the_stored_codes_in_blocks(
         outputs, inputs = codes.shape
         flat = found.reshape(outputs, -1).astype(int) - 128
         np.testing.assert_array_equal(flat[:, :inputs], codes)
-        assert found.shape[2] == (64 if inputs % 128 else 128)
+        assert found.shape[2] == 64
         assert flat.shape[1] - inputs < 64
         assert not flat[:, inputs:].any()
         scales = numpy_helper.to_array(own[f"{name}.block_scales"], str(tmp_path))
@@ -245,7 +245,7 @@ def test_a_step_reads_the_blocks(bundle: Bundle) -> None:
     graph = onnx.load(bundle.graph_path("decode"), load_external_data=False).graph
     products = [tuple(t.dims) for t in graph.initializer if t.name.endswith(".codes") and "layers" in t.name]
     assert len(products) == 8
-    more = sum(inputs // 128 * outputs * 4 - outputs * 4 for inputs, outputs in products)
+    more = sum(inputs // 64 * outputs * 4 - outputs * 4 for inputs, outputs in products)
     assert weight_bytes(open_bundle(bundle.folder)) - before == more > 0
 
 

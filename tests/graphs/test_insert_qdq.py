@@ -133,7 +133,7 @@ def test_expanded_weights_of_zeros_stay_zeros() -> None:
 def per_block(a: np.ndarray, codes: QuantizedWeight) -> np.ndarray:
     """The product with each block of each row of `a` in int8, the largest number of it being 127, in float64."""
     rows, inputs = a.shape
-    block = 64 if inputs % 128 else 128
+    block = 64
     whole = np.zeros((rows, -(-inputs // block) * block))
     whole[:, :inputs] = a
     parts = whole.reshape(rows, -1, block)
