@@ -179,7 +179,7 @@ def test_a_fingerprint_is_of_what_decides_the_numbers(folder: Path) -> None:
         "weights.bin": dataclasses.replace(manifest.files["weights.bin"], sha256="0" * 64)
     }
     record = FileRecord(bytes=1, sha256="0" * 64)
-    specialized = Specialized("1.0", "cpu", "one", (), True, True, {"prefill": "s/p.onnx"}, {"s/p.onnx": record})
+    specialized = Specialized("1.0", "cpu", "one", (), True, False, True, {"prefill": "s/p.onnx"}, {"s/p.onnx": record})
     for change, kept in (
         ({"files": shuffled}, True),
         ({"producer": {}, "passes": ({"a": 1},), "specialized": specialized}, True),
