@@ -196,12 +196,12 @@ class Engine:
 def chunks(total: int, size: int = PREFILL_CHUNK) -> Iterator[slice]:
     """Spans of up to `size` tokens that cover `total`, none of one token alone if that can be helped.
 
-    Some kernels round otherwise for one token than for several. Without such spans the numbers of a token do not depend
-    on how many tokens were fed before it in the same call.
+    Some kernels take tokens in pairs, and round otherwise for one that is left over. With spans of an even size that
+    can be the last token of all and no other, whatever was fed before.
     """
     start = 0
     while start < total:
-        step = size - 1 if total - start == size + 1 and size > 2 else size
+        step = size - 2 if total - start == size + 1 and size > 3 else size
         yield slice(start, min(start + step, total))
         start += step
 

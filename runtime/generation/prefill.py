@@ -13,6 +13,7 @@ from satchel.runtime.generation.continuation import Continuation
 from satchel.runtime.generation.prefix_store import Prefix, PrefixStore, common_length
 
 TAIL = 2  # tokens of a prompt that always run
+PAIRED_BITS = 4
 
 Progress = Callable[[int], object]
 """Hears how many tokens of a prompt are done since the last call."""
@@ -56,7 +57,8 @@ def feed(
 
     As many tokens as some prefix of `store` or of `live`, the rows beside this one, has in common with the prompt are
     copied from there. The last two tokens of a prompt always run: the logits of the last one are wanted, and one token
-    alone is rounded otherwise by some kernels (see `chunks`).
+    alone is rounded otherwise by some kernels (see `chunks`). Over weights in 4 bits an even number of tokens is
+    copied, since those products take tokens in pairs.
     """
     reused, cache = store.longest(prompt)
     for prefix in live:
@@ -64,6 +66,8 @@ def feed(
         if common > reused:
             reused, cache = common, prefix.cache
     reused = min(reused, max(len(prompt) - TAIL, 0))
+    if any(layer.bits == PAIRED_BITS for layer in engine.bundle.manifest.layers.values()):
+        reused -= reused % 2
     if cache is not None and reused:
         state.cache.copy_from(cache, reused)
         progress(reused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from satchel.runtime.generation import continuation
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
+from satchel.runtime.manifest import LayerPrecision
 
 LENGTHS = (5, 1, 17, 9, 30, 2, 11)
 PREFIX = list(range(100, 120))
@@ -381,3 +383,13 @@ def test_rows_that_do_not_agree_run_in_turn_unless_asked_to_run_together(tmp_pat
     assert [result.token_ids for result in found] == expected
     faster = mixed.generate_batch(PROMPTS, rows=4, max_new_tokens=12, together=True)
     assert [result.token_ids for result in faster] != expected
+
+
+def test_over_weights_in_four_bits_an_even_number_of_tokens_is_reused(tiny: Path) -> None:
+    generator = Generator.open(tiny, threads=1)
+    bundle = generator.engine.bundle
+    layer = LayerPrecision(4, 64, True, "float", "float")
+    generator.engine.bundle = replace(bundle, manifest=replace(bundle.manifest, layers={"layer": layer}))
+    generator.generate([*PREFIX, 7, 8, 9], 2)
+    for length, reused in ((17, 16), (18, 18)):
+        assert generator.generate([*PREFIX[:length], 30, 31, 32], 2).reused_tokens == reused
