@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -231,12 +230,9 @@ def checkpoint_options(generator: Generator, given: Mapping[str, Any] | None = N
 
     Without a limit in `given` an answer may fill the context. Raises BundleError for a file that makes no sense.
     """
-    changes = dict(given or {})
-    own = {key: changes.pop(key) for key in ("max_new_tokens", "stop", "time_limit", "logprobs") if key in changes}
-    sampling = _generation_config(generator.engine.bundle).updated(changes)
+    sampling = _generation_config(generator.engine.bundle)
     fields = {name: getattr(sampling, name) for name in SamplingOptions.__dataclass_fields__}
-    whole = GenerationOptions(max_new_tokens=generator.max_context, **fields)
-    return replace(whole, **own)
+    return GenerationOptions(max_new_tokens=generator.max_context, **fields).updated(given or {})
 
 
 def chat_ids(

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.commands.answer_file import AnswerFile, PrintedAnswers
 from satchel.runtime.commands.generation_json import answer_json
@@ -128,7 +128,7 @@ def _request(generator: Generator, line: PromptLine, defaults: GenerationOptions
 
     if line.prompt is None:
         raise PromptError(str(line.error))
-    options = cast(GenerationOptions, defaults.updated(line.options))
+    options = defaults.updated(line.options)
     options.check_all(generator.engine.vocabulary, f"line {line.number}")
     prompt = render(generator, line.prompt) if isinstance(line.prompt, Chat) else line.prompt
     return Request(prompt, options)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.sampling.table import BY_FIELD, OPTIONS, Option, shown
@@ -52,7 +52,7 @@ class SamplingOptions:
         """Whether this option does anything: its value is not the default."""
         return bool(getattr(self, field) != getattr(DEFAULTS, field))
 
-    def updated(self, given: Mapping[str, Any]) -> SamplingOptions:
+    def updated(self, given: Mapping[str, Any]) -> Self:
         """A copy with the fields of `given` in their place.
 
         A temperature of 0 in `given` also turns off what these options hold for the draw alone, such as a checkpoint's

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.chat_bundle import write_chat_bundle
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime.bundle import open_bundle
@@ -15,6 +16,12 @@ from satchel.runtime.generation.generator import Generator
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle with a chat template."""
+    return write_chat_bundle(tmp_path_factory.mktemp("bundles") / "chatty")
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,6 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_bundle(tmp_path_factory.mktemp("bundles") / "chatty")
-
-
-@pytest.fixture(scope="module")
 def generator(chatty: Path) -> Iterator[Generator]:
     generator = Generator.open(chatty, threads=1, prefix_mib=0)
     yield generator

@@ -30,11 +30,6 @@ NEW_TURN = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_bundle(tmp_path_factory.mktemp("bundles") / "chatty")
-
-
-@pytest.fixture(scope="module")
 def plain(chatty: Path) -> Iterator[Generator]:
     """A generator that keeps nothing: what it gives is right."""
     generator = Generator.open(chatty, threads=1, prefix_mib=0)
