@@ -67,6 +67,7 @@ def describe(
         model=facts,
         kv_cache=cache_spec(models["prefill"]),
         graphs=_graphs(models, TARGETS[config.target].sessions(quantised)),
+        static=None,
         layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),

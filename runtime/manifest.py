@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,14 +12,23 @@ from typing import Any, ClassVar
 from satchel.runtime import strict_json
 from satchel.runtime.certificate import Certificate, check_values
 from satchel.runtime.errors import BundleError
+from satchel.runtime.manifest_versions import upgraded
 
 MANIFEST_NAME = "manifest.json"
 PHASES = ("prefill", "decode", "score")
 FURTHER = {"prefill_int8": "its products are not in 4 bits", "decode_blocks": "its decode takes no int8 activations"}
 """Graphs that not every bundle has, and why one has them not."""
 
-CACHE_MODES = ("shared",)
-DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+CACHE_MODES = ("shared", "swapped")
+DTYPE_BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+DTYPES = tuple(DTYPE_BYTES)
+
+STATIC_INPUTS = frozenset({"input_ids", "cache_rows", "cache_index", "last_token"})
+"""What a static graph may take besides caches, masks and rows of tables. `input_ids` [1, tokens] int64, padded with any
+id; `cache_rows` [1, 1, capacity, 1] bool, the positions that the new tokens are written to; `cache_index` [capacity]
+int64, which new token goes there, any elsewhere (where tokens > 1); `last_token` [1] int64, the index of the last token
+that is no padding (where tokens > 1 and only its logits are wanted)."""
+
 TOKENIZER_KINDS = ("tokenizer.json", "sentencepiece")
 
 
@@ -57,7 +68,11 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The KV cache. Mode "shared": one buffer is bound as past and as present, and the graph writes in place."""
+    """The KV cache.
+
+    Mode "shared": one buffer is bound as past and as present, and the graph writes in place. Mode "swapped": past and
+    present are two buffers, which change places after each step.
+    """
 
     mode: str
     dtype: str
@@ -102,6 +117,49 @@ class Graphs:
     score: GraphSpec
     prefill_int8: GraphSpec | None
     decode_blocks: GraphSpec | None
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A static graph's input that has one row for each new token, taken from a table by the token's position.
+
+    The table, such as the cosines of a rotary embedding, is [positions, width] of `dtype` at `offset` of `file`,
+    little-endian, row by row; the input `input` is [1, tokens, width].
+    """
+
+    input: str
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StaticGraph:
+    """A graph for exactly `tokens` new tokens, as parts that run one after the other.
+
+    A part's outputs that are no output of the whole are inputs of later parts, under the same name.
+    """
+
+    tokens: int
+    parts: tuple[GraphSpec, ...]
+
+
+@dataclass(frozen=True)
+class StaticGraphs:
+    """Graphs in which every shape is a number, for devices that compile each shape anew.
+
+    `capacity` is the length of the cache. `masks` are the inputs, by name, that say which positions each new token
+    sees, with the window of their layers, 0 for none. `prefill` are graphs for chunks of several lengths, the shortest
+    first; `score` gives the logits of all tokens of a chunk.
+    """
+
+    capacity: int
+    masks: dict[str, int]
+    tables: tuple[TableSpec, ...]
+    prefill: tuple[StaticGraph, ...]
+    decode: StaticGraph
+    score: StaticGraph
 
 
 @dataclass(frozen=True)
@@ -174,11 +232,12 @@ class Manifest:
 
     `recipe` is the name of the recipe that quantised it, None where nothing is quantised.
     `layers` names every layer whose weights are quantised; all others are in float.
+    A bundle has either `graphs`, whose shapes vary, or `static` ones.
     `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
     """
 
     FORMAT: ClassVar[str] = "satchel-bundle"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     producer: dict[str, str]
     source: Source
@@ -187,7 +246,8 @@ class Manifest:
     recipe: str | None
     model: ModelFacts
     kv_cache: CacheSpec
-    graphs: Graphs
+    graphs: Graphs | None
+    static: StaticGraphs | None
     layers: dict[str, LayerPrecision]
     tokenizer: TokenizerSpec | None
     passes: tuple[dict[str, Any], ...]
@@ -213,11 +273,7 @@ class Manifest:
         """Check a parsed manifest and build it; `name` is the file that messages name. Raises BundleError."""
         if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
             raise BundleError(f"{name}: not a satchel manifest ('format' is not '{cls.FORMAT}'): give a satchel bundle")
-        if document.get("version") != cls.VERSION:
-            raise BundleError(
-                f"{name}: bundle version {document.get('version')!r}, but this satchel reads version {cls.VERSION}: "
-                "export the bundle again with this satchel, or install the satchel that made it"
-            )
+        document = upgraded(document, cls.VERSION, name)
         fields = {key: value for key, value in document.items() if key not in ("format", "version")}
         try:
             manifest: Manifest = strict_json.from_json(cls, fields)
@@ -233,6 +289,8 @@ class Manifest:
 
     def graph(self, phase: str) -> GraphSpec:
         """The graph of a phase, or one of `FURTHER`. Raises BundleError where there is none."""
+        if self.graphs is None:
+            raise BundleError(f"this bundle has static graphs for {self.target}, and none for {phase} of any length")
         spec: GraphSpec | None = getattr(self.graphs, phase)
         if spec is None:
             raise BundleError(f"this bundle has no graph for {phase}: {FURTHER[phase]}")
@@ -249,13 +307,19 @@ def _check_values(manifest: Manifest) -> None:
             token_id is None or 0 <= token_id < model.vocab_size, "model", token_id, "token ids below model.vocab_size"
         )
     _check_one_of(cache.mode, "kv_cache.mode", CACHE_MODES)
+    mode = "shared" if manifest.static is None else "swapped"
+    _check(cache.mode == mode, "kv_cache.mode", cache.mode, f"'{mode}' for these graphs")
     _check_one_of(cache.dtype, "kv_cache.dtype", DTYPES)
     for index, layer in enumerate(cache.layers):
         for field in ("kv_heads", "key_dim", "value_dim"):
             size = getattr(layer, field)
             _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
-    for phase in (*PHASES, *(name for name in FURTHER if getattr(manifest.graphs, name))):
-        _check_graph(manifest, phase)
+    _check((manifest.graphs is None) != (manifest.static is None), "static", manifest.static, "there without 'graphs'")
+    if manifest.static is not None:
+        _check_static(manifest, manifest.static)
+    else:
+        for phase in (*PHASES, *(name for name in FURTHER if getattr(manifest.graphs, name))):
+            _check_graph(manifest, phase)
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
@@ -293,6 +357,59 @@ def _check_graph(manifest: Manifest, phase: str) -> None:
     wanted = {"logits", *(name for layer in layers for name in (layer.present_key, layer.present_value))}
     found = {tensor.name for tensor in graph.outputs}
     _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+
+
+def _check_static(manifest: Manifest, static: StaticGraphs) -> None:
+    key = "static"
+    _check(static.capacity == manifest.model.max_context, f"{key}.capacity", static.capacity, "model.max_context")
+    for name, window in static.masks.items():
+        _check(window >= 0, f"{key}.masks.{name}", window, "a window, or 0 for none")
+    for index, table in enumerate(static.tables):
+        where = f"{key}.tables[{index}]"
+        _check_one_of(table.dtype, f"{where}.dtype", DTYPES)
+        fits = len(table.shape) == 2 and table.shape[0] >= static.capacity and table.shape[1] > 0
+        _check(fits, f"{where}.shape", table.shape, "[positions, width] with a row for each position of the cache")
+        _check(table.file in manifest.files, f"{where}.file", table.file, "listed in 'files'")
+        size = manifest.files[table.file].bytes
+        start, end = table.offset, table.offset + math.prod(table.shape) * DTYPE_BYTES[table.dtype]
+        _check(0 <= start < end <= size, f"{where}.offset", start, "within the file")
+    lengths = [graph.tokens for graph in static.prefill]
+    rising = bool(lengths) and lengths[0] >= 1 and all(a < b for a, b in itertools.pairwise(lengths))
+    _check(rising and lengths[-1] <= static.capacity, f"{key}.prefill", lengths, "rising lengths within the capacity")
+    _check(static.decode.tokens == 1, f"{key}.decode.tokens", static.decode.tokens, "1")
+    for where, graph in (
+        *((f"{key}.prefill[{index}]", graph) for index, graph in enumerate(static.prefill)),
+        (f"{key}.decode", static.decode),
+        (f"{key}.score", static.score),
+    ):
+        _check_static_graph(manifest, where, graph)
+
+
+def _check_static_graph(manifest: Manifest, key: str, graph: StaticGraph) -> None:
+    static, layers = manifest.static, manifest.kv_cache.layers
+    _check(static is not None and 1 <= graph.tokens <= static.capacity, f"{key}.tokens", graph.tokens, "a length")
+    made: set[str] = set()
+    fed: set[str] = set()
+    _check(bool(graph.parts), f"{key}.parts", graph.parts, "one graph at least")
+    for index, part in enumerate(graph.parts):
+        where = f"{key}.parts[{index}]"
+        _check(part.file in manifest.files, f"{where}.file", part.file, "listed in 'files'")
+        _check(part.session_of is None, f"{where}.session_of", part.session_of, "null")
+        for tensor in (*part.inputs, *part.outputs):
+            _check_one_of(tensor.dtype, f"{where}.{tensor.name}.dtype", DTYPES)
+            numbers = all(isinstance(size, int) and size >= 1 for size in tensor.shape) and bool(tensor.shape)
+            _check(numbers, f"{where}.{tensor.name}.shape", tensor.shape, "numbers above 0")
+        fed |= {tensor.name for tensor in part.inputs} - made
+        made |= {tensor.name for tensor in part.outputs}
+    past = {name for layer in layers for name in (layer.past_key, layer.past_value)}
+    present = {name for layer in layers for name in (layer.present_key, layer.present_value)}
+    tables = set() if static is None else {table.input for table in static.tables}
+    masks = set() if static is None else set(static.masks)
+    unknown = fed - past - tables - masks - STATIC_INPUTS
+    wanted = past | {"input_ids"}
+    _check(not unknown and wanted <= fed, f"{key}.inputs", sorted(unknown or wanted - fed), "the contract's names")
+    wanted = present | {"logits"}
+    _check(wanted <= made, f"{key}.outputs", sorted(wanted - made), "the contract's names and those of kv_cache")
 
 
 def _check_one_of(value: str, key: str, known: tuple[str, ...]) -> None:

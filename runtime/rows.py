@@ -133,7 +133,7 @@ def rows_agree(engine: Engine) -> bool:
 
 def fixed_rows(manifest: Manifest) -> bool:
     """Whether the decode graph takes a fixed number of rows."""
-    return any(isinstance(tensor.shape[0], int) for tensor in manifest.graphs.decode.inputs)
+    return any(isinstance(tensor.shape[0], int) for tensor in manifest.graph("decode").inputs)
 
 
 def _agree(engine: Engine) -> bool:

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from satchel.runtime import onnx_wire
 from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.defaults import PROVIDER
-from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.hash_memory import sha256_of
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features, processor_name
@@ -132,6 +132,10 @@ def specialize(
 def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[_Form]:
     """The forms to make, the one to keep unless another is faster first. Raises BundleError without such a graph."""
     graphs = portable.manifest.graphs
+    if graphs is None:
+        raise BundleError(
+            f"{portable.folder}: its graphs are static, for {portable.manifest.target}: there is nothing to specialise"
+        )
     # Where both phases share a session, the bundle was made to take little memory.
     offered = graphs.decode_blocks is not None and graphs.decode.session_of is None
     if decode == "blocks" or (decode == "auto" and offered):

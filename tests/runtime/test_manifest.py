@@ -58,7 +58,7 @@ def set_at(document: dict[str, Any], path: list[Any], value: Any) -> None:
         (["graphs", "decode", "outputs", 0, "dtype"], "float8", r"'graphs.decode.outputs\[0\].dtype' must be one of"),
         (["graphs", "decode", "session_of"], "score", "'graphs.decode.session_of' must be one of"),
         (["graphs", "prefill", "session_of"], "prefill", "'graphs.prefill.session_of' must be one of"),
-        (["kv_cache", "mode"], "swapped", "'kv_cache.mode' must be one of shared, found 'swapped'"),
+        (["kv_cache", "mode"], "copied", "'kv_cache.mode' must be one of shared, swapped, found 'copied'"),
         (["kv_cache", "layers", 0, "kv_heads"], 0, r"'kv_cache.layers\[0\].kv_heads' must be a number above 0"),
         (["tokenizer", "kind"], "words", "'tokenizer.kind' must be one of tokenizer.json, sentencepiece"),
         (["tokenizer", "add_bos"], 1, "'tokenizer.add_bos' must be true or false"),
@@ -79,12 +79,21 @@ def test_a_missing_entry_is_named(document: dict[str, Any], key: str) -> None:
         Manifest.from_json(document)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 0, True, "1", None])
 def test_another_version_says_which_one_is_read_and_what_to_do(document: dict[str, Any], version: object) -> None:
     document["version"] = version
     document["surprise"] = "of the other version"
-    with pytest.raises(BundleError, match=r"bundle version .* reads version 1: export the bundle again .* or install"):
+    with pytest.raises(BundleError, match=r"bundle version .* reads versions 1 to 2: export .* again .* or install"):
         Manifest.from_json(document)
+
+
+def test_a_manifest_of_version_1_is_read_as_one_of_today(document: dict[str, Any]) -> None:
+    today = Manifest.from_json(document)
+    document["version"] = 1
+    del document["static"]
+    before = copy.deepcopy(document)
+    assert Manifest.from_json(document) == today
+    assert document == before
 
 
 @pytest.mark.parametrize("change", [lambda _: [], lambda document: {**document, "format": "zip"}, lambda _: None])

@@ -224,6 +224,7 @@ def write_bundle(
             prefill_int8=None,
             decode_blocks=None,
         ),
+        static=None,
         layers={},
         tokenizer=spec,
         passes=(),
