@@ -9,7 +9,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.weights import LazyWeight, cast
 
 CACHE_ROWS, CACHE_INDEX, LAST_TOKEN = "cache_rows", "cache_index", "last_token"
 TABLE = "table"
@@ -44,6 +44,10 @@ def static_input(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[in
 
 
 def table_of(value: ir.Value) -> LazyWeight | None:
-    """The table whose rows an input takes, or None."""
+    """The table whose rows an input takes, in the input's type, or None."""
     found = value.meta.get(TABLE)
-    return found if isinstance(found, LazyWeight) else None
+    if not isinstance(found, LazyWeight) or value.dtype is None:
+        return None
+    if found.dtype == value.dtype:
+        return found
+    return cast(found, value.dtype, f"{found.name}.{value.dtype.name.lower()}")

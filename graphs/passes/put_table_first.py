@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -30,26 +32,27 @@ def put_table_first(model: ir.Model, report: Report) -> None:
             case _:
                 report.refuse(node, "it scales, transposes in another way than by transB, or has no number of rows")
                 continue
-        builder, name = Builder(model, node), str(node.name)
-
-        def make(
-            op_type: str, inputs: list[ir.Value | None], part: str, shape: list[int],
-            builder: Builder = builder, name: str = name, like: ir.Value = node.outputs[0], perm: list[int] | None = None,
-        ) -> ir.Value:  # fmt: skip
-            if op_type == "Reshape":
-                key = "shape." + "_".join(map(str, shape))
-                inputs = [*inputs, builder.constant(np.asarray(shape, np.int64), key)]
-            value = builder.value(op_type, inputs, f"{name}.{part}", perm=perm)
-            value.shape, value.type = ir.Shape(shape), like.type
-            return value
-
-        if tokens == 1:
-            columns = make("Reshape", [x], "column", [hidden, 1])
-        else:
-            rows = make("Reshape", [x], "rows", [tokens, hidden])
-            columns = make("Transpose", [rows], "columns", [hidden, tokens], perm=[1, 0])
-        product = make("MatMul", [table, columns], "by_table", [vocabulary, tokens])
-        if tokens > 1:
-            product = make("Transpose", [product], "by_row", [tokens, vocabulary], perm=[1, 0])
-        replace(node.outputs[0], make("Reshape", [product], "logits", [1, tokens, vocabulary]))
+        _rewrite(model, node, tokens, hidden, vocabulary)
         report.count += 1
+
+
+def _rewrite(model: ir.Model, node: ir.Node, tokens: int, hidden: int, vocabulary: int) -> None:
+    builder, name, (x, table) = Builder(model, node), str(node.name), node.inputs
+
+    def make(op_type: str, inputs: list[ir.Value | None], part: str, shape: list[int], **options: Any) -> ir.Value:
+        if op_type == "Reshape":
+            target = builder.constant(np.asarray(shape, np.int64), "shape." + "_".join(map(str, shape)))
+            inputs = [*inputs, target]
+        value = builder.value(op_type, inputs, f"{name}.{part}", **options)
+        value.shape, value.type = ir.Shape(shape), node.outputs[0].type
+        return value
+
+    if tokens == 1:
+        columns = make("Reshape", [x], "column", [hidden, 1])
+    else:
+        rows = make("Reshape", [x], "rows", [tokens, hidden])
+        columns = make("Transpose", [rows], "columns", [hidden, tokens], perm=[1, 0])
+    product = make("MatMul", [table, columns], "by_table", [vocabulary, tokens])
+    if tokens > 1:
+        product = make("Transpose", [product], "by_row", [tokens, vocabulary], perm=[1, 0])
+    replace(node.outputs[0], make("Reshape", [product], "logits", [1, tokens, vocabulary]))
