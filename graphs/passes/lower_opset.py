@@ -16,7 +16,7 @@ OPSET, IR_VERSION = 17, 8
 
 UNCHANGED = frozenset(
     """
-    Abs Add And Ceil Clip Concat Cos Div Equal Erf Exp Expand Flatten Floor Gather GatherElements Greater
+    Abs Add And Ceil Clip Concat Cos Div Equal Erf Exp Expand Flatten Floor Gather GatherElements Gemm Greater
     GreaterOrEqual LeakyRelu Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow ReduceSum Relu Reciprocal Round
     Sigmoid Sign Sin Slice Softmax Softplus Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Unsqueeze Where
     """.split()  # noqa: SIM905

@@ -58,7 +58,7 @@ def optimised(folder: Path, part: GraphSpec, place: Path) -> onnx.ModelProto:
     """The graph that a provider sees: after level BASIC, with the manifest's entries."""
     file = place / f"{part.file}.saved.onnx"
     session(folder, part, file)
-    return onnx.load(file)
+    return onnx.load(file, load_external_data=False)
 
 
 @dataclasses.dataclass
