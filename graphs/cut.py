@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -44,23 +45,22 @@ def _parts(model: ir.Model, limit: int) -> list[list[ir.Node]]:
     """The nodes of each part, constant ones left out."""
     moving = _moving(model)
     nodes = [node for node in model.graph if any(v in moving for v in node.outputs)]
-    crossing = [_crossing(nodes, place, moving) for place in range(len(nodes) + 1)]
-    parts, start = [], 0
+    parts, start, crossing = list[list[ir.Node]](), 0, _crossing(nodes)
     while start < len(nodes):
         sizes = _sizes(nodes[start:], moving)
-        fitting = [i + 1 for i, size in enumerate(sizes) if size <= limit]
+        fitting = [count for count, size in enumerate(sizes, start=1) if size <= limit]
         if not fitting:
             raise CutError(f"{nodes[start].name} alone reads {sizes[0]:,} bytes of weights, and a part has {limit:,}")
-        if fitting[-1] == len(sizes):
-            parts.append(nodes[start:])
-            break
-        wanted = sizes[fitting[-1] - 1] / 2
-        places = [start + n for n in fitting if sizes[n - 1] >= wanted and crossing[start + n] is not None]
-        if not places:
-            raise CutError(f"behind {nodes[start].name} there is no place to cut where all shapes are known")
-        best = min(places, key=lambda place: (crossing[place], -place))
-        parts.append(nodes[start:best])
-        start = best
+        end = start + fitting[-1]
+        if end < len(nodes):
+            # In the second half, so that a place with few values at the very start does not make one more part.
+            half = sizes[fitting[-1] - 1] / 2
+            places = [start + n for n in fitting if sizes[n - 1] >= half and crossing[start + n] is not None]
+            if not places:
+                raise CutError(f"behind {nodes[start].name} there is no place to cut where all shapes are known")
+            end = min(places, key=lambda place: (crossing[place] or 0, -place))
+        parts.append(nodes[start:end])
+        start = end
     return parts
 
 
@@ -73,13 +73,23 @@ def _moving(model: ir.Model) -> set[ir.Value]:
     return moving
 
 
-def _crossing(nodes: Sequence[ir.Node], place: int, moving: set[ir.Value]) -> int | None:
-    """How many values are made before `place` and read behind it; None where one has no known shape."""
-    before = {v for node in nodes[:place] for v in node.outputs}
-    found = {v for node in nodes[place:] for v in node.inputs if v in before}
-    if any(v.shape is None or v.dtype is None or not v.shape.is_static() for v in found):
-        return None
-    return len(found)
+def _crossing(nodes: Sequence[ir.Node]) -> list[int | None]:
+    """For each place in front of a node: how many values are made before it and read from there on.
+
+    None where one of them cannot be an output of a part: its shape or type is not known, or its node has several
+    outputs, of which a compiler may lose those that it hands out alone.
+    """
+    places = {node: index for index, node in enumerate(nodes)}
+    change, barred = [0] * (len(nodes) + 1), [0] * (len(nodes) + 1)
+    for index, node in enumerate(nodes):
+        for value in node.outputs:
+            last = max((places[use.node] for use in value.uses() if use.node in places), default=index)
+            fixed = value.shape is not None and value.shape.is_static() and value.dtype is not None
+            for counts in (change,) if fixed and len(node.outputs) == 1 else (change, barred):
+                counts[index + 1] += 1
+                counts[last + 1] -= 1
+    counted = zip(itertools.accumulate(change), itertools.accumulate(barred), strict=True)
+    return [None if bars else count for count, bars in counted]
 
 
 def _constants(node: ir.Node, moving: set[ir.Value]) -> Iterable[ir.Value]:
@@ -130,7 +140,7 @@ def _part(model: ir.Model, keep: Sequence[ir.Node]) -> ir.Model:
     copy.graph.outputs.extend([*outputs, *(v for v in handed if v not in outputs)])
     for node in reversed(nodes):
         if node not in inside and any(v in moving for v in node.outputs):
-            copy.graph.remove(node, safe=False)
+            copy.graph.remove(node, safe=True)
     sweep(copy.graph)
     used = [v for v in copy.graph.inputs if v.uses()]
     copy.graph.inputs.clear()
