@@ -18,6 +18,7 @@ from satchel.graphs.contract import GraphPass
 from satchel.graphs.pipeline import Step, check_order
 from satchel.graphs.quantized import KVScales, Quantised
 from satchel.graphs.recipe import Recipe, Rule
+from satchel.graphs.static import Lengths
 from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
@@ -29,7 +30,9 @@ NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {},
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "insert_hadamard": (16,),
     "insert_qdq": ({}, {}),
+    "fix_shapes": (Lengths(4, 8),),
     "quantize_experts": ({},),
+    "quantize_folded": ({}, {}),
     "quantize_kv_cache": ({}, "decode"),
     "quantize_tables": ({},),
     "smooth_products": ({},),
@@ -39,6 +42,26 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 
 def whole_pipelines() -> dict[str, tuple[Step, ...]]:
     """All that runs on one graph, for each target, phase and precision."""
+    return varying_pipelines() | static_pipelines()
+
+
+def static_pipelines() -> dict[str, tuple[Step, ...]]:
+    return {
+        f"{name} {phase} {tokens} {quantised is not None}": (
+            *target.normalise,
+            *target.fuse,
+            *((*ROTATE, *even_out(RECIPE, {})) if quantised is not None else ()),
+            *target.static_steps(phase, Lengths(tokens, 8), quantised),
+        )
+        for name, target in TARGETS.items()
+        if target.static is not None
+        for phase in PHASES
+        for tokens in (1, 4)
+        for quantised in (None, NOTHING)
+    }
+
+
+def varying_pipelines() -> dict[str, tuple[Step, ...]]:
     return {
         f"{name} {phase} {precision}": (
             *target.normalise,
@@ -47,6 +70,7 @@ def whole_pipelines() -> dict[str, tuple[Step, ...]]:
             *target.steps(phase, precision, quantised),
         )
         for name, target in TARGETS.items()
+        if target.static is None
         for phase in (*PHASES, PREFILL_INT8, DECODE_BLOCKS)
         for precision, quantised in (("fp32", None), ("fp16", None), ("int8", NOTHING))
     }
@@ -75,7 +99,13 @@ def test_every_name_in_after_is_a_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_every_phase(name: str) -> None:
-    assert set(TARGETS[name].phases) == {*PHASES, PREFILL_INT8, DECODE_BLOCKS}
+    further = set() if TARGETS[name].static is not None else {PREFILL_INT8, DECODE_BLOCKS}
+    assert set(TARGETS[name].phases) == {*PHASES, *further}
+
+
+def test_a_target_whose_shapes_vary_has_no_static_steps() -> None:
+    with pytest.raises(ValueError, match="vary"):
+        TARGETS["cpu"].static_steps("decode", Lengths(1, 8), None)
 
 
 @pytest.mark.parametrize(
