@@ -35,6 +35,7 @@ from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe
 from satchel.graphs.targets import TARGETS
+from satchel.graphs.values import INTERNAL, nodes
 from satchel.runtime.manifest import Manifest
 
 
@@ -125,9 +126,10 @@ def lower(
     check_sound(normal, checkpoint.name, checkpoint.layers)
     marks = () if recipe is None else (Step(assign(recipe)),)
     common, fused = pipeline.run(normal, (*marks, *target.fuse))
-    left = [refusal.reason for done in fused if done.name == "expand_attention" for refusal in done.refusals]
+    left = {str(node.name) for node in nodes(common, "Attention", INTERNAL)}
+    reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
     if left:
-        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {left[0]}")
+        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {reasons[-1]}")
     return common, [done.as_json("common") for done in (*normalised, *fused)]
 
 

@@ -10,7 +10,16 @@ from satchel.export.errors import ExportError
 FLOAT_PRECISIONS = ("fp32", "fp16")
 PRECISIONS = (*FLOAT_PRECISIONS, "a16w8", "a16w4", "a8w8", "int8", "int4")
 KV_CACHES = ("float", "int8")
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "cuda")
+TARGET_PRECISIONS = {"cpu": PRECISIONS, "cuda": ("fp16", "a16w8", "a16w4", "int8", "int4")}
+"""What each target's operators can express; the first is the default."""
+
+NOT_POSSIBLE = {
+    ("cuda", "fp32"): "its attention (GroupQueryAttention) has no float32 kernel",
+    ("cuda", "a8w8"): "it has no kernel that multiplies int8 by int8",
+}
+"""Why a precision is not among those of a target, where there is more to say."""
+
 DEFAULT_CONTEXT = 4096
 """The largest context that is chosen without being asked for, in positions."""
 
@@ -21,7 +30,8 @@ class ExportConfig:
 
     Attributes:
         output: The bundle's folder.
-        precision: fp32; fp16, computed with in float32; or a quantised form, by the recipe of that name.
+        precision: fp32; fp16, which the CPU computes with in float32; or a quantised form, by the recipe of that name.
+            Empty for the target's own, the first of TARGET_PRECISIONS.
         kv_cache: How the KV cache is stored: float or int8.
         recipe: A recipe in place of the precision's own: a TOML file, or the name of one that ships.
         calibrate: A text to calibrate on in place of the one that ships.
@@ -37,7 +47,7 @@ class ExportConfig:
     """
 
     output: Path
-    precision: str = "fp32"
+    precision: str = ""
     max_context: int | None = None
     target: str = "cpu"
     force: bool = False
@@ -50,6 +60,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        if not self.precision and self.target in TARGETS:
+            object.__setattr__(self, "precision", TARGET_PRECISIONS[self.target][0])
         for option, value, allowed in (
             ("precision", self.precision, PRECISIONS),
             ("target", self.target, TARGETS),
@@ -57,6 +69,7 @@ class ExportConfig:
         ):
             if value not in allowed:
                 raise ExportError(f"--{option} {value} is not known: choose {' or '.join(allowed)}")
+        self._check_target()
         if self.recipe is not None and not self.quantised:
             quantised = ", ".join(p for p in PRECISIONS if p not in FLOAT_PRECISIONS)
             raise ExportError(f"--recipe does not go with --precision {self.precision}: choose one of {quantised}")
@@ -68,6 +81,16 @@ class ExportConfig:
             raise ExportError("--certificate-text does not go with --no-certificate: leave one of them out")
         if self.max_context is not None and self.max_context < 1:
             raise ExportError(f"--max-context {self.max_context}: give at least 1 position")
+
+    def _check_target(self) -> None:
+        """Check what depends on the target. Raises ExportError."""
+        possible = TARGET_PRECISIONS[self.target]
+        if self.precision not in possible:
+            reason = NOT_POSSIBLE.get((self.target, self.precision))
+            raise ExportError(
+                f"--precision {self.precision} has no form on --target {self.target}"
+                f"{f', as {reason}' if reason else ''}: choose {' or '.join(possible)}"
+            )
 
     @property
     def quantised(self) -> bool:
