@@ -63,8 +63,8 @@ class ExportConfig:
         if not self.precision and self.target in TARGETS:
             object.__setattr__(self, "precision", TARGET_PRECISIONS[self.target][0])
         for option, value, allowed in (
-            ("precision", self.precision, PRECISIONS),
             ("target", self.target, TARGETS),
+            ("precision", self.precision, PRECISIONS),
             ("kv-cache", self.kv_cache, KV_CACHES),
         ):
             if value not in allowed:
