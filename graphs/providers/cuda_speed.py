@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from satchel.graphs import signature
 from satchel.graphs.providers.facts import VERSIONS
 from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, of_type, operand
 
@@ -15,12 +16,17 @@ SCATTERS = ("ScatterND", "ScatterElements", "TensorScatter")
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
+STEADY = (signature.BATCH, signature.CAPACITY)
+"""Dimensions that a cache has once for all steps."""
+
+
 def decode_has_fixed_shapes(view: GraphView) -> Iterator[Finding]:
-    """Decode's inputs have shapes of numbers."""
+    """Decode's inputs have shapes of numbers, or as their cache has them: the same at each step."""
     if view.phase != "decode":
         return
     for value in view.model.graph.inputs:
-        names = [str(size.value) for size in (value.shape or ()) if not isinstance(size, int)]
+        sizes = [size.value for size in (value.shape or ()) if not isinstance(size, int)]
+        names = [str(name) for name in sizes if name not in STEADY]
         if names or value.shape is None:
             yield Finding(f"input {value.name}: {', '.join(names) or 'its shape'} varies")
 
