@@ -34,8 +34,8 @@ class Tokenizer(ABC):
         spec = bundle.manifest.tokenizer
         if spec is None:
             raise BundleError(f"{bundle.folder}: has no tokenizer: use token ids, or export it again with --tokenizer")
-        path = bundle.path(spec.file)
-        tokenizer = _load(spec, path)
+        path = bundle.folder / spec.file
+        tokenizer = _load(spec, bundle.read(spec.file), path)
         for entry in spec.corpus:
             if tokenizer.encode(entry.text) != list(entry.ids):
                 raise BundleError(
@@ -107,11 +107,12 @@ class Tokenizer(ABC):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, through the tokenizers library; its post-processor adds the special tokens."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """`content` is that of the file; None reads it."""
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes() if content is None else content)
         except Exception as error:
             if type(error) is not Exception:  # the library raises the base class itself, and nothing narrower
                 raise
@@ -143,11 +144,13 @@ class JsonTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; BOS is added here, where the bundle says so."""
 
-    def __init__(self, path: Path, add_bos: bool) -> None:
+    def __init__(self, path: Path, add_bos: bool, content: bytes | None = None) -> None:
+        """`content` is that of the file; None reads it."""
         import sentencepiece
 
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            model = path.read_bytes() if content is None else content
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
@@ -212,7 +215,7 @@ def _unreadable(path: Path, library: str, version: str, error: Exception) -> Bun
     )
 
 
-def _load(spec: TokenizerSpec, path: Path) -> Tokenizer:
+def _load(spec: TokenizerSpec, content: bytes, path: Path) -> Tokenizer:
     if spec.kind == "sentencepiece":
-        return SentencePieceTokenizer(path, spec.add_bos)
-    return JsonTokenizer(path)
+        return SentencePieceTokenizer(path, spec.add_bos, content)
+    return JsonTokenizer(path, content)

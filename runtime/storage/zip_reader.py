@@ -71,7 +71,7 @@ def _central(file: BinaryIO, size: int) -> tuple[list[_Entry], int]:
 
 
 def _end(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Number of entries, length of the central directory, and where it starts; it must end where these records begin."""
+    """Number of entries, length and start of the central directory, which must end where these records begin."""
     position = size - form.END.size
     _require(position >= 0, "it is too short")
     magic, disk, first, here, count, length, start, comment = form.END.unpack(_at(file, position, form.END.size))
