@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_leaves_nothing(chatty: Path, packed: Path, tmp_path
     for size in (10, 5000, packed.stat().st_size - 10):
         with largest_file(size), pytest.raises(SatchelError, match=r"--output .*m\.pyz: cannot be written \(File too"):
             pack(open_bundle(chatty), tmp_path / "m.pyz")
-        with largest_file(min(size, 100_000)), pytest.raises(SatchelError, match="--output .*: cannot be written"):
+        with largest_file(min(size, 100_000)), pytest.raises(SatchelError, match=r"--output .*: cannot be written"):
             unpack(open_bundle(packed), tmp_path / "folder")
         assert list(tmp_path.iterdir()) == []
 
