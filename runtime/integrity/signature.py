@@ -6,7 +6,7 @@ import binascii
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from satchel.runtime import strict_json
 from satchel.runtime.errors import BundleError, SatchelError
@@ -135,13 +135,13 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     content = _key_file(path, "--key")
     try:
         key = serialization.load_pem_private_key(content, password=None)
-    except (ValueError, TypeError, *_unsupported()):
+    except _key_errors():
         raise SatchelError(
             f"--key {path}: no private key in PEM without a password: make one with satchel sign --new-key"
         ) from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise SatchelError(f"--key {path}: a private key, but not of Ed25519: make one with satchel sign --new-key")
-    return key
+    return cast("Ed25519PrivateKey", key)
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
@@ -149,13 +149,13 @@ def _public_key(path: Path) -> Ed25519PublicKey:
     content = _key_file(path, "--require-signature")
     try:
         key = serialization.load_pem_public_key(content)
-    except (ValueError, TypeError, *_unsupported()):
+    except _key_errors():
         raise SatchelError(
             f"--require-signature {path}: no public key in PEM: give the .pub file of satchel sign --new-key"
         ) from None
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise SatchelError(f"--require-signature {path}: a public key, but not of Ed25519: give one that is")
-    return key
+    return cast("Ed25519PublicKey", key)
 
 
 def _key_file(path: Path, option: str) -> bytes:
@@ -166,10 +166,11 @@ def _key_file(path: Path, option: str) -> bytes:
         raise SatchelError(f"{option} {path}: cannot be read ({error.strerror}): give the file of a key") from None
 
 
-def _unsupported() -> tuple[type[Exception], ...]:
+def _key_errors() -> tuple[type[Exception], ...]:
+    """What reading a key raises where the file holds none, one with a password, or one of an unknown kind."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
-    return (UnsupportedAlgorithm,)
+    return (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 def _cryptography() -> tuple[Any, Any]:

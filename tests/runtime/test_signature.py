@@ -117,9 +117,12 @@ def test_all_files_are_hashed_whatever_is_remembered(signed: Path, keys: Path, m
     open_bundle(signed)
     hashed = []
     original = bundle_module.sha256_of
-    monkeypatch.setattr(
-        bundle_module, "sha256_of", lambda path, *rest: hashed.append(path.name) or original(path, *rest)
-    )
+
+    def hashing(path: Path, *rest: object) -> str:
+        hashed.append(path.name)
+        return original(path, *rest)
+
+    monkeypatch.setattr(bundle_module, "sha256_of", hashing)
     open_bundle(signed)
     assert hashed == []
     open_bundle(signed, require_signature=keys / "maker.pub")

@@ -1,4 +1,4 @@
-"""The zip reader takes what the zip writer writes, above 4 GiB too, and nothing of which readers make different things."""
+"""The zip reader takes what the zip writer writes, above 4 GiB too, and refuses what has two meanings."""
 
 from __future__ import annotations
 
