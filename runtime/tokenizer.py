@@ -113,8 +113,8 @@ class JsonTokenizer(Tokenizer):
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes() if content is None else content)
-        except Exception as error:
-            if type(error) is not Exception:  # the library raises the base class itself, and nothing narrower
+        except BaseException as error:
+            if not _from_tokenizers(error):
                 raise
             raise _unreadable(path, "tokenizers", tokenizers.__version__, error) from None
         self._tokenizer.no_truncation()
@@ -151,7 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model = path.read_bytes() if content is None else content
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last where a piece in a message is no text
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
         self._add_bos = add_bos
@@ -208,7 +208,15 @@ def _check_unicode(text: str) -> None:
         raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
 
 
-def _unreadable(path: Path, library: str, version: str, error: Exception) -> BundleError:
+def _from_tokenizers(error: BaseException) -> bool:
+    """Whether the tokenizers library raised this over a file: it has no errors of its own.
+
+    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, where it did not foresee something.
+    """
+    return type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"
+
+
+def _unreadable(path: Path, library: str, version: str, error: BaseException) -> BundleError:
     return BundleError(
         f"{path}: {library} {version} cannot read it ({' '.join(str(error).split())}): "
         "export the bundle again, or install the version that its manifest names"
