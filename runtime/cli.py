@@ -40,6 +40,9 @@ COMMANDS = {
     "sensitivity": Command(
         "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])", False
     ),
+    "check": Command(
+        "satchel.export.check_cli", "tell what an execution provider takes of a bundle (needs satchel[export])"
+    ),
     "run": Command("satchel.runtime.commands.run", "continue a prompt, or many"),
     "chat": Command("satchel.runtime.commands.chat", "talk with a model"),
     "specialize": Command("satchel.runtime.commands.specialize", "make a bundle ready for this machine"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,14 +234,33 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         options.enable_cpu_mem_arena = False
         # The default order runs all that depends on weights alone first, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
+    return options
+
+
+def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
+    """Options with a manifest's session entries and one thread, for who opens a graph and does not run it.
+
+    `where` names the graph in messages. Raises BundleError for an entry that is not for a bundle to set.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_FATAL
+    if _process_pool is not None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    _add_entries(options, entries, where)
+    return options
+
+
+def _add_entries(options: ort.SessionOptions, entries: Mapping[str, str], where: str) -> None:
     for key, value in entries.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
-                f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}.session: '{key}' is not for a bundle to set: "
+                f"{where}.session: '{key}' is not for a bundle to set: "
                 f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
             )
         options.add_session_config_entry(key, value)
-    return options
 
 
 def _check_threads(threads: int) -> None:
