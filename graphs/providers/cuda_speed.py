@@ -12,6 +12,7 @@ from satchel.graphs.providers.findings import Finding, GraphView, at, is_constan
 FLOW = ("If", "Loop", "Scan")
 PRODUCTS = ("MatMul", "Gemm")
 SCATTERS = ("ScatterND", "ScatterElements", "TensorScatter")
+FEW_BITS = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
@@ -46,7 +47,8 @@ def weights_are_fused(view: GraphView) -> Iterator[Finding]:
     """Every weight in few bits has the form that becomes MatMulNBits; others are made float again in each run."""
     old = view.kernels is not None and view.kernels.name.endswith(VERSIONS[0])
     for node in of_type(view, "DequantizeLinear"):
-        if is_constant(node.inputs[0]):
+        codes = node.inputs[0]
+        if codes is not None and is_constant(codes) and codes.dtype is not None and codes.dtype.name in FEW_BITS:
             reason = _not_fused(node, old)
             if reason is not None:
                 yield at(node, reason)
