@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
-from satchel.export.describe import cache_spec, describe, tokenizer_spec
+from satchel.export.describe import describe, tokenizer_spec
 from satchel.export.genai_config import genai_config
 from satchel.graphs.quantized import BLOCKS, EXPANDED, MADE, Quantised
 from satchel.graphs.values import weight
@@ -65,11 +65,12 @@ def write_bundle(
     if checkpoint.tokenizer is not None and tokenizer is not None:
         companions[tokenizer.file] = checkpoint.tokenizer.file
     write_companions(folder, companions)
-    genai = genai_config(checkpoint, cache_spec(models["prefill"]), config.context(checkpoint.max_context))
+    manifest = describe(checkpoint, config, models, quantised, report, files)
+    genai = genai_config(checkpoint, manifest)
     if genai is not None:
         write_json(folder / "genai_config.json", genai)
     files |= {path.name: record(path) for path in sorted(folder.iterdir()) if path.name not in files}
-    manifest = describe(checkpoint, config, models, quantised, report, files)
+    manifest = dataclasses.replace(manifest, files=files)
     write_json(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
 
