@@ -11,19 +11,22 @@ from satchel.graphs.providers.findings import Finding, GraphView, at, is_constan
 
 FLOW = ("If", "Loop", "Scan")
 PRODUCTS = ("MatMul", "Gemm")
+CACHE_RANK = 4
 SCATTERS = ("ScatterND", "ScatterElements", "TensorScatter")
 FEW_BITS = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def decode_has_fixed_shapes(view: GraphView) -> Iterator[Finding]:
-    """Decode's inputs have shapes of numbers."""
+    """Decode's inputs have shapes of numbers, or of sizes that are chosen once, with the cache's buffers."""
     if view.phase != "decode":
         return
+    chosen = _sizes_of_caches(view)
     for value in view.model.graph.inputs:
-        names = [str(size.value) for size in (value.shape or ()) if not isinstance(size, int)]
-        if names or value.shape is None:
-            yield Finding(f"input {value.name}: {', '.join(names) or 'its shape'} varies")
+        sizes = [str(size.value) for size in (value.shape or ()) if not isinstance(size, int)]
+        growing = [size for size in sizes if size not in chosen]
+        if growing or value.shape is None:
+            yield Finding(f"input {value.name}: {', '.join(growing) or 'its shape'} may differ from token to token")
 
 
 def decode_has_no_control_flow(view: GraphView) -> Iterator[Finding]:
@@ -63,6 +66,14 @@ def cache_read_after_write(view: GraphView) -> Iterator[Finding]:
         for use in past.uses():
             if use.node is not node:
                 yield at(use.node, f"it reads {past.name}, which {node.name or node.op_type} writes in place")
+
+
+def _sizes_of_caches(view: GraphView) -> set[str]:
+    """Names of sizes of the KV cache, [batch, heads, length, width], where an output has the same shape."""
+    graph = view.model.graph
+    outputs = [value.shape for value in graph.outputs if value.shape is not None]
+    caches = [value.shape for value in graph.inputs if value.shape is not None and len(value.shape) == CACHE_RANK]
+    return {str(size.value) for shape in caches if shape in outputs for size in shape if not isinstance(size, int)}
 
 
 def _not_fused(dequantise: ir.Node, old: bool) -> str | None:

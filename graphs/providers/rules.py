@@ -163,8 +163,9 @@ CUDA = (
         "each token waits for it, and a CUDA graph cannot hold it", FOR_CUDA, cuda_kernels.no_copies_in_decode,
     ),
     Rule(
-        "U11", WARNING, "decode has shapes that vary",
-        "a CUDA graph is recorded for fixed shapes and addresses", FOR_CUDA, cuda_speed.decode_has_fixed_shapes,
+        "U11", WARNING, "decode has shapes that grow",
+        "a CUDA graph is recorded for fixed shapes and addresses; sizes chosen with the cache's buffers are fixed",
+        FOR_CUDA, cuda_speed.decode_has_fixed_shapes,
     ),
     Rule(
         "U12", WARNING, "decode has control flow",

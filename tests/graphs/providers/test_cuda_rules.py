@@ -66,6 +66,11 @@ ROUNDED = """g (float[1, 2] x) => (float[1, 2] y) <float s = {0.1}, int8 z = {0}
 WEIGHT = "g (float[1, 2] x) => (float[1, 2] y) <int8[2, 2] w = {1, 2, 3, 4}, float[2] s = {0.1, 0.2}> "
 WRITE = "g (float[4, 2] past, int64[1, 1] i, float[1, 2] x) => (float[4, 2] present, float[4, 2] y) "
 
+CHOSEN_ONCE = """g (float[batch, capacity] mask, float[batch, 2, capacity, 4] past)
+    => (float[batch, 2, capacity, 4] present, float[batch, capacity] y) { present = Relu(past) y = Relu(mask) }"""
+GROWING = """g (float[batch, 2, before, 4] past, float[batch, 2, 1, 4] new)
+    => (float[batch, 2, after, 4] present) { present = Concat<axis = 2>(past, new) }"""
+
 BREAKS: list[tuple[str, Callable[[], GraphView]]] = [
     ("U01", graph("g (float[2] x) => (uint8[2] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }")),
     ("U01", graph("g (float[2] x) => (float[2] y) { y = com.microsoft.NoSuchOperator(x) }")),
@@ -96,6 +101,7 @@ BREAKS: list[tuple[str, Callable[[], GraphView]]] = [
     ("U09", graph(COPY)),
     ("U10", graph(COPY, phase="decode")),
     ("U11", graph("g (float[batch, 2] x) => (float[batch, 2] y) { y = Relu(x) }", phase="decode")),
+    ("U11", graph(GROWING, phase="decode")),
     ("U12", graph(BRANCH, phase="decode")),
     ("U13", graph(ROUNDED)),
     ("U14", graph(WEIGHT + "{ d = DequantizeLinear<axis = 1>(w, s) c = Transpose(d) y = MatMul(x, c) }")),
@@ -111,6 +117,7 @@ PASSES: list[Callable[[], GraphView]] = [
     graph(CLEAN, phase="decode"),
     graph(CLEAN, OLD, phase="decode"),
     graph(ATTENTION.format(type="float16")),
+    graph(CHOSEN_ONCE, phase="decode"),
     graph(WEIGHT + "{ d = DequantizeLinear<axis = 1>(w, s) y = MatMul(x, d) }"),
     graph(WRITE + "{ present = ScatterND(past, i, x) y = Relu(present) }"),
     graph("g (float[2] x) => (float[2] y) { y = Relu(x) }", ir_version=14),
