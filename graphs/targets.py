@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.graphs.passes.attend_statically import attend_statically
+from satchel.graphs.passes.compute_float16 import compute_float16
 from satchel.graphs.passes.derive_positions import derive_positions
+from satchel.graphs.passes.drop_inputs import drop_inputs
 from satchel.graphs.passes.expand_attention import expand_attention
+from satchel.graphs.passes.fix_shapes import fix_shapes
 from satchel.graphs.passes.fold_constants import fold_constants
 from satchel.graphs.passes.fuse_attention import fuse_attention
 from satchel.graphs.passes.fuse_norms import fuse_norms
@@ -18,13 +22,17 @@ from satchel.graphs.passes.fuse_skip_norms import fuse_skip_norms
 from satchel.graphs.passes.insert_hadamard import insert_hadamard
 from satchel.graphs.passes.insert_qdq import insert_qdq
 from satchel.graphs.passes.lower_experts import lower_experts
+from satchel.graphs.passes.lower_opset import lower_opset
 from satchel.graphs.passes.name_projections import name_projections
 from satchel.graphs.passes.normalize_gemm import normalize_gemm
 from satchel.graphs.passes.normalize_lookups import normalize_lookups
 from satchel.graphs.passes.normalize_splits import normalize_splits
 from satchel.graphs.passes.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.pack_qkv import pack_qkv
+from satchel.graphs.passes.plain_names import plain_names
+from satchel.graphs.passes.put_table_first import put_table_first
 from satchel.graphs.passes.quantize_experts import quantize_experts
+from satchel.graphs.passes.quantize_folded import quantize_folded
 from satchel.graphs.passes.quantize_kv_cache import quantize_kv_cache
 from satchel.graphs.passes.quantize_tables import quantize_tables
 from satchel.graphs.passes.remove_dead import remove_dead
@@ -38,12 +46,16 @@ from satchel.graphs.passes.single_token import single_token
 from satchel.graphs.passes.sink_transposes import sink_transposes
 from satchel.graphs.passes.slice_last_logits import slice_last_logits
 from satchel.graphs.passes.smooth_products import smooth_products
+from satchel.graphs.passes.spell_norms import spell_norms
 from satchel.graphs.passes.store_float16 import store_float16
 from satchel.graphs.passes.store_products_float16 import store_products_float16
 from satchel.graphs.passes.stream_tied_head import stream_tied_head
+from satchel.graphs.passes.take_last_token import take_last_token
+from satchel.graphs.passes.take_table_rows import take_table_rows
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe, Rule
+from satchel.graphs.static import Lengths
 
 PHASES = ("prefill", "decode", "score")
 """The graphs of every bundle."""
@@ -88,6 +100,17 @@ FUSE = (
     Step(pack_gate_up, after=("name_projections",)),
     Step(share_tied_head, after=("fold_constants",)),
 )
+
+FUSE_STANDARD = (
+    Step(name_projections, after=("fold_constants",)),
+    Step(fuse_norms, after=("remove_duplicates",)),
+    Step(sink_transposes, after=("fuse_norms",)),
+    Step(expand_attention, after=("fold_constants",), changes_signature=True),
+    Step(derive_positions, after=("expand_attention",), changes_signature=True),
+    Step(remove_identity, after=("expand_attention",)),
+    Step(share_tied_head, after=("fold_constants",)),
+)
+"""For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
 
 PREFILL = (
     Step(slice_last_logits),
@@ -174,12 +197,25 @@ class Target:
         fuse: Run once on the normalised graph.
         phases: Run on a copy for each phase.
         sessions: How the runner opens each phase's graph.
+        static: For a device that compiles each shape anew: what runs after the phase's own steps to make a graph for
+            these lengths. None where shapes vary.
     """
 
     normalise: tuple[Step, ...]
     fuse: tuple[Step, ...]
     phases: Mapping[str, tuple[Step, ...]]
     sessions: Callable[[Quantised | None], Mapping[str, Session]]
+    static: Callable[[Lengths, Quantised | None], tuple[Step, ...]] | None = None
+
+    def static_steps(self, phase: str, lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
+        """All passes for one static graph, after those that the phases share.
+
+        Raises:
+            ValueError: The target's graphs are not static.
+        """
+        if self.static is None:
+            raise ValueError("this target's graphs have dimensions that vary")
+        return (*self.phases[phase], *self.static(lengths, quantised))
 
     def graphs(self, quantised: Quantised | None) -> tuple[str, ...]:
         """The names of a bundle's graphs."""
@@ -223,6 +259,38 @@ def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
     }
 
 
+def cann_steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
+    """From the graph of a phase to one of operator set 17 in float16 for these lengths."""
+    codes = () if quantised is None else (Step(quantize_folded(quantised.weights, quantised.rules)),)
+    return (
+        Step(fix_shapes(lengths), changes_signature=True),
+        Step(attend_statically, after=("fix_shapes",), changes_signature=True),
+        Step(take_table_rows, after=("fix_shapes",), changes_signature=True),
+        Step(take_last_token, after=("fix_shapes", "slice_last_logits"), changes_signature=True),
+        Step(drop_inputs, after=("attend_statically", "take_table_rows", "take_last_token"), changes_signature=True),
+        Step(put_table_first, after=("fix_shapes",)),
+        Step(spell_norms),
+        Step(lower_opset, after=("attend_statically", "put_table_first", "spell_norms")),
+        Step(compute_float16, after=("spell_norms", "lower_opset"), changes_signature=True),  # sees what norms sum
+        *codes,  # the codes stand for weights in float16
+        *FINISH,
+        Step(plain_names, changes_signature=True),
+    )
+
+
+def cann_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
+    """Codes are folded into float16 weights when a session loads a graph: the device has no operator for them."""
+    config = {} if quantised is None else {"session.disable_quant_qdq": "1"}
+    return {phase: Session(config) for phase in PHASES}
+
+
 TARGETS: Mapping[str, Target] = {
     "cpu": Target(normalise=NORMALISE, fuse=FUSE, phases=PHASE_STEPS, sessions=cpu_sessions),
+    "cann": Target(
+        normalise=NORMALISE,
+        fuse=FUSE_STANDARD,
+        phases={"prefill": (Step(slice_last_logits),), "decode": (), "score": ()},
+        sessions=cann_sessions,
+        static=cann_steps,
+    ),
 }

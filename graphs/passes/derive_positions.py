@@ -32,7 +32,7 @@ def derive_positions(model: ir.Model, report: Report) -> None:
         new = builder.value("Gather", [builder.value("Shape", [ids], "positions.shape"), one], "positions.new", axis=0)
         first = builder.value("Max", [builder.value("Sub", [count, new], "positions.past"), zero], "positions.first")
         steps = builder.value("Range", [zero, new, one], "positions.steps")
-        derived = builder.value("Add", [first, steps], "positions", positions)  # [batch, sequence]
+        derived = builder.value("Add", [first, steps], signature.POSITIONS, positions)  # [batch, sequence]
         ir.convenience.replace_all_uses_with(positions, derived)
     model.graph.inputs.remove(positions)
     signature.set_token_shapes(model)
