@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.errors import PromptError
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--vocabulary", metavar="N", type=int, help="prompt ids are below N (default: the bundle's)")
-    parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -90,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
         from satchel.runtime.bench.speed_plot import check_plot, write_plot
 
         check_plot(args.plot)
+    choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     bundle = open_bundle(args.bundle, progress=shown)
     lengths = _lengths(args, contexts, bundle)
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     for workload in workloads:
         check_workload(workload, bundle.manifest)
     with waiting("opening the bundle", shown=shown):
-        engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
+        engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     load = time.perf_counter() - started
 
     by_context = contexts is not None or args.plot is not None

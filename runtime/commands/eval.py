@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from satchel.runtime.certificate import Window
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 
@@ -55,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -71,11 +73,12 @@ def main(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle, progress=shown)
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
+    choice = provider_flags.choice_of(args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
     session.share_thread_pool(args.threads)
     reference = None if args.reference is None else _open_reference(args)
     with waiting("opening the bundle", shown=shown):
-        engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
+        engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     tokens = sum(len(window) for window in windows)
     with progress_bar(tokens, "evaluating", " tokens", shown=shown) as bar:
         fidelity = evaluate(engine, windows, reference, skip=args.skip, progress=bar.update)
