@@ -298,15 +298,14 @@ def test_a_callback_that_fails_counts_as_a_failure(talk: Conversation) -> None:
 def test_an_interrupt_keeps_what_there_is(talk: Conversation, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     say(talk, HELLO)
     before = list(talk.messages)
-    name = "decode" if after else "prefill"
+    name = "step" if after else "feed"
     run, steps = getattr(talk.generator.engine, name), []
 
-    def interrupted(*arguments: Any) -> np.ndarray:
-        logits = run(*arguments)
+    def interrupted(*arguments: Any) -> None:
+        run(*arguments)
         steps.append(1)
         if len(steps) > after:
             raise KeyboardInterrupt
-        return logits
 
     monkeypatch.setattr(talk.generator.engine, name, interrupted)
     with pytest.raises(KeyboardInterrupt), talk.ask("the cat") as answer:
