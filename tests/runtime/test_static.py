@@ -1,4 +1,4 @@
-"""Static graphs over swapped caches give what dynamic ones over the same weights give, and only ever see their shapes."""
+"""Static graphs over swapped caches: they give what dynamic ones of the same weights give, and see one shape each."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_context_can_be_filled_to_its_last_position(dynamic: Generator, static
     ids = np.resize(IDS, MAX_CONTEXT)
     assert static.generate(ids, 5).token_ids == dynamic.generate(ids, 5).token_ids
     assert static.generate(ids[:-3], 9).token_ids == dynamic.generate(ids[:-3], 9).token_ids
-    with pytest.raises(PromptError, match="is longer than|does not fit|context"):
+    with pytest.raises(PromptError, match="context"):
         static.generate(np.resize(IDS, MAX_CONTEXT + 1), 5)
 
 
