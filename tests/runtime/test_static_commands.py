@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from onnx import numpy_helper
 from support.chat_bundle import END, TEMPLATE, chat_tokenizer
 from support.tiny_bundle import (
     HEAD_DIM,
-    HIDDEN,
     KV_HEADS,
     LAYERS,
     VOCABULARY,
@@ -101,7 +101,7 @@ def test_bench_and_profile_measure_all_parts(static: Path, capsys: pytest.Captur
     speeds = json.loads(ran(capsys, "bench", static, *work, "--json"))
     assert min(speeds["prefill"], speeds["decode"]) > 0
     profile = json.loads(ran(capsys, "profile", static, *work, "--json"))
-    assert (profile["prefill"]["runs"], profile["decode"]["runs"]) == (2 * 3, 2)  # 32 + 8 + 1 tokens, in two parts
+    assert (profile["prefill"]["runs"], profile["decode"]["runs"]) == (2 * 2, 2)  # 32 + 9 tokens, in two parts
     operators = {row["operator"]: row["count"] for row in profile["decode"]["operators"]}
     assert operators["Softmax"] == LAYERS
 
@@ -115,7 +115,7 @@ def test_a_trace_of_several_sessions_lies_end_to_end(
     for number in (1, 2):
         runs = [each for each in events if each["pid"] == number and each.get("cat") == "run"]
         assert len(runs) > 2
-        for before, after in zip(runs, runs[1:], strict=False):
+        for before, after in itertools.pairwise(runs):
             assert after["ts"] == before["ts"] + before["dur"]
 
 
@@ -136,13 +136,13 @@ def test_specialize_refuses(static: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_bytes_of_a_step_are_those_of_all_parts(static: Path, dynamic: Path, tmp_path: Path) -> None:
-    assert weight_bytes(open_bundle(static)) == weight_bytes(open_bundle(dynamic))
+    wanted, shapes = weight_bytes(open_bundle(dynamic)), 2048  # constants of a few numbers count, too
+    assert wanted <= weight_bytes(open_bundle(static)) < wanted + shapes
     inside = write_static_bundle(tmp_path / "inside", **OPTIONS)
     bundle = open_bundle(inside)
     model = onnx.load(inside / "decode-1-0.onnx")  # with its weights
     (inside / "decode-1-0.onnx").write_bytes(model.SerializeToString())
-    assert weight_bytes(bundle) >= weight_bytes(open_bundle(dynamic))
-    assert weight_bytes(bundle) < weight_bytes(open_bundle(dynamic)) + 4 * HIDDEN
+    assert wanted <= weight_bytes(bundle) < wanted + shapes
 
 
 def test_the_selftest_passes_and_finds_a_wrong_graph(static: Path, tmp_path: Path) -> None:
