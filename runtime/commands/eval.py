@@ -62,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure, and print a small table or one JSON object."""
     _check_numbers(args)
+    choice = provider_flags.choice_of(args)
     text = _read(args.text)
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
@@ -73,7 +74,6 @@ def main(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle, progress=shown)
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
-    choice = provider_flags.choice_of(args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
     session.share_thread_pool(args.threads)
     reference = None if args.reference is None else _open_reference(args)

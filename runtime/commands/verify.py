@@ -39,12 +39,11 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.progress import progress_bar, waiting
     from satchel.runtime.proof.certify import moved, replay
 
-    shown = not args.quiet
+    choice, shown = provider_flags.choice_of(args), not args.quiet
     bundle = open_bundle(args.bundle, progress=shown)
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")
-    choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
