@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any, ClassVar
 from satchel.runtime import strict_json
 from satchel.runtime.certificate import Certificate, check_values
 from satchel.runtime.errors import BundleError
+from satchel.runtime.integrity.digest import manifest_digest
+from satchel.runtime.integrity.manifest_limits import check_limits
+from satchel.runtime.integrity.manifest_text import check_digest, parse_document, read_bytes
 from satchel.runtime.manifest_versions import upgraded
 
 MANIFEST_NAME = "manifest.json"
@@ -272,14 +274,8 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check a manifest file. Raises BundleError naming the file, the key and what to do."""
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BundleError(
-                f"{path}: cannot be read ({error.strerror}): give a folder made by satchel export"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path}: not valid JSON ({error}): copy the bundle or export it again") from None
+        document = parse_document(read_bytes(path), str(path))
+        check_digest(document, cls.VERSION, str(path))
         return cls.from_json(document, str(path))
 
     @classmethod
@@ -288,18 +284,20 @@ class Manifest:
         if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
             raise BundleError(f"{name}: not a satchel manifest ('format' is not '{cls.FORMAT}'): give a satchel bundle")
         document = upgraded(document, cls.VERSION, name)
-        fields = {key: value for key, value in document.items() if key not in ("format", "version")}
+        fields = {key: value for key, value in document.items() if key not in ("format", "version", "digest")}
         try:
             manifest: Manifest = strict_json.from_json(cls, fields)
+            check_limits(manifest)
             _check_values(manifest)
         except strict_json.StrictJsonError as error:
             raise BundleError(f"{name}: {error}: export the bundle again with this satchel") from None
         return manifest
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON values; `from_json` of it gives an equal manifest."""
+        """The manifest as plain JSON values, with its digest; `from_json` of it gives an equal manifest."""
         body: dict[str, Any] = strict_json.to_json(self)
-        return {"format": self.FORMAT, "version": self.VERSION, **body}
+        document = {"format": self.FORMAT, "version": self.VERSION, "digest": None, **body}
+        return {**document, "digest": manifest_digest(document)}
 
     @property
     def has_fixed_mask(self) -> bool:

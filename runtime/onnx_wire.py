@@ -102,6 +102,8 @@ def _tensor(message: bytes) -> Tensor:
             name = content.decode()
         elif number == TENSOR_EXTERNAL_DATA:
             key, value = _entry(content)
+            if key in place:
+                raise ValueError(f"the key {key[:30]!r} comes twice in the external data of {name[:60]!r}")
             place[key] = value
         elif number == TENSOR_RAW_DATA:
             size = len(content)

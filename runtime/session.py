@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
-from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Specialized, TensorSpec
+from satchel.runtime.graph_file import graph_file
+from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
 from satchel.runtime.memory import release_freed, use_one_arena
 from satchel.runtime.placement import RECORD, check_placement
 from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
@@ -87,13 +88,13 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     load, or has other inputs and outputs than the manifest says.
     """
     _check_provider(bundle, settings)
-    path = bundle.graph_path(phase)
+    name = bundle.manifest.graph(phase).file
     options = _session_options(bundle, phase, settings)
     made = _specialised(bundle, settings)
     if made is not None and phase in made.graphs:
-        path = bundle.path(made.graphs[phase])
+        name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-    session = _open(bundle, path, options, settings, ["ConstantFolding"] if settings.lean else [])
+    session = _open(bundle, name, options, settings)
     _check_signature(bundle, bundle.manifest.graph(phase), session)
     return session
 
@@ -102,8 +103,8 @@ def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettin
     """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does."""
     _check_provider(bundle, settings)
     options = _basic_options(settings, key)
-    _add_entries(options, bundle, key, dict(part.session), settings)
-    session = _open(bundle, bundle.path(part.file), options, settings, ["ConstantFolding"] if settings.lean else [])
+    _add_entries(options, _entries(part, settings), f"{bundle.folder / MANIFEST_NAME}: {key}")
+    session = _open(bundle, part.file, options, settings)
     _check_signature(bundle, part, session)
     _check_shapes(bundle, part, session)
     return session
@@ -168,7 +169,7 @@ def save_optimised(
     ):
         options.add_session_config_entry(key, value)
     _check_provider(bundle, settings)
-    _open(bundle, graph, options, settings, [])
+    _started(graph, options, settings.provider, bundle.manifest, [], graph)
 
 
 def share_thread_pool(threads: int | None = None) -> None:
@@ -191,22 +192,34 @@ def share_thread_pool(threads: int | None = None) -> None:
         )
 
 
-def _open(
-    bundle: Bundle, path: Path, options: ort.SessionOptions, settings: SessionSettings, disabled: list[str]
+def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings) -> ort.InferenceSession:
+    """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
+    disabled = ["ConstantFolding"] if settings.lean else []
+    path, choice = bundle.folder / name, settings.provider
+    session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    check_placement(session, choice, path)
+    return session
+
+
+def _started(
+    graph: Path | bytes,
+    options: ort.SessionOptions,
+    choice: ProviderChoice,
+    manifest: Manifest,
+    disabled: list[str],
+    name: Path,
 ) -> ort.InferenceSession:
-    choice = settings.provider
-    provider = PROVIDERS[choice.name].ort_name, choice.session_options(bundle.manifest)
+    provider = PROVIDERS[choice.name].ort_name, choice.session_options(manifest)
     try:
         session = ort.InferenceSession(
-            path, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
+            graph, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
         )
     except ORT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise BundleError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
+            f"{name}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
             "export the bundle again, or use the ONNX Runtime named in its manifest"
         ) from None
-    check_placement(session, choice, path)
     return session
 
 
@@ -226,7 +239,8 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
     if _in_one_session(bundle, settings):  # two are opened side by side, on a thread each
         options.add_session_config_entry("session.prepack.enable_parallel", "1")
     options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
-    _add_entries(options, bundle, f"graphs.{phase}", dict(bundle.manifest.graph(phase).session), settings)
+    entries = _entries(bundle.manifest.graph(phase), settings)
+    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
     return options
 
 
@@ -259,19 +273,34 @@ def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
     return options
 
 
-def _add_entries(
-    options: ort.SessionOptions, bundle: Bundle, key: str, entries: dict[str, str], settings: SessionSettings
-) -> None:
-    """Add the configuration entries that the manifest has at `key`. Raises BundleError for one that it may not have."""
-    if settings.lean:
-        entries["session.disable_prepacking"] = "1"
-    for name, value in entries.items():
-        if name not in ALLOWED_CONFIG:
+def _entries(graph: GraphSpec, settings: SessionSettings) -> dict[str, str]:
+    """The session configuration entries of a graph."""
+    return graph.session | ({"session.disable_prepacking": "1"} if settings.lean else {})
+
+
+def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
+    """Options with a manifest's session entries and one thread, for who opens a graph and does not run it.
+
+    `where` names the graph in messages. Raises BundleError for an entry that is not for a bundle to set.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_FATAL
+    if _process_pool is not None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    _add_entries(options, entries, where)
+    return options
+
+
+def _add_entries(options: ort.SessionOptions, entries: Mapping[str, str], where: str) -> None:
+    for key, value in entries.items():
+        if key not in ALLOWED_CONFIG:
             raise BundleError(
-                f"{bundle.folder / MANIFEST_NAME}: {key}.session: '{name}' is not for a bundle to set: "
+                f"{where}.session: '{key}' is not for a bundle to set: "
                 f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
             )
-        options.add_session_config_entry(name, value)
+        options.add_session_config_entry(key, value)
 
 
 def _check_threads(threads: int) -> None:
@@ -293,7 +322,7 @@ def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSes
         differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
         if differing:
             raise BundleError(
-                f"{bundle.path(graph.file)}: its {side} are not those of the manifest "
+                f"{bundle.folder / graph.file}: its {side} are not those of the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
 
@@ -303,7 +332,7 @@ def _check_shapes(bundle: Bundle, part: GraphSpec, session: ort.InferenceSession
     for tensor in (*part.inputs, *part.outputs):
         if found[tensor.name] != list(tensor.shape):
             raise BundleError(
-                f"{bundle.path(part.file)}: {tensor.name} is {found[tensor.name]} where the manifest says "
+                f"{bundle.folder / part.file}: {tensor.name} is {found[tensor.name]} where the manifest says "
                 f"{list(tensor.shape)}: export the bundle again"
             )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
@@ -42,9 +41,11 @@ def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
     """
     static = bundle.manifest.static
     if static is not None:
-        return sum(_graph_bytes(bundle.path(part.file), rows, all_tensors) for part in static.decode.parts)
+        return sum(_graph_bytes(bundle, part.file, rows, all_tensors) for part in static.decode.parts)
     blocks = bundle.specialized is not None and bundle.specialized.decode_blocks
-    return _graph_bytes(bundle.graph_path("decode_blocks" if blocks else "decode"), rows, external_tensors)
+    return _graph_bytes(
+        bundle, bundle.manifest.graph("decode_blocks" if blocks else "decode").file, rows, external_tensors
+    )
 
 
 def cache_positions(bundle: Bundle, length: float) -> float:
@@ -53,13 +54,13 @@ def cache_positions(bundle: Bundle, length: float) -> float:
     return length if static is None else static.capacity
 
 
-def _graph_bytes(path: Path, rows: int, weights: Callable[[bytes], dict[str, Tensor]]) -> int:
+def _graph_bytes(bundle: Bundle, file: str, rows: int, weights: Callable[[bytes], dict[str, Tensor]]) -> int:
     """`weights` finds those of the initializers that are weights: static graphs may have theirs inside."""
     try:
-        model = path.read_bytes()
+        model = bundle.read(file)
         tensors, nodes = weights(model), _nodes(model)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}): export the bundle again") from None
+    except ValueError as error:
+        raise BundleError(f"{bundle.folder / file}: cannot be read ({error}): export the bundle again") from None
     read: dict[tuple[str, ...], float] = {}
     for node in nodes:
         for name in node.inputs:

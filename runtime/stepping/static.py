@@ -5,7 +5,6 @@ Devices that compile each shape anew want it so: each part of each graph sees on
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -125,7 +124,7 @@ class StaticGraphs(Graphs[SwappedCache]):
         if static is None:
             raise ValueError("there are no static graphs")
         # The working directory may be another one while graphs are opened.
-        self._bundle = dataclasses.replace(bundle, folder=bundle.folder.absolute())
+        self._bundle = bundle.absolute()
         self._static, self._settings = static, settings
         self.memory = memory_of(settings.provider)
         self.inputs = StaticInputs(bundle, static)

@@ -65,4 +65,5 @@ def fill_mask(mask: Array, count: int, start: int, window: int) -> None:
 
 def _mapped(bundle: Bundle, table: TableSpec) -> Array:
     dtype = np.dtype(table.dtype).newbyteorder("<")
-    return np.memmap(bundle.path(table.file), dtype, "r", table.offset, table.shape)
+    span = bundle.span(table.file)
+    return np.memmap(span.path, dtype, "r", span.offset + table.offset, table.shape)
