@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Special
 from satchel.runtime.memory import release_freed, use_one_arena
 from satchel.runtime.placement import RECORD, check_placement
 from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.weights_in_memory import hand_over_weights
 
 # dtype in the manifest -> type of a graph input or output in ONNX Runtime.
 TENSOR_TYPES = {
@@ -100,11 +102,16 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
 
 
 def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettings) -> ort.InferenceSession:
-    """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does."""
+    """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does.
+
+    The weights are given to the session as memory: a provider that compiles whole graphs gets them inside.
+    """
     _check_provider(bundle, settings)
     options = _basic_options(settings, key)
+    weights = hand_over_weights(bundle, part.file, options)
     _add_entries(options, _entries(part, settings), f"{bundle.folder / MANIFEST_NAME}: {key}")
     session = _open(bundle, part.file, options, settings)
+    weakref.finalize(session, weights.clear).atexit = False  # the session does not keep them itself
     _check_signature(bundle, part, session)
     _check_shapes(bundle, part, session)
     return session

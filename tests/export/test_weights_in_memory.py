@@ -34,8 +34,7 @@ def opened(bundle: Bundle, saved: Path, in_memory: bool) -> ort.InferenceSession
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(saved)
     _KEPT.extend(hand_over_weights(bundle, GRAPH, options) if in_memory else [])
-    session = ort.InferenceSession(bundle.path(GRAPH), options, providers=["CPUExecutionProvider"])
-    return session
+    return ort.InferenceSession(bundle.path(GRAPH), options, providers=["CPUExecutionProvider"])
 
 
 def test_the_graph_that_a_provider_gets_has_the_weights_inside(bundle: Bundle, tmp_path: Path) -> None:
