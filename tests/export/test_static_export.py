@@ -12,9 +12,12 @@ from support.exported import stored_weights
 from support.families import FAMILIES, VOCABULARY, logits_of, reference, save
 from support.static_graphs import Lowered, Stepper, graphs_of, in_float32, lowered, optimised, write_static
 
-from satchel.export import ExportConfig, ExportError, compile, export_bundle
+from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.recipes import load_recipe
 from satchel.graphs.cut import INLINE_LIMIT
+from satchel.runtime import cli
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.engine import Engine
 from satchel.runtime.proof.fidelity import log_softmax
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
@@ -48,7 +51,6 @@ def stepped(stepper: Stepper) -> NDArray[np.float32]:
 def test_weights_in_8_bits_come_close_and_are_half_the_size(
     tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile, "_self_check", lambda folder: None)
     name = "gemma2" if tied else "llama"
     family = FAMILIES[name]
     if tied:
@@ -134,8 +136,30 @@ def test_the_target_chooses_the_precision_and_the_context_the_lengths() -> None:
         ExportConfig(Path("bundle"), target="cann", prefill_lengths=(8, 64)).lengths(32)
 
 
-def test_a_recipe_with_blocks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "_self_check", lambda folder: None)
+def test_the_flag_takes_numbers_with_commas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(tmp_path), "-o", str(tmp_path / "bundle"), "--target", "cann", "--prefill-lengths"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "8,many"])
+    assert stop.value.code == 2
+    assert "give whole numbers with commas between them" in capsys.readouterr().err
+    assert cli.main([*command, "16,8"]) == 2
+    assert "--prefill-lengths 16,8" in capsys.readouterr().err
+
+
+def test_an_export_is_checked_and_measured_as_any_other(tmp_path: Path) -> None:
+    config = ExportConfig(tmp_path / "bundle", target="cann", max_context=64, prefill_lengths=LENGTHS)
+    manifest = export_bundle(save(FAMILIES["llama"], tmp_path / "checkpoint"), config)
+    assert manifest.certificate is not None
+    assert manifest.certificate.prefill.kl_mean < 1e-4
+    assert manifest.certificate.decode.kl_mean < 1e-4
+    bundle = open_bundle(config.output)
+    engine, stepper = Engine.open(bundle, threads=1), Stepper(config.output, manifest)
+    state = engine.new_state(len(IDS))
+    found = [engine.prefill(state, IDS[:13]).copy(), *(engine.decode(state, int(t)).copy() for t in IDS[13:])]
+    np.testing.assert_allclose(np.stack(found), stepped(stepper), atol=0.02 * np.abs(found).max())
+
+
+def test_a_recipe_with_blocks_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = realistic("llama", tmp_path)
     recipe = tmp_path / "blocks.toml"
     recipe.write_text('[[rule]]\nkinds = ["linear"]\nbits = 8\nblocks = [32]\nrounding = "nearest"\n')
