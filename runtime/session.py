@@ -5,11 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
@@ -19,6 +22,7 @@ from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Special
 from satchel.runtime.memory import release_freed, use_one_arena
 from satchel.runtime.placement import RECORD, check_placement
 from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.weights_in_memory import hand_over_weights
 
 # dtype in the manifest -> type of a graph input or output in ONNX Runtime.
 TENSOR_TYPES = {
@@ -59,6 +63,9 @@ ORT_ERRORS = (
 LOG_VERBOSE, LOG_FATAL = 0, 4
 
 PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+
+_weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
+"""The memory that a session was given its weights in; it must stay as long as the session."""
 
 _process_pool: int | None = None
 """Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
@@ -196,7 +203,9 @@ def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: Sess
     """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
     disabled = ["ConstantFolding"] if settings.lean else []
     path, choice = bundle.folder / name, settings.provider
+    weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
     session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    _weights[session] = weights
     check_placement(session, choice, path)
     return session
 
