@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
@@ -62,6 +64,9 @@ LOG_VERBOSE, LOG_FATAL = 0, 4
 
 PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
+_weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
+"""The memory that a session was given its weights in; it must stay as long as the session."""
+
 _process_pool: int | None = None
 """Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
 
@@ -102,16 +107,11 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
 
 
 def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettings) -> ort.InferenceSession:
-    """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does.
-
-    The weights are given to the session as memory: a provider that compiles whole graphs gets them inside.
-    """
+    """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does."""
     _check_provider(bundle, settings)
     options = _basic_options(settings, key)
-    weights = hand_over_weights(bundle, part.file, options)
     _add_entries(options, _entries(part, settings), f"{bundle.folder / MANIFEST_NAME}: {key}")
     session = _open(bundle, part.file, options, settings)
-    weakref.finalize(session, weights.clear).atexit = False  # the session does not keep them itself
     _check_signature(bundle, part, session)
     _check_shapes(bundle, part, session)
     return session
@@ -203,7 +203,9 @@ def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: Sess
     """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
     disabled = ["ConstantFolding"] if settings.lean else []
     path, choice = bundle.folder / name, settings.provider
+    weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
     session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    _weights[session] = weights
     check_placement(session, choice, path)
     return session
 

@@ -39,7 +39,7 @@ def hand_over_weights(bundle: Bundle, name: str, options: ort.SessionOptions) ->
     return arrays
 
 
-def _mapped(bundle: Bundle, tensor: onnx_wire.ExternalTensor) -> NDArray[np.generic]:
+def _mapped(bundle: Bundle, tensor: onnx_wire.Tensor) -> NDArray[np.generic]:
     if tensor.dtype not in NUMPY_TYPES:
         raise ValueError(f"{tensor.name} is of type {tensor.dtype}")
     dtype = np.dtype(NUMPY_TYPES[tensor.dtype])

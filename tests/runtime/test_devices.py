@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from support.tiny_bundle import LAYERS, MAX_CONTEXT, VOCABULARY, read_manifest, 
 from support.tiny_cuda_bundle import write_cuda_bundle
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
-from satchel.runtime.bundle import open_bundle
+from satchel.runtime import session
+from satchel.runtime.bundle import Bundle, open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import ProviderError, SatchelError, SatchelWarning
 from satchel.runtime.generation.generator import Generator
@@ -364,3 +367,28 @@ def test_the_device_number_is_that_of_the_options(cann: Device, tmp_path: Path) 
     engine.new_state(4)
     assert set(cann.values) == {("cann", 3)}
     assert cann.opened[0]["options"]["device_id"] == "3"
+
+
+def test_weights_are_handed_over_as_memory_that_stays_with_the_session(
+    cann: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[str] = []
+    kept: list[weakref.ref[np.ndarray]] = []
+    original = session.hand_over_weights
+
+    def noted(bundle: Bundle, name: str, options: ort.SessionOptions) -> list[np.ndarray]:
+        handed.append(name)
+        arrays = original(bundle, name, options)
+        kept.extend(weakref.ref(array) for array in arrays)
+        return arrays
+
+    monkeypatch.setattr(session, "hand_over_weights", noted)
+    bundle = open_bundle(write_static_bundle(tmp_path / "bundle"))
+    engine = Engine.open(bundle, "cann")
+    assert handed == [f"prefill-{length}-0.onnx" for length in LENGTHS] + ["decode-1-0.onnx"]
+    gc.collect()
+    assert len(kept) > 10
+    assert all(each() is not None for each in kept)
+    del engine
+    gc.collect()
+    assert not any(each() is not None for each in kept)

@@ -158,11 +158,8 @@ def record_device(monkeypatch: pytest.MonkeyPatch, name: str) -> Device:
     def opened(path: object, options: ort.SessionOptions, *, providers: Sequence[Any], **_: object) -> Session:
         return Session(device, path, options, providers)
 
-    real = ort.OrtValue
-
     def made(array: np.ndarray, kind: str = "cpu", number: int = 0) -> Value | ort.OrtValue:
-        # Weights are handed to a session in the host's memory.
-        return real.ortvalue_from_numpy(array) if kind == "cpu" else Value(device, array, kind, number)
+        return REAL_VALUE.ortvalue_from_numpy(array) if kind == "cpu" else Value(device, array, kind, number)
 
     monkeypatch.setattr(ort, "InferenceSession", opened)
     monkeypatch.setattr(ort, "OrtValue", SimpleNamespace(ortvalue_from_numpy=made))
