@@ -118,37 +118,3 @@ export function chunks(total, size = CHUNK) {
   }
   return spans;
 }
-
-/** Throws unless `encode`, from a text to ids, gives what the checkpoint's own tokenizer gave at export. */
-export function checkTokenizer(manifest, encode) {
-  for (const { text, ids } of manifest.tokenizer.corpus)
-    if (JSON.stringify(encode(text)) !== JSON.stringify(ids))
-      throw new Error(`this tokenizer encodes ${JSON.stringify(text)} otherwise than the model's own`);
-}
-
-/** Text of tokens as they come: `push` returns what is new, and holds back a character that is not whole yet. */
-export class TextStream {
-  #ids = [];
-  #shown = 0;
-
-  /** @param decode From token ids to text. */
-  constructor(decode) {
-    this.decode = decode;
-  }
-
-  push(id) {
-    this.#ids.push(id);
-    return this.#beyond(this.decode(this.#ids).replace(/\uFFFD+$/, ""));
-  }
-
-  /** What was held back. */
-  end() {
-    return this.#beyond(this.decode(this.#ids));
-  }
-
-  #beyond(text) {
-    const piece = text.slice(this.#shown);
-    this.#shown = Math.max(this.#shown, text.length);
-    return piece;
-  }
-}

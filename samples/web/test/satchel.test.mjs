@@ -1,8 +1,9 @@
-// satchel.js over a stand-in for ONNX Runtime: npm test, or node --test test/satchel.test.mjs (nothing to install)
+// satchel.js over a stand-in for ONNX Runtime, and tokenizer.js: npm test, or node --test test/satchel.test.mjs (nothing to install)
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Bundle, TextStream, checkManifest, checkTokenizer, chunks, largest, openBundle } from "../satchel.js";
+import { Bundle, checkManifest, chunks, largest, openBundle } from "../satchel.js";
+import { TextStream, allNumerals, checkTokenizer, openTokenizer } from "../tokenizer.js";
 
 const LAYER = { kv_heads: 2, key_dim: 3, value_dim: 5, past_key: "pk", past_value: "pv", present_key: "k", present_value: "v" };
 const MANIFEST = {
@@ -126,6 +127,18 @@ test("a tokenizer that encodes otherwise is refused", () => {
   const manifest = { tokenizer: { corpus: [{ text: "ab", ids: [1, 2] }] } };
   checkTokenizer(manifest, () => [1, 2]);
   assert.throws(() => checkTokenizer(manifest, () => [1, 3]), /"ab"/);
+});
+
+test("a bundle without a tokenizer.json is refused", async () => {
+  await assert.rejects(openTokenizer(null, { tokenizer: null }), /no tokenizer.json/);
+  await assert.rejects(openTokenizer(null, { tokenizer: { kind: "sentencepiece" } }), /no tokenizer.json/);
+});
+
+test("digits are all numerals", () => {
+  const split = (Regex) => ({ type: "Split", pattern: { Regex }, behavior: "Isolated", invert: false });
+  const before = { pre: [{ type: "Digits", individual_digits: true }, { type: "Digits", individual_digits: false }], n: null };
+  assert.deepEqual(allNumerals(before), { pre: [split("\\p{N}"), split("\\p{N}+")], n: null });
+  assert.deepEqual(allNumerals({ vocab: { type: 1, Digits: 2 } }), { vocab: { type: 1, Digits: 2 } });
 });
 
 test("text comes in whole characters", () => {
