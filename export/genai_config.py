@@ -18,11 +18,12 @@ def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] |
     """
     cache, facts = manifest.kv_cache, manifest.model
     sizes = {(layer.kv_heads, size) for layer in cache.layers for size in (layer.key_dim, layer.value_dim)}
-    if len(sizes) != 1 or cache.mode != "shared":
+    graphs = manifest.graphs
+    if len(sizes) != 1 or cache.mode != "shared" or graphs is None:
         return None
     ((kv_heads, head_dim),) = sizes
     decoder = {
-        "session_options": _session_options(manifest.graphs.prefill),
+        "session_options": _session_options(graphs.prefill),
         "head_size": head_dim,
         "hidden_size": checkpoint.fact("hidden_size") or kv_heads * head_dim,
         "num_attention_heads": checkpoint.fact("num_attention_heads") or kv_heads,
@@ -40,15 +41,15 @@ def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] |
             "present_value_names": "present.%d.value",
         },
     }
-    one_session = manifest.graphs.decode.session_of == "prefill"
+    one_session = graphs.decode.session_of == "prefill"
     if one_session:
-        decoder["filename"] = manifest.graphs.prefill.file
+        decoder["filename"] = graphs.prefill.file
     else:
         decoder["pipeline"] = [
-            {"prefill": _stage(manifest.graphs.prefill, prompt=True)},
-            {"decode": _stage(manifest.graphs.decode, prompt=False)},
+            {"prefill": _stage(graphs.prefill, prompt=True)},
+            {"decode": _stage(graphs.decode, prompt=False)},
         ]
-    model = {
+    model: dict[str, Any] = {
         "type": "decoder" if one_session else "decoder-pipeline",
         "vocab_size": facts.vocab_size,
         "context_length": facts.max_context,
