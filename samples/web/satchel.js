@@ -35,9 +35,8 @@ export function checkManifest(manifest) {
   if (manifest.format !== "satchel-bundle") throw new Error("manifest.json is not that of a satchel bundle");
   if (!VERSIONS.includes(manifest.version))
     throw new Error(`the bundle has version ${manifest.version}; this page reads ${VERSIONS.join(" and ")}`);
-  const { mode, dtype } = manifest.kv_cache;
-  if (mode !== "shared" || !(dtype in ARRAYS))
-    throw new Error(`a KV cache of ${dtype}, ${mode}, is not for this page: export for the target cpu`);
+  if (manifest.target !== "cpu" || !(manifest.kv_cache.dtype in ARRAYS))
+    throw new Error(`the bundle is for ${manifest.target}: export it for the target cpu`);
   return manifest;
 }
 

@@ -121,3 +121,8 @@ def test_caches_that_it_cannot_express_get_no_file(
         layers = [dataclasses.replace(layer, **changed) for layer in cache.layers[:count]]
         cache = dataclasses.replace(cache, layers=(*layers, *cache.layers[count:]))
     assert genai_config(opened, dataclasses.replace(manifest, kv_cache=cache)) is None
+
+
+def test_graphs_for_other_devices_get_no_file(opened: Checkpoint, tiny_bundle: Path) -> None:
+    manifest = Manifest.read(tiny_bundle / MANIFEST_NAME)
+    assert genai_config(opened, dataclasses.replace(manifest, target="cuda")) is None
