@@ -25,12 +25,13 @@ COUNT = 64
 TOLERANCE = 1e-5  # of the largest logit
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
+    "fp16": {"precision": "fp16"},
     "int8": {"precision": "int8"},
     "int4": {"precision": "int4"},
     "a8w8": {"precision": "a8w8"},
     "int8-cache": {"precision": "int4", "kv_cache": "int8"},
 }
-IN_ONE_SESSION = ("fp32", "int4", "a8w8")
+IN_ONE_SESSION = ("fp32", "fp16", "int4", "a8w8")
 
 
 @pytest.fixture(scope="module", params=FORMS)
