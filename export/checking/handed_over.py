@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -22,9 +23,28 @@ class NotOptimised(Exception):
 def read_graph(path: Path) -> onnx.ModelProto:
     """The file as it is, without the weights beside it. Raises BundleError where it is no ONNX graph."""
     try:
-        return onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, load_external_data=False)
     except DecodeError:
-        raise BundleError(f"{path}: not an ONNX graph: copy the bundle again, or export it again") from None
+        raise no_graph(path) from None
+    named = all(isinstance(text, str) for text in _texts(proto))
+    if not named or not all(node.output for node in proto.graph.node):
+        raise no_graph(path)
+    return proto
+
+
+def no_graph(path: Path) -> BundleError:
+    """The error for a file that holds no ONNX graph, or a broken one."""
+    return BundleError(f"{path}: not a sound ONNX graph: copy the bundle again, or export it again")
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[str]:
+    """The names in a graph; protobuf gives what is no UTF-8 as bytes."""
+    graph = proto.graph
+    yield graph.name
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        yield value.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
 
 
 def handed_over(graph: BundleGraph, manifest: Path) -> onnx.ModelProto:
@@ -47,7 +67,7 @@ def handed_over(graph: BundleGraph, manifest: Path) -> onnx.ModelProto:
             get_initializer_location_func=_place,
         )
         return onnx.load_model_from_string(compiler.compile_to_bytes())
-    except ORT_ERRORS as error:
+    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the latter where its message quotes what is no text
         if graph.name in FURTHER:
             raise NotOptimised("its weights are there when satchel specialize has made them") from None
         raise NotOptimised(" ".join(str(error).split())) from None

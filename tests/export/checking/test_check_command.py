@@ -224,14 +224,25 @@ def test_a_damaged_graph_is_refused(run: Run, bundle: Path) -> None:
     assert "damaged (its SHA-256 differs)" in error
 
 
-def test_a_file_that_is_no_graph_is_refused(run: Run, bundle: Path) -> None:
-    manifest, content = read_manifest(bundle), b"no graph at all"
+def damaged_graphs() -> dict[str, bytes]:
+    whole = product(*DEQUANTIZED).SerializeToString()
+    return {
+        "text": b"no graph at all",
+        "cut short": whole[: len(whole) // 2],
+        "a name that is no text": whole.replace(b"product", b"prod\xffct"),
+        "a type that there is none of": product(*DEQUANTIZED).SerializeToString().replace(b"\x08\x0a", b"\x08\x7a"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_graphs())
+def test_a_file_that_is_no_graph_is_refused(run: Run, bundle: Path, name: str) -> None:
+    manifest, content = read_manifest(bundle), damaged_graphs()[name]
     (bundle / "decode.onnx").write_bytes(content)
     manifest["files"]["decode.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(bundle, manifest)
-    code, _, error = run(bundle, "--provider", "cpu")
-    assert code == 2
-    assert "not an ONNX graph" in error
+    code, output, error = run(bundle, "--provider", "cpu")
+    assert (code, output) == (2, "")
+    assert "not a sound ONNX graph" in error
 
 
 def test_a_session_entry_that_is_not_for_a_bundle_is_refused(run: Run, bundle: Path) -> None:
