@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="P",
         default=ExportConfig.precision,
-        help=f"how weights and activations are stored: {', '.join(PRECISIONS)} (default fp32, for cann fp16)",
+        help=f"how weights and activations are stored: {', '.join(PRECISIONS)} (default fp32; for other targets fp16)",
     )
     parser.add_argument(
         "--kv-cache",

@@ -36,7 +36,7 @@ from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe
 from satchel.graphs.targets import TARGETS
-from satchel.graphs.values import INTERNAL
+from satchel.graphs.values import INTERNAL, nodes
 from satchel.runtime.manifest import Manifest
 
 
@@ -129,9 +129,10 @@ def lower(
     check_sound(normal, checkpoint.name, checkpoint.layers)
     marks = () if recipe is None else (Step(assign(recipe)),)
     common, fused = pipeline.run(normal, (*marks, *target.fuse))
-    left = [refusal.reason for done in fused if done.name == "expand_attention" for refusal in done.refusals]
+    left = {str(node.name) for node in nodes(common, "Attention", INTERNAL)}
+    reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
     if left:
-        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {left[0]}")
+        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {reasons[-1]}")
     if any(node.domain == INTERNAL for node in common.graph):
         raise ExportError(
             f"{checkpoint.name}: its mixtures of experts have no form on --target {config.target}: choose --target cpu"

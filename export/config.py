@@ -11,8 +11,12 @@ from satchel.export.errors import ExportError
 FLOAT_PRECISIONS = ("fp32", "fp16")
 PRECISIONS = (*FLOAT_PRECISIONS, "a16w8", "a16w4", "a8w8", "int8", "int4")
 KV_CACHES = ("float", "int8")
-TARGETS = ("cpu", "cann")
-TARGET_PRECISIONS = {"cpu": PRECISIONS, "cann": ("fp16", "a16w8")}
+TARGETS = ("cpu", "cuda", "cann")
+TARGET_PRECISIONS = {
+    "cpu": PRECISIONS,
+    "cuda": ("fp16", "a16w8", "a16w4", "int8", "int4"),
+    "cann": ("fp16", "a16w8"),
+}
 """What each target's operators can express; the first is the default."""
 
 STATIC_TARGETS = ("cann",)
@@ -20,6 +24,12 @@ STATIC_TARGETS = ("cann",)
 
 PREFILL_LENGTHS = (32, 128, 512)
 """Tokens of a chunk for which a static target has a prefill graph, as far as the context allows."""
+
+NOT_POSSIBLE = {
+    ("cuda", "fp32"): "its attention (GroupQueryAttention) has no float32 kernel",
+    ("cuda", "a8w8"): "it has no kernel that multiplies int8 by int8",
+}
+"""Why a precision is not among those of a target, where there is more to say."""
 
 DEFAULT_CONTEXT = 4096
 """The largest context that is chosen without being asked for, in positions."""
@@ -31,8 +41,8 @@ class ExportConfig:
 
     Attributes:
         output: The bundle's folder.
-        precision: fp32; fp16, computed with in float32; or a quantised form, by the recipe of that name. Empty for the
-            target's own: fp32, and fp16 for cann, whose arithmetic is float16 as well.
+        precision: fp32; fp16, which the CPU computes with in float32; or a quantised form, by the recipe of that name.
+            Empty for the target's own, the first of TARGET_PRECISIONS.
         kv_cache: How the KV cache is stored: float or int8.
         recipe: A recipe in place of the precision's own: a TOML file, or the name of one that ships.
         calibrate: A text to calibrate on in place of the one that ships.
@@ -67,8 +77,8 @@ class ExportConfig:
         if not self.precision and self.target in TARGETS:
             object.__setattr__(self, "precision", TARGET_PRECISIONS[self.target][0])
         for option, value, allowed in (
-            ("precision", self.precision, PRECISIONS),
             ("target", self.target, TARGETS),
+            ("precision", self.precision, PRECISIONS),
             ("kv-cache", self.kv_cache, KV_CACHES),
         ):
             if value not in allowed:
@@ -90,8 +100,10 @@ class ExportConfig:
         """Check what depends on the target. Raises ExportError."""
         possible = TARGET_PRECISIONS[self.target]
         if self.precision not in possible:
+            reason = NOT_POSSIBLE.get((self.target, self.precision))
             raise ExportError(
-                f"--precision {self.precision} has no form on --target {self.target}: choose {' or '.join(possible)}"
+                f"--precision {self.precision} has no form on --target {self.target}"
+                f"{f', as {reason}' if reason else ''}: choose {' or '.join(possible)}"
             )
         lengths = self.prefill_lengths
         if not self.static:

@@ -11,6 +11,7 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
+TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
 POSITIONS = "positions"
 """The value that derive_positions puts in the place of the input `position_ids`."""
 

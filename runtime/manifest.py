@@ -31,6 +31,14 @@ id; `cache_rows` [1, 1, capacity, 1] bool, the positions that the new tokens are
 int64, which new token goes there, any elsewhere (where tokens > 1); `last_token` [1] int64, the index of the last token
 that is no padding (where tokens > 1 and only its logits are wanted)."""
 
+TOP_IDS, TOP_LOGITS = TOP_OUTPUTS = ("top_ids", "top_logits")
+"""What a graph may give beside its logits, both or neither: its most likely tokens, the most likely first, as ids int64
+and logits float32, both [batch, 1, k]."""
+
+FULL_MASK = "capacity"
+"""The length of an `attention_mask` that covers the whole cache, with ones for the tokens that are there and zeros
+behind them; any other name stands for a mask that ends with the last token."""
+
 TOKENIZER_KINDS = ("tokenizer.json", "sentencepiece")
 
 
@@ -103,6 +111,12 @@ class GraphSpec:
     session_of: str | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def top_tokens(self) -> int:
+        """How many of the most likely tokens the graph itself chooses, as `TOP_OUTPUTS`; 0 for none."""
+        found = [tensor.shape[-1] for tensor in self.outputs if tensor.name == TOP_IDS]
+        return found[0] if found and isinstance(found[0], int) else 0
 
 
 @dataclass(frozen=True)
@@ -285,6 +299,12 @@ class Manifest:
         document = {"format": self.FORMAT, "version": self.VERSION, "digest": None, **body}
         return {**document, "digest": manifest_digest(document)}
 
+    @property
+    def has_fixed_mask(self) -> bool:
+        """Whether the decode graph takes a mask of the cache's whole length, so that its shapes never change."""
+        inputs = () if self.graphs is None else self.graphs.decode.inputs
+        return any(tensor.name == "attention_mask" and tensor.shape[-1:] == (FULL_MASK,) for tensor in inputs)
+
     def graph(self, phase: str) -> GraphSpec:
         """The graph of a phase, or one of `FURTHER`. Raises BundleError where there is none."""
         if self.graphs is None:
@@ -353,8 +373,23 @@ def _check_graph(manifest: Manifest, phase: str) -> None:
     found = {tensor.name for tensor in graph.inputs}
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
     wanted = {"logits", *(name for layer in layers for name in (layer.present_key, layer.present_value))}
-    found = {tensor.name for tensor in graph.outputs}
+    chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
+    found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
     _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+    if chosen:
+        _check_chosen(f"{key}.outputs", phase, chosen, manifest.model.vocab_size)
+
+
+def _check_chosen(key: str, phase: str, chosen: list[TensorSpec], vocabulary: int) -> None:
+    """Both outputs, for the one token that a graph gives logits of, of one number of tokens and the right types."""
+    names = sorted(tensor.name for tensor in chosen)
+    _check(names == sorted(TOP_OUTPUTS) and phase in ("prefill", "decode"), key, names, "both of them, or neither")
+    for tensor in chosen:
+        dtype, count = "int64" if tensor.name == TOP_IDS else "float32", tensor.shape[-1]
+        _check(tensor.dtype == dtype, f"{key}.{tensor.name}.dtype", tensor.dtype, dtype)
+        fits = len(tensor.shape) == 3 and tensor.shape[1] == 1 and isinstance(count, int) and 1 <= count <= vocabulary
+        _check(fits, f"{key}.{tensor.name}.shape", tensor.shape, "[batch, 1, a number of tokens]")
+    _check(chosen[0].shape == chosen[1].shape, key, [tensor.shape for tensor in chosen], "of one shape")
 
 
 def _check_static(manifest: Manifest, static: StaticGraphs) -> None:

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.graph_file import graph_file
 from satchel.runtime.manifest import MANIFEST_NAME, Specialized, TensorSpec
 from satchel.runtime.memory import release_freed, use_one_arena
 
@@ -88,14 +89,15 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     Raises ProviderError for a provider that is unknown or not on this machine, and BundleError when the graph does not
     load, or has other inputs and outputs than the manifest says.
     """
-    path = bundle.graph_path(phase)
+    name = bundle.manifest.graph(phase).file
     options = _session_options(bundle, phase, settings)
     provider = _provider(settings.provider)
     made = _specialised(bundle, settings)
     if made is not None and phase in made.graphs:
-        path = bundle.path(made.graphs[phase])
+        name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-    session = _open(path, options, provider, ["ConstantFolding"] if settings.lean else [])
+    graph, disabled = graph_file(bundle, name, options), ["ConstantFolding"] if settings.lean else []
+    session = _open(graph, options, provider, disabled, bundle.folder / name)
     _check_signature(bundle, phase, session)
     return session
 
@@ -158,7 +160,7 @@ def save_optimised(
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(key, value)
-    _open(graph, options, _provider(settings.provider), [])
+    _open(graph, options, _provider(settings.provider), [], graph)
 
 
 def share_thread_pool(threads: int | None = None) -> None:
@@ -181,15 +183,17 @@ def share_thread_pool(threads: int | None = None) -> None:
         )
 
 
-def _open(path: Path, options: ort.SessionOptions, provider: str, disabled: list[str]) -> ort.InferenceSession:
+def _open(
+    graph: Path | bytes, options: ort.SessionOptions, provider: str, disabled: list[str], name: Path
+) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(
-            path, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
+            graph, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
         )
     except ORT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise BundleError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
+            f"{name}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
             "export the bundle again, or use the ONNX Runtime named in its manifest"
         ) from None
 
@@ -285,7 +289,7 @@ def _check_signature(bundle: Bundle, phase: str, session: ort.InferenceSession) 
         differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
         if differing:
             raise BundleError(
-                f"{bundle.graph_path(phase)}: its {side} are not those of the manifest "
+                f"{bundle.folder / graph.file}: its {side} are not those of the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
 

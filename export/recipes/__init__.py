@@ -14,7 +14,7 @@ from satchel.graphs.recipe import Recipe, RecipeError, parse_recipe
 
 FOLDER = Path(__file__).resolve().parent
 
-TARGET_RECIPES = {("cann", "a16w8"): "a16w8-channel"}
+TARGET_RECIPES = {("cann", "a16w8"): "a16w8-channel", ("cuda", "int8"): "a16w8"}
 """By target and precision: the recipe where the one that is called after the precision has no form there."""
 
 

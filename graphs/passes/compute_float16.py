@@ -58,12 +58,20 @@ class _Half:
         for output in list(self.model.graph.outputs):
             if output.name == signature.LOGITS and self.types[output] == HALF:
                 self._widen_logits(output)
+        if self.report.count:
+            self._say_types()
 
     def _retype(self, value: ir.Value) -> None:
         # A new type object: the clone shares those of the model that it was made from.
         value.type = ir.TensorType(HALF)
         self.types[value] = HALF
         self.report.count += 1
+
+    def _say_types(self) -> None:
+        """Write down all types that are known: whether a device has a kernel for a node depends on them."""
+        for value, dtype in self.types.items():
+            if value.type is None and dtype is not None:
+                value.type = ir.TensorType(dtype)
 
     def _node(self, node: ir.Node) -> None:
         if node.op_type == "Cast":

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # files that do not fit are replaced
-        bundle = open_bundle(args.bundle, progress=not args.quiet)
+        bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
 
     def say(line: str) -> None:
         if not args.quiet:

@@ -74,16 +74,18 @@ class Generator:
         prefix_mib: int = PREFIX_MIB,
         verbose: bool = False,
         progress: bool = False,
+        require_signature: str | Path | None = None,
     ) -> Generator:
-        """Open a bundle folder.
+        """Open a bundle, a folder or a packed file.
 
         `threads` None means one per physical core; `max_context` (positions) None means the bundle's own and may only
         lower it; `prefix_mib` (MiB) is how much memory keys and values of what was seen may take, for prompts that
         begin alike; `verbose` shows ONNX Runtime's log, `progress` what goes on while a large bundle is first
-        checked, and while it is opened, on a terminal's standard error.
+        checked, and while it is opened, on a terminal's standard error; `require_signature` is the file of a public
+        key with whose private key the bundle must be signed.
         Raises BundleError, ProviderError, and PromptError for a `max_context` that the bundle does not allow.
         """
-        bundle = open_bundle(path, progress=progress)
+        bundle = open_bundle(path, progress=progress, require_signature=require_signature)
         limit = bundle.manifest.model.max_context
         if max_context is not None and not 1 <= max_context <= limit:
             raise PromptError(f"--max-context {max_context}: this bundle allows 1 to {limit}")

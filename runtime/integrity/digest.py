@@ -15,9 +15,9 @@ TIMINGS = "speed"
 def manifest_digest(document: dict[str, Any]) -> str:
     """The digest of a manifest, parsed JSON as it is in the file, as 64 hex digits.
 
-    It is the SHA-256 of the canonical JSON of all but `UNCOVERED` and `certificate.speed`: keys sorted by code point, no
-    spaces, UTF-8, numbers as Python writes them (whole ones without a point, others with the fewest digits that read
-    back the same). Raises ValueError where a string is no text.
+    It is the SHA-256 of the canonical JSON of all but `UNCOVERED` and `certificate.speed`: keys sorted by code point,
+    no spaces, UTF-8, numbers as Python writes them (whole ones without a point, others with the fewest digits that
+    read back the same). Raises ValueError where a string is no text.
     """
     import hashlib  # as in hash_memory
 

@@ -65,7 +65,9 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificat
         skip=min(Window.SKIP, length // 8),
         decode_windows=None if quantised else FLOAT_DECODE_WINDOWS,
     )
-    return certificate if lean else dataclasses.replace(certificate, speed=_speed(engine, manifest))
+    if lean or manifest.target != "cpu":  # how fast the CPU is says nothing of another device
+        return certificate
+    return dataclasses.replace(certificate, speed=_speed(engine, manifest))
 
 
 def _speed(engine: Engine, manifest: Manifest) -> Speed | None:

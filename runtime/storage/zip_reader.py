@@ -71,7 +71,7 @@ def _central(file: BinaryIO, size: int) -> tuple[list[_Entry], int]:
 
 
 def _end(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Number of entries, length of the central directory, and where it starts; it must end where these records begin."""
+    """Number of entries, length and start of the central directory, which must end where these records begin."""
     position = size - form.END.size
     _require(position >= 0, "it is too short")
     magic, disk, first, here, count, length, start, comment = form.END.unpack(_at(file, position, form.END.size))
@@ -81,10 +81,10 @@ def _end(file: BinaryIO, size: int) -> tuple[int, int, int]:
         position -= form.LOCATOR_64.size + form.END_64.size
         _require(position >= 0, "it is too short")
         magic, disk, place, disks = form.LOCATOR_64.unpack(_at(file, position + form.END_64.size, form.LOCATOR_64.size))
-        found = (magic, disk, place, disks)
-        _require(found == (form.LOCATOR_64_MAGIC, 0, position, 1), "its Zip64 locator points elsewhere")
-        found = form.END_64.unpack(_at(file, position, form.END_64.size))
-        magic, rest, _, _, disk, first, here, wide_count, wide_length, wide_start = found
+        there = (magic, disk, place, disks) == (form.LOCATOR_64_MAGIC, 0, position, 1)
+        _require(there, "its Zip64 locator points elsewhere")
+        fields = form.END_64.unpack(_at(file, position, form.END_64.size))
+        magic, rest, _, _, disk, first, here, wide_count, wide_length, wide_start = fields
         _require(magic == form.END_64_MAGIC and rest == form.END_64.size - 12, "its Zip64 end is another")
         _require((disk, first, here) == (0, 0, wide_count), "it is in several parts")
         for narrow, wide, most in (

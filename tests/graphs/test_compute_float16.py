@@ -194,7 +194,7 @@ def test_a_graph_of_whole_numbers_is_left_alone() -> None:
 
 def test_activations_in_8_bits_are_an_error() -> None:
     text = "(float[2,8] x) => (float[2,8] y) <float one = {1.0}> { q = QuantizeLinear(x, one) y = Cast<to = 1>(q) }"
-    with pytest.raises(PassError, match="QuantizeLinear.*activations in 8 bits"):
+    with pytest.raises(PassError, match=r"QuantizeLinear.*activations in 8 bits"):
         compute_float16(build(text))
 
 

@@ -102,7 +102,7 @@ class Stepper:
             self.cache[layer.past_value] = np.full((1, layer.kv_heads, capacity, layer.value_dim), -9, dtype)
 
     def step(self, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Feed up to as many ids as the graph takes; logits of the last one, or of all for score: [rows, vocabulary]."""
+        """Feed up to as many ids as the graph takes; logits of the last one, for score of all: [rows, vocabulary]."""
         graph, count, capacity = graphs_of(self.manifest)[name], len(ids), self.static.capacity
         padded = np.zeros(graph.tokens, np.int64)
         padded[:count] = ids
