@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,3 +257,15 @@ def test_a_page_that_cannot_be_written_is_refused_first(run: Run, bundle: Path, 
     code, output, error = run(bundle, "--provider", "cpu", "--html", tmp_path)
     assert (code, output) == (2, "")
     assert "this is a folder" in error
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnx_ir"])
+def test_a_missing_package_says_what_to_install(
+    run: Run, bundle: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("satchel.export.checking", "satchel.graphs"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, output, error = run(bundle, "--provider", "cpu")
+    assert (code, output) == (2, "")
+    assert "is not installed: pip install 'satchel[export]'" in error
