@@ -106,7 +106,7 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
     except ir.serde.SerdeError:
         raise no_graph(graph.path) from None
     try:
-        optimised = handed_over(graph, bundle.folder / MANIFEST_NAME)
+        optimised = handed_over(graph, bundle.folder / MANIFEST_NAME, None if provider.name == "cpu" else file_view)
     except NotOptimised as error:
         note = str(error)
     view = file_view if note else GraphView(typed_model(optimised, known), graph.phase, provider.kernels)

@@ -128,6 +128,23 @@ def test_float16_is_judged_without_the_casts_that_a_cpu_needs(run: Run, bundle: 
     assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P04", "product")]
 
 
+@pytest.mark.parametrize(("provider", "nodes"), [("cann", 2), ("cuda", 2), ("cpu", 6)])
+def test_an_operator_that_the_cpu_has_to_expand_is_whole_for_other_providers(
+    run: Run, bundle: Path, provider: str, nodes: int
+) -> None:
+    softmax = helper.make_node("Softmax", ["a"], ["y"], "softmax", axis=-1)
+    weight = numpy_helper.from_array(np.ones((8, 4), np.float16), "v")
+    model = product(helper.make_node("MatMul", ["x", "v"], ["a"], "scores"), softmax)
+    model.graph.initializer.append(weight)
+    put_graph(bundle, "decode", model)
+    _, output, _ = run(bundle, "--provider", provider, "--json")
+    graph = graph_of(output, "decode")
+    assert graph["optimised"]
+    assert graph["nodes"] == nodes
+    if provider != "cpu":
+        assert [place["rule"] for place in graph["findings"]] == []
+
+
 def test_warnings_count_when_they_are_asked_to(run: Run, bundle: Path) -> None:
     model = product(*DEQUANTIZED)
     put_graph(bundle, "decode", model, {"session.disable_quant_qdq": "1"})
