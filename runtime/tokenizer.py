@@ -211,7 +211,7 @@ def _check_unicode(text: str) -> None:
 def _from_tokenizers(error: BaseException) -> bool:
     """Whether the tokenizers library raised this over a file: it has no errors of its own.
 
-    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, where it did not foresee something.
+    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, for what it did not foresee.
     """
     return type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"
 

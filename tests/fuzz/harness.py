@@ -31,6 +31,9 @@ GOOD = ("ran", "refused", "died")
 """Endings that are allowed; a death is of ONNX Runtime, whose parser is not ours, and is listed."""
 
 
+DEATHS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a mutant ended: one of `GOOD`, or what went wrong; `said` is the end of its standard error."""
