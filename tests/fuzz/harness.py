@@ -102,6 +102,7 @@ def run_child(trial: Trial, place: Path) -> tuple[str, str]:
     if child == 0:
         code = ESCAPED
         try:
+            os.setsid()
             code = _in_child(trial, place)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else ESCAPED
@@ -134,7 +135,6 @@ def judge(status: int | None, said: str) -> str:
 
 
 def _in_child(trial: Trial, place: Path) -> int:
-    os.setsid()
     for name, flags in (("stdout", 1), ("stderr", 2)):
         descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, flags)
