@@ -1,4 +1,4 @@
-# make demo | test | fuzz | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-web | fuzz | lint | types | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,11 @@ PROMPT ?= The capital of France is
 MUTANTS ?= 5000
 SEED ?= 0
 
-.PHONY: demo test fuzz lint types clean
+# samples/web in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
+WEB_SAMPLES := samples/web samples/node
+WEB_BUNDLES := $(BUNDLE) out/smollm2-int8 out/smollm2-int4
+
+.PHONY: demo test test-web fuzz lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -26,6 +30,14 @@ test: $(VENV)/.dev | $(MODEL)
 fuzz: $(VENV)/.dev
 	cd tests && ../$(BIN)/python -m fuzz --mutants $(MUTANTS) --seed $(SEED)
 
+ifeq ($(and $(shell command -v node),$(shell command -v npm)),)
+test-web:
+	@echo "test-web is skipped: node (20.11 or newer) and npm are not installed"
+else
+test-web: $(VENV)/.dev $(WEB_SAMPLES:%=%/node_modules/.package-lock.json) | $(WEB_BUNDLES:%=%/manifest.json)
+	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -rP tests/integration/test_web.py
+endif
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +49,7 @@ types: $(VENV)/.dev
 	MYPYPATH=build/types $(BIN)/mypy --package satchel.runtime --package satchel.graphs --package satchel.export
 
 clean:
+	rm -rf $(WEB_SAMPLES:%=%/node_modules)
 	rm -rf build out .mypy_cache .pytest_cache .ruff_cache satchel.egg-info $(VENV)
 
 $(VENV)/bin/python:
@@ -66,3 +79,11 @@ $(MODEL): | $(VENV)/bin/python
 
 $(BUNDLE)/manifest.json: | $(VENV)/.export $(MODEL)
 	$(BIN)/satchel export $(MODEL) --output $(BUNDLE)
+
+out/smollm2-%/manifest.json: | $(VENV)/.export $(MODEL)
+	$(BIN)/satchel export $(MODEL) --output $(@D) --precision $*
+
+%/node_modules/.package-lock.json: %/package-lock.json
+	@echo "installing the packages of $*"
+	@cd $* && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@

@@ -45,9 +45,10 @@ ALLOWED_CONFIG = (
     "mlas.enable_gemm_fastmath_arm64_bfloat16",
 )
 
-# ONNX Runtime's exceptions have no base class of their own.
+# ONNX Runtime's exceptions have no base class of their own; one that names what is no UTF-8 becomes another error.
 ORT_ERRORS = (
     RuntimeError,
+    UnicodeDecodeError,
     ort_errors.EPFail,
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -98,7 +99,10 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
     graph, disabled = graph_file(bundle, name, options), ["ConstantFolding"] if settings.lean else []
     session = _open(graph, options, provider, disabled, bundle.folder / name)
-    _check_signature(bundle, phase, session)
+    try:
+        _check_signature(bundle, phase, session)
+    except UnicodeDecodeError:
+        raise BundleError(f"{bundle.folder / name}: a name in it is no UTF-8: export the bundle again") from None
     return session
 
 

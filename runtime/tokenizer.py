@@ -150,7 +150,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             model = path.read_bytes() if content is None else content
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)  # the constructor takes no bytes for no model
         except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last where a piece in a message is no text
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()

@@ -105,7 +105,8 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
     known = list(proto.graph.value_info)
     file_view = GraphView(typed_model(proto), graph.phase, provider.kernels)
     view = file_view if note else GraphView(typed_model(optimised, known), graph.phase, provider.kernels)
-    findings, settled = [], {}
+    findings: list[Found] = []
+    settled: dict[str, int] = {}
     for rule in provider.rules:
         found = list(rule.check(file_view if rule.of_file else view))
         findings += [_found(rule, finding) for finding in found]

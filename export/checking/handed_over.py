@@ -46,7 +46,7 @@ def handed_over(graph: BundleGraph, manifest: Path) -> onnx.ModelProto:
             graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
             get_initializer_location_func=_place,
         )
-        return onnx.ModelProto.FromString(compiler.compile_to_bytes())
+        return onnx.load_model_from_string(compiler.compile_to_bytes())
     except ORT_ERRORS as error:
         if graph.name in FURTHER:
             raise NotOptimised("its weights are there when satchel specialize has made them") from None

@@ -14,6 +14,7 @@ from satchel.runtime.plain_text import columns, printable
 
 TEMPLATE = "check.html.jinja"
 SHOWN_OPERATORS = 4
+SHOWN_KINDS = 3
 SHOWN_PLACES = 1000
 """Places of a rule that a page lists; a graph may have thousands."""
 
@@ -117,9 +118,9 @@ def _title(result: CheckResult) -> str:
 def _graph_rows(result: CheckResult) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("graph", "file", "nodes", "taken", "CPU by choice", "not taken")]
     for graph in result.graphs:
-        refused = ", ".join(f"{count:,} {operator}" for operator, count in list(graph.refused.items())[:3])
-        more = len(graph.refused) - 3
-        text = refused + (f" and {more} more operators" if more > 0 else "")
+        kinds = [f"{count:,} {operator.partition('::')[2] or operator}" for operator, count in graph.refused.items()]
+        more = len(kinds) - SHOWN_KINDS
+        text = ", ".join(kinds[:SHOWN_KINDS]) + (f" and {more} more" if more > 0 else "")
         if not graph.taken and graph.nodes and result.provider == "cann":
             text = f"the whole graph{': ' if text else ''}{text}"
         row = (graph.graph, graph.file, f"{graph.nodes:,}", f"{graph.taken:,}", f"{graph.host:,}", text or "-")

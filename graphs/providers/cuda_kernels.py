@@ -27,7 +27,8 @@ def version_has_kernel(view: GraphView) -> Iterator[Finding]:
 def types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """Every operator has a kernel for its types, those with a rule of their own apart."""
     for node in view.nodes:
-        if node.op_type not in QDQ + NARROW and view.fits[node].match is Match.NO_TYPE:
+        special = node.op_type in QDQ + NARROW or excluded(node) is not None
+        if not special and view.fits[node].match is Match.NO_TYPE:
             yield at(node, view.fits[node].detail)
 
 
@@ -49,7 +50,7 @@ def not_excluded(view: GraphView) -> Iterator[Finding]:
     """No node has a form that the provider leaves out although a kernel matches."""
     for node in view.nodes:
         reason = excluded(node)
-        if reason is not None and view.fits[node].match in (Match.FITS, Match.UNVERIFIED):
+        if reason is not None and view.fits[node].match not in (Match.NO_KERNEL, Match.NO_VERSION):
             yield at(node, reason)
 
 

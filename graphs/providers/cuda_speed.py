@@ -6,29 +6,27 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.providers.facts import VERSIONS
 from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, of_type, operand
 
 FLOW = ("If", "Loop", "Scan")
 PRODUCTS = ("MatMul", "Gemm")
+CACHE_RANK = 4
 SCATTERS = ("ScatterND", "ScatterElements", "TensorScatter")
+FEW_BITS = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
-STEADY = (signature.BATCH, signature.CAPACITY)
-"""Dimensions that a cache has once for all steps."""
-
-
 def decode_has_fixed_shapes(view: GraphView) -> Iterator[Finding]:
-    """Decode's inputs have shapes of numbers, or as their cache has them: the same at each step."""
+    """Decode's inputs have shapes of numbers, or of sizes that are chosen once, with the cache's buffers."""
     if view.phase != "decode":
         return
+    chosen = _sizes_of_caches(view)
     for value in view.model.graph.inputs:
-        sizes = [size.value for size in (value.shape or ()) if not isinstance(size, int)]
-        names = [str(name) for name in sizes if name not in STEADY]
-        if names or value.shape is None:
-            yield Finding(f"input {value.name}: {', '.join(names) or 'its shape'} varies")
+        sizes = [str(size.value) for size in (value.shape or ()) if not isinstance(size, int)]
+        growing = [size for size in sizes if size not in chosen]
+        if growing or value.shape is None:
+            yield Finding(f"input {value.name}: {', '.join(growing) or 'its shape'} may differ from token to token")
 
 
 def decode_has_no_control_flow(view: GraphView) -> Iterator[Finding]:
@@ -52,7 +50,8 @@ def weights_are_fused(view: GraphView) -> Iterator[Finding]:
     """Every weight in few bits has the form that becomes MatMulNBits; others are made float again in each run."""
     old = view.kernels is not None and view.kernels.name.endswith(VERSIONS[0])
     for node in of_type(view, "DequantizeLinear"):
-        if is_constant(node.inputs[0]):
+        codes = node.inputs[0]
+        if codes is not None and is_constant(codes) and codes.dtype is not None and codes.dtype.name in FEW_BITS:
             reason = _not_fused(node, old)
             if reason is not None:
                 yield at(node, reason)
@@ -67,6 +66,14 @@ def cache_read_after_write(view: GraphView) -> Iterator[Finding]:
         for use in past.uses():
             if use.node is not node:
                 yield at(use.node, f"it reads {past.name}, which {node.name or node.op_type} writes in place")
+
+
+def _sizes_of_caches(view: GraphView) -> set[str]:
+    """Names of sizes of the KV cache, [batch, heads, length, width], where an output has the same shape."""
+    graph = view.model.graph
+    outputs = [value.shape for value in graph.outputs if value.shape is not None]
+    caches = [value.shape for value in graph.inputs if value.shape is not None and len(value.shape) == CACHE_RANK]
+    return {str(size.value) for shape in caches if shape in outputs for size in shape if not isinstance(size, int)}
 
 
 def _not_fused(dequantise: ir.Node, old: bool) -> str | None:

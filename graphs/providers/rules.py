@@ -24,7 +24,7 @@ CANN = (
     ),
     Rule(
         "C03", ERROR, "the parser has no entry for an operator",
-        "the first run ends with error E16002; where released parsers alone lack it, which had closed parts, it may work",
+        "the first run ends with error E16002, or may not where only released parsers lack it, which have closed parts",
         FOR_CANN + ", or express it by operators that have one", cann_parser.parser_entry,
     ),
     Rule(
@@ -163,8 +163,9 @@ CUDA = (
         "each token waits for it, and a CUDA graph cannot hold it", FOR_CUDA, cuda_kernels.no_copies_in_decode,
     ),
     Rule(
-        "U11", WARNING, "decode has shapes that vary",
-        "a CUDA graph is recorded for fixed shapes and addresses", FOR_CUDA, cuda_speed.decode_has_fixed_shapes,
+        "U11", WARNING, "decode has shapes that grow",
+        "a CUDA graph is recorded for fixed shapes and addresses; sizes chosen with the cache's buffers are fixed",
+        FOR_CUDA, cuda_speed.decode_has_fixed_shapes,
     ),
     Rule(
         "U12", WARNING, "decode has control flow",
@@ -178,7 +179,8 @@ CUDA = (
     Rule(
         "U14", WARNING, "a weight in few bits is made float in each run",
         "it has not the form that ONNX Runtime turns to MatMulNBits",
-        "feed it to one MatMul, straight, with scales for each output or for blocks of its inputs", cuda_speed.weights_are_fused,
+        "feed it to one MatMul, straight, with scales for each output or for blocks of its inputs",
+        cuda_speed.weights_are_fused,
     ),
     Rule(
         "U15", WARNING, "a cache is read beside its write",
