@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,15 +28,18 @@ from satchel.export.soundness import check_sound
 from satchel.export.stages import Stages, skipped_stages
 from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
 from satchel.export.texts import open_texts
+from satchel.export.threads import fixed_threads
 from satchel.export.trace import trace
+from satchel.export.user_passes import open_passes
 from satchel.graphs import pipeline
 from satchel.graphs.assign import assign
 from satchel.graphs.contract import PassError
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe
-from satchel.graphs.targets import TARGETS
+from satchel.graphs.targets import PHASES, PLAIN, TARGETS
 from satchel.runtime.manifest import Manifest
+from satchel.runtime.session import check_loads
 
 
 def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *, progress: bool = False) -> Manifest:
@@ -52,6 +56,13 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     Raises:
         ExportError: The checkpoint or an option cannot be used; nothing is left behind.
     """
+    with fixed_threads():
+        return _export(source, config, progress)
+
+
+def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress: bool) -> Manifest:
+    config = dataclasses.replace(config, passes=open_passes(config.passes))
+    check_loads(config.custom_ops)
     recipe = recipe_of(config)
     stages = Stages(progress, skipped_stages(config, recipe))
     check_target(config.output, config.force)
@@ -76,10 +87,10 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
             with stages.stage("writing the bundle"):
                 manifest = write_bundle(bundle, checkpoint, config, models, quantised, report, stages.bytes)
             with stages.stage("checking the bundle"):
-                _self_check(bundle)
+                _self_check(bundle, config)
             if config.certificate:
                 with stages.stage("measuring the bundle"):
-                    manifest = certify(bundle, common, texts, folder / "certificate")
+                    manifest = certify(bundle, common, texts, folder / "certificate", config.custom_ops)
     return manifest
 
 
@@ -145,15 +156,20 @@ def lower_phases(
         PassError: A pass left a graph broken.
     """
     target, models = TARGETS[config.target], {}
+    custom = tuple(Step(user.graph_pass) for user in config.passes)
+    names = {step.name for step in custom}
     for phase in target.graphs(quantised):
-        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised))
+        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised, custom))
         report += [done.as_json(phase) for done in finished]
-        refused = [r for done in finished if done.name.startswith("quantize_") for r in done.refusals]
+        ours = [done for done in finished if done.name not in names]
+        refused = [r for done in ours if done.name.startswith("quantize_") for r in done.refusals]
         if refused:
             raise ExportError(
                 f"{checkpoint.name}: {refused[0].node} cannot be quantised: {refused[0].reason}; "
                 "leave the layer in float by a --recipe of your own, or a cache by --kv-cache float"
             )
+    for phase in PHASES if custom else ():  # what runs where the user's passes are switched off
+        models[f"{PLAIN}{phase}"], _ = pipeline.run(common, target.steps(phase, config.precision, quantised))
     _check_logits(models, checkpoint)
     return models
 
@@ -203,13 +219,13 @@ def _named_errors(name: str, output: Path) -> Iterator[None]:
         ) from error
 
 
-def _self_check(folder: Path) -> None:
+def _self_check(folder: Path, config: ExportConfig) -> None:
     """Run the bundle as a user will: in a process of its own, without torch."""
-    command = [sys.executable, "-m", "satchel.runtime.proof.selftest", str(folder)]
+    command = [sys.executable, "-m", "satchel.runtime.proof.selftest", str(folder), *map(str, config.custom_ops)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise ExportError(
             f"the exported bundle does not run: {lines[-1] if lines else 'no message'}; "
-            "nothing was written: report this model to satchel"
+            f"nothing was written: {'look at your --pass' if config.passes else 'report this model to satchel'}"
         )

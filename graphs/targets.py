@@ -56,6 +56,9 @@ DECODE_BLOCKS = "decode_blocks"
 """A graph of bundles whose decode takes activations in int8: decode over the same weights in blocks, made when such a
 bundle is specialised. Some processors multiply one row by blocks faster."""
 
+PLAIN = "plain_"
+"""Graphs without passes of a user's own are called by this and their phase."""
+
 DECODE = (Step(single_token), Step(fuse_skip_norms))
 
 NORMALISE = (
@@ -189,13 +192,15 @@ class Target:
         whole = any(rule.decode != "float" for rule in rules.values())
         return (*PHASES, *((PREFILL_INT8,) if small else ()), *((DECODE_BLOCKS,) if whole else ()))
 
-    def steps(self, phase: str, precision: str, quantised: Quantised | None) -> tuple[Step, ...]:
-        """All passes for one phase, after those that the phases share."""
+    def steps(
+        self, phase: str, precision: str, quantised: Quantised | None, custom: tuple[Step, ...] = ()
+    ) -> tuple[Step, ...]:
+        """All passes for one phase, after those that the phases share; `custom` are those of a user's own."""
         rounded = quantised is not None and bool(quantised.weights)
         quantise = () if quantised is None else quantise_steps(phase, quantised)
         stream = STREAM if phase != "score" and not rounded else ()
         store = (Step(store_float16, after=("remove_dead",)),) if precision == "fp16" else ()
-        return (*self.phases[phase], *stream, *quantise, *FINISH, *store)
+        return (*self.phases[phase], *stream, *quantise, *custom, *FINISH, *store)
 
 
 def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from satchel.runtime import strict_json
+from satchel.runtime.custom import Custom, choose
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.hash_memory import HashMemory, file_identity, sha256_of
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features
 from satchel.runtime.progress import progress_bar
+
+DEFAULT_CUSTOM = Custom()
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,14 @@ class Bundle:
     """An opened bundle. Make one with `open_bundle`, which checks what is on disk first.
 
     `specialized` is what the manifest has for this very machine; None where the portable graphs are to run.
+    `custom_ops` are the libraries that its graphs need. `whole` is False where `manifest` is that of the plain graphs.
     """
 
     folder: Path
     manifest: Manifest
     specialized: Specialized | None = None
+    custom_ops: tuple[Path, ...] = ()
+    whole: bool = True
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises BundleError for any other name."""
@@ -57,18 +63,19 @@ class Bundle:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def open_bundle(path: str | Path, *, progress: bool = False) -> Bundle:
+def open_bundle(path: str | Path, *, progress: bool = False, custom: Custom = DEFAULT_CUSTOM) -> Bundle:
     """Open a bundle folder: read manifest.json, then check every file that it lists.
 
     Each file must lie inside the folder and have the listed size and SHA-256. A file is hashed in full when it is first
     seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
-    when hashing takes more than two seconds. Raises BundleError; warns with SatchelWarning where specialised graphs
-    are there and do not fit this machine, or are damaged.
+    when hashing takes more than two seconds. `custom` says what of a user's own is to run. Raises BundleError; warns
+    with SatchelWarning where specialised graphs are there and do not fit this machine, or are damaged, and where the
+    plain graphs run for want of a library.
     """
     bundle = survey_bundle(path)
     folder, manifest = bundle.folder, bundle.manifest
     _check_hashes(folder, manifest.files, progress)
-    return Bundle(folder, manifest, _usable(folder, manifest.specialized, progress))
+    return choose(Bundle(folder, manifest, _usable(folder, manifest.specialized, progress)), custom)
 
 
 def survey_bundle(path: str | Path) -> Bundle:

@@ -18,7 +18,7 @@ from satchel.runtime.errors import SatchelError, SatchelWarning
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 
 # What `pip install 'satchel[export]'` brings: a missing one is the user's to install, not a fault.
-EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf")
+EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "threadpoolctl")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.custom import digest_of
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Specialized, TensorSpec
@@ -215,6 +216,8 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
         options.inter_op_num_threads = 1
         _check_threads(options.intra_op_num_threads)
+        if options.intra_op_num_threads > default_threads():  # who waits must leave the CPU to who works
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Threads that spin on when a run ends take the cores from the other phase's session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
@@ -230,6 +233,7 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         options.enable_cpu_mem_arena = False
         # The default order runs all that depends on weights alone first, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    _register(options, bundle.custom_ops)
     for key, value in entries.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
@@ -238,6 +242,23 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
             )
         options.add_session_config_entry(key, value)
     return options
+
+
+def check_loads(libraries: Sequence[Path]) -> None:
+    """Check that ONNX Runtime loads these libraries of operators. Raises BundleError."""
+    _register(ort.SessionOptions(), libraries)
+
+
+def _register(options: ort.SessionOptions, libraries: Sequence[Path]) -> None:
+    for library in libraries:
+        digest_of(library)  # a clearer word where there is none
+        try:
+            options.register_custom_ops_library(str(library.resolve()))
+        except ORT_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(
+                f"--custom-ops {library}: ONNX Runtime cannot load it ({reason}): give a shared library with operators"
+            ) from None
 
 
 def _check_threads(threads: int) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from satchel.runtime.commands import custom_flags
 from satchel.runtime.commands.chat_turns import read_turns, typed_turns
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import PromptError, SatchelError
@@ -61,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
+    custom_flags.add_flags(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -129,6 +131,7 @@ def _open(args: argparse.Namespace) -> Conversation:
         prefix_mib=args.prefix_memory or 0,  # without it, the store below takes the place of this one
         verbose=args.verbose,
         progress=not args.quiet,
+        custom=custom_flags.custom_of(args),
     )
     if args.prefix_memory is None:
         spec = generator.engine.bundle.manifest.kv_cache

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from satchel.runtime.commands import custom_flags
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import SatchelError
 
@@ -32,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (%(default)s)")
     parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
+    custom_flags.add_flags(parser)
     parser.add_argument(
         TRACE_OPTION, metavar="FILE", type=Path, help="also write all runs as a trace for Perfetto or chrome://tracing"
     )
@@ -51,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     if args.trace is not None:
         check_target(args.trace, TRACE_OPTION)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(args.bundle, progress=not args.quiet)
+    bundle = open_bundle(args.bundle, progress=not args.quiet, custom=custom_flags.custom_of(args))
     settings = session.SessionSettings(args.provider, args.threads, args.verbose)
     layers = len(bundle.manifest.kv_cache.layers)
     with waiting("profiling", shown=not args.quiet):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from satchel.runtime.commands import custom_flags
 from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation import options
@@ -70,6 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--specialize", action="store_true", help="first make the bundle ready for this machine, if it is not"
     )
     parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
+    custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")
     parser.add_argument(
         "--prompt-logprobs",

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from satchel.runtime.commands import custom_flags
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError
 
@@ -28,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
+    custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
@@ -40,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.proof.certify import moved, replay
 
     shown = not args.quiet
-    bundle = open_bundle(args.bundle, progress=shown)
+    bundle = open_bundle(args.bundle, progress=shown, custom=custom_flags.custom_of(args))
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")

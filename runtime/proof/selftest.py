@@ -1,4 +1,4 @@
-"""Runs a bundle before it is published: `python -m satchel.runtime.proof.selftest FOLDER`."""
+"""Runs a bundle before it is published: `python -m satchel.runtime.proof.selftest FOLDER [LIBRARY ...]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.custom import Custom, choose
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.session import SessionSettings, open_session
@@ -25,7 +26,7 @@ expert for a token by that, and a wrong graph is further off. The certificate me
 """
 
 
-def selftest(folder: Path) -> None:
+def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
     """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
 
     The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
@@ -35,6 +36,15 @@ def selftest(folder: Path) -> None:
         BundleError: They do not, or the logits are not finite.
     """
     bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
+    _check_graphs(choose(bundle, Custom(libraries)))
+    if bundle.manifest.plain is not None:
+        _check_graphs(choose(bundle, Custom(passes=False)))
+    if bundle.manifest.tokenizer is not None:
+        Tokenizer.open(bundle)  # checks itself against the recorded corpus
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    folder = bundle.folder
     model = bundle.manifest.model
     length = min(6, model.max_context)
     ids = np.asarray([[(7 * i + 1) % model.vocab_size for i in range(length)]], np.int64)
@@ -53,8 +63,6 @@ def selftest(folder: Path) -> None:
         error = size(logits - whole) / max(size(whole), 1e-30)
         if error > (ROUNDED_TOLERANCE if rounded else TOLERANCE):
             raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
-    if bundle.manifest.tokenizer is not None:
-        Tokenizer.open(bundle)  # checks itself against the recorded corpus
 
 
 def _largest(values: NDArray[np.float32]) -> float:
@@ -92,7 +100,7 @@ def _run(
 
 def main() -> int:
     try:
-        selftest(Path(sys.argv[1]))
+        selftest(Path(sys.argv[1]), tuple(map(Path, sys.argv[2:])))
     except SatchelError as error:
         print(error, file=sys.stderr)
         return 1
