@@ -93,7 +93,7 @@ def _import(name: str, given: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ExportError(f"--pass {given}: cannot be imported: {one_line(error)}") from error
         raise ExportError(
-            f"--pass {given}: there is no module {error.name} here: give file.py:function, or a module that is installed"
+            f"--pass {given}: there is no module {error.name} here: give file.py:function, or one that is installed"
         ) from None
     except Exception as error:
         raise ExportError(f"--pass {given}: cannot be imported: {_told(error, None)}") from error
