@@ -54,7 +54,9 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
         The bundle's manifest.
 
     Raises:
-        ExportError: The checkpoint or an option cannot be used; nothing is left behind.
+        ExportError: The checkpoint or an option cannot be used, or a pass of the user's own failed; nothing is left
+            behind.
+        BundleError: A library of operators cannot be loaded.
     """
     with fixed_threads():
         return _export(source, config, progress)
@@ -71,7 +73,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     if recipe is not None:
         check_recipe(recipe, checkpoint)
     _announce(checkpoint, config, stages)
-    with _named_errors(checkpoint.name, config.output), scratch(config.output) as folder:
+    with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:
         texts = open_texts(checkpoint, config, recipe, folder)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)

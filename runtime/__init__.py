@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle, open_bundle
     from satchel.runtime.chat.conversation import Conversation
+    from satchel.runtime.custom import Custom
     from satchel.runtime.engine import Engine, State
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
     from satchel.runtime.generation.generator import Generator, Request
@@ -26,6 +27,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Conversation",
+    "Custom",
     "Engine",
     "Generation",
     "GenerationOptions",
@@ -47,6 +49,7 @@ _HOMES = {
     "Bundle": "bundle",
     "open_bundle": "bundle",
     "Conversation": "chat.conversation",
+    "Custom": "custom",
     "Engine": "engine",
     "State": "engine",
     "BundleError": "errors",

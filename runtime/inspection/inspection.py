@@ -10,7 +10,17 @@ from satchel.runtime import strict_json
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.certificate import Certificate
 from satchel.runtime.errors import BundleError
-from satchel.runtime.manifest import MANIFEST_NAME, PHASES, CacheSpec, LayerPrecision, Manifest, ModelFacts, Source
+from satchel.runtime.manifest import (
+    MANIFEST_NAME,
+    PHASES,
+    CacheSpec,
+    LayerPrecision,
+    Manifest,
+    ModelFacts,
+    NamedFile,
+    Provenance,
+    Source,
+)
 
 WEIGHTS_NAME = "weights.bin"
 LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
@@ -84,11 +94,13 @@ class Inspection:
 
     `bytes` is all files together, those that `specialized` lists apart. `bits_per_weight` is 8 times the size of
     weights.bin over the model's parameters, None without such a file. `layers` is as in the manifest: the quantised
-    ones; other weights are in `float_weights`.
+    ones; other weights are in `float_weights`. `graphs` has those without passes of a user's own, too, as "plain" and
+    their phase.
     """
 
     bundle: str
     source: Source
+    provenance: Provenance | None
     target: str
     precision: str
     recipe: str | None
@@ -102,6 +114,7 @@ class Inspection:
     float_weights: str
     layers: dict[str, LayerPrecision]
     graphs: dict[str, GraphFacts]
+    custom_ops: tuple[NamedFile, ...]
     passes: tuple[PassFacts, ...]
     certificate: Certificate | None
     specialized: SpecializedFacts | None
@@ -130,6 +143,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     return Inspection(
         bundle=str(bundle.folder),
         source=manifest.source,
+        provenance=manifest.provenance,
         target=manifest.target,
         precision=manifest.precision,
         recipe=manifest.recipe,
@@ -142,7 +156,8 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         kv_cache=cache,
         float_weights="float16" if manifest.precision == "fp16" else "float32",
         layers=manifest.layers,
-        graphs={phase: _graph_facts(manifest, phase) for phase in PHASES},
+        graphs=_graphs(manifest),
+        custom_ops=manifest.custom_ops,
         passes=_passes(bundle),
         certificate=manifest.certificate,
         specialized=specialized,
@@ -155,6 +170,14 @@ def _cache_facts(spec: CacheSpec, max_context: int) -> CacheFacts:
     numbers = sum(shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
     size = numbers * BYTES[spec.dtype]
     return CacheFacts(spec.mode, spec.dtype, shapes, size, size * max_context)
+
+
+def _graphs(manifest: Manifest) -> dict[str, GraphFacts]:
+    found = {phase: _graph_facts(manifest, phase) for phase in PHASES}
+    if manifest.plain is not None:
+        plain = manifest.without_custom()
+        found |= {f"plain {phase}": _graph_facts(plain, phase) for phase in PHASES}
+    return found
 
 
 def _graph_facts(manifest: Manifest, phase: str) -> GraphFacts:
