@@ -6,9 +6,9 @@
 It compiles the model of own_module.py with the pass `cut_negatives` below, and prints
 
     passes: prefill 4, decode 4, score 4
-    with the pass:    ' on the lid. Every morning the harbour'
-    without the pass: ' on the lid. Every morning the harbour'
-    largest change of a logit: 0.6
+    with the pass:    ' on the lid. Every m'
+    without the pass: ' on the lid. Every m'
+    largest change of a logit: 2.4
 
 The same by commands, where LIBRARY is what `onnxruntime_extensions.get_library_path()` gives:
 
