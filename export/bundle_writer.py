@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
-from satchel.export.describe import cache_spec, describe, tokenizer_spec
+from satchel.export.describe import describe, tokenizer_spec
 from satchel.export.genai_config import genai_config
 from satchel.graphs.quantized import BLOCKS, EXPANDED, MADE, Quantised
+from satchel.graphs.static import table_of
 from satchel.graphs.values import weight
 from satchel.graphs.weights import LazyWeight, stored
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
@@ -65,11 +66,13 @@ def write_bundle(
     if checkpoint.tokenizer is not None and tokenizer is not None:
         companions[tokenizer.file] = checkpoint.tokenizer.file
     write_companions(folder, companions)
-    genai = genai_config(checkpoint, cache_spec(models["prefill"]), config.context(checkpoint.max_context))
+    starts = {name: (place.file, place.offset) for name, place in places.items()}
+    manifest = describe(checkpoint, config, models, quantised, report, files, starts)
+    genai = genai_config(checkpoint, manifest)
     if genai is not None:
         write_json(folder / "genai_config.json", genai)
     files |= {path.name: record(path) for path in sorted(folder.iterdir()) if path.name not in files}
-    manifest = describe(checkpoint, config, models, quantised, report, files)
+    manifest = dataclasses.replace(manifest, files=files)
     write_json(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
 
@@ -84,7 +87,8 @@ class Place:
 
 
 def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
-    """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes.
+    """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes. So do
+    those that take rows of the same table as an input.
 
     Weights that a device makes have theirs in files that no bundle has.
 
@@ -94,11 +98,8 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     ends = dict.fromkeys(FILES.values(), 0)
     for model in models:
-        for value in model.graph.initializers.values():
-            lazy = weight(value)
-            if lazy is None:
-                continue
-            lazy = lazy.base
+        found = (*map(weight, model.graph.initializers.values()), *map(table_of, model.graph.inputs))
+        for lazy in (lazy.base for lazy in found if lazy is not None):
             there = places.get(lazy.name)
             if there is not None:
                 if (there.weight.dims, there.weight.dtype) != (lazy.dims, lazy.dtype):

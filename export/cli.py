@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from satchel.export.config import DEFAULT_CONTEXT, KV_CACHES, PRECISIONS, TARGETS, ExportConfig
+from satchel.export.config import DEFAULT_CONTEXT, KV_CACHES, PRECISIONS, PREFILL_LENGTHS, TARGETS, ExportConfig
 from satchel.export.report import report, row
 from satchel.runtime.progress import waiting
 
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="P",
         default=ExportConfig.precision,
-        help=f"how weights and activations are stored: {', '.join(PRECISIONS)} (default %(default)s)",
+        help=f"how weights and activations are stored: {', '.join(PRECISIONS)} (default fp32; for other targets fp16)",
     )
     parser.add_argument(
         "--kv-cache",
@@ -77,6 +77,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"what the graphs are made for: {' or '.join(TARGETS)} (default %(default)s)",
     )
     parser.add_argument(
+        "--prefill-lengths",
+        metavar="N,N,...",
+        type=_lengths,
+        default=ExportConfig.prefill_lengths,
+        help="for cann: numbers of tokens that have a prefill graph "
+        f"(default {','.join(map(str, PREFILL_LENGTHS))}, up to the context)",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="PATH", type=Path, help="a tokenizer.json, SentencePiece .model or folder to use"
     )
     parser.add_argument(
@@ -99,6 +107,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers with commas between them") from None
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for what the user has to mend."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -110,6 +126,7 @@ def main(args: argparse.Namespace) -> int:
         force=args.force, tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe,
         calibrate=args.calibrate, certificate=args.certificate, certificate_text=args.certificate_text,
         passes=tuple(args.passes), custom_ops=tuple(args.custom_ops),
+        prefill_lengths=args.prefill_lengths,
     )  # fmt: skip
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)

@@ -27,17 +27,19 @@ from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.soundness import check_sound
 from satchel.export.stages import Stages, skipped_stages
 from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.static_graphs import lower_static
 from satchel.export.texts import open_texts
 from satchel.export.threads import fixed_threads
 from satchel.export.trace import trace
 from satchel.export.user_passes import open_passes
-from satchel.graphs import pipeline
+from satchel.graphs import pipeline, signature
 from satchel.graphs.assign import assign
 from satchel.graphs.contract import PassError
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe
 from satchel.graphs.targets import PHASES, PLAIN, TARGETS
+from satchel.graphs.values import INTERNAL, nodes
 from satchel.runtime.manifest import Manifest
 from satchel.runtime.session import check_loads
 
@@ -84,7 +86,9 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
                 quantised, done = quantise(common, recipe, texts.calibration, folder / "rounding", config, bar)
                 report += [step.as_json("common") for step in done]
-        models = lower_phases(common if quantised is None else quantised.model, checkpoint, config, quantised, report)
+        lowered = lower_static if config.static else lower_phases
+        models = lowered(common if quantised is None else quantised.model, checkpoint, config, quantised, report)
+        check_logits(models, checkpoint)
         with staged(config.output, config.force) as bundle:
             with stages.stage("writing the bundle"):
                 manifest = write_bundle(bundle, checkpoint, config, models, quantised, report, stages.bytes)
@@ -138,9 +142,14 @@ def lower(
     check_sound(normal, checkpoint.name, checkpoint.layers)
     marks = () if recipe is None else (Step(assign(recipe)),)
     common, fused = pipeline.run(normal, (*marks, *target.fuse))
-    left = [refusal.reason for done in fused if done.name == "expand_attention" for refusal in done.refusals]
+    left = {str(node.name) for node in nodes(common, "Attention", INTERNAL)}
+    reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
     if left:
-        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {left[0]}")
+        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {reasons[-1]}")
+    if any(node.domain == INTERNAL for node in common.graph):
+        raise ExportError(
+            f"{checkpoint.name}: its mixtures of experts have no form on --target {config.target}: choose --target cpu"
+        )
     return common, [done.as_json("common") for done in (*normalised, *fused)]
 
 
@@ -154,7 +163,7 @@ def lower_phases(
     """The graph of each phase; what the passes did is added to `report`.
 
     Raises:
-        ExportError: The logits have a shape that the runner cannot use, or a layer cannot be quantised as asked for.
+        ExportError: A layer cannot be quantised as asked for.
         PassError: A pass left a graph broken.
     """
     target, models = TARGETS[config.target], {}
@@ -172,15 +181,18 @@ def lower_phases(
             )
     for phase in PHASES if custom else ():  # what runs where the user's passes are switched off
         models[f"{PLAIN}{phase}"], _ = pipeline.run(common, target.steps(phase, config.precision, quantised))
-    _check_logits(models, checkpoint)
     return models
 
 
-def _check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
-    """Check that prefill and decode give the last token's logits alone, and one for each id."""
+def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
+    """Check that the graphs of prefill and decode give the last token's logits alone, and one for each id.
+
+    Raises:
+        ExportError: One does not.
+    """
     name = checkpoint.name
-    for phase in ("prefill", "decode"):
-        shape = models[phase].graph.outputs[0].shape
+    outputs = ((key, value) for key, model in models.items() for value in model.graph.outputs)
+    for shape in (v.shape for key, v in outputs if v.name == signature.LOGITS and not key.startswith("score")):
         if shape is None or len(shape) != 3 or shape[1] != 1:
             raise ExportError(
                 f"{name}: what makes its logits does not work on each token alone, which satchel does not support"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
-from satchel.export.errors import ExportError
 from satchel.export.provenance import named_file, producer, provenance
+from satchel.export.static_graphs import describe_static
+from satchel.export.tensor_specs import tensor_specs
 from satchel.graphs import signature
 from satchel.graphs.assign import layer_name
 from satchel.graphs.quantized import Quantised
@@ -27,16 +28,8 @@ from satchel.runtime.manifest import (
     ModelFacts,
     PlainGraphs,
     Source,
-    TensorSpec,
     TokenizerSpec,
 )
-
-DTYPE_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.INT8: "int8",
-}
 
 
 def describe(
@@ -46,12 +39,14 @@ def describe(
     quantised: Quantised | None,
     report: Sequence[dict[str, Any]],
     files: Mapping[str, FileRecord],
+    starts: Mapping[str, tuple[str, int]],
 ) -> Manifest:
-    """The manifest of a bundle whose files are written."""
+    """The manifest of a bundle whose files are written; `starts` says where in them each weight begins."""
+    sessions, context = TARGETS[config.target].sessions(quantised), config.context(checkpoint.max_context)
     facts = ModelFacts(
         parameters=checkpoint.parameters,
         vocab_size=checkpoint.vocab_size,
-        max_context=config.context(checkpoint.max_context),
+        max_context=context,
         bos_token_id=_possible(checkpoint, checkpoint.bos_token_id),
         eos_token_ids=tuple(i for i in checkpoint.eos_token_ids if _possible(checkpoint, i) is not None),
         pad_token_id=_possible(checkpoint, checkpoint.pad_token_id),
@@ -64,10 +59,10 @@ def describe(
         precision=config.precision,
         recipe=None if quantised is None else quantised.recipe,
         model=facts,
-        kv_cache=cache_spec(models["prefill"]),
-        graphs=_graphs(models, TARGETS[config.target].sessions(quantised)),
-        static=None,
-        plain=_plain_graphs(models, TARGETS[config.target].sessions(quantised)),
+        kv_cache=cache_spec(models, "swapped" if config.static else "shared"),
+        graphs=None if config.static else _graphs(models, sessions),
+        static=describe_static(models, sessions, config, context, starts) if config.static else None,
+        plain=_plain_graphs(models, sessions),
         custom_ops=tuple(named_file(path) for path in config.custom_ops),
         layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
@@ -83,15 +78,15 @@ def _possible(checkpoint: Checkpoint, token: int | None) -> int | None:
     return token if token is not None and token < checkpoint.vocab_size else None
 
 
-def cache_spec(model: ir.Model) -> CacheSpec:
-    """The KV cache as the graph's inputs declare it."""
-    by_name = {spec.name: spec for spec in tensor_specs(model.graph.inputs)}
+def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpec:
+    """The KV cache as the inputs of the graphs declare it."""
+    by_name = {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
     layers = []
     for index in range(sum(name.endswith(".key") for name in by_name)):
         past, present = signature.past_names(index), signature.present_names(index)
         (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
         layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
-    return CacheSpec("shared", by_name[past[0]].dtype if layers else "float32", tuple(layers))
+    return CacheSpec(mode, by_name[past[0]].dtype if layers else "float32", tuple(layers))
 
 
 def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
@@ -102,24 +97,6 @@ def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
     name = "tokenizer.json" if files.kind == "tokenizer.json" else "tokenizer.model"
     corpus = tuple(CorpusEntry(text, tuple(ids)) for text, ids in files.corpus)
     return TokenizerSpec(files.kind, name, files.add_bos, corpus)
-
-
-def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Graph inputs or outputs as the manifest declares them.
-
-    Raises:
-        ExportError: A shape or type is not known.
-    """
-    specs = []
-    for value in values:
-        if value.shape is None or value.dtype not in DTYPE_NAMES:
-            raise ExportError(
-                f"the graph's {value.name} has no shape or an unexpected type {value.dtype}: "
-                "report this model to satchel"
-            )
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
-        specs.append(TensorSpec(str(value.name), DTYPE_NAMES[value.dtype], shape))
-    return tuple(specs)
 
 
 def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:

@@ -11,6 +11,10 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
+TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
+POSITIONS = "positions"
+"""The value that derive_positions puts in the place of the input `position_ids`."""
+
 BATCH, SEQUENCE, TOTAL, CAPACITY = "batch", "sequence", "total", "capacity"
 
 
@@ -62,3 +66,18 @@ def set_token_shapes(model: ir.Model) -> None:
     """Give `input_ids`, `attention_mask` and `position_ids` their dimensions by name."""
     graph_input(model, INPUT_IDS).shape = ir.Shape([BATCH, SEQUENCE])
     graph_input(model, ATTENTION_MASK).shape = ir.Shape([BATCH, TOTAL])
+
+
+def is_positions(value: ir.Value) -> bool:
+    """Whether a value is the new tokens' positions: the input, or what derive_positions made of it."""
+    if value.is_graph_input():
+        return value.name == POSITION_IDS
+    node = value.producer()
+    return node is not None and node.name == POSITIONS
+
+
+def capacity(model: ir.Model) -> int | None:
+    """The length of the cache where it is a number."""
+    sizes = {v.shape[2] for v in model.graph.inputs if str(v.name).startswith("past_key_values.") and v.shape}
+    (size,) = sizes if len(sizes) == 1 else (None,)
+    return size if isinstance(size, int) else None

@@ -8,24 +8,36 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.graphs.passes.add_top_k import add_top_k
+from satchel.graphs.passes.attend_statically import attend_statically
+from satchel.graphs.passes.compute_float16 import compute_float16
 from satchel.graphs.passes.derive_positions import derive_positions
+from satchel.graphs.passes.drop_inputs import drop_inputs
 from satchel.graphs.passes.expand_attention import expand_attention
+from satchel.graphs.passes.fix_mask import fix_mask
+from satchel.graphs.passes.fix_shapes import fix_shapes
 from satchel.graphs.passes.fold_constants import fold_constants
 from satchel.graphs.passes.fuse_attention import fuse_attention
 from satchel.graphs.passes.fuse_norms import fuse_norms
 from satchel.graphs.passes.fuse_rotary import fuse_rotary
 from satchel.graphs.passes.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.import_opset import import_opset
 from satchel.graphs.passes.insert_hadamard import insert_hadamard
 from satchel.graphs.passes.insert_qdq import insert_qdq
 from satchel.graphs.passes.lower_experts import lower_experts
+from satchel.graphs.passes.lower_opset import lower_opset
 from satchel.graphs.passes.name_projections import name_projections
 from satchel.graphs.passes.normalize_gemm import normalize_gemm
 from satchel.graphs.passes.normalize_lookups import normalize_lookups
 from satchel.graphs.passes.normalize_splits import normalize_splits
 from satchel.graphs.passes.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.pack_qkv import pack_qkv
+from satchel.graphs.passes.plain_names import plain_names
+from satchel.graphs.passes.put_table_first import put_table_first
 from satchel.graphs.passes.quantize_experts import quantize_experts
+from satchel.graphs.passes.quantize_folded import quantize_folded
 from satchel.graphs.passes.quantize_kv_cache import quantize_kv_cache
+from satchel.graphs.passes.quantize_products import quantize_products
 from satchel.graphs.passes.quantize_tables import quantize_tables
 from satchel.graphs.passes.remove_dead import remove_dead
 from satchel.graphs.passes.remove_duplicates import remove_duplicates
@@ -36,14 +48,19 @@ from satchel.graphs.passes.share_tied_head import share_tied_head
 from satchel.graphs.passes.simplify_shapes import simplify_shapes
 from satchel.graphs.passes.single_token import single_token
 from satchel.graphs.passes.sink_transposes import sink_transposes
+from satchel.graphs.passes.slice_final_logits import slice_final_logits
 from satchel.graphs.passes.slice_last_logits import slice_last_logits
 from satchel.graphs.passes.smooth_products import smooth_products
+from satchel.graphs.passes.spell_norms import spell_norms
 from satchel.graphs.passes.store_float16 import store_float16
 from satchel.graphs.passes.store_products_float16 import store_products_float16
 from satchel.graphs.passes.stream_tied_head import stream_tied_head
+from satchel.graphs.passes.take_last_token import take_last_token
+from satchel.graphs.passes.take_table_rows import take_table_rows
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe, Rule
+from satchel.graphs.static import Lengths
 
 PHASES = ("prefill", "decode", "score")
 """The graphs of every bundle."""
@@ -92,6 +109,19 @@ FUSE = (
     Step(share_tied_head, after=("fold_constants",)),
 )
 
+FUSE_STANDARD = (
+    Step(name_projections, after=("fold_constants",)),
+    Step(fuse_norms, after=("remove_duplicates",)),
+    Step(sink_transposes, after=("fuse_norms",)),
+    Step(expand_attention, after=("fold_constants",), changes_signature=True),
+    Step(derive_positions, after=("expand_attention",), changes_signature=True),
+    Step(remove_identity, after=("expand_attention",)),
+    Step(share_tied_head, after=("fold_constants",)),
+)
+"""For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
+FUSE_CUDA = tuple(step for step in FUSE if step.name != "expand_attention")
+"""A layer that GroupQueryAttention does not take has no form here: TensorScatter came to this device's kernels late."""
+
 PREFILL = (
     Step(slice_last_logits),
     Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
@@ -105,11 +135,28 @@ PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     "score": (Step(fuse_skip_norms),),
 }
 
+PREFILL_CUDA = (
+    Step(slice_final_logits),
+    Step(fuse_skip_norms, after=("slice_final_logits",)),
+)
+DECODE_CUDA = (*DECODE, Step(fix_mask))
+"""In steps of unchanging shapes that wait for nothing on the host: such as a CUDA graph can replay."""
+
 STREAM = (Step(stream_tied_head, after=("slice_last_logits", "single_token")),)
 """For a head that is the embedding table in float; a score graph has too many tokens for it."""
 
 FINISH = (Step(remove_duplicates), Step(remove_dead))
 
+CUDA_OPSET = 23
+"""The newest version for which ONNX Runtime 1.24 to 1.31 have a CUDA kernel of all that graphs here consist of. TopK,
+Unsqueeze and Squeeze have none for 24 in 1.24."""
+
+
+FINISH_CUDA = (
+    *FINISH,
+    Step(compute_float16),
+    Step(import_opset(CUDA_OPSET)),
+)
 
 ROTATE = (Step(rotate_residual), Step(rotate_values))
 """Outliers are spread over all channels of the residual stream and of each value head."""
@@ -137,6 +184,29 @@ def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
     if quantised.kv_scales:
         return (*steps, Step(quantize_kv_cache(quantised.kv_scales, "decode" if phase == DECODE_BLOCKS else phase)))
     return steps
+
+
+def quantise_cuda(phase: str, quantised: Quantised) -> tuple[Step, ...]:
+    """The same for a device that multiplies float16 by codes, and whose attention reads and writes an int8 cache in all
+    phases.
+    """
+    weights = quantised.weights
+    steps = (
+        Step(quantize_tables(weights, accuracy_level=0), after=("slice_final_logits",)),
+        Step(quantize_products(weights, quantised.rules), after=("quantize_tables",)),
+    )
+    return (*steps, Step(quantize_kv_cache(quantised.kv_scales, "decode"))) if quantised.kv_scales else steps
+
+
+def finish_cpu(phase: str, precision: str) -> tuple[Step, ...]:
+    """What runs last on the graph of a phase: weights in float16 are cast in front of their readers."""
+    return (*FINISH, Step(store_float16, after=("remove_dead",))) if precision == "fp16" else FINISH
+
+
+def finish_cuda(phase: str, precision: str) -> tuple[Step, ...]:
+    """The same for a device that computes in float16 whatever the weights are."""
+    top = (Step(add_top_k, after=("compute_float16",), changes_signature=True),) if phase != "score" else ()
+    return (*FINISH_CUDA, *top)
 
 
 def _expandable(rule: Rule) -> bool:
@@ -177,12 +247,31 @@ class Target:
         fuse: Run once on the normalised graph.
         phases: Run on a copy for each phase.
         sessions: How the runner opens each phase's graph.
+        stream: Run on a float graph whose head takes one row.
+        quantise: What puts quantised weights and caches into the graph of a phase.
+        finish: What runs last on the graph of a phase in a precision.
+        static: For a device that compiles each shape anew: what runs after the phase's own steps to make a graph for
+            these lengths. None where shapes vary.
     """
 
     normalise: tuple[Step, ...]
     fuse: tuple[Step, ...]
     phases: Mapping[str, tuple[Step, ...]]
     sessions: Callable[[Quantised | None], Mapping[str, Session]]
+    stream: tuple[Step, ...] = STREAM
+    quantise: Callable[[str, Quantised], tuple[Step, ...]] = quantise_steps
+    finish: Callable[[str, str], tuple[Step, ...]] = finish_cpu
+    static: Callable[[Lengths, Quantised | None], tuple[Step, ...]] | None = None
+
+    def static_steps(self, phase: str, lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
+        """All passes for one static graph, after those that the phases share.
+
+        Raises:
+            ValueError: The target's graphs are not static.
+        """
+        if self.static is None:
+            raise ValueError("this target's graphs have dimensions that vary")
+        return (*self.phases[phase], *self.static(lengths, quantised))
 
     def graphs(self, quantised: Quantised | None) -> tuple[str, ...]:
         """The names of a bundle's graphs."""
@@ -190,17 +279,17 @@ class Target:
         products = [name for name, rule in rules.items() if _expandable(rule)]
         small = quantised is not None and any(quantised.weights[name].grid.scheme.bits == 4 for name in products)
         whole = any(rule.decode != "float" for rule in rules.values())
-        return (*PHASES, *((PREFILL_INT8,) if small else ()), *((DECODE_BLOCKS,) if whole else ()))
+        further = (*((PREFILL_INT8,) if small else ()), *((DECODE_BLOCKS,) if whole else ()))
+        return (*PHASES, *(name for name in further if name in self.phases))
 
     def steps(
         self, phase: str, precision: str, quantised: Quantised | None, custom: tuple[Step, ...] = ()
     ) -> tuple[Step, ...]:
         """All passes for one phase, after those that the phases share; `custom` are those of a user's own."""
         rounded = quantised is not None and bool(quantised.weights)
-        quantise = () if quantised is None else quantise_steps(phase, quantised)
-        stream = STREAM if phase != "score" and not rounded else ()
-        store = (Step(store_float16, after=("remove_dead",)),) if precision == "fp16" else ()
-        return (*self.phases[phase], *stream, *quantise, *custom, *FINISH, *store)
+        quantise = () if quantised is None else self.quantise(phase, quantised)
+        stream = self.stream if phase != "score" and not rounded else ()
+        return (*self.phases[phase], *stream, *quantise, *custom, *self.finish(phase, precision))
 
 
 def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
@@ -228,6 +317,52 @@ def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
     }
 
 
+def cuda_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
+    """One session for both phases, so that the device holds the weights once."""
+    return {"prefill": Session(), "decode": Session(of="prefill"), "score": Session()}
+
+
+def cann_steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
+    """From the graph of a phase to one of operator set 17 in float16 for these lengths."""
+    codes = () if quantised is None else (Step(quantize_folded(quantised.weights, quantised.rules)),)
+    return (
+        Step(fix_shapes(lengths), changes_signature=True),
+        Step(attend_statically, after=("fix_shapes",), changes_signature=True),
+        Step(take_table_rows, after=("fix_shapes",), changes_signature=True),
+        Step(take_last_token, after=("fix_shapes", "slice_last_logits"), changes_signature=True),
+        Step(drop_inputs, after=("attend_statically", "take_table_rows", "take_last_token"), changes_signature=True),
+        Step(put_table_first, after=("fix_shapes",)),
+        Step(spell_norms),
+        Step(lower_opset, after=("attend_statically", "put_table_first", "spell_norms")),
+        Step(compute_float16, after=("spell_norms", "lower_opset"), changes_signature=True),  # sees what norms sum
+        *codes,  # the codes stand for weights in float16
+        *FINISH,
+        Step(plain_names, changes_signature=True),
+    )
+
+
+def cann_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
+    """Codes are folded into float16 weights when a session loads a graph: the device has no operator for them."""
+    config = {} if quantised is None else {"session.disable_quant_qdq": "1"}
+    return {phase: Session(config) for phase in PHASES}
+
+
 TARGETS: Mapping[str, Target] = {
     "cpu": Target(normalise=NORMALISE, fuse=FUSE, phases=PHASE_STEPS, sessions=cpu_sessions),
+    "cuda": Target(
+        normalise=NORMALISE,
+        fuse=FUSE_CUDA,
+        phases={"prefill": PREFILL_CUDA, "decode": DECODE_CUDA, "score": (Step(fuse_skip_norms),)},
+        sessions=cuda_sessions,
+        stream=(),
+        quantise=quantise_cuda,
+        finish=finish_cuda,
+    ),
+    "cann": Target(
+        normalise=NORMALISE,
+        fuse=FUSE_STANDARD,
+        phases={"prefill": (Step(slice_last_logits),), "decode": (), "score": ()},
+        sessions=cann_sessions,
+        static=cann_steps,
+    ),
 }

@@ -1,19 +1,31 @@
-"""A bundle on disk: its folder, its manifest, and files that are all there, inside the folder and undamaged."""
+"""A bundle on disk: its folder or file, its manifest, and files that are all there, inside it and undamaged."""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from satchel.runtime import strict_json
 from satchel.runtime.custom import Custom, choose
 from satchel.runtime.errors import BundleError, SatchelWarning
-from satchel.runtime.hash_memory import HashMemory, file_identity, sha256_of
+from satchel.runtime.hash_memory import HashMemory, file_identity, part_of, sha256_of
+from satchel.runtime.integrity.limits import LIMITS
+from satchel.runtime.integrity.manifest_text import claimed_digest, parse_document, true_digest
+from satchel.runtime.integrity.names import equal_names
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features
 from satchel.runtime.progress import progress_bar
+from satchel.runtime.storage.folder import folder_span
+from satchel.runtime.storage.packed import packed_files
+from satchel.runtime.storage.span import Span
+
+SIGNATURE_NAME = "signature.json"
+BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
+"""Files of a bundle that its manifest cannot list, since they tell of it."""
 
 DEFAULT_CUSTOM = Custom()
 
@@ -22,27 +34,66 @@ DEFAULT_CUSTOM = Custom()
 class Bundle:
     """An opened bundle. Make one with `open_bundle`, which checks what is on disk first.
 
-    `specialized` is what the manifest has for this very machine; None where the portable graphs are to run.
-    `custom_ops` are the libraries that its graphs need. `whole` is False where `manifest` is that of the plain graphs.
+    `folder` is the folder, or the packed file. `specialized` is what the manifest has for this very machine; None where
+    the portable graphs are to run. `digest` is that of the manifest as it is on disk; None where it has none. `packed`
+    says where the files lie in a packed bundle, None for a folder. `custom_ops` are the libraries that its graphs need.
+    `whole` is False where `manifest` is that of the plain graphs.
     """
 
     folder: Path
     manifest: Manifest
     specialized: Specialized | None = None
+    digest: str | None = None
+    packed: Mapping[str, Span] | None = None
     custom_ops: tuple[Path, ...] = ()
     whole: bool = True
 
+    def span(self, name: str) -> Span:
+        """Where a file that the manifest lists lies on disk. Raises BundleError for any other name."""
+        self._check_listed(name)
+        if self.packed is None:
+            return Span(self.folder / name, 0, self._size(name), whole=True)
+        return self.packed[name]
+
+    def read(self, name: str) -> bytes:
+        """The content of a file that the manifest lists. Raises BundleError for any other, and if it cannot be read."""
+        try:
+            return self.span(name).read()
+        except OSError as error:
+            raise BundleError(
+                f"{self.folder / name}: cannot be read ({error.strerror}): give yourself the right to"
+            ) from None
+
     def path(self, name: str) -> Path:
-        """The path of a file that the manifest lists. Raises BundleError for any other name."""
+        """The path of a file that the manifest lists, in a folder.
+
+        Raises BundleError for any other name, and for a packed bundle, whose files have none.
+        """
+        self._check_listed(name)
+        if self.packed is not None:
+            raise BundleError(f"{self.folder}: is packed in one file, and this needs a folder: satchel unpack it first")
+        return self.folder / name
+
+    def graph_path(self, phase: str) -> Path:
+        """The portable graph file of "prefill", "decode" or "score", in a folder."""
+        return self.path(self.manifest.graph(phase).file)
+
+    @property
+    def manifest_bytes(self) -> int:
+        """The size of manifest.json in bytes."""
+        return (
+            (self.folder / MANIFEST_NAME).stat().st_size if self.packed is None else self.packed[MANIFEST_NAME].length
+        )
+
+    def _check_listed(self, name: str) -> None:
         if name not in self.manifest.files and not (self.specialized and name in self.specialized.files):
             raise BundleError(
                 f"{self.folder / MANIFEST_NAME}: '{name}' is not listed in 'files': export the bundle again"
             )
-        return self.folder / name
 
-    def graph_path(self, phase: str) -> Path:
-        """The portable graph file of "prefill", "decode" or "score"."""
-        return self.path(self.manifest.graph(phase).file)
+    def _size(self, name: str) -> int:
+        made = {} if self.specialized is None else self.specialized.files
+        return (self.manifest.files.get(name) or made[name]).bytes
 
     @property
     def fingerprint(self) -> str:
@@ -63,19 +114,43 @@ class Bundle:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def open_bundle(path: str | Path, *, progress: bool = False, custom: Custom = DEFAULT_CUSTOM) -> Bundle:
-    """Open a bundle folder: read manifest.json, then check every file that it lists.
+def open_bundle(
+    path: str | Path,
+    *,
+    progress: bool = False,
+    require_signature: str | Path | None = None,
+    custom: Custom | None = DEFAULT_CUSTOM,
+) -> Bundle:
+    """Open a bundle, a folder or a packed file: read manifest.json, then check every file that it lists.
 
-    Each file must lie inside the folder and have the listed size and SHA-256. A file is hashed in full when it is first
+    Each file must lie inside the bundle and have the listed size and SHA-256. A file is hashed in full when it is first
     seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
-    when hashing takes more than two seconds. `custom` says what of a user's own is to run. Raises BundleError; warns
-    with SatchelWarning where specialised graphs are there and do not fit this machine, or are damaged, and where the
-    plain graphs run for want of a library.
+    when hashing takes more than two seconds. `custom` says what of a user's own is to run; None leaves the
+    bundle as it is, for who runs nothing.
+
+    `require_signature` is the file of a public key: the bundle must be signed with its private key. All files are then
+    hashed, also those seen before, and specialised graphs are not used, which a signature does not cover.
+
+    Raises BundleError; warns with SatchelWarning where specialised graphs are there and do not fit this machine, are
+    damaged, or are not covered, and where the plain graphs run for want of a library.
     """
-    bundle = survey_bundle(path)
-    folder, manifest = bundle.folder, bundle.manifest
-    _check_hashes(folder, manifest.files, progress)
-    return choose(Bundle(folder, manifest, _usable(folder, manifest.specialized, progress)), custom)
+    bundle, spans = _survey(Path(path), require_signature)
+    folder, specialized = bundle.folder, bundle.manifest.specialized
+    _check_hashes(folder, bundle.manifest.files, spans, progress, anew=require_signature is not None)
+    if require_signature is None:
+        usable = None if bundle.packed is not None else _usable(folder, specialized, progress)
+        return _chosen(Bundle(folder, bundle.manifest, usable, bundle.digest, bundle.packed), custom)
+    if specialized is not None:
+        warnings.warn(
+            f"{folder}: the portable graphs run, since the signature does not cover those made on a device",
+            SatchelWarning,
+            stacklevel=2,
+        )
+    return _chosen(bundle, custom)
+
+
+def _chosen(bundle: Bundle, custom: Custom | None) -> Bundle:
+    return bundle if custom is None else choose(bundle, custom)
 
 
 def survey_bundle(path: str | Path) -> Bundle:
@@ -83,16 +158,71 @@ def survey_bundle(path: str | Path) -> Bundle:
 
     For who wants to know what a bundle says of itself, and runs nothing. Raises BundleError.
     """
-    folder = Path(path)
+    return _survey(Path(path), None)[0]
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether something that calls itself a bundle, or could be a packed one, is at `path`."""
+    return (Path(path) / MANIFEST_NAME).is_file() or (Path(path).is_file() and Path(path).suffix == ".pyz")
+
+
+def _survey(path: Path, key: str | Path | None) -> tuple[Bundle, dict[str, Span]]:
+    packed = packed_files(path) if path.is_file() else None
+    if packed is None:
+        _check_folder(path)
+        manifest_span = folder_span(path, MANIFEST_NAME)
+    elif MANIFEST_NAME in packed:
+        manifest_span = packed[MANIFEST_NAME]
+    else:
+        raise BundleError(f"{path}: no {MANIFEST_NAME} in it: give a file made by satchel pack")
+    name = str(path / MANIFEST_NAME)
+    document, digest = _read_manifest(manifest_span, name, anew=key is not None)
+    if key is not None:
+        from satchel.runtime.integrity.signature import check_signature
+
+        check_signature(path, _signature(path, packed), digest, Path(key))
+    manifest = Manifest.from_json(document, name)
+    _check_names(name, manifest, packed)
+    spans = dict(packed or {name: folder_span(path, name) for name in manifest.files})
+    _check_sizes(path, manifest.files, spans)
+    return Bundle(path, manifest, None, digest, packed), spans
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder: give a folder made by satchel export")
-    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{folder}: no such folder: give a folder made by satchel export, or a file made by satchel pack"
+        )
+    if not os.path.lexists(folder / MANIFEST_NAME):
         raise BundleError(f"{folder}: no {MANIFEST_NAME} in it: give a folder made by satchel export")
-    manifest = Manifest.read(folder / MANIFEST_NAME)
-    for name, record in manifest.files.items():
-        _check_place(folder, name)
-        _check_size(folder / name, record)
-    return Bundle(folder, manifest)
+
+
+def _read_manifest(span: Span, name: str, *, anew: bool) -> tuple[object, str | None]:
+    """The parsed manifest, and its digest, which is right: computed here, unless it is remembered and not `anew`."""
+    most = LIMITS["manifest.json bytes"].most
+    if span.length > most:
+        raise BundleError(f"{name}: more than the {most:,} bytes that a manifest may have: do not trust this bundle")
+    try:
+        seen = file_identity(span.path)
+        content = span.read()
+    except OSError as error:
+        raise BundleError(f"{name}: cannot be read ({error.strerror}): give yourself the right to") from None
+    document = parse_document(content, name)
+    claimed = claimed_digest(document, Manifest.VERSION, name)
+    if claimed is not None and isinstance(document, dict):
+        memory, part = HashMemory.load(), f"digest of {part_of(span)}"
+        if anew or memory.recall(span.path, part) != claimed:
+            if true_digest(document, name) != claimed:
+                raise BundleError(f"{name}: damaged (its digest differs): copy the bundle again, or export it again")
+            memory.remember(span.path, seen, claimed, part)
+            memory.save()
+    return document, claimed
+
+
+def _signature(path: Path, packed: Mapping[str, Span] | None) -> Span | None:
+    if packed is not None:
+        return packed.get(SIGNATURE_NAME)
+    return folder_span(path, SIGNATURE_NAME) if os.path.lexists(path / SIGNATURE_NAME) else None
 
 
 def _usable(folder: Path, specialized: Specialized | None, progress: bool) -> Specialized | None:
@@ -101,10 +231,9 @@ def _usable(folder: Path, specialized: Specialized | None, progress: bool) -> Sp
     reason = _misfit(specialized)
     if reason is None:
         try:
-            for name, record in specialized.files.items():
-                _check_place(folder, name)
-                _check_size(folder / name, record)
-            _check_hashes(folder, specialized.files, progress)
+            spans = {name: folder_span(folder, name) for name in specialized.files}
+            _check_sizes(folder, specialized.files, spans)
+            _check_hashes(folder, specialized.files, spans, progress)
         except BundleError as error:
             reason = str(error).partition(": copy the bundle")[0]
     if reason is None:
@@ -128,40 +257,55 @@ def _misfit(specialized: Specialized) -> str | None:
     return None
 
 
-def _check_place(folder: Path, name: str) -> None:
-    pure = PurePosixPath(name)
-    inside = not pure.is_absolute() and ".." not in pure.parts and str(pure) == name and "\\" not in name
-    if not inside or not (folder / name).resolve().is_relative_to(folder.resolve()):
+def _check_names(name: str, manifest: Manifest, packed: Mapping[str, Span] | None) -> None:
+    listed = [*manifest.files, *(manifest.specialized.files if manifest.specialized else ()), *BESIDE]
+    twins = equal_names(listed)
+    if twins is not None:
         raise BundleError(
-            f"{folder / MANIFEST_NAME}: '{name}' leads outside the bundle, which is not allowed: "
-            "put the file itself into the folder, or do not trust this bundle"
+            f"{name}: {twins[0]!r} and {twins[1]!r} are the same file on some systems, which is not allowed: "
+            "do not trust this bundle"
         )
+    if packed is not None:
+        odd = sorted(set(packed) - set(BESIDE) ^ set(manifest.files))
+        if odd:
+            raise BundleError(f"{name}: {odd[0]!r} is listed and not there, or there and not listed: pack it again")
 
 
-def _check_size(path: Path, record: FileRecord) -> None:
-    if not path.is_file():
-        raise BundleError(f"{path}: missing: copy the bundle again, or export it again")
-    size = path.stat().st_size
-    if size != record.bytes:
-        raise BundleError(
-            f"{path}: {size} bytes where the manifest says {record.bytes}: copy the bundle again, or export it again"
-        )
+def _check_sizes(folder: Path, files: Mapping[str, FileRecord], spans: Mapping[str, Span]) -> None:
+    for name, record in files.items():
+        found = spans[name].length
+        if found != record.bytes:
+            raise BundleError(
+                f"{folder / name}: {found} bytes where the manifest says {record.bytes}: "
+                "copy the bundle again, or export it again"
+            )
 
 
-def _check_hashes(folder: Path, files: dict[str, FileRecord], progress: bool) -> None:
+def _check_hashes(
+    folder: Path, files: Mapping[str, FileRecord], spans: Mapping[str, Span], progress: bool, anew: bool = False
+) -> None:
+    """Compare the hash of each file; `anew` trusts no memory of earlier ones."""
     memory = HashMemory.load()
-    unseen = [name for name, record in files.items() if memory.recall(folder / name) != record.sha256]
+    unseen = [
+        name
+        for name, record in files.items()
+        if anew or memory.recall(spans[name].path, part_of(spans[name])) != record.sha256
+    ]
     if not unseen:
         return
     with progress_bar(sum(files[name].bytes for name in unseen), "checking", "B", shown=progress) as bar:
         for name in unseen:
-            path = folder / name
-            seen = file_identity(path)
+            span = spans[name]
+            seen = file_identity(span.path)
             try:
-                digest = sha256_of(path, bar.update)
+                digest = sha256_of(span.path, bar.update, span.offset, span.length)
             except OSError as error:
-                raise BundleError(f"{path}: cannot be read ({error.strerror}): give yourself the right to") from None
+                raise BundleError(
+                    f"{folder / name}: cannot be read ({error.strerror}): give yourself the right to"
+                ) from None
             if digest != files[name].sha256:
-                raise BundleError(f"{path}: damaged (its SHA-256 differs): copy the bundle again, or export it again")
-            memory.remember(path, seen, digest)
+                raise BundleError(
+                    f"{folder / name}: damaged (its SHA-256 differs): copy the bundle again, or export it again"
+                )
+            memory.remember(span.path, seen, digest, part_of(span))
     memory.save()

@@ -20,19 +20,28 @@ EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 # What `pip install 'satchel[export]'` brings: a missing one is the user's to install, not a fault.
 EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "threadpoolctl")
 
+# What satchel itself needs; a packed bundle comes to where some of it may be missing.
+RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "sentencepiece", "jinja2", "tqdm", "shtab")
+
+INSTALLED_BY = dict.fromkeys(EXPORT_PACKAGES, "'satchel[export]'") | {name: name for name in RUNTIME_PACKAGES}
+
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: the module that has its `configure` and `main`, and its line in the list."""
+    """A subcommand: the module that has its `configure` and `main`, its line in the list, and if it opens a bundle."""
 
     module: str
     help: str
+    opens: bool = True
 
 
 COMMANDS = {
-    "export": Command("satchel.export.cli", "compile a checkpoint into a bundle (needs satchel[export])"),
+    "export": Command("satchel.export.cli", "compile a checkpoint into a bundle (needs satchel[export])", False),
     "sensitivity": Command(
-        "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])"
+        "satchel.export.sensitivity_cli", "find the layers that need 8 bits (needs satchel[export])", False
+    ),
+    "check": Command(
+        "satchel.export.check_cli", "tell what an execution provider takes of a bundle (needs satchel[export])"
     ),
     "run": Command("satchel.runtime.commands.run", "continue a prompt, or many"),
     "chat": Command("satchel.runtime.commands.chat", "talk with a model"),
@@ -42,7 +51,12 @@ COMMANDS = {
     "inspect": Command("satchel.runtime.commands.inspect", "show what is in a bundle"),
     "profile": Command("satchel.runtime.commands.profile", "show where the time of a bundle goes"),
     "verify": Command("satchel.runtime.commands.verify", "replay what a bundle was certified for, on this machine"),
-    "completion": Command("satchel.runtime.commands.completion", "let a shell complete commands, flags and paths"),
+    "pack": Command("satchel.runtime.commands.pack", "put a bundle and the runner into one file"),
+    "unpack": Command("satchel.runtime.commands.unpack", "make a folder of a packed bundle again"),
+    "sign": Command("satchel.runtime.commands.sign", "sign a bundle, or make a key (needs satchel[sign])", False),
+    "completion": Command(
+        "satchel.runtime.commands.completion", "let a shell complete commands, flags and paths", False
+    ),
 }
 
 
@@ -110,9 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in EXPORT_PACKAGES:
+        if package not in INSTALLED_BY:
             raise
-        print(f"satchel: error: {package} is not installed: pip install 'satchel[export]'", file=sys.stderr)
+        print(f"satchel: error: {package} is not installed: pip install {INSTALLED_BY[package]}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print("satchel: interrupted", file=sys.stderr)
@@ -143,6 +157,8 @@ def _build(chosen: Collection[str]) -> Parser:
         if name in chosen:
             importlib.import_module(command.module).configure(subparser)
             _add_common(subparser, default=argparse.SUPPRESS)
+            if command.opens:
+                _add_trust(subparser)
     return parser
 
 
@@ -162,6 +178,16 @@ def _show_warning(
 def _add_common(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument("--verbose", action="store_true", default=default, help="show ONNX Runtime's own log")
     parser.add_argument("--quiet", action="store_true", default=default, help="no progress and no figures")
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of all commands that open BUNDLE; they hand it to `open_bundle`."""
+    parser.add_argument(
+        "--require-signature",
+        metavar="KEY.pub",
+        help="refuse BUNDLE unless it is signed with the private key of this public key; hash all of its files, and "
+        "use no specialised graphs, which are not covered (needs satchel[sign])",
+    )
 
 
 if __name__ == "__main__":

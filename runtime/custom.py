@@ -63,7 +63,7 @@ def choose(bundle: Bundle, custom: Custom) -> Bundle:
         f"{folder}: the plain graphs run, without passes of a user's own, since these need the operators of "
         f"{_names(needed)}: give it with --custom-ops, or say --no-custom-ops",
         SatchelWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return chosen
 

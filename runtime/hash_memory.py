@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from satchel.runtime.storage.span import Span
+
 READ_SIZE = 1 << 20  # bytes
 
 Identity = list[int]
@@ -19,14 +21,21 @@ def file_identity(path: Path) -> Identity:
     return [status.st_size, status.st_ino, status.st_mtime_ns]
 
 
-def sha256_of(path: Path, advance: Callable[[int], object]) -> str:
-    """The SHA-256 of a file as hex digits; `advance` is told the bytes read after each part."""
+def sha256_of(path: Path, advance: Callable[[int], object], offset: int = 0, length: int | None = None) -> str:
+    """The SHA-256 of a file, or of `length` bytes at `offset` of it, as hex digits.
+
+    `advance` is told the bytes read after each part. Raises OSError.
+    """
     import hashlib  # it loads a library of 3 MiB, which a bundle that was hashed before does not need
 
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(READ_SIZE):
+        file.seek(offset)
+        rest = file.seek(0, os.SEEK_END) - offset if length is None else length
+        file.seek(offset)
+        while rest > 0 and (part := file.read(min(READ_SIZE, rest))):
             digest.update(part)
+            rest -= len(part)
             advance(len(part))
     return digest.hexdigest()
 
@@ -34,7 +43,8 @@ def sha256_of(path: Path, advance: Callable[[int], object]) -> str:
 class HashMemory:
     """Hashes by path and file identity, kept in `$XDG_CACHE_HOME/satchel/hashes.json` (or under `~/.cache`).
 
-    A memory that cannot be read or written only means that files are hashed again.
+    A path with a `part` is for what lies in that file: a span of a packed bundle, or a manifest's digest. A memory that
+    cannot be read or written only means that files are hashed again.
     """
 
     def __init__(self, entries: dict[str, tuple[Identity, str]]) -> None:
@@ -49,24 +59,36 @@ class HashMemory:
         except (OSError, ValueError, TypeError, AttributeError):
             return cls({})
 
-    def recall(self, path: Path) -> str | None:
+    def recall(self, path: Path, part: str = "") -> str | None:
         """The SHA-256 that was found for this very file, or None if it is new or has changed."""
-        identity, digest = self._entries.get(str(path.resolve()), (None, None))
+        identity, digest = self._entries.get(_key(path, part), (None, None))
         return digest if identity == file_identity(path) else None
 
-    def remember(self, path: Path, identity: Identity, digest: str) -> None:
+    def remember(self, path: Path, identity: Identity, digest: str, part: str = "") -> None:
         """Note the SHA-256 of a file whose identity was taken before it was hashed."""
-        self._entries[str(path.resolve())] = (identity, digest)
+        self._entries[_key(path, part)] = (identity, digest)
 
     def save(self) -> None:
         """Write the memory whole, leaving out files that are gone."""
-        entries = {path: entry for path, entry in self._entries.items() if os.path.exists(path)}
+        entries = {key: entry for key, entry in self._entries.items() if os.path.exists(key.partition(_PART)[0])}
         target = _memory_file()
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):
             target.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(entries), encoding="utf-8")
             part.replace(target)
+
+
+def part_of(span: Span) -> str:
+    """What tells a span of a file from others of it: nothing for one that is the whole file."""
+    return "" if span.whole else f"{span.offset}+{span.length}"
+
+
+_PART = "\0"  # in no path
+
+
+def _key(path: Path, part: str) -> str:
+    return f"{path.resolve()}{_PART}{part}" if part else str(path.resolve())
 
 
 def _memory_file() -> Path:

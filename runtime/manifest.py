@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import Any, ClassVar
 from satchel.runtime import strict_json
 from satchel.runtime.certificate import Certificate, check_values
 from satchel.runtime.errors import BundleError
+from satchel.runtime.integrity.digest import manifest_digest
+from satchel.runtime.integrity.manifest_limits import check_limits
+from satchel.runtime.integrity.manifest_text import check_digest, parse_document, read_bytes
 from satchel.runtime.manifest_versions import upgraded
 
 MANIFEST_NAME = "manifest.json"
@@ -29,6 +31,14 @@ STATIC_INPUTS = frozenset({"input_ids", "cache_rows", "cache_index", "last_token
 id; `cache_rows` [1, 1, capacity, 1] bool, the positions that the new tokens are written to; `cache_index` [capacity]
 int64, which new token goes there, any elsewhere (where tokens > 1); `last_token` [1] int64, the index of the last token
 that is no padding (where tokens > 1 and only its logits are wanted)."""
+
+TOP_IDS, TOP_LOGITS = TOP_OUTPUTS = ("top_ids", "top_logits")
+"""What a graph may give beside its logits, both or neither: its most likely tokens, the most likely first, as ids int64
+and logits float32, both [batch, 1, k]."""
+
+FULL_MASK = "capacity"
+"""The length of an `attention_mask` that covers the whole cache, with ones for the tokens that are there and zeros
+behind them; any other name stands for a mask that ends with the last token."""
 
 TOKENIZER_KINDS = ("tokenizer.json", "sentencepiece")
 
@@ -126,6 +136,12 @@ class GraphSpec:
     session_of: str | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def top_tokens(self) -> int:
+        """How many of the most likely tokens the graph itself chooses, as `TOP_OUTPUTS`; 0 for none."""
+        found = [tensor.shape[-1] for tensor in self.outputs if tensor.name == TOP_IDS]
+        return found[0] if found and isinstance(found[0], int) else 0
 
 
 @dataclass(frozen=True)
@@ -297,14 +313,8 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check a manifest file. Raises BundleError naming the file, the key and what to do."""
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BundleError(
-                f"{path}: cannot be read ({error.strerror}): give a folder made by satchel export"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path}: not valid JSON ({error}): copy the bundle or export it again") from None
+        document = parse_document(read_bytes(path), str(path))
+        check_digest(document, cls.VERSION, str(path))
         return cls.from_json(document, str(path))
 
     @classmethod
@@ -313,18 +323,26 @@ class Manifest:
         if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
             raise BundleError(f"{name}: not a satchel manifest ('format' is not '{cls.FORMAT}'): give a satchel bundle")
         document = upgraded(document, cls.VERSION, name)
-        fields = {key: value for key, value in document.items() if key not in ("format", "version")}
+        fields = {key: value for key, value in document.items() if key not in ("format", "version", "digest")}
         try:
             manifest: Manifest = strict_json.from_json(cls, fields)
+            check_limits(manifest)
             _check_values(manifest)
         except strict_json.StrictJsonError as error:
             raise BundleError(f"{name}: {error}: export the bundle again with this satchel") from None
         return manifest
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON values; `from_json` of it gives an equal manifest."""
+        """The manifest as plain JSON values, with its digest; `from_json` of it gives an equal manifest."""
         body: dict[str, Any] = strict_json.to_json(self)
-        return {"format": self.FORMAT, "version": self.VERSION, **body}
+        document = {"format": self.FORMAT, "version": self.VERSION, "digest": None, **body}
+        return {**document, "digest": manifest_digest(document)}
+
+    @property
+    def has_fixed_mask(self) -> bool:
+        """Whether the decode graph takes a mask of the cache's whole length, so that its shapes never change."""
+        inputs = () if self.graphs is None else self.graphs.decode.inputs
+        return any(tensor.name == "attention_mask" and tensor.shape[-1:] == (FULL_MASK,) for tensor in inputs)
 
     def without_custom(self) -> Manifest:
         """The manifest of the plain graphs alone. Raises BundleError where there are none."""
@@ -428,8 +446,23 @@ def _check_graph(manifest: Manifest, phase: str) -> None:
     found = {tensor.name for tensor in graph.inputs}
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
     wanted = {"logits", *(name for layer in layers for name in (layer.present_key, layer.present_value))}
-    found = {tensor.name for tensor in graph.outputs}
+    chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
+    found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
     _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+    if chosen:
+        _check_chosen(f"{key}.outputs", phase, chosen, manifest.model.vocab_size)
+
+
+def _check_chosen(key: str, phase: str, chosen: list[TensorSpec], vocabulary: int) -> None:
+    """Both outputs, for the one token that a graph gives logits of, of one number of tokens and the right types."""
+    names = sorted(tensor.name for tensor in chosen)
+    _check(names == sorted(TOP_OUTPUTS) and phase in ("prefill", "decode"), key, names, "both of them, or neither")
+    for tensor in chosen:
+        dtype, count = "int64" if tensor.name == TOP_IDS else "float32", tensor.shape[-1]
+        _check(tensor.dtype == dtype, f"{key}.{tensor.name}.dtype", tensor.dtype, dtype)
+        fits = len(tensor.shape) == 3 and tensor.shape[1] == 1 and isinstance(count, int) and 1 <= count <= vocabulary
+        _check(fits, f"{key}.{tensor.name}.shape", tensor.shape, "[batch, 1, a number of tokens]")
+    _check(chosen[0].shape == chosen[1].shape, key, [tensor.shape for tensor in chosen], "of one shape")
 
 
 def _check_static(manifest: Manifest, static: StaticGraphs) -> None:

@@ -93,6 +93,8 @@ def _tensor(message: bytes) -> ExternalTensor:
             name = content.decode()
         elif number == TENSOR_EXTERNAL_DATA:
             key, value = _entry(content)
+            if key in place:
+                raise ValueError(f"the key {key[:30]!r} comes twice in the external data of {name[:60]!r}")
             place[key] = value
     return ExternalTensor(name, tuple(dims), dtype, place)
 

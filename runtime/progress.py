@@ -83,8 +83,11 @@ class Bar(Waiting):
         self.done += count
 
     def _draw(self) -> None:
-        from tqdm import tqdm
-
+        try:
+            from tqdm import tqdm
+        except ImportError:  # a packed bundle runs without it
+            super()._draw()
+            return
         scale = self._unit == "B"  # thousands of bytes as kB
         with tqdm(
             total=self.total, desc=self.label, unit=self._unit, unit_scale=scale, leave=False, file=self._stream

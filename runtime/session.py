@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from satchel.runtime.bundle import Bundle
 from satchel.runtime.custom import digest_of
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.graph_file import graph_file
 from satchel.runtime.manifest import MANIFEST_NAME, Specialized, TensorSpec
 from satchel.runtime.memory import release_freed, use_one_arena
 
@@ -89,14 +90,15 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     Raises ProviderError for a provider that is unknown or not on this machine, and BundleError when the graph does not
     load, or has other inputs and outputs than the manifest says.
     """
-    path = bundle.graph_path(phase)
+    name = bundle.manifest.graph(phase).file
     options = _session_options(bundle, phase, settings)
     provider = _provider(settings.provider)
     made = _specialised(bundle, settings)
     if made is not None and phase in made.graphs:
-        path = bundle.path(made.graphs[phase])
+        name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-    session = _open(path, options, provider, ["ConstantFolding"] if settings.lean else [])
+    graph, disabled = graph_file(bundle, name, options), ["ConstantFolding"] if settings.lean else []
+    session = _open(graph, options, provider, disabled, bundle.folder / name)
     _check_signature(bundle, phase, session)
     return session
 
@@ -159,7 +161,7 @@ def save_optimised(
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(key, value)
-    _open(graph, options, _provider(settings.provider), [])
+    _open(graph, options, _provider(settings.provider), [], graph)
 
 
 def share_thread_pool(threads: int | None = None) -> None:
@@ -182,15 +184,17 @@ def share_thread_pool(threads: int | None = None) -> None:
         )
 
 
-def _open(path: Path, options: ort.SessionOptions, provider: str, disabled: list[str]) -> ort.InferenceSession:
+def _open(
+    graph: Path | bytes, options: ort.SessionOptions, provider: str, disabled: list[str], name: Path
+) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(
-            path, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
+            graph, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
         )
     except ORT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise BundleError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
+            f"{name}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
             "export the bundle again, or use the ONNX Runtime named in its manifest"
         ) from None
 
@@ -234,14 +238,33 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         # The default order runs all that depends on weights alone first, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     _register(options, bundle.custom_ops)
+    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
+    return options
+
+
+def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
+    """Options with a manifest's session entries and one thread, for who opens a graph and does not run it.
+
+    `where` names the graph in messages. Raises BundleError for an entry that is not for a bundle to set.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_FATAL
+    if _process_pool is not None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    _add_entries(options, entries, where)
+    return options
+
+
+def _add_entries(options: ort.SessionOptions, entries: Mapping[str, str], where: str) -> None:
     for key, value in entries.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
-                f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}.session: '{key}' is not for a bundle to set: "
+                f"{where}.session: '{key}' is not for a bundle to set: "
                 f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
             )
         options.add_session_config_entry(key, value)
-    return options
 
 
 def check_loads(libraries: Sequence[Path]) -> None:
@@ -287,7 +310,7 @@ def _check_signature(bundle: Bundle, phase: str, session: ort.InferenceSession) 
         differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
         if differing:
             raise BundleError(
-                f"{bundle.graph_path(phase)}: its {side} are not those of the manifest "
+                f"{bundle.folder / graph.file}: its {side} are not those of the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
 

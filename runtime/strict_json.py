@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from typing import Any
@@ -14,8 +15,26 @@ JSON_NAMES = {
 }  # fmt: skip
 
 
+DEEPEST = 40
+"""How deep objects and lists may nest."""
+
+
 class StrictJsonError(ValueError):
     """Parsed JSON does not have the declared shape. The message names the key and what was found there."""
+
+
+def loads(text: bytes) -> Any:
+    """Parse JSON of which every reader makes the same.
+
+    Raises ValueError for what is no UTF-8 JSON, for a key that comes twice in an object, for a number that is none
+    (NaN, Infinity) and for what nests deeper than `DEEPEST`.
+    """
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST}") from None
+    _check_depth(value, DEEPEST)
+    return value
 
 
 def from_json(kind: Any, value: Any, key: str = "") -> Any:
@@ -57,6 +76,28 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} comes twice in an object")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_depth(value: Any, room: int) -> None:
+    if isinstance(value, dict | list):
+        if room == 0:
+            raise ValueError(f"nested deeper than {DEEPEST}")
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, dict | list):
+                _check_depth(item, room - 1)
 
 
 @functools.cache

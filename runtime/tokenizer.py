@@ -34,8 +34,8 @@ class Tokenizer(ABC):
         spec = bundle.manifest.tokenizer
         if spec is None:
             raise BundleError(f"{bundle.folder}: has no tokenizer: use token ids, or export it again with --tokenizer")
-        path = bundle.path(spec.file)
-        tokenizer = _load(spec, path)
+        path = bundle.folder / spec.file
+        tokenizer = _load(spec, bundle.read(spec.file), path)
         for entry in spec.corpus:
             if tokenizer.encode(entry.text) != list(entry.ids):
                 raise BundleError(
@@ -107,13 +107,14 @@ class Tokenizer(ABC):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, through the tokenizers library; its post-processor adds the special tokens."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """`content` is that of the file; None reads it."""
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
-            if type(error) is not Exception:  # the library raises the base class itself, and nothing narrower
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes() if content is None else content)
+        except BaseException as error:
+            if not _from_tokenizers(error):
                 raise
             raise _unreadable(path, "tokenizers", tokenizers.__version__, error) from None
         self._tokenizer.no_truncation()
@@ -143,12 +144,14 @@ class JsonTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; BOS is added here, where the bundle says so."""
 
-    def __init__(self, path: Path, add_bos: bool) -> None:
+    def __init__(self, path: Path, add_bos: bool, content: bytes | None = None) -> None:
+        """`content` is that of the file; None reads it."""
         import sentencepiece
 
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            model = path.read_bytes() if content is None else content
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last where a piece in a message is no text
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
         self._add_bos = add_bos
@@ -205,14 +208,22 @@ def _check_unicode(text: str) -> None:
         raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
 
 
-def _unreadable(path: Path, library: str, version: str, error: Exception) -> BundleError:
+def _from_tokenizers(error: BaseException) -> bool:
+    """Whether the tokenizers library raised this over a file: it has no errors of its own.
+
+    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, where it did not foresee something.
+    """
+    return type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"
+
+
+def _unreadable(path: Path, library: str, version: str, error: BaseException) -> BundleError:
     return BundleError(
         f"{path}: {library} {version} cannot read it ({' '.join(str(error).split())}): "
         "export the bundle again, or install the version that its manifest names"
     )
 
 
-def _load(spec: TokenizerSpec, path: Path) -> Tokenizer:
+def _load(spec: TokenizerSpec, content: bytes, path: Path) -> Tokenizer:
     if spec.kind == "sentencepiece":
-        return SentencePieceTokenizer(path, spec.add_bos)
-    return JsonTokenizer(path)
+        return SentencePieceTokenizer(path, spec.add_bos, content)
+    return JsonTokenizer(path, content)

@@ -14,6 +14,9 @@ from satchel.graphs.recipe import Recipe, RecipeError, parse_recipe
 
 FOLDER = Path(__file__).resolve().parent
 
+TARGET_RECIPES = {("cann", "a16w8"): "a16w8-channel", ("cuda", "int8"): "a16w8"}
+"""By target and precision: the recipe where the one that is called after the precision has no form there."""
+
 
 def shipped() -> list[str]:
     """Names of the recipes that ship."""
@@ -29,7 +32,8 @@ def recipe_of(config: ExportConfig) -> Recipe | None:
         ExportError: The recipe cannot be read.
     """
     if config.quantised:
-        return load_recipe(config.precision if config.recipe is None else config.recipe)
+        own = TARGET_RECIPES.get((config.target, config.precision), config.precision)
+        return load_recipe(own if config.recipe is None else config.recipe)
     return Recipe(config.precision, ()) if config.kv_cache == "int8" else None
 
 

@@ -29,10 +29,13 @@ def derive_positions(model: ir.Model, report: Report) -> None:
         zero, one = builder.constant(np.asarray(0, np.int64), "zero"), builder.constant(np.asarray(1, np.int64), "one")
         axis = builder.constant(np.asarray([1], np.int64), "axis.1")
         count = builder.value("ReduceSum", [mask, axis], "positions.count", keepdims=1)  # [batch, 1]
-        new = builder.value("Gather", [builder.value("Shape", [ids], "positions.shape"), one], "positions.new", axis=0)
+        # Counted from tensors alone: a number out of Shape would be on the host, and on its way to the device stop it.
+        none = builder.value("Mul", [ids, zero], "positions.none")
+        each = builder.value("Add", [none, one], "positions.each")  # 1 for each new token, [batch, sequence]
+        new = builder.value("ReduceSum", [each, axis], "positions.new", keepdims=1)
         first = builder.value("Max", [builder.value("Sub", [count, new], "positions.past"), zero], "positions.first")
-        steps = builder.value("Range", [zero, new, one], "positions.steps")
-        derived = builder.value("Add", [first, steps], "positions", positions)  # [batch, sequence]
+        steps = builder.value("CumSum", [each, one], "positions.steps", exclusive=1)
+        derived = builder.value("Add", [first, steps], signature.POSITIONS, positions)  # [batch, sequence]
         ir.convenience.replace_all_uses_with(positions, derived)
     model.graph.inputs.remove(positions)
     signature.set_token_shapes(model)

@@ -13,7 +13,7 @@ from satchel.graphs.values import MICROSOFT, Builder, attributes, replace, weigh
 from satchel.graphs.weights import LazyWeight, reshaped
 
 
-def quantize_tables(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
+def quantize_tables(weights: Mapping[str, QuantizedWeight], accuracy_level: int = INT8_PRODUCTS) -> GraphPass:
     """Look up rows of codes, and let a tied head multiply by the same codes.
 
     Both operators read the same bytes, each in a shape of its own. An id outside the table, an error to Gather, gives
@@ -28,6 +28,7 @@ def quantize_tables(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     Args:
         weights: Quantised weights by the name of the float initialiser, tables [vocabulary, hidden]. Those that nothing
             looks up are left alone.
+        accuracy_level: How the head's product takes its input: rounded to 8 bits block by block, or 0, as it is.
     """
 
     def edit(model: ir.Model, report: Report) -> None:
@@ -42,7 +43,7 @@ def quantize_tables(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
             except Refused as refusal:
                 report.refuse(readers[0], str(refusal))
                 continue
-            _rewrite(model, readers, quantized)
+            _rewrite(model, readers, quantized, accuracy_level)
             report.count += 1
 
     return dataclasses.replace(graph_pass(edit), name="quantize_tables", doc=quantize_tables.__doc__ or "")
@@ -68,7 +69,7 @@ def _check(table: ir.Value, lazy: LazyWeight, quantized: QuantizedWeight) -> Non
             raise Refused(f"{table.name} is read by {node.name} ({node.op_type}), too")
 
 
-def _rewrite(model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight) -> None:
+def _rewrite(model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight, accuracy_level: int) -> None:
     scheme, (outputs, inputs) = quantized.grid.scheme, quantized.codes.shape
     codes, scales, points = quantized.rows()
     whole = Builder(model)
@@ -88,6 +89,6 @@ def _rewrite(model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight
                 by_block = whole.initializer(reshaped(codes, shape, f"{codes.name}.blocks"))
             new = builder.value(
                 "MatMulNBits", [first, by_block, *grid], f"{node.name}.codes", like, MICROSOFT,
-                bits=scheme.bits, block_size=scheme.block, K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
+                bits=scheme.bits, block_size=scheme.block, K=inputs, N=outputs, accuracy_level=accuracy_level or None,
             )  # fmt: skip
         replace(like, new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -22,6 +24,13 @@ def slice_last_logits(model: ir.Model, report: Report) -> None:
     after:  x -> GatherND(last real token) -> [batch, 1, hidden] -> norm -> MatMul -> logits [batch, 1, vocabulary]
     refuses when: nothing in front of the logits works on each token alone, or the logits are sliced already (silently).
     """
+    slice_tokens(model, report, _gather)
+
+
+def slice_tokens(model: ir.Model, report: Report, gather: Callable[[ir.Model, ir.Node, ir.Value], ir.Value]) -> None:
+    """Let `gather(model, before, x)` take one token of x [batch, sequence, hidden], as far ahead of the logits as can
+    be.
+    """
     (logits,) = [v for v in model.graph.outputs if v.name == signature.LOGITS]
     chain: list[ir.Node] = []
     value = logits
@@ -31,7 +40,7 @@ def slice_last_logits(model: ir.Model, report: Report) -> None:
     maker = value.producer()
     if not chain or rank(value) != 3 or (maker is not None and maker.name == NAME):
         return
-    last = _gather(model, chain[-1], value)
+    last = gather(model, chain[-1], value)
     chain[-1].replace_input_with(_data_input(chain[-1]), last)
     for node in chain:
         output = node.outputs[0]

@@ -31,9 +31,7 @@ def store_float16(model: ir.Model, report: Report) -> None:
 def store_half(model: ir.Model, value: ir.Value, lazy: LazyWeight) -> None:
     """Store one weight as float16, with a Cast for its readers."""
     readers = [use.node for use in value.uses()]
-    half = Builder(model).initializer(
-        mapped(lazy, lambda array: _round(lazy.name, array), f"{lazy.name}.fp16", ir.DataType.FLOAT16)
-    )
+    half = Builder(model).initializer(halved(lazy, "export with --precision fp32"))
     for node in readers:
         if node.op_type == "Gather":
             node.replace_input_with(0, half)
@@ -54,17 +52,27 @@ def store_half(model: ir.Model, value: ir.Value, lazy: LazyWeight) -> None:
         replace(value, Builder(model, first).value("Cast", [half], f"{lazy.name}.float32", value, to=ir.DataType.FLOAT))
 
 
+def halved(lazy: LazyWeight, advice: str) -> LazyWeight:
+    """The weight in float16, under the name `NAME.fp16`.
+
+    Args:
+        lazy: The weight in float32.
+        advice: What to do where a value is beyond float16; reading the weight then raises PassError.
+    """
+    half = mapped(lazy, lambda array: _round(lazy.name, array, advice), f"{lazy.name}.fp16", ir.DataType.FLOAT16)
+    half.computed = lazy.computed
+    return half
+
+
 def _first(model: ir.Model, value: ir.Value) -> ir.Node:
     """The first node in the graph's order that reads the value."""
     readers = {id(node) for node in value.consumers()}
     return next(node for node in model.graph if id(node) in readers)
 
 
-def _round(name: str, array: np.ndarray) -> np.ndarray:
+def _round(name: str, array: np.ndarray, advice: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if np.isinf(half).any() and not np.isinf(array).any():
-        raise PassError(
-            f"{name} has a value of {np.abs(array).max():.4g}, beyond float16's 65504: export with --precision fp32"
-        )
+        raise PassError(f"{name} has a value of {np.abs(array).max():.4g}, beyond float16's 65504: {advice}")
     return half

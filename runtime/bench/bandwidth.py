@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.runtime.child_path import python_path
 from satchel.runtime.errors import SatchelError
 
 ROUNDS = 8
@@ -56,8 +57,9 @@ def measure(threads: int, buffer_bytes: int) -> Bandwidth:
 
 def measure_in_child() -> Bandwidth:
     """Measure in a new process, with every CPU that this one may use. Raises SatchelError when that fails."""
-    command = [sys.executable, "-m", "satchel.runtime.bench.bandwidth"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-m", "satchel.runtime.bench.bandwidth"]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     try:
         return Bandwidth(**json.loads(done.stdout))
     except (ValueError, TypeError):

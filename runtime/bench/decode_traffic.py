@@ -37,11 +37,11 @@ def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
     BundleError when the decode graph cannot be read.
     """
     blocks = bundle.specialized is not None and bundle.specialized.decode_blocks
-    path = bundle.graph_path("decode_blocks" if blocks else "decode")
+    name = bundle.manifest.graph("decode_blocks" if blocks else "decode").file
     try:
-        tensors, nodes = _read(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}): export the bundle again") from None
+        tensors, nodes = _read(bundle.read(name))
+    except ValueError as error:
+        raise BundleError(f"{bundle.folder / name}: cannot be read ({error}): export the bundle again") from None
     read: dict[tuple[str, str], float] = {}
     for node in nodes:
         for name in node.inputs:

@@ -249,11 +249,9 @@ def chat_ids(
 def _generation_config(bundle: Bundle) -> SamplingOptions:
     if GENERATION_CONFIG not in bundle.manifest.files:
         return SamplingOptions()
-    path = bundle.path(GENERATION_CONFIG)
+    path = bundle.folder / GENERATION_CONFIG
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}): give yourself the right to") from None
+        document = json.loads(bundle.read(GENERATION_CONFIG))
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):

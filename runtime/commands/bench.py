@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "from the first import until the bundle is ready, once per process."
     )
     parser.epilog = "example:\n  satchel bench out/smollm2-fp32 --prompt-tokens 512 --new-tokens 128 --threads 2 --json"
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--prompt-tokens", metavar="N", type=int, help=f"prompt length ({PROMPT_TOKENS})")
     parser.add_argument("--new-tokens", metavar="N", type=int, default=128, help="tokens to decode (%(default)s)")
     parser.add_argument(
@@ -93,7 +93,12 @@ def main(args: argparse.Namespace) -> int:
 
         check_plot(args.plot)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(args.bundle, progress=shown, custom=custom_flags.custom_of(args))
+    bundle = open_bundle(
+        args.bundle,
+        progress=shown,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     lengths = _lengths(args, contexts, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary
     workloads = [Workload(length, args.new_tokens, vocabulary, args.batch) for length in lengths]

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "generation_config.json. Without a terminal each line of standard input is a turn; /help lists the commands."
     )
     parser.epilog = 'example:\n  satchel chat out/smollm2-int8 --system "Answer in one sentence."'
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument("--tools", metavar="FILE", type=Path, help="a JSON list of function schemas for the template")
     parser.add_argument(
@@ -132,6 +132,7 @@ def _open(args: argparse.Namespace) -> Conversation:
         verbose=args.verbose,
         progress=not args.quiet,
         custom=custom_flags.custom_of(args),
+        require_signature=args.require_signature,
     )
     if args.prefix_memory is None:
         spec = generator.engine.bundle.manifest.kv_cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from satchel.runtime.certificate import Window
 from satchel.runtime.commands import custom_flags
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n  satchel eval out/smollm2-fp16 --text book.txt --reference SmolLM2-135M-Instruct/ --json"
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a UTF-8 text to predict")
     parser.add_argument(
         "--reference",
@@ -70,7 +70,12 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.proof.fidelity import evaluate
 
     shown = not args.quiet
-    bundle = open_bundle(args.bundle, progress=shown, custom=custom_flags.custom_of(args))
+    bundle = open_bundle(
+        args.bundle,
+        progress=shown,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
@@ -132,9 +137,11 @@ def _windows(bundle: Bundle, text: str, args: argparse.Namespace) -> list[Ids]:
 
 def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> None:
     """Refuse a reference bundle that cannot be compared, before any graph is opened."""
-    if source is None or not _is_bundle(source):
+    from satchel.runtime.bundle import is_bundle, survey_bundle
+
+    if source is None or not is_bundle(source):
         return
-    other = Manifest.read(Path(source) / MANIFEST_NAME).model
+    other = survey_bundle(source).manifest.model
     if other.vocab_size != manifest.model.vocab_size:
         raise BundleError(
             f"{source}: its vocabulary has {other.vocab_size} tokens where the bundle's has "
@@ -144,15 +151,12 @@ def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> Non
         raise BundleError(f"{source}: its context holds {other.max_context}: lower --window-tokens to that")
 
 
-def _is_bundle(source: str) -> bool:
-    return (Path(source) / MANIFEST_NAME).is_file()
-
-
 def _open_reference(args: argparse.Namespace) -> Reference:
+    from satchel.runtime.bundle import is_bundle
     from satchel.runtime.progress import waiting
 
     label, shown = "opening the reference", not args.quiet
-    if not _is_bundle(args.reference):
+    if not is_bundle(args.reference):
         with waiting(label, shown=shown):  # with torch and transformers
             from satchel.export.reference import open_reference
 

@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "new tokens, run under ONNX Runtime's profiler. It slows them down: satchel bench measures speed."
     )
     parser.epilog = "example:\n  satchel profile out/smollm2-int8 --prompt-tokens 256 --threads 2 --trace trace.json"
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="prompt length (%(default)s)")
     parser.add_argument("--new-tokens", metavar="N", type=int, default=32, help="tokens to decode (%(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
@@ -53,7 +53,12 @@ def main(args: argparse.Namespace) -> int:
     if args.trace is not None:
         check_target(args.trace, TRACE_OPTION)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(args.bundle, progress=not args.quiet, custom=custom_flags.custom_of(args))
+    bundle = open_bundle(
+        args.bundle,
+        progress=not args.quiet,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     settings = session.SessionSettings(args.provider, args.threads, args.verbose)
     layers = len(bundle.manifest.kv_cache.layers)
     with waiting("profiling", shown=not args.quiet):

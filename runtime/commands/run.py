@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.commands import custom_flags, run_flags
-from satchel.runtime.errors import PromptError, SatchelWarning
+from satchel.runtime.errors import PromptError, SatchelError, SatchelWarning
 from satchel.runtime.generation.options import given_in
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def _open(args: argparse.Namespace) -> Generator:
     from satchel.runtime.generation.generator import Generator
 
     session.share_thread_pool(args.threads)
+    if args.specialize and args.require_signature is not None:
+        raise SatchelError("--specialize with --require-signature: no signature covers what it makes: leave one out")
     if args.specialize:
         _specialize(args)
     return Generator.open(
@@ -70,6 +72,7 @@ def _open(args: argparse.Namespace) -> Generator:
         verbose=args.verbose,
         progress=not args.quiet,
         custom=custom_flags.custom_of(args),
+        require_signature=args.require_signature,
     )
 
 

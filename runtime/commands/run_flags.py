@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "prompt is taken as it is: no chat template is applied."
     )
     parser.epilog = EPILOG
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument(
         "prompt",
         metavar="PROMPT",

@@ -58,7 +58,12 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # files that do not fit are replaced
-        bundle = open_bundle(args.bundle, progress=not args.quiet, custom=custom_flags.custom_of(args))
+        bundle = open_bundle(
+            args.bundle,
+            progress=not args.quiet,
+            require_signature=args.require_signature,
+            custom=custom_flags.custom_of(args),
+        )
 
     def say(line: str) -> None:
         if not args.quiet:

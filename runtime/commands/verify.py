@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "certificate again, and compare within the margins stated there. Exits with 1 if something moved."
     )
     parser.epilog = "example:\n  satchel verify out/smollm2-fp32 --threads 2"
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     custom_flags.add_flags(parser)
@@ -42,7 +42,12 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.proof.certify import moved, replay
 
     shown = not args.quiet
-    bundle = open_bundle(args.bundle, progress=shown, custom=custom_flags.custom_of(args))
+    bundle = open_bundle(
+        args.bundle,
+        progress=shown,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")

@@ -76,17 +76,19 @@ class Generator:
         verbose: bool = False,
         progress: bool = False,
         custom: Custom = DEFAULT_CUSTOM,
+        require_signature: str | Path | None = None,
     ) -> Generator:
-        """Open a bundle folder.
+        """Open a bundle, a folder or a packed file.
 
         `threads` None means one per physical core; `max_context` (positions) None means the bundle's own and may only
         lower it; `prefix_mib` (MiB) is how much memory keys and values of what was seen may take, for prompts that
         begin alike; `verbose` shows ONNX Runtime's log, `progress` what goes on while a large bundle is first
-        checked, and while it is opened, on a terminal's standard error. `custom` says what of a user's own is to run:
-        passes, and libraries of operators.
+        checked, and while it is opened, on a terminal's standard error; `require_signature` is the file of a public
+        key with whose private key the bundle must be signed; `custom` says what of a user's own is to run: passes, and
+        libraries of operators.
         Raises BundleError, ProviderError, and PromptError for a `max_context` that the bundle does not allow.
         """
-        bundle = open_bundle(path, progress=progress, custom=custom)
+        bundle = open_bundle(path, progress=progress, require_signature=require_signature, custom=custom)
         limit = bundle.manifest.model.max_context
         if max_context is not None and not 1 <= max_context <= limit:
             raise PromptError(f"--max-context {max_context}: this bundle allows 1 to {limit}")

@@ -133,7 +133,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     Raises BundleError when its list of passes is not of the form that an export writes, or a size cannot be.
     """
     manifest = bundle.manifest
-    sizes = {MANIFEST_NAME: (bundle.folder / MANIFEST_NAME).stat().st_size}
+    sizes = {MANIFEST_NAME: bundle.manifest_bytes}
     sizes |= {name: record.bytes for name, record in manifest.files.items()}
     weights = manifest.files.get(WEIGHTS_NAME)
     cache, specialized = _cache_facts(manifest.kv_cache, manifest.model.max_context), _specialized_facts(manifest)

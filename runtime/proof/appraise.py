@@ -70,7 +70,7 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
         skip=min(Window.SKIP, length // 8),
         decode_windows=None if quantised else FLOAT_DECODE_WINDOWS,
     )
-    if lean:
+    if lean or manifest.target != "cpu":  # how fast the CPU is says nothing of another device
         return certificate
     if default_threads() != machine_cores():
         engine = Engine(bundle, SessionSettings())

@@ -25,6 +25,7 @@ from satchel.runtime.custom import Custom
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.hash_memory import sha256_of
+from satchel.runtime.integrity.graph_data import check_external_data
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features, processor_name
 from satchel.runtime.session import SessionSettings, save_optimised
@@ -274,18 +275,22 @@ def remove(bundle: Bundle) -> Manifest:
 @contextlib.contextmanager
 def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
     """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
+    path = bundle.graph_path(source)
+    model, sizes = path.read_bytes(), {file: record.bytes for file, record in bundle.manifest.files.items()}
     if source not in MADE:
-        yield bundle.graph_path(source)
+        check_external_data(model, sizes, str(path))
+        yield path
         return
     name, make = MADE[source]
     weights, graph = scratch / name, scratch.with_suffix(".onnx")
     make(bundle, weights)
+    check_external_data(model, {**sizes, name: weights.stat().st_size}, str(path))
 
     def moved(entries: onnx_wire.External) -> onnx_wire.External:
         return {**entries, "location": f"{scratch.name}/{name}"} if entries["location"] == name else entries
 
     try:
-        graph.write_bytes(onnx_wire.map_external_data(bundle.graph_path(source).read_bytes(), moved))
+        graph.write_bytes(onnx_wire.map_external_data(model, moved))
         yield graph
     finally:
         graph.unlink(missing_ok=True)

@@ -143,7 +143,7 @@ def _read_config(bundle: Bundle) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(_read_text(bundle, CONFIG_NAME))
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise BundleError(f"{bundle.folder / CONFIG_NAME}: not a JSON object: export the bundle again")
@@ -151,10 +151,8 @@ def _read_config(bundle: Bundle) -> dict[str, Any]:
 
 
 def _read_text(bundle: Bundle, name: str) -> str:
-    path = bundle.path(name)
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}): give yourself the right to") from None
+        return bundle.read(name).decode("utf-8")
     except UnicodeDecodeError as error:
+        path = bundle.folder / name
         raise BundleError(f"{path}: not UTF-8 text (byte {error.start}): export the bundle again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import select
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from satchel.runtime.child_path import python_path
 from satchel.runtime.errors import PromptError
 from satchel.runtime.plain_text import printable
 from satchel.runtime.templates.limits import MEMORY_BYTES, OUTPUT_BYTES, SECONDS
@@ -46,6 +48,8 @@ class TemplateProcess:
 
     def __init__(self, source: str) -> None:
         """Start the child and compile. Raises PromptError if either fails, in one line that says why."""
+        if importlib.util.find_spec("jinja2") is None:
+            raise PromptError("chat templates need the package jinja2, which is not installed: pip install jinja2")
         request = request_line({"template": source})
         self._child = _start()
         self._end = weakref.finalize(self, _end, self._child)  # at the interpreter's exit at the latest
@@ -145,8 +149,6 @@ def _plain(value: Any) -> Any:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # The child finds the packages that this process finds, and not what happens to lie in the current folder (-P).
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
         child = subprocess.Popen(
@@ -156,7 +158,7 @@ def _start() -> subprocess.Popen[bytes]:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             cwd="/",
-            env={**environment, "PYTHONPATH": paths},
+            env={**environment, "PYTHONPATH": python_path()},
             start_new_session=True,  # Ctrl-C in the terminal is for us alone
         )
     except OSError as error:

@@ -28,8 +28,17 @@ def positions(mask: list[list[int]], new: int) -> np.ndarray:
         ([[1] * 13], 3, [[10, 11, 12]]),
         ([[1] * 13], 1, [[12]]),
         ([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], 1, [[1], [4]]),
+        ([[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]], 1, [[2], [4]]),
     ],
-    ids=["prompt", "one token", "prompts padded on the right", "a chunk", "a step", "a step of rows of two lengths"],
+    ids=[
+        "prompt",
+        "one token",
+        "prompts padded on the right",
+        "a chunk",
+        "a step",
+        "a step of rows of two lengths",
+        "a step with a mask of the whole cache",
+    ],
 )
 def test_positions_follow_from_the_mask(mask: list[list[int]], new: int, wanted: list[list[int]]) -> None:
     np.testing.assert_array_equal(positions(mask, new), wanted)
@@ -44,6 +53,11 @@ def test_the_input_goes_and_all_its_readers_read_what_is_derived() -> None:
     assert inputs(after) == ["input_ids", "attention_mask"]
     readers = {node.op_type for node in after.graph if any(v.name == "positions" for v in node.inputs if v is not None)}
     assert readers == {"Abs", "Add"}
+
+
+def test_no_number_goes_from_the_host_to_the_device() -> None:
+    after = fired(derive_positions, build(TEXT), 1, keeps_signature=False).model
+    assert not {"Shape", "Size", "Range"} & {node.op_type for node in after.graph}
 
 
 def test_positions_that_nothing_reads_go_without_a_trace() -> None:

@@ -18,6 +18,7 @@ from satchel.graphs.contract import GraphPass
 from satchel.graphs.pipeline import Step, check_order
 from satchel.graphs.quantized import KVScales, Quantised
 from satchel.graphs.recipe import Recipe, Rule
+from satchel.graphs.static import Lengths
 from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
@@ -27,10 +28,14 @@ RECIPE = Recipe("all", (), transforms=("rotate", "smooth", "hadamard"))
 SCALES = KVScales(np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
 NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES}, "fp32")
 ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "import_opset": (23,),
     "insert_hadamard": (16,),
     "insert_qdq": ({}, {}),
+    "fix_shapes": (Lengths(4, 8),),
     "quantize_experts": ({},),
+    "quantize_folded": ({}, {}),
     "quantize_kv_cache": ({}, "decode"),
+    "quantize_products": ({}, {}),
     "quantize_tables": ({},),
     "smooth_products": ({},),
 }
@@ -39,6 +44,26 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 
 def whole_pipelines() -> dict[str, tuple[Step, ...]]:
     """All that runs on one graph, for each target, phase and precision."""
+    return varying_pipelines() | static_pipelines()
+
+
+def static_pipelines() -> dict[str, tuple[Step, ...]]:
+    return {
+        f"{name} {phase} {tokens} {quantised is not None}": (
+            *target.normalise,
+            *target.fuse,
+            *((*ROTATE, *even_out(RECIPE, {})) if quantised is not None else ()),
+            *target.static_steps(phase, Lengths(tokens, 8), quantised),
+        )
+        for name, target in TARGETS.items()
+        if target.static is not None
+        for phase in PHASES
+        for tokens in (1, 4)
+        for quantised in (None, NOTHING)
+    }
+
+
+def varying_pipelines() -> dict[str, tuple[Step, ...]]:
     return {
         f"{name} {phase} {precision}": (
             *target.normalise,
@@ -47,7 +72,8 @@ def whole_pipelines() -> dict[str, tuple[Step, ...]]:
             *target.steps(phase, precision, quantised),
         )
         for name, target in TARGETS.items()
-        for phase in (*PHASES, PREFILL_INT8, DECODE_BLOCKS)
+        if target.static is None
+        for phase in target.phases
         for precision, quantised in (("fp32", None), ("fp16", None), ("int8", NOTHING))
     }
 
@@ -75,7 +101,12 @@ def test_every_name_in_after_is_a_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_every_phase(name: str) -> None:
-    assert set(TARGETS[name].phases) == {*PHASES, PREFILL_INT8, DECODE_BLOCKS}
+    assert set(PHASES) <= set(TARGETS[name].phases) <= {*PHASES, PREFILL_INT8, DECODE_BLOCKS}
+
+
+def test_a_target_whose_shapes_vary_has_no_static_steps() -> None:
+    with pytest.raises(ValueError, match="vary"):
+        TARGETS["cpu"].static_steps("decode", Lengths(1, 8), None)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +117,7 @@ def test_decode_by_blocks_is_there_where_decode_takes_int8_activations(prefill: 
     rule = Rule(kinds=("linear",), bits=8, blocks=("channel",), prefill=prefill, decode=decode)
     quantised = Quantised(NOTHING.model, {"w": codes}, {"w": rule}, {}, "int8")
     assert (DECODE_BLOCKS in TARGETS["cpu"].graphs(quantised)) is there
+    assert TARGETS["cuda"].graphs(quantised) == PHASES
 
 
 def test_every_pass_is_used_by_some_target() -> None:

@@ -1,40 +1,34 @@
-"""A bundle's graphs follow onnxruntime-genai's own conventions, so that runner opens the folder as it is."""
+"""SmolLM2's bundles in onnxruntime-genai, which opens the folders as they are."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from integration.conftest import NEW_TOKENS, Reference
+from support.export_command import satchel
+from support.genai import by_genai, by_satchel
+
+from satchel.runtime import Engine, open_bundle
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own: that runner brings ONNX Runtime's settings of its own.
-GENERATE = """
-import json, sys
-import onnxruntime_genai as og
-folder, prompt, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = og.Model(folder)
-params = og.GeneratorParams(model)
-params.set_search_options(max_length=len(prompt) + count, do_sample=False)
-generator = og.Generator(model, params)
-generator.append_tokens(prompt)
-for _ in range(count):
-    generator.generate_next_token()
-print(json.dumps([int(token) for token in generator.get_sequence(0)[len(prompt):]]))
-"""
+
+def test_onnxruntime_genai_generates_the_same_tokens(smollm2: Path, reference: Reference, tmp_path: Path) -> None:
+    ((tokens, _),) = by_genai(smollm2, [reference.prompt_ids], NEW_TOKENS, tmp_path)
+    assert tokens == reference.greedy_ids
 
 
-def test_onnxruntime_genai_generates_the_same_tokens(smollm2: Path, reference: Reference) -> None:
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        pytest.skip("onnxruntime-genai is not installed: `make test` installs it")
-    arguments = [str(smollm2), json.dumps(reference.prompt_ids), str(NEW_TOKENS)]
-    done = subprocess.run(
-        [sys.executable, "-c", GENERATE, *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_its_tokens_are_those_of_satchel_in_few_bits(
+    precision: str, gguf: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """int8 has a graph for each phase, with different kernels; int4 hands its kernels a session entry."""
+    bundle = tmp_path / precision
+    done = satchel("export", gguf, "-o", bundle, "--precision", precision, "--no-certificate")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == reference.greedy_ids
+    ((expected, _),) = by_satchel(Engine.open(open_bundle(bundle), threads=2), [reference.prompt_ids], NEW_TOKENS)
+    ((tokens, _),) = by_genai(bundle, [reference.prompt_ids], NEW_TOKENS, tmp_path)
+    assert tokens == expected
+    assert len(tokens) == NEW_TOKENS
+    assert len(set(tokens)) > 15

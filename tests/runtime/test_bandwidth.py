@@ -12,7 +12,7 @@ from satchel.runtime.bench import bandwidth
 from satchel.runtime.bench.bandwidth import Bandwidth, measure, measure_in_child
 from satchel.runtime.errors import SatchelError
 
-MODULE = [sys.executable, "-m", "satchel.runtime.bench.bandwidth"]
+MODULE = [sys.executable, "-P", "-m", "satchel.runtime.bench.bandwidth"]
 
 
 def test_it_prints_one_json_object_and_loads_no_onnx_runtime() -> None:

@@ -30,9 +30,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = bundle_module.sha256_of
 
-    def counting(path: Path, advance) -> str:
+    def counting(path: Path, advance, offset: int = 0, length: int | None = None) -> str:
         names.append(path.name)
-        return original(path, advance)
+        return original(path, advance, offset, length)
 
     monkeypatch.setattr(bundle_module, "sha256_of", counting)
     return names
@@ -125,7 +125,22 @@ def test_a_truncated_file_is_noticed_without_hashing(folder: Path, hashed: list[
     assert hashed == []
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside", "..", "./decode.onnx", "a\\..\\b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "/etc/passwd",
+        "sub/../../outside",
+        "..",
+        ".",
+        "",
+        "./decode.onnx",
+        "a\\..\\b",
+        "a\0b",
+        "C:x",
+        "x" * 1025,
+    ],
+)
 def test_a_listed_path_that_leaves_the_bundle_is_refused(folder: Path, name: str) -> None:
     (folder.parent / "outside").write_bytes(b"x")
     document = read_manifest(folder)
@@ -135,10 +150,47 @@ def test_a_listed_path_that_leaves_the_bundle_is_refused(folder: Path, name: str
         open_bundle(folder)
 
 
-def test_a_symlink_that_leaves_the_bundle_is_refused(folder: Path) -> None:
-    (folder / "weights.bin").rename(folder.parent / "weights.bin")
-    (folder / "weights.bin").symlink_to(folder.parent / "weights.bin")
-    with pytest.raises(BundleError, match=r"'weights\.bin' leads outside the bundle.*put the file itself into"):
+@pytest.mark.parametrize("target", ["../weights.bin", "real.bin"])
+def test_a_link_in_a_bundle_is_refused_wherever_it_leads(folder: Path, target: str) -> None:
+    (folder / "weights.bin").rename(folder / target)
+    (folder / "weights.bin").symlink_to(folder / target)
+    with pytest.raises(BundleError, match=r"weights\.bin: a link, which is not allowed in a bundle: put the file"):
+        open_bundle(folder)
+
+
+def test_a_linked_folder_in_a_bundle_is_refused(folder: Path) -> None:
+    (folder.parent / "real").mkdir()
+    (folder.parent / "real" / "x").write_bytes(b"x")
+    (folder / "sub").symlink_to(folder.parent / "real")
+    document = read_manifest(folder)
+    document["files"]["sub/x"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    write_manifest(folder, document)
+    with pytest.raises(BundleError, match=r"sub: a link, which is not allowed"):
+        open_bundle(folder)
+
+
+def test_a_linked_manifest_is_refused(folder: Path) -> None:
+    (folder / "manifest.json").rename(folder.parent / "manifest.json")
+    (folder / "manifest.json").symlink_to(folder.parent / "manifest.json")
+    with pytest.raises(BundleError, match=r"manifest\.json: a link, which is not allowed"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "manifest.json"])
+def test_a_pipe_is_no_file_and_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BundleError, match=r"no regular file: copy the bundle again"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["WEIGHTS.bin", "Manifest.json", "signature.json", "Signature.JSON"])
+def test_names_that_some_systems_take_for_one_are_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"x") if name != "signature.json" else None
+    document = read_manifest(folder)
+    document["files"][name] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    write_manifest(folder, document)
+    with pytest.raises(BundleError, match=r"manifest\.json: '.*' and '.*' are the same file on some systems"):
         open_bundle(folder)
 
 
@@ -148,7 +200,7 @@ def test_a_bundle_behind_a_symlink_opens(folder: Path) -> None:
 
 
 def test_a_path_that_is_no_bundle_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="nowhere: no such folder: give a folder made by satchel export"):
+    with pytest.raises(BundleError, match="nowhere: no such folder: give a folder made by satchel export, or"):
         open_bundle(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"no manifest\.json in it: give a folder made by satchel export"):
         open_bundle(tmp_path)
@@ -190,3 +242,46 @@ def test_a_fingerprint_is_of_what_decides_the_numbers(folder: Path) -> None:
     ):
         other = Bundle(Path("elsewhere"), dataclasses.replace(manifest, **change))
         assert (other.fingerprint == bundle.fingerprint) is kept
+
+
+def test_a_manifest_changed_by_hand_is_noticed_before_anything_of_it_is_believed(folder: Path) -> None:
+    document = read_manifest(folder)
+    document["surprise"] = 1
+    (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"manifest\.json: damaged \(its digest differs\): copy the bundle again"):
+        open_bundle(folder)
+
+
+def test_a_digest_once_found_right_is_remembered_for_the_very_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    original = bundle_module.true_digest
+    monkeypatch.setattr(bundle_module, "true_digest", lambda *a: found.append(1) or original(*a))
+    digest = open_bundle(folder).digest
+    assert open_bundle(folder).digest == digest == read_manifest(folder)["digest"]
+    assert len(found) == 1
+    (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes() + b" ")
+    open_bundle(folder)
+    assert len(found) == 2
+
+
+def test_a_manifest_of_version_1_has_no_digest_and_opens(folder: Path) -> None:
+    document = read_manifest(folder)
+    del document["digest"], document["static"]
+    (folder / "manifest.json").write_text(json.dumps({**document, "version": 1}), encoding="utf-8")
+    assert open_bundle(folder).digest is None
+
+
+def test_a_manifest_of_version_2_must_have_a_digest(folder: Path) -> None:
+    document = read_manifest(folder)
+    for change in ({"digest": None}, {"digest": 1}):
+        (folder / "manifest.json").write_text(json.dumps({**document, **change}), encoding="utf-8")
+        with pytest.raises(BundleError, match=r"missing key 'digest': export the bundle again"):
+            open_bundle(folder)
+
+
+def test_a_manifest_longer_than_any_is_not_parsed(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", (64 << 20) + 1)
+    with pytest.raises(BundleError, match=r"more than the 67,108,864 bytes that a manifest may have"):
+        open_bundle(folder)

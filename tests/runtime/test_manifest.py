@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from support.tiny_bundle import read_manifest
 
 from satchel.runtime.errors import BundleError
+from satchel.runtime.integrity.digest import manifest_digest
 from satchel.runtime.manifest import Manifest
 
 
@@ -102,7 +104,15 @@ def test_another_document_is_not_a_manifest(document: dict[str, Any], change: Ca
         Manifest.from_json(change(document))
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{", b"\xff\xfe", b"[" * 100_000, b"[" * 60 + b"]" * 60, b'{"a": 1, "b": 2, "a": 1}', b'{"a": NaN}',
+        b'{"a": [-Infinity]}', b'[{"a": {"b": 1, "b": 1}}]', b"1" * 5000, b'\xef\xbb\xbf{}',
+        b'{"format": "satchel-bundle", "version": 2, "digest": "x", "a": "\\ud800"}',
+        b'{"format": "satchel-bundle", "version": 2, "digest": "x", "a": 1e999}',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json: not valid JSON .*: copy the bundle or export it again"):
@@ -112,3 +122,40 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json: cannot be read \(No such file"):
         Manifest.read(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["model", "vocab_size"], (1 << 24) + 1, "model.vocab_size: 16,777,217 are more than the 16,777,216"),
+        (["model", "max_context"], 1 << 40, "model.max_context: .* are more than"),
+        (["model", "parameters"], 1 << 60, "model.parameters: .* are more than"),
+        (["model", "eos_token_ids"], [1] * 10_001, "model.eos_token_ids: 10,001 are more than"),
+        (["kv_cache", "layers", 0, "kv_heads"], 1 << 21, "kv_cache sizes: .* are more than"),
+        (["graphs", "prefill", "inputs", 0, "shape"], [1] * 17, "dimensions of a tensor: 17 are more than"),
+        (["tokenizer", "corpus"], [{"text": "", "ids": []}] * 10_001, "tokenizer.corpus: 10,001 are more than"),
+        (["files", "weights.bin", "bytes"], 1 << 51, "bytes of a file: .* are more than"),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused(
+    document: dict[str, Any], path: list[Any], value: Any, message: str
+) -> None:
+    set_at(document, path, value)
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(document)
+
+
+def test_a_digest_is_the_hash_of_the_canonical_manifest(document: dict[str, Any]) -> None:
+    covered = {key: value for key, value in document.items() if key not in ("digest", "specialized")}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert document["digest"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_digest_leaves_out_what_a_device_made_and_timings(document: dict[str, Any]) -> None:
+    document["certificate"] = {"speed": 1, "kl": 0.5}
+    first = manifest_digest(document)
+    assert manifest_digest({**document, "specialized": {"graphs": 1}, "digest": None}) == first
+    assert manifest_digest({**document, "certificate": {"speed": 2, "kl": 0.5}}) == first
+    assert manifest_digest({**document, "certificate": {"speed": 1, "kl": 0.6}}) != first
+    assert manifest_digest({**document, "precision": "fp16"}) != first
+    assert manifest_digest(dict(reversed(document.items()))) == first

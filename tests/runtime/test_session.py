@@ -102,7 +102,7 @@ def test_a_graph_of_another_type_than_the_manifest_says_is_refused(folder: Path)
 
 
 def test_a_graph_that_onnx_runtime_cannot_load_is_named_in_one_line(folder: Path, capfd: pytest.CaptureFixture) -> None:
-    replace_file(folder, "prefill.onnx", b"not a graph")
+    replace_file(folder, "prefill.onnx", b"\x08\x09")  # a model of IR version 9, and nothing in it
     with pytest.raises(BundleError, match=r"prefill\.onnx: ONNX Runtime [\d.]+ cannot load it \(.*\): export") as error:
         Engine.open(open_bundle(folder))
     assert "\n" not in str(error.value)
@@ -120,7 +120,7 @@ def test_a_graph_whose_weights_are_outside_the_bundle_is_refused(
             if entry.key == "location":
                 entry.value = location
     replace_file(folder, "prefill.onnx", model.SerializeToString())
-    with pytest.raises(BundleError, match=r"prefill\.onnx: ONNX Runtime .* cannot load it"):
+    with pytest.raises(BundleError, match=r"prefill\.onnx: the data of 'embed' lies in '.*', which is no file of the"):
         Engine.open(open_bundle(folder))
     assert capfd.readouterr() == ("", "")
 

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from support.tiny_tokenizers import byte_level_json
 
+from satchel.runtime.integrity.digest import manifest_digest
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -248,5 +249,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def write_manifest(folder: Path, document: object) -> None:
-    """Write parsed JSON as the bundle's manifest."""
+    """Write parsed JSON as the bundle's manifest, with the digest that it then has."""
+    if isinstance(document, dict) and "digest" in document:
+        document = {**document, "digest": manifest_digest(document)}
     (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")

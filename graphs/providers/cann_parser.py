@@ -1,0 +1,140 @@
+"""Rules of the CANN provider on what its parser takes: the graph is parsed as a whole, at the first run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from satchel.graphs.providers.facts import CannFacts, cann_facts, covers
+from satchel.graphs.providers.findings import WARNING, Finding, GraphView, at, is_constant
+
+STANDARD = ("", "ai.onnx")
+QUANTISED = (
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul",
+    "QLinearConv",
+)  # fmt: skip
+LOOPS = ("Loop", "Scan")
+NATIVE = ("Constant",)
+"""Parsed without an entry of its own."""
+
+LARGEST = 1 << 31  # bytes
+
+
+def opset_in_range(view: GraphView) -> Iterator[Finding]:
+    """The opset that the graph imports is one of the parser's."""
+    opset, (low, high) = _opset(view), cann_facts().opsets
+    if not low <= opset <= high:
+        yield Finding(f"opset {opset}, and the parser knows {low} to {high}")
+
+
+def standard_domain(view: GraphView) -> Iterator[Finding]:
+    """Every operator is of ai.onnx."""
+    for node in view.nodes:
+        if node.domain not in STANDARD:
+            yield at(node, f"an operator of {node.domain}")
+
+
+def parser_entry(view: GraphView) -> Iterator[Finding]:
+    """The parser has an entry for every operator at the graph's opset.
+
+    Where the opset is none of the parser's, operators are judged at the one to export with.
+    """
+    facts = cann_facts()
+    opset = _parsed_opset(view, facts)
+    for node in _others(view):
+        if node.op_type in NATIVE or node.op_type == "LayerNormalization":
+            continue
+        master, released = facts.parser.get(node.op_type, ("", ""))
+        if not covers(master, opset):
+            known = f"only at opset {master}" if master else "at no opset"
+            yield at(node, f"the parser knows it {known}, not at {opset}")
+        elif not covers(released, opset):
+            message = f"open parsers know it at opset {opset} on their development branch only"
+            yield at(node, message, severity=WARNING)
+
+
+def no_quantised(view: GraphView) -> Iterator[Finding]:
+    """No quantised operator is left when constants are folded."""
+    for node in view.nodes:
+        if node.domain in STANDARD and node.op_type in QUANTISED:
+            what = "weights" if is_constant(node.inputs[0]) else "activations"
+            yield at(node, f"it works on {what}, and the parser knows it at no opset")
+
+
+def no_loops(view: GraphView) -> Iterator[Finding]:
+    """There are no loops, and no branches where the provider looks at each node."""
+    for node in view.nodes:
+        if node.domain in STANDARD and node.op_type in LOOPS:
+            yield at(node, "the parser knows no loops")
+        elif node.domain in STANDARD and node.op_type == "If":
+            yield at(node, "not taken with enable_cann_subgraph", severity=WARNING)
+
+
+def whitelisted(view: GraphView) -> Iterator[Finding]:
+    """Every operator is taken where the provider looks at each node."""
+    known = cann_facts().whitelist
+    for node in _others(view):
+        if node.op_type in NATIVE or node.op_type in ("If", "LayerNormalization"):
+            continue
+        if node.op_type not in known:
+            yield at(node, "not in the provider's list: with enable_cann_subgraph it runs on the CPU")
+        elif all(value is None or is_constant(value) for value in node.inputs):
+            yield at(node, "all its inputs are constants: with enable_cann_subgraph it runs on the CPU")
+
+
+def no_layer_normalization(view: GraphView) -> Iterator[Finding]:
+    """There is no LayerNormalization."""
+    for node in view.nodes:
+        if node.domain in STANDARD and node.op_type == "LayerNormalization":
+            yield at(node, "the parser knows it on its development branch only, at opset 17 and 18")
+
+
+def static_inputs(view: GraphView) -> Iterator[Finding]:
+    """Every input has a shape of numbers above 0, and one dimension at least."""
+    constants = set(view.model.graph.initializers.values())
+    for value in view.model.graph.inputs:
+        if value in constants:
+            continue
+        if value.shape is None:
+            yield Finding(f"input {value.name}: its shape is not known")
+            continue
+        shape = [size if isinstance(size, int) else size.value for size in value.shape.dims]
+        if not shape or not all(isinstance(size, int) and size >= 1 for size in shape):
+            text = ", ".join("?" if size is None else str(size) for size in shape)
+            yield Finding(f"input {value.name}: shape [{text}]")
+
+
+def below_two_gigabytes(view: GraphView) -> Iterator[Finding]:
+    """The graph with all weights inside it is below 2 GiB."""
+    size = sum(v.const_value.nbytes for v in view.model.graph.initializers.values() if v.const_value is not None)
+    for node in view.nodes:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                size += attribute.as_tensor().nbytes
+    if size >= LARGEST:
+        yield Finding(f"{size:,} bytes of weights, and a graph may have {LARGEST - 1:,}")
+
+
+def ir_version(view: GraphView) -> Iterator[Finding]:
+    """The file's IR version is one that the released wheel loads."""
+    found, highest = view.model.ir_version, cann_facts().ir_version
+    if found > highest:
+        yield Finding(f"IR version {found}, and onnxruntime-cann loads up to {highest}")
+
+
+def _others(view: GraphView) -> Iterator[ir.Node]:
+    """The nodes that no rule of their own speaks of."""
+    for node in view.nodes:
+        if node.domain in STANDARD and node.op_type not in QUANTISED + LOOPS:
+            yield node
+
+
+def _opset(view: GraphView) -> int:
+    return view.model.graph.opset_imports.get("", 1)
+
+
+def _parsed_opset(view: GraphView, facts: CannFacts) -> int:
+    low, high = facts.opsets
+    opset = _opset(view)
+    return opset if low <= opset <= high else facts.recommended_opset

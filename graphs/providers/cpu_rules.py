@@ -1,0 +1,57 @@
+"""Rules of the CPU provider: each node needs a kernel of the installed ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from satchel.graphs.providers.findings import Finding, GraphView, at
+from satchel.graphs.providers.kernels import Match
+
+CASTS = {"float16": "float"}
+"""Types for which ONNX Runtime puts casts around a node without a kernel."""
+
+
+def operator_has_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator has a kernel of some version."""
+    yield from _of_match(view, Match.NO_KERNEL)
+
+
+def version_has_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator has a kernel for the version of its definition."""
+    yield from _of_match(view, Match.NO_VERSION)
+
+
+def types_have_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator has a kernel for its types, or one in float32 that casts lead to."""
+    for node in view.nodes:
+        fit = view.fits[node]
+        if fit.match is Match.NO_TYPE and not _by_casts(view, node):
+            yield at(node, fit.detail)
+
+
+def float16_has_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator on float16 has a kernel for it."""
+    for node in view.nodes:
+        if view.fits[node].match is Match.NO_TYPE and _by_casts(view, node):
+            yield at(node, "it runs in float32, with casts around it")
+
+
+def types_are_known(view: GraphView) -> Iterator[Finding]:
+    """The types by which a kernel is chosen are known."""
+    yield from _of_match(view, Match.UNVERIFIED)
+
+
+def _by_casts(view: GraphView, node: ir.Node) -> bool:
+    if view.kernels is None:
+        return False
+    opset = view.model.graph.opset_imports.get(node.domain, 1)
+    return view.kernels.fit(node, opset, CASTS).match in (Match.FITS, Match.UNVERIFIED)
+
+
+def _of_match(view: GraphView, match: Match) -> Iterator[Finding]:
+    for node in view.nodes:
+        fit = view.fits[node]
+        if fit.match is match:
+            yield at(node, fit.detail)

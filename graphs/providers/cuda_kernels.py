@@ -1,0 +1,107 @@
+"""Rules of the CUDA provider on which nodes have a kernel; those that have none run on the CPU, and nothing says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from satchel.graphs.providers.cuda_placement import Place, copies, excluded, placements
+from satchel.graphs.providers.facts import VERSIONS, cuda_ir_version
+from satchel.graphs.providers.findings import Finding, GraphView, at, of_type
+from satchel.graphs.providers.kernels import Match
+
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+NARROW = ("Where", "CumSum", "Range")
+PARTLY = ("RNN", "GRU", "LSTM", "ConvTranspose")
+
+
+def operator_has_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator has a kernel of some version."""
+    yield from _of_match(view, Match.NO_KERNEL)
+
+
+def version_has_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator has a kernel for the version of its definition."""
+    yield from _of_match(view, Match.NO_VERSION)
+
+
+def types_have_kernel(view: GraphView) -> Iterator[Finding]:
+    """Every operator has a kernel for its types, those with a rule of their own apart."""
+    for node in view.nodes:
+        special = node.op_type in QDQ + NARROW or excluded(node) is not None
+        if not special and view.fits[node].match is Match.NO_TYPE:
+            yield at(node, view.fits[node].detail)
+
+
+def quantised_types_have_kernel(view: GraphView) -> Iterator[Finding]:
+    """QuantizeLinear and DequantizeLinear are of types that have kernels: a bias in int32 is not."""
+    for node in view.nodes:
+        if node.op_type in QDQ and view.fits[node].match is Match.NO_TYPE:
+            yield at(node, view.fits[node].detail)
+
+
+def narrow_types_have_kernel(view: GraphView) -> Iterator[Finding]:
+    """Where, CumSum and Range are of types that have kernels."""
+    for node in of_type(view, *NARROW):
+        if view.fits[node].match is Match.NO_TYPE:
+            yield at(node, view.fits[node].detail)
+
+
+def not_excluded(view: GraphView) -> Iterator[Finding]:
+    """No node has a form that the provider leaves out although a kernel matches."""
+    for node in view.nodes:
+        reason = excluded(node)
+        if reason is not None and view.fits[node].match not in (Match.NO_KERNEL, Match.NO_VERSION):
+            yield at(node, reason)
+
+
+def partly_supported(view: GraphView) -> Iterator[Finding]:
+    """There are no operators of which the provider takes some forms only."""
+    for node in of_type(view, *PARTLY):
+        if view.fits[node].match in (Match.FITS, Match.UNVERIFIED):
+            yield at(node, "whether its form is taken is not checked here")
+
+
+def shapes_on_host(view: GraphView) -> Iterator[Finding]:
+    """Arithmetic on shapes that ONNX Runtime prefers to do on the CPU."""
+    places = placements(view)
+    for node in view.nodes:
+        if places[node] is Place.HOST_PREFERRED:
+            yield at(node, "preferred on the CPU")
+
+
+def no_copies(view: GraphView) -> Iterator[Finding]:
+    """Nothing is copied between host and device while a prompt is read."""
+    if view.phase != "decode":
+        yield from _copied(view)
+
+
+def no_copies_in_decode(view: GraphView) -> Iterator[Finding]:
+    """Nothing is copied between host and device inside decode."""
+    if view.phase == "decode":
+        yield from _copied(view)
+
+
+def types_are_known(view: GraphView) -> Iterator[Finding]:
+    """The types by which a kernel is chosen are known."""
+    yield from _of_match(view, Match.UNVERIFIED)
+
+
+def ir_version(view: GraphView) -> Iterator[Finding]:
+    """The file's IR version is one that this ONNX Runtime loads."""
+    name = "" if view.kernels is None else view.kernels.name
+    highest = next((cuda_ir_version(version) for version in VERSIONS if name.endswith(version)), None)
+    found = view.model.ir_version
+    if highest is not None and found > highest:
+        yield Finding(f"IR version {found}, and {name} loads up to {highest}")
+
+
+def _copied(view: GraphView) -> Iterator[Finding]:
+    for node, value, direction in copies(view, placements(view)):
+        yield at(node, f"{value.name} is copied {direction}")
+
+
+def _of_match(view: GraphView, match: Match) -> Iterator[Finding]:
+    for node in view.nodes:
+        fit = view.fits[node]
+        if fit.match is match:
+            yield at(node, fit.detail)

@@ -1,0 +1,122 @@
+"""Rules of the CUDA provider on what runs there and could run better: CUDA graphs, quantised products, the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from satchel.graphs.providers.facts import VERSIONS
+from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, of_type, operand
+
+FLOW = ("If", "Loop", "Scan")
+PRODUCTS = ("MatMul", "Gemm")
+CACHE_RANK = 4
+SCATTERS = ("ScatterND", "ScatterElements", "TensorScatter")
+FEW_BITS = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
+BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
+
+
+def decode_has_fixed_shapes(view: GraphView) -> Iterator[Finding]:
+    """Decode's inputs have shapes of numbers, or of sizes that are chosen once, with the cache's buffers."""
+    if view.phase != "decode":
+        return
+    chosen = _sizes_of_caches(view)
+    for value in view.model.graph.inputs:
+        sizes = [str(size.value) for size in (value.shape or ()) if not isinstance(size, int)]
+        growing = [size for size in sizes if size not in chosen]
+        if growing or value.shape is None:
+            yield Finding(f"input {value.name}: {', '.join(growing) or 'its shape'} may differ from token to token")
+
+
+def decode_has_no_control_flow(view: GraphView) -> Iterator[Finding]:
+    """Decode has no branches and no loops."""
+    if view.phase == "decode":
+        for node in of_type(view, *FLOW):
+            yield at(node, "control flow")
+
+
+def activations_in_float(view: GraphView) -> Iterator[Finding]:
+    """Activations are not quantised: no product is computed in int8 for it."""
+    for node in of_type(view, "QuantizeLinear"):
+        if is_constant(node.inputs[0]):
+            continue
+        readers = [use.node for use in node.outputs[0].uses()]
+        if any(reader.op_type == "DequantizeLinear" for reader in readers):
+            yield at(node, "activations are rounded, and the product is computed in float")
+
+
+def weights_are_fused(view: GraphView) -> Iterator[Finding]:
+    """Every weight in few bits has the form that becomes MatMulNBits; others are made float again in each run."""
+    old = view.kernels is not None and view.kernels.name.endswith(VERSIONS[0])
+    for node in of_type(view, "DequantizeLinear"):
+        codes = node.inputs[0]
+        if codes is not None and is_constant(codes) and codes.dtype is not None and codes.dtype.name in FEW_BITS:
+            reason = _not_fused(node, old)
+            if reason is not None:
+                yield at(node, reason)
+
+
+def cache_read_after_write(view: GraphView) -> Iterator[Finding]:
+    """What is written in place is read from the result of the write."""
+    for node in of_type(view, *SCATTERS):
+        past = node.inputs[0]
+        if past is None or not past.is_graph_input():
+            continue
+        for use in past.uses():
+            if use.node is not node:
+                yield at(use.node, f"it reads {past.name}, which {node.name or node.op_type} writes in place")
+
+
+def _sizes_of_caches(view: GraphView) -> set[str]:
+    """Names of sizes of the KV cache, [batch, heads, length, width], where an output has the same shape."""
+    graph = view.model.graph
+    outputs = [value.shape for value in graph.outputs if value.shape is not None]
+    caches = [value.shape for value in graph.inputs if value.shape is not None and len(value.shape) == CACHE_RANK]
+    return {str(size.value) for shape in caches if shape in outputs for size in shape if not isinstance(size, int)}
+
+
+def _not_fused(dequantise: ir.Node, old: bool) -> str | None:
+    """Why a weight's DequantizeLinear is no part of a MatMulNBits, or None.
+
+    Args:
+        dequantise: The node.
+        old: Whether it is ONNX Runtime 1.24, which fuses 4 bits in blocks alone.
+    """
+    codes, scales, zeros = (operand(dequantise, index) for index in range(3))
+    uses = dequantise.outputs[0].uses()
+    if len(uses) != 1:
+        return f"{len(uses)} nodes read it, and one may"
+    reader = next(iter(uses))
+    if reader.node.op_type not in PRODUCTS or reader.idx != 1:
+        return f"{reader.node.op_type} reads it, and a product would have to, as its second input"
+    if codes is None or scales is None or not is_constant(scales) or (zeros is not None and not is_constant(zeros)):
+        return "its scales are computed"
+    if len(codes.uses()) > 1 or len(scales.uses()) > 1:
+        return "its numbers or scales are shared with another node"
+    maker = None if reader.node.inputs[0] is None else reader.node.inputs[0].producer()
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        return "the activations are quantised, too"
+    return _not_a_form(dequantise, codes, scales, old)
+
+
+def _not_a_form(dequantise: ir.Node, codes: ir.Value, scales: ir.Value, old: bool) -> str | None:
+    ranks = [None if value.shape is None else len(value.shape) for value in (codes, scales)]
+    if ranks[0] != 2:
+        return "the weight is no matrix"
+    block = _number(dequantise, "block_size", 0)
+    axis = _number(dequantise, "axis", 1)
+    if block:
+        if axis % 2 != 0 or block < 16 or block & (block - 1):
+            return f"blocks of {block} on axis {axis}: blocks of 16, 32, 64, ... on axis 0 are fused"
+        return "8 bits in blocks are fused from ONNX Runtime 1.25 on" if old and codes.dtype in BYTES else None
+    if old:
+        return "a scale for each output or the whole is fused from ONNX Runtime 1.25 on"
+    if ranks[1] == 1 and axis % 2 != 1 and scales.shape is not None and scales.shape[0] != 1:
+        return "a scale for each input"
+    return None
+
+
+def _number(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else int(attribute.value)

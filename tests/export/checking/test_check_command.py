@@ -1,0 +1,247 @@
+"""`satchel check`: what it says of a bundle, on a terminal, as JSON and as a page, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+
+from satchel.runtime import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `satchel check` in this process: exit code, standard output, standard error."""
+
+    def check(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main(["check", "--quiet", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return check
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle")
+
+
+def put_graph(bundle: Path, phase: str, model: onnx.ModelProto, session: dict[str, str] | None = None) -> None:
+    """Put another graph in the place of a phase's, with session entries."""
+    content, manifest = model.SerializeToString(), read_manifest(bundle)
+    (bundle / f"{phase}.onnx").write_bytes(content)
+    manifest["files"][f"{phase}.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["graphs"][phase]["session"] = session or {}
+    write_manifest(bundle, manifest)
+
+
+def product(*nodes: onnx.NodeProto, name: str = "g") -> onnx.ModelProto:
+    """A graph from x, float16 [1, 8], to y, float16 [1, 4], with int8 codes `w` [8, 4] and scales `s` [4]."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, size]) for n, size in (("x", 8), ("y", 4)))
+    codes = np.arange(32, dtype=np.int8).reshape(8, 4)
+    constants = [numpy_helper.from_array(codes, "w"), numpy_helper.from_array(np.ones(4, np.float32), "s")]
+    graph = helper.make_graph(list(nodes), name, [x], [y], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+DEQUANTIZED = (
+    helper.make_node("DequantizeLinear", ["w", "s"], ["f"], "codes", axis=1),
+    helper.make_node("Cast", ["f"], ["h"], "half", to=TensorProto.FLOAT16),
+    helper.make_node("MatMul", ["x", "h"], ["y"], "product"),
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def graph_of(output: str, name: str) -> dict:
+    found: dict = next(graph for graph in json.loads(output)["graphs"] if graph["graph"] == name)
+    return found
+
+
+def test_a_bundle_for_the_cpu_is_ready_for_it(run: Run, bundle: Path) -> None:
+    code, output, _ = run(bundle, "--provider", "cpu")
+    assert code == 0
+    assert output.splitlines()[-1] == "ready for cpu"
+    assert "decode.onnx" in output
+
+
+def test_a_bundle_for_the_cpu_is_not_ready_for_cann(run: Run, bundle: Path) -> None:
+    code, output, _ = run(bundle, "--provider", "cann")
+    assert code == 1
+    assert "C01 error: the opset is none of the parser's (3 in prefill, decode, score)" in output
+    assert "  prefill: opset 21, and the parser knows 8 to 18 (and 2 more)" in output
+    assert "  do: export with --target cann" in output
+    assert output.splitlines()[-1].startswith("not ready for cann: ")
+
+
+def test_json_is_one_object_on_one_line(run: Run, bundle: Path) -> None:
+    code, output, _ = run(bundle, "--provider", "cuda", "--json")
+    assert code == 1
+    assert output.count("\n") == 1
+    result = json.loads(output)
+    assert (result["ready"], result["provider"], result["tables"]) == (False, "cuda", "ONNX Runtime 1.30")
+    graph = graph_of(output, "decode")
+    assert graph["refused"] == {"com.microsoft::GroupQueryAttention": 2}
+    assert graph["nodes"] == graph["taken"] + graph["host"] + 2
+    found = [place for place in graph["findings"] if place["rule"] == "U03"]
+    assert {(place["severity"], place["operator"]) for place in found} == {
+        ("error", "com.microsoft::GroupQueryAttention")
+    }
+    assert result["errors"] == 6
+
+
+def test_a_whole_graph_is_taken_or_none_of_it(run: Run, bundle: Path) -> None:
+    put_graph(bundle, "decode", product(*DEQUANTIZED))
+    _, output, _ = run(bundle, "--provider", "cann", "--json")
+    graph = graph_of(output, "decode")
+    assert (graph["nodes"], graph["taken"], graph["refused"]) == (3, 0, {"DequantizeLinear": 1})
+
+
+def test_the_graph_is_judged_as_it_is_handed_over(run: Run, bundle: Path) -> None:
+    put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.disable_quant_qdq": "1"})
+    _, output, _ = run(bundle, "--provider", "cann", "--json")
+    graph = graph_of(output, "decode")
+    assert graph["optimised"]
+    assert (graph["nodes"], graph["taken"]) == (1, 1)
+    assert (graph["refused"], graph["findings"]) == ({}, [])
+    assert graph["settled"] == {"C04": 1}
+    _, output, _ = run(bundle, "--provider", "cann")
+    assert "decode: in the file alone, mended before it is handed over: C04 (1)" in output
+
+
+def test_float16_is_judged_without_the_casts_that_a_cpu_needs(run: Run, bundle: Path) -> None:
+    put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.disable_quant_qdq": "1"})
+    _, output, _ = run(bundle, "--provider", "cpu", "--json")
+    graph = graph_of(output, "decode")
+    assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P04", "product")]
+
+
+def test_warnings_count_when_they_are_asked_to(run: Run, bundle: Path) -> None:
+    model = product(*DEQUANTIZED)
+    put_graph(bundle, "decode", model, {"session.disable_quant_qdq": "1"})
+    code, output, _ = run(bundle, "--provider", "cpu")
+    assert (code, output.splitlines()[-1]) == (0, "ready for cpu, with 1 warning")
+    code, output, _ = run(bundle, "--provider", "cpu", "--strict")
+    assert (code, output.splitlines()[-1]) == (1, "not ready for cpu: 1 warning")
+    assert not json.loads(run(bundle, "--provider", "cpu", "--strict", "--json")[1])["ready"]
+
+
+def test_a_graph_that_does_not_open_is_judged_as_its_file_is(run: Run, bundle: Path) -> None:
+    unknown = helper.make_node("NoSuchOperator", ["x"], ["y"], "odd")
+    put_graph(bundle, "decode", product(unknown))
+    code, output, _ = run(bundle, "--provider", "cpu", "--json")
+    graph = graph_of(output, "decode")
+    assert code == 1
+    assert not graph["optimised"]
+    assert "NoSuchOperator" in graph["note"]
+    assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P01", "odd")]
+
+
+def test_the_bundle_is_left_as_it_is(run: Run, bundle: Path) -> None:
+    before = contents(bundle)
+    for provider in ("cann", "cuda", "cpu"):
+        run(bundle, "--provider", provider)
+    assert contents(bundle) == before
+
+
+def test_a_page_holds_every_place_and_loads_nothing(run: Run, bundle: Path, tmp_path: Path) -> None:
+    put_graph(bundle, "decode", product(*DEQUANTIZED[:2], helper.make_node("MatMul", ["x", "h"], ["y"], "<b>&")))
+    page = tmp_path / "check.html"
+    code, output, _ = run(bundle, "--provider", "cpu", "--html", page)
+    text = page.read_text(encoding="utf-8")
+    assert code == 0
+    assert "ready for cpu, with 1 warning" in output
+    assert "&lt;b&gt;&amp;" in text
+    assert "<b>" not in text
+    assert "default-src 'none'" in text
+    assert "<script" not in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_names_cannot_move_the_cursor(run: Run, bundle: Path) -> None:
+    put_graph(bundle, "decode", product(*DEQUANTIZED[:2], helper.make_node("MatMul", ["x", "h"], ["y"], "a\x1b[2J")))
+    _, output, _ = run(bundle, "--provider", "cpu")
+    assert "\x1b" not in output
+    assert "a\\x1b[2J" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--provider", "tpu"], "--provider tpu: unknown: choose one of cann, cuda, cpu"),
+        (["--provider", "cuda", "--ort-version", "1.20"], "--ort-version 1.20: not known: choose one of 1.24.4, 1.30"),
+        (["--provider", "cuda", "--ort-version", "new"], "--ort-version new: not known"),
+        (["--provider", "cann", "--ort-version", "2.0"], "--ort-version 2.0: not known"),
+        (["--provider", "cpu", "--ort-version", "1.24.4"], "the CPU's kernels are those of the installed ONNX Runtime"),
+    ],
+)
+def test_wrong_options_are_refused(run: Run, bundle: Path, arguments: list[str], message: str) -> None:
+    code, output, error = run(bundle, *arguments)
+    assert (code, output) == (2, "")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "tables"),
+    [
+        ("1.24.4", "ONNX Runtime 1.24.4"),
+        ("1.24.1", "ONNX Runtime 1.24.4, nearest to 1.24.1"),
+        ("1.27.0", "ONNX Runtime 1.24.4, nearest to 1.27.0"),
+        ("1.28.0", "ONNX Runtime 1.30, nearest to 1.28.0"),
+        ("1.31.1", "ONNX Runtime 1.30, nearest to 1.31.1"),
+    ],
+)
+def test_the_nearest_table_is_taken(run: Run, bundle: Path, asked: str, tables: str) -> None:
+    _, output, _ = run(bundle, "--provider", "cuda", "--ort-version", asked, "--json")
+    assert json.loads(output)["tables"] == tables
+
+
+def test_a_folder_that_is_no_bundle_is_refused(run: Run, tmp_path: Path) -> None:
+    code, _, error = run(tmp_path, "--provider", "cpu")
+    assert code == 2
+    assert "give a folder made by satchel export" in error
+
+
+def test_a_damaged_graph_is_refused(run: Run, bundle: Path) -> None:
+    graph = bundle / "decode.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    code, output, error = run(bundle, "--provider", "cpu")
+    assert (code, output) == (2, "")
+    assert "damaged (its SHA-256 differs)" in error
+
+
+def test_a_file_that_is_no_graph_is_refused(run: Run, bundle: Path) -> None:
+    manifest, content = read_manifest(bundle), b"no graph at all"
+    (bundle / "decode.onnx").write_bytes(content)
+    manifest["files"]["decode.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(bundle, manifest)
+    code, _, error = run(bundle, "--provider", "cpu")
+    assert code == 2
+    assert "not an ONNX graph" in error
+
+
+def test_a_session_entry_that_is_not_for_a_bundle_is_refused(run: Run, bundle: Path) -> None:
+    put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.optimized_model_external_initializers_file_name": "x"})
+    code, _, error = run(bundle, "--provider", "cpu")
+    assert code == 2
+    assert "is not for a bundle to set" in error
+
+
+def test_a_page_that_cannot_be_written_is_refused_first(run: Run, bundle: Path, tmp_path: Path) -> None:
+    code, output, error = run(bundle, "--provider", "cpu", "--html", tmp_path)
+    assert (code, output) == (2, "")
+    assert "this is a folder" in error

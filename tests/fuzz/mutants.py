@@ -1,0 +1,488 @@
+"""Bundles that a hostile or careless hand changed, with hashes and digest made right again so that parsers are reached.
+
+A kind of mutant is a function `(random, folder) -> Trial`: it changes the good bundle in `folder`, and says on which path
+which command is to run. `KINDS` has them all, with how often each comes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from support.tiny_bundle import read_manifest, write_manifest
+
+from satchel.runtime.storage.zip_writer import Entry, zip_parts
+
+RUN = ("run", "the cat", "--max-new-tokens", "1", "--threads", "1", "--quiet")
+CHAT = ("chat", "--max-new-tokens", "1", "--threads", "1", "--temperature", "0", "--quiet")
+OTHERS = (
+    ("inspect", "--json"),
+    ("inspect", "--quiet"),
+    ("pack", "-o", "../out/m.pyz", "--quiet"),
+    ("verify", "--quiet"),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The bundle to open, the command with its flags, and what was changed."""
+
+    path: Path
+    note: str
+    command: tuple[str, ...] = RUN
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+Random = random.Random
+Make = Callable[[Random, Path], Trial]
+
+TEXTS = (
+    "", " ", ".", "..", "../outside/secret", "/etc/passwd", "weights.bin", "manifest.json", "signature.json", "prefill.onnx",
+    "tokenizer.json", "a/b", "C:\\x", "\0", "\x1b[2J", "\ud800", "x" * 5000, "'\"<&>", "int8", "float32", "null", "猫", "%s%n",
+)  # fmt: skip
+NUMBERS = (0, 1, -1, 2, 7, 63, 64, 255, 256, 399, 400, 401, 65535, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 32,
+           (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(1 << 63), 0.5, -0.0, 1e308, 1e-320)  # fmt: skip
+OTHER_VALUES: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": ""}, [0] * 100)
+
+
+def some_value(rng: Random) -> Any:
+    """A value that is at the edge of something."""
+    return copy.deepcopy(rng.choice((rng.choice(TEXTS), rng.choice(NUMBERS), rng.choice(OTHER_VALUES))))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values inside parsed JSON."""
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = list(range(len(value)))
+    return [inner for key in keys for inner in ((*path, key), *places(value[key], (*path, key)))]
+
+
+def mutate_json(rng: Random, document: Any) -> str:
+    """Change a few places of parsed JSON; returns what was done."""
+    notes = []
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        paths = places(document)
+        if not paths:
+            break
+        # Lists of ids are long: choose the section first, so that short ones get their share.
+        top = rng.choice(sorted({path[0] for path in paths}, key=str))
+        *parents, key = rng.choice([path for path in paths if path[0] == top])
+        parent = document
+        for step in parents:
+            parent = parent[step]
+        what = rng.choice(("set", "set", "set", "delete", "copy", "near", "rename", "repeat"))
+        if what == "delete":
+            del parent[key]
+        elif what == "copy":
+            other: Any = document
+            for step in rng.choice(paths):
+                other = other[step]
+            parent[key] = copy.deepcopy(other)
+        elif what == "near" and isinstance(parent[key], int) and not isinstance(parent[key], bool):
+            parent[key] += rng.choice((-1, 1, 2, -1000, 1000))
+        elif what == "rename" and isinstance(parent, dict):
+            parent[rng.choice(TEXTS)] = parent.pop(key)
+        elif what == "repeat" and isinstance(parent, list):
+            parent.extend(copy.deepcopy(parent) * rng.choice((1, 3)))
+        else:
+            parent[key] = some_value(rng)
+        notes.append(f"{what} {'.'.join(map(str, (*parents, key)))[:60]}")
+    return ", ".join(notes)
+
+
+def mutate_bytes(rng: Random, content: bytes, first: int = 0, last: int | None = None) -> bytes:
+    """Change, insert, remove or repeat bytes between two positions."""
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 5, 20))):
+        last_now = len(changed) if last is None else min(last, len(changed))
+        if last_now <= first:
+            break
+        at = rng.randrange(first, last_now)
+        what = rng.randrange(7)
+        if what == 0:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            changed[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, 0x22, 0x7B))
+        elif what == 2:
+            changed[at:at] = rng.randbytes(rng.choice((1, 4, 100)))
+        elif what == 3:
+            del changed[at : at + rng.choice((1, 4, 100))]
+        elif what == 4:
+            changed[at:at] = changed[at : at + rng.choice((1, 16, 300))]
+        elif what == 5:
+            changed[at : at + 4] = rng.choice((0, 1, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)).to_bytes(4, "little")
+        else:
+            del changed[at:]
+    return bytes(changed)
+
+
+def mend(folder: Path, document: Any = None) -> None:
+    """Make sizes, hashes and digest of a bundle right for what lies in it, as far as its manifest lets that happen."""
+    document = read_manifest(folder) if document is None else document
+    files = document.get("files") if isinstance(document, dict) else None
+    for name, record in files.items() if isinstance(files, dict) else ():
+        path = folder / str(name).replace("\0", "").encode("utf-8", "replace").decode()
+        try:
+            inside = path.resolve().is_relative_to(folder.resolve()) and path.is_file()
+        except OSError:
+            continue
+        if inside and isinstance(record, dict) and {"bytes", "sha256"} <= record.keys():
+            content = path.read_bytes()
+            record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    try:
+        write_manifest(folder, document)
+    except (ValueError, RecursionError):  # no text, or no number: it has no digest
+        (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def some_command(rng: Random) -> tuple[str, ...]:
+    return RUN if rng.random() < 0.75 else rng.choice(OTHERS)
+
+
+def manifest_values(rng: Random, folder: Path) -> Trial:
+    """Values and keys of the manifest, under a right digest."""
+    document = read_manifest(folder)
+    note = mutate_json(rng, document)
+    try:
+        write_manifest(folder, document)
+    except ValueError:
+        (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+    return Trial(folder, note, some_command(rng))
+
+
+def manifest_files(rng: Random, folder: Path) -> Trial:
+    """Which file is what, with the hashes of what then lies there."""
+    document = read_manifest(folder)
+    notes = []
+    for _ in range(rng.choice((1, 2))):
+        name = rng.choice((*document["files"], *TEXTS))
+        slot = rng.choice(("prefill", "decode", "score", "tokenizer", "files", "cache", "size"))
+        if slot in ("prefill", "decode", "score"):
+            document["graphs"][slot]["file"] = name
+        elif slot == "tokenizer":
+            document["tokenizer"] |= {"file": name, "kind": rng.choice(("tokenizer.json", "sentencepiece"))}
+        elif slot == "files":
+            document["files"][name] = {"bytes": rng.choice(NUMBERS), "sha256": "0" * 64}
+        elif slot == "cache":
+            layer = rng.choice(document["kv_cache"]["layers"])
+            layer[rng.choice(("kv_heads", "key_dim", "value_dim"))] = rng.choice((1, 3, 16, 32, 1024, 1 << 20))
+        else:
+            document["model"][rng.choice(("vocab_size", "max_context"))] = rng.choice((1, 300, 401, 1 << 20, 1 << 24))
+        notes.append(f"{slot} {name[:20]!r}")
+    mend(folder, document)
+    return Trial(folder, ", ".join(notes), some_command(rng))
+
+
+def manifest_text(rng: Random, folder: Path) -> Trial:
+    """The manifest's bytes; the digest is made right where they are still JSON."""
+    path = folder / "manifest.json"
+    path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+    try:
+        document = json.loads(path.read_bytes())
+        if isinstance(document, dict):
+            write_manifest(folder, document)
+    except (ValueError, RecursionError):
+        pass
+    return Trial(folder, "bytes", some_command(rng))
+
+
+def nested(rng: Random, folder: Path) -> Trial:
+    """Depth, length and keys that come twice."""
+    path, depth = folder / "manifest.json", rng.choice((30, 39, 41, 1000, 100_000))
+    deep = "[" * depth + "]" * depth
+    text = path.read_text(encoding="utf-8")
+    how = rng.randrange(4)
+    if how == 0:
+        text = text.replace('"passes": []', f'"passes": [{{"a": {deep}}}]')
+    elif how == 1:
+        text = '{"a":' * depth + "1" + "}" * depth
+    elif how == 2:
+        text = text.replace('"version"', '"version": 2, "version"', 1)
+    else:
+        text = text.replace('"passes": []', f'"passes": [{{"a": {"9" * depth}}}]')
+    path.write_text(text, encoding="utf-8")
+    return Trial(folder, f"{how} {depth}", some_command(rng))
+
+
+def tokenizer(rng: Random, folder: Path) -> Trial:
+    """tokenizer.json, as JSON or as bytes."""
+    path = folder / "tokenizer.json"
+    if rng.random() < 0.7:
+        document = json.loads(path.read_bytes())
+        note = mutate_json(rng, document)
+        path.write_text(json.dumps(document), encoding="utf-8")
+    else:
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+        note = "bytes"
+    mend(folder)
+    return Trial(folder, note)
+
+
+def sentencepiece(rng: Random, folder: Path) -> Trial:
+    """A SentencePiece model's bytes, or those of something else."""
+    from support.tiny_tokenizers import sentencepiece_model
+
+    content = sentencepiece_model()
+    content = mutate_bytes(rng, content) if rng.random() < 0.9 else rng.randbytes(100)
+    document = read_manifest(folder)
+    (folder / "tokenizer.model").write_bytes(content)
+    document["files"]["tokenizer.model"] = {"bytes": 0, "sha256": ""}
+    document["tokenizer"] |= {"kind": "sentencepiece", "file": "tokenizer.model", "add_bos": rng.random() < 0.5}
+    mend(folder, document)
+    return Trial(folder, "bytes")
+
+
+TEMPLATE_PARTS = (
+    "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% if true %}", "{% endif %}",
+    "{{ range(1000000000) | list }}", "{{ 'a' * 1000000000 }}", "{{ messages[0].content }}", "{% include 'x' %}", "{{ 1/0 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ raise_exception('no') }}", "{% set x = namespace() %}", "{{", "%}",
+    "{{ cycler.__init__.__globals__.os.system('touch /tmp/x') }}", "{% generation %}", "{% raw %}", "{{ 9 ** 9 ** 9 }}",
+    "{{ self._TemplateReference__context }}", "{{ lipsum.__globals__ }}", "\0", "\x1b[2J", "{% for i in range(99999999) %}x",
+    "{{ strftime_now('%Y' * 1000) }}", "{{ messages | tojson(indent=10**9) }}", "{{ 'x' | center(10**10) }}", "{# ",
+)  # fmt: skip
+
+
+def chat_template(rng: Random, folder: Path) -> Trial:
+    """The chat template: pieces that attack, or changed bytes."""
+    path = folder / "chat_template.jinja"
+    if rng.random() < 0.7:
+        text = "".join(rng.choice(TEMPLATE_PARTS) for _ in range(rng.choice((1, 2, 4))))
+        path.write_text(text, encoding="utf-8")
+        note = text[:60]
+    else:
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+        note = "bytes"
+    mend(folder)
+    return Trial(folder, note, CHAT)
+
+
+def companions(rng: Random, folder: Path) -> Trial:
+    """generation_config.json and tokenizer_config.json."""
+    document = read_manifest(folder)
+    for name, content in (
+        ("generation_config.json", {"temperature": 0.7, "top_k": 5, "do_sample": True, "repetition_penalty": 1.1}),
+        ("tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}),
+    ):
+        changed: Any = content
+        mutate_json(rng, changed)
+        text = json.dumps(changed) if rng.random() < 0.8 else "[" * rng.choice((2, 100_000))
+        (folder / name).write_text(text, encoding="utf-8")
+        document["files"][name] = {"bytes": 0, "sha256": ""}
+    mend(folder, document)
+    return Trial(folder, "companions", CHAT)
+
+
+def graph_bytes(rng: Random, folder: Path) -> Trial:
+    """The bytes of a graph."""
+    name = rng.choice(("prefill.onnx", "decode.onnx"))
+    (folder / name).write_bytes(mutate_bytes(rng, (folder / name).read_bytes()))
+    mend(folder)
+    return Trial(folder, name)
+
+
+def graph_structure(rng: Random, folder: Path) -> Trial:
+    """Nodes, shapes, attributes and initialisers of a graph."""
+    name = rng.choice(("prefill.onnx", "decode.onnx"))
+    model = onnx.load(folder / name, load_external_data=False)
+    graph, notes = model.graph, []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        node, tensor = rng.choice(graph.node), rng.choice(graph.initializer)
+        value = rng.choice((*graph.input, *graph.output))
+        what = rng.choice(
+            ("operator", "input", "output", "dims", "type", "attribute", "remove", "loop", "opset", "shape")
+        )
+        if what == "operator":
+            node.op_type = rng.choice(
+                ("Identity", "If", "Loop", "MatMul", "Nothing", "Gather", "EPContext", "", "Reshape")
+            )
+        elif what == "input" and node.input:
+            node.input[rng.randrange(len(node.input))] = rng.choice((tensor.name, node.output[0], "", "nowhere"))
+        elif what == "output":
+            node.output[0] = rng.choice((tensor.name, node.name, "logits", ""))
+        elif what == "dims" and tensor.dims:
+            tensor.dims[0] = rng.choice((0, 1, -1, 1 << 20, 1 << 40, (1 << 63) - 1))
+        elif what == "type":
+            tensor.data_type = rng.choice((0, 1, 7, 8, 10, 16, 21, 99))
+        elif what == "attribute" and node.attribute:
+            attribute = rng.choice(node.attribute)
+            attribute.i, attribute.f = rng.choice((0, -1, 1, 3, 1 << 40)), rng.choice((0.0, float("nan"), 1e30))
+        elif what == "remove":
+            graph.node.remove(node)
+        elif what == "loop" and node.input:
+            node.input[0] = graph.node[-1].output[0]
+        elif what == "opset":
+            model.opset_import[0].version = rng.choice((0, 1, 7, 13, 99, -1))
+        elif value.type.tensor_type.shape.dim:
+            rng.choice(value.type.tensor_type.shape.dim).dim_value = rng.choice((0, 1, 2, -1, 1 << 40))
+        notes.append(what)
+    (folder / name).write_bytes(model.SerializeToString())
+    mend(folder)
+    return Trial(folder, f"{name} {notes}")
+
+
+LOCATIONS = (
+    "/etc/passwd", "../outside/secret", "outside/secret", "manifest.json", "tokenizer.json", "prefill.onnx", "./weights.bin",
+    "weights.bin/", "", "*/_ORT_MEM_ADDR_/*", "weights.bin\0", "nowhere", "../bundle/weights.bin",
+)  # fmt: skip
+
+
+def graph_data(rng: Random, folder: Path) -> Trial:
+    """Where a graph's weights lie."""
+    name = rng.choice(("prefill.onnx", "decode.onnx"))
+    model = onnx.load(folder / name, load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    notes = []
+    for _ in range(rng.choice((1, 1, 3))):
+        tensor = rng.choice(outside)
+        entry = rng.choice(tensor.external_data)
+        if rng.random() < 0.2:
+            tensor.external_data.add(key=rng.choice(("location", "offset", "prepacked_0")), value=rng.choice(LOCATIONS))
+        elif entry.key == "location":
+            entry.value = rng.choice(LOCATIONS)
+        else:
+            entry.value = rng.choice(
+                ("-1", "0", "1", "63", "", "x", "1e3", str(1 << 62), str(1 << 64), "9" * 400, "+4")
+            )
+        notes.append(f"{tensor.name} {entry.key} {entry.value[:20]}")
+    (folder / name).write_bytes(model.SerializeToString())
+    mend(folder)
+    return Trial(folder, ", ".join(notes))
+
+
+def weights(rng: Random, folder: Path) -> Trial:
+    """The numbers: infinite, no numbers, or missing at the end."""
+    content = bytearray((folder / "weights.bin").read_bytes())
+    at = rng.randrange(0, len(content), 4)
+    how = rng.randrange(4)
+    if how == 0:
+        content[at : at + 400] = b"\x00\x00\x80\x7f" * 100
+    elif how == 1:
+        content[at : at + 400] = b"\x00\x00\xc0\x7f" * 100
+    elif how == 2:
+        del content[at:]
+    else:
+        content = bytearray(rng.randbytes(len(content)))
+    (folder / "weights.bin").write_bytes(content)
+    mend(folder)
+    return Trial(folder, str(how))
+
+
+def on_disk(rng: Random, folder: Path) -> Trial:
+    """Links, pipes, folders and gaps in the place of files."""
+    name = rng.choice([path.name for path in folder.iterdir()])
+    path = folder / name
+    how = rng.choice(("link", "linked folder", "pipe", "folder", "gone", "empty", "longer", "socket"))
+    if how == "link":
+        path.rename(folder.parent / "outside" / "moved")
+        path.symlink_to(folder.parent / "outside" / "moved")
+    elif how == "linked folder":
+        document = read_manifest(folder)
+        (folder / "sub").symlink_to(folder.parent / "outside")
+        document["files"]["sub/secret"] = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+        mend(folder, document)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "longer":
+        with path.open("ab") as file:
+            file.write(b"x")
+    else:
+        path.unlink()
+        if how == "pipe":
+            os.mkfifo(path)
+        elif how == "folder":
+            path.mkdir()
+        elif how == "socket":
+            os.mknod(path, 0o140600)
+    return Trial(folder, f"{how} {name}", some_command(rng))
+
+
+def entries_of(folder: Path) -> list[Entry]:
+    """The entries of a packed bundle of this folder, without the runner."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [Entry("__main__.py", b"pass"), *(Entry(f"bundle/{n}", (folder / n).read_bytes(), 4096) for n in names)]
+
+
+def zip_bytes(rng: Random, folder: Path) -> Trial:
+    """The records of a packed bundle's zip file."""
+    content = b"".join(zip_parts(b"#!/usr/bin/env python3\n", entries_of(folder)))
+    records = [at for magic in (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06") for at in positions(content, magic)]
+    at = rng.choice(records)
+    packed = folder.parent / "packed.pyz"
+    packed.write_bytes(mutate_bytes(rng, content, at, at + 80))
+    return Trial(packed, f"at {at}", some_command(rng))
+
+
+def positions(content: bytes, part: bytes) -> list[int]:
+    found, at = [], content.find(part)
+    while at >= 0:
+        found.append(at)
+        at = content.find(part, at + 1)
+    return found
+
+
+def zip_entries(rng: Random, folder: Path) -> Trial:
+    """Entries of a packed bundle that are missing, twice there, renamed, empty or in another order."""
+    entries = entries_of(folder)
+    how = rng.choice(("drop", "twice", "rename", "empty", "shuffle", "more", "unaligned"))
+    index = rng.randrange(len(entries))
+    entry = entries[index]
+    if how == "drop":
+        del entries[index]
+    elif how == "twice":
+        entries.append(entry)
+    elif how == "rename":
+        name = rng.choice(TEXTS).encode("utf-8", "replace").decode() or "x"
+        entries[index] = Entry(rng.choice(("bundle/", "")) + name, entry.content)
+    elif how == "empty":
+        entries[index] = Entry(entry.name, b"", 4096)
+    elif how == "shuffle":
+        rng.shuffle(entries)
+    elif how == "more":
+        entries.append(Entry(rng.choice(("bundle/more", "satchel/runtime/cli.py", "numpy.py", "../x")), b"more"))
+    else:
+        entries = [Entry(one.name, one.content, 1) for one in entries]
+    packed = folder.parent / "packed.pyz"
+    packed.write_bytes(b"".join(zip_parts(rng.choice((b"", b"#!x\n", b"junk")), entries)))
+    return Trial(packed, f"{how} {entry.name}", some_command(rng))
+
+
+def packed_content(rng: Random, folder: Path) -> Trial:
+    """Any of the changes to files, in a packed bundle."""
+    make = rng.choice((manifest_values, manifest_files, graph_data, graph_bytes, tokenizer, weights))
+    trial = make(rng, folder)
+    packed = folder.parent / "packed.pyz"
+    packed.write_bytes(b"".join(zip_parts(b"", entries_of(folder))))
+    return Trial(packed, f"{make.__name__}: {trial.note}", trial.command)
+
+
+def signature(rng: Random, folder: Path) -> Trial:
+    """signature.json, where one is required."""
+    path = folder / "signature.json"
+    document = {
+        "format": "satchel-signature", "version": 1, "algorithm": "ed25519", "digest": read_manifest(folder)["digest"],
+        "public_key": "0" * 64, "signature": "0" * 128,
+    }  # fmt: skip
+    note = mutate_json(rng, document)
+    path.write_text(json.dumps(document), encoding="utf-8")
+    if rng.random() < 0.3:
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+    return Trial(folder, note, (*RUN, "--require-signature", "../key.pub"))
+
+
+KINDS: dict[Make, int] = {
+    manifest_values: 24, manifest_files: 8, manifest_text: 5, nested: 1, tokenizer: 12, sentencepiece: 5, chat_template: 6,
+    companions: 3, graph_bytes: 8, graph_structure: 10, graph_data: 6, weights: 1, on_disk: 3, zip_bytes: 6, zip_entries: 2,
+    packed_content: 5, signature: 2,
+}  # fmt: skip
+"""The kinds of mutants, with their weights."""

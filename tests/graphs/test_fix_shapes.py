@@ -1,0 +1,44 @@
+"""fix_shapes: every named dimension becomes a number, and each Reshape says all of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+from support.graphs import build, fired, normal, run, same_numbers, the, untouched
+
+from satchel.graphs.passes.fix_shapes import fix_shapes
+from satchel.graphs.static import Lengths
+from satchel.graphs.values import constant, dims
+
+FIX = fix_shapes(Lengths(tokens=5, capacity=9))
+TEXT = """(float[batch,sequence,6] x, float[batch,2,capacity,3] past) => (float[batch,sequence,2,3] y, float[batch,2,capacity,3] z)
+<int64[4] shape = {0, 0, 2, 3}, float two = {2.0}> { y = Reshape(x, shape) z = Mul(past, two) }"""  # noqa: E501
+FEEDS = {"x": normal(1, 1, 5, 6), "past": normal(2, 1, 2, 9, 3)}
+
+
+def test_all_names_become_numbers() -> None:
+    model = build(TEXT)
+    after = fired(FIX, model, 5, keeps_signature=False).model
+    shapes = {v.name: dims(v) for v in (*after.graph.inputs, *after.graph.outputs)}
+    assert shapes == {"x": [1, 5, 6], "past": [1, 2, 9, 3], "y": [1, 5, 2, 3], "z": [1, 2, 9, 3]}
+    assert constant(the(after, "Reshape").inputs[1]).tolist() == [1, 5, 2, 3]  # type: ignore[union-attr]
+    same_numbers(model, after, FEEDS, exact=True)
+
+
+def test_a_result_whose_shape_nobody_noted_is_worked_out() -> None:
+    text = TEXT.replace("{0, 0, 2, 3}", "{0, -1, 2, 3}")
+    model = build(text)
+    the(model, "Reshape").outputs[0].shape = None
+    after = FIX(model).model
+    assert dims(the(after, "Reshape").outputs[0]) == [1, 5, 2, 3]
+
+
+def test_a_reshape_to_what_cannot_be_known_is_refused() -> None:
+    text = "(float[batch,sequence,6] x, int64[2] shape) => (float[?,?] y) { y = Reshape(x, shape) }"
+    result = FIX(build(text))
+    assert [refusal.reason for refusal in result.refusals] == ["what it reshapes to cannot be known"]
+
+
+def test_numbers_are_left_alone() -> None:
+    text = "(float[1,5,6] x) => (float[1,5,2,3] y) <int64[4] shape = {1, 5, 2, 3}> { y = Reshape(x, shape) }"
+    assert untouched(FIX, build(text)) == []
+    assert np.ptp(run(build(text), {"x": FEEDS["x"]})["y"]) > 0

@@ -1,0 +1,273 @@
+"""Signatures: who made a bundle, and that it is what was signed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from support.full_disk import largest_file
+from support.tiny_bundle import read_manifest, write_manifest
+
+from satchel.runtime import bundle as bundle_module
+from satchel.runtime import cli
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
+from satchel.runtime.generation.generator import Generator
+from satchel.runtime.integrity.signature import new_key_pair
+from satchel.runtime.storage.pack import pack, unpack
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("maker", "other"):
+        new_key_pair(folder / name)
+    return folder
+
+
+@pytest.fixture
+def signed(tiny: Path, keys: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
+    assert cli.main(["sign", str(folder), "--key", str(keys / "maker.pem"), "--quiet"]) == 0
+    return folder
+
+
+def test_a_signed_bundle_opens_with_the_right_key(signed: Path, keys: Path) -> None:
+    assert open_bundle(signed, require_signature=keys / "maker.pub").manifest == open_bundle(signed).manifest
+    generator = Generator.open(signed, threads=1, require_signature=keys / "maker.pub")
+    assert generator.generate("the cat", 2).token_ids
+
+
+def test_the_signature_is_one_of_the_digest_by_any_other_library(signed: Path, keys: Path) -> None:
+    document = json.loads((signed / "signature.json").read_text())
+    public = ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(document["public_key"]))
+    digest = read_manifest(signed)["digest"]
+    public.verify(bytes.fromhex(document["signature"]), b"satchel bundle digest, version 1\0" + bytes.fromhex(digest))
+    assert (document["digest"], document["algorithm"]) == (digest, "ed25519")
+
+
+def test_an_unsigned_bundle_is_refused(tiny: Path, keys: Path) -> None:
+    with pytest.raises(BundleError, match=r"tiny: is not signed, and --require-signature .*maker\.pub wants it to be"):
+        open_bundle(tiny, require_signature=keys / "maker.pub")
+
+
+def test_a_bundle_signed_by_another_is_refused(signed: Path, keys: Path) -> None:
+    with pytest.raises(BundleError, match=r"signed by another key \([0-9a-f]{16}\.\.\.\) than .*other\.pub: do not"):
+        open_bundle(signed, require_signature=keys / "other.pub")
+
+
+def test_a_manifest_changed_with_a_right_digest_is_refused(signed: Path, keys: Path) -> None:
+    document = read_manifest(signed)
+    document["model"]["eos_token_ids"] = [7]
+    write_manifest(signed, document)
+    open_bundle(signed)
+    with pytest.raises(BundleError, match="its signature is not valid for what is in it: do not trust it"):
+        open_bundle(signed, require_signature=keys / "maker.pub")
+
+
+def test_a_signature_with_the_new_digest_written_into_it_is_refused(signed: Path, keys: Path) -> None:
+    document = read_manifest(signed)
+    document["model"]["eos_token_ids"] = [7]
+    write_manifest(signed, document)
+    signature = json.loads((signed / "signature.json").read_text())
+    signature["digest"] = read_manifest(signed)["digest"]
+    (signed / "signature.json").write_text(json.dumps(signature))
+    with pytest.raises(BundleError, match="its signature is not valid"):
+        open_bundle(signed, require_signature=keys / "maker.pub")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"signature": "00" * 64}, "its signature is not valid"),
+        ({"signature": "no hex"}, "its signature is not valid"),
+        ({"signature": ""}, "its signature is not valid"),
+        ({"signature": 1}, "no signature of a kind that this satchel knows"),
+        ({"version": 2}, "no signature of a kind"),
+        ({"version": True}, "no signature of a kind"),
+        ({"algorithm": "none"}, "no signature of a kind"),
+        ({"more": 1}, "no signature of a kind"),
+        ({"public_key": "x" * 5000}, "longer than any signature"),
+    ],
+)
+def test_a_spoilt_signature_file_is_refused(signed: Path, keys: Path, change: dict, message: str) -> None:
+    document = json.loads((signed / "signature.json").read_text())
+    (signed / "signature.json").write_text(json.dumps({**document, **change}))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(signed, require_signature=keys / "maker.pub")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"a": 1, "a": 1}', b"\xff"])
+def test_a_signature_file_that_is_none_is_refused(signed: Path, keys: Path, content: bytes) -> None:
+    (signed / "signature.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"signature\.json: (not valid JSON|no signature)"):
+        open_bundle(signed, require_signature=keys / "maker.pub")
+
+
+def test_all_files_are_hashed_whatever_is_remembered(signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_bundle(signed)
+    hashed = []
+    original = bundle_module.sha256_of
+
+    def hashing(path: Path, *rest: object) -> str:
+        hashed.append(path.name)
+        return original(path, *rest)
+
+    monkeypatch.setattr(bundle_module, "sha256_of", hashing)
+    open_bundle(signed)
+    assert hashed == []
+    open_bundle(signed, require_signature=keys / "maker.pub")
+    assert sorted(hashed) == sorted(read_manifest(signed)["files"])
+
+
+def test_specialised_graphs_stay_unused_and_the_signature_valid(signed: Path, keys: Path) -> None:
+    from satchel.runtime.specializing.specialize import specialize
+
+    specialize(open_bundle(signed), threads=1)
+    assert open_bundle(signed).specialized is not None
+    with pytest.warns(SatchelWarning, match="the portable graphs run, since the signature does not cover"):
+        bundle = open_bundle(signed, require_signature=keys / "maker.pub")
+    assert bundle.specialized is None
+
+
+def test_a_packed_bundle_keeps_its_signature_and_can_get_one(
+    signed: Path, tiny: Path, keys: Path, tmp_path: Path
+) -> None:
+    public = keys / "maker.pub"
+    pack(open_bundle(signed), tmp_path / "signed.pyz")
+    open_bundle(tmp_path / "signed.pyz", require_signature=public)
+    pack(open_bundle(tiny), tmp_path / "plain.pyz")
+    with pytest.raises(BundleError, match="is not signed"):
+        open_bundle(tmp_path / "plain.pyz", require_signature=public)
+    for _ in range(2):
+        assert cli.main(["sign", str(tmp_path / "plain.pyz"), "--key", str(keys / "maker.pem"), "--quiet"]) == 0
+    assert (tmp_path / "plain.pyz").read_bytes() == (tmp_path / "signed.pyz").read_bytes()
+    unpack(open_bundle(tmp_path / "plain.pyz"), tmp_path / "again")
+    assert (tmp_path / "again" / "signature.json").read_bytes() == (signed / "signature.json").read_bytes()
+
+
+def test_a_bundle_of_version_1_has_no_digest_to_sign(tiny: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
+    document = read_manifest(folder)
+    del document["digest"], document["static"]
+    (folder / "manifest.json").write_text(json.dumps({**document, "version": 1}))
+    assert cli.main(["sign", str(folder), "--key", str(keys / "maker.pem")]) == 2
+    assert "of bundle version 1, which has no digest to sign: export it again" in capsys.readouterr().err
+
+
+def test_new_keys_are_for_their_owner_and_never_replaced(tmp_path: Path, capsys: Capture) -> None:
+    assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 0
+    private, public = tmp_path / "v1.maker.pem", tmp_path / "v1.maker.pub"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    before = private.read_bytes(), public.read_bytes()
+    assert before[0].startswith(b"-----BEGIN PRIVATE KEY-----")
+    assert before[1].startswith(b"-----BEGIN PUBLIC KEY-----")
+    capsys.readouterr()
+    assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 2
+    assert "v1.maker.pem is there already: name another key, or remove it" in capsys.readouterr().err
+    private.unlink()
+    assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 2
+    assert not private.exists()
+    assert public.read_bytes() == before[1]
+
+
+def pem(private: object) -> tuple[bytes, bytes]:
+    plain = serialization.NoEncryption()
+    secret = private.private_bytes(  # type: ignore[attr-defined]
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain
+    )
+    public = private.public_key().public_bytes(  # type: ignore[attr-defined]
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return secret, public
+
+
+def test_a_key_file_of_another_kind_is_refused(signed: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
+    secret, public = pem(ec.generate_private_key(ec.SECP256R1()))
+    (tmp_path / "ec.pem").write_bytes(secret)
+    (tmp_path / "ec.pub").write_bytes(public)
+    (tmp_path / "none").write_bytes(b"hello")
+    locked = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"x"),
+    )
+    (tmp_path / "locked.pem").write_bytes(locked)
+    for key, message in (
+        (tmp_path / "ec.pub", "a public key, but not of Ed25519"),
+        (tmp_path / "none", "no public key in PEM"),
+        (keys / "maker.pem", "no public key in PEM"),
+        (tmp_path / "nowhere", r"cannot be read \(No such file"),
+        (tmp_path, r"cannot be read \(Is a directory"),
+    ):
+        with pytest.raises(SatchelError, match=rf"^--require-signature .*: {message}"):
+            open_bundle(signed, require_signature=key)
+    for key, message in (
+        (tmp_path / "ec.pem", "a private key, but not of Ed25519"),
+        (tmp_path / "none", "no private key in PEM without a password"),
+        (keys / "maker.pub", "no private key in PEM without a password"),
+        (tmp_path / "locked.pem", "no private key in PEM without a password"),
+        (tmp_path / "nowhere", "cannot be read (No such file"),
+    ):
+        assert cli.main(["sign", str(signed), "--key", str(key)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_every_command_that_opens_a_bundle_checks(tiny: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "text").write_text("the cat sat on the mat")
+    further = {
+        "run": ["the cat"], "eval": ["--text", str(tmp_path / "text")], "pack": ["-o", str(tmp_path / "m.pyz")],
+        "unpack": ["-o", str(tmp_path / "m")],
+    }  # fmt: skip
+    checked = [name for name, command in cli.COMMANDS.items() if command.opens]
+    assert {"run", "chat", "bench", "eval", "verify", "profile", "specialize", "inspect", "pack"} <= set(checked)
+    for name in checked:
+        arguments = [name, str(tiny), *further.get(name, []), "--require-signature", str(keys / "maker.pub")]
+        assert cli.main(arguments) == 2, name
+        out, err = capsys.readouterr()
+        assert "tiny: is not signed" in err, name
+        assert (out, err.count("\n")) == ("", 1)
+
+
+def test_specialising_on_the_way_does_not_go_with_a_signature(signed: Path, keys: Path, capsys: Capture) -> None:
+    arguments = ["run", str(signed), "the cat", "--specialize", "--require-signature", str(keys / "maker.pub")]
+    assert cli.main(arguments) == 2
+    assert "--specialize with --require-signature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["BUNDLE"], ["--key", "x"], ["BUNDLE", "--new-key", "x"]])
+def test_a_command_line_with_a_part_missing_is_refused(arguments: list[str], capsys: Capture) -> None:
+    try:
+        code = cli.main(["sign", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(signed: Path, keys: Path, capsys: Capture) -> None:
+    before = (signed / "signature.json").read_bytes()
+    with largest_file(10):
+        assert cli.main(["sign", str(signed), "--key", str(keys / "other.pem")]) == 2
+    assert "cannot be written (File too large)" in capsys.readouterr().err
+    assert (signed / "signature.json").read_bytes() == before
+
+
+def test_without_cryptography_it_says_what_to_install(signed: Path, keys: Path) -> None:
+    code = "import sys; sys.modules['cryptography'] = None; from satchel.runtime import cli; sys.exit(cli.main())"
+    for arguments in (
+        ["run", str(signed), "the cat", "--require-signature", str(keys / "maker.pub")],
+        ["sign", str(signed), "--key", str(keys / "maker.pem")],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.endswith("cryptography, which is not installed: pip install 'satchel[sign]'\n")

@@ -1,0 +1,57 @@
+"""Runs the graphs of a bundle for cuda on the CPU as they run on the device: caches of full length, one graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from satchel.runtime.manifest import CacheLayer, Manifest
+
+Values = dict[str, NDArray[np.generic]]
+
+
+class CudaGraphs:
+    """One graph of a bundle, and the cache that it is given and gives back."""
+
+    def __init__(self, folder: Path, manifest: Manifest, phase: str, capacity: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(folder / f"{phase}.onnx", options, providers=["CPUExecutionProvider"])
+        self.layers: tuple[CacheLayer, ...] = manifest.kv_cache.layers
+        self.dtype, self.capacity = manifest.kv_cache.dtype, capacity
+
+    def empty(self) -> Values:
+        """Keys and values of zeros for one row."""
+        return {
+            name: np.zeros((1, layer.kv_heads, self.capacity, width), self.dtype)
+            for layer in self.layers
+            for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim))
+        }
+
+    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Values) -> tuple[Values, Values]:
+        """All outputs but the cache, and the cache."""
+        names = [output.name for output in self.session.get_outputs()]
+        feeds = {"input_ids": ids, "attention_mask": mask, **cache}
+        found = dict(zip(names, self.session.run(names, feeds), strict=True))
+        after = {
+            past: found.pop(present)
+            for layer in self.layers
+            for past, present in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
+        }
+        return found, after
+
+    def prefill(self, ids: NDArray[np.int64], chunk: int) -> tuple[Values, Values]:
+        """A prompt of one row, `chunk` tokens at a time: the last one's outputs, and the cache."""
+        cache, found = self.empty(), Values()
+        for start in range(0, len(ids), chunk):
+            part = ids[None, start : start + chunk]
+            found, cache = self.run(part, np.ones((1, start + part.shape[1]), np.int64), cache)
+        return found, cache
+
+    def decode(self, ids: list[int], lengths: list[int], cache: Values) -> tuple[Values, Values]:
+        """A token for each row, which has so many before; the mask covers the whole cache."""
+        mask = np.arange(self.capacity) <= np.asarray(lengths)[:, None]
+        return self.run(np.asarray(ids, np.int64)[:, None], mask.astype(np.int64), cache)
