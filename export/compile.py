@@ -191,7 +191,7 @@ def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None
         ExportError: One does not.
     """
     name = checkpoint.name
-    outputs = ((key, value) for key, model in models.items() for value in model.graph.outputs)
+    outputs = ((key.removeprefix(PLAIN), value) for key, model in models.items() for value in model.graph.outputs)
     for shape in (v.shape for key, v in outputs if v.name == signature.LOGITS and not key.startswith("score")):
         if shape is None or len(shape) != 3 or shape[1] != 1:
             raise ExportError(
