@@ -138,4 +138,5 @@ def test_under_another_name_of_its_folder_only_the_name_differs(
     assert second["source"].pop("name") == "renamed"
     del first["source"]["name"]
     first["certificate"].pop("speed"), second["certificate"].pop("speed")
+    assert first.pop("digest") != second.pop("digest")
     assert first == second
