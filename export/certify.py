@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.proof.appraise import REFERENCE, RESULT, WINDOWS
 
 
-def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manifest:
+def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries: Sequence[Path] = ()) -> Manifest:
     """Certify a bundle that is not published yet.
 
     The reference runs here, layer by layer, and its logits go to a file. The bundle runs as a user will run it, in a
@@ -33,6 +34,7 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manife
         model: The float graph that all phases share, before anything was rounded.
         texts: The windows to measure on.
         folder: For the reference's logits; made here.
+        libraries: Those with the operators of a user's own that the bundle's graphs need.
 
     Returns:
         The manifest, with the certificate, as it is now in the bundle.
@@ -50,7 +52,8 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path) -> Manife
         np.save(folder / REFERENCE.format(index), flow.logits(index)[0])
     np.save(folder / WINDOWS, windows)
     measured = None if texts.measured is None else strict_json.to_json(texts.measured)
-    command = [sys.executable, "-m", "satchel.runtime.proof.appraise", str(bundle), str(folder), json.dumps(measured)]
+    arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
+    command = [sys.executable, "-m", "satchel.runtime.proof.appraise", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()

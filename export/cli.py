@@ -87,6 +87,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="PATH", type=Path, help="a tokenizer.json, SentencePiece .model or folder to use"
     )
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        metavar="M:F",
+        action="append",
+        default=[],
+        help="a graph pass of your own: module:function or file.py:function; may be given several times",
+    )
+    parser.add_argument(
+        "--custom-ops",
+        metavar="LIBRARY",
+        type=Path,
+        action="append",
+        default=[],
+        help="a shared library with operators that your passes use; may be given several times",
+    )
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
 
@@ -109,6 +125,7 @@ def main(args: argparse.Namespace) -> int:
         output=args.output, precision=args.precision, max_context=args.max_context, target=args.target,
         force=args.force, tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe,
         calibrate=args.calibrate, certificate=args.certificate, certificate_text=args.certificate_text,
+        passes=tuple(args.passes), custom_ops=tuple(args.custom_ops),
         prefill_lengths=args.prefill_lengths,
     )  # fmt: skip
     start = time.monotonic()

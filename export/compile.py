@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,16 +29,19 @@ from satchel.export.stages import Stages, skipped_stages
 from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
 from satchel.export.static_graphs import lower_static
 from satchel.export.texts import open_texts
+from satchel.export.threads import fixed_threads
 from satchel.export.trace import trace
+from satchel.export.user_passes import open_passes
 from satchel.graphs import pipeline, signature
 from satchel.graphs.assign import assign
 from satchel.graphs.contract import PassError
 from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.recipe import Recipe
-from satchel.graphs.targets import TARGETS
+from satchel.graphs.targets import PHASES, PLAIN, TARGETS
 from satchel.graphs.values import INTERNAL, nodes
 from satchel.runtime.manifest import Manifest
+from satchel.runtime.session import check_loads
 
 
 def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *, progress: bool = False) -> Manifest:
@@ -52,8 +56,17 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
         The bundle's manifest.
 
     Raises:
-        ExportError: The checkpoint or an option cannot be used; nothing is left behind.
+        ExportError: The checkpoint or an option cannot be used, or a pass of the user's own failed; nothing is left
+            behind.
+        BundleError: A library of operators cannot be loaded.
     """
+    with fixed_threads():
+        return _export(source, config, progress)
+
+
+def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress: bool) -> Manifest:
+    config = dataclasses.replace(config, passes=open_passes(config.passes))
+    check_loads(config.custom_ops)
     recipe = recipe_of(config)
     stages = Stages(progress, skipped_stages(config, recipe))
     check_target(config.output, config.force)
@@ -62,7 +75,7 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
     if recipe is not None:
         check_recipe(recipe, checkpoint)
     _announce(checkpoint, config, stages)
-    with _named_errors(checkpoint.name, config.output), scratch(config.output) as folder:
+    with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:
         texts = open_texts(checkpoint, config, recipe, folder)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
@@ -80,10 +93,10 @@ def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *,
             with stages.stage("writing the bundle"):
                 manifest = write_bundle(bundle, checkpoint, config, models, quantised, report, stages.bytes)
             with stages.stage("checking the bundle"):
-                _self_check(bundle)
+                _self_check(bundle, config)
             if config.certificate:
                 with stages.stage("measuring the bundle"):
-                    manifest = certify(bundle, common, texts, folder / "certificate")
+                    manifest = certify(bundle, common, texts, folder / "certificate", config.custom_ops)
     return manifest
 
 
@@ -154,15 +167,20 @@ def lower_phases(
         PassError: A pass left a graph broken.
     """
     target, models = TARGETS[config.target], {}
+    custom = tuple(Step(user.graph_pass) for user in config.passes)
+    names = {step.name for step in custom}
     for phase in target.graphs(quantised):
-        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised))
+        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised, custom))
         report += [done.as_json(phase) for done in finished]
-        refused = [r for done in finished if done.name.startswith("quantize_") for r in done.refusals]
+        ours = [done for done in finished if done.name not in names]
+        refused = [r for done in ours if done.name.startswith("quantize_") for r in done.refusals]
         if refused:
             raise ExportError(
                 f"{checkpoint.name}: {refused[0].node} cannot be quantised: {refused[0].reason}; "
                 "leave the layer in float by a --recipe of your own, or a cache by --kv-cache float"
             )
+    for phase in PHASES if custom else ():  # what runs where the user's passes are switched off
+        models[f"{PLAIN}{phase}"], _ = pipeline.run(common, target.steps(phase, config.precision, quantised))
     return models
 
 
@@ -173,7 +191,7 @@ def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None
         ExportError: One does not.
     """
     name = checkpoint.name
-    outputs = ((key, value) for key, model in models.items() for value in model.graph.outputs)
+    outputs = ((key.removeprefix(PLAIN), value) for key, model in models.items() for value in model.graph.outputs)
     for shape in (v.shape for key, v in outputs if v.name == signature.LOGITS and not key.startswith("score")):
         if shape is None or len(shape) != 3 or shape[1] != 1:
             raise ExportError(
@@ -215,13 +233,13 @@ def _named_errors(name: str, output: Path) -> Iterator[None]:
         ) from error
 
 
-def _self_check(folder: Path) -> None:
+def _self_check(folder: Path, config: ExportConfig) -> None:
     """Run the bundle as a user will: in a process of its own, without torch."""
-    command = [sys.executable, "-m", "satchel.runtime.proof.selftest", str(folder)]
+    command = [sys.executable, "-m", "satchel.runtime.proof.selftest", str(folder), *map(str, config.custom_ops)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise ExportError(
             f"the exported bundle does not run: {lines[-1] if lines else 'no message'}; "
-            "nothing was written: report this model to satchel"
+            f"nothing was written: {'look at your --pass' if config.passes else 'report this model to satchel'}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 from satchel.export.errors import ExportError
 
@@ -52,6 +53,8 @@ class ExportConfig:
         target: What the graphs are made for.
         force: Replace a bundle that is at `output` already.
         tokenizer: A tokenizer to use in place of the checkpoint's own.
+        passes: Graph passes of the user's own: each a `module:function`, a `file.py:function`, or the function itself.
+        custom_ops: Shared libraries with operators that these passes put into the graphs.
         prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, the smallest first;
             empty for `PREFILL_LENGTHS` as far as the context allows.
 
@@ -70,6 +73,8 @@ class ExportConfig:
     calibrate: Path | None = None
     certificate: bool = True
     certificate_text: Path | None = None
+    passes: tuple[Any, ...] = ()
+    custom_ops: tuple[Path, ...] = ()
     prefill_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -93,6 +98,12 @@ class ExportConfig:
             )
         if self.certificate_text is not None and not self.certificate:
             raise ExportError("--certificate-text does not go with --no-certificate: leave one of them out")
+        if self.passes and self.static:
+            raise ExportError(
+                f"--pass does not go with --target {self.target}, whose graphs are static: choose another"
+            )
+        if self.custom_ops and not self.passes:
+            raise ExportError("--custom-ops without --pass: no graph has an operator of it: give a pass that adds one")
         if self.max_context is not None and self.max_context < 1:
             raise ExportError(f"--max-context {self.max_context}: give at least 1 position")
 

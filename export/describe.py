@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,13 @@ import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
+from satchel.export.provenance import named_file, producer, provenance
 from satchel.export.static_graphs import describe_static
 from satchel.export.tensor_specs import tensor_specs
 from satchel.graphs import signature
 from satchel.graphs.assign import layer_name
 from satchel.graphs.quantized import Quantised
-from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, TARGETS, Session
+from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PLAIN, PREFILL_INT8, TARGETS, Session
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -26,12 +26,10 @@ from satchel.runtime.manifest import (
     LayerPrecision,
     Manifest,
     ModelFacts,
+    PlainGraphs,
     Source,
     TokenizerSpec,
 )
-
-PACKAGES = ("satchel", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
-"""Whose versions the manifest records."""
 
 
 def describe(
@@ -54,8 +52,9 @@ def describe(
         pad_token_id=_possible(checkpoint, checkpoint.pad_token_id),
     )
     return Manifest(
-        producer={name: importlib.metadata.version(name) for name in PACKAGES},
+        producer=producer(),
         source=Source(checkpoint.kind, checkpoint.name, checkpoint.model_type),
+        provenance=provenance(checkpoint, config),
         target=config.target,
         precision=config.precision,
         recipe=None if quantised is None else quantised.recipe,
@@ -63,6 +62,8 @@ def describe(
         kv_cache=cache_spec(models, "swapped" if config.static else "shared"),
         graphs=None if config.static else _graphs(models, sessions),
         static=describe_static(models, sessions, config, context, starts) if config.static else None,
+        plain=_plain_graphs(models, sessions),
+        custom_ops=tuple(named_file(path) for path in config.custom_ops),
         layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),
@@ -110,14 +111,23 @@ def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
 
 
 def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
-    specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in models.items()}
+    custom = {phase: model for phase, model in models.items() if not phase.startswith(PLAIN)}
+    specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in custom.items()}
     always = {phase: specs[phase] for phase in PHASES}
     return Graphs(**always, prefill_int8=specs.get(PREFILL_INT8), decode_blocks=specs.get(DECODE_BLOCKS))
 
 
-def _graph_spec(phase: str, model: ir.Model, session: Session) -> GraphSpec:
+def _plain_graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> PlainGraphs | None:
+    """The graphs without passes of a user's own, where there are such passes."""
+    if not any(name.startswith(PLAIN) for name in models):
+        return None
+    specs = {phase: _graph_spec(f"{PLAIN}{phase}", models[f"{PLAIN}{phase}"], sessions[phase]) for phase in PHASES}
+    return PlainGraphs(Graphs(**specs, prefill_int8=None, decode_blocks=None), None)
+
+
+def _graph_spec(name: str, model: ir.Model, session: Session) -> GraphSpec:
     return GraphSpec(
-        file=f"{phase}.onnx",
+        file=f"{name}.onnx",
         session=dict(session.config),
         session_of=session.of,
         inputs=tensor_specs(model.graph.inputs),

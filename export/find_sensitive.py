@@ -22,6 +22,7 @@ from satchel.export.quantize.sensitivity import (
 from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import Stages
 from satchel.export.texts import CERTIFICATE_WINDOWS, open_texts
+from satchel.export.threads import fixed_threads
 from satchel.graphs.recipe import write_recipe
 
 
@@ -71,7 +72,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
     check_recipe(recipe, checkpoint)
-    with tempfile.TemporaryDirectory(prefix="satchel-") as name:
+    with fixed_threads(), tempfile.TemporaryDirectory(prefix="satchel-") as name:
         folder = Path(name)
         texts = open_texts(checkpoint, config, None, folder, option="--text")
         with stages.stage("tracing the model"):

@@ -70,7 +70,7 @@ def open_texts(
     length = min(Window.LENGTH, config.context(checkpoint.max_context))
     tokenizer = _tokenizer(checkpoint, folder)
     calibration = certificate = measured = None
-    if config.calibrate is not None or (recipe is not None and (recipe.needs_calibration() or config.int8_cache)):
+    if _calibrates(config, recipe):
         ids, _ = _ids(tokenizer, checkpoint, config.calibrate, CALIBRATION, "--calibrate")
         calibration = _spread(_windows(ids, length, FEWEST, config.calibrate, "--calibrate"), CALIBRATION_WINDOWS)
     if config.certificate:
@@ -78,6 +78,24 @@ def open_texts(
         windows = _windows(ids, length, 1, config.certificate_text, option)
         certificate = windows[: certificate_windows(config)]
     return Texts(calibration, certificate, measured)
+
+
+def calibration_file(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> Path | None:
+    """The text that an export calibrates on; None where it does not, or takes random ids."""
+    if checkpoint.tokenizer is None or not _calibrates(config, recipe):
+        return None
+    return CALIBRATION if config.calibrate is None else config.calibrate
+
+
+def certificate_file(checkpoint: Checkpoint, config: ExportConfig) -> Path | None:
+    """The text that a bundle is measured on; None where it is not, or on random ids."""
+    if checkpoint.tokenizer is None or not config.certificate:
+        return None
+    return CERTIFICATE if config.certificate_text is None else config.certificate_text
+
+
+def _calibrates(config: ExportConfig, recipe: Recipe | None) -> bool:
+    return config.calibrate is not None or (recipe is not None and (recipe.needs_calibration() or config.int8_cache))
 
 
 def certificate_windows(config: ExportConfig) -> int:

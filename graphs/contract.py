@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -72,6 +73,7 @@ def graph_pass(edit: Edit) -> GraphPass:
     The pass also takes out what its change left unread.
     """
 
+    @functools.wraps(edit)
     def edit_and_sweep(model: ir.Model, report: Report) -> None:
         edit(model, report)
         if report.count:

@@ -74,6 +74,9 @@ DECODE_BLOCKS = "decode_blocks"
 """A graph of bundles whose decode takes activations in int8: decode over the same weights in blocks, made when such a
 bundle is specialised. Some processors multiply one row by blocks faster."""
 
+PLAIN = "plain_"
+"""Graphs without passes of a user's own are called by this and their phase."""
+
 DECODE = (Step(single_token), Step(fuse_skip_norms))
 
 NORMALISE = (
@@ -280,12 +283,14 @@ class Target:
         further = (*((PREFILL_INT8,) if small else ()), *((DECODE_BLOCKS,) if whole else ()))
         return (*PHASES, *(name for name in further if name in self.phases))
 
-    def steps(self, phase: str, precision: str, quantised: Quantised | None) -> tuple[Step, ...]:
-        """All passes for one phase, after those that the phases share."""
+    def steps(
+        self, phase: str, precision: str, quantised: Quantised | None, custom: tuple[Step, ...] = ()
+    ) -> tuple[Step, ...]:
+        """All passes for one phase, after those that the phases share; `custom` are those of a user's own."""
         rounded = quantised is not None and bool(quantised.weights)
         quantise = () if quantised is None else self.quantise(phase, quantised)
         stream = self.stream if phase != "score" and not rounded else ()
-        return (*self.phases[phase], *stream, *quantise, *self.finish(phase, precision))
+        return (*self.phases[phase], *stream, *quantise, *custom, *self.finish(phase, precision))
 
 
 def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle, open_bundle
     from satchel.runtime.chat.conversation import Conversation
+    from satchel.runtime.custom import Custom
     from satchel.runtime.engine import Engine
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
     from satchel.runtime.generation.generator import Generator, Request
@@ -28,6 +29,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Conversation",
+    "Custom",
     "Engine",
     "Generation",
     "GenerationOptions",
@@ -50,6 +52,7 @@ _HOMES = {
     "Bundle": "bundle",
     "open_bundle": "bundle",
     "Conversation": "chat.conversation",
+    "Custom": "custom",
     "Engine": "engine",
     "ProviderChoice": "providers",
     "State": "stepping.state",

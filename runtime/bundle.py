@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from satchel.runtime import strict_json
+from satchel.runtime.custom import Custom, choose
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.hash_memory import HashMemory, file_identity, part_of, sha256_of
 from satchel.runtime.integrity.limits import LIMITS
@@ -27,6 +28,8 @@ SIGNATURE_NAME = "signature.json"
 BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
 """Files of a bundle that its manifest cannot list, since they tell of it."""
 
+DEFAULT_CUSTOM = Custom()
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -34,7 +37,8 @@ class Bundle:
 
     `folder` is the folder, or the packed file. `specialized` is what the manifest has for this very machine; None where
     the portable graphs are to run. `digest` is that of the manifest as it is on disk; None where it has none. `packed`
-    says where the files lie in a packed bundle, None for a folder.
+    says where the files lie in a packed bundle, None for a folder. `custom_ops` are the libraries that its graphs need.
+    `whole` is False where `manifest` is that of the plain graphs.
     """
 
     folder: Path
@@ -42,6 +46,8 @@ class Bundle:
     specialized: Specialized | None = None
     digest: str | None = None
     packed: Mapping[str, Span] | None = None
+    custom_ops: tuple[Path, ...] = ()
+    whole: bool = True
 
     def span(self, name: str) -> Span:
         """Where a file that the manifest lists lies on disk. Raises BundleError for any other name."""
@@ -116,32 +122,43 @@ class Bundle:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def open_bundle(path: str | Path, *, progress: bool = False, require_signature: str | Path | None = None) -> Bundle:
+def open_bundle(
+    path: str | Path,
+    *,
+    progress: bool = False,
+    require_signature: str | Path | None = None,
+    custom: Custom | None = DEFAULT_CUSTOM,
+) -> Bundle:
     """Open a bundle, a folder or a packed file: read manifest.json, then check every file that it lists.
 
     Each file must lie inside the bundle and have the listed size and SHA-256. A file is hashed in full when it is first
     seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
-    when hashing takes more than two seconds.
+    when hashing takes more than two seconds. `custom` says what of a user's own is to run; None leaves the
+    bundle as it is, for who runs nothing.
 
     `require_signature` is the file of a public key: the bundle must be signed with its private key. All files are then
     hashed, also those seen before, and specialised graphs are not used, which a signature does not cover.
 
     Raises BundleError; warns with SatchelWarning where specialised graphs are there and do not fit this machine, are
-    damaged, or are not covered.
+    damaged, or are not covered, and where the plain graphs run for want of a library.
     """
     bundle, spans = _survey(Path(path), require_signature)
     folder, specialized = bundle.folder, bundle.manifest.specialized
     _check_hashes(folder, bundle.manifest.files, spans, progress, anew=require_signature is not None)
     if require_signature is None:
         usable = None if bundle.packed is not None else _usable(folder, specialized, progress)
-        return Bundle(folder, bundle.manifest, usable, bundle.digest, bundle.packed)
+        return _chosen(Bundle(folder, bundle.manifest, usable, bundle.digest, bundle.packed), custom)
     if specialized is not None:
         warnings.warn(
             f"{folder}: the portable graphs run, since the signature does not cover those made on a device",
             SatchelWarning,
             stacklevel=2,
         )
-    return bundle
+    return _chosen(bundle, custom)
+
+
+def _chosen(bundle: Bundle, custom: Custom | None) -> Bundle:
+    return bundle if custom is None else choose(bundle, custom)
 
 
 def survey_bundle(path: str | Path) -> Bundle:

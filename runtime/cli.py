@@ -19,7 +19,7 @@ from satchel.runtime.plain_text import printable
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 
 # What `pip install 'satchel[export]'` brings: a missing one is the user's to install, not a fault.
-EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf")
+EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "threadpoolctl")
 
 # What satchel itself needs; a packed bundle comes to where some of it may be missing.
 RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "sentencepiece", "jinja2", "tqdm", "shtab")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -49,6 +50,30 @@ class Source:
     kind: str
     name: str
     model_type: str
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file that is not in the bundle: its name without its folder, and its SHA-256 (64 lower-case hex digits)."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an export read, how it was asked to go about it, and where: all that decides a bundle's bytes.
+
+    `options` are those of the export by their names in Python, opaque to the runner; a file among them is its name and
+    SHA-256. `source` has the files of the checkpoint that were read; none for a module that was handed over in Python.
+    `processor` is the architecture and the extensions that kernels choose by, `threads` the parts that sums were cut
+    into.
+    """
+
+    options: dict[str, Any]
+    source: dict[str, FileRecord]
+    processor: tuple[str, ...]
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -179,6 +204,14 @@ class StaticGraphs:
 
 
 @dataclass(frozen=True)
+class PlainGraphs:
+    """The graphs as they are without the passes of a user's own, over the same weights: `graphs` or `static`."""
+
+    graphs: Graphs | None
+    static: StaticGraphs | None
+
+
+@dataclass(frozen=True)
 class LayerPrecision:
     """How one layer's weights are stored, and how its product takes its input in each phase.
 
@@ -214,7 +247,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The size in bytes and the SHA-256 (64 lower-case hex digits) of one file of the bundle."""
+    """The size in bytes and the SHA-256 (64 lower-case hex digits) of one file."""
 
     bytes: int
     sha256: str
@@ -249,6 +282,9 @@ class Manifest:
     `recipe` is the name of the recipe that quantised it, None where nothing is quantised.
     `layers` names every layer whose weights are quantised; all others are in float.
     A bundle has either `graphs`, whose shapes vary, or `static` ones.
+    `plain` is for a bundle that passes of a user's own had a part in, and `custom_ops` are the libraries whose
+    operators its graphs need; those of `plain` need none.
+    `provenance` is None for a bundle of version 1.
     `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
     """
 
@@ -257,6 +293,7 @@ class Manifest:
 
     producer: dict[str, str]
     source: Source
+    provenance: Provenance | None
     target: str
     precision: str
     recipe: str | None
@@ -264,6 +301,8 @@ class Manifest:
     kv_cache: CacheSpec
     graphs: Graphs | None
     static: StaticGraphs | None
+    plain: PlainGraphs | None
+    custom_ops: tuple[NamedFile, ...]
     layers: dict[str, LayerPrecision]
     tokenizer: TokenizerSpec | None
     passes: tuple[dict[str, Any], ...]
@@ -305,6 +344,15 @@ class Manifest:
         inputs = () if self.graphs is None else self.graphs.decode.inputs
         return any(tensor.name == "attention_mask" and tensor.shape[-1:] == (FULL_MASK,) for tensor in inputs)
 
+    def without_custom(self) -> Manifest:
+        """The manifest of the plain graphs alone. Raises BundleError where there are none."""
+        if self.plain is None:
+            raise BundleError("this bundle has no graphs without passes and operators of a user's own")
+        plain = dataclasses.replace(
+            self, graphs=self.plain.graphs, static=self.plain.static, plain=None, custom_ops=(), specialized=None
+        )
+        return dataclasses.replace(plain, files=_needed(self, plain))
+
     def graph(self, phase: str) -> GraphSpec:
         """The graph of a phase, or one of `FURTHER`. Raises BundleError where there is none."""
         if self.graphs is None:
@@ -313,6 +361,23 @@ class Manifest:
         if spec is None:
             raise BundleError(f"this bundle has no graph for {phase}: {FURTHER[phase]}")
         return spec
+
+
+def _graph_files(manifest: Manifest) -> set[str]:
+    """The files of all graphs that a manifest has beside those of `plain`."""
+    files: set[str] = set()
+    if manifest.graphs is not None:
+        files |= {spec.file for spec in vars(manifest.graphs).values() if spec is not None}
+    if manifest.static is not None:
+        graphs = (*manifest.static.prefill, manifest.static.decode, manifest.static.score)
+        files |= {part.file for graph in graphs for part in graph.parts}
+    return files
+
+
+def _needed(manifest: Manifest, plain: Manifest) -> dict[str, FileRecord]:
+    """The files of a bundle without those of its custom graphs alone."""
+    left_out = _graph_files(manifest) - _graph_files(plain)
+    return {name: record for name, record in manifest.files.items() if name not in left_out}
 
 
 def _check_values(manifest: Manifest) -> None:
@@ -344,6 +409,10 @@ def _check_values(manifest: Manifest) -> None:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
     _check_files(manifest.files, "files")
+    for index, library in enumerate(manifest.custom_ops):
+        _check_sha256(library.sha256, f"custom_ops[{index}].sha256")
+    if manifest.plain is not None:
+        _check_values(manifest.without_custom())
     if manifest.certificate:
         check_values(manifest.certificate, model.vocab_size, model.max_context)
     if manifest.specialized:
@@ -358,8 +427,12 @@ def _check_values(manifest: Manifest) -> None:
 def _check_files(files: dict[str, FileRecord], key: str) -> None:
     for name, record in files.items():
         _check(record.bytes >= 0, f"{key}.{name}.bytes", record.bytes, "a size")
-        well_formed = len(record.sha256) == 64 and set(record.sha256) <= set("0123456789abcdef")
-        _check(well_formed, f"{key}.{name}.sha256", record.sha256, "64 lower-case hex digits")
+        _check_sha256(record.sha256, f"{key}.{name}.sha256")
+
+
+def _check_sha256(digest: str, key: str) -> None:
+    well_formed = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
+    _check(well_formed, key, digest, "64 lower-case hex digits")
 
 
 def _check_graph(manifest: Manifest, phase: str) -> None:

@@ -27,7 +27,7 @@ def upgraded(document: dict[str, Any], version: int, name: str) -> dict[str, Any
 
 
 def _to_2(document: dict[str, Any]) -> dict[str, Any]:
-    return {**document, "version": 2, "static": None}
+    return {**document, "version": 2, "static": None, "provenance": None, "custom_ops": [], "plain": None}
 
 
 STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _to_2}

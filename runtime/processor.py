@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def processor_name() -> str:
     """A name of this machine's processor for people to read."""
     named = _entries("model name")
     return (named[0] if named else "") or platform.processor() or platform.machine()
+
+
+def machine_cores() -> int:
+    """The number of physical cores of the machine, whichever of them this process may use; of logical CPUs off Linux.
+
+    Work in so many threads is cut in the same way by every process of a machine.
+    """
+    places = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"))
+    cores = {place.read_text(encoding="ascii") for place in places}
+    return len(cores) or os.cpu_count() or 1
 
 
 def processor_features() -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.custom import digest_of
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.graph_file import graph_file
 from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
@@ -112,6 +113,7 @@ def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettin
     _check_provider(bundle, settings)
     options = _basic_options(settings, key)
     _add_entries(options, _entries(part, settings), f"{bundle.folder / MANIFEST_NAME}: {key}")
+    _register(options, bundle.custom_ops)
     session = _open(bundle, part.file, options, settings)
     _check_signature(bundle, part, session)
     _check_shapes(bundle, part, session)
@@ -251,6 +253,7 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
     options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
     entries = _entries(bundle.manifest.graph(phase), settings)
     _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
+    _register(options, bundle.custom_ops)
     return options
 
 
@@ -265,6 +268,8 @@ def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
         options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
         options.inter_op_num_threads = 1
         _check_threads(options.intra_op_num_threads)
+        if options.intra_op_num_threads > default_threads():  # who waits must leave the CPU to who works
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Threads that spin on when a run ends take the cores from the other phase's session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
@@ -311,6 +316,23 @@ def _add_entries(options: ort.SessionOptions, entries: Mapping[str, str], where:
                 f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
             )
         options.add_session_config_entry(key, value)
+
+
+def check_loads(libraries: Sequence[Path]) -> None:
+    """Check that ONNX Runtime loads these libraries of operators. Raises BundleError."""
+    _register(ort.SessionOptions(), libraries)
+
+
+def _register(options: ort.SessionOptions, libraries: Sequence[Path]) -> None:
+    for library in libraries:
+        digest_of(library)  # a clearer word where there is none
+        try:
+            options.register_custom_ops_library(str(library.resolve()))
+        except ORT_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(
+                f"--custom-ops {library}: ONNX Runtime cannot load it ({reason}): give a shared library with operators"
+            ) from None
 
 
 def _check_threads(threads: int) -> None:

@@ -54,6 +54,7 @@ def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | No
         stored_bytes=file.stored_bytes,
         tokenizer=files,
         companions=_companions(file.metadata, path, generation),
+        sources=(path,),
     )
 
 

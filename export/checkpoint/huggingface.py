@@ -12,11 +12,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from satchel.export.checkpoint.companions import folder_companions, read_json
 from satchel.export.checkpoint.conversion import convert
 from satchel.export.checkpoint.record import Checkpoint
-from satchel.export.checkpoint.shards import read_folder
+from satchel.export.checkpoint.shards import read_folder, weight_files
 from satchel.export.checkpoint.special_ids import special_ids
 from satchel.export.checkpoint.structure import Implementations, build_structure, one_line
 from satchel.export.checkpoint.ties import checked, tie
-from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer, folder_tokenizer
+from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer, folder_tokenizer, tokenizer_files
 from satchel.export.errors import ExportError
 
 
@@ -55,7 +55,15 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
         stored_bytes=stored_bytes,
         tokenizer=files,
         companions=folder_companions(folder),
+        sources=_sources(folder),
     )
+
+
+def _sources(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that an export reads, by name; a tokenizer's even where another one is chosen."""
+    companions = [path for path in folder_companions(folder).values() if isinstance(path, Path)]
+    files = {folder / "config.json", *weight_files(folder), *tokenizer_files(folder), *companions}
+    return tuple(sorted(files))
 
 
 def _config_table(folder: Path) -> dict[str, Any]:

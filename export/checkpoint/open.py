@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def open_checkpoint(
     factory = _FACTORY.fullmatch(str(source))
     if factory is not None:
         module = load_module(Path(factory["file"]), factory["factory"])
-        return open_module(module, name=Path(factory["file"]).name, tokenizer=tokenizer)
+        checkpoint = open_module(module, name=Path(factory["file"]).name, tokenizer=tokenizer)
+        return dataclasses.replace(checkpoint, sources=(Path(factory["file"]),))
     path = Path(source)
     if path.suffix == ".py":
         raise ExportError(f"{path}: name the function that builds the module too: {path}:FUNCTION")

@@ -34,6 +34,7 @@ class Checkpoint:
         tokenizer: The tokenizer to put in the bundle; None where the source has none.
         companions: Content of further files for the bundle, by the name they have there: chat template, generation
             config, licence, model card.
+        sources: The files that it is read from; none for a module that was handed over.
     """
 
     kind: Literal["huggingface", "gguf", "module"]
@@ -49,6 +50,7 @@ class Checkpoint:
     stored_bytes: int
     tokenizer: TokenizerFiles | None
     companions: Mapping[str, bytes | Path]
+    sources: tuple[Path, ...] = ()
 
     @property
     def parameters(self) -> int:

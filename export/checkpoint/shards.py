@@ -44,6 +44,12 @@ def read_folder(folder: Path) -> tuple[dict[str, LazyWeight], int]:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_folder` reads, an index first."""
+    path = next(folder / name for name, _ in _LAYOUTS if (folder / name).is_file())
+    return [path, *_shards(path)] if path.suffix == ".json" else [path]
+
+
 def _hint(folder: Path) -> str:
     gguf = sorted(folder.glob("*.gguf"))
     return f"; pass the file {gguf[0]} to export the GGUF" if gguf else ""

@@ -27,6 +27,7 @@ _STORED = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _REMEDY = "pass the model's tokenizer.json or SentencePiece .model with --tokenizer"
 
 
@@ -70,6 +71,11 @@ def folder_tokenizer(folder: Path) -> TokenizerFiles | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         raise ExportError(f"{folder}: its tokenizer cannot be loaded: {one_line(error)}; {_REMEDY}") from None
     return transformers_tokenizer(original, str(folder))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that a tokenizer may be read from."""
+    return [folder / name for name in (*_STORED, *_BESIDE) if (folder / name).is_file()]
 
 
 def chosen_tokenizer(path: Path) -> TokenizerFiles:

@@ -20,6 +20,7 @@ from satchel.graphs import signature
 from satchel.graphs.segments import Segment, build, split
 from satchel.graphs.values import dims
 from satchel.graphs.weights import LazyWeight
+from satchel.runtime.processor import machine_cores
 from satchel.runtime.session import default_threads
 
 Inputs = Callable[[], Iterator[NDArray[np.float32]]]
@@ -178,7 +179,9 @@ class Flow:
         model = build(segment, {name: array.dtype for name, array in feeds.items()}, self._opsets)
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = default_threads()
+        options.intra_op_num_threads = machine_cores()  # see satchel.export.threads
+        if machine_cores() > default_threads():
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 

@@ -37,15 +37,18 @@ def recipe_of(config: ExportConfig) -> Recipe | None:
     return Recipe(config.precision, ()) if config.kv_cache == "int8" else None
 
 
+def recipe_file(config: ExportConfig) -> Path | None:
+    """The file of an export's recipe; None where weights stay in float."""
+    return _path(config.precision if config.recipe is None else config.recipe) if config.quantised else None
+
+
 def load_recipe(name: str | Path) -> Recipe:
     """A recipe from a TOML file, or one that ships, by its name.
 
     Raises:
         ExportError: There is no such file, or it is no recipe.
     """
-    path = Path(name)
-    if not path.is_file() and (FOLDER / f"{name}.toml").is_file():
-        path = FOLDER / f"{name}.toml"
+    path = _path(name)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -58,6 +61,11 @@ def load_recipe(name: str | Path) -> Recipe:
         return parse_recipe(text, path.stem)
     except RecipeError as error:
         raise ExportError(f"--recipe {name}: {error}") from None
+
+
+def _path(name: str | Path) -> Path:
+    path = Path(name)
+    return FOLDER / f"{name}.toml" if not path.is_file() and (FOLDER / f"{name}.toml").is_file() else path
 
 
 def check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import constant, replace
+from satchel.graphs.values import INTERNAL, MICROSOFT, constant, replace
 
 RANDOM = {
     "RandomNormal",
@@ -21,14 +21,18 @@ RANDOM = {
 }
 
 
+KNOWN = ("", MICROSOFT, INTERNAL)
+"""Domains whose operators are known to give equal results for equal inputs."""
+
+
 @graph_pass
 def remove_duplicates(model: ir.Model, report: Report) -> None:
     """Let nodes of the same operator, attributes and inputs be one node, and equal small constants one initialiser.
 
     before: x -> Shape -> a      x -> Shape -> b
     after:  x -> Shape -> a, b
-    refuses when: the operator is random, has a subgraph, or an attribute that does not compare (silently: these are no
-    duplicates).
+    refuses when: the operator is random or of a domain of a user's own, has a subgraph, or an attribute that does not
+    compare (silently: these are no duplicates).
     """
     seen_constants: dict[Hashable, ir.Value] = {}
     for value in list(model.graph.initializers.values()):
@@ -43,7 +47,7 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
     seen: dict[Hashable, ir.Node] = {}
     for node in list(model.graph):
         attributes = _attributes_key(node)
-        if attributes is None or node.op_type in RANDOM:
+        if attributes is None or node.op_type in RANDOM or node.domain not in KNOWN:
             continue
         node_key = (
             node.domain,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.commands import provider_flags
+from satchel.runtime.commands import custom_flags, provider_flags
 from satchel.runtime.errors import PromptError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--vocabulary", metavar="N", type=int, help="prompt ids are below N (default: the bundle's)")
+    custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)
 
@@ -92,7 +93,12 @@ def main(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature)
+    bundle = open_bundle(
+        args.bundle,
+        progress=shown,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     lengths = _lengths(args, contexts, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary
     workloads = [Workload(length, args.new_tokens, vocabulary, args.batch) for length in lengths]

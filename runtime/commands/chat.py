@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.commands import provider_flags
+from satchel.runtime.commands import custom_flags, provider_flags
 from satchel.runtime.commands.chat_turns import read_turns, typed_turns
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation import options as generation_options
@@ -60,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="memory for keys and values between turns (default: what the whole context takes)",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    custom_flags.add_flags(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -130,6 +131,7 @@ def _open(args: argparse.Namespace) -> Conversation:
         prefix_mib=args.prefix_memory or 0,  # without it, the store below takes the place of this one
         verbose=args.verbose,
         progress=not args.quiet,
+        custom=custom_flags.custom_of(args),
         require_signature=args.require_signature,
     )
     if args.prefix_memory is None:

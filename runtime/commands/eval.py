@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from satchel.runtime.certificate import Window
-from satchel.runtime.commands import provider_flags
+from satchel.runtime.commands import custom_flags, provider_flags
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.manifest import Manifest
 
@@ -55,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--skip", metavar="N", type=int, default=Window.SKIP, help="positions not counted in each (%(default)s)"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)
 
@@ -71,7 +72,12 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.proof.fidelity import evaluate
 
     shown = not args.quiet
-    bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature)
+    bundle = open_bundle(
+        args.bundle,
+        progress=shown,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))

@@ -50,4 +50,4 @@ def _open(args: argparse.Namespace) -> Bundle:
 
     if args.require_signature is None:
         return survey_bundle(args.bundle)
-    return open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
+    return open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None)

@@ -37,7 +37,9 @@ def main(args: argparse.Namespace) -> int:
         raise SatchelError(f"--output {args.output}: is there already: name another file, or replace it with --force")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # about specialised graphs, which stay behind
-        bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
+        bundle = open_bundle(
+            args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None
+        )
     with waiting("packing", shown=not args.quiet):
         pack(bundle, args.output)
     size, digest = args.output.stat().st_size, survey_bundle(args.output).digest

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from satchel.runtime.commands import provider_flags
+from satchel.runtime.commands import custom_flags, provider_flags
 from satchel.runtime.errors import SatchelError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", metavar="N", type=int, default=32, help="tokens to decode (%(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (%(default)s)")
+    custom_flags.add_flags(parser)
     parser.add_argument(
         TRACE_OPTION, metavar="FILE", type=Path, help="also write all runs as a trace for Perfetto or chrome://tracing"
     )
@@ -52,7 +53,12 @@ def main(args: argparse.Namespace) -> int:
         check_target(args.trace, TRACE_OPTION)
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
+    bundle = open_bundle(
+        args.bundle,
+        progress=not args.quiet,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     settings = session.SessionSettings(choice, args.threads, args.verbose)
     layers = len(bundle.manifest.kv_cache.layers)
     with waiting("profiling", shown=not args.quiet):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.commands import provider_flags, run_flags
+from satchel.runtime.commands import custom_flags, provider_flags, run_flags
 from satchel.runtime.errors import PromptError, SatchelError, SatchelWarning
 from satchel.runtime.generation.options import given_in
 
@@ -72,6 +72,7 @@ def _open(args: argparse.Namespace) -> Generator:
         prefix_mib=run_flags.prefix_mib(args),
         verbose=args.verbose,
         progress=not args.quiet,
+        custom=custom_flags.custom_of(args),
         require_signature=args.require_signature,
     )
 
@@ -81,7 +82,13 @@ def _specialize(args: argparse.Namespace) -> None:
     from satchel.runtime.specializing.specialize import specialize_if_needed
 
     shown = not args.quiet
-    specialize_if_needed(args.bundle, threads=args.threads, progress=stage_printer(shown=shown), shown=shown)
+    specialize_if_needed(
+        args.bundle,
+        threads=args.threads,
+        progress=stage_printer(shown=shown),
+        shown=shown,
+        custom=custom_flags.custom_of(args),
+    )
 
 
 def _run_single(args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any]) -> Generation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from satchel.runtime.commands import provider_flags
+from satchel.runtime.commands import custom_flags, provider_flags
 from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation import options
@@ -70,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--specialize", action="store_true", help="first make the bundle ready for this machine, if it is not"
     )
+    custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")
     parser.add_argument(
         "--prompt-logprobs",

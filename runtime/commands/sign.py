@@ -60,7 +60,7 @@ def _sign(args: argparse.Namespace) -> str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # about specialised graphs, which no signature covers
-        bundle = open_bundle(args.bundle, progress=not args.quiet)
+        bundle = open_bundle(args.bundle, progress=not args.quiet, custom=None)
     if bundle.digest is None:
         raise BundleError(f"{bundle.folder}: of bundle version 1, which has no digest to sign: export it again")
     content = sign(bundle.digest, args.key)

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 
+from satchel.runtime.commands import custom_flags
+
 MIB = 1 << 20
 
 
@@ -35,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "timed here, blocks only where a step takes less than 0.95 of the time, and only of bundles in which decode "
         "has a session of its own, as int8 (default %(default)s)",
     )
+    custom_flags.add_library_flag(parser)
     parser.add_argument("--remove", action="store_true", help="take out what an earlier call added")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
@@ -55,7 +58,12 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # files that do not fit are replaced
-        bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
+        bundle = open_bundle(
+            args.bundle,
+            progress=not args.quiet,
+            require_signature=args.require_signature,
+            custom=custom_flags.custom_of(args),
+        )
 
     def say(line: str) -> None:
         if not args.quiet:

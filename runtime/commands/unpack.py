@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.progress import waiting
     from satchel.runtime.storage.pack import unpack
 
-    bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
+    bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None)
     with waiting("unpacking", shown=not args.quiet):
         unpack(bundle, args.output)
     if args.json:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from satchel.runtime.commands import provider_flags
+from satchel.runtime.commands import custom_flags, provider_flags
 from satchel.runtime.errors import BundleError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  satchel verify out/smollm2-fp32 --threads 2"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)
 
@@ -40,7 +41,12 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.proof.certify import moved, replay
 
     choice, shown = provider_flags.choice_of(args), not args.quiet
-    bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature)
+    bundle = open_bundle(
+        args.bundle,
+        progress=shown,
+        require_signature=args.require_signature,
+        custom=custom_flags.custom_of(args),
+    )
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle import open_bundle
+from satchel.runtime.bundle import DEFAULT_CUSTOM, open_bundle
+from satchel.runtime.custom import Custom
 from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
 from satchel.runtime.engine import Engine, TokenIds
 from satchel.runtime.errors import PromptError, SatchelError
@@ -75,6 +76,7 @@ class Generator:
         prefix_mib: int = PREFIX_MIB,
         verbose: bool = False,
         progress: bool = False,
+        custom: Custom = DEFAULT_CUSTOM,
         require_signature: str | Path | None = None,
     ) -> Generator:
         """Open a bundle, a folder or a packed file.
@@ -84,10 +86,10 @@ class Generator:
         much memory keys and values of what was seen may take, for prompts that begin alike; `verbose` shows ONNX
         Runtime's log, `progress` what goes on while a large bundle is first checked, and while it is opened, on a
         terminal's standard error; `require_signature` is the file of a public key with whose private key the bundle
-        must be signed.
+        must be signed; `custom` says what of a user's own is to run: passes, and libraries of operators.
         Raises BundleError, ProviderError, and PromptError for a `max_context` that the bundle does not allow.
         """
-        bundle = open_bundle(path, progress=progress, require_signature=require_signature)
+        bundle = open_bundle(path, progress=progress, require_signature=require_signature, custom=custom)
         limit = bundle.manifest.model.max_context
         if max_context is not None and not 1 <= max_context <= limit:
             raise PromptError(f"--max-context {max_context}: this bundle allows 1 to {limit}")

@@ -18,6 +18,8 @@ from satchel.runtime.manifest import (
     LayerPrecision,
     Manifest,
     ModelFacts,
+    NamedFile,
+    Provenance,
     Source,
 )
 
@@ -96,11 +98,13 @@ class Inspection:
 
     `bytes` is all files together, those that `specialized` lists apart. `bits_per_weight` is 8 times the size of
     weights.bin over the model's parameters, None without such a file. `layers` is as in the manifest: the quantised
-    ones; other weights are in `float_weights`.
+    ones; other weights are in `float_weights`. `graphs` has those without passes of a user's own, too, as "plain" and
+    their phase.
     """
 
     bundle: str
     source: Source
+    provenance: Provenance | None
     target: str
     precision: str
     recipe: str | None
@@ -114,6 +118,7 @@ class Inspection:
     float_weights: str
     layers: dict[str, LayerPrecision]
     graphs: dict[str, GraphFacts]
+    custom_ops: tuple[NamedFile, ...]
     passes: tuple[PassFacts, ...]
     certificate: Certificate | None
     specialized: SpecializedFacts | None
@@ -142,6 +147,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     return Inspection(
         bundle=str(bundle.folder),
         source=manifest.source,
+        provenance=manifest.provenance,
         target=manifest.target,
         precision=manifest.precision,
         recipe=manifest.recipe,
@@ -155,6 +161,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         float_weights="float16" if manifest.precision == "fp16" else "float32",
         layers=manifest.layers,
         graphs=_graphs(manifest),
+        custom_ops=manifest.custom_ops,
         passes=_passes(bundle),
         certificate=manifest.certificate,
         specialized=specialized,
@@ -173,7 +180,11 @@ def _graphs(manifest: Manifest) -> dict[str, GraphFacts]:
     """Each graph by its phase, of static ones with the number of tokens, and the part where there are several."""
     static = manifest.static
     if static is None:
-        return {phase: _graph_facts(manifest.graph(phase)) for phase in PHASES}
+        found = {phase: _graph_facts(manifest.graph(phase)) for phase in PHASES}
+        if manifest.plain is not None:
+            plain = manifest.without_custom()
+            found |= {f"plain {phase}": _graph_facts(plain.graph(phase)) for phase in PHASES}
+        return found
     prefill = [(f"prefill of {graph.tokens}", graph) for graph in static.prefill]
     named = [*prefill, ("decode", static.decode), (f"score of {static.score.tokens}", static.score)]
     return {

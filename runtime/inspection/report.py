@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from satchel.runtime.certificate import Certificate, PhaseFidelity
 from satchel.runtime.inspection.inspection import Inspection, PassFacts
@@ -67,7 +68,7 @@ def as_text(inspection: Inspection) -> str:
         _overview(inspection), _files(inspection), _cache(inspection), _grouped_layers(inspection),
         _graphs(inspection), _pass_counts(inspection), _grouped_refusals(inspection),
     ]  # fmt: skip
-    for table in [*tables, *_certificate(inspection)]:
+    for table in [*tables, *_certificate(inspection), *_provenance(inspection)]:
         rows = [table.header, *table.rows] if table.header else list(table.rows)
         lines += ["", table.title, *(f"  {line}" for line in columns(rows, table.right))]
         lines += [f"  {table.note}"] if table.note else []
@@ -90,7 +91,7 @@ def as_page(inspection: Inspection) -> str:
         grid=_bits_grid(inspection.layers),
         tables=[
             _cache(inspection), _all_layers(inspection), _graphs(inspection),
-            *_certificate(inspection), _all_passes(inspection), _all_refusals(inspection),
+            *_certificate(inspection), *_provenance(inspection), _all_passes(inspection), _all_refusals(inspection),
         ],
     )  # fmt: skip
     return page.lstrip()
@@ -110,6 +111,8 @@ def _overview(found: Inspection) -> Table:
         ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
         ("made with", ", ".join(f"{name} {version}" for name, version in found.producer.items())),
     ]
+    if found.custom_ops:
+        rows.append(("needs", ", ".join(f"{file.name}, SHA-256 {file.sha256}" for file in found.custom_ops)))
     if found.specialized:
         machine = found.specialized
         prefill = "int8 weights for prefill, " if machine.int8_prefill else ""
@@ -306,6 +309,32 @@ def _measured(certificate: Certificate) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _provenance(found: Inspection) -> list[Table]:
+    provenance = found.provenance
+    if provenance is None:
+        return [Table("Made by", (("nothing is recorded",),))]
+    made = [(name, text) for name, value in provenance.options.items() if (text := _option(value))]
+    made += [("processor", ", ".join(provenance.processor)), ("threads", str(provenance.threads))]
+    files = [(name, f"{record.bytes:,}", record.sha256) for name, record in provenance.source.items()]
+    header = ("file", "bytes", "SHA-256") if files else ()
+    return [
+        Table("Made by", _clean(made)),
+        Table("Made from", _clean(files) or (("a module in memory",),), header, (1,)),
+    ]
+
+
+def _option(value: Any) -> str:
+    """An option of the export in words; empty where it was not used."""
+    if isinstance(value, list):
+        return "; ".join(map(_option, value))
+    if isinstance(value, dict):
+        digest = value.get("sha256")
+        return f"{value.get('name')}" + (f", SHA-256 {digest}" if digest else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
 
 
 def _megabytes(size: int) -> str:

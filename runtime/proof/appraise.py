@@ -1,7 +1,9 @@
-"""Certifies a bundle that has just been written: `python -m satchel.runtime.proof.appraise BUNDLE FOLDER TEXT`.
+"""Certifies a bundle that has just been written.
+
+    python -m satchel.runtime.proof.appraise BUNDLE FOLDER TEXT [LIBRARY ...]
 
 FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON
-what the windows were cut from.
+what the windows were cut from; a LIBRARY has operators that the bundle needs.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from satchel.runtime import strict_json
 from satchel.runtime.bench.benchmark import LOWEST_ID, Workload, measure
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.certificate import Certificate, EvaluatedText, Speed, Window
+from satchel.runtime.custom import Custom, choose
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.processor import machine_cores
 from satchel.runtime.proof.certify import NEW_TOKENS, make_certificate
 from satchel.runtime.session import SessionSettings, default_threads, share_thread_pool
 
@@ -40,9 +44,9 @@ FLOAT_DECODE_WINDOWS = 1
 """In float, decode runs the kernels of prefill: one window will do."""
 
 
-def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificate:
+def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tuple[Path, ...] = ()) -> Certificate:
     """Measure a bundle against the logits in `work`. Raises SatchelError."""
-    bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
+    bundle = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
     manifest = bundle.manifest
     windows = list(np.load(work / WINDOWS))
     places = {window.tobytes(): index for index, window in enumerate(windows)}
@@ -53,7 +57,8 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificat
     quantised = bool(manifest.layers)
     # Quantised weights that are not packed run in other kernels, whose figures would not be the user's.
     lean = not quantised and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
-    engine = Engine(bundle, SessionSettings(lean=lean))
+    # The figures must not hang on the CPUs that this process is bound to.
+    engine = Engine(bundle, SessionSettings(threads=machine_cores(), lean=lean))
     length = len(windows[0])
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
@@ -67,6 +72,8 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None) -> Certificat
     )
     if lean or manifest.target != "cpu":  # how fast the CPU is says nothing of another device
         return certificate
+    if default_threads() != machine_cores():
+        engine = Engine(bundle, SessionSettings())
     return dataclasses.replace(certificate, speed=_speed(engine, manifest))
 
 
@@ -83,8 +90,9 @@ def main() -> int:
     try:
         text = json.loads(sys.argv[3])
         described = None if text is None else strict_json.from_json(EvaluatedText, text)
-        share_thread_pool()
-        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described)
+        if default_threads() == machine_cores():  # else speed is measured in other threads than all the rest
+            share_thread_pool()
+        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])))
     except SatchelError as error:
         print(error, file=sys.stderr)
         return 1

@@ -10,7 +10,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.runtime.certificate import Certificate, EvaluatedText, GoldenPosition, GoldenPrompt, Margin, Window
+from satchel.runtime.certificate import (
+    Certificate,
+    EvaluatedText,
+    GoldenPosition,
+    GoldenPrompt,
+    Margin,
+    PhaseFidelity,
+    Window,
+)
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError
@@ -22,6 +30,8 @@ from satchel.runtime.stepping.state import Logits
 NEW_TOKENS = 16  # of a golden prompt's continuation
 TOP = 16  # most likely ids of a golden position
 DECIMALS = 4  # of the logits that are recorded
+DIGITS, SMALLEST = 5, 9
+"""Figures are rounded to so many significant digits, and to so many decimals: what is beyond is the order of sums."""
 
 MARGIN = Margin(kl_relative=0.5, kl_absolute=0.005, logit=0.5)
 """Wide enough for another machine's kernels, too narrow for a form that is worse.
@@ -80,8 +90,8 @@ def make_certificate(
         decode_windows=len(windows) if decode_windows is None else min(decode_windows, len(windows)),
         window_tokens=max(len(window) for window in windows),
         skip=skip,
-        prefill=fidelity.prefill,
-        decode=fidelity.decode,
+        prefill=_rounded_figures(fidelity.prefill),
+        decode=_rounded_figures(fidelity.decode),
         onnxruntime=ort.__version__,
         provider=provider,
         processor=processor_name(),
@@ -165,9 +175,9 @@ def _golden_prompt(
         ids=ids,
         continuation=continuation,
         positions=positions,
-        kl=_teacher_forced_kl(engine, ids, continuation, positions),
+        kl=_rounded(_teacher_forced_kl(engine, ids, continuation, positions)),
         greedy_ids=greedy_ids,
-        gaps=gaps,
+        gaps=tuple(_rounded(gap) for gap in gaps),
     )
 
 
@@ -200,6 +210,15 @@ def _gap(logits: Logits) -> float:
         return 0.0
     second, best = np.partition(logits, -2)[-2:]
     return float(best) - float(second)
+
+
+def _rounded(figure: float) -> float:
+    return round(float(f"{figure:.{DIGITS}g}"), SMALLEST)
+
+
+def _rounded_figures(figures: PhaseFidelity) -> PhaseFidelity:
+    rounded = {name: None if value is None else _rounded(value) for name, value in vars(figures).items()}
+    return PhaseFidelity(**rounded)  # type: ignore[arg-type]
 
 
 def _log_sum_exp(logits: NDArray[np.float32]) -> float:

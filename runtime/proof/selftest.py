@@ -1,4 +1,4 @@
-"""Runs a bundle before it is published: `python -m satchel.runtime.proof.selftest FOLDER`."""
+"""Runs a bundle before it is published: `python -m satchel.runtime.proof.selftest FOLDER [LIBRARY ...]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.custom import Custom, choose
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
@@ -37,7 +38,7 @@ SPARE = 2
 """Positions of the cache that stay free where the mask covers all of it."""
 
 
-def selftest(folder: Path) -> None:
+def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
     """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
 
     The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
@@ -47,6 +48,15 @@ def selftest(folder: Path) -> None:
         BundleError: They do not, or the logits are not finite.
     """
     bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
+    _check_graphs(choose(bundle, Custom(libraries)))
+    if bundle.manifest.plain is not None:
+        _check_graphs(choose(bundle, Custom(passes=False)))
+    if bundle.manifest.tokenizer is not None:
+        Tokenizer.open(bundle)  # checks itself against the recorded corpus
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    folder = bundle.folder
     compared = _compared_dynamic(bundle) if bundle.manifest.static is None else _compared_static(bundle)
     rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
     exact = HALF_TOLERANCE if bundle.manifest.kv_cache.dtype == "float16" else TOLERANCE
@@ -57,8 +67,6 @@ def selftest(folder: Path) -> None:
         error = size(logits - whole) / max(size(whole), 1e-30)
         if error > (ROUNDED_TOLERANCE if rounded else exact):
             raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
-    if bundle.manifest.tokenizer is not None:
-        Tokenizer.open(bundle)  # checks itself against the recorded corpus
 
 
 def _compared_dynamic(bundle: Bundle) -> list[Compared]:
@@ -132,7 +140,7 @@ def _run(
 
 def main() -> int:
     try:
-        selftest(Path(sys.argv[1]))
+        selftest(Path(sys.argv[1]), tuple(map(Path, sys.argv[2:])))
     except SatchelError as error:
         print(error, file=sys.stderr)
         return 1

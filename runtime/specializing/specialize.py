@@ -20,7 +20,8 @@ from typing import Any
 import onnxruntime as ort
 
 from satchel.runtime import onnx_wire
-from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.bundle import DEFAULT_CUSTOM, Bundle, open_bundle, survey_bundle
+from satchel.runtime.custom import Custom
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.hash_memory import sha256_of
@@ -107,6 +108,8 @@ def specialize(
         BundleError: A graph does not load.
     """
     folder, settings = bundle.folder, SessionSettings(threads=threads)
+    if not bundle.whole:
+        raise BundleError(f"{folder}: only its graphs with a user's own operators are specialised: give --custom-ops")
     portable = replace(bundle, specialized=None)
     forms = _forms(portable, int8_prefill, decode)
     with _scratch(folder) as scratch:
@@ -116,7 +119,7 @@ def specialize(
         old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
         files = {name: path for _, paths in made for name, path in paths.items()}
         with _placed(folder, files, keep=old):
-            found = [Bundle(folder, bundle.manifest, specialized) for specialized, _ in made]
+            found = [replace(bundle, specialized=specialized) for specialized, _ in made]
             progress("checking")
             chosen = _choose(portable, found, settings, progress, say)
             progress("timing attention")
@@ -231,17 +234,23 @@ def _choose(
 
 
 def specialize_if_needed(
-    path: str | Path, *, threads: int | None = None, progress: Callable[[str], Any], shown: bool = False
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Callable[[str], Any],
+    shown: bool = False,
+    custom: Custom = DEFAULT_CUSTOM,
 ) -> None:
     """Specialise the bundle at `path` unless it is ready for this machine. Where that fails, warn and leave it.
 
-    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. Raises
+    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. The graphs
+    that run where passes or operators of a user's own are switched off stay as they are. Raises
     BundleError for a bundle that cannot be opened.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)
-        bundle = open_bundle(path, progress=shown)
-    if bundle.specialized is not None:
+        bundle = open_bundle(path, progress=shown, custom=custom)
+    if bundle.specialized is not None or not (custom.passes and custom.operators):
         return
     try:
         specialize(bundle, threads=threads, progress=progress)
@@ -251,6 +260,7 @@ def specialize_if_needed(
 
 def remove(bundle: Bundle) -> Manifest:
     """Take what `specialize` added out of a bundle again. Returns the manifest. Raises SatchelError."""
+    bundle = bundle if bundle.whole else survey_bundle(bundle.folder)  # whose manifest is the one to be written
     specialized = bundle.manifest.specialized
     manifest = replace(bundle.manifest, specialized=None)
     if specialized is None:

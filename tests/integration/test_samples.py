@@ -48,6 +48,16 @@ def test_every_layer_of_the_own_module_is_fused(own: Path) -> None:
     assert (counts["fuse_rotary"], counts["fuse_attention"], counts["expand_attention"]) == (8, 4, 0)
 
 
+def test_a_pass_of_ones_own_runs_over_a_library_and_is_switched_off(tmp_path: Path) -> None:
+    done = sample("custom_pass.py", tmp_path / "custom")
+    assert done.returncode == 0, done.stderr
+    counts, custom, plain, change = done.stdout.splitlines()
+    assert counts == "passes: prefill 4, decode 4, score 4"
+    assert custom.startswith("with the pass:    ' on the lid.")
+    assert plain.startswith("without the pass: ' on the lid.")
+    assert 0.1 < float(change.removeprefix("largest change of a logit: ")) < 10
+
+
 def test_generate_prints_the_text_as_a_stream_and_then_its_cost(own: Path) -> None:
     done = sample("generate.py", own, "A gull sat")
     assert (done.returncode, done.stderr) == (0, "")

@@ -206,6 +206,7 @@ def write_bundle(
     manifest = Manifest(
         producer={"satchel": "0.1.0"},
         source=Source(kind="test", name="tiny", model_type="tiny"),
+        provenance=None,
         target="cpu",
         precision="fp32",
         recipe=None,
@@ -226,6 +227,8 @@ def write_bundle(
             decode_blocks=None,
         ),
         static=None,
+        plain=None,
+        custom_ops=(),
         layers={},
         tokenizer=spec,
         passes=(),

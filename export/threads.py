@@ -1,0 +1,27 @@
+"""One number of threads for all that decides a bundle's bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from satchel.runtime.processor import machine_cores
+
+
+@contextlib.contextmanager
+def fixed_threads() -> Iterator[None]:
+    """Let torch and numpy compute in one thread per core of the machine, whatever this process may use.
+
+    Sums are cut into as many parts as there are threads, and each way to cut rounds otherwise. So neither the CPUs that
+    a process is bound to nor OMP_NUM_THREADS and its like may choose the number. The old numbers come back at the end.
+    """
+    threads, before = machine_cores(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(limits=threads, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,175 @@
+"""Graph passes of a user's own: finding them, and telling their mistakes from satchel's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx_ir as ir
+
+from satchel.export.checkpoint.structure import one_line
+from satchel.export.errors import ExportError
+from satchel.graphs.contract import GraphPass, PassResult, Report, graph_pass
+from satchel.graphs.values import weight
+
+_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
+_MODULE = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class UserPass:
+    """A pass of a user's own.
+
+    Attributes:
+        name: The module or file and the function, without a folder: what messages and the manifest call it.
+        file: The Python file that it is in; None where there is none.
+        graph_pass: What runs; its errors are ExportErrors that name the pass.
+    """
+
+    name: str
+    file: Path | None
+    graph_pass: GraphPass
+
+
+def open_passes(given: Sequence[Any]) -> tuple[UserPass, ...]:
+    """Find the passes that an export is given.
+
+    Args:
+        given: Each a `module:function`, a `file.py:function`, or the function itself: a `GraphPass`, an edit in place
+            `(model, report)`, or a function from a model to a `PassResult`.
+
+    Raises:
+        ExportError: There is no such file, module or function, or it is no pass.
+    """
+    return tuple(one if isinstance(one, UserPass) else _open(one) for one in given)
+
+
+def _open(given: Any) -> UserPass:
+    if not isinstance(given, str):
+        function = given.edit if isinstance(given, GraphPass) else given
+        place = inspect.getmodule(inspect.unwrap(function))
+        title = f"{place.__name__ if place else 'python'}:{getattr(given, 'name', getattr(given, '__name__', '?'))}"
+        return _user_pass(title, title, given)
+    in_file, in_module = _FILE.fullmatch(given), _MODULE.fullmatch(given)
+    if in_file is not None:
+        path = Path(in_file["file"])
+        if not path.is_file():
+            raise ExportError(f"--pass {given}: no such file: give file.py:function with the path of your Python file")
+        return _user_pass(f"{path.name}:{in_file['function']}", given, _named(_run(path, given), in_file, given))
+    if in_module is not None:
+        return _user_pass(given, given, _named(_import(in_module["module"], given), in_module, given))
+    raise ExportError(f"--pass {given}: give module:function or file.py:function")
+
+
+def _run(path: Path, given: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"satchel_pass_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ExportError(f"--pass {given}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` has it
+    sys.modules[module.__name__] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ExportError(f"--pass {given}: cannot be run: {_told(error, path)}") from error
+    return module
+
+
+def _import(name: str, given: str) -> ModuleType:
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise ExportError(f"--pass {given}: cannot be imported: {one_line(error)}") from error
+        raise ExportError(
+            f"--pass {given}: there is no module {error.name} here: give file.py:function, or one that is installed"
+        ) from None
+    except Exception as error:
+        raise ExportError(f"--pass {given}: cannot be imported: {_told(error, None)}") from error
+
+
+def _named(module: ModuleType, match: re.Match[str], given: str) -> Any:
+    found = getattr(module, match["function"], None)
+    if found is None:
+        raise ExportError(f"--pass {given}: there is no {match['function']} in it: define it, or name another function")
+    return found
+
+
+def _user_pass(name: str, given: str, found: Any) -> UserPass:
+    if isinstance(found, GraphPass):
+        edit = found.edit
+    elif not callable(found):
+        raise ExportError(f"--pass {given}: is {type(found).__name__} and no function: give a pass")
+    else:
+        edit = _as_edit(found, given)
+    source = inspect.getsourcefile(inspect.unwrap(edit))
+    file = None if source is None else Path(source)
+    return UserPass(name, file, GraphPass(name, _guarded(name, file, edit), getattr(found, "__doc__", None) or ""))
+
+
+def _as_edit(function: Callable[..., Any], given: str) -> Callable[[ir.Model, Report], None]:
+    """An edit in place of a plain function: one of (model, report), or one from a model to a PassResult."""
+    try:
+        taken = len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        taken = 0
+    if taken == 2:
+        return graph_pass(function).edit
+    if taken != 1:
+        raise ExportError(f"--pass {given}: takes {taken} arguments: a pass takes a model and a report, or a model")
+
+    def edit(model: ir.Model, report: Report) -> None:
+        result = function(model.clone())
+        if not isinstance(result, PassResult):
+            raise TypeError(f"it returned {type(result).__name__}, and a pass returns a PassResult")
+        if result.count:
+            model.graph = result.model.graph
+        report.count += result.count
+        report.refusals += result.refusals
+
+    edit.__wrapped__ = function  # type: ignore[attr-defined]
+    return edit
+
+
+def _guarded(
+    name: str, file: Path | None, edit: Callable[[ir.Model, Report], None]
+) -> Callable[[ir.Model, Report], None]:
+    """The edit, whose errors name it, and which may not give a weight other values under its old name."""
+
+    def run(model: ir.Model, report: Report) -> None:
+        before = {key: weight(value) for key, value in model.graph.initializers.items()}
+        try:
+            edit(model, report)
+        except Exception as error:
+            raise ExportError(f"--pass {name}: failed with {_told(error, file)}") from error
+        for key, value in model.graph.initializers.items():
+            old = before.get(key)
+            if old is not None and weight(value) is not old:
+                raise ExportError(
+                    f"--pass {name}: gives the weight {key} other values, and other graphs read it as it was: "
+                    "put them into a weight with a name of its own"
+                )
+
+    return run
+
+
+def _told(error: BaseException, file: Path | None) -> str:
+    """The type and message of an error, and where in the user's file it came up."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if file is not None and Path(f.filename).resolve() == file.resolve()]
+    if isinstance(error, SyntaxError):
+        place = f" (line {error.lineno})"
+    else:
+        place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"

@@ -1,0 +1,142 @@
+"""The manifest says what a bundle was made from and how, by names and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+import pytest
+from support.checkpoints import gguf_metadata, save_tiny, tiny_model, to_gguf, write_gguf
+from support.export_command import export
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.export.checkpoint import open_checkpoint
+from satchel.export.config import ExportConfig as Config
+from satchel.export.provenance import provenance
+from satchel.export.recipes import FOLDER as RECIPES
+from satchel.export.texts import CALIBRATION, CERTIFICATE
+from satchel.runtime import strict_json
+from satchel.runtime.manifest import Manifest
+from satchel.runtime.processor import machine_cores, processor_features
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def named(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": sha256(path)}
+
+
+def found(source: Path | str, **options: Any) -> dict[str, Any]:
+    """The provenance of an export that is not made, as JSON."""
+    checkpoint = open_checkpoint(source, tokenizer=options.get("tokenizer"))
+    document: dict[str, Any] = strict_json.to_json(provenance(checkpoint, Config(Path("/somewhere/out"), **options)))
+    json.dumps(document)
+    return document
+
+
+def test_a_bundle_has_it(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    manifest = Manifest.read(tiny_bundle / "manifest.json")
+    made = manifest.provenance
+    assert made is not None
+    assert made.source["model.safetensors"].sha256 == sha256(tiny_checkpoint / "model.safetensors")
+    assert made.source["config.json"].bytes == (tiny_checkpoint / "config.json").stat().st_size
+    assert set(made.source) == {path.name for path in tiny_checkpoint.iterdir()}
+    assert (made.options["precision"], made.options["kv_cache"], made.options["passes"]) == ("fp32", "float", [])
+    assert made.options["certificate_text"] == named(CERTIFICATE)
+    assert (made.options["recipe"], made.options["calibrate"], made.options["tokenizer"]) == (None, None, None)
+    assert not {"output", "force"} & set(made.options)
+    assert (made.processor, made.threads) == (processor_features(), machine_cores())
+
+
+def test_versions_of_all_that_decides_bytes_are_in_producer(tiny_bundle: Path) -> None:
+    producer = Manifest.read(tiny_bundle / "manifest.json").producer
+    assert producer["python"] == platform.python_version()
+    assert (producer["numpy"], producer["onnx"]) == (numpy.__version__, onnx.__version__)
+    assert {"torch", "transformers", "onnxruntime", "safetensors", "gguf", "tokenizers"} <= set(producer)
+
+
+def test_no_path_is_in_a_manifest(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_bytes(CERTIFICATE.read_bytes())
+    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "out", "--certificate-text", text, "--quiet")
+    assert ran.code == 0, ran.err
+    manifest = (tmp_path / "out" / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest
+    assert str(tiny_checkpoint.parent) not in manifest
+    assert json.loads(manifest)["provenance"]["options"]["certificate_text"] == named(text)
+
+
+def test_a_recipe_and_the_text_behind_it_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = found(tiny_checkpoint, precision="int4")["options"]
+    assert (options["recipe"], options["calibrate"]) == (named(RECIPES / "int4.toml"), named(CALIBRATION))
+    mine, text = tmp_path / "mine.toml", tmp_path / "text.txt"
+    shutil.copyfile(RECIPES / "int8.toml", mine)
+    text.write_text("Once upon a time. " * 400)
+    options = found(tiny_checkpoint, precision="int8", recipe=mine, calibrate=text, max_context=64)["options"]
+    assert (options["recipe"], options["calibrate"], options["max_context"]) == (named(mine), named(text), 64)
+
+
+def test_an_int8_cache_over_floats_is_calibrated_and_has_no_recipe(tiny_checkpoint: Path) -> None:
+    options = found(tiny_checkpoint, kv_cache="int8", certificate=False)["options"]
+    assert (options["recipe"], options["calibrate"]) == (None, named(CALIBRATION))
+    assert (options["certificate"], options["certificate_text"]) == (False, None)
+
+
+def test_random_ids_are_no_text(tmp_path: Path) -> None:
+    options = found(save_tiny(tmp_path / "bare"), precision="int4")["options"]
+    assert (options["calibrate"], options["certificate_text"]) == (None, None)
+
+
+def test_shards_and_their_index_are_listed(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = [path.name for path in tmp_path.glob("*.safetensors")]
+    assert len(shards) > 1
+    source = found(tmp_path)["source"]
+    assert set(source) == {"config.json", "generation_config.json", "model.safetensors.index.json", *shards}
+    assert source[shards[0]]["sha256"] == sha256(tmp_path / shards[0])
+
+
+def test_a_gguf_file_is_its_own_source(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama", gguf_metadata("llama"), to_gguf("llama", tiny_model("llama")))
+    assert found(path)["source"] == {"m.gguf": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+
+
+def test_a_factory_is_known_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("from support.own_module import OwnModule\n\ndef build():\n    return OwnModule(16)\n")
+    assert found(f"{path}:build")["source"] == {"mine.py": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+
+
+def test_a_chosen_tokenizer_is_an_option(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "tokenizer.json"
+    shutil.copyfile(tiny_checkpoint / "tokenizer.json", chosen)
+    assert found(tiny_checkpoint, tokenizer=chosen)["options"]["tokenizer"] == named(chosen)
+
+
+def test_another_byte_in_the_checkpoint_is_another_provenance(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    assert found(other) == found(tiny_checkpoint)
+    (other / "config.json").write_bytes((other / "config.json").read_bytes() + b"\n")
+    first, second = found(tiny_checkpoint)["source"], found(other)["source"]
+    assert [name for name in first if first[name] != second[name]] == ["config.json"]
+
+
+def test_under_another_name_of_its_folder_only_the_name_differs(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    renamed = shutil.copytree(tiny_checkpoint, tmp_path / "renamed")
+    export_bundle(renamed, ExportConfig(tmp_path / "out"))
+    first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (tiny_bundle, tmp_path / "out"))
+    assert second["source"].pop("name") == "renamed"
+    del first["source"]["name"]
+    first["certificate"].pop("speed"), second["certificate"].pop("speed")
+    assert first.pop("digest") != second.pop("digest")
+    assert first == second
