@@ -35,7 +35,7 @@ test-web:
 	@echo "test-web is skipped: node (20.11 or newer) and npm are not installed"
 else
 test-web: $(VENV)/.dev $(WEB_SAMPLES:%=%/node_modules/.package-lock.json) | $(WEB_BUNDLES:%=%/manifest.json)
-	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -rP tests/integration/test_web.py
+	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -s tests/integration/test_web.py
 endif
 
 lint: $(VENV)/.dev

@@ -52,6 +52,7 @@ from satchel.graphs.passes.slice_final_logits import slice_final_logits
 from satchel.graphs.passes.slice_last_logits import slice_last_logits
 from satchel.graphs.passes.smooth_products import smooth_products
 from satchel.graphs.passes.spell_norms import spell_norms
+from satchel.graphs.passes.spread_biases import spread_biases
 from satchel.graphs.passes.store_float16 import store_float16
 from satchel.graphs.passes.store_products_float16 import store_products_float16
 from satchel.graphs.passes.stream_tied_head import stream_tied_head
@@ -328,6 +329,7 @@ def cann_steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...
         Step(drop_inputs, after=("attend_statically", "take_table_rows", "take_last_token"), changes_signature=True),
         Step(put_table_first, after=("fix_shapes",)),
         Step(spell_norms),
+        Step(spread_biases, after=("fix_shapes",)),
         Step(lower_opset, after=("attend_statically", "put_table_first", "spell_norms")),
         Step(compute_float16, after=("spell_norms", "lower_opset"), changes_signature=True),  # sees what norms sum
         *codes,  # the codes stand for weights in float16

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle, open_bundle
     from satchel.runtime.chat.conversation import Conversation
-    from satchel.runtime.engine import Engine, State
+    from satchel.runtime.engine import Engine
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
     from satchel.runtime.generation.generator import Generator, Request
     from satchel.runtime.generation.options import GenerationOptions
     from satchel.runtime.generation.result import Generation
     from satchel.runtime.generation.stream import PieceStream
     from satchel.runtime.manifest import Manifest
+    from satchel.runtime.providers import ProviderChoice
     from satchel.runtime.session import share_thread_pool
+    from satchel.runtime.stepping.state import State
 
 __all__ = [
     "Bundle",
@@ -33,6 +35,7 @@ __all__ = [
     "Manifest",
     "PieceStream",
     "PromptError",
+    "ProviderChoice",
     "ProviderError",
     "Request",
     "SatchelError",
@@ -48,7 +51,8 @@ _HOMES = {
     "open_bundle": "bundle",
     "Conversation": "chat.conversation",
     "Engine": "engine",
-    "State": "engine",
+    "ProviderChoice": "providers",
+    "State": "stepping.state",
     "BundleError": "errors",
     "PromptError": "errors",
     "ProviderError": "errors",

@@ -10,7 +10,9 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from satchel.runtime.errors import BundleError
 from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.session import ORT_ERRORS
 
 
 def bind_cache(session: ort.InferenceSession, cache: KVCache, rows: int | None = None) -> ort.IOBinding:
@@ -35,3 +37,14 @@ def bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tu
 def bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
     """Let the graph write output `name` of this shape into the array's memory."""
     binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def run_bound(
+    session: ort.InferenceSession, binding: ort.IOBinding, where: str, options: ort.RunOptions | None = None
+) -> None:
+    """Run a graph on what is bound. Raises BundleError, which says `where`."""
+    try:
+        session.run_with_iobinding(binding, options)
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"a graph of this bundle fails {where} ({reason}): export it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -71,6 +72,13 @@ class Bundle:
     def graph_path(self, phase: str) -> Path:
         """The portable graph file of "prefill", "decode" or "score", in a folder."""
         return self.path(self.manifest.graph(phase).file)
+
+    def absolute(self) -> Bundle:
+        """The same with absolute paths, which stay right when the working directory is another one."""
+        packed = self.packed
+        if packed is not None:
+            packed = {name: dataclasses.replace(span, path=span.path.absolute()) for name, span in packed.items()}
+        return dataclasses.replace(self, folder=self.folder.absolute(), packed=packed)
 
     @property
     def manifest_bytes(self) -> int:

@@ -338,6 +338,8 @@ def _check_values(manifest: Manifest) -> None:
     else:
         for phase in (*PHASES, *(name for name in FURTHER if getattr(manifest.graphs, name))):
             _check_graph(manifest, phase)
+        chosen = [manifest.graph(phase).top_tokens for phase in ("prefill", "decode")]
+        _check(chosen[0] == chosen[1], "graphs.decode.outputs", chosen, "as many best tokens as prefill gives")
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")

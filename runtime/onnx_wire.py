@@ -13,7 +13,7 @@ LENGTH_DELIMITED = 2
 """The wire type of strings and messages."""
 
 MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
-TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL_DATA = 1, 2, 8, 13
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW_DATA, TENSOR_EXTERNAL_DATA = 1, 2, 8, 9, 13
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 
 External = dict[str, str]
@@ -48,20 +48,29 @@ def map_external_data(model: bytes, change: Callable[[External], External]) -> b
 
 
 @dataclass(frozen=True)
-class ExternalTensor:
-    """An initialiser whose data lies elsewhere. `dtype` is a number of TensorProto.DataType."""
+class Tensor:
+    """An initialiser. `dtype` is a number of TensorProto.DataType.
+
+    Its data, of `nbytes`, lies in another file at `place`, or in the graph as raw bytes, where `place` is empty.
+    """
 
     name: str
     dims: tuple[int, ...]
     dtype: int
     place: External
+    nbytes: int
 
 
-def external_tensors(model: bytes) -> dict[str, ExternalTensor]:
+def external_tensors(model: bytes) -> dict[str, Tensor]:
     """The main graph's initialisers that have external data, by name. Raises ValueError."""
+    return {name: tensor for name, tensor in all_tensors(model).items() if tensor.place}
+
+
+def all_tensors(model: bytes) -> dict[str, Tensor]:
+    """The main graph's initialisers, by name. Raises ValueError."""
     graphs = [content for number, content, _ in fields(model) if number == MODEL_GRAPH]
     tensors = [_tensor(body) for graph in graphs for kind, body, _ in fields(graph) if kind == GRAPH_INITIALIZER]
-    return {tensor.name: tensor for tensor in tensors if tensor.place}
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def external_data(model: bytes) -> list[External]:
@@ -80,8 +89,8 @@ def numbers(content: bytes, raw: bytes) -> Iterator[int]:
         yield number
 
 
-def _tensor(message: bytes) -> ExternalTensor:
-    name, dtype = "", 0
+def _tensor(message: bytes) -> Tensor:
+    name, dtype, size = "", 0, 0
     dims: list[int] = []
     place: External = {}
     for number, content, raw in fields(message):
@@ -96,7 +105,9 @@ def _tensor(message: bytes) -> ExternalTensor:
             if key in place:
                 raise ValueError(f"the key {key[:30]!r} comes twice in the external data of {name[:60]!r}")
             place[key] = value
-    return ExternalTensor(name, tuple(dims), dtype, place)
+        elif number == TENSOR_RAW_DATA:
+            size = len(content)
+    return Tensor(name, tuple(dims), dtype, place, int(place.get("length", size)))
 
 
 def _mapped(message: bytes, field: int, change: Callable[[bytes], bytes]) -> bytes:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
-from satchel.runtime.binding import bind_cache, bind_input, bind_output
-from satchel.runtime.engine import Engine, Logits, State, run_bound
+from satchel.runtime.binding import bind_cache, bind_input, bind_output, run_bound
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
-from satchel.runtime.manifest import Manifest
+from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.stepping.state import Logits, State
 
 TRIED_ROWS, TRIED_STEPS, TRIED_TOKENS = 3, 3, 8
 TOLERANCE = 1e-4
@@ -32,18 +33,21 @@ class Rows:
         """
         if rows < 1:
             raise PromptError(f"--batch {rows}: must be 1 or more")
-        if together and fixed_rows(engine.bundle.manifest):
+        if together and engine.rows_need_turns:
             raise PromptError("the decode graph of this bundle takes a fixed number of rows: they cannot run together")
         self._engine = engine
-        self._decode = engine.sessions[1]
-        self._cache = engine.new_cache(capacity, rows)
+        self._decode = engine.sessions[-1]
         self._logits: Logits = np.zeros((rows, engine.vocabulary), np.float32)
         self._tokens = np.zeros((rows, 1), np.int64)
         self._mask = np.zeros(rows * capacity, np.int64)
         self._bindings: dict[int, ort.IOBinding] = {}
         self._together = together
         self._used = 0
-        self.states = [engine.state_over(self._cache.row(i), self._logits[i]) for i in range(rows)]
+        # Rows of one cache where they can run together, and else a cache for each.
+        cache = None if engine.rows_need_turns else engine.new_cache(capacity, rows)
+        self._cache = cache if isinstance(cache, KVCache) else None
+        caches = [self._cache.row(i) if self._cache else engine.new_cache(capacity) for i in range(rows)]
+        self.states = [engine.state_over(cache, row) for cache, row in zip(caches, self._logits, strict=True)]
 
     def __len__(self) -> int:
         return self._used
@@ -56,7 +60,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """The size of the cache in bytes, all rows together."""
-        return self._cache.nbytes
+        return sum(state.cache.nbytes for state in self.states)
 
     def add(self) -> State:
         """Take the next row, emptied, into use; its state can be prefilled. Raises PromptError when all are in use."""
@@ -76,29 +80,33 @@ class Rows:
 
     def copy(self, source: int, target: int, start: int = 0) -> None:
         """Let row `target` hold what `source` holds, of which the first `start` positions are the same already."""
-        moved = self.states[source].cache
-        self.states[target].cache.copy_from(moved, moved.length, start)
-        self._logits[target] = self._logits[source]
+        self.states[target].hold(self.states[source], start)
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Feed one token to each row in use. Returns their logits, [rows in use, vocabulary] float32.
 
         That is a buffer which the next step overwrites. Raises PromptError when a row's context is full.
         """
+        for state in self.step(tokens):
+            _ = state.logits  # into its row of the buffer
+        return self._logits[: self._used]
+
+    def step(self, tokens: Sequence[int]) -> Sequence[State]:
+        """As `decode`, for who may not want the logits: the states of the rows in use have them, when asked."""
         states = self.states[: self._used]
-        if len(states) > 1 and self._runs_together():
-            self._decode_together(states, tokens)
+        if len(states) > 1 and self._cache is not None and self._runs_together():
+            self._decode_together(self._cache, states, tokens)
         else:
             for state, token in zip(states, tokens, strict=True):
-                self._engine.decode(state, token)
-        return self._logits[: self._used]
+                self._engine.step(state, token)
+        return states
 
     def _runs_together(self) -> bool:
         if self._together is None:
             self._together = rows_agree(self._engine)
         return self._together
 
-    def _decode_together(self, states: Sequence[State], tokens: Sequence[int]) -> None:
+    def _decode_together(self, cache: KVCache, states: Sequence[State], tokens: Sequence[int]) -> None:
         for state in states:
             state.cache.require(1)
         count = len(states)
@@ -107,14 +115,14 @@ class Rows:
         longest = int(totals.max())
         mask = self._mask[: count * longest].reshape(count, longest)
         np.less(np.arange(longest), totals[:, None], out=mask, casting="unsafe")
-        binding = self._bindings.get(count) or self._bind(count)
+        binding = self._bindings.get(count) or self._bind(cache, count)
         bind_input(binding, "attention_mask", mask, mask.shape)
         run_bound(self._decode, binding, f"with {count} sequences")
         for state in states:
             state.cache.advance(1)
 
-    def _bind(self, count: int) -> ort.IOBinding:
-        binding = bind_cache(self._decode, self._cache, count)
+    def _bind(self, cache: KVCache, count: int) -> ort.IOBinding:
+        binding = bind_cache(self._decode, cache, count)
         bind_input(binding, "input_ids", self._tokens, (count, 1))
         bind_output(binding, "logits", self._logits, (count, 1, self._engine.vocabulary))
         self._bindings[count] = binding
@@ -128,12 +136,7 @@ def rows_agree(engine: Engine) -> bool:
     where a kernel adds up in another order for several rows: by rounding activations to int8, a model makes a visible
     difference out of the last bit. Which kernels do that depends on the processor, so a few steps tell.
     """
-    return not fixed_rows(engine.bundle.manifest) and engine.once("rows agree", lambda: _agree(engine))
-
-
-def fixed_rows(manifest: Manifest) -> bool:
-    """Whether the decode graph takes a fixed number of rows."""
-    return any(isinstance(tensor.shape[0], int) for tensor in manifest.graph("decode").inputs)
+    return not engine.rows_need_turns and engine.once("rows agree", lambda: _agree(engine))
 
 
 def _agree(engine: Engine) -> bool:

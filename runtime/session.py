@@ -5,22 +5,24 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.defaults import PROVIDER
-from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.graph_file import graph_file
-from satchel.runtime.manifest import MANIFEST_NAME, Specialized, TensorSpec
+from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
 from satchel.runtime.memory import release_freed, use_one_arena
-
-# What the user calls a provider -> what ONNX Runtime calls it.
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+from satchel.runtime.placement import RECORD, check_placement
+from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.weights_in_memory import hand_over_weights
 
 # dtype in the manifest -> type of a graph input or output in ONNX Runtime.
 TENSOR_TYPES = {
@@ -63,6 +65,9 @@ LOG_VERBOSE, LOG_FATAL = 0, 4
 
 PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
+_weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
+"""The memory that a session was given its weights in; it must stay as long as the session."""
+
 _process_pool: int | None = None
 """Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
 
@@ -77,7 +82,7 @@ class SessionSettings:
     a file whose path begins with it.
     """
 
-    provider: str = PROVIDER
+    provider: ProviderChoice = CPU
     threads: int | None = None
     verbose: bool = False
     lean: bool = False
@@ -90,19 +95,26 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     Raises ProviderError for a provider that is unknown or not on this machine, and BundleError when the graph does not
     load, or has other inputs and outputs than the manifest says.
     """
+    _check_provider(bundle, settings)
     name = bundle.manifest.graph(phase).file
     options = _session_options(bundle, phase, settings)
-    provider = _provider(settings.provider)
     made = _specialised(bundle, settings)
     if made is not None and phase in made.graphs:
         name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-    graph, disabled = graph_file(bundle, name, options), ["ConstantFolding"] if settings.lean else []
-    session = _open(graph, options, provider, disabled, bundle.folder / name)
-    try:
-        _check_signature(bundle, phase, session)
-    except UnicodeDecodeError:
-        raise BundleError(f"{bundle.folder / name}: a name in it is no UTF-8: export the bundle again") from None
+    session = _open(bundle, name, options, settings)
+    _check_signature(bundle, bundle.manifest.graph(phase), session)
+    return session
+
+
+def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettings) -> ort.InferenceSession:
+    """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does."""
+    _check_provider(bundle, settings)
+    options = _basic_options(settings, key)
+    _add_entries(options, _entries(part, settings), f"{bundle.folder / MANIFEST_NAME}: {key}")
+    session = _open(bundle, part.file, options, settings)
+    _check_signature(bundle, part, session)
+    _check_shapes(bundle, part, session)
     return session
 
 
@@ -145,7 +157,7 @@ def _attention(tiled: bool) -> Iterator[None]:
 def _specialised(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
     """The graphs that were made for this machine, where these sessions are to use them."""
     made = bundle.specialized
-    return made if made is not None and made.provider == settings.provider and not settings.lean else None
+    return made if made is not None and made.provider == settings.provider.name and not settings.lean else None
 
 
 def save_optimised(
@@ -164,7 +176,8 @@ def save_optimised(
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(key, value)
-    _open(graph, options, _provider(settings.provider), [], graph)
+    _check_provider(bundle, settings)
+    _started(graph, options, settings.provider, bundle.manifest, [], graph)
 
 
 def share_thread_pool(threads: int | None = None) -> None:
@@ -187,11 +200,28 @@ def share_thread_pool(threads: int | None = None) -> None:
         )
 
 
-def _open(
-    graph: Path | bytes, options: ort.SessionOptions, provider: str, disabled: list[str], name: Path
+def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings) -> ort.InferenceSession:
+    """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
+    disabled = ["ConstantFolding"] if settings.lean else []
+    path, choice = bundle.folder / name, settings.provider
+    weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
+    session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    _weights[session] = weights
+    check_placement(session, choice, path)
+    return session
+
+
+def _started(
+    graph: Path | bytes,
+    options: ort.SessionOptions,
+    choice: ProviderChoice,
+    manifest: Manifest,
+    disabled: list[str],
+    name: Path,
 ) -> ort.InferenceSession:
+    provider = PROVIDERS[choice.name].ort_name, choice.session_options(manifest)
     try:
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             graph, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
         )
     except ORT_ERRORS as error:
@@ -200,6 +230,7 @@ def _open(
             f"{name}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
             "export the bundle again, or use the ONNX Runtime named in its manifest"
         ) from None
+    return session
 
 
 def default_threads() -> int:
@@ -214,6 +245,17 @@ def default_threads() -> int:
 
 
 def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
+    options = _basic_options(settings, phase)
+    if _in_one_session(bundle, settings):  # two are opened side by side, on a thread each
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
+    entries = _entries(bundle.manifest.graph(phase), settings)
+    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
+    return options
+
+
+def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
+    """Threads, logs, profile and provider; `name` of the graph goes into the profile's name."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
     if _process_pool is not None:
@@ -227,19 +269,23 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = f"{settings.profile}-{phase}"
-    if _in_one_session(bundle, settings):  # two are opened side by side, on a thread each
-        options.add_session_config_entry("session.prepack.enable_parallel", "1")
-    options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
-    entries = dict(bundle.manifest.graph(phase).session)
+        options.profile_file_prefix = f"{settings.profile}-{name}"
+    if settings.provider.name != "cpu":
+        options.add_session_config_entry(RECORD, "1")
+    if PROVIDERS[settings.provider.name].whole_graphs:
+        # Folding of constants comes before the provider sees the graph; further rewriting would only hinder it.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if settings.lean:
-        entries["session.disable_prepacking"] = "1"
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
         # The default order runs all that depends on weights alone first, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
     return options
+
+
+def _entries(graph: GraphSpec, settings: SessionSettings) -> dict[str, str]:
+    """The session configuration entries of a graph."""
+    return graph.session | ({"session.disable_prepacking": "1"} if settings.lean else {})
 
 
 def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
@@ -272,29 +318,35 @@ def _check_threads(threads: int) -> None:
         raise SatchelError(f"--threads {threads}: there must be at least 1 thread")
 
 
-def _provider(name: str) -> str:
-    if name not in PROVIDERS:
-        raise ProviderError(f"--provider {name}: unknown: choose one of {', '.join(PROVIDERS)}")
-    there = ort.get_available_providers()
-    if PROVIDERS[name] not in there:
-        raise ProviderError(
-            f"--provider {name}: this ONNX Runtime has no {PROVIDERS[name]}, only {', '.join(there)}: "
-            "choose another provider or install the ONNX Runtime build that has it"
-        )
-    return PROVIDERS[name]
+def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
+    settings.provider.check()
+    check_target(settings.provider, bundle.manifest.target)
+    check_installed(settings.provider, ort.get_available_providers())
 
 
-def _check_signature(bundle: Bundle, phase: str, session: ort.InferenceSession) -> None:
-    graph = bundle.manifest.graph(phase)
+def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
     for side, declared, found in (
         ("inputs", graph.inputs, session.get_inputs()),
         ("outputs", graph.outputs, session.get_outputs()),
     ):
-        differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
+        try:
+            differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
+        except UnicodeDecodeError:
+            raise BundleError(f"{bundle.folder / graph.file}: a name in it is no UTF-8: export it again") from None
         if differing:
             raise BundleError(
                 f"{bundle.folder / graph.file}: its {side} are not those of the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
+            )
+
+
+def _check_shapes(bundle: Bundle, part: GraphSpec, session: ort.InferenceSession) -> None:
+    found = {tensor.name: list(tensor.shape) for tensor in (*session.get_inputs(), *session.get_outputs())}
+    for tensor in (*part.inputs, *part.outputs):
+        if found[tensor.name] != list(tensor.shape):
+            raise BundleError(
+                f"{bundle.folder / part.file}: {tensor.name} is {found[tensor.name]} where the manifest says "
+                f"{list(tensor.shape)}: export the bundle again"
             )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
-from satchel.runtime.onnx_wire import MODEL_GRAPH, ExternalTensor, external_tensors, fields, numbers
+from satchel.runtime.onnx_wire import MODEL_GRAPH, Tensor, all_tensors, external_tensors, fields, numbers
 
 # Field numbers of onnx.proto3.
 GRAPH_NODE = 1
@@ -32,39 +33,56 @@ class _Node:
 def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
     """The bytes of weights that one decode step of `rows` sequences multiplies by, in the form in which decode runs.
 
+    Of a static graph all parts count.
+
     Tables that are only looked up are left out; a table that is the head's matrix as well counts once. Float16 weights
     count as the float32 that they are in memory. Of experts, as many count as the rows can choose at most. Raises
     BundleError when the decode graph cannot be read.
     """
+    static = bundle.manifest.static
+    if static is not None:
+        return sum(_graph_bytes(bundle, part.file, rows, all_tensors) for part in static.decode.parts)
     blocks = bundle.specialized is not None and bundle.specialized.decode_blocks
-    name = bundle.manifest.graph("decode_blocks" if blocks else "decode").file
+    return _graph_bytes(
+        bundle, bundle.manifest.graph("decode_blocks" if blocks else "decode").file, rows, external_tensors
+    )
+
+
+def cache_positions(bundle: Bundle, length: float) -> float:
+    """How many positions of the cache a decode step at this length reads: a static graph always reads all of it."""
+    static = bundle.manifest.static
+    return length if static is None else static.capacity
+
+
+def _graph_bytes(bundle: Bundle, file: str, rows: int, weights: Callable[[bytes], dict[str, Tensor]]) -> int:
+    """`weights` finds those of the initializers that are weights: static graphs may have theirs inside."""
     try:
-        tensors, nodes = _read(bundle.read(name))
+        model = bundle.read(file)
+        tensors, nodes = weights(model), _nodes(model)
     except ValueError as error:
-        raise BundleError(f"{bundle.folder / name}: cannot be read ({error}): export the bundle again") from None
-    read: dict[tuple[str, str], float] = {}
+        raise BundleError(f"{bundle.folder / file}: cannot be read ({error}): export the bundle again") from None
+    read: dict[tuple[str, ...], float] = {}
     for node in nodes:
         for name in node.inputs:
             tensor = tensors.get(name)
             if tensor is None or node.operator in LOOKED_UP:
                 continue
-            key = tensor.place.get("location", ""), tensor.place.get("offset", "0")
-            size = int(tensor.place.get("length", "0")) * _factor(node, tensor, rows)
+            key = (tensor.place.get("location", ""), tensor.place.get("offset", "0")) if tensor.place else (name,)
+            size = tensor.nbytes * _factor(node, tensor, rows)
             read[key] = max(read.get(key, 0), size)
     return round(sum(read.values()))
 
 
-def _factor(node: _Node, tensor: ExternalTensor, rows: int) -> float:
+def _factor(node: _Node, tensor: Tensor, rows: int) -> float:
     if node.operator in EXPERTS and tensor.dims:
         return min(1.0, node.attributes.get("k", 1) * rows / tensor.dims[0])
     return FLOAT16_EXPANDED if node.operator == "Cast" and tensor.dtype == TYPE_FLOAT16 else 1.0
 
 
-def _read(model: bytes) -> tuple[dict[str, ExternalTensor], list[_Node]]:
-    """The main graph's initializers in other files, by name, and its nodes. Raises ValueError."""
+def _nodes(model: bytes) -> list[_Node]:
+    """The main graph's nodes. Raises ValueError."""
     graphs = [graph for number, graph, _ in fields(model) if number == MODEL_GRAPH]
-    nodes = [_node(body) for graph in graphs for kind, body, _ in fields(graph) if kind == GRAPH_NODE]
-    return external_tensors(model), nodes
+    return [_node(body) for graph in graphs for kind, body, _ in fields(graph) if kind == GRAPH_NODE]
 
 
 def _node(message: bytes) -> _Node:

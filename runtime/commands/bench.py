@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.errors import PromptError
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--bandwidth",
         action=argparse.BooleanOptionalAction,
         help="measure the memory bandwidth after the runs, in a process of its own, and the share that decode reaches "
-        "(default: without --json only)",
+        "(default: on the CPU without --json only)",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--vocabulary", metavar="N", type=int, help="prompt ids are below N (default: the bundle's)")
-    parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -90,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
         from satchel.runtime.bench.speed_plot import check_plot, write_plot
 
         check_plot(args.plot)
+    choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature)
     lengths = _lengths(args, contexts, bundle)
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     for workload in workloads:
         check_workload(workload, bundle.manifest)
     with waiting("opening the bundle", shown=shown):
-        engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
+        engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     load = time.perf_counter() - started
 
     by_context = contexts is not None or args.plot is not None
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"load     {load:10.3f} s")
         memory = f"{figures['pss_mb']:10.1f} MiB now (PSS), {figures['rss_mb']:.1f} MiB at most (RSS)"
         print(f"memory   {memory}", flush=True)
-        if args.bandwidth is not False:
+        if args.bandwidth is not False and args.provider == "cpu":
             _show_bandwidth(*_shares(engine, workloads, summaries, shown), workloads, by_context)
     if args.plot is not None:
         threads = session.default_threads() if args.threads is None else args.threads
@@ -136,6 +137,8 @@ def _checked_contexts(args: argparse.Namespace) -> list[int] | None:
     for option, value in (("--runs", args.runs), ("--batch", args.batch)):
         if value < 1:
             raise PromptError(f"{option} {value}: must be 1 or more")
+    if args.bandwidth and args.provider != "cpu":
+        raise PromptError(f"--bandwidth with --provider {args.provider}: it is that of the CPU: leave one of them out")
     if args.contexts is None:
         return None
     if args.prompt_tokens is not None:
@@ -219,7 +222,7 @@ def _shares(
 ) -> tuple[Bandwidth, list[dict[str, float]]]:
     """The machine's bandwidth, and of each workload the bytes that a step reads and the share it reaches by that."""
     from satchel.runtime.bench.bandwidth import measure_in_child
-    from satchel.runtime.bench.decode_traffic import weight_bytes
+    from satchel.runtime.bench.decode_traffic import cache_positions, weight_bytes
     from satchel.runtime.kv_cache import position_bytes
     from satchel.runtime.progress import waiting
     from satchel.runtime.rows import rows_agree
@@ -229,6 +232,7 @@ def _shares(
     bundle, shares = engine.bundle, []
     for workload, summary in zip(workloads, summaries, strict=True):
         positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean of what the steps attend to
+        positions = cache_positions(bundle, positions)
         kept = positions * position_bytes(bundle.manifest.kv_cache) * workload.batch
         runs = 1 if workload.batch == 1 or rows_agree(engine) else workload.batch
         step = runs * weight_bytes(bundle, workload.batch // runs) + kept

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.commands.chat_turns import read_turns, typed_turns
-from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation import options as generation_options
 from satchel.runtime.plain_text import printable
@@ -60,13 +60,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="memory for keys and values between turns (default: what the whole context takes)",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument(
         "--json",
         action="store_true",
         help='print one JSON object on one line for each answer, with "error" where a line failed',
     )
     generation_options.add_flags(parser)
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -120,10 +120,11 @@ def _open(args: argparse.Namespace) -> Conversation:
         raise PromptError("--system with --load-state: a saved conversation has its own: leave one of them out")
     tools, arguments = _tools(args.tools), _template_arguments(args.template_argument)
     template = None if args.chat_template is None else _read(args.chat_template, "--chat-template")
+    choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     generator = Generator.open(
         args.bundle,
-        provider=args.provider,
+        provider=choice,
         threads=args.threads,
         max_context=args.max_context,
         prefix_mib=args.prefix_memory or 0,  # without it, the store below takes the place of this one

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.cli import COMMANDS, build_full_parser
 
     # These are checked later than argparse's own choices, with messages of their own.
-    choices = {"--precision": PRECISIONS, "--kv-cache": KV_CACHES, "--target": TARGETS, "--provider": (PROVIDER,)}
+    choices = {"--precision": PRECISIONS, "--kv-cache": KV_CACHES, "--target": TARGETS, "--provider": tuple(PROVIDERS)}
     parser = build_full_parser()
     for action in _actions(parser):
         if isinstance(action, argparse._SubParsersAction):

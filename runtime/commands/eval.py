@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from satchel.runtime.certificate import Window
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.manifest import Manifest
 
@@ -55,11 +56,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, and print a small table or one JSON object."""
     _check_numbers(args)
+    choice = provider_flags.choice_of(args)
     text = _read(args.text)
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
@@ -75,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     session.share_thread_pool(args.threads)
     reference = None if args.reference is None else _open_reference(args)
     with waiting("opening the bundle", shown=shown):
-        engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
+        engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     tokens = sum(len(window) for window in windows)
     with progress_bar(tokens, "evaluating", " tokens", shown=shown) as bar:
         fidelity = evaluate(engine, windows, reference, skip=args.skip, progress=bar.update)

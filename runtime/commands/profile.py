@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.errors import SatchelError
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", metavar="N", type=int, default=32, help="tokens to decode (%(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (%(default)s)")
-    parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument(
         TRACE_OPTION, metavar="FILE", type=Path, help="also write all runs as a trace for Perfetto or chrome://tracing"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -50,9 +50,10 @@ def main(args: argparse.Namespace) -> int:
         raise SatchelError(f"--top {args.top}: must be 0 or more")
     if args.trace is not None:
         check_target(args.trace, TRACE_OPTION)
+    choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
-    settings = session.SessionSettings(args.provider, args.threads, args.verbose)
+    settings = session.SessionSettings(choice, args.threads, args.verbose)
     layers = len(bundle.manifest.kv_cache.layers)
     with waiting("profiling", shown=not args.quiet):
         recordings = record(bundle, settings, args.prompt_tokens, args.new_tokens)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.commands import run_flags
+from satchel.runtime.commands import provider_flags, run_flags
 from satchel.runtime.errors import PromptError, SatchelError, SatchelWarning
 from satchel.runtime.generation.options import given_in
 
@@ -58,6 +58,7 @@ def _open(args: argparse.Namespace) -> Generator:
     from satchel.runtime import session
     from satchel.runtime.generation.generator import Generator
 
+    choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     if args.specialize and args.require_signature is not None:
         raise SatchelError("--specialize with --require-signature: no signature covers what it makes: leave one out")
@@ -65,7 +66,7 @@ def _open(args: argparse.Namespace) -> Generator:
         _specialize(args)
     return Generator.open(
         args.bundle,
-        provider=args.provider,
+        provider=choice,
         threads=args.threads,
         max_context=args.max_context,
         prefix_mib=run_flags.prefix_mib(args),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
+from satchel.runtime.commands import provider_flags
+from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation import options
 
@@ -69,7 +70,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--specialize", action="store_true", help="first make the bundle ready for this machine, if it is not"
     )
-    parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")
     parser.add_argument(
         "--prompt-logprobs",
@@ -80,6 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_several(parser)
     _add_lines(parser)
     _add_memory(parser)
+    provider_flags.add_flags(parser)
 
 
 def check(args: argparse.Namespace) -> None:

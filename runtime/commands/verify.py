@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.commands import provider_flags
 from satchel.runtime.errors import BundleError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  satchel verify out/smollm2-fp32 --threads 2"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument("--provider", default=PROVIDER, help="execution provider (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,14 +39,14 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.progress import progress_bar, waiting
     from satchel.runtime.proof.certify import moved, replay
 
-    shown = not args.quiet
+    choice, shown = provider_flags.choice_of(args), not args.quiet
     bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature)
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")
     session.share_thread_pool(args.threads)
     with waiting("opening the bundle", shown=shown):
-        engine = Engine.open(bundle, args.provider, args.threads, verbose=args.verbose)
+        engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     replays = []
     with progress_bar(len(certificate.prompts), "replaying", " prompts", shown=shown) as bar:
         for prompt in certificate.prompts:

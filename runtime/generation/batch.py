@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from satchel.runtime.engine import Engine, Logits
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.generation.continuation import Continuation
 from satchel.runtime.generation.prefill import prefill
 from satchel.runtime.generation.prefix_store import Prefix, PrefixStore
 from satchel.runtime.rows import Rows
+from satchel.runtime.stepping.state import State
 
 
 def run_batch(
@@ -52,7 +53,7 @@ def run_samples(
         other.reused_tokens = rows.states[row].cache.length
         other.check_time()
         if other.finish_reason is None:
-            other.take(rows.states[row].logits)
+            other.take_from(rows.states[row])
         active.append(other)
     yield from _drop_ended(rows, active, store)
     while active:
@@ -77,18 +78,18 @@ def _start(
 def _step(rows: Rows, active: Sequence[Continuation]) -> None:
     """Decode a token for every row; all of them have one to feed."""
     start = time.perf_counter()
-    logits = rows.decode([continuation.token_ids[-1] for continuation in active])
-    for continuation, row in zip(active, logits, strict=True):
-        _take(continuation, row)
+    states = rows.step([continuation.token_ids[-1] for continuation in active])
+    for continuation, state in zip(active, states, strict=True):
+        _take(continuation, state)
     seconds = time.perf_counter() - start
     for continuation in active:
         continuation.timing.decode_seconds += seconds
         continuation.timing.decode_steps += 1
 
 
-def _take(continuation: Continuation, logits: Logits) -> None:
+def _take(continuation: Continuation, state: State) -> None:
     try:
-        continuation.take(logits)
+        continuation.take_from(state)
     except SatchelError as error:
         continuation.fail(error)
 

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.engine import Engine, Logits
+from satchel.runtime.engine import Engine
 from satchel.runtime.generation.beam_settings import BeamSettings
 from satchel.runtime.generation.continuation import Timing
 from satchel.runtime.generation.prefill import Progress, feed
 from satchel.runtime.generation.prefix_store import PrefixStore, common_length
 from satchel.runtime.rows import Rows
 from satchel.runtime.sampling.sampler import check_finite
+from satchel.runtime.stepping.state import Logits
 
 BLOCK = 64  # scores that the search for the highest ones sums up by their maximum
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.engine import Logits
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.stop_strings import StopStrings
 from satchel.runtime.generation.text_stream import TextStream
 from satchel.runtime.sampling.logprobs import TokenLogprob, log_probabilities
+from satchel.runtime.sampling.sampler import Sampler
+from satchel.runtime.stepping.state import Logits, State
 
 Choose = Callable[[Logits], int]
 Callback = Callable[[str], object]
@@ -46,12 +47,15 @@ class Continuation:
         prompt: NDArray[np.int64],
         options: GenerationOptions,
         limit: int,
-        choose: Choose,
+        choose: Choose | Sampler,
         end_tokens: Collection[int],
         text: TextStream | None,
         callback: Callback | None = None,
     ) -> None:
-        """`limit` is the most tokens, `text` decodes them, `callback` gets each piece and ends all by a true value."""
+        """`choose` is a sampler, or picks a token from logits.
+
+        `limit` is the most tokens, `text` decodes them, `callback` gets each piece and ends all by a true value.
+        """
         self.prompt = prompt
         self.options = options
         self.limit = limit
@@ -62,7 +66,8 @@ class Continuation:
         self.error: SatchelError | None = None
         self.reused_tokens = 0
         self.timing = Timing()
-        self._choose = choose
+        self._sampler = choose if isinstance(choose, Sampler) else None
+        self._choose = choose.choose if isinstance(choose, Sampler) else choose
         self._end_tokens = end_tokens
         self._text = text
         self._stops = StopStrings(options.stop)
@@ -94,13 +99,11 @@ class Continuation:
 
         Raises what choosing raises, and PromptError for a choice outside the vocabulary; this has then ended.
         """
-        shown = len(self.pieces)
-        try:
-            self._take(logits)
-        except Exception:  # nothing right can follow; an interrupt is none of these, and leaves this to be closed
-            self.finish_reason = "error"
-            raise
-        return "".join(self.pieces[shown:])
+        return self._take(lambda: (self._checked(logits), logits))
+
+    def take_from(self, state: State) -> str:
+        """As `take`, of what the last step left in a state; its logits are not read where its best tokens will do."""
+        return self._take(lambda: self._chosen_from(state))
 
     def close(self, reason: str = "closed") -> None:
         """End this before its end; afterwards nothing changes it. Text that was held back is shown."""
@@ -111,14 +114,34 @@ class Continuation:
         """End this by an error that the user can mend."""
         self.error, self.finish_reason = error, "error"
 
-    def _take(self, logits: Logits) -> None:
+    def _take(self, choose: Callable[[], tuple[int, Logits | None]]) -> str:
+        shown = len(self.pieces)
+        try:
+            self._add(*choose())
+        except Exception:  # nothing right can follow; an interrupt is none of these, and leaves this to be closed
+            self.finish_reason = "error"
+            raise
+        return "".join(self.pieces[shown:])
+
+    def _checked(self, logits: Logits) -> int:
         token = int(self._choose(logits))
         if not 0 <= token < len(logits):
             raise PromptError(f"token id {token} was chosen, outside the vocabulary of {len(logits)} ids")
+        return token
+
+    def _chosen_from(self, state: State) -> tuple[int, Logits | None]:
+        """The token, and the logits where they had to be read."""
+        if self._sampler is not None and self.options.logprobs is None:
+            token = self._sampler.choose_best(state.best)
+            if token is not None:
+                return token, None
+        return self._checked(state.logits), state.logits
+
+    def _add(self, token: int, logits: Logits | None) -> None:
         if token in self._end_tokens:
             self._end("stop")
             return
-        if self.options.logprobs is not None:
+        if logits is not None and self.options.logprobs is not None:
             self.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
         self.token_ids.append(token)
         piece, found = self._stops.add(self._text.add(token)) if self._text else ("", False)

@@ -29,6 +29,7 @@ from satchel.runtime.generation.state_file import SavedState, check_room, read_s
 from satchel.runtime.generation.stream import PieceStream
 from satchel.runtime.generation.text_stream import TextStream
 from satchel.runtime.progress import waiting
+from satchel.runtime.providers import ProviderChoice
 from satchel.runtime.rows import Rows
 from satchel.runtime.sampling.logprobs import TokenLogprob, prompt_log_probabilities
 from satchel.runtime.sampling.sampler import Sampler
@@ -68,7 +69,7 @@ class Generator:
         cls,
         path: str | Path,
         *,
-        provider: str = PROVIDER,
+        provider: str | ProviderChoice = PROVIDER,
         threads: int | None = None,
         max_context: int | None = None,
         prefix_mib: int = PREFIX_MIB,
@@ -78,11 +79,12 @@ class Generator:
     ) -> Generator:
         """Open a bundle, a folder or a packed file.
 
-        `threads` None means one per physical core; `max_context` (positions) None means the bundle's own and may only
-        lower it; `prefix_mib` (MiB) is how much memory keys and values of what was seen may take, for prompts that
-        begin alike; `verbose` shows ONNX Runtime's log, `progress` what goes on while a large bundle is first
-        checked, and while it is opened, on a terminal's standard error; `require_signature` is the file of a public
-        key with whose private key the bundle must be signed.
+        `provider` is the name of an execution provider, or a choice with options. `threads` None means one per physical
+        core; `max_context` (positions) None means the bundle's own and may only lower it; `prefix_mib` (MiB) is how
+        much memory keys and values of what was seen may take, for prompts that begin alike; `verbose` shows ONNX
+        Runtime's log, `progress` what goes on while a large bundle is first checked, and while it is opened, on a
+        terminal's standard error; `require_signature` is the file of a public key with whose private key the bundle
+        must be signed.
         Raises BundleError, ProviderError, and PromptError for a `max_context` that the bundle does not allow.
         """
         bundle = open_bundle(path, progress=progress, require_signature=require_signature)
@@ -150,7 +152,7 @@ class Generator:
         if count > 1 and request.options.greedy:
             raise PromptError(f"--samples {count}: greedy samples are all the same: give a --temperature above 0")
         first = self._sampler(request.options, self.encode(prompt))
-        group = [self.continuation(request, first.fork(row).choose) for row in range(count)]
+        group = [self.continuation(request, first.fork(row)) for row in range(count)]
         rows = Rows(self.engine, count, group[0].positions)
         if group[0].limit:
             for continuation in run_samples(self.engine, rows, group, self.store):
@@ -295,7 +297,7 @@ class Generator:
         return self.tokenizer
 
     def continuation(
-        self, request: Request, choose: Choose | None = None, callback: Callback | None = None
+        self, request: Request, choose: Choose | Sampler | None = None, callback: Callback | None = None
     ) -> Continuation:
         """A request checked and ready to run. Raises PromptError."""
         ids, options = self.encode(request.prompt), request.options
@@ -305,7 +307,7 @@ class Generator:
         self._check_length(ids)
         limit = min(options.max_new_tokens, self.max_context - len(ids) + 1)
         text = TextStream(self.tokenizer, ids.tolist()) if self.tokenizer else None
-        chosen = self._sampler(options, ids).choose if choose is None else choose
+        chosen = self._sampler(options, ids) if choose is None else choose
         return Continuation(ids, options, limit, chosen, self._end_tokens(options), text, callback)
 
     def _sampler(self, options: GenerationOptions, ids: NDArray[np.int64]) -> Sampler:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.engine import Engine, State, chunks
+from satchel.runtime.engine import Engine
 from satchel.runtime.generation.continuation import Continuation
 from satchel.runtime.generation.prefix_store import Prefix, PrefixStore, common_length
+from satchel.runtime.stepping.state import State
 
 TAIL = 2  # tokens of a prompt that always run
 PAIRED_BITS = 4
@@ -40,7 +41,7 @@ def prefill(
 
     continuation.reused_tokens = feed(engine, state, continuation.prompt, store, live, progress, is_over)
     if continuation.finish_reason is None:
-        continuation.take(state.logits)
+        continuation.take_from(state)
     continuation.timing.prefill_seconds = time.perf_counter() - start
 
 
@@ -72,8 +73,8 @@ def feed(
         state.cache.copy_from(cache, reused)
         progress(reused)
     rest = prompt[reused:]
-    for span in chunks(len(rest)):
-        engine.prefill(state, rest[span])
+    for span in engine.spans(len(rest)):
+        engine.feed(state, rest[span])
         progress(span.stop - span.start)
         if is_over():
             break

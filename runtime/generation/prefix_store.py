@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.kv_cache import KVCache, position_bytes
+from satchel.runtime.kv_cache import Cache, KVCache, position_bytes
 from satchel.runtime.manifest import CacheSpec
 
 Ids = NDArray[np.int64]
@@ -19,7 +19,7 @@ class Prefix:
     """Token ids [length] and a cache of one row that holds their keys and values. Neither may be changed."""
 
     ids: Ids
-    cache: KVCache
+    cache: Cache
 
 
 class PrefixStore:
@@ -43,7 +43,7 @@ class PrefixStore:
         with self._lock:
             return sum(len(prefix.ids) for prefix in self._prefixes)
 
-    def longest(self, ids: Ids) -> tuple[int, KVCache | None]:
+    def longest(self, ids: Ids) -> tuple[int, Cache | None]:
         """How many of the first ids some prefix has in common with `ids`, and its cache; 0 and None where none has."""
         with self._lock:
             length, best = 0, None
@@ -56,7 +56,7 @@ class PrefixStore:
             self._prefixes = [prefix for prefix in self._prefixes if prefix is not best] + [best]
             return length, best.cache
 
-    def keep(self, ids: Ids, cache: KVCache) -> None:
+    def keep(self, ids: Ids, cache: Cache) -> None:
         """Take a copy of what `cache`, of one row, holds for the first of `ids`, as much of it as the limit allows."""
         count = min(len(ids), cache.length, self._most)
         if not count:

@@ -18,7 +18,7 @@ from satchel.runtime import strict_json
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.prefix_store import Prefix
-from satchel.runtime.kv_cache import KVCache, position_bytes
+from satchel.runtime.kv_cache import Cache, KVCache, position_bytes
 from satchel.runtime.manifest import CacheSpec, Manifest
 from satchel.runtime.plain_text import printable
 from satchel.runtime.progress import progress_bar
@@ -226,7 +226,7 @@ def _magic_line(line: bytes) -> bytes:
     return MAGIC + hashlib.sha256(line).hexdigest().encode("ascii") + b"\n"
 
 
-def _layers_of(cache: KVCache) -> tuple[tuple[int, ...], ...]:
+def _layers_of(cache: Cache) -> tuple[tuple[int, ...], ...]:
     shapes = [buffer.shape for buffer in cache.past.values()]  # keys and values in turn
     return tuple((key[1], key[3], value[3]) for key, value in zip(shapes[::2], shapes[1::2], strict=True))
 

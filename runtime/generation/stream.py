@@ -6,11 +6,12 @@ import time
 from types import TracebackType
 from typing import Self
 
-from satchel.runtime.engine import Engine, State
+from satchel.runtime.engine import Engine
 from satchel.runtime.generation.continuation import Continuation
 from satchel.runtime.generation.prefill import Progress, prefill
 from satchel.runtime.generation.prefix_store import PrefixStore
 from satchel.runtime.generation.result import Generation
+from satchel.runtime.stepping.state import State
 
 
 class PieceStream:
@@ -80,6 +81,7 @@ class PieceStream:
             prefill(self._engine, state, continuation, self._store, progress=self._progress)
             return
         start = time.perf_counter()
-        continuation.take(self._engine.decode(state, continuation.token_ids[-1]))
+        self._engine.step(state, continuation.token_ids[-1])
+        continuation.take_from(state)
         continuation.timing.decode_seconds += time.perf_counter() - start
         continuation.timing.decode_steps += 1

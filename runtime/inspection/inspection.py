@@ -10,7 +10,16 @@ from satchel.runtime import strict_json
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.certificate import Certificate
 from satchel.runtime.errors import BundleError
-from satchel.runtime.manifest import MANIFEST_NAME, PHASES, CacheSpec, LayerPrecision, Manifest, ModelFacts, Source
+from satchel.runtime.manifest import (
+    MANIFEST_NAME,
+    PHASES,
+    CacheSpec,
+    GraphSpec,
+    LayerPrecision,
+    Manifest,
+    ModelFacts,
+    Source,
+)
 
 WEIGHTS_NAME = "weights.bin"
 LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
@@ -29,7 +38,10 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """The KV cache: its forms, and its size in bytes for one position and for the whole context."""
+    """The KV cache: its forms, and its size in bytes for one position and for the whole context.
+
+    A swapped cache has two buffers for each layer's keys and values; both count.
+    """
 
     mode: str
     dtype: str
@@ -142,7 +154,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         kv_cache=cache,
         float_weights="float16" if manifest.precision == "fp16" else "float32",
         layers=manifest.layers,
-        graphs={phase: _graph_facts(manifest, phase) for phase in PHASES},
+        graphs=_graphs(manifest),
         passes=_passes(bundle),
         certificate=manifest.certificate,
         specialized=specialized,
@@ -153,12 +165,25 @@ def _cache_facts(spec: CacheSpec, max_context: int) -> CacheFacts:
     forms = Counter((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers)
     shapes = tuple(CacheShape(count, *form) for form, count in forms.items())
     numbers = sum(shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
-    size = numbers * BYTES[spec.dtype]
+    size = numbers * BYTES[spec.dtype] * (2 if spec.mode == "swapped" else 1)
     return CacheFacts(spec.mode, spec.dtype, shapes, size, size * max_context)
 
 
-def _graph_facts(manifest: Manifest, phase: str) -> GraphFacts:
-    graph = manifest.graph(phase)
+def _graphs(manifest: Manifest) -> dict[str, GraphFacts]:
+    """Each graph by its phase, of static ones with the number of tokens, and the part where there are several."""
+    static = manifest.static
+    if static is None:
+        return {phase: _graph_facts(manifest.graph(phase)) for phase in PHASES}
+    prefill = [(f"prefill of {graph.tokens}", graph) for graph in static.prefill]
+    named = [*prefill, ("decode", static.decode), (f"score of {static.score.tokens}", static.score)]
+    return {
+        name if len(graph.parts) == 1 else f"{name}, part {number}": _graph_facts(part)
+        for name, graph in named
+        for number, part in enumerate(graph.parts, start=1)
+    }
+
+
+def _graph_facts(graph: GraphSpec) -> GraphFacts:
     return GraphFacts(graph.file, graph.session, graph.session_of)
 
 

@@ -48,7 +48,7 @@ def check_external_data(model: bytes, sizes: Mapping[str, int], name: str) -> No
         raise BundleError(f"{name}: no ONNX graph ({error}): export the bundle again") from None
 
 
-def _check_place(tensor: onnx_wire.ExternalTensor, sizes: Mapping[str, int], name: str) -> None:
+def _check_place(tensor: onnx_wire.Tensor, sizes: Mapping[str, int], name: str) -> None:
     location = tensor.place.get("location", "")
     if location not in sizes:
         raise BundleError(

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import PREFILL_CHUNK, Engine
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.profiling.ort_profile import AFTER, BEFORE, Kernel, Place, Run, place_kernels, read_runs
 from satchel.runtime.sampling.greedy import greedy
@@ -34,6 +35,15 @@ class Recording:
 
     steps: int
     runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A run of a session, and whether it counts."""
+
+    phase: str
+    counts: bool
+    session: ort.InferenceSession
 
 
 @dataclass(frozen=True)
@@ -165,38 +175,50 @@ def trace(recordings: Mapping[str, Recording], layers: int) -> str:
     return "[\n" + ",\n".join(json.dumps(event) for event in events) + "\n]\n"
 
 
-def _work(engine: Engine, prompt_tokens: int, new_tokens: int) -> list[tuple[str, bool]]:
-    """Run the workload. Returns the phase of each run of a graph, in order, and whether it counts."""
+def _work(engine: Engine, prompt_tokens: int, new_tokens: int) -> list[_Ran]:
+    """Run the workload. Returns each run of a session, in order."""
     ids = np.random.default_rng(0).integers(0, engine.vocabulary, prompt_tokens)
-    history: list[tuple[str, bool]] = []
+    history: list[_Ran] = []
     warm_up = min(WARM_UP_TOKENS, new_tokens)
     for counts, steps in ((False, warm_up), *[(True, 0)] * (PREFILL_PASSES - 1), (True, new_tokens)):
         state = engine.new_state(prompt_tokens + new_tokens)
-        for start in range(0, prompt_tokens, PREFILL_CHUNK):  # one run of the graph for each call
-            logits = engine.prefill(state, ids[start : start + PREFILL_CHUNK])
-            history.append(("prefill", counts))
+        for span in engine.spans(prompt_tokens):
+            logits = engine.prefill(state, ids[span])
+            history += [_Ran("prefill", counts, each) for each in engine.sessions_for(span.stop - span.start)]
         for _ in range(steps):
             logits = engine.decode(state, greedy(logits))
-            history.append(("decode", counts))
+            history += [_Ran("decode", counts, each) for each in engine.sessions_for(None)]
     return history
 
 
-def _split(files: Mapping[str, Path], history: Sequence[tuple[str, bool]]) -> dict[str, list[Run]]:
-    """The runs that count, by phase. Phases that share a session share a file, in the order of `history`."""
-    recorded: dict[str, list[Run]] = {phase: [] for phase in files}
-    for path in set(files.values()):
-        here = [(phase, counts) for phase, counts in history if files[phase] == path]
-        runs = read_runs(path)
+def _split(files: Mapping[ort.InferenceSession, Path], history: Sequence[_Ran]) -> dict[str, list[Run]]:
+    """The runs that count, by phase, in the order of `history`; each session has recorded its own."""
+    recorded: dict[str, list[Run]] = {phase: [] for phase in PROFILED}
+    runs = {session: read_runs(path) for session, path in files.items()}
+    for session, found in runs.items():
+        wanted = sum(ran.session is session for ran in history)
         # The profiler stops after a million events.
-        if len(runs) != len(here) or not all(run.kernels for run in runs):
+        if len(found) != wanted or not all(run.kernels for run in found):
             raise SatchelError(
-                f"ONNX Runtime's profiler recorded {len(runs)} of {len(here)} runs: "
-                "lower --prompt-tokens or --new-tokens"
+                f"ONNX Runtime's profiler recorded {len(found)} of {wanted} runs: lower --prompt-tokens or --new-tokens"
             )
-        for run, (phase, counts) in zip(runs, here, strict=True):
-            if counts:
-                recorded[phase].append(run)
-    return recorded
+    following = {session: iter(found) for session, found in runs.items()}
+    for ran in history:
+        run = next(following[ran.session])
+        if ran.counts:
+            recorded[ran.phase].append(run)
+    several = {phase: len({id(ran.session) for ran in history if ran.phase == phase}) > 1 for phase in PROFILED}
+    return {phase: _end_to_end(found) if several[phase] else found for phase, found in recorded.items()}
+
+
+def _end_to_end(runs: Sequence[Run]) -> list[Run]:
+    """Runs of several sessions, whose clocks began at different times, as if each had begun when the last one ended."""
+    placed: list[Run] = []
+    for run in runs:
+        shift = placed[-1].start + placed[-1].duration - run.start if placed else 0
+        kernels = tuple(dataclasses.replace(kernel, start=kernel.start + shift) for kernel in run.kernels)
+        placed.append(Run(run.start + shift, run.duration, kernels))
+    return placed
 
 
 def _places(run: Run, layers: int) -> list[Place]:

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from satchel.runtime.certificate import Certificate, EvaluatedText, GoldenPosition, GoldenPrompt, Margin, Window
 from satchel.runtime.defaults import PROVIDER
-from satchel.runtime.engine import Engine, Logits
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.processor import processor_name
 from satchel.runtime.proof.fidelity import Reference, evaluate, log_softmax
 from satchel.runtime.sampling.greedy import greedy
+from satchel.runtime.stepping.state import Logits
 
 NEW_TOKENS = 16  # of a golden prompt's continuation
 TOP = 16  # most likely ids of a golden position

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.certificate import PhaseFidelity, Window
-from satchel.runtime.engine import Engine, Logits
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
+from satchel.runtime.stepping.state import Logits
 from satchel.runtime.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]

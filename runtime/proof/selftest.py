@@ -9,12 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.session import SessionSettings, open_session
 from satchel.runtime.tokenizer import Tokenizer
 
 Cache = dict[str, NDArray[np.float32]]
+Ids = NDArray[np.int64]
+Compared = tuple[str, NDArray[np.float32], NDArray[np.float32]]
+"""A phase, its logits, and those of the prefill graph for the same tokens."""
+
+TOKENS = 6
 
 TOLERANCE = 1e-3
 """Between the same logits by two ways through the graphs, relative to the largest."""
@@ -35,27 +41,16 @@ def selftest(folder: Path) -> None:
     """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
 
     The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
-    score graph. One graph is open at a time, with as little memory as will do.
+    score graph. One graph is open at a time, with as little memory as will do; of static ones all are.
 
     Raises:
         BundleError: They do not, or the logits are not finite.
     """
     bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
-    model = bundle.manifest.model
-    length = min(6, model.max_context)
-    ids = np.asarray([[(7 * i + 1) % model.vocab_size for i in range(length)]], np.int64)
-    # A mask of the whole cache is to be longer than the tokens, as it will be in use.
-    capacity = min(length + SPARE, model.max_context) if bundle.manifest.has_fixed_mask else length
-    empty = _empty_cache(bundle.manifest, capacity)
-    whole, _ = _run(bundle, "prefill", ids, 0, empty)
-    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty) if length > 1 else (whole, empty)
-    results = {
-        "decode": _run(bundle, "decode", ids[:, -1:], length - 1, cache)[0],
-        "score": _run(bundle, "score", ids, 0, empty)[0],
-    }
+    compared = _compared_dynamic(bundle) if bundle.manifest.static is None else _compared_static(bundle)
     rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
     exact = HALF_TOLERANCE if bundle.manifest.kv_cache.dtype == "float16" else TOLERANCE
-    for name, logits in results.items():
+    for name, logits, whole in compared:
         if not np.isfinite(logits).all() or not np.isfinite(whole).all():
             raise BundleError(f"{folder}: the logits of the {name} graph are not finite: export in another precision")
         size = _root_mean_square if rounded else _largest
@@ -64,6 +59,39 @@ def selftest(folder: Path) -> None:
             raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
     if bundle.manifest.tokenizer is not None:
         Tokenizer.open(bundle)  # checks itself against the recorded corpus
+
+
+def _compared_dynamic(bundle: Bundle) -> list[Compared]:
+    length = min(TOKENS, bundle.manifest.model.max_context)
+    ids = _ids(bundle.manifest, length)[None]
+    # A mask of the whole cache is to be longer than the tokens, as it will be in use.
+    fixed = bundle.manifest.has_fixed_mask
+    empty = _empty_cache(bundle.manifest, min(length + SPARE, bundle.manifest.model.max_context) if fixed else length)
+    whole, _ = _run(bundle, "prefill", ids, 0, empty)
+    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty) if length > 1 else (whole, empty)
+    decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, cache)
+    score, _ = _run(bundle, "score", ids, 0, empty)
+    return [("decode", decode, whole), ("score", score, whole)]
+
+
+def _compared_static(bundle: Bundle) -> list[Compared]:
+    """Each prefill graph, on as many tokens as it takes, with score; and decode, after those but the last, with it."""
+    engine = Engine(bundle, SessionSettings(lean=True))
+    compared: list[Compared] = []
+    for graph in bundle.manifest.static.prefill if bundle.manifest.static else ():
+        ids = _ids(bundle.manifest, graph.tokens)
+        whole = engine.prefill(engine.new_state(len(ids)), ids, graph.tokens).copy()
+        compared.append(("score", engine.score(ids)[-1], whole))
+    ids = _ids(bundle.manifest, min(TOKENS, engine.max_context))
+    whole = engine.prefill(engine.new_state(len(ids)), ids).copy()
+    state = engine.new_state(len(ids))
+    if len(ids) > 1:
+        engine.prefill(state, ids[:-1])
+    return [*compared, ("decode", engine.decode(state, int(ids[-1])), whole)]
+
+
+def _ids(manifest: Manifest, count: int) -> Ids:
+    return np.asarray([(7 * i + 1) % manifest.model.vocab_size for i in range(count)], np.int64)
 
 
 def _largest(values: NDArray[np.float32]) -> float:

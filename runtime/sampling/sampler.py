@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from satchel.runtime.sampling.filters import Row, adjusted, adjusts, narrowed
 from satchel.runtime.sampling.finite import most_likely
 from satchel.runtime.sampling.options import SamplingOptions
+from satchel.runtime.stepping.state import Best
 
 
 class Sampler:
@@ -36,6 +37,8 @@ class Sampler:
         # A model can name an end token beyond its logits: it is never chosen, so nothing has to ban it.
         self._end_tokens = np.array([token for token in end_tokens if 0 <= token < vocabulary], np.int64)
         self._adjusts = adjusts(options)
+        # How many of the most likely tokens tell the choice; 0 for all.
+        self._enough = 1 if options.greedy else options.top_k + 1 if options.top_k else 0
         self._prompt_tokens = self._length = len(prompt_ids)
         self._ids = np.empty(self._length + 64, np.int64)
         self._ids[: self._length] = prompt_ids
@@ -55,11 +58,27 @@ class Sampler:
         token = check_finite(logits, self.step)
         if self._adjusts or self._random is not None:
             token = self._filtered(logits)
-        if self._length == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
-        self._ids[self._length] = token
-        self._length += 1
-        return token
+        return self._remember(token)
+
+    def choose_best(self, best: Callable[[int], Best | None]) -> int | None:
+        """The next token from the most likely ones alone, the one that `choose` would take; None where it needs all.
+
+        `best` gives at least so many of the most likely tokens, or None. Greedy takes one of them, top-k the k that it
+        draws from and the one behind, which tells that none of those left out is as likely as the last. Raises
+        BundleError as `choose`.
+        """
+        if self._adjusts or not self._enough or (found := best(self._enough)) is None:
+            return None
+        ids, logits = found
+        if not np.isfinite(logits[0]):
+            return None  # `choose` says what is wrong with all of them
+        if self._random is None:
+            return self._remember(int(ids[0]))
+        count = self._enough - 1
+        if not logits[count] < logits[count - 1]:
+            return None
+        order = np.argsort(ids[:count])  # a draw goes by the order of ids
+        return self._remember(int(ids[order[draw(narrowed(logits[order], self.options), self._random.random())]]))
 
     def fork(self, row: int) -> Self:
         """An independent copy with the history so far that draws as `row` does from its beginning.
@@ -70,6 +89,13 @@ class Sampler:
         other._ids = self._ids.copy()
         other._random = other._stream(row)
         return other
+
+    def _remember(self, token: int) -> int:
+        if self._length == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+        self._ids[self._length] = token
+        self._length += 1
+        return token
 
     def _filtered(self, logits: NDArray[np.float32]) -> int:
         row: NDArray[np.floating[Any]] = logits

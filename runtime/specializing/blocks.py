@@ -9,7 +9,7 @@ import numpy as np
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
 from satchel.runtime.manifest import MANIFEST_NAME
-from satchel.runtime.onnx_wire import ExternalTensor, external_tensors
+from satchel.runtime.onnx_wire import Tensor, external_tensors
 
 BLOCKS_NAME = "blocks.bin"
 """The file in which the decode_blocks graph says that its weights are; no bundle has it."""
@@ -68,11 +68,11 @@ def blocks_bytes(bundle: Bundle) -> int:
     return sum(int(tensor.place["length"]) for tensor in tensors if _made(tensor))
 
 
-def _made(tensor: ExternalTensor) -> bool:
+def _made(tensor: Tensor) -> bool:
     return tensor.place.get("location") == BLOCKS_NAME
 
 
-def _mapped(bundle: Bundle, tensor: ExternalTensor) -> np.memmap[tuple[int], np.dtype[np.uint8]]:
+def _mapped(bundle: Bundle, tensor: Tensor) -> np.memmap[tuple[int], np.dtype[np.uint8]]:
     """The bytes of a tensor in a file of the bundle."""
     path, offset = bundle.path(tensor.place["location"]), int(tensor.place["offset"])
     return np.memmap(path, np.uint8, "r", offset, (int(tensor.place["length"]),))

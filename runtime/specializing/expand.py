@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
 from satchel.runtime.manifest import MANIFEST_NAME
-from satchel.runtime.onnx_wire import ExternalTensor, external_tensors
+from satchel.runtime.onnx_wire import Tensor, external_tensors
 
 EXPANDED_NAME = "int8.bin"
 """The file in which the prefill_int8 graph says that its weights are; no bundle has it."""
@@ -33,9 +33,9 @@ VALUES_AT_ONCE = 1 << 22
 class _Stored:
     """Codes [inputs, outputs] in blocks of inputs, scales and zero points [blocks, outputs], mapped from a file."""
 
-    codes: ExternalTensor
-    scales: ExternalTensor
-    zero_points: ExternalTensor | None
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
 
     def values(self, content: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.float32]:
         """What the codes of the outputs from `start` to `stop`, both even, stand for: [inputs, outputs] float32."""
@@ -86,11 +86,11 @@ def expand_weights(bundle: Bundle, path: Path) -> None:
                 file.write(data)
 
 
-def _expanded(tensor: ExternalTensor) -> bool:
+def _expanded(tensor: Tensor) -> bool:
     return tensor.place.get("location") == EXPANDED_NAME
 
 
-def _numbers(content: NDArray[np.uint8], tensor: ExternalTensor, start: int, stop: int) -> NDArray[np.float32]:
+def _numbers(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
     """Columns `start` to `stop` of a tensor [rows, columns], or of one row, as float32."""
     columns = tensor.dims[-1]
     offset, length = int(tensor.place["offset"]), int(tensor.place["length"])

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from support.cuda_graphs import CudaGraphs
 from support.exported import CHUNK, PROMPT, difference, exported
-from support.families import FAMILIES, VOCABULARY, Family, save
+from support.families import FAMILIES, VOCABULARY, Family, build, save
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.recipes import recipe_of
@@ -179,6 +180,27 @@ def test_what_has_no_kernel_there_is_refused(options: dict[str, str], says: tupl
 def test_each_target_has_a_default() -> None:
     assert ExportConfig(Path("b")).precision == "fp32"
     assert ExportConfig(Path("b"), target="cuda").precision == "fp16"
+
+
+def test_the_certificate_is_measured_on_the_cpu_and_has_no_speed(tmp_path: Path) -> None:
+    family = FAMILIES["qwen2"]
+    config = ExportConfig(tmp_path / "bundle", target="cuda", max_context=family.context)
+    certificate = export_bundle(save(family, tmp_path / "checkpoint"), config).certificate
+    assert certificate is not None
+    assert (certificate.provider, certificate.speed) == ("cpu", None)
+    for figures in (certificate.prefill, certificate.decode):
+        assert figures.kl_mean is not None
+        assert 0 < figures.kl_mean < 1e-3
+
+
+def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
+    model = build(FAMILIES["qwen2"])
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight")[3, 5] = -70000.0
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match=r"layers\.1\.mlp\.down_proj.* 7e\+04.*65504.*--target cpu"):
+        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", target="cuda", certificate=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_experts_are_not_quantised(tmp_path: Path) -> None:

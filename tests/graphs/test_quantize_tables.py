@@ -57,6 +57,15 @@ def test_a_head_of_any_activations_is_near() -> None:
     assert np.linalg.norm(error) < 0.01 * np.linalg.norm(wanted), "int8 activations cost about half a percent"
 
 
+def test_a_head_can_take_its_input_as_it_is() -> None:
+    codes = rounded("table", TABLE)
+    after = fired(quantize_tables({"table": codes}, accuracy_level=0), tied(), 1).model
+    x = normal(4, 2, 5, HIDDEN)
+    wanted = -x @ values(codes).T
+    error = run(after, {"ids": np.asarray([[0]]), "x": x})["y"] - wanted
+    assert np.linalg.norm(error) < 1e-5 * np.linalg.norm(wanted)
+
+
 def test_a_table_without_a_head_is_looked_up() -> None:
     codes = rounded("table", TABLE, 4)
     after = fired(quantize_tables({"table": codes}), build(LOOKUP, table=TABLE), 1).model

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from satchel.runtime import cli, engine
+from satchel.runtime import cli, engine, session
 from satchel.runtime.bench import bandwidth, speed_plot
 from satchel.runtime.bench.bandwidth import Bandwidth
 from satchel.runtime.bench.benchmark import Run, Summary
@@ -55,7 +55,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a graph was opened")
 
-    monkeypatch.setattr(engine, "open_session", opened)
+    monkeypatch.setattr(session, "_open", opened)
 
 
 def found(result: tuple[int, str, str]) -> dict[str, Any]:

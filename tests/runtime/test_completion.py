@@ -89,7 +89,7 @@ def test_bash_completes_the_flags_of_every_command(scripts: Path, name: str) -> 
         ("satchel specialize b --prefill ", ("stored", "int8")),
         ("satchel export model --precision ", PRECISIONS),
         ("satchel export model --kv-cache ", KV_CACHES),
-        ("satchel run b --provider c", ("cpu",)),
+        ("satchel run b --provider c", ("cpu", "cuda", "cann")),
         ("satchel run b --max-new-tokens ", ()),
         ("satchel run b --max-new", ("--max-new-tokens",)),
     ],

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.engine import State
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation import continuation
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.stream import PieceStream
+from satchel.runtime.stepping.state import State
 
 PROMPT = [5, 80, 199, 12]
 END = 2  # </s>
@@ -263,7 +263,7 @@ def test_after_an_error_there_is_no_more_and_nothing_is_kept(fresh: Generator) -
 def test_an_interrupt_closes_it_and_keeps_what_is_known(
     fresh: Generator, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    plain = fresh.engine.decode
+    plain = fresh.engine.step
 
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
@@ -273,7 +273,7 @@ def test_an_interrupt_closes_it_and_keeps_what_is_known(
     for _ in tokens:
         next(stream)
     if where == "decode":
-        monkeypatch.setattr(fresh.engine, "decode", lambda *all: plain(*all) is None or interrupt())
+        monkeypatch.setattr(fresh.engine, "step", lambda *all: plain(*all) or interrupt())
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     monkeypatch.undo()
@@ -344,17 +344,16 @@ def test_logits_that_are_not_finite_stop_it_with_the_step_named(
     step: int,
     message: str,
 ) -> None:
-    for name, after in (("prefill", 0), ("decode", len(PROMPT) + step - 1)):
+    for name, after in (("feed", 0), ("step", len(PROMPT) + step - 1)):
         plain = getattr(fresh.engine, name)
 
-        def spoiled(state: State, ids: object, plain: Callable[..., np.ndarray] = plain, after: int = after) -> object:
+        def spoiled(state: State, ids: object, plain: Callable[..., None] = plain, after: int = after) -> None:
             at = state.cache.length
-            logits = plain(state, ids)
+            plain(state, ids)
             if at == after:
-                logits[7] = value
-            return logits
+                state.logits[7] = value
 
-        if (name == "prefill") == (step == 0):
+        if (name == "feed") == (step == 0):
             monkeypatch.setattr(fresh.engine, name, spoiled)
     stream = fresh.stream(PROMPT, 9, **options)
     with pytest.raises(BundleError, match=message):

@@ -21,6 +21,7 @@ from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.state_file import SavedState, write_state
+from satchel.runtime.stepping.state import State
 from satchel.runtime.templates.chat_template import ChatTemplate
 
 SHORT = GenerationOptions(max_new_tokens=12)
@@ -85,8 +86,8 @@ def test_an_answer_continues_what_the_template_makes_of_the_messages(talk: Conve
 
 def test_a_turn_feeds_its_own_tokens_only(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[int] = []
-    prefill = Engine.prefill
-    monkeypatch.setattr(Engine, "prefill", lambda self, state, ids: fed.append(len(ids)) or prefill(self, state, ids))
+    feed = Engine.feed
+    monkeypatch.setattr(Engine, "feed", lambda self, state, ids: fed.append(len(ids)) or feed(self, state, ids))
     before = 0
     for question in (HELLO, "the cat", "and the dog"):
         result = say(talk, question)[0]
@@ -259,16 +260,15 @@ def test_an_empty_answer_that_the_model_gave_is_kept(talk: Conversation) -> None
 def test_an_answer_that_fails_is_not_kept(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     say(talk, HELLO)
     before = list(talk.messages), talk._ids.tolist(), talk._text
-    decode, steps = talk.generator.engine.decode, []
+    step, steps = talk.generator.engine.step, []
 
-    def spoiled(*arguments: Any) -> np.ndarray:
-        logits = decode(*arguments)
+    def spoiled(state: State, token: int) -> None:
+        step(state, token)
         steps.append(1)
         if len(steps) == 4:
-            logits[:] = np.nan
-        return logits
+            state.logits[:] = np.nan
 
-    monkeypatch.setattr(talk.generator.engine, "decode", spoiled)
+    monkeypatch.setattr(talk.generator.engine, "step", spoiled)
     answer = talk.ask("the cat")
     with answer, pytest.raises(BundleError, match="the logits of step 4 are not finite"):
         list(answer)
@@ -298,15 +298,14 @@ def test_a_callback_that_fails_counts_as_a_failure(talk: Conversation) -> None:
 def test_an_interrupt_keeps_what_there_is(talk: Conversation, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     say(talk, HELLO)
     before = list(talk.messages)
-    name = "decode" if after else "prefill"
+    name = "step" if after else "feed"
     run, steps = getattr(talk.generator.engine, name), []
 
-    def interrupted(*arguments: Any) -> np.ndarray:
-        logits = run(*arguments)
+    def interrupted(*arguments: Any) -> None:
+        run(*arguments)
         steps.append(1)
         if len(steps) > after:
             raise KeyboardInterrupt
-        return logits
 
     monkeypatch.setattr(talk.generator.engine, name, interrupted)
     with pytest.raises(KeyboardInterrupt), talk.ask("the cat") as answer:

@@ -12,9 +12,10 @@ from numpy.testing import assert_allclose
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_manifest
 
 from satchel.runtime.bundle import open_bundle
-from satchel.runtime.engine import Engine, chunks
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 from satchel.runtime.kv_cache import position_bytes
+from satchel.runtime.stepping.spans import chunks
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40)
 TOLERANCE = 1e-5
@@ -161,8 +162,8 @@ def test_one_session_serves_both_phases_where_the_manifest_says_so(tiny: Path, t
     document["graphs"]["decode"]["session_of"] = "prefill"
     write_manifest(folder, document)
     shared = Engine.open(open_bundle(folder), threads=1)
-    assert shared._decode is shared._prefill
-    assert engine._decode is not engine._prefill
+    assert shared.sessions[1] is shared.sessions[0]
+    assert engine.sessions[1] is not engine.sessions[0]
     results = []
     for each in (engine, shared):
         state = each.new_state(8)
@@ -211,7 +212,7 @@ def test_the_memory_of_a_released_cache_serves_the_next_one(engine: Engine) -> N
 
 
 def test_large_memory_goes_back_to_the_system(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("satchel.runtime.engine.MOST_SPARE", 1000)
+    monkeypatch.setattr("satchel.runtime.stepping.dynamic.MOST_SPARE", 1000)
     cache = engine.new_cache(20)
     engine.release(cache)
     assert engine.new_cache(20).memory is not cache.memory

@@ -117,7 +117,7 @@ def test_wrong_input_is_one_line_before_a_model_is_opened(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a graph was opened")
 
-    monkeypatch.setattr("satchel.runtime.engine.open_session", never)
+    monkeypatch.setattr("satchel.runtime.session._open", never)
     places = {"TINY": tiny, "TEXT": text, "LATIN": tmp_path / "latin.txt", "SHORT": tmp_path / "short.txt"}
     places["LATIN"].write_bytes("caf\xe9".encode("latin-1"))
     places["SHORT"].write_text("the cat")

@@ -12,13 +12,14 @@ import pytest
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
 
 from satchel.runtime import rows as rows_module
-from satchel.runtime.engine import Engine, State
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.generation import continuation
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.manifest import LayerPrecision
+from satchel.runtime.stepping.state import State
 
 LENGTHS = (5, 1, 17, 9, 30, 2, 11)
 PREFIX = list(range(100, 120))
@@ -57,16 +58,16 @@ def essence(result: Generation) -> tuple[object, ...]:
 
 @pytest.fixture
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of `Engine.prefill` fed, but for the trial whether rows agree."""
+    """How many tokens each call of `Engine.feed` fed, but for the trial whether rows agree."""
     counts: list[int] = []
     monkeypatch.setattr(rows_module, "rows_agree", lambda engine: True)
-    prefill = Engine.prefill
+    feed = Engine.feed
 
-    def counting(self: Engine, state: State, ids: np.ndarray, *more: int) -> np.ndarray:
+    def counting(self: Engine, state: State, ids: np.ndarray, *more: int) -> None:
         counts.append(len(ids))
-        return prefill(self, state, ids, *more)
+        feed(self, state, ids, *more)
 
-    monkeypatch.setattr(Engine, "prefill", counting)
+    monkeypatch.setattr(Engine, "feed", counting)
     return counts
 
 
@@ -165,14 +166,14 @@ def test_one_that_fails_does_not_touch_the_others(fresh: Generator) -> None:
 def test_logits_that_are_not_finite_end_one_row(fresh: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request(prompt, GenerationOptions(max_new_tokens=6)) for prompt in PROMPTS]
     expected = alone(fresh, requests)
-    take = continuation.Continuation.take
+    take = continuation.Continuation.take_from
 
-    def spoiled(self: continuation.Continuation, logits: np.ndarray) -> str:
+    def spoiled(self: continuation.Continuation, state: State) -> str:
         if len(self.prompt) == LENGTHS[2] and len(self.token_ids) == 3:
-            logits[11] = np.nan
-        return take(self, logits)
+            state.logits[11] = np.nan
+        return take(self, state)
 
-    monkeypatch.setattr(continuation.Continuation, "take", spoiled)
+    monkeypatch.setattr(continuation.Continuation, "take_from", spoiled)
     kept = Generator.open(fresh.engine.bundle.folder, threads=1)
     found = together(kept, requests, 4)
     assert isinstance(found[2], BundleError)
@@ -228,8 +229,8 @@ def test_a_bundle_of_a_fixed_batch_runs_its_rows_in_turn(
 ) -> None:
     fixed = Generator.open(fixed_batch(tmp_path / "fixed"), threads=1, prefix_mib=0)
     steps: list[int] = []
-    decode = fixed.engine.decode
-    monkeypatch.setattr(fixed.engine, "decode", lambda state, token: steps.append(token) or decode(state, token))
+    step = fixed.engine.step
+    monkeypatch.setattr(fixed.engine, "step", lambda state, token: steps.append(token) or step(state, token))
     found = fixed.generate_batch(PROMPTS, rows=3, max_new_tokens=6)
     assert [essence(result) for result in found] == [essence(fresh.generate(prompt, 6)) for prompt in PROMPTS]
     assert len(steps) == len(PROMPTS) * 5
@@ -292,7 +293,7 @@ def test_the_time_of_samples_begins_with_their_prompt(
     """Of 5 seconds the prompt takes 3 or 7, and so does each step."""
     now = [0.0]
     monkeypatch.setattr(continuation, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    for owner, name in ((fresh.engine, "prefill"), (Generator.samples.__globals__["Rows"], "decode")):
+    for owner, name in ((fresh.engine, "feed"), (Generator.samples.__globals__["Rows"], "step")):
         plain = getattr(owner, name)
 
         def slow(*all: object, plain: Callable[..., object] = plain) -> object:

@@ -18,6 +18,7 @@ from satchel.runtime import cli
 from satchel.runtime.profiling import profiling
 from satchel.runtime.profiling.ort_profile import Kernel, Run, read_runs
 from satchel.runtime.profiling.profiling import PREFILL_PASSES, Recording, summarize
+from satchel.runtime.stepping import dynamic
 
 PROMPT, NEW, CHUNK = 20, 6, 8
 CHUNKS = 3  # of 8, 8 and 4 tokens
@@ -55,7 +56,7 @@ def named(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr(dynamic, "PREFILL_CHUNK", CHUNK)
 
 
 def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

@@ -10,9 +10,10 @@ import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import open_bundle
-from satchel.runtime.engine import Engine, State
+from satchel.runtime.engine import Engine
 from satchel.runtime.errors import PromptError
 from satchel.runtime.rows import Rows, rows_agree
+from satchel.runtime.stepping.state import State
 
 LENGTHS = (13, 1, 7)
 
@@ -140,7 +141,7 @@ def test_rows_run_together_where_that_is_asked_for(tmp_path: Path, monkeypatch: 
     mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
     rows = Rows(mixed, 2, 30, together=True)
     filled(mixed, rows, (5, 9))
-    monkeypatch.setattr(mixed, "decode", lambda state, token: pytest.fail("decoded alone"))
+    monkeypatch.setattr(mixed, "step", lambda state, token: pytest.fail("decoded alone"))
     rows.decode([1, 2])
 
 
@@ -158,8 +159,8 @@ def test_a_graph_of_fixed_rows_cannot_run_them_together(tmp_path: Path) -> None:
 def test_rows_that_part_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
     alone: list[int] = []
-    decode = fixed.decode
-    monkeypatch.setattr(fixed, "decode", lambda state, token: alone.append(token) or decode(state, token))
+    step = fixed.step
+    monkeypatch.setattr(fixed, "step", lambda state, token: alone.append(token) or step(state, token))
     rows = Rows(fixed, 3, 30)
     for state, expected in zip(rows.states, filled(fixed, rows), strict=True):
         assert state.cache.length == expected.cache.length

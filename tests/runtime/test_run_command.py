@@ -162,15 +162,15 @@ def test_memory_for_prefixes_is_there_where_it_can_be_of_use() -> None:
 
 
 def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode, calls = Engine.decode, []
+    step, calls = Engine.step, []
 
     def failing(self: Engine, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 8:
             raise BundleError("no more")
-        return decode(self, *arguments)
+        return step(self, *arguments)
 
-    monkeypatch.setattr(Engine, "decode", failing)
+    monkeypatch.setattr(Engine, "step", failing)
     assert run(tiny, "--max-new-tokens", 20) == 2
     out, err = capsys.readouterr()
     assert len(out) > 1
@@ -208,10 +208,10 @@ def test_the_bar_counts_the_prompt_and_is_gone_once_that_is_read(
 
     def decoding(self: Engine, *arguments: Any) -> Any:
         events.append("decoding")
-        return decode(self, *arguments)
+        return step(self, *arguments)
 
-    decode = Engine.decode
-    monkeypatch.setattr(Engine, "decode", decoding)
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", decoding)
     monkeypatch.setattr(progress, "progress_bar", Bar)
     for flags, shown in ((["--max-new-tokens", 3], True), (["--quiet", "--json"], False)):
         events.clear()

@@ -18,6 +18,7 @@ from satchel.runtime.bundle import open_bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.providers import Provider
 from satchel.runtime.session import SessionSettings, default_threads, open_session
 
 
@@ -42,8 +43,9 @@ def test_an_unknown_provider_is_refused_with_the_known_ones(tiny: Path) -> None:
 def test_a_provider_that_is_not_there_is_refused_with_those_that_are(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(session_module.PROVIDERS, "moon", "MoonExecutionProvider")
-    with pytest.raises(ProviderError, match=r"no MoonExecutionProvider, only .*CPUExecutionProvider.*: choose another"):
+    monkeypatch.setitem(session_module.PROVIDERS, "moon", Provider("MoonExecutionProvider", None, "onnxruntime-moon"))
+    expected = r"no MoonExecutionProvider, only .*CPUExecutionProvider.*: choose another .* install onnxruntime-moon"
+    with pytest.raises(ProviderError, match=expected):
         Engine.open(open_bundle(tiny), "moon")
 
 
@@ -128,9 +130,9 @@ def test_a_graph_whose_weights_are_outside_the_bundle_is_refused(
 def test_the_score_graph_is_opened_on_first_use(folder: Path) -> None:
     engine = Engine.open(open_bundle(folder), threads=1)
     engine.prefill(engine.new_state(4), [5, 6])
-    assert engine._score is None
+    assert engine._graphs._score is None
     assert engine.score([5, 6]).shape == (2, engine.vocabulary)
-    assert engine._score is not None
+    assert engine._graphs._score is not None
 
 
 SHARED_POOL = """

@@ -130,4 +130,4 @@ def test_a_damaged_bundle_is_an_error_as_for_every_command(
 
 def test_an_unknown_provider_is_one_line(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = ran(capsys, certified, "--provider", "tpu")
-    assert (code, err) == (2, "satchel: error: --provider tpu: unknown: choose one of cpu\n")
+    assert (code, err) == (2, "satchel: error: --provider tpu: unknown: choose one of cpu, cuda, cann\n")

@@ -4,32 +4,63 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.export.bundle_writer import write_bundle
+from satchel.export.checkpoint import Checkpoint
 from satchel.export.compile import check_logits, lower, open_source, trace_source
 from satchel.export.config import ExportConfig
 from satchel.export.stages import Stages
 from satchel.export.static_graphs import lower_static
 from satchel.graphs.cut import INLINE_LIMIT
+from satchel.graphs.pipeline import Step
+from satchel.graphs.quantized import Quantised
+from satchel.graphs.static import Lengths
+from satchel.graphs.targets import TARGETS, Target, cann_steps
 from satchel.runtime.manifest import DTYPE_BYTES, GraphSpec, Manifest, StaticGraph
 
 HIDDEN = -30000.0
 """What stands in a mask where a token does not see a position."""
 
 
-def write_static(checkpoint: Path, config: ExportConfig, limit: int = INLINE_LIMIT) -> Manifest:
-    """Trace, lower and write a float checkpoint into the folder `config.output`, which is made."""
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A checkpoint with the graph that all phases share, and what the passes did so far."""
+
+    checkpoint: Checkpoint
+    common: ir.Model
+    report: list[dict[str, Any]]
+
+
+def lowered(checkpoint: Path, config: ExportConfig) -> Lowered:
+    """Trace a checkpoint and run the passes that all graphs share."""
     opened = open_source(checkpoint, config)
-    common, report = lower(trace_source(opened, config), opened, config)
-    models = lower_static(common, opened, config, None, report, limit)
-    check_logits(models, opened)
+    return Lowered(opened, *lower(trace_source(opened, config), opened, config))
+
+
+def write_static(checkpoint: Path | Lowered, config: ExportConfig, limit: int = INLINE_LIMIT) -> Manifest:
+    """Write a float checkpoint as static graphs into the folder `config.output`, which is made."""
+    known = lowered(checkpoint, config) if isinstance(checkpoint, Path) else checkpoint
+    report = list(known.report)
+    models = lower_static(known.common, known.checkpoint, config, None, report, limit)
+    check_logits(models, known.checkpoint)
     config.output.mkdir(parents=True)
-    return write_bundle(config.output, opened, config, models, None, report, Stages(False).bytes)
+    return write_bundle(config.output, known.checkpoint, config, models, None, report, Stages(False).bytes)
+
+
+def in_float32() -> dict[str, Target]:
+    """The targets, cann without the pass that rounds: the form of its graphs can be held to float32's precision."""
+
+    def steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
+        return tuple(step for step in cann_steps(lengths, quantised) if step.name != "compute_float16")
+
+    return {**TARGETS, "cann": dataclasses.replace(TARGETS["cann"], static=steps)}
 
 
 def graphs_of(manifest: Manifest) -> dict[str, StaticGraph]:

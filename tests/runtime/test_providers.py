@@ -1,0 +1,152 @@
+"""Providers: what a user may choose, which bundles run where, and the flags that say it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+from support.tiny_bundle import read_manifest, write_manifest
+from support.tiny_cuda_bundle import TOP, write_cuda_bundle
+from support.tiny_static_bundle import write_static_bundle
+
+from satchel.runtime import cli
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.commands import provider_flags
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, PromptError, ProviderError
+from satchel.runtime.manifest import Manifest
+from satchel.runtime.placement import RECORD, strayed_nodes
+from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice
+
+BOTH = "both of them, or neither"
+RUNNING = ("run", "chat", "eval", "verify", "bench", "profile")
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    provider_flags.add_flags(parser)
+    return parser.parse_args(flags)
+
+
+def test_flags_make_a_choice() -> None:
+    flags = ("--provider", "cuda", "--provider-option", "device_id=1", "--provider-option", "use_tf32=1", "--strict")
+    assert provider_flags.choice_of(parsed(*flags)) == ProviderChoice(
+        "cuda", {"device_id": "1", "use_tf32": "1"}, strict=True
+    )
+    assert provider_flags.choice_of(parsed()) == CPU
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--provider", "tpu"], "--provider tpu: unknown: choose one of cpu, cuda, cann"),
+        (["--provider-option", "x=1"], "--provider-option x=1: cpu has no such option: this provider has none"),
+        (
+            ["--provider", "cann", "--provider-option", "dynamic_dims=1"],
+            "--provider-option dynamic_dims=1: cann has no such option: choose one of arena_extend_strategy, ",
+        ),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_is(flags: list[str], message: str) -> None:
+    with pytest.raises(ProviderError) as caught:
+        provider_flags.choice_of(parsed(*flags))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("given", ["device_id", "=1", ""])
+def test_an_option_without_key_or_value_is_refused(given: str) -> None:
+    with pytest.raises(PromptError, match="must be KEY=VALUE, such as device_id=1"):
+        provider_flags.choice_of(parsed("--provider", "cuda", "--provider-option", given))
+
+
+def test_an_option_with_two_values_is_refused() -> None:
+    flags = ["--provider", "cuda", "--provider-option", "device_id=1", "--provider-option", "device_id=2"]
+    with pytest.raises(PromptError, match="device_id: has the values 1 and 2: give one of them"):
+        provider_flags.choice_of(parsed(*flags))
+
+
+def test_a_device_must_be_a_number() -> None:
+    with pytest.raises(ProviderError, match="device_id=first: must be a whole number"):
+        _ = ProviderChoice("cuda", {"device_id": "first"}).device
+
+
+@pytest.mark.parametrize(
+    ("provider", "write", "target"),
+    [("cann", write_cuda_bundle, "cuda"), ("cuda", write_static_bundle, "cann")],
+)
+def test_a_bundle_for_another_target_says_what_to_export(
+    tmp_path: Path, provider: str, write: Callable[[Path], Path], target: str
+) -> None:
+    expected = f"--provider {provider}: this bundle was exported for {target}: export it again with --target {provider}"
+    with pytest.raises(ProviderError, match=expected):
+        Engine.open(open_bundle(write(tmp_path / "bundle")), provider)
+
+
+@pytest.mark.parametrize(("provider", "package"), [("cuda", "onnxruntime-gpu"), ("cann", "onnxruntime-cann")])
+def test_a_provider_that_is_not_installed_is_never_replaced(tmp_path: Path, provider: str, package: str) -> None:
+    write = write_cuda_bundle if provider == "cuda" else write_static_bundle
+    with pytest.raises(ProviderError, match=f"has no {PROVIDERS[provider].ort_name}, only .*CPU.* install {package} "):
+        Engine.open(open_bundle(write(tmp_path / "bundle")), provider)
+
+
+@pytest.mark.parametrize("command", RUNNING)
+def test_every_command_that_runs_a_bundle_has_the_flags(
+    tiny: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("the cat")
+    more = {"run": ["x"], "eval": ["--text", str(tmp_path / "text")]}.get(command, [])
+    code = cli.main([command, str(tiny), *more, "--provider", "cuda", "--provider-option", "moon=1", "--strict"])
+    assert "--provider-option moon=1: cuda has no such option: choose one of " in capsys.readouterr().err
+    assert code == 2
+
+
+def test_the_real_cpu_provider_has_every_node(tiny: Path) -> None:
+    options = ort.SessionOptions()
+    options.add_session_config_entry(RECORD, "1")
+    session = ort.InferenceSession(tiny / "decode.onnx", options, providers=["CPUExecutionProvider"])
+    assert strayed_nodes(session, CPU) == []
+    strayed = strayed_nodes(session, ProviderChoice("cuda"))
+    assert strayed is not None
+    assert any(node.startswith("GroupQueryAttention ") and node.endswith("(CPUExecutionProvider)") for node in strayed)
+    assert not any(node.startswith(("Shape ", "Squeeze ")) for node in strayed)
+
+
+def test_a_manifest_may_have_the_best_tokens(tmp_path: Path) -> None:
+    manifest = Manifest.read(write_cuda_bundle(tmp_path / "bundle") / "manifest.json")
+    assert (manifest.graph("decode").top_tokens, manifest.graph("score").top_tokens) == (TOP, 0)
+    assert manifest.has_fixed_mask
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda graphs: graphs["decode"]["outputs"].pop(), BOTH),
+        (
+            lambda graphs: [graphs[phase]["outputs"].pop() for phase in ("prefill", "decode")],
+            "both of them, or neither",
+        ),
+        (lambda graphs: graphs["decode"]["outputs"][-1].update(dtype="int32"), "int64"),
+        (lambda graphs: graphs["decode"]["outputs"][-2].update(dtype="float16"), "float32"),
+        (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 1, 3]), "of one shape"),
+        (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 1, "k"]), "a number of tokens"),
+        (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 12]), "a number of tokens"),
+        (lambda graphs: [graphs["decode"]["outputs"].pop() for _ in range(2)], "as many best tokens as prefill"),
+        (
+            lambda graphs: graphs["score"]["outputs"].extend(graphs["decode"]["outputs"][-2:]),
+            "both of them, or neither",
+        ),
+    ],
+)
+def test_best_tokens_that_make_no_sense_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, dict]], object], message: str
+) -> None:
+    folder = write_cuda_bundle(tmp_path / "bundle")
+    document = read_manifest(folder)
+    change(document["graphs"])
+    write_manifest(folder, document)
+    with pytest.raises(BundleError, match=message):
+        Manifest.read(folder / "manifest.json")

@@ -1,0 +1,304 @@
+"""Static graphs over swapped caches: they give what dynamic ones of the same weights give, and see one shape each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
+from support.tiny_static_bundle import LENGTHS, write_static_bundle
+
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.devices import HostMemory
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.generation.generator import Generator, Request
+from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.kv_cache import KVCache
+from satchel.runtime.manifest import Manifest
+from satchel.runtime.rows import Rows
+from satchel.runtime.stepping.spans import covering, padded_spans
+from satchel.runtime.stepping.static_inputs import HIDDEN, fill_mask
+from satchel.runtime.swapped_cache import SwappedCache
+
+IDS = np.random.default_rng(5).integers(3, VOCABULARY, 45)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    return Generator.open(write_bundle(tmp_path_factory.mktemp("dynamic") / "bundle"), threads=1)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["whole", "in two parts"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_static_bundle(tmp_path_factory.mktemp("static") / "bundle", parts=request.param)
+
+
+@pytest.fixture
+def static(folder: Path) -> Generator:
+    return Generator.open(folder, threads=1)
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 4, 7, 16, 100])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 17, 21, 45])
+def test_a_prompt_in_chunks_gives_the_logits_of_dynamic_graphs(
+    dynamic: Generator, static: Generator, count: int, chunk: int | None
+) -> None:
+    ids = IDS[:count]
+    expected = dynamic.engine.prefill(dynamic.engine.new_state(count), ids)
+    state = static.engine.new_state(count)
+    assert_same(static.engine.prefill(state, ids, chunk), expected)
+    assert state.cache.length == count
+
+
+def test_every_step_of_decode_gives_the_logits_of_dynamic_graphs(dynamic: Generator, static: Generator) -> None:
+    states = [each.engine.new_state(MAX_CONTEXT) for each in (dynamic, static)]
+    for token in IDS:
+        assert_same(static.engine.decode(states[1], int(token)), dynamic.engine.decode(states[0], int(token)))
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 45])
+def test_score_gives_the_logits_of_dynamic_graphs(dynamic: Generator, static: Generator, count: int) -> None:
+    assert_same(static.engine.score(IDS[:count]), dynamic.engine.score(IDS[:count]))
+
+
+@pytest.mark.parametrize("count", [1, 12, 40])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.3, "seed": 8}, {"temperature": 1.0, "top_k": 9, "seed": 1}, {"repetition_penalty": 1.4}],
+)
+def test_texts_are_those_of_dynamic_graphs(
+    dynamic: Generator, static: Generator, count: int, options: dict[str, Any]
+) -> None:
+    expected = dynamic.generate(IDS[:count], 20, **options)
+    found = static.generate(IDS[:count], 20, **options)
+    assert (found.token_ids, found.text) == (expected.token_ids, expected.text)
+
+
+def test_a_context_can_be_filled_to_its_last_position(dynamic: Generator, static: Generator) -> None:
+    ids = np.resize(IDS, MAX_CONTEXT)
+    assert static.generate(ids, 5).token_ids == dynamic.generate(ids, 5).token_ids
+    assert static.generate(ids[:-3], 9).token_ids == dynamic.generate(ids[:-3], 9).token_ids
+    with pytest.raises(PromptError, match="context"):
+        static.generate(np.resize(IDS, MAX_CONTEXT + 1), 5)
+
+
+def test_a_full_cache_says_so_and_keeps_what_it_holds(static: Generator) -> None:
+    state = static.engine.new_state(5)
+    static.engine.prefill(state, IDS[:5])
+    before = {name: values[:, :, :5].copy() for name, values in state.cache.past.items()}
+    with pytest.raises(PromptError, match=r"context is full: 5 \+ 1 .* 5 positions"):
+        static.engine.decode(state, 3)
+    assert state.cache.length == 5
+    for name, values in state.cache.past.items():
+        assert_array_equal(values[:, :, :5], before[name])
+
+
+def test_a_smaller_context_limits_positions_and_not_buffers(folder: Path, dynamic: Generator) -> None:
+    small = Generator.open(folder, threads=1, max_context=20)
+    assert small.generate(IDS[:15], 30).token_ids == dynamic.generate(IDS[:15], 6).token_ids
+    assert small.engine.new_state(7).cache.past["past_key_values.0.key"].shape[2] == MAX_CONTEXT
+
+
+def test_a_prefix_that_is_known_is_not_fed_again(dynamic: Generator, static: Generator) -> None:
+    first = static.generate(IDS[:30], 6)
+    longer = [*IDS[:30].tolist(), *first.token_ids, 9, 8, 7]
+    found = static.generate(longer, 6)
+    assert found.reused_tokens >= 30
+    assert found.token_ids == dynamic.generate(longer, 6).token_ids
+
+
+def test_batches_samples_and_beams_are_those_of_dynamic_graphs(dynamic: Generator, static: Generator) -> None:
+    prompts = [IDS[:count] for count in (3, 20, 8, 31)]
+    for options in ({}, {"temperature": 1.2, "seed": 4}):
+        batches = [each.generate_batch(prompts, rows=3, max_new_tokens=7, **options) for each in (dynamic, static)]
+        assert [each.token_ids for each in batches[1]] == [each.token_ids for each in batches[0]]
+    sampled = [each.samples(IDS[:9], 3, max_new_tokens=6, temperature=1.5, seed=2) for each in (dynamic, static)]
+    assert [each.token_ids for each in sampled[1]] == [each.token_ids for each in sampled[0]]
+    beams = [each.beam_search(IDS[:9], 3, max_new_tokens=6) for each in (dynamic, static)]
+    assert [each.token_ids for each in beams[1]] == [each.token_ids for each in beams[0]]
+    assert_allclose([each.score for each in beams[1]], [each.score for each in beams[0]], rtol=1e-4)
+
+
+def test_rows_cannot_be_asked_to_run_together(static: Generator) -> None:
+    with pytest.raises(PromptError, match="takes a fixed number of rows"):
+        Rows(static.engine, 2, 9, together=True)
+
+
+def test_a_state_that_was_saved_is_loaded_again(folder: Path, static: Generator, tmp_path: Path) -> None:
+    expected = static.generate(IDS[:21], 8)
+    static.save_state(tmp_path / "state", IDS[:21])
+    other = Generator.open(folder, threads=1)
+    other.load_state(tmp_path / "state")
+    found = other.generate(IDS[:21], 8)
+    assert (found.token_ids, found.reused_tokens) == (expected.token_ids, 19)
+
+
+def test_the_log_probabilities_of_a_prompt_are_those_of_dynamic_graphs(dynamic: Generator, static: Generator) -> None:
+    expected, found = ([entry.logprob for entry in each.prompt_logprobs(IDS)[1:]] for each in (dynamic, static))
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Recorded:
+    """A session that notes the shapes of its inputs at each run, as they were bound last."""
+
+    def __init__(self, session: ort.InferenceSession, seen: dict[int, set[tuple[object, ...]]]) -> None:
+        self._session, self._seen = session, seen
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._session, name)
+
+    def io_binding(self) -> RecordedBinding:
+        return RecordedBinding(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: RecordedBinding, options: ort.RunOptions | None = None) -> None:
+        self._seen[id(self)].add(tuple(sorted(binding.shapes.items())))
+        self._session.run_with_iobinding(binding.real, options)
+
+
+class RecordedBinding:
+    def __init__(self, real: ort.IOBinding) -> None:
+        self.real = real
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.real, name)
+
+    def bind_input(self, name: str, device: str, number: int, dtype: type, shape: tuple[int, ...], at: int) -> None:
+        self.shapes[name] = tuple(shape)
+        self.real.bind_input(name, device, number, dtype, shape, at)
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, set[tuple[object, ...]]]]:
+    seen: dict[int, set[tuple[object, ...]]] = defaultdict(set)
+    opened = ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda *all, **more: Recorded(opened(*all, **more), seen))
+    yield seen
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_graph_ever_sees_a_second_shape(
+    tmp_path: Path, shapes: dict[int, set[tuple[object, ...]]], parts: int
+) -> None:
+    static = Generator.open(write_static_bundle(tmp_path / "bundle", parts=parts), threads=1)
+    ids = IDS[:5].tolist()
+    for turn, options in enumerate(({}, {"temperature": 1.0, "seed": 1}, {"stop": "e"}, {"max_new_tokens": 3})):
+        result = static.generate([*ids], **{"max_new_tokens": 6} | options)
+        assert (result.reused_tokens > 0) == (turn > 0)
+        ids += [*result.token_ids, 11, 12, 13 + turn]
+    static.generate(IDS[:45], 10)
+    static.generate_batch([IDS[:3], IDS[2:20]], rows=2, max_new_tokens=4)
+    static.beam_search(IDS[:4], 2, max_new_tokens=4)
+    static.prompt_logprobs(IDS[:23])
+    assert len(shapes) == (len(LENGTHS) + 2) * parts
+    assert [len(found) for found in shapes.values()] == [1] * len(shapes)
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "spans"),
+    [
+        (1, None, [1]),
+        (16, None, [16]),
+        (20, None, [16, 4]),
+        (37, None, [16, 16, 5]),
+        (9, 7, [4, 4, 1]),
+        (5, 2, [2, 2, 1]),
+    ],
+)
+def test_spans_are_as_few_as_the_lengths_allow(total: int, size: int | None, spans: list[int]) -> None:
+    assert [span.stop - span.start for span in padded_spans(total, size, LENGTHS)] == spans
+
+
+def test_the_shortest_graph_that_covers_is_taken() -> None:
+    assert [covering(count, (4, 16)) for count in (1, 4, 5, 16)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("window", [0, 1, 3, 100])
+def test_a_mask_shows_each_token_what_it_sees_and_padding_the_first_position(dtype: str, window: int) -> None:
+    mask = np.full((1, 1, 6, 20), 7, dtype)
+    fill_mask(mask, 4, 9, window)
+    for row in range(6):
+        position = 9 + row
+        first = max(0, position - window + 1) if window else 0
+        seen = set(range(first, position + 1)) if row < 4 else {0}
+        assert set(np.flatnonzero(mask[0, 0, row] == 0)) == seen
+        assert set(np.unique(mask[0, 0, row])) == {0, HIDDEN}
+    assert np.isfinite(mask).all()
+
+
+def test_a_swapped_cache_takes_from_any_other_and_gives_to_any_other(folder: Path) -> None:
+    spec = Manifest.read(folder / "manifest.json").kv_cache
+    rng = np.random.default_rng(0)
+    plain = KVCache(spec, 9, 64)
+    for values in plain.past.values():
+        values[...] = rng.normal(size=values.shape)
+    plain.advance(9)
+    swapped = SwappedCache(spec, HostMemory(), 64, 20, 64)
+    swapped.copy_from(plain, 7)
+    swapped.swap(1)
+    assert (swapped.length, swapped.side) == (8, 1)
+    swapped.copy_from(plain, 9, 0)
+    back = KVCache(spec, 9, 64)
+    back.copy_from(swapped, 9)
+    for name, values in back.past.items():
+        assert_array_equal(values, plain.past[name])
+    with pytest.raises(PromptError, match="context is full"):
+        swapped.copy_from(KVCache(spec, 30, 64), 21)
+    assert swapped.nbytes == 2 * sum(values.nbytes for values in KVCache(spec, 64, 64).past.values())
+
+
+def test_each_step_writes_the_set_that_the_last_one_read(static: Generator) -> None:
+    state = static.engine.new_state(9)
+    cache = state.cache
+    assert isinstance(cache, SwappedCache)
+    sides = [cache.side]
+    for token in (5, 6, 7):
+        before = {name: buffer.read() for name, buffer in cache.inputs().items()}
+        kept = {name: values.copy() for name, values in before.items()}
+        static.engine.decode(state, token)
+        sides.append(cache.side)
+        for name, values in before.items():
+            assert_array_equal(values, kept[name])
+            assert not np.shares_memory(values, cache.past[name])
+    assert sides == [0, 1, 0, 1]
+
+
+def test_a_released_cache_serves_the_next_sequence(dynamic: Generator, static: Generator) -> None:
+    engine = static.engine
+    old = engine.new_state(30)
+    engine.prefill(old, IDS[:30])
+    engine.release(old.cache)
+    state = engine.new_state(9)
+    assert state.cache is old.cache
+    assert_same(engine.prefill(state, IDS[3:12]), dynamic.engine.prefill(dynamic.engine.new_state(9), IDS[3:12]))
+
+
+def test_requests_of_different_ends_run_beside_each_other(dynamic: Generator, static: Generator) -> None:
+    requests = [Request(IDS[:count], GenerationOptions(max_new_tokens=new)) for count, new in ((3, 9), (7, 2), (2, 5))]
+    found = [dict(each.run_requests(requests, rows=2)) for each in (dynamic, static)]
+    assert {key: value.token_ids for key, value in found[1].items()} == {
+        key: value.token_ids for key, value in found[0].items()
+    }
+
+
+def test_a_graph_of_another_shape_than_the_manifest_says_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = write_static_bundle(tmp_path / "bundle")
+    document = read_manifest(copy)
+    mask = next(each for each in document["static"]["decode"]["parts"][0]["inputs"] if each["name"] == "mask")
+    mask["shape"][-1] = 32
+    write_manifest(copy, document)
+    with pytest.raises(BundleError, match=r"mask is \[1, 1, 1, 64\] where the manifest says \[1, 1, 1, 32\]"):
+        Engine.open(open_bundle(copy), threads=1)

@@ -1,0 +1,160 @@
+"""The commands over a bundle of static graphs: they work as over any other, or say why they cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from support.chat_bundle import END, TEMPLATE, chat_tokenizer
+from support.tiny_bundle import (
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    VOCABULARY,
+    read_manifest,
+    write_bundle,
+    write_manifest,
+)
+from support.tiny_static_bundle import write_static_bundle
+
+from satchel.runtime import cli, strict_json
+from satchel.runtime.bench.decode_traffic import weight_bytes
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError
+from satchel.runtime.proof.certify import make_certificate
+from satchel.runtime.proof.selftest import selftest
+
+CONTEXT = 256
+OPTIONS: dict[str, Any] = {
+    "tokenizer": chat_tokenizer(),
+    "eos_token_ids": (END,),
+    "max_context": CONTEXT,
+    "companions": {"chat_template.jinja": TEMPLATE.encode()},
+}
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "dynamic", **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory, dynamic: Path) -> Path:
+    """Certified by the dynamic graphs of the same weights."""
+    folder = write_static_bundle(tmp_path_factory.mktemp("bundles") / "static", lengths=(8, 32), parts=2, **OPTIONS)
+    engine = Engine.open(open_bundle(dynamic), threads=1)
+    windows = [np.random.default_rng(3).integers(3, VOCABULARY, 24)]
+    certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 12)], skip=4)
+    write_manifest(folder, {**read_manifest(folder), "certificate": strict_json.to_json(certificate)})
+    return folder
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    code = cli.main([*map(str, arguments), "--quiet"])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_run_and_eval_give_what_dynamic_graphs_give(
+    static: Path, dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in ([], ["--beams", "2"], ["--samples", "2", "--temperature", "1.2", "--seed", "3"]):
+        texts = [ran(capsys, "run", each, "the cat", "--max-new-tokens", "9", *flags) for each in (dynamic, static)]
+        assert texts[0] == texts[1]
+    text = tmp_path / "text.txt"
+    text.write_text("the cat and the dog and the cat " * 9)
+    out = ran(capsys, "eval", static, "--text", text, "--reference", dynamic, "--skip", "2", "--json")
+    found = json.loads(out)
+    assert found["prefill"]["kl_mean"] < 1e-9
+    assert found["decode"]["kl_mean"] < 1e-9
+
+
+def test_verify_holds(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran(capsys, "verify", static).endswith("holds\n")
+
+
+def test_chat_answers_as_dynamic_graphs_do(
+    static: Path, dynamic: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for folder in (static, dynamic):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\nthe cat\n")))
+        out = ran(capsys, "chat", folder, "--max-new-tokens", "7", "--json")
+        found.append([json.loads(line) for line in out.splitlines()])
+    assert [each["token_ids"] for each in found[0]] == [each["token_ids"] for each in found[1]]
+    assert [each["reused_tokens"] for each in found[0]] == [each["reused_tokens"] for each in found[1]]
+    assert found[0][1]["reused_tokens"] > 0
+
+
+def test_bench_and_profile_measure_all_parts(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = ["--prompt-tokens", "41", "--new-tokens", "3"]
+    speeds = json.loads(ran(capsys, "bench", static, *work, "--json"))
+    assert min(speeds["prefill"], speeds["decode"]) > 0
+    profile = json.loads(ran(capsys, "profile", static, *work, "--json"))
+    assert (profile["prefill"]["runs"], profile["decode"]["runs"]) == (2 * 2, 2)  # 32 + 9 tokens, in two parts
+    operators = {row["operator"]: row["count"] for row in profile["decode"]["operators"]}
+    assert operators["Softmax"] == LAYERS
+
+
+def test_a_trace_of_several_sessions_lies_end_to_end(
+    static: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = ["--prompt-tokens", "9", "--new-tokens", "2"]
+    ran(capsys, "profile", static, *work, "--trace", tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())
+    for number in (1, 2):
+        runs = [each for each in events if each["pid"] == number and each.get("cat") == "run"]
+        assert len(runs) > 2
+        for before, after in itertools.pairwise(runs):
+            assert after["ts"] == before["ts"] + before["dur"]
+
+
+def test_inspect_names_every_graph_and_both_caches(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(ran(capsys, "inspect", static, "--json"))
+    names = [
+        f"{name}, part {part}" for name in ("prefill of 8", "prefill of 32", "decode", "score of 8") for part in (1, 2)
+    ]
+    assert list(found["graphs"]) == names
+    numbers = LAYERS * KV_HEADS * 2 * HEAD_DIM
+    assert found["kv_cache"]["bytes_per_token"] == 2 * 4 * numbers
+    assert "prefill of 32, part 2" in ran(capsys, "inspect", static)
+
+
+def test_specialize_refuses(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["specialize", str(static)]) == 2
+    assert "its graphs are static, for cann: there is nothing to specialise" in capsys.readouterr().err
+
+
+def test_the_bytes_of_a_step_are_those_of_all_parts(static: Path, dynamic: Path, tmp_path: Path) -> None:
+    wanted, shapes = weight_bytes(open_bundle(dynamic)), 2048  # constants of a few numbers count, too
+    assert wanted <= weight_bytes(open_bundle(static)) < wanted + shapes
+    inside = write_static_bundle(tmp_path / "inside", **OPTIONS)
+    content = onnx.load(inside / "decode-1-0.onnx").SerializeToString()  # with its weights
+    (inside / "decode-1-0.onnx").write_bytes(content)
+    document = read_manifest(inside)
+    document["files"]["decode-1-0.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(inside, document)
+    assert wanted <= weight_bytes(open_bundle(inside)) < wanted + shapes
+
+
+def test_the_selftest_passes_and_finds_a_wrong_graph(static: Path, tmp_path: Path) -> None:
+    selftest(static)
+    for name, phase in (("score-8-0.onnx", "score"), ("prefill-32-0.onnx", "score"), ("decode-1-0.onnx", "decode")):
+        wrong = write_static_bundle(tmp_path / name, lengths=(8, 32), max_context=CONTEXT)
+        model = onnx.load(wrong / name, load_external_data=False)
+        scale = next(each for each in model.graph.initializer if each.name == "scale")
+        scale.CopyFrom(numpy_helper.from_array(np.float32(0.4), "scale"))
+        (wrong / name).write_bytes(model.SerializeToString())
+        with pytest.raises(BundleError, match=f"the {phase} graph differs from the prefill graph"):
+            selftest(wrong)
