@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,22 +48,29 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that the bundle's tokenizer adds: those of the original tokenizer.
 
-        Raises PromptError for text that is not Unicode (lone surrogates, as from undecodable command line bytes).
+        Raises PromptError for text that is not Unicode (lone surrogates, as from undecodable command line bytes), and
+        BundleError where the library fails over what the tokenizer's file says.
         """
         _check_unicode(text)
-        return self._encode(text)
+        with _library_errors():
+            return self._encode(text)
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a text that a chat template rendered: nothing is added to it.
 
-        A special token that the text spells out, such as "<s>", becomes its id. Raises PromptError as `encode`.
+        A special token that the text spells out, such as "<s>", becomes its id. Raises as `encode`.
         """
         _check_unicode(text)
-        return self._encode_rendered(text)
+        with _library_errors():
+            return self._encode_rendered(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
-        return self._decode([token for token in ids if not self.is_hidden(token)])
+        """The text of ids. Special tokens are left out, and bytes that are not UTF-8 become U+FFFD.
+
+        Raises BundleError as `encode`.
+        """
+        with _library_errors():
+            return self._decode([token for token in ids if not self.is_hidden(token)])
 
     def text_of(self, token: int) -> str:
         """The text that one token adds inside a longer text, with its leading space; empty for a special token.
@@ -72,9 +80,10 @@ class Tokenizer(ABC):
         if self.is_hidden(token):
             return ""
         # Alone, a token would lose its leading space.
-        before = self._decode(self._some_text)
-        text = self._decode([*self._some_text, token])
-        return text[len(before) :] if text.startswith(before) else self._decode([token])
+        with _library_errors():
+            before = self._decode(self._some_text)
+            text = self._decode([*self._some_text, token])
+            return text[len(before) :] if text.startswith(before) else self._decode([token])
 
     def special_token(self, text: str) -> int | None:
         """The id of the special token that is written as `text`; None where there is none."""
@@ -207,6 +216,18 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Make an error that a tokenizer library raises over text or ids, since its file is no good, one of ours."""
+    try:
+        yield
+    except BaseException as error:
+        if not _from_tokenizers(error) and type(error) not in (RuntimeError, UnicodeDecodeError):  # sentencepiece
+            raise
+        reason = " ".join(str(error).split())
+        raise BundleError(f"the bundle's tokenizer fails ({reason}): export the bundle again") from None
 
 
 def _from_tokenizers(error: BaseException) -> bool:

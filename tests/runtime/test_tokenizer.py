@@ -228,3 +228,16 @@ def test_a_file_that_is_no_tokenizer_json_is_refused(tmp_path: Path, content: by
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json: tokenizers .* cannot read it"):
         JsonTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_library_that_panics_over_a_text_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content = byte_level_json()
+    changed = content.replace(b'"special_tokens":{"<s>":', b'"special_tokens":{"<x>":')
+    assert changed != content
+    (tmp_path / "tokenizer.json").write_bytes(changed)
+    try:
+        tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    except BundleError:
+        return  # a later library may notice when it reads the file
+    with pytest.raises(BundleError, match=r"^the bundle's tokenizer fails \(.*\): export the bundle again$"):
+        tokenizer.encode("the cat")
