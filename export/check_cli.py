@@ -36,11 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check, and print a report or one JSON object. Returns 1 where the bundle is not ready."""
-    from satchel.runtime.bundle import survey_bundle
+    from satchel.runtime.bundle import open_bundle, survey_bundle
     from satchel.runtime.progress import waiting
     from satchel.runtime.whole_file import check_target, write_whole
 
-    bundle = survey_bundle(args.bundle)
+    if args.require_signature is None:
+        bundle = survey_bundle(args.bundle)
+    else:
+        bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
     if args.html is not None:
         check_target(args.html, HTML_OPTION)
     with waiting("checking the graphs", shown=not args.quiet):

@@ -13,13 +13,14 @@ def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] |
     """The configuration, or None where that runner cannot express the model.
 
     It knows one size of heads for all caches, keys and values alike, and hands a graph the same buffers as past and
-    present. Where both phases share a session it gets one graph for both, as satchel's own runner does. Otherwise it
-    gets both as a pipeline, in which prompts run the first stage and further tokens the second.
+    present. Only graphs for the CPU are promised to run there. Where both phases share a session it gets one graph for
+    both, as satchel's own runner does. Otherwise it gets both as a pipeline, in which prompts run the first stage and
+    further tokens the second.
     """
     cache, facts = manifest.kv_cache, manifest.model
     sizes = {(layer.kv_heads, size) for layer in cache.layers for size in (layer.key_dim, layer.value_dim)}
     graphs = manifest.graphs
-    if len(sizes) != 1 or cache.mode != "shared" or graphs is None:
+    if len(sizes) != 1 or cache.mode != "shared" or graphs is None or manifest.target != "cpu":
         return None
     ((kv_heads, head_dim),) = sizes
     decoder = {

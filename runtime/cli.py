@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
 from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.plain_text import printable
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SatchelError as error:
-        print(f"satchel: error: {error}", file=sys.stderr)
+        print(f"satchel: error: {printable(str(error))}", file=sys.stderr)  # names out of a bundle may be in it
         return error.exit_code
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
@@ -171,7 +172,8 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     satchels = issubclass(category, SatchelWarning)
-    text = f"satchel: {message}\n" if satchels else warnings.formatwarning(message, category, filename, lineno, line)
+    ours = f"satchel: {printable(str(message))}\n"
+    text = ours if satchels else warnings.formatwarning(message, category, filename, lineno, line)
     print(text, file=file or sys.stderr, end="")
 
 

@@ -47,9 +47,10 @@ ALLOWED_CONFIG = (
     "mlas.enable_gemm_fastmath_arm64_bfloat16",
 )
 
-# ONNX Runtime's exceptions have no base class of their own.
+# ONNX Runtime's exceptions have no base class of their own; one that names what is no UTF-8 becomes another error.
 ORT_ERRORS = (
     RuntimeError,
+    UnicodeDecodeError,
     ort_errors.EPFail,
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -324,14 +325,19 @@ def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
 
 
 def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
-    for side, declared, found in (
-        ("inputs", graph.inputs, session.get_inputs()),
-        ("outputs", graph.outputs, session.get_outputs()),
-    ):
-        differing = sorted(_declared_types(declared) ^ {(tensor.name, tensor.type) for tensor in found})
+    path = bundle.folder / graph.file
+    try:
+        sides = (
+            ("inputs", graph.inputs, {(tensor.name, tensor.type) for tensor in session.get_inputs()}),
+            ("outputs", graph.outputs, {(tensor.name, tensor.type) for tensor in session.get_outputs()}),
+        )
+    except UnicodeDecodeError:
+        raise BundleError(f"{path}: a name in it is no UTF-8: export the bundle again") from None
+    for side, declared, found in sides:
+        differing = sorted(_declared_types(declared) ^ found)
         if differing:
             raise BundleError(
-                f"{bundle.folder / graph.file}: its {side} are not those of the manifest "
+                f"{path}: its {side} are not those of the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
 

@@ -150,7 +150,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             model = path.read_bytes() if content is None else content
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)  # the constructor takes no bytes for no model
         except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last where a piece in a message is no text
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
@@ -211,7 +212,7 @@ def _check_unicode(text: str) -> None:
 def _from_tokenizers(error: BaseException) -> bool:
     """Whether the tokenizers library raised this over a file: it has no errors of its own.
 
-    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, where it did not foresee something.
+    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, for what it did not foresee.
     """
     return type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
+
 from satchel.export.checking.bundle_graphs import BundleGraph, bundle_graphs
-from satchel.export.checking.handed_over import NotOptimised, handed_over, read_graph
+from satchel.export.checking.handed_over import NotOptimised, handed_over, no_graph, read_graph
 from satchel.export.checking.tables import Provider
 from satchel.export.checking.value_types import typed_model
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Finding, GraphView, Rule
@@ -98,12 +100,15 @@ def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
 
 def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> GraphResult:
     proto, note = read_graph(graph.path), ""
+    known = list(proto.graph.value_info)
     try:
-        optimised = handed_over(graph, bundle.folder / MANIFEST_NAME)
+        file_view = GraphView(typed_model(proto), graph.phase, provider.kernels)
+    except ir.serde.SerdeError:
+        raise no_graph(graph.path) from None
+    try:
+        optimised = handed_over(graph, bundle.folder / MANIFEST_NAME, None if provider.name == "cpu" else file_view)
     except NotOptimised as error:
         note = str(error)
-    known = list(proto.graph.value_info)
-    file_view = GraphView(typed_model(proto), graph.phase, provider.kernels)
     view = file_view if note else GraphView(typed_model(optimised, known), graph.phase, provider.kernels)
     findings: list[Found] = []
     settled: dict[str, int] = {}

@@ -149,6 +149,8 @@ def _of_dtype(view: GraphView, dtype: ir.DataType) -> Iterator[Finding]:
 
 
 def _attribute_beyond_float16(attribute: ir.Attr) -> bool:
+    if attribute.is_ref():
+        return False
     if attribute.type == ir.AttributeType.TENSOR:
         return _beyond_float16(attribute.as_tensor())
     if attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from satchel.graphs.providers.facts import CannFacts, cann_facts, covers
-from satchel.graphs.providers.findings import WARNING, Finding, GraphView, at, is_constant
+from satchel.graphs.providers.findings import WARNING, Finding, GraphView, at, is_constant, operand
 
 STANDARD = ("", "ai.onnx")
 QUANTISED = (
@@ -58,7 +58,7 @@ def no_quantised(view: GraphView) -> Iterator[Finding]:
     """No quantised operator is left when constants are folded."""
     for node in view.nodes:
         if node.domain in STANDARD and node.op_type in QUANTISED:
-            what = "weights" if is_constant(node.inputs[0]) else "activations"
+            what = "weights" if is_constant(operand(node, 0)) else "activations"
             yield at(node, f"it works on {what}, and the parser knows it at no opset")
 
 
@@ -110,7 +110,7 @@ def below_two_gigabytes(view: GraphView) -> Iterator[Finding]:
     size = sum(v.const_value.nbytes for v in view.model.graph.initializers.values() if v.const_value is not None)
     for node in view.nodes:
         for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR:
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                 size += attribute.as_tensor().nbytes
     if size >= LARGEST:
         yield Finding(f"{size:,} bytes of weights, and a graph may have {LARGEST - 1:,}")

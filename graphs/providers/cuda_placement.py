@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from satchel.graphs.providers.findings import GraphView, is_constant, operator
+from satchel.graphs.providers.findings import GraphView, is_constant, number, operator
 from satchel.graphs.providers.kernels import Match, type_name
 
 REDUCTIONS = tuple(
@@ -40,9 +40,9 @@ class Place(enum.Enum):
 
 def excluded(node: ir.Node) -> str | None:
     """Why the provider leaves a node to the CPU although a kernel matches, or None."""
-    if node.op_type in ("ArgMax", "ArgMin") and node.domain == "" and _number(node, "select_last_index"):
+    if node.op_type in ("ArgMax", "ArgMin") and node.domain == "" and number(node, "select_last_index", 0):
         return "select_last_index is not supported"
-    if node.op_type == "Cast" and node.domain == "" and _number(node, "to") == ir.DataType.STRING.value:
+    if node.op_type == "Cast" and node.domain == "" and number(node, "to", 0) == ir.DataType.STRING.value:
         return "no cast to strings"
     return None
 
@@ -126,8 +126,3 @@ def _reads_shape_only(node: ir.Node) -> bool:
 
 def _readers(node: ir.Node) -> list[ir.Node]:
     return [use.node for value in node.outputs for use in value.uses()]
-
-
-def _number(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return 0 if attribute is None else int(attribute.value)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from satchel.graphs.providers.facts import VERSIONS
-from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, of_type, operand
+from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, number, of_type, operand
 
 FLOW = ("If", "Loop", "Scan")
 PRODUCTS = ("MatMul", "Gemm")
@@ -39,7 +39,7 @@ def decode_has_no_control_flow(view: GraphView) -> Iterator[Finding]:
 def activations_in_float(view: GraphView) -> Iterator[Finding]:
     """Activations are not quantised: no product is computed in int8 for it."""
     for node in of_type(view, "QuantizeLinear"):
-        if is_constant(node.inputs[0]):
+        if is_constant(operand(node, 0)):
             continue
         readers = [use.node for use in node.outputs[0].uses()]
         if any(reader.op_type == "DequantizeLinear" for reader in readers):
@@ -50,7 +50,7 @@ def weights_are_fused(view: GraphView) -> Iterator[Finding]:
     """Every weight in few bits has the form that becomes MatMulNBits; others are made float again in each run."""
     old = view.kernels is not None and view.kernels.name.endswith(VERSIONS[0])
     for node in of_type(view, "DequantizeLinear"):
-        codes = node.inputs[0]
+        codes = operand(node, 0)
         if codes is not None and is_constant(codes) and codes.dtype is not None and codes.dtype.name in FEW_BITS:
             reason = _not_fused(node, old)
             if reason is not None:
@@ -60,7 +60,7 @@ def weights_are_fused(view: GraphView) -> Iterator[Finding]:
 def cache_read_after_write(view: GraphView) -> Iterator[Finding]:
     """What is written in place is read from the result of the write."""
     for node in of_type(view, *SCATTERS):
-        past = node.inputs[0]
+        past = operand(node, 0)
         if past is None or not past.is_graph_input():
             continue
         for use in past.uses():
@@ -104,8 +104,8 @@ def _not_a_form(dequantise: ir.Node, codes: ir.Value, scales: ir.Value, old: boo
     ranks = [None if value.shape is None else len(value.shape) for value in (codes, scales)]
     if ranks[0] != 2:
         return "the weight is no matrix"
-    block = _number(dequantise, "block_size", 0)
-    axis = _number(dequantise, "axis", 1)
+    block = number(dequantise, "block_size", 0)
+    axis = number(dequantise, "axis", 1)
     if block:
         if axis % 2 != 0 or block < 16 or block & (block - 1):
             return f"blocks of {block} on axis {axis}: blocks of 16, 32, 64, ... on axis 0 are fused"
@@ -115,8 +115,3 @@ def _not_a_form(dequantise: ir.Node, codes: ir.Value, scales: ir.Value, old: boo
     if ranks[1] == 1 and axis % 2 != 1 and scales.shape is not None and scales.shape[0] != 1:
         return "a scale for each input"
     return None
-
-
-def _number(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.value)

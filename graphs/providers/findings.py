@@ -125,3 +125,9 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
 def known_rank(value: ir.Value | None) -> int | None:
     """The number of dimensions where it is known."""
     return None if value is None or value.shape is None else len(value.shape)
+
+
+def number(node: ir.Node, name: str, default: int) -> int:
+    """A node's attribute that is a whole number, the default where it has none of the name."""
+    attribute = node.attributes.get(name)
+    return attribute.value if attribute is not None and isinstance(attribute.value, int) else default

@@ -2,7 +2,8 @@
 
 import * as ort from "onnxruntime-web/wasm";
 import { Tokenizer } from "@huggingface/tokenizers";
-import { openBundle, checkTokenizer, TextStream } from "./satchel.js";
+import { openBundle } from "./satchel.js";
+import { openTokenizer, TextStream } from "./tokenizer.js";
 
 const [form, prompt, limit, go, stop, text, status] = ["form", "prompt", "limit", "go", "stop", "text", "status"].map(
   (id) => document.getElementById(id),
@@ -30,14 +31,7 @@ async function read(name) {
   }
 }
 
-async function openTokenizer(manifest) {
-  if (manifest.tokenizer?.kind !== "tokenizer.json") throw new Error("the bundle has no tokenizer.json");
-  const json = async (name) => JSON.parse(new TextDecoder().decode(await read(name)));
-  const config = "tokenizer_config.json" in manifest.files ? await json("tokenizer_config.json") : {};
-  const tokenizer = new Tokenizer(await json(manifest.tokenizer.file), config);
-  checkTokenizer(manifest, (part) => tokenizer.encode(part).ids);
-  return tokenizer;
-}
+const readJson = async (name) => JSON.parse(new TextDecoder().decode(await read(name)));
 
 /** Continue the prompt, and show the text as it comes. */
 async function generate({ bundle, tokenizer }, ids, most) {
@@ -62,7 +56,7 @@ async function generate({ bundle, tokenizer }, ids, most) {
 
 async function start() {
   const bundle = await openBundle(ort, read);
-  const opened = { bundle, tokenizer: await openTokenizer(bundle.manifest) };
+  const opened = { bundle, tokenizer: await openTokenizer(Tokenizer, bundle.manifest, readJson) };
   const { source, precision } = bundle.manifest;
   status.textContent = `${source.name}, ${precision}, ${ort.env.wasm.numThreads} threads: ready`;
   stop.addEventListener("click", () => (stopped = true));

@@ -35,9 +35,8 @@ export function checkManifest(manifest) {
   if (manifest.format !== "satchel-bundle") throw new Error("manifest.json is not that of a satchel bundle");
   if (!VERSIONS.includes(manifest.version))
     throw new Error(`the bundle has version ${manifest.version}; this page reads ${VERSIONS.join(" and ")}`);
-  const { mode, dtype } = manifest.kv_cache;
-  if (mode !== "shared" || !(dtype in ARRAYS))
-    throw new Error(`a KV cache of ${dtype}, ${mode}, is not for this page: export for the target cpu`);
+  if (manifest.target !== "cpu" || !(manifest.kv_cache.dtype in ARRAYS))
+    throw new Error(`the bundle is for ${manifest.target}: export it for the target cpu`);
   return manifest;
 }
 
@@ -117,38 +116,4 @@ export function chunks(total, size = CHUNK) {
     start = end;
   }
   return spans;
-}
-
-/** Throws unless `encode`, from a text to ids, gives what the checkpoint's own tokenizer gave at export. */
-export function checkTokenizer(manifest, encode) {
-  for (const { text, ids } of manifest.tokenizer.corpus)
-    if (JSON.stringify(encode(text)) !== JSON.stringify(ids))
-      throw new Error(`this tokenizer encodes ${JSON.stringify(text)} otherwise than the model's own`);
-}
-
-/** Text of tokens as they come: `push` returns what is new, and holds back a character that is not whole yet. */
-export class TextStream {
-  #ids = [];
-  #shown = 0;
-
-  /** @param decode From token ids to text. */
-  constructor(decode) {
-    this.decode = decode;
-  }
-
-  push(id) {
-    this.#ids.push(id);
-    return this.#beyond(this.decode(this.#ids).replace(/\uFFFD+$/, ""));
-  }
-
-  /** What was held back. */
-  end() {
-    return this.#beyond(this.decode(this.#ids));
-  }
-
-  #beyond(text) {
-    const piece = text.slice(this.#shown);
-    this.#shown = Math.max(this.#shown, text.length);
-    return piece;
-  }
 }

@@ -25,12 +25,13 @@ COUNT = 64
 TOLERANCE = 1e-5  # of the largest logit
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
+    "fp16": {"precision": "fp16"},
     "int8": {"precision": "int8"},
     "int4": {"precision": "int4"},
     "a8w8": {"precision": "a8w8"},
     "int8-cache": {"precision": "int4", "kv_cache": "int8"},
 }
-IN_ONE_SESSION = ("fp32", "int4", "a8w8")
+IN_ONE_SESSION = ("fp32", "fp16", "int4", "a8w8")
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -121,3 +122,8 @@ def test_caches_that_it_cannot_express_get_no_file(
         layers = [dataclasses.replace(layer, **changed) for layer in cache.layers[:count]]
         cache = dataclasses.replace(cache, layers=(*layers, *cache.layers[count:]))
     assert genai_config(opened, dataclasses.replace(manifest, kv_cache=cache)) is None
+
+
+def test_graphs_for_other_devices_get_no_file(opened: Checkpoint, tiny_bundle: Path) -> None:
+    manifest = Manifest.read(tiny_bundle / MANIFEST_NAME)
+    assert genai_config(opened, dataclasses.replace(manifest, target="cuda")) is None

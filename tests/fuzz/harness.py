@@ -31,6 +31,9 @@ GOOD = ("ran", "refused", "died")
 """Endings that are allowed; a death is of ONNX Runtime, whose parser is not ours, and is listed."""
 
 
+DEATHS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a mutant ended: one of `GOOD`, or what went wrong; `said` is the end of its standard error."""
@@ -99,6 +102,7 @@ def run_child(trial: Trial, place: Path) -> tuple[str, str]:
     if child == 0:
         code = ESCAPED
         try:
+            os.setsid()
             code = _in_child(trial, place)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else ESCAPED
@@ -131,7 +135,6 @@ def judge(status: int | None, said: str) -> str:
 
 
 def _in_child(trial: Trial, place: Path) -> int:
-    os.setsid()
     for name, flags in (("stdout", 1), ("stderr", 2)):
         descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, flags)

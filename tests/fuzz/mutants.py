@@ -1,22 +1,22 @@
-"""Bundles that a hostile or careless hand changed, with hashes and digest made right again so that parsers are reached.
+"""Bundles that a hostile or careless hand changed, with hashes and digest made right again: parsers are reached.
 
-A kind of mutant is a function `(random, folder) -> Trial`: it changes the good bundle in `folder`, and says on which path
-which command is to run. `KINDS` has them all, with how often each comes.
+A kind of mutant is a function `(random, folder) -> Trial`: it changes the good bundle in `folder`, and says on which
+path which command is to run. `KINDS` has them all, with how often each comes.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
+from fuzz.edges import LOCATIONS, NUMBERS, TEMPLATE_PARTS, TEXTS
+from fuzz.mutate import Random, mend, mutate_bytes, mutate_json
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.runtime.storage.zip_writer import Entry, zip_parts
@@ -38,112 +38,9 @@ class Trial:
     path: Path
     note: str
     command: tuple[str, ...] = RUN
-    environment: dict[str, str] = field(default_factory=dict)
 
 
-Random = random.Random
 Make = Callable[[Random, Path], Trial]
-
-TEXTS = (
-    "", " ", ".", "..", "../outside/secret", "/etc/passwd", "weights.bin", "manifest.json", "signature.json", "prefill.onnx",
-    "tokenizer.json", "a/b", "C:\\x", "\0", "\x1b[2J", "\ud800", "x" * 5000, "'\"<&>", "int8", "float32", "null", "猫", "%s%n",
-)  # fmt: skip
-NUMBERS = (0, 1, -1, 2, 7, 63, 64, 255, 256, 399, 400, 401, 65535, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 32,
-           (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(1 << 63), 0.5, -0.0, 1e308, 1e-320)  # fmt: skip
-OTHER_VALUES: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": ""}, [0] * 100)
-
-
-def some_value(rng: Random) -> Any:
-    """A value that is at the edge of something."""
-    return copy.deepcopy(rng.choice((rng.choice(TEXTS), rng.choice(NUMBERS), rng.choice(OTHER_VALUES))))
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values inside parsed JSON."""
-    keys: list[Any] = []
-    if isinstance(value, dict):
-        keys = list(value)
-    elif isinstance(value, list):
-        keys = list(range(len(value)))
-    return [inner for key in keys for inner in ((*path, key), *places(value[key], (*path, key)))]
-
-
-def mutate_json(rng: Random, document: Any) -> str:
-    """Change a few places of parsed JSON; returns what was done."""
-    notes = []
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        paths = places(document)
-        if not paths:
-            break
-        # Lists of ids are long: choose the section first, so that short ones get their share.
-        top = rng.choice(sorted({path[0] for path in paths}, key=str))
-        *parents, key = rng.choice([path for path in paths if path[0] == top])
-        parent = document
-        for step in parents:
-            parent = parent[step]
-        what = rng.choice(("set", "set", "set", "delete", "copy", "near", "rename", "repeat"))
-        if what == "delete":
-            del parent[key]
-        elif what == "copy":
-            other: Any = document
-            for step in rng.choice(paths):
-                other = other[step]
-            parent[key] = copy.deepcopy(other)
-        elif what == "near" and isinstance(parent[key], int) and not isinstance(parent[key], bool):
-            parent[key] += rng.choice((-1, 1, 2, -1000, 1000))
-        elif what == "rename" and isinstance(parent, dict):
-            parent[rng.choice(TEXTS)] = parent.pop(key)
-        elif what == "repeat" and isinstance(parent, list):
-            parent.extend(copy.deepcopy(parent) * rng.choice((1, 3)))
-        else:
-            parent[key] = some_value(rng)
-        notes.append(f"{what} {'.'.join(map(str, (*parents, key)))[:60]}")
-    return ", ".join(notes)
-
-
-def mutate_bytes(rng: Random, content: bytes, first: int = 0, last: int | None = None) -> bytes:
-    """Change, insert, remove or repeat bytes between two positions."""
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        last_now = len(changed) if last is None else min(last, len(changed))
-        if last_now <= first:
-            break
-        at = rng.randrange(first, last_now)
-        what = rng.randrange(7)
-        if what == 0:
-            changed[at] ^= 1 << rng.randrange(8)
-        elif what == 1:
-            changed[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, 0x22, 0x7B))
-        elif what == 2:
-            changed[at:at] = rng.randbytes(rng.choice((1, 4, 100)))
-        elif what == 3:
-            del changed[at : at + rng.choice((1, 4, 100))]
-        elif what == 4:
-            changed[at:at] = changed[at : at + rng.choice((1, 16, 300))]
-        elif what == 5:
-            changed[at : at + 4] = rng.choice((0, 1, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)).to_bytes(4, "little")
-        else:
-            del changed[at:]
-    return bytes(changed)
-
-
-def mend(folder: Path, document: Any = None) -> None:
-    """Make sizes, hashes and digest of a bundle right for what lies in it, as far as its manifest lets that happen."""
-    document = read_manifest(folder) if document is None else document
-    files = document.get("files") if isinstance(document, dict) else None
-    for name, record in files.items() if isinstance(files, dict) else ():
-        path = folder / str(name).replace("\0", "").encode("utf-8", "replace").decode()
-        try:
-            inside = path.resolve().is_relative_to(folder.resolve()) and path.is_file()
-        except OSError:
-            continue
-        if inside and isinstance(record, dict) and {"bytes", "sha256"} <= record.keys():
-            content = path.read_bytes()
-            record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    try:
-        write_manifest(folder, document)
-    except (ValueError, RecursionError):  # no text, or no number: it has no digest
-        (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 def some_command(rng: Random) -> tuple[str, ...]:
@@ -243,16 +140,6 @@ def sentencepiece(rng: Random, folder: Path) -> Trial:
     return Trial(folder, "bytes")
 
 
-TEMPLATE_PARTS = (
-    "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% if true %}", "{% endif %}",
-    "{{ range(1000000000) | list }}", "{{ 'a' * 1000000000 }}", "{{ messages[0].content }}", "{% include 'x' %}", "{{ 1/0 }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ raise_exception('no') }}", "{% set x = namespace() %}", "{{", "%}",
-    "{{ cycler.__init__.__globals__.os.system('touch /tmp/x') }}", "{% generation %}", "{% raw %}", "{{ 9 ** 9 ** 9 }}",
-    "{{ self._TemplateReference__context }}", "{{ lipsum.__globals__ }}", "\0", "\x1b[2J", "{% for i in range(99999999) %}x",
-    "{{ strftime_now('%Y' * 1000) }}", "{{ messages | tojson(indent=10**9) }}", "{{ 'x' | center(10**10) }}", "{# ",
-)  # fmt: skip
-
-
 def chat_template(rng: Random, folder: Path) -> Trial:
     """The chat template: pieces that attack, or changed bytes."""
     path = folder / "chat_template.jinja"
@@ -281,6 +168,11 @@ def companions(rng: Random, folder: Path) -> Trial:
         document["files"][name] = {"bytes": 0, "sha256": ""}
     mend(folder, document)
     return Trial(folder, "companions", CHAT)
+
+
+GRAPH_CHANGES = ("operator", "input", "output", "dims", "type", "attribute", "remove", "loop", "opset", "shape")
+OPERATORS = ("Identity", "If", "Loop", "MatMul", "Nothing", "Gather", "EPContext", "", "Reshape")
+OFFSETS = ("-1", "0", "1", "63", "", "x", "1e3", str(1 << 62), str(1 << 64), "9" * 400, "+4")
 
 
 def graph_bytes(rng: Random, folder: Path) -> Trial:
@@ -329,12 +221,6 @@ def graph_structure(rng: Random, folder: Path) -> Trial:
     (folder / name).write_bytes(model.SerializeToString())
     mend(folder)
     return Trial(folder, f"{name} {notes}")
-
-
-LOCATIONS = (
-    "/etc/passwd", "../outside/secret", "outside/secret", "manifest.json", "tokenizer.json", "prefill.onnx", "./weights.bin",
-    "weights.bin/", "", "*/_ORT_MEM_ADDR_/*", "weights.bin\0", "nowhere", "../bundle/weights.bin",
-)  # fmt: skip
 
 
 def graph_data(rng: Random, folder: Path) -> Trial:
@@ -481,8 +367,22 @@ def signature(rng: Random, folder: Path) -> Trial:
 
 
 KINDS: dict[Make, int] = {
-    manifest_values: 24, manifest_files: 8, manifest_text: 5, nested: 1, tokenizer: 12, sentencepiece: 5, chat_template: 6,
-    companions: 3, graph_bytes: 8, graph_structure: 10, graph_data: 6, weights: 1, on_disk: 3, zip_bytes: 6, zip_entries: 2,
-    packed_content: 5, signature: 2,
-}  # fmt: skip
+    manifest_values: 24,
+    manifest_files: 8,
+    manifest_text: 5,
+    nested: 1,
+    tokenizer: 12,
+    sentencepiece: 5,
+    chat_template: 6,
+    companions: 3,
+    graph_bytes: 8,
+    graph_structure: 10,
+    graph_data: 6,
+    weights: 1,
+    on_disk: 3,
+    zip_bytes: 6,
+    zip_entries: 2,
+    packed_content: 5,
+    signature: 2,
+}
 """The kinds of mutants, with their weights."""

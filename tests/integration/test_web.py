@@ -117,7 +117,7 @@ def test_the_page_continues_a_prompt_with_a_real_model(bundle: Path | None) -> N
     if bundle is None:
         pytest.skip("SATCHEL_WEB_BUNDLES names no bundles: `make test-web` does it")
     precision = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["precision"]
-    _check_page(bundle, PROMPT, exact=precision in ("fp32", "int8"))
+    _check_page(bundle, PROMPT, exact=precision == "fp32")
 
 
 def _check_page(bundle: Path, prompt: str, *, exact: bool) -> None:
@@ -145,5 +145,7 @@ def _check_page(bundle: Path, prompt: str, *, exact: bool) -> None:
     assert certificate is not None
     two = np.partition(logits, -2, axis=1)[:, -2:]
     near = np.minimum(found["gaps"], two[:, 1] - two[:, 0]) < certificate.margin.logit
-    assert all(same or close for same, close in zip(np.equal(found["best"], tokens), near, strict=True))
-    assert np.equal(found["best"], tokens).mean() > 0.8
+    same = np.equal(found["best"], tokens)
+    print(f"{same.sum()} of {len(same)} tokens are the same; the others: {[tokens[i] for i in np.flatnonzero(~same)]}")
+    assert (same | near).all()
+    assert same.mean() > 0.8

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.tiny_bundle import write_bundle
+from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime import cli
 from satchel.runtime.generation.generator import Generator
@@ -202,3 +203,16 @@ def test_another_missing_module_is_not_hidden(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(cli.COMMANDS, "export", cli.Command("needs_nothing", "needs nothing"))
     with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
         cli.main(["export"])
+
+
+def test_an_error_that_names_what_a_bundle_says_moves_no_cursor(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
+    document = read_manifest(folder)
+    document["model"]["\x1b[2J\nsatchel: fine"] = 1
+    write_manifest(folder, document)
+    assert cli.main(["inspect", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert r"unknown key 'model.\x1b[2J\nsatchel: fine'" in err
+    assert err.count("\n") == 1

@@ -159,3 +159,13 @@ def test_a_process_that_shares_one_pool_generates_and_refuses_another_size(tiny:
     assert first == str(Generator.open(tiny, threads=1).generate([3, 4, 5], 4).token_ids)
     assert len(complaints) == 2
     assert all("shares one pool of 1 threads: ask for 1" in line for line in complaints)
+
+
+def test_a_name_that_is_no_text_is_refused_in_one_line(folder: Path) -> None:
+    content = (
+        (folder / "prefill.onnx").read_bytes().replace(b"SimplifiedLayerNormalization", b"Simplified\xff" + b"x" * 17)
+    )
+    replace_file(folder, "prefill.onnx", content)
+    with pytest.raises(BundleError, match=r"prefill\.onnx: ONNX Runtime .* cannot load it \('utf-8' codec") as error:
+        Engine.open(open_bundle(folder), threads=1)
+    assert "\n" not in str(error.value)

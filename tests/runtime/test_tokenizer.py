@@ -214,3 +214,17 @@ def test_the_tiny_tokenizers_are_the_same_on_every_run() -> None:
     first = hashlib.sha256(byte_level_json()).hexdigest()
     byte_level_json.cache_clear()
     assert hashlib.sha256(byte_level_json()).hexdigest() == first
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x0a\x05"])
+def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.model: sentencepiece .* cannot read it"):
+        SentencePieceTokenizer(tmp_path / "tokenizer.model", add_bos=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff", b'{"version": "1.0", "model": {}}'])
+def test_a_file_that_is_no_tokenizer_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json: tokenizers .* cannot read it"):
+        JsonTokenizer(tmp_path / "tokenizer.json")

@@ -1,13 +1,15 @@
-// satchel.js over a stand-in for ONNX Runtime: npm test, or node --test test/satchel.test.mjs (nothing to install)
+// satchel.js over a stand-in for ONNX Runtime, and tokenizer.js: npm test, or node --test test/satchel.test.mjs (nothing to install)
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Bundle, TextStream, checkManifest, checkTokenizer, chunks, largest, openBundle } from "../satchel.js";
+import { Bundle, checkManifest, chunks, largest, openBundle } from "../satchel.js";
+import { TextStream, allNumerals, checkTokenizer, openTokenizer } from "../tokenizer.js";
 
 const LAYER = { kv_heads: 2, key_dim: 3, value_dim: 5, past_key: "pk", past_value: "pv", present_key: "k", present_value: "v" };
 const MANIFEST = {
   format: "satchel-bundle",
   version: 2,
+  target: "cpu",
   model: { vocab_size: 10, max_context: 600, eos_token_ids: [9] },
   kv_cache: { mode: "shared", dtype: "float32", layers: [LAYER] },
   graphs: {
@@ -109,8 +111,8 @@ test("no part is one token alone", () => {
 test("what cannot be run is refused with a reason", async () => {
   assert.throws(() => checkManifest({ ...MANIFEST, format: "other" }), /not that of a satchel bundle/);
   assert.throws(() => checkManifest({ ...MANIFEST, version: 3 }), /version 3/);
-  assert.throws(() => checkManifest({ ...MANIFEST, kv_cache: { mode: "swapped", dtype: "float32" } }), /swapped/);
-  assert.throws(() => checkManifest({ ...MANIFEST, kv_cache: { mode: "shared", dtype: "float16" } }), /float16/);
+  assert.throws(() => checkManifest({ ...MANIFEST, target: "cuda" }), /for cuda/);
+  assert.throws(() => checkManifest({ ...MANIFEST, kv_cache: { mode: "shared", dtype: "float16" } }), /target cpu/);
   const bundle = new Bundle(standIn().ort, MANIFEST, null, null);
   await assert.rejects(all(bundle.generate([], 1)), /no tokens/);
   await assert.rejects(all(bundle.generate([10], 1)), /outside 0 to 9/);
@@ -126,6 +128,18 @@ test("a tokenizer that encodes otherwise is refused", () => {
   const manifest = { tokenizer: { corpus: [{ text: "ab", ids: [1, 2] }] } };
   checkTokenizer(manifest, () => [1, 2]);
   assert.throws(() => checkTokenizer(manifest, () => [1, 3]), /"ab"/);
+});
+
+test("a bundle without a tokenizer.json is refused", async () => {
+  await assert.rejects(openTokenizer(null, { tokenizer: null }), /no tokenizer.json/);
+  await assert.rejects(openTokenizer(null, { tokenizer: { kind: "sentencepiece" } }), /no tokenizer.json/);
+});
+
+test("digits are all numerals", () => {
+  const split = (Regex) => ({ type: "Split", pattern: { Regex }, behavior: "Isolated", invert: false });
+  const before = { pre: [{ type: "Digits", individual_digits: true }, { type: "Digits", individual_digits: false }], n: null };
+  assert.deepEqual(allNumerals(before), { pre: [split("\\p{N}"), split("\\p{N}+")], n: null });
+  assert.deepEqual(allNumerals({ vocab: { type: 1, Digits: 2 } }), { vocab: { type: 1, Digits: 2 } });
 });
 
 test("text comes in whole characters", () => {

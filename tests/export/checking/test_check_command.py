@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,23 @@ def test_float16_is_judged_without_the_casts_that_a_cpu_needs(run: Run, bundle: 
     assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P04", "product")]
 
 
+@pytest.mark.parametrize(("provider", "nodes"), [("cann", 2), ("cuda", 2), ("cpu", 6)])
+def test_an_operator_that_the_cpu_has_to_expand_is_whole_for_other_providers(
+    run: Run, bundle: Path, provider: str, nodes: int
+) -> None:
+    softmax = helper.make_node("Softmax", ["a"], ["y"], "softmax", axis=-1)
+    weight = numpy_helper.from_array(np.ones((8, 4), np.float16), "v")
+    model = product(helper.make_node("MatMul", ["x", "v"], ["a"], "scores"), softmax)
+    model.graph.initializer.append(weight)
+    put_graph(bundle, "decode", model)
+    _, output, _ = run(bundle, "--provider", provider, "--json")
+    graph = graph_of(output, "decode")
+    assert graph["optimised"]
+    assert graph["nodes"] == nodes
+    if provider != "cpu":
+        assert [place["rule"] for place in graph["findings"]] == []
+
+
 def test_warnings_count_when_they_are_asked_to(run: Run, bundle: Path) -> None:
     model = product(*DEQUANTIZED)
     put_graph(bundle, "decode", model, {"session.disable_quant_qdq": "1"})
@@ -224,14 +242,25 @@ def test_a_damaged_graph_is_refused(run: Run, bundle: Path) -> None:
     assert "damaged (its SHA-256 differs)" in error
 
 
-def test_a_file_that_is_no_graph_is_refused(run: Run, bundle: Path) -> None:
-    manifest, content = read_manifest(bundle), b"no graph at all"
+def damaged_graphs() -> dict[str, bytes]:
+    whole = product(*DEQUANTIZED).SerializeToString()
+    return {
+        "text": b"no graph at all",
+        "cut short": whole[: len(whole) // 2],
+        "a name that is no text": whole.replace(b"product", b"prod\xffct"),
+        "a type that there is none of": product(*DEQUANTIZED).SerializeToString().replace(b"\x08\x0a", b"\x08\x7a"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_graphs())
+def test_a_file_that_is_no_graph_is_refused(run: Run, bundle: Path, name: str) -> None:
+    manifest, content = read_manifest(bundle), damaged_graphs()[name]
     (bundle / "decode.onnx").write_bytes(content)
     manifest["files"]["decode.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(bundle, manifest)
-    code, _, error = run(bundle, "--provider", "cpu")
-    assert code == 2
-    assert "not an ONNX graph" in error
+    code, output, error = run(bundle, "--provider", "cpu")
+    assert (code, output) == (2, "")
+    assert "not a sound ONNX graph" in error
 
 
 def test_a_session_entry_that_is_not_for_a_bundle_is_refused(run: Run, bundle: Path) -> None:
@@ -245,3 +274,15 @@ def test_a_page_that_cannot_be_written_is_refused_first(run: Run, bundle: Path, 
     code, output, error = run(bundle, "--provider", "cpu", "--html", tmp_path)
     assert (code, output) == (2, "")
     assert "this is a folder" in error
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnx_ir"])
+def test_a_missing_package_says_what_to_install(
+    run: Run, bundle: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("satchel.export.checking", "satchel.graphs"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, output, error = run(bundle, "--provider", "cpu")
+    assert (code, output) == (2, "")
+    assert "is not installed: pip install 'satchel[export]'" in error

@@ -1,0 +1,104 @@
+"""docs/manifest.schema.json: of today's dataclasses, true of real manifests, and false of broken ones."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from support.tiny_bundle import read_manifest
+
+from satchel.runtime.bundle import open_bundle
+from satchel.runtime.errors import BundleError
+from satchel.runtime.integrity.schema import NARROWER, as_text, manifest_schema
+from satchel.runtime.manifest import Manifest
+from satchel.runtime.specializing.specialize import specialize
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_file_is_what_the_dataclasses_say() -> None:
+    remedy = "make it again: python -m satchel.runtime.integrity.schema > docs/manifest.schema.json"
+    assert SCHEMA.read_text(encoding="utf-8") == as_text(), remedy
+
+
+def test_every_narrower_rule_is_of_a_field_that_there_is() -> None:
+    found = manifest_schema()
+    known = {f"{name}.{field}" for name, body in found["$defs"].items() for field in body["properties"]}
+    assert set(NARROWER) <= known | {f"Manifest.{field.name}" for field in dataclasses.fields(Manifest)}
+
+
+def test_real_manifests_are_valid(validator: jsonschema.Draft202012Validator, chatty: Path, tmp_path: Path) -> None:
+    validator.validate(read_manifest(chatty))
+    folder = Path(shutil.copytree(chatty, tmp_path / "bundle"))
+    specialize(open_bundle(folder), threads=1)
+    document = read_manifest(folder)
+    assert document["specialized"] is not None
+    validator.validate(document)
+
+
+def test_a_real_manifest_of_version_1_is_read_and_then_valid(validator: jsonschema.Draft202012Validator) -> None:
+    """One that satchel wrote when 1 was the version, of SmolLM2 in int8, with its long lists cut."""
+    path = Path(__file__).parent / "data" / "manifest-1.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["version"] == 1
+    manifest = Manifest.read(path)
+    assert (manifest.precision, manifest.static, len(manifest.kv_cache.layers)) == ("int8", None, 2)
+    assert manifest.certificate is not None
+    assert manifest.specialized is not None
+    validator.validate(manifest.to_json())
+
+
+def put(*path: Any, value: Any) -> Any:
+    def change(document: Any) -> None:
+        for key in path[:-1]:
+            document = document[key]
+        document[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document.pop("digest"),
+        lambda document: document.pop("specialized"),
+        lambda document: document["model"].pop("vocab_size"),
+        put("surprise", value=1),
+        put("version", value=1),
+        put("format", value="zip"),
+        put("digest", value="A" * 64),
+        put("model", "vocab_size", value="400"),
+        put("model", "vocab_size", value=0),
+        put("model", "vocab_size", value=1 << 25),
+        put("model", "more", value=1),
+        put("kv_cache", "mode", value="copied"),
+        put("kv_cache", "layers", 0, "kv_heads", value=0),
+        put("graphs", "prefill", "inputs", 0, "dtype", value="float8"),
+        put("graphs", "prefill", "inputs", 0, "shape", value=[1.5]),
+        put("graphs", "decode", "session_of", value="score"),
+        put("tokenizer", "kind", value="words"),
+        put("files", "weights.bin", "sha256", value="abc"),
+        put("files", "weights.bin", "bytes", value=-1),
+    ],
+)
+def test_a_broken_manifest_is_not_valid_and_not_read(
+    validator: jsonschema.Draft202012Validator, chatty: Path, change: Any
+) -> None:
+    document = copy.deepcopy(read_manifest(chatty))
+    change(document)
+    assert not validator.is_valid(document)
+    if "digest" in document and document["digest"] == read_manifest(chatty)["digest"] and document["version"] == 2:
+        with pytest.raises(BundleError):
+            Manifest.from_json(document)
