@@ -1,6 +1,6 @@
 """What graphs without varying dimensions share: their inputs beside token ids and caches, declared here once.
 
-The runner's side of it is `STATIC_INPUTS` in satchel.runtime.manifest.
+The runner's side of it is `STATIC_INPUTS` in satchel.runtime.graph_contract.
 """
 
 from __future__ import annotations

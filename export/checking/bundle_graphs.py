@@ -8,8 +8,9 @@ from pathlib import Path
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.graph_contract import FURTHER, PHASES
 from satchel.runtime.hash_memory import sha256_of
-from satchel.runtime.manifest import FURTHER, PHASES, GraphSpec, Manifest, StaticGraph
+from satchel.runtime.manifest import GraphSpec, Manifest, StaticGraph
 
 PHASE_OF = {"prefill_int8": "prefill", "decode_blocks": "decode"}
 SUFFIX = ".onnx"

@@ -14,7 +14,7 @@ from satchel.export.checking.value_types import INLINE, UNREAD
 from satchel.export.checking.whole_functions import unwrap, wrap
 from satchel.graphs.providers.findings import GraphView
 from satchel.runtime.errors import BundleError
-from satchel.runtime.manifest import FURTHER
+from satchel.runtime.graph_contract import FURTHER
 from satchel.runtime.session import ORT_ERRORS, entry_options
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -10,9 +10,9 @@ from satchel.runtime import strict_json
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.certificate import Certificate
 from satchel.runtime.errors import BundleError
+from satchel.runtime.graph_contract import PHASES
 from satchel.runtime.manifest import (
     MANIFEST_NAME,
-    PHASES,
     CacheSpec,
     GraphSpec,
     LayerPrecision,

@@ -12,8 +12,9 @@ import types
 import typing
 from typing import Any
 
+from satchel.runtime.graph_contract import CACHE_MODES, DTYPES, TOKENIZER_KINDS
 from satchel.runtime.integrity.limits import LIMITS
-from satchel.runtime.manifest import CACHE_MODES, DTYPES, TOKENIZER_KINDS, Manifest
+from satchel.runtime.manifest import Manifest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -11,8 +11,9 @@ import onnxruntime as ort
 
 from satchel.runtime.binding import bind_cache, bind_input, bind_output, run_bound
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.graph_contract import TOP_IDS, TOP_LOGITS
 from satchel.runtime.kv_cache import Cache, KVCache
-from satchel.runtime.manifest import TOP_IDS, TOP_LOGITS, Manifest
+from satchel.runtime.manifest import Manifest
 from satchel.runtime.session import SessionSettings, open_both, open_session
 from satchel.runtime.stepping.spans import PREFILL_CHUNK, chunks
 from satchel.runtime.stepping.state import Best, Graphs, Ids, Logits, State

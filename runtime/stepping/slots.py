@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from satchel.runtime.devices import Buffer, Memory
 from satchel.runtime.errors import PromptError
+from satchel.runtime.graph_contract import TOP_IDS, TOP_LOGITS
 from satchel.runtime.kv_cache import Cache
-from satchel.runtime.manifest import TOP_IDS, TOP_LOGITS, Manifest
+from satchel.runtime.manifest import Manifest
 from satchel.runtime.session import ORT_ERRORS
 
 MOST_KEPT = 8

@@ -23,7 +23,8 @@ from satchel.graphs.pipeline import Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.static import Lengths
 from satchel.graphs.targets import TARGETS, Target, cann_steps
-from satchel.runtime.manifest import DTYPE_BYTES, GraphSpec, Manifest, StaticGraph
+from satchel.runtime.graph_contract import DTYPE_BYTES
+from satchel.runtime.manifest import GraphSpec, Manifest, StaticGraph
 
 HIDDEN = -30000.0
 """What stands in a mask where a token does not see a position."""
