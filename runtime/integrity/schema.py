@@ -39,6 +39,7 @@ NARROWER: dict[str, dict[str, Any]] = {
     "CacheLayer.value_dim": SIZE,
     "FileRecord.bytes": {"minimum": 0, "maximum": LIMITS["bytes of a file"].most},
     "FileRecord.sha256": HEX_256,
+    "NamedFile.sha256": HEX_256,
     "GraphSpec.session_of": {"enum": ["prefill", None]},
     "Manifest.files": {"maxProperties": LIMITS["files"].most},
     "ModelFacts.parameters": {"minimum": 1, "maximum": LIMITS["model.parameters"].most},
