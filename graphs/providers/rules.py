@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from satchel.graphs.providers import cann_device, cann_parser, cpu_rules, cuda_kernels, cuda_speed
+from satchel.graphs.providers import cann_device, cann_parser, cpu_rules, cuda_kernels, cuda_speed, kernel_rules
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Rule
 
 FOR_CANN = "export with --target cann"
@@ -116,12 +116,12 @@ CANN = (
 CUDA = (
     Rule(
         "U01", ERROR, "an operator has no kernel",
-        "it runs on the CPU, with copies around it, and nothing says so", FOR_CUDA, cuda_kernels.operator_has_kernel,
+        "it runs on the CPU, with copies around it, and nothing says so", FOR_CUDA, kernel_rules.operator_has_kernel,
     ),
     Rule(
         "U02", ERROR, "no kernel is for this version of an operator",
         "a kernel that was registered for a version on holds for that version alone", "export at a lower opset, or run "
-        "another ONNX Runtime", cuda_kernels.version_has_kernel,
+        "another ONNX Runtime", kernel_rules.version_has_kernel,
     ),
     Rule(
         "U03", ERROR, "no kernel is for these types",
@@ -194,7 +194,7 @@ CUDA = (
     ),
     Rule(
         "U17", INFO, "a type is not known",
-        "whether the kernel fits is not verified", NOTHING, cuda_kernels.types_are_known,
+        "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
     ),
 )  # fmt: skip
 
@@ -202,12 +202,12 @@ CPU = (
     Rule(
         "P01", ERROR, "an operator has no kernel",
         "ONNX Runtime does not open the graph", "export again, or install the ONNX Runtime that made the bundle",
-        cpu_rules.operator_has_kernel,
+        kernel_rules.operator_has_kernel,
     ),
     Rule(
         "P02", ERROR, "no kernel is for this version of an operator",
         "ONNX Runtime does not open the graph", "install a newer ONNX Runtime, or export at a lower opset",
-        cpu_rules.version_has_kernel,
+        kernel_rules.version_has_kernel,
     ),
     Rule(
         "P03", ERROR, "no kernel is for these types",
@@ -220,7 +220,7 @@ CPU = (
     ),
     Rule(
         "P05", INFO, "a type is not known",
-        "whether the kernel fits is not verified", NOTHING, cpu_rules.types_are_known,
+        "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
     ),
 )  # fmt: skip
 
