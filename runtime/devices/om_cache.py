@@ -13,7 +13,6 @@ and generate once before there are other threads.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -83,6 +82,8 @@ def om_folder(bundle: Bundle, choice: ProviderChoice) -> Path:
         "onnxruntime": ort.__version__,
         "toolkit": [os.path.realpath(os.environ[name]) for name in TOOLKIT_VARIABLES if os.environ.get(name)],
     }
+    import hashlib  # as in hash_memory
+
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base).absolute() / "satchel" / "om" / key

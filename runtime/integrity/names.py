@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from satchel.runtime.integrity.limits import LIMITS
+
+CONTROLS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
+"""The control characters of Unicode (category Cc); half a surrogate pair is none, and as bad."""
 
 
 def leads_outside(name: str) -> bool:
     """Whether a name is no plain relative path: absolute, with `..`, a backslash, a colon or a control character."""
     pure = PurePosixPath(name)
     plain = not pure.is_absolute() and ".." not in pure.parts and str(pure) == name and name != "."
-    odd = any(char in "\\:" or unicodedata.category(char) in ("Cc", "Cs") for char in name)
+    odd = any(char in "\\:" or char in CONTROLS or "\ud800" <= char <= "\udfff" for char in name)
     return not plain or odd
 
 
@@ -26,8 +28,14 @@ def equal_names(names: Iterable[str]) -> tuple[str, str] | None:
     """Two names that some file system takes for one, since they differ in case or in how accents are composed."""
     seen: dict[str, str] = {}
     for name in names:
-        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        key = name.casefold() if name.isascii() else _composed(_composed(name).casefold())
         if key in seen:
             return seen[key], name
         seen[key] = name
     return None
+
+
+def _composed(name: str) -> str:
+    import unicodedata  # a megabyte of tables, for names beyond ASCII alone
+
+    return unicodedata.normalize("NFC", name)

@@ -55,6 +55,12 @@ def test_a_light_module_loads_neither_numpy_nor_onnx_runtime(module: str) -> Non
     assert "onnxruntime" not in loaded
 
 
+def test_a_bundle_that_was_seen_before_is_opened_without_the_library_that_hashes(tiny: Path) -> None:
+    code = "import sys; from satchel.runtime import Generator; Generator.open(sys.argv[1]); print(*sys.modules)"
+    assert "_hashlib" in run_python(code, tiny).split()
+    assert {"_hashlib", "unicodedata"}.isdisjoint(run_python(code, tiny).split())
+
+
 def test_the_package_offers_each_name_that_it_declares() -> None:
     code = "import satchel.runtime as r; print(*(getattr(r, name).__name__ for name in r.__all__)); print(*r.__all__)"
     found, declared = run_python(code).splitlines()
