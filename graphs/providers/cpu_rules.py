@@ -43,6 +43,11 @@ def types_are_known(view: GraphView) -> Iterator[Finding]:
     yield from _of_match(view, Match.UNVERIFIED)
 
 
+def operator_of_library(view: GraphView) -> Iterator[Finding]:
+    """No operator is of a library of a user's own."""
+    yield from _of_match(view, Match.OF_LIBRARY)
+
+
 def _by_casts(view: GraphView, node: ir.Node) -> bool:
     if view.kernels is None:
         return False

@@ -86,6 +86,13 @@ def types_are_known(view: GraphView) -> Iterator[Finding]:
     yield from _of_match(view, Match.UNVERIFIED)
 
 
+def operator_of_library(view: GraphView) -> Iterator[Finding]:
+    """No operator is of a library of a user's own."""
+    for node in view.nodes:
+        if view.fits[node].match is Match.OF_LIBRARY:
+            yield at(node, "whether its library has a kernel for the device is not known")
+
+
 def ir_version(view: GraphView) -> Iterator[Finding]:
     """The file's IR version is one that this ONNX Runtime loads."""
     name = "" if view.kernels is None else view.kernels.name
