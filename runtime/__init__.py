@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle, open_bundle
     from satchel.runtime.chat.conversation import Conversation
     from satchel.runtime.custom import Custom
+    from satchel.runtime.devices.providers import ProviderChoice
     from satchel.runtime.engine import Engine
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
     from satchel.runtime.generation.generator import Generator, Request
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from satchel.runtime.generation.result import Generation
     from satchel.runtime.generation.stream import PieceStream
     from satchel.runtime.manifest import Manifest
-    from satchel.runtime.providers import ProviderChoice
     from satchel.runtime.session import share_thread_pool
     from satchel.runtime.stepping.state import State
 
@@ -54,7 +54,7 @@ _HOMES = {
     "Conversation": "chat.conversation",
     "Custom": "custom",
     "Engine": "engine",
-    "ProviderChoice": "providers",
+    "ProviderChoice": "devices.providers",
     "State": "stepping.state",
     "BundleError": "errors",
     "PromptError": "errors",

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.devices.providers import ProviderChoice
 from satchel.runtime.errors import PromptError
 from satchel.runtime.kv_cache import Cache
-from satchel.runtime.providers import ProviderChoice
 from satchel.runtime.session import SessionSettings
 from satchel.runtime.stepping.captured import CapturedGraphs
 from satchel.runtime.stepping.dynamic import DynamicGraphs

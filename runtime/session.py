@@ -17,13 +17,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.custom import digest_of
+from satchel.runtime.devices.placement import RECORD, check_placement
+from satchel.runtime.devices.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.devices.weights_in_memory import hand_over_weights
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.graph_file import graph_file
 from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
 from satchel.runtime.memory import release_freed, use_one_arena
-from satchel.runtime.placement import RECORD, check_placement
-from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
-from satchel.runtime.weights_in_memory import hand_over_weights
 
 # dtype in the manifest -> type of a graph input or output in ONNX Runtime.
 TENSOR_TYPES = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.devices import Buffer, Memory
+from satchel.runtime.devices.device_memory import Buffer, Memory
 from satchel.runtime.errors import PromptError
 from satchel.runtime.kv_cache import Cache
 from satchel.runtime.manifest import CacheSpec

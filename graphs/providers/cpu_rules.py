@@ -13,16 +13,6 @@ CASTS = {"float16": "float"}
 """Types for which ONNX Runtime puts casts around a node without a kernel."""
 
 
-def operator_has_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel of some version."""
-    yield from _of_match(view, Match.NO_KERNEL)
-
-
-def version_has_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel for the version of its definition."""
-    yield from _of_match(view, Match.NO_VERSION)
-
-
 def types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """Every operator has a kernel for its types, or one in float32 that casts lead to."""
     for node in view.nodes:
@@ -38,25 +28,8 @@ def float16_has_kernel(view: GraphView) -> Iterator[Finding]:
             yield at(node, "it runs in float32, with casts around it")
 
 
-def types_are_known(view: GraphView) -> Iterator[Finding]:
-    """The types by which a kernel is chosen are known."""
-    yield from _of_match(view, Match.UNVERIFIED)
-
-
-def operator_of_library(view: GraphView) -> Iterator[Finding]:
-    """No operator is of a library of a user's own."""
-    yield from _of_match(view, Match.OF_LIBRARY)
-
-
 def _by_casts(view: GraphView, node: ir.Node) -> bool:
     if view.kernels is None:
         return False
     opset = view.model.graph.opset_imports.get(node.domain, 1)
     return view.kernels.fit(node, opset, CASTS).match in (Match.FITS, Match.UNVERIFIED)
-
-
-def _of_match(view: GraphView, match: Match) -> Iterator[Finding]:
-    for node in view.nodes:
-        fit = view.fits[node]
-        if fit.match is match:
-            yield at(node, fit.detail)

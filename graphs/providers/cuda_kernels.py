@@ -14,16 +14,6 @@ NARROW = ("Where", "CumSum", "Range")
 PARTLY = ("RNN", "GRU", "LSTM", "ConvTranspose")
 
 
-def operator_has_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel of some version."""
-    yield from _of_match(view, Match.NO_KERNEL)
-
-
-def version_has_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel for the version of its definition."""
-    yield from _of_match(view, Match.NO_VERSION)
-
-
 def types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """Every operator has a kernel for its types, those with a rule of their own apart."""
     for node in view.nodes:
@@ -81,18 +71,6 @@ def no_copies_in_decode(view: GraphView) -> Iterator[Finding]:
         yield from _copied(view)
 
 
-def types_are_known(view: GraphView) -> Iterator[Finding]:
-    """The types by which a kernel is chosen are known."""
-    yield from _of_match(view, Match.UNVERIFIED)
-
-
-def operator_of_library(view: GraphView) -> Iterator[Finding]:
-    """No operator is of a library of a user's own."""
-    for node in view.nodes:
-        if view.fits[node].match is Match.OF_LIBRARY:
-            yield at(node, "whether its library has a kernel for the device is not known")
-
-
 def ir_version(view: GraphView) -> Iterator[Finding]:
     """The file's IR version is one that this ONNX Runtime loads."""
     name = "" if view.kernels is None else view.kernels.name
@@ -105,10 +83,3 @@ def ir_version(view: GraphView) -> Iterator[Finding]:
 def _copied(view: GraphView) -> Iterator[Finding]:
     for node, value, direction in copies(view, placements(view)):
         yield at(node, f"{value.name} is copied {direction}")
-
-
-def _of_match(view: GraphView, match: Match) -> Iterator[Finding]:
-    for node in view.nodes:
-        fit = view.fits[node]
-        if fit.match is match:
-            yield at(node, fit.detail)

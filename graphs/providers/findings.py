@@ -58,7 +58,7 @@ class GraphView:
         table = self.kernels
         if table is None:
             return {}
-        imports, of_library = self.model.graph.opset_imports, Fit(Match.OF_LIBRARY, "its library has the kernel")
+        imports, of_library = self.model.graph.opset_imports, Fit(Match.OF_LIBRARY, "its kernels are the library's")
         return {
             node: of_library if node.domain in self.libraries else table.fit(node, imports.get(node.domain, 1))
             for node in self.nodes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from satchel.graphs.providers import cann_device, cann_parser, cpu_rules, cuda_kernels, cuda_speed
+from satchel.graphs.providers import cann_device, cann_parser, cpu_rules, cuda_kernels, cuda_speed, kernel_rules
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Rule
 
 FOR_CANN = "export with --target cann"
@@ -116,12 +116,12 @@ CANN = (
 CUDA = (
     Rule(
         "U01", ERROR, "an operator has no kernel",
-        "it runs on the CPU, with copies around it, and nothing says so", FOR_CUDA, cuda_kernels.operator_has_kernel,
+        "it runs on the CPU, with copies around it, and nothing says so", FOR_CUDA, kernel_rules.operator_has_kernel,
     ),
     Rule(
         "U02", ERROR, "no kernel is for this version of an operator",
         "a kernel that was registered for a version on holds for that version alone", "export at a lower opset, or run "
-        "another ONNX Runtime", cuda_kernels.version_has_kernel,
+        "another ONNX Runtime", kernel_rules.version_has_kernel,
     ),
     Rule(
         "U03", ERROR, "no kernel is for these types",
@@ -194,12 +194,12 @@ CUDA = (
     ),
     Rule(
         "U17", INFO, "a type is not known",
-        "whether the kernel fits is not verified", NOTHING, cuda_kernels.types_are_known,
+        "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
     ),
     Rule(
         "U18", WARNING, "an operator is of a library",
         "without a kernel for the device it runs on the CPU, with copies around it", "run it with --no-custom-ops "
-        "where its library has none", cuda_kernels.operator_of_library,
+        "where its library has none", kernel_rules.operator_of_library,
     ),
 )  # fmt: skip
 
@@ -207,12 +207,12 @@ CPU = (
     Rule(
         "P01", ERROR, "an operator has no kernel",
         "ONNX Runtime does not open the graph", "export again, or install the ONNX Runtime that made the bundle",
-        cpu_rules.operator_has_kernel,
+        kernel_rules.operator_has_kernel,
     ),
     Rule(
         "P02", ERROR, "no kernel is for this version of an operator",
         "ONNX Runtime does not open the graph", "install a newer ONNX Runtime, or export at a lower opset",
-        cpu_rules.version_has_kernel,
+        kernel_rules.version_has_kernel,
     ),
     Rule(
         "P03", ERROR, "no kernel is for these types",
@@ -225,11 +225,11 @@ CPU = (
     ),
     Rule(
         "P05", INFO, "a type is not known",
-        "whether the kernel fits is not verified", NOTHING, cpu_rules.types_are_known,
+        "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
     ),
     Rule(
         "P06", INFO, "an operator is of a library",
-        "whoever runs the bundle names the library with --custom-ops", NOTHING, cpu_rules.operator_of_library,
+        "whoever runs the bundle names the library with --custom-ops", NOTHING, kernel_rules.operator_of_library,
     ),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from satchel.runtime.providers import PROVIDERS
+from satchel.runtime.devices.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.devices.providers import PROVIDERS, ProviderChoice
 from satchel.runtime.errors import PromptError
-from satchel.runtime.providers import PROVIDERS, ProviderChoice
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from satchel.runtime.bundle import DEFAULT_CUSTOM, open_bundle
 from satchel.runtime.custom import Custom
 from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
+from satchel.runtime.devices.providers import ProviderChoice
 from satchel.runtime.engine import Engine, TokenIds
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation.batch import run_batch, run_samples
@@ -30,7 +31,6 @@ from satchel.runtime.generation.state_file import SavedState, check_room, read_s
 from satchel.runtime.generation.stream import PieceStream
 from satchel.runtime.generation.text_stream import TextStream
 from satchel.runtime.progress import waiting
-from satchel.runtime.providers import ProviderChoice
 from satchel.runtime.rows import Rows
 from satchel.runtime.sampling.logprobs import TokenLogprob, prompt_log_probabilities
 from satchel.runtime.sampling.sampler import Sampler

@@ -15,10 +15,10 @@ import onnxruntime as ort
 
 from satchel.runtime.binding import bind_output, run_bound
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.devices import memory_of
+from satchel.runtime.devices.device_memory import memory_of
+from satchel.runtime.devices.providers import CUDA_GRAPH
 from satchel.runtime.graph_contract import TOP_IDS, TOP_LOGITS
 from satchel.runtime.kv_cache import Cache
-from satchel.runtime.providers import CUDA_GRAPH
 from satchel.runtime.session import SessionSettings, open_both, open_session
 from satchel.runtime.stepping.slots import NOT_CAPTURED, DeviceCache, Slots, run_options
 from satchel.runtime.stepping.spans import PREFILL_CHUNK, chunks

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.runtime.devices import Buffer, Memory
+from satchel.runtime.devices.device_memory import Buffer, Memory
 from satchel.runtime.errors import PromptError
 from satchel.runtime.graph_contract import TOP_IDS, TOP_LOGITS
 from satchel.runtime.kv_cache import Cache

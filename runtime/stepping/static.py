@@ -14,10 +14,10 @@ import onnxruntime as ort
 
 from satchel.runtime.binding import run_bound
 from satchel.runtime.bundle import Bundle
-from satchel.runtime.devices import Buffer, Feed, Memory, Result, memory_of
+from satchel.runtime.devices.device_memory import Buffer, Feed, Memory, Result, memory_of
+from satchel.runtime.devices.om_cache import Workplace
 from satchel.runtime.kv_cache import Cache
 from satchel.runtime.manifest import GraphSpec, StaticGraph, TensorSpec
-from satchel.runtime.om_cache import Workplace
 from satchel.runtime.session import SessionSettings, open_part
 from satchel.runtime.stepping.spans import covering, padded_spans
 from satchel.runtime.stepping.state import Graphs, Ids, Logits, State

@@ -13,8 +13,8 @@ from support.static_graphs import write_static
 
 from satchel.export import ExportConfig
 from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.devices.weights_in_memory import hand_over_weights
 from satchel.runtime.errors import BundleError
-from satchel.runtime.weights_in_memory import hand_over_weights
 
 GRAPH = "decode.onnx"
 _KEPT: list[np.ndarray] = []

@@ -18,11 +18,11 @@ from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
 from satchel.runtime import session
 from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.devices.om_cache import om_folder
+from satchel.runtime.devices.providers import ProviderChoice
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import ProviderError, SatchelError, SatchelWarning
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.om_cache import om_folder
-from satchel.runtime.providers import ProviderChoice
 from satchel.runtime.stepping.slots import MOST_KEPT
 
 IDS = np.random.default_rng(7).integers(3, VOCABULARY, 40)

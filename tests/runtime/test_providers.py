@@ -15,11 +15,11 @@ from support.tiny_static_bundle import write_static_bundle
 from satchel.runtime import cli
 from satchel.runtime.bundle import open_bundle
 from satchel.runtime.commands import provider_flags
+from satchel.runtime.devices.placement import RECORD, strayed_nodes
+from satchel.runtime.devices.providers import CPU, PROVIDERS, ProviderChoice
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError, ProviderError
 from satchel.runtime.manifest import Manifest
-from satchel.runtime.placement import RECORD, strayed_nodes
-from satchel.runtime.providers import CPU, PROVIDERS, ProviderChoice
 
 BOTH = "both of them, or neither"
 RUNNING = ("run", "chat", "eval", "verify", "bench", "profile")

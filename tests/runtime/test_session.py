@@ -15,10 +15,10 @@ from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.runtime import session as session_module
 from satchel.runtime.bundle import open_bundle
+from satchel.runtime.devices.providers import Provider
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.providers import Provider
 from satchel.runtime.session import SessionSettings, default_threads, open_session
 
 

@@ -15,7 +15,7 @@ from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bu
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
 from satchel.runtime.bundle import open_bundle
-from satchel.runtime.devices import HostMemory
+from satchel.runtime.devices.device_memory import HostMemory
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.generator import Generator, Request

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from satchel.runtime.devices.providers import PROVIDERS, ProviderChoice
 from satchel.runtime.errors import ProviderError, SatchelWarning
-from satchel.runtime.providers import PROVIDERS, ProviderChoice
 
 RECORD = "session.record_ep_graph_assignment_info"
 """The session's entry that makes ONNX Runtime remember where it put each node; "1" for yes."""

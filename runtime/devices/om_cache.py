@@ -23,8 +23,8 @@ from pathlib import Path
 import onnxruntime as ort
 
 from satchel.runtime.bundle import Bundle
+from satchel.runtime.devices.providers import ProviderChoice
 from satchel.runtime.errors import SatchelError
-from satchel.runtime.providers import ProviderChoice
 
 COMPILING_PROVIDER = "cann"
 TOOLKIT_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.runtime.providers import ProviderChoice
+from satchel.runtime.devices.providers import ProviderChoice
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
