@@ -98,9 +98,10 @@ class ExportConfig:
             )
         if self.certificate_text is not None and not self.certificate:
             raise ExportError("--certificate-text does not go with --no-certificate: leave one of them out")
-        if self.passes and self.static:
+        if self.custom_ops and self.static:
             raise ExportError(
-                f"--pass does not go with --target {self.target}, whose graphs are static: choose another"
+                f"--custom-ops does not go with --target {self.target}, whose device knows standard operators alone: "
+                "leave it out, or choose another target"
             )
         if self.custom_ops and not self.passes:
             raise ExportError("--custom-ops without --pass: no graph has an operator of it: give a pass that adds one")

@@ -28,6 +28,7 @@ from satchel.runtime.manifest import (
     ModelFacts,
     PlainGraphs,
     Source,
+    StaticGraphs,
     TokenizerSpec,
 )
 
@@ -43,6 +44,10 @@ def describe(
 ) -> Manifest:
     """The manifest of a bundle whose files are written; `starts` says where in them each weight begins."""
     sessions, context = TARGETS[config.target].sessions(quantised), config.context(checkpoint.max_context)
+
+    def static(prefix: str = "") -> StaticGraphs | None:
+        return describe_static(models, sessions, config, context, starts, prefix) if config.static else None
+
     facts = ModelFacts(
         parameters=checkpoint.parameters,
         vocab_size=checkpoint.vocab_size,
@@ -61,8 +66,8 @@ def describe(
         model=facts,
         kv_cache=cache_spec(models, "swapped" if config.static else "shared"),
         graphs=None if config.static else _graphs(models, sessions),
-        static=describe_static(models, sessions, config, context, starts) if config.static else None,
-        plain=_plain_graphs(models, sessions),
+        static=static(),
+        plain=PlainGraphs(_plain_graphs(models, sessions, config), static(PLAIN)) if config.passes else None,
         custom_ops=tuple(named_file(path) for path in config.custom_ops),
         layers=_layers(quantised),
         tokenizer=tokenizer_spec(checkpoint),
@@ -117,12 +122,14 @@ def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> 
     return Graphs(**always, prefill_int8=specs.get(PREFILL_INT8), decode_blocks=specs.get(DECODE_BLOCKS))
 
 
-def _plain_graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> PlainGraphs | None:
-    """The graphs without passes of a user's own, where there are such passes."""
-    if not any(name.startswith(PLAIN) for name in models):
+def _plain_graphs(
+    models: Mapping[str, ir.Model], sessions: Mapping[str, Session], config: ExportConfig
+) -> Graphs | None:
+    """The graphs without passes of a user's own, of a target that takes any length."""
+    if config.static:
         return None
     specs = {phase: _graph_spec(f"{PLAIN}{phase}", models[f"{PLAIN}{phase}"], sessions[phase]) for phase in PHASES}
-    return PlainGraphs(Graphs(**specs, prefill_int8=None, decode_blocks=None), None)
+    return Graphs(**specs, prefill_int8=None, decode_blocks=None)
 
 
 def _graph_spec(name: str, model: ir.Model, session: Session) -> GraphSpec:

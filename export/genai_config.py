@@ -13,10 +13,13 @@ def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] |
     """The configuration, or None where that runner cannot express the model.
 
     It knows one size of heads for all caches, keys and values alike, and hands a graph the same buffers as past and
-    present. Only graphs for the CPU are promised to run there. Where both phases share a session it gets one graph for
+    present. It loads no libraries of operators: where the graphs need one it gets those without passes of a user's own.
+    Only graphs for the CPU are promised to run there. Where both phases share a session it gets one graph for
     both, as satchel's own runner does. Otherwise it gets both as a pipeline, in which prompts run the first stage and
     further tokens the second.
     """
+    if manifest.custom_ops:
+        manifest = manifest.without_custom()
     cache, facts = manifest.kv_cache, manifest.model
     sizes = {(layer.kv_heads, size) for layer in cache.layers for size in (layer.key_dim, layer.value_dim)}
     graphs = manifest.graphs

@@ -12,11 +12,14 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.tensor_specs import DTYPE_NAMES, tensor_specs
+from satchel.export.user_passes import standard_only
 from satchel.graphs import pipeline
 from satchel.graphs.cut import INLINE_LIMIT, CutError, cut
+from satchel.graphs.passes.lower_opset import OPSET
+from satchel.graphs.pipeline import Done, Step
 from satchel.graphs.quantized import Quantised
 from satchel.graphs.static import WINDOW, Lengths, table_of
-from satchel.graphs.targets import TARGETS, Session
+from satchel.graphs.targets import PLAIN, TARGETS, Session
 from satchel.runtime.manifest import GraphSpec, StaticGraph, StaticGraphs, TableSpec
 
 FATAL = (
@@ -56,6 +59,8 @@ def lower_static(
 ) -> dict[str, ir.Model]:
     """The static graphs by the names of their files; a graph of several parts has one for each, NAME.part1 and so on.
 
+    With passes of a user's own, also the graphs without them, as `PLAIN` and the name.
+
     Args:
         common: The graph that all phases share.
         checkpoint: Where it comes from.
@@ -69,20 +74,25 @@ def lower_static(
         PassError: A pass left a graph broken.
     """
     target, context = TARGETS[config.target], config.context(checkpoint.max_context)
+    custom = tuple(Step(standard_only(user, OPSET, config.target)) for user in config.passes)
     models: dict[str, ir.Model] = {}
-    for planned in plan(config, context):
-        phase = "decode" if planned.tokens == 1 else planned.phase
-        steps = target.static_steps(phase, Lengths(planned.tokens, context), quantised)
-        model, finished = pipeline.run(common, steps)
-        report += [done.as_json(planned.name) for done in finished]
-        refused = [(done.name, refusal) for done in finished if done.name in FATAL for refusal in done.refusals]
-        if refused:
-            name, refusal = refused[0]
-            raise ExportError(
-                f"{checkpoint.name}: {refusal.node} has no form on --target {config.target}: {refusal.reason} ({name})"
-            )
-        models |= _named_parts(planned.name, model, limit, checkpoint.name)
+    for prefix, own in (("", custom), (PLAIN, ())) if custom else (("", custom),):
+        for planned in plan(config, context):
+            phase = "decode" if planned.tokens == 1 else planned.phase
+            steps = target.static_steps(phase, Lengths(planned.tokens, context), quantised, own)
+            model, finished = pipeline.run(common, steps)
+            _check_refusals(finished, checkpoint.name, config.target)
+            if not prefix:  # what runs where the user's passes are switched off is not told of
+                report += [done.as_json(planned.name) for done in finished]
+            models |= _named_parts(f"{prefix}{planned.name}", model, limit, checkpoint.name)
     return models
+
+
+def _check_refusals(finished: Iterable[Done], source: str, target: str) -> None:
+    refused = [(done.name, refusal) for done in finished if done.name in FATAL for refusal in done.refusals]
+    if refused:
+        name, refusal = refused[0]
+        raise ExportError(f"{source}: {refusal.node} has no form on --target {target}: {refusal.reason} ({name})")
 
 
 def _named_parts(name: str, model: ir.Model, limit: int, source: str) -> dict[str, ir.Model]:
@@ -107,19 +117,21 @@ def describe_static(
     config: ExportConfig,
     context: int,
     starts: Mapping[str, tuple[str, int]],
+    prefix: str = "",
 ) -> StaticGraphs:
     """What the manifest says of the static graphs of a bundle whose files are written.
 
-    `starts` are file and offset of each stored weight and table, by its name.
+    `starts` are file and offset of each stored weight and table, by its name; `prefix` is `PLAIN` for the graphs
+    without passes of a user's own.
     """
+    found = {planned: parts_of(models, f"{prefix}{planned.name}") for planned in plan(config, context)}
     graphs = {
         planned.name: StaticGraph(
-            planned.tokens,
-            tuple(_spec(key, part, sessions[planned.phase]) for key, part in parts_of(models, planned.name).items()),
+            planned.tokens, tuple(_spec(key, part, sessions[planned.phase]) for key, part in parts.items())
         )
-        for planned in plan(config, context)
+        for planned, parts in found.items()
     }
-    inputs = {str(value.name): value for model in models.values() for value in model.graph.inputs}
+    inputs = {str(v.name): v for parts in found.values() for model in parts.values() for v in model.graph.inputs}
     windows = {name: value.meta.get(WINDOW) for name, value in inputs.items()}
     return StaticGraphs(
         capacity=context,

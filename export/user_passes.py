@@ -15,11 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
 from satchel.graphs.contract import GraphPass, PassResult, Report, graph_pass
+from satchel.graphs.providers.findings import operator
 from satchel.graphs.values import weight
 
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
@@ -162,6 +164,27 @@ def _guarded(
                 )
 
     return run
+
+
+def standard_only(user: UserPass, opset: int, target: str) -> GraphPass:
+    """The pass for a target that takes operators of one version of the standard set alone.
+
+    Its errors name the pass where it leaves another one, or imports another version.
+    """
+
+    def run(model: ir.Model, report: Report) -> None:
+        user.graph_pass.edit(model, report)
+        imports = model.graph.opset_imports
+        said = f"--target {target} takes operators of the standard set of version {opset} alone"
+        if imports.get("") != opset:
+            raise ExportError(f"--pass {user.name}: imports version {imports.get('')}, and {said}: leave it as it is")
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            if node.domain != "" or not onnx.defs.has(node.op_type, opset, ""):
+                raise ExportError(f"--pass {user.name}: leaves {operator(node)}, and {said}: write it with those")
+        for domain in set(imports) - {""}:  # of what it took out again
+            del imports[domain]
+
+    return dataclasses.replace(user.graph_pass, edit=run)
 
 
 def _told(error: BaseException, file: Path | None) -> str:

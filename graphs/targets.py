@@ -252,7 +252,7 @@ class Target:
         quantise: What puts quantised weights and caches into the graph of a phase.
         finish: What runs last on the graph of a phase in a precision.
         static: For a device that compiles each shape anew: what runs after the phase's own steps to make a graph for
-            these lengths. None where shapes vary.
+            these lengths, with passes of a user's own in their place. None where shapes vary.
     """
 
     normalise: tuple[Step, ...]
@@ -262,17 +262,19 @@ class Target:
     stream: tuple[Step, ...] = STREAM
     quantise: Callable[[str, Quantised], tuple[Step, ...]] = quantise_steps
     finish: Callable[[str, str], tuple[Step, ...]] = finish_cpu
-    static: Callable[[Lengths, Quantised | None], tuple[Step, ...]] | None = None
+    static: Callable[[Lengths, Quantised | None, tuple[Step, ...]], tuple[Step, ...]] | None = None
 
-    def static_steps(self, phase: str, lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
-        """All passes for one static graph, after those that the phases share.
+    def static_steps(
+        self, phase: str, lengths: Lengths, quantised: Quantised | None, custom: tuple[Step, ...] = ()
+    ) -> tuple[Step, ...]:
+        """All passes for one static graph, after those that the phases share; `custom` are those of a user's own.
 
         Raises:
             ValueError: The target's graphs are not static.
         """
         if self.static is None:
             raise ValueError("this target's graphs have dimensions that vary")
-        return (*self.phases[phase], *self.static(lengths, quantised))
+        return (*self.phases[phase], *self.static(lengths, quantised, custom))
 
     def graphs(self, quantised: Quantised | None) -> tuple[str, ...]:
         """The names of a bundle's graphs."""
@@ -323,8 +325,11 @@ def cuda_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
     return {"prefill": Session(), "decode": Session(of="prefill"), "score": Session()}
 
 
-def cann_steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
-    """From the graph of a phase to one of operator set 17 in float16 for these lengths."""
+def cann_steps(lengths: Lengths, quantised: Quantised | None, custom: tuple[Step, ...] = ()) -> tuple[Step, ...]:
+    """From the graph of a phase to one of operator set 17 in float16 for these lengths.
+
+    Passes of a user's own see what is in set 17, and in float32: what they add is turned to float16 with the rest.
+    """
     codes = () if quantised is None else (Step(quantize_folded(quantised.weights, quantised.rules)),)
     return (
         Step(fix_shapes(lengths), changes_signature=True),
@@ -336,6 +341,7 @@ def cann_steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...
         Step(spell_norms),
         Step(spread_biases, after=("fix_shapes",)),
         Step(lower_opset, after=("attend_statically", "put_table_first", "spell_norms")),
+        *custom,
         Step(compute_float16, after=("spell_norms", "lower_opset"), changes_signature=True),  # sees what norms sum
         *codes,  # the codes stand for weights in float16
         *FINISH,

@@ -50,7 +50,7 @@ def choose(bundle: Bundle, custom: Custom) -> Bundle:
             raise BundleError(f"--custom-ops does not go with {flag}: leave one of them out")
         if custom.passes and not needed:
             raise BundleError(f"{folder}: needs no operators of a library: leave {flag} out")
-        if not custom.passes and bundle.manifest.plain is None:
+        if not custom.passes and bundle.manifest.plain is None and not needed:
             raise BundleError(f"{folder}: was exported without --pass: leave {flag} out")
         return _plain(bundle)
     if custom.libraries:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from satchel.export.checking.bundle_graphs import BundleGraph, bundle_graphs
 from satchel.export.checking.handed_over import NotOptimised, handed_over, no_graph, read_graph
+from satchel.export.checking.installed_kernels import known_domains
 from satchel.export.checking.tables import Provider
 from satchel.export.checking.value_types import typed_model
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Finding, GraphView, Rule
@@ -100,12 +102,14 @@ def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
 
 def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> GraphResult:
     proto, note = read_graph(graph.path), ""
-    known = list(proto.graph.value_info)
+    known, libraries = list(proto.graph.value_info), _of_libraries(bundle, proto)
     try:
-        file_view = GraphView(typed_model(proto), graph.phase, provider.kernels)
+        file_view = GraphView(typed_model(proto), graph.phase, provider.kernels, libraries)
     except ir.serde.SerdeError:
         raise no_graph(graph.path) from None
     try:
+        if libraries:
+            raise NotOptimised(f"it needs {', '.join(file.name for file in bundle.manifest.custom_ops)}")
         optimised = handed_over(graph, bundle.folder / MANIFEST_NAME, None if provider.name == "cpu" else file_view)
     except NotOptimised as error:
         note = str(error)
@@ -134,6 +138,13 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
         findings=tuple(findings),
         settled=settled,
     )
+
+
+def _of_libraries(bundle: Bundle, proto: onnx.ModelProto) -> frozenset[str]:
+    """The domains of the graph's operators that are of the libraries which the bundle needs."""
+    if not bundle.manifest.custom_ops:
+        return frozenset()
+    return frozenset(node.domain for node in proto.graph.node) - known_domains()
 
 
 def _found(rule: Rule, finding: Finding) -> Found:

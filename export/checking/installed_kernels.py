@@ -27,6 +27,12 @@ def schemas() -> dict[str, dict[int, Signature]]:
 
 
 @cache
+def known_domains() -> frozenset[str]:
+    """The domains of operators that ONNX Runtime knows without a library."""
+    return frozenset({"", *(schema.domain for schema in ort.get_all_operator_schema())})
+
+
+@cache
 def cpu_kernels() -> KernelTable:
     """The table of the installed ONNX Runtime's CPU kernels."""
     known, kernels = schemas(), defaultdict(list)

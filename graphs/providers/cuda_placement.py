@@ -56,7 +56,7 @@ def placements(view: GraphView) -> dict[ir.Node, Place]:
     """
     places = {
         node: Place.DEVICE
-        if view.fits[node].match in (Match.FITS, Match.UNVERIFIED) and excluded(node) is None
+        if view.fits[node].match in (Match.FITS, Match.UNVERIFIED, Match.OF_LIBRARY) and excluded(node) is None
         else Place.HOST_FALLBACK
         for node in view.nodes
     }

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from satchel.graphs.providers.kernels import Fit, KernelTable
+from satchel.graphs.providers.kernels import Fit, KernelTable, Match
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 SEVERITIES = (ERROR, WARNING, INFO)
@@ -39,11 +39,13 @@ class GraphView:
     Attributes:
         phase: "prefill", "decode" or "score".
         kernels: The provider's kernels, where it takes node by node; None for one that takes whole graphs.
+        libraries: Domains whose operators are of libraries that whoever runs the graph names.
     """
 
     model: ir.Model
     phase: str = "prefill"
     kernels: KernelTable | None = None
+    libraries: frozenset[str] = frozenset()
 
     @cached_property
     def nodes(self) -> tuple[ir.Node, ...]:
@@ -56,8 +58,11 @@ class GraphView:
         table = self.kernels
         if table is None:
             return {}
-        imports = self.model.graph.opset_imports
-        return {node: table.fit(node, imports.get(node.domain, 1)) for node in self.nodes}
+        imports, of_library = self.model.graph.opset_imports, Fit(Match.OF_LIBRARY, "its kernels are the library's")
+        return {
+            node: of_library if node.domain in self.libraries else table.fit(node, imports.get(node.domain, 1))
+            for node in self.nodes
+        }
 
     @cached_property
     def values(self) -> tuple[ir.Value, ...]:

@@ -23,6 +23,11 @@ def types_are_known(view: GraphView) -> Iterator[Finding]:
     yield from _of_match(view, Match.UNVERIFIED)
 
 
+def operator_of_library(view: GraphView) -> Iterator[Finding]:
+    """No operator is of a library of a user's own."""
+    yield from _of_match(view, Match.OF_LIBRARY)
+
+
 def _of_match(view: GraphView, match: Match) -> Iterator[Finding]:
     for node in view.nodes:
         fit = view.fits[node]

@@ -65,6 +65,7 @@ class Match(enum.Enum):
     NO_VERSION = enum.auto()
     NO_TYPE = enum.auto()
     UNVERIFIED = enum.auto()
+    OF_LIBRARY = enum.auto()
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,11 @@ CUDA = (
         "U17", INFO, "a type is not known",
         "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
     ),
+    Rule(
+        "U18", WARNING, "an operator is of a library",
+        "without a kernel for the device it runs on the CPU, with copies around it", "run it with --no-custom-ops "
+        "where its library has none", kernel_rules.operator_of_library,
+    ),
 )  # fmt: skip
 
 CPU = (
@@ -221,6 +226,10 @@ CPU = (
     Rule(
         "P05", INFO, "a type is not known",
         "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
+    ),
+    Rule(
+        "P06", INFO, "an operator is of a library",
+        "whoever runs the bundle names the library with --custom-ops", NOTHING, kernel_rules.operator_of_library,
     ),
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from satchel.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle import Bundle
+    from satchel.runtime.custom import Custom
     from satchel.runtime.proof.fidelity import Fidelity, Ids, Reference
 
 ROWS = (
@@ -43,7 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="SOURCE",
-        help="another bundle, or a checkpoint as satchel export takes it (needs satchel[export])",
+        help="another bundle, whose libraries --custom-ops may name too, or a checkpoint as satchel export takes it "
+        "(needs satchel[export])",
     )
     parser.add_argument(
         "--windows", metavar="N", type=int, default=Window.WINDOWS, help="windows to use at most (%(default)s)"
@@ -67,22 +69,20 @@ def main(args: argparse.Namespace) -> int:
     text = _read(args.text)
     from satchel.runtime import session
     from satchel.runtime.bundle import open_bundle
+    from satchel.runtime.custom import choose
     from satchel.runtime.engine import Engine
     from satchel.runtime.progress import progress_bar, waiting
     from satchel.runtime.proof.fidelity import evaluate
 
     shown = not args.quiet
-    bundle = open_bundle(
-        args.bundle,
-        progress=shown,
-        require_signature=args.require_signature,
-        custom=custom_flags.custom_of(args),
-    )
+    bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature, custom=None)
+    ours, theirs = _shared_out(args, bundle.manifest)
+    bundle = choose(bundle, ours)
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
     session.share_thread_pool(args.threads)
-    reference = None if args.reference is None else _open_reference(args)
+    reference = None if args.reference is None else _open_reference(args, theirs)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     tokens = sum(len(window) for window in windows)
@@ -137,6 +137,25 @@ def _windows(bundle: Bundle, text: str, args: argparse.Namespace) -> list[Ids]:
     return cut_windows(ids, args.window_tokens, args.windows)
 
 
+def _shared_out(args: argparse.Namespace, manifest: Manifest) -> tuple[Custom, Custom]:
+    """What of a user's own runs in the bundle and in its reference: each gets the libraries that it was made with.
+
+    One that neither was made with is the bundle's, which refuses it.
+    """
+    from satchel.runtime.bundle import is_bundle, survey_bundle
+    from satchel.runtime.custom import Custom, digest_of
+
+    given = custom_flags.custom_of(args)
+    if args.reference is None or not given.libraries or not is_bundle(args.reference):
+        return given, Custom()
+    other = {file.sha256 for file in survey_bundle(args.reference).manifest.custom_ops}
+    own = {file.sha256 for file in manifest.custom_ops} if given.passes and given.operators else set()
+    digests = {library: digest_of(library) for library in given.libraries}
+    ours = tuple(library for library, digest in digests.items() if digest in own or digest not in other)
+    theirs = tuple(library for library, digest in digests.items() if digest in other)
+    return dataclasses.replace(given, libraries=ours), Custom(theirs)
+
+
 def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> None:
     """Refuse a reference bundle that cannot be compared, before any graph is opened."""
     from satchel.runtime.bundle import is_bundle, survey_bundle
@@ -153,7 +172,7 @@ def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> Non
         raise BundleError(f"{source}: its context holds {other.max_context}: lower --window-tokens to that")
 
 
-def _open_reference(args: argparse.Namespace) -> Reference:
+def _open_reference(args: argparse.Namespace, custom: Custom) -> Reference:
     from satchel.runtime.bundle import is_bundle
     from satchel.runtime.progress import waiting
 
@@ -166,7 +185,7 @@ def _open_reference(args: argparse.Namespace) -> Reference:
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.engine import Engine
 
-    bundle = open_bundle(args.reference, progress=shown)
+    bundle = open_bundle(args.reference, progress=shown, custom=custom)
     with waiting(label, shown=shown):
         return Engine.open(bundle, threads=args.threads, verbose=args.verbose).score
 

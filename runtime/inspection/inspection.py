@@ -178,13 +178,16 @@ def _cache_facts(spec: CacheSpec, max_context: int) -> CacheFacts:
 
 def _graphs(manifest: Manifest) -> dict[str, GraphFacts]:
     """Each graph by its phase, of static ones with the number of tokens, and the part where there are several."""
+    found = _graphs_of(manifest)
+    if manifest.plain is not None:
+        found |= {f"plain {name}": facts for name, facts in _graphs_of(manifest.without_custom()).items()}
+    return found
+
+
+def _graphs_of(manifest: Manifest) -> dict[str, GraphFacts]:
     static = manifest.static
     if static is None:
-        found = {phase: _graph_facts(manifest.graph(phase)) for phase in PHASES}
-        if manifest.plain is not None:
-            plain = manifest.without_custom()
-            found |= {f"plain {phase}": _graph_facts(plain.graph(phase)) for phase in PHASES}
-        return found
+        return {phase: _graph_facts(manifest.graph(phase)) for phase in PHASES}
     prefill = [(f"prefill of {graph.tokens}", graph) for graph in static.prefill]
     named = [*prefill, ("decode", static.decode), (f"score of {static.score.tokens}", static.score)]
     return {

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from support.custom_ops import DOMAIN, LIBRARY, halve_logits, rename_sigmoids, split_signs
 from support.export_command import export, refused
+from support.genai import by_genai, by_satchel
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.user_passes import open_passes
@@ -82,6 +83,22 @@ def test_the_manifest_tells_all_of_it(custom: Path, tiny_bundle: Path) -> None:
         assert DOMAIN in {
             node.domain for node in onnx.load(custom / f"{phase}.onnx", load_external_data=False).graph.node
         }
+
+
+def test_another_runner_gets_graphs_that_need_no_library(
+    custom: Path, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    decoder = json.loads((custom / "genai_config.json").read_text())["model"]["decoder"]
+    assert decoder["filename"] == "plain_prefill.onnx"
+    plain = Engine.open(open_bundle(tiny_bundle), threads=1)
+    (tokens, logits), (wanted, expected) = by_genai(custom, [IDS], 8, tmp_path)[0], by_satchel(plain, [IDS], 8)[0]
+    assert tokens == wanted
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    config = ExportConfig(tmp_path / "halved", certificate=False, passes=(halve_logits,))
+    export_bundle(tiny_checkpoint, config)
+    halved = by_genai(config.output, [IDS], 8, tmp_path)[0]
+    assert halved[0] == wanted
+    np.testing.assert_allclose(halved[1], np.asarray(expected) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_of_one_kind_of_graphs_is_not_taken_for_the_other(custom: Path) -> None:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.custom_ops import LIBRARY
 from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle, write_manifest
+from support.tiny_custom_bundle import write_custom_bundle
 
 from satchel.runtime import cli
 from satchel.runtime.engine import Engine
@@ -144,3 +146,48 @@ def test_a_checkpoint_as_reference_needs_the_exporters_packages(
     code, out, err = ran(capsys, tiny, "--text", text, *SMALL, "--reference", tmp_path)
     assert (code, out) == (2, "")
     assert err == "satchel: error: torch is not installed: pip install 'satchel[export]'\n"
+
+
+def test_a_reference_gets_the_libraries_that_it_was_made_with(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    custom = write_custom_bundle(tmp_path / "custom", tiny)
+    flags = ("--text", text, *SMALL, "--json", "--custom-ops", LIBRARY)
+    equal = []
+    for bundle, reference, more in (
+        (custom, custom, ()),
+        (custom, tiny, ()),
+        (tiny, custom, ()),
+        (custom, custom, ("--no-custom-passes",)),  # what the passes change
+        (custom, custom, ("--no-custom-ops",)),
+    ):
+        code, out, err = ran(capsys, bundle, "--reference", reference, *flags, *more)
+        assert (code, err) == (0, "")
+        figures = json.loads(out)["prefill"]
+        equal.append(figures["perplexity"] == figures["reference_perplexity"])
+    assert equal == [True, False, False, False, False]
+
+
+def test_a_reference_without_its_library_runs_plainly_and_one_line_says_so(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    custom = write_custom_bundle(tmp_path / "custom", tiny)
+    code, out, err = ran(capsys, tiny, "--text", text, "--reference", custom, *SMALL, "--json")
+    assert (code, err.count("\n")) == (0, 1)
+    assert f"{custom}: the plain graphs run" in err
+    figures = json.loads(out)["prefill"]
+    assert figures["perplexity"] == figures["reference_perplexity"]
+
+
+def test_a_library_that_neither_was_made_with_is_refused(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    custom = write_custom_bundle(tmp_path / "custom", tiny)
+    for bundle, reference, says in (
+        (custom, tiny, f"--custom-ops {text}: its SHA-256 is"),
+        (tiny, custom, f"{tiny}: needs no operators of a library: leave --custom-ops out"),
+    ):
+        flags = ("--text", text, "--reference", reference, *SMALL, "--custom-ops", text)
+        code, out, err = ran(capsys, bundle, *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"satchel: error: {says}")

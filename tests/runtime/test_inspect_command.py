@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.custom_ops import LIBRARY
 from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
+from support.tiny_custom_bundle import digest, write_custom_bundle
+from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime import bundle as bundle_module
 from satchel.runtime import cli, strict_json
@@ -189,6 +192,79 @@ def test_specialised_graphs_are_named_with_their_machine(
         "for ONNX Runtime 1.2.3, cpu, Abacus: int8 weights for prefill, weights in blocks for decode, plain attention, "
         "3.0 MB more",
     ] in rows(out)
+
+
+PROVENANCE = {
+    "options": {
+        "precision": "fp32",
+        "max_context": None,
+        "certificate": True,
+        "passes": [{"name": "mine.py:cut", "sha256": "1" * 64}],
+        "calibrate": {"name": "book.txt", "sha256": "2" * 64},
+    },
+    "source": {"model.safetensors": {"bytes": 1_234_567, "sha256": "3" * 64}},
+    "processor": ["x86_64", "avx2", "fma"],
+    "threads": 12,
+}
+
+
+@pytest.fixture
+def custom(tiny: Path, tmp_path: Path) -> Path:
+    """A bundle with passes and a library of a user's own, and with what it was made of."""
+    folder = write_custom_bundle(tmp_path / "custom", tiny)
+    write_manifest(folder, {**read_manifest(folder), "provenance": PROVENANCE})
+    return folder
+
+
+def test_passes_libraries_and_provenance_are_shown(custom: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ran(capsys, custom)
+    lines = rows(out)
+    assert (code, err) == (0, "")
+    for line in (
+        ["needs", f"{LIBRARY.name}, SHA-256 {digest(LIBRARY)}"],
+        ["decode", "decode.onnx", "its own", "session.disable_prepacking = 1"],
+        ["plain decode", "plain_decode.onnx", "its own", "session.disable_prepacking = 1"],
+        ["precision", "fp32"],
+        ["certificate", "yes"],
+        ["passes", f"mine.py:cut, SHA-256 {'1' * 64}"],
+        ["calibrate", f"book.txt, SHA-256 {'2' * 64}"],
+        ["processor", "x86_64, avx2, fma"],
+        ["threads", "12"],
+        ["model.safetensors", "1,234,567", "3" * 64],
+    ):
+        assert line in lines
+    assert not [line for line in lines if line[0] == "max_context"]
+
+
+def test_json_has_all_of_passes_libraries_and_provenance(custom: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(ran(capsys, custom, "--json")[1])
+    assert found["provenance"] == PROVENANCE
+    assert found["custom_ops"] == [{"name": LIBRARY.name, "sha256": digest(LIBRARY)}]
+    phases = ("prefill", "decode", "score")
+    files = {**{phase: f"{phase}.onnx" for phase in phases}, **{f"plain {p}": f"plain_{p}.onnx" for p in phases}}
+    assert {name: graph["file"] for name, graph in found["graphs"].items()} == files
+
+
+def test_the_page_has_passes_libraries_and_provenance(
+    custom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ran(capsys, custom, "--html", tmp_path / "page.html")[0] == 0
+    page = Page(tmp_path / "page.html")
+    for cell in (
+        f"{LIBRARY.name}, SHA-256 {digest(LIBRARY)}", "plain prefill", "plain_score.onnx", "x86_64, avx2, fma",
+        f"mine.py:cut, SHA-256 {'1' * 64}", "model.safetensors", "3" * 64,
+    ):  # fmt: skip
+        assert [found for found in page.cells if found.startswith(cell)]  # behind a table's last one text follows
+
+
+def test_plain_static_graphs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_static_bundle(tmp_path / "static")
+    document = read_manifest(folder)
+    write_manifest(folder, {**document, "plain": {"graphs": None, "static": document["static"]}})
+    found = json.loads(ran(capsys, folder, "--json")[1])["graphs"]
+    plain = {name.removeprefix("plain "): graph for name, graph in found.items() if name.startswith("plain ")}
+    assert plain == {name: graph for name, graph in found.items() if not name.startswith("plain ")}
+    assert len(plain) >= 3
 
 
 HOSTILE = "\x1b[2J</style><script>alert(1)</script>"

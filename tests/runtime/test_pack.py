@@ -12,12 +12,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.custom_ops import LIBRARY
 from support.full_disk import largest_file
 from support.packed import MISSING, run_packed
 from support.tiny_bundle import read_manifest
+from support.tiny_custom_bundle import write_custom_bundle
 
 from satchel.runtime import cli
 from satchel.runtime.bundle import open_bundle
+from satchel.runtime.custom import Custom
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.storage.pack import pack, unpack
@@ -101,6 +104,30 @@ def test_without_jinja2_a_chat_says_what_to_install(packed: Path) -> None:
     done = run_packed(packed, "chat", "--threads", "1", text="hello\n")
     wanted = "satchel: error: chat templates need the package jinja2, which is not installed: pip install jinja2\n"
     assert (done.returncode, done.stderr) == (2, wanted)
+
+
+def test_graphs_with_and_without_passes_of_a_users_own_travel_along(chatty: Path, tmp_path: Path) -> None:
+    folder = write_custom_bundle(tmp_path / "custom", chatty)
+    packed = tmp_path / "custom.pyz"
+    pack(open_bundle(folder, custom=None), packed)
+    plain = Generator.open(chatty, threads=1).prompt_logprobs("the cat")
+    cut = Generator.open(folder, threads=1, custom=Custom((LIBRARY,))).prompt_logprobs("the cat")
+    assert plain != cut
+    for chosen, expected in ((Custom(passes=False), plain), (Custom((LIBRARY,)), cut)):
+        assert Generator.open(packed, threads=1, custom=chosen).prompt_logprobs("the cat") == expected
+    unpack(open_bundle(packed, custom=None), tmp_path / "folder")
+    assert contents(tmp_path / "folder") == contents(folder)
+
+    arguments = ("the cat", "--max-new-tokens", "5", "--threads", "1", "--json")
+    text = Generator.open(chatty, threads=1).generate("the cat", 5).text
+    for flags, warned in ((("--no-custom-passes",), 0), ((), 1), (("--custom-ops", str(LIBRARY)), 0)):
+        done = run_packed(packed, *arguments, *flags)
+        assert (done.returncode, done.stderr.count("\n")) == (0, warned)
+        assert ("the plain graphs run" in done.stderr) == bool(warned)
+        assert json.loads(done.stdout)["text"] == text  # what is cut is never the most likely
+    done = run_packed(packed, *arguments, "--custom-ops", str(packed))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "its SHA-256 is" in done.stderr
 
 
 @pytest.mark.parametrize("package", ["numpy", "onnxruntime", "tokenizers"])

@@ -17,13 +17,15 @@ def view(
     ir_version: int = 8,
     phase: str = "prefill",
     kernels: KernelTable | None = None,
+    libraries: frozenset[str] = frozenset(),
 ) -> GraphView:
     """A graph as rules see it, with the types and shapes that ONNX infers; nodes are called n0, n1, ...
 
     `text` is "name (inputs) => (outputs) <constants> { nodes }". The constant {0} stands for zeros of its shape.
     """
-    microsoft = ', "com.microsoft": 1' if "com.microsoft." in text else ""
-    header = f'<ir_version: {ir_version}, opset_import: ["": {opset}{microsoft}]>'
+    domains = ["com.microsoft"] if "com.microsoft." in text else []
+    imported = "".join(f', "{domain}": 1' for domain in (*domains, *libraries))
+    header = f'<ir_version: {ir_version}, opset_import: ["": {opset}{imported}]>'
     proto = onnx.parser.parse_model(f"{header} {text}")
     for tensor in proto.graph.initializer:
         if tensor.float_data == [0] or tensor.int32_data == [0]:
@@ -32,4 +34,4 @@ def view(
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     for index, node in enumerate(model.graph):
         node.name = f"n{index}"
-    return GraphView(model, phase, kernels)
+    return GraphView(model, phase, kernels, libraries)

@@ -58,8 +58,8 @@ def write_static(checkpoint: Path | Lowered, config: ExportConfig, limit: int = 
 def in_float32() -> dict[str, Target]:
     """The targets, cann without the pass that rounds: the form of its graphs can be held to float32's precision."""
 
-    def steps(lengths: Lengths, quantised: Quantised | None) -> tuple[Step, ...]:
-        return tuple(step for step in cann_steps(lengths, quantised) if step.name != "compute_float16")
+    def steps(lengths: Lengths, quantised: Quantised | None, custom: tuple[Step, ...]) -> tuple[Step, ...]:
+        return tuple(step for step in cann_steps(lengths, quantised, custom) if step.name != "compute_float16")
 
     return {**TARGETS, "cann": dataclasses.replace(TARGETS["cann"], static=steps)}
 

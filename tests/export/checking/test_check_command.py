@@ -12,7 +12,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.custom_ops import LIBRARY
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_custom_bundle import write_custom_bundle
 
 from satchel.runtime import cli
 
@@ -286,3 +288,20 @@ def test_a_missing_package_says_what_to_install(
     code, output, error = run(bundle, "--provider", "cpu")
     assert (code, output) == (2, "")
     assert "is not installed: pip install 'satchel[export]'" in error
+
+
+def test_operators_of_a_library_are_told_apart(bundle: Path, tmp_path: Path, run: Run) -> None:
+    custom = write_custom_bundle(tmp_path / "custom", bundle)
+    code, out, err = run(custom, "--provider", "cpu", "--strict")
+    assert (code, err) == (0, "")
+    assert "P06 info: an operator is of a library (3 in prefill, decode, score)" in out
+    assert "P01" not in out
+    assert f"decode: judged as its file is, since ONNX Runtime does not open it (it needs {LIBRARY.name})" in out
+    cuda, cann = (json.loads(run(custom, "--provider", name, "--json")[1]) for name in ("cuda", "cann"))
+    for result, rule in ((cuda, "U18"), (cann, "C02")):
+        found = [place for graph in result["graphs"] for place in graph["findings"] if place["node"] == "cut"]
+        assert rule in {place["rule"] for place in found}
+        assert "U01" not in {place["rule"] for place in found}
+    manifest = read_manifest(custom)
+    write_manifest(custom, {**manifest, "custom_ops": []})  # then nobody knows whose it is
+    assert "P01 error: an operator has no kernel (3 in" in run(custom, "--provider", "cpu")[1]

@@ -23,7 +23,7 @@ def test_the_document_lists_every_rule(provider: str) -> None:
 
 def test_ids_are_unique_and_rules_are_explained() -> None:
     rules = [rule for of_provider in RULES.values() for rule in of_provider]
-    assert len({rule.id for rule in rules}) == len(rules) == 42
+    assert len({rule.id for rule in rules}) == len(rules) == 44
     assert all(rule.title and rule.why and "|" not in rule.title + rule.why for rule in rules)
     assert all(rule.remedy for rule in rules if rule.severity != "info")
     assert all(rule.check.__doc__ for rule in rules)

@@ -41,6 +41,7 @@ BREAKS: list[tuple[str, Callable[[], GraphView]]] = [
     ("P03", graph("g (int32[2] x) => (int32[2] y) { y = Relu(x) }")),
     ("P04", graph("g (float16[2] x) => (float16[2] y) { y = Relu(x) }")),
     ("P05", graph("g (float[2] x) => (float[2] y) { a = com.microsoft.FastGelu(x) y = Relu(a) }")),
+    ("P06", graph("g (float[2] x) => (float[2] y) { y = mine.Twice(x) }", libraries=frozenset({"mine"}))),
 ]
 
 

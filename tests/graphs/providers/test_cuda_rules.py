@@ -111,6 +111,7 @@ BREAKS: list[tuple[str, Callable[[], GraphView]]] = [
     ("U15", graph(WRITE + "{ present = ScatterND(past, i, x) y = Relu(past) }")),
     ("U16", graph("g (float[2] x) => (float[2] y) { y = Relu(x) }", OLD, ir_version=14)),
     ("U17", graph("g (float[2] x) => (float[2] y) { a = com.microsoft.FastGelu(x) y = Relu(a) }")),
+    ("U18", graph("g (float[2] x) => (float[2] y) { y = mine.Twice(x) }", libraries=frozenset({"mine"}))),
 ]  # fmt: skip
 
 PASSES: list[Callable[[], GraphView]] = [
