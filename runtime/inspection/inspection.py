@@ -28,6 +28,10 @@ LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
 BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
+FLOAT16_TARGETS = ("cuda", "cann")
+"""Targets whose graphs compute in float16, whatever the precision."""
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """How many layers have keys and values of one form."""
@@ -158,7 +162,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         bytes=sum(sizes.values()),
         bits_per_weight=None if weights is None else 8 * weights.bytes / manifest.model.parameters,
         kv_cache=cache,
-        float_weights="float16" if manifest.precision == "fp16" else "float32",
+        float_weights="float16" if manifest.precision == "fp16" or manifest.target in FLOAT16_TARGETS else "float32",
         layers=manifest.layers,
         graphs=_graphs(manifest),
         custom_ops=manifest.custom_ops,

@@ -140,6 +140,15 @@ def test_a_float_bundle_that_nobody_certified(tiny: Path, capsys: pytest.Capture
         assert line in rows(out)
 
 
+@pytest.mark.parametrize("target", ["cuda", "cann"])
+def test_weights_of_a_target_that_computes_in_float16(
+    target: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "bundle")
+    write_manifest(folder, {**read_manifest(folder), "target": target, "precision": "int8"})
+    assert ["all weights", "float16"] in rows(ran(capsys, folder)[1])
+
+
 def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = ran(capsys, rich, "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
