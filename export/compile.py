@@ -75,6 +75,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     if recipe is not None:
         check_recipe(recipe, checkpoint)
     _announce(checkpoint, config, stages)
+    # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:
         texts = open_texts(checkpoint, config, recipe, folder)
         with stages.stage("tracing the model"):
