@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import os
 import re
@@ -20,6 +19,7 @@ import onnx_ir as ir
 
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
+from satchel.export.python_file import run_file
 from satchel.graphs.contract import GraphPass, PassResult, Report, graph_pass
 from satchel.graphs.providers.findings import operator
 from satchel.graphs.values import weight
@@ -74,16 +74,12 @@ def _open(given: Any) -> UserPass:
 
 
 def _run(path: Path, given: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"satchel_pass_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ExportError(f"--pass {given}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` has it
-    sys.modules[module.__name__] = module
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, "pass")
     except Exception as error:
         raise ExportError(f"--pass {given}: cannot be run: {_told(error, path)}") from error
+    if module is None:
+        raise ExportError(f"--pass {given}: {path} is not a Python file")
     return module
 
 

@@ -25,9 +25,7 @@ A module that follows this protocol is exported like any other model:
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +37,7 @@ from satchel.export.checkpoint.structure import one_line
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer
 from satchel.export.checkpoint.torch_file import from_tensor
 from satchel.export.errors import ExportError
+from satchel.export.python_file import run_file
 from satchel.graphs.weights import LazyWeight
 
 _ARGUMENTS = ("input_ids", "position_ids", "attention")
@@ -133,17 +132,12 @@ def load_module(file: Path, factory: str) -> torch.nn.Module:
 
 
 def _run(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"satchel_user_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ExportError(f"{file}: not a Python file; its name must end in .py")
-    loaded = importlib.util.module_from_spec(spec)
-    # As `python file.py` has it: modules beside the file can be imported, and the file's own classes find their module.
-    sys.path.insert(0, str(file.parent.resolve()))
-    sys.modules[loaded.__name__] = loaded
     try:
-        spec.loader.exec_module(loaded)
+        loaded = run_file(file, "user")
     except Exception as error:
         raise ExportError(f"{file}: cannot be run: {type(error).__name__}: {one_line(error)}") from error
+    if loaded is None:
+        raise ExportError(f"{file}: not a Python file; its name must end in .py")
     return loaded
 
 
