@@ -53,8 +53,9 @@ INLINE __m512 sum_lanes(const __m512 v[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-/* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query. */
-INLINE void score_keys(const float *query, const float *keys, int64_t count, int64_t head_dim, float *scores,
+/* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
+ * Their values are fetched on the way, so that memory is never idle. */
+INLINE void score_keys(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, float *scores,
                        const int rows) {
     const int step = rows == 1 ? 16 : 4;
     for (int64_t key = 0; key < count; key += step) {
@@ -72,6 +73,7 @@ INLINE void score_keys(const float *query, const float *keys, int64_t count, int
 #pragma GCC unroll 16
             for (int k = 0; k < step; k++) {
                 __m512 x = _mm512_maskz_loadu_ps(mask, at[k] + d);
+                _mm_prefetch(values + (at[k] - keys) + d, _MM_HINT_T1);
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) sum[r * 4 + k] = _mm512_fmadd_ps(q[r], x, sum[r * 4 + k]);
             }
@@ -139,7 +141,7 @@ INLINE void add_columns(const float *scores, const float *values, int64_t count,
 INLINE void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, float cap,
                    float *out, float *maximum, float *total, const int rows) {
     float scores[ROWS * MOST_RANGE];
-    score_keys(query, keys, count, head_dim, scores, rows);
+    score_keys(query, keys, values, count, head_dim, scores, rows);
     for (int r = 0; r < rows; r++) softmax(scores + r * MOST_RANGE, count, cap, maximum + r, total + r);
     for (int64_t column = 0; column < head_dim; column += 4 * LANES) {
         int64_t left = min64(head_dim - column, 4 * LANES), vectors = (left + LANES - 1) / LANES;
