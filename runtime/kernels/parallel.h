@@ -1,4 +1,4 @@
-/* How a kernel spreads its tasks over the threads of whoever called it. */
+/* Work that is cut into tasks for the threads of a pool. */
 #ifndef SATCHEL_PARALLEL_H
 #define SATCHEL_PARALLEL_H
 
@@ -6,8 +6,15 @@
 
 typedef struct {
     void *pool;
-    /* Calls task(data, index) once for each index below tasks, on any thread, and returns when all are done. */
     void (*run)(void *pool, size_t tasks, void (*task)(void *data, size_t index), void *data);
 } Parallel;
+
+static inline void parallel_for(const Parallel *parallel, size_t tasks, void (*task)(void *, size_t), void *data)
+{
+    if (tasks == 1)
+        task(data, 0);
+    else if (tasks > 1)
+        parallel->run(parallel->pool, tasks, task, data);
+}
 
 #endif
