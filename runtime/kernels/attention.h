@@ -13,7 +13,8 @@ typedef struct {
     const float *query; /* [batch, tokens, heads * head_dim]; packed: [batch, tokens, (heads + 2 * kv_heads) * head_dim] */
     const float *key;   /* [batch, tokens, kv_heads * head_dim]; packed: NULL, and so is value */
     const float *value;
-    const float *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory, or other memory */
+    const float *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
+                            * with the same capacity, or memory apart */
     const float *past_value;
     int64_t past_capacity;
     float *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
@@ -30,7 +31,7 @@ typedef struct {
     float *out;       /* [batch, tokens, heads * head_dim] */
 } AttentionCall;
 
-/* NULL, or what does not fit, as a constant text. `scratch` is set to the bytes that attention_run needs. */
+/* NULL, or what does not fit, as a constant text; the present and the output are not looked at. `scratch` is set to the bytes that attention_run needs. */
 const char *attention_check(const AttentionCall *call, size_t *scratch);
 
 /* Runs a step that attention_check let pass. `scratch` is aligned to 64 bytes. The numbers do not depend on how many

@@ -1,17 +1,15 @@
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
-#include "attention_internal.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <string.h>
 
+#include "attention_internal.h"
 #include "exponential.h"
 
 /* One token in each row of the batch. The keys that it sees are cut into ranges; a task takes one range of one key
  * head for all its query heads, and leaves their maximum, the sum of their powers and the weighted values. These are
  * merged in the order of the ranges (as in Flash-Decoding). The cut depends on the number of keys alone. */
 enum { ROWS = 4, MOST_RANGE = 512, ALONE = 1 << 15 };
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* Keys in a range: fewer where there are few in all, so that there is work for several threads. */
 static int64_t range_of(int64_t keys) { return keys <= 1024 ? 128 : keys <= 4096 ? 256 : MOST_RANGE; }
@@ -26,12 +24,14 @@ typedef struct {
     float *partials; /* [ranges of all rows, heads, head_dim + 2]: weighted values, maximum, sum */
 } Decode;
 
-static int64_t seen_keys(const AttentionCall *call, int64_t row) {
+static int64_t seen_keys(const AttentionCall *call, int64_t row)
+{
     int64_t position = past_tokens(call, row);
     return position + 1 - first_key(call, position);
 }
 
-size_t decode_scratch(const AttentionCall *call) {
+size_t decode_scratch(const AttentionCall *call)
+{
     int64_t ranges = 0, width = call->heads * call->head_dim;
     for (int64_t row = 0; row < call->batch; row++) ranges += ranges_of(seen_keys(call, row));
     int64_t floats = call->batch * width + ranges * (width + 2 * call->heads);
@@ -39,7 +39,8 @@ size_t decode_scratch(const AttentionCall *call) {
 }
 
 /* 16 vectors to their sums: lane 4i + j has that of vector 4i + j. */
-INLINE __m512 sum_lanes(const __m512 v[16]) {
+INLINE __m512 sum_lanes(const __m512 v[16])
+{
     __m512 four[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -56,7 +57,8 @@ INLINE __m512 sum_lanes(const __m512 v[16]) {
 /* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
  * Their values are fetched on the way, so that memory is never idle. */
 INLINE void score_keys(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, float *scores,
-                       const int rows) {
+                       const int rows)
+{
     const int step = rows == 1 ? 16 : 4;
     for (int64_t key = 0; key < count; key += step) {
         __m512 sum[16];
@@ -91,7 +93,8 @@ INLINE void score_keys(const float *query, const float *keys, const float *value
 }
 
 /* Scores to powers of their maximum; what is beyond the last key becomes 0. */
-static void softmax(float *scores, int64_t count, float cap, float *maximum, float *total) {
+static void softmax(float *scores, int64_t count, float cap, float *maximum, float *total)
+{
     const __m512 none = _mm512_set1_ps(-INFINITY);
     __m512 most = none, sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < count; key += LANES) {
@@ -113,7 +116,8 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
 
 /* out[rows][columns] = scores * values, for up to 4 vectors of columns. */
 INLINE void add_columns(const float *scores, const float *values, int64_t count, int64_t head_dim, __mmask16 tail,
-                        float *out, const int rows, const int vectors) {
+                        float *out, const int rows, const int vectors)
+{
     __m512 sum[ROWS][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -139,7 +143,8 @@ INLINE void add_columns(const float *scores, const float *values, int64_t count,
 }
 
 INLINE void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, float cap,
-                   float *out, float *maximum, float *total, const int rows) {
+                   float *out, float *maximum, float *total, const int rows)
+{
     float scores[ROWS * MOST_RANGE];
     score_keys(query, keys, values, count, head_dim, scores, rows);
     for (int r = 0; r < rows; r++) softmax(scores + r * MOST_RANGE, count, cap, maximum + r, total + r);
@@ -167,7 +172,8 @@ ATTEND(attend_two, 2)
 ATTEND(attend_three, 3)
 ATTEND(attend_four, 4)
 
-static void decode_task(void *data, size_t index) {
+static void decode_task(void *data, size_t index)
+{
     const Decode *decode = data;
     const AttentionPlan *plan = decode->plan;
     const AttentionCall *call = plan->call;
@@ -197,7 +203,8 @@ static void decode_task(void *data, size_t index) {
 }
 
 /* The ranges of one row and head to its output. */
-static void merge(const Decode *decode, int64_t row, int64_t head) {
+static void merge(const Decode *decode, int64_t row, int64_t head)
+{
     const AttentionCall *call = decode->plan->call;
     int64_t head_dim = call->head_dim, from = decode->starts[row], to = decode->starts[row + 1];
     int64_t width = call->heads * (head_dim + 2);
@@ -217,7 +224,8 @@ static void merge(const Decode *decode, int64_t row, int64_t head) {
     for (int64_t d = 0; d < head_dim; d++) out[d] /= total;
 }
 
-void decode_run(const AttentionPlan *plan, const Parallel *parallel) {
+void decode_run(const AttentionPlan *plan, const Parallel *parallel)
+{
     const AttentionCall *call = plan->call;
     Decode decode = {.plan = plan, .starts = (int64_t *)plan->scratch};
     decode.queries = (float *)(plan->scratch + ((size_t)(call->batch + 1) * sizeof(int64_t) + 63) / 64 * 64);
@@ -237,7 +245,7 @@ void decode_run(const AttentionPlan *plan, const Parallel *parallel) {
     if (work < ALONE)
         for (size_t index = 0; index < tasks; index++) decode_task(&decode, index);
     else
-        parallel->run(parallel->pool, tasks, decode_task, &decode);
+        parallel_for(parallel, tasks, decode_task, &decode);
     for (int64_t row = 0; row < call->batch; row++)
         for (int64_t head = 0; head < call->heads; head++) merge(&decode, row, head);
 }

@@ -2,14 +2,11 @@
 #ifndef SATCHEL_ATTENTION_INTERNAL_H
 #define SATCHEL_ATTENTION_INTERNAL_H
 
-#include <immintrin.h>
+#include "vectors.h"
 
 #include "attention.h"
 
-enum {
-    LANES = 16,         /* floats in a vector */
-    MOST_HEAD_DIM = 512 /* bounds what a task keeps on its stack */
-};
+enum { MOST_HEAD_DIM = 512 }; /* bounds what a task keeps on its stack */
 
 /* A call with what follows from it. */
 typedef struct {
@@ -26,30 +23,31 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Tokens in the cache before this step. */
-static inline int64_t past_tokens(const AttentionCall *call, int64_t row) {
+static inline int64_t past_tokens(const AttentionCall *call, int64_t row)
+{
     return call->tokens == call->total ? 0 : (int64_t)call->seqlens_k[row] + 1 - call->tokens;
 }
 
 /* First key that the token at `position` sees. */
-static inline int64_t first_key(const AttentionCall *call, int64_t position) {
+static inline int64_t first_key(const AttentionCall *call, int64_t position)
+{
     return call->window > 0 ? max64(0, position + 1 - call->window) : 0;
 }
 
-static inline float *cache_of(const AttentionCall *call, float *cache, int64_t row, int64_t kv_head) {
+static inline float *cache_of(const AttentionCall *call, float *cache, int64_t row, int64_t kv_head)
+{
     return cache + (row * call->kv_heads + kv_head) * call->capacity * call->head_dim;
 }
 
-static inline const float *query_of(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head) {
+static inline const float *query_of(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head)
+{
     const AttentionCall *call = plan->call;
     return call->query + (row * call->tokens + token) * plan->query_width + head * call->head_dim;
 }
 
-static inline float *out_of(const AttentionCall *call, int64_t row, int64_t token, int64_t head) {
+static inline float *out_of(const AttentionCall *call, int64_t row, int64_t token, int64_t head)
+{
     return call->out + ((row * call->tokens + token) * call->heads + head) * call->head_dim;
-}
-
-static inline __mmask16 lanes(int64_t count) {
-    return count >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
 }
 
 /* One head's channels, rotated for `position` and multiplied by `scale`. */

@@ -1,9 +1,9 @@
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
-#include "attention_internal.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <string.h>
 
+#include "attention_internal.h"
 #include "exponential.h"
 
 /* Many tokens. A task takes TILE query rows of one key head (rows: token by token, its heads beside each other) over
@@ -12,8 +12,6 @@
  * products are register tiles of 6 broadcast floats by up to 4 vectors.
  * Blocks start at multiples of BLOCK from the cache's start, so a row's numbers do not depend on the rows beside it. */
 enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64 };
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     float query[MOST_HEAD_DIM * TILE];               /* [head_dim][rows], rotated and scaled */
@@ -25,7 +23,8 @@ typedef struct {
 } Tile;
 
 /* scores[key][rows] of 6 keys and COUNT vectors of rows. */
-INLINE void score_tile(const float *const *keys, const float *query, int64_t head_dim, float *scores, const int count) {
+INLINE void score_tile(const float *const *keys, const float *query, int64_t head_dim, float *scores, const int count)
+{
     __m512 sum[BROADCASTS][VECTORS];
 #pragma GCC unroll 6
     for (int k = 0; k < BROADCASTS; k++)
@@ -50,7 +49,8 @@ INLINE void score_tile(const float *const *keys, const float *query, int64_t hea
 
 /* sums[rows][columns] = factor * sums + scores' * values of ROWS rows and COUNT vectors of columns. */
 INLINE void value_tile(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
-                       float *sums, __mmask16 tail, const int rows, const int count) {
+                       float *sums, __mmask16 tail, const int rows, const int count)
+{
     __m512 sum[BROADCASTS][VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
@@ -79,7 +79,8 @@ INLINE void value_tile(const float *scores, const float *values, int64_t keys, i
             _mm512_mask_storeu_ps(sums + r * head_dim + c * LANES, c == count - 1 ? tail : 0xffff, sum[r][c]);
 }
 
-static void score_keys(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count) {
+static void score_keys(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count)
+{
     switch (count) {
         case 1: score_tile(keys, query, head_dim, scores, 1); break;
         case 2: score_tile(keys, query, head_dim, scores, 2); break;
@@ -89,7 +90,8 @@ static void score_keys(const float *const *keys, const float *query, int64_t hea
 }
 
 INLINE void add_columns(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
-                        float *sums, const int rows) {
+                        float *sums, const int rows)
+{
     for (int64_t column = 0; column < head_dim; column += VECTORS * LANES) {
         int64_t left = min64(head_dim - column, VECTORS * LANES);
         int count = (int)((left + LANES - 1) / LANES);
@@ -105,16 +107,19 @@ INLINE void add_columns(const float *scores, const float *values, int64_t keys, 
     }
 }
 
-static void add_six(const float *s, const float *v, int64_t keys, int64_t head_dim, const float *f, float *sums) {
+static void add_six(const float *s, const float *v, int64_t keys, int64_t head_dim, const float *f, float *sums)
+{
     add_columns(s, v, keys, head_dim, f, sums, 6);
 }
 
-static void add_four(const float *s, const float *v, int64_t keys, int64_t head_dim, const float *f, float *sums) {
+static void add_four(const float *s, const float *v, int64_t keys, int64_t head_dim, const float *f, float *sums)
+{
     add_columns(s, v, keys, head_dim, f, sums, 4);
 }
 
 /* 16 rows of 16 floats, `stride` apart, to columns, TILE apart. */
-static void transpose(const float *from, int64_t stride, int64_t columns, float *to) {
+static void transpose(const float *from, int64_t stride, int64_t columns, float *to)
+{
     __m512 a[LANES], b[LANES];
     for (int i = 0; i < LANES; i++) a[i] = _mm512_maskz_loadu_ps(lanes(columns), from + i * stride);
     for (int i = 0; i < LANES; i += 2) {
@@ -140,7 +145,8 @@ static void transpose(const float *from, int64_t stride, int64_t columns, float 
 }
 
 /* Rotated, scaled and transposed queries of rows start..start + count, and the keys that each of them sees. */
-static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int64_t kv_head, int64_t start, int count) {
+static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int64_t kv_head, int64_t start, int count)
+{
     const AttentionCall *call = plan->call;
     int64_t head_dim = call->head_dim, past = past_tokens(call, row);
     float *rotated = tile->sums; /* [16][head_dim]; the sums come later */
@@ -164,7 +170,8 @@ static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int
 }
 
 /* Scores of keys start..end to powers of their own maximum, for one vector of rows. */
-static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, int64_t from, int64_t to, float cap) {
+static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, int64_t from, int64_t to, float cap)
+{
     const __m512 none = _mm512_set1_ps(-INFINITY);
     float *scores = tile->scores + vector * LANES;
     const int32_t *first = tile->first + vector * LANES, *last = tile->last + vector * LANES;
@@ -201,7 +208,8 @@ static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, i
 
 /* One block of keys start..end, all of which some row of the tile sees. */
 static void attend_block(const AttentionPlan *plan, Tile *tile, const float *keys, const float *values, int64_t start,
-                         int64_t end, int count) {
+                         int64_t end, int count)
+{
     int64_t head_dim = plan->call->head_dim, from[VECTORS], to[VECTORS];
     int used = (count + LANES - 1) / LANES;
     for (int v = 0; v < used; v++) {
@@ -231,7 +239,8 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
     }
 }
 
-static void attend_tile(void *data, size_t index) {
+static void attend_tile(void *data, size_t index)
+{
     const AttentionPlan *plan = data;
     const AttentionCall *call = plan->call;
     int64_t pairs = call->batch * call->kv_heads, rows = call->tokens * plan->group, head_dim = call->head_dim;
@@ -268,7 +277,8 @@ static void attend_tile(void *data, size_t index) {
     }
 }
 
-static void append_task(void *data, size_t index) {
+static void append_task(void *data, size_t index)
+{
     const AttentionPlan *plan = data;
     const AttentionCall *call = plan->call;
     int64_t parts = (call->tokens + APPENDED - 1) / APPENDED, pair = (int64_t)index / parts;
@@ -276,10 +286,11 @@ static void append_task(void *data, size_t index) {
     append_tokens(plan, pair / call->kv_heads, pair % call->kv_heads, from, min64(call->tokens, from + APPENDED));
 }
 
-void prefill_run(const AttentionPlan *plan, const Parallel *parallel) {
+void prefill_run(const AttentionPlan *plan, const Parallel *parallel)
+{
     const AttentionCall *call = plan->call;
     int64_t pairs = call->batch * call->kv_heads, tiles = (call->tokens * plan->group + TILE - 1) / TILE;
     int64_t parts = (call->tokens + APPENDED - 1) / APPENDED;
-    parallel->run(parallel->pool, (size_t)(pairs * parts), append_task, (void *)plan);
-    parallel->run(parallel->pool, (size_t)(pairs * tiles), attend_tile, (void *)plan);
+    parallel_for(parallel, (size_t)(pairs * parts), append_task, (void *)plan);
+    parallel_for(parallel, (size_t)(pairs * tiles), attend_tile, (void *)plan);
 }

@@ -2,10 +2,11 @@
 #ifndef SATCHEL_EXPONENTIAL_H
 #define SATCHEL_EXPONENTIAL_H
 
-#include <immintrin.h>
+#include "vectors.h"
 
 /* 2^r - 1 for r in [0, 1): r times a polynomial fitted to (2^r - 1) / r, error below 2e-9 of 2^r before rounding. */
-static inline __m512 exp2_fraction_less_one(__m512 r) {
+INLINE __m512 exp2_fraction_less_one(__m512 r)
+{
     __m512 p = _mm512_set1_ps(0x1.c5414cp-13f);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.46d65cp-10f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.3d0b90p-7f));
@@ -16,7 +17,8 @@ static inline __m512 exp2_fraction_less_one(__m512 r) {
 }
 
 /* 2^x, 1 for 0 exactly, 0 below 2^-126; relative error below 1.5e-7. */
-static inline __m512 exp2_lanes(__m512 x) {
+INLINE __m512 exp2_lanes(__m512 x)
+{
     __m512 r = _mm512_reduce_ps(x, 0x01 | 0x08); /* x - floor(x) */
     __m512 p = _mm512_add_ps(exp2_fraction_less_one(r), _mm512_set1_ps(1.0f));
     __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
@@ -24,7 +26,8 @@ static inline __m512 exp2_lanes(__m512 x) {
 }
 
 /* tanh(y) = e / (e + 2) with e = exp(2|y|) - 1, and the sign of y; exact near 0, as e is not made by a subtraction there. */
-static inline __m512 tanh_lanes(__m512 y) {
+INLINE __m512 tanh_lanes(__m512 y)
+{
     __m512 twice = _mm512_mul_ps(_mm512_abs_ps(y), _mm512_set1_ps(0x1.715476p+1f)); /* 2 / ln 2 */
     __m512 x = _mm512_min_ps(_mm512_set1_ps(40.0f), twice); /* a NaN stays one: the second operand is returned */
     __m512 one = _mm512_set1_ps(1.0f), r = _mm512_reduce_ps(x, 0x01 | 0x08);

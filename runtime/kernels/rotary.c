@@ -1,10 +1,12 @@
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
-#include "attention_internal.h"
+#include "vectors.h"
 
 #include <string.h>
 
+#include "attention_internal.h"
+
 /* Channels i and i + half. */
-static void rotate_halves(const float *x, const float *cos, const float *sin, int64_t half, __m512 scale, float *out) {
+static void rotate_halves(const float *x, const float *cos, const float *sin, int64_t half, __m512 scale, float *out)
+{
     for (int64_t i = 0; i < half; i += LANES) {
         __mmask16 mask = lanes(half - i);
         __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + i), scale);
@@ -16,10 +18,11 @@ static void rotate_halves(const float *x, const float *cos, const float *sin, in
 }
 
 /* Channels 2i and 2i + 1. */
-static void rotate_pairs(const float *x, const float *cos, const float *sin, int64_t half, __m512 scale, float *out) {
+static void rotate_pairs(const float *x, const float *cos, const float *sin, int64_t half, __m512 scale, float *out)
+{
     const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     for (int64_t i = 0; i < half; i += LANES / 2) {
-        __mmask16 mask = lanes(half - i) & 0xff, pairs = lanes(2 * (half - i));
+        __mmask16 mask = lanes(min64(half - i, LANES / 2)), pairs = lanes(2 * (half - i));
         __m512 c = _mm512_permutexvar_ps(twice, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + i), scale));
         __m512 s = _mm512_permutexvar_ps(twice, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sin + i), scale));
         __m512 a = _mm512_maskz_loadu_ps(pairs, x + 2 * i), swapped = _mm512_permute_ps(a, 0xb1);
@@ -27,7 +30,8 @@ static void rotate_pairs(const float *x, const float *cos, const float *sin, int
     }
 }
 
-void rotate_head(const AttentionCall *call, const float *head, int64_t position, float scale, float *out) {
+void rotate_head(const AttentionCall *call, const float *head, int64_t position, float scale, float *out)
+{
     const __m512 factor = _mm512_set1_ps(scale);
     int64_t half = call->cos ? call->rotary_half : 0;
     if (half) {
@@ -40,7 +44,8 @@ void rotate_head(const AttentionCall *call, const float *head, int64_t position,
     }
 }
 
-void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to) {
+void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to)
+{
     const AttentionCall *call = plan->call;
     int64_t past = past_tokens(call, row), head_dim = call->head_dim;
     float *keys = cache_of(call, call->present_key, row, kv_head);
