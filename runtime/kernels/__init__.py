@@ -1,1 +1,1 @@
-"""satchel's own operators for ONNX Runtime, in C, and where the built library of them is."""
+"""satchel's own operators for ONNX Runtime's CPU provider, in C, and where their library is."""

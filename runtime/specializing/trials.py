@@ -94,9 +94,12 @@ def fastest(
         steps = step_seconds([kept, native], settings)
         theirs, own = (prefill + NEW_TOKENS * step for prefill, step in zip(prefills, steps, strict=True))
         name = "ONNX Runtime's" if theirs <= own else "satchel's own"
+        theirs_ms, own_ms = (
+            f"{1e3 * prefill:.0f} and {1e3 * step:.1f} ms" for prefill, step in zip(prefills, steps, strict=True)
+        )
         say(
-            f"prefill and a step of decode take {1e3 * prefills[0]:.0f} and {1e3 * steps[0]:.1f} ms with ONNX "
-            f"Runtime's kernels, and {1e3 * prefills[1]:.0f} and {1e3 * steps[1]:.1f} ms with satchel's own: {name} are kept"
+            f"prefill and a step of decode take {theirs_ms} with ONNX Runtime's kernels, and {own_ms} with satchel's "
+            f"own: {name} are kept"
         )
         kept = kept if theirs <= own else native
     if kept.specialized is None:
