@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 PHASES = ("prefill", "decode", "score")
-FURTHER = {"prefill_int8": "its products are not in 4 bits", "decode_blocks": "its decode takes no int8 activations"}
+FURTHER = {
+    "prefill_int8": "its products are not in 4 bits",
+    "decode_blocks": "its decode takes no int8 activations",
+    "native": "it has no products by codes that satchel's own kernels take, or an int8 cache",
+}
 """Graphs that not every bundle has, and why one has them not."""
 
 CACHE_MODES = ("shared", "swapped")

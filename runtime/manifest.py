@@ -135,6 +135,7 @@ class Graphs:
     score: GraphSpec
     prefill_int8: GraphSpec | None
     decode_blocks: GraphSpec | None
+    native: GraphSpec | None
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ def write_bundle(
             score=graph_spec("score"),
             prefill_int8=None,
             decode_blocks=None,
+            native=None,
         ),
         static=None,
         plain=None,
