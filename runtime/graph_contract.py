@@ -6,7 +6,7 @@ PHASES = ("prefill", "decode", "score")
 FURTHER = {
     "prefill_int8": "its products are not in 4 bits",
     "decode_blocks": "its decode takes no int8 activations",
-    "native": "it has no products by codes that satchel's own kernels take, or an int8 cache",
+    "native": "it was exported without one for satchel's own kernels",
 }
 """Graphs that not every bundle has, and why one has them not."""
 

@@ -125,9 +125,10 @@ class GraphSpec:
 class Graphs:
     """The three graphs over one set of weights: the prompt, each further token, and all positions' logits.
 
-    Two more read weights that no bundle holds, and that `satchel specialize` makes. `prefill_int8` is prefill over int8
-    weights made of those in 4 bits; None where a bundle has no products in 4 bits. `decode_blocks` is decode over the
-    same int8 numbers in blocks of inputs; None where decode takes no activations in int8.
+    Three more read weights that no bundle holds, and that `satchel specialize` makes. `prefill_int8` is prefill over
+    int8 weights made of those in 4 bits; None where a bundle has no products in 4 bits. `decode_blocks` is decode over
+    the same int8 numbers in blocks of inputs; None where decode takes no activations in int8. `native` is for satchel's
+    own kernels, over weights in panels of outputs: it runs prefill and decode; None where there is nothing for them.
     """
 
     prefill: GraphSpec
@@ -135,7 +136,7 @@ class Graphs:
     score: GraphSpec
     prefill_int8: GraphSpec | None
     decode_blocks: GraphSpec | None
-    native: GraphSpec | None
+    native: GraphSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Specialized:
     are the same; `processor` is its name, for people. `int8_prefill` tells that prefill runs over int8 weights made of
     those in 4 bits, `decode_blocks` that decode runs over int8 weights in blocks, and `tiled_attention` which of two
     attention kernels was faster. `graphs` are file names by phase, of prefill alone where its session runs decode, too;
-    `files` lists all files.
+    `files` lists all files. `native` tells that both phases run on satchel's own kernels, of version `kernels`.
     """
 
     onnxruntime: str
@@ -251,6 +252,8 @@ class Specialized:
     tiled_attention: bool
     graphs: dict[str, str]
     files: dict[str, FileRecord]
+    native: bool = False
+    kernels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ def check_manifest(manifest: Manifest) -> None:
         _check_files(specialized.files, "specialized.files")
         known = set(specialized.graphs) in ({"prefill"}, {"prefill", "decode"})
         _check(known, "specialized.graphs", sorted(specialized.graphs), "files of prefill, or of prefill and decode")
+        fits = not specialized.native or (set(specialized.graphs) == {"prefill"} and specialized.kernels is not None)
+        _check(fits, "specialized.native", specialized.native, "of one graph, with the version of the kernels")
         for phase, file in specialized.graphs.items():
             _check(file in specialized.files, f"specialized.graphs.{phase}", file, "listed in 'specialized.files'")
 

@@ -1,4 +1,7 @@
-"""Reads parsed JSON into frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error."""
+"""Reads parsed JSON into frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error.
+
+A key whose field has a default may be missing, and is not written where it has that value.
+"""
 
 from __future__ import annotations
 
@@ -70,12 +73,19 @@ def from_json(kind: Any, value: Any, key: str = "") -> Any:
 def to_json(value: Any) -> Any:
     """The inverse of `from_json`: dataclasses become dicts in the order of their fields, tuples become lists."""
     if dataclasses.is_dataclass(value):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: to_json(item) for field, item in items if item != field.default}
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     return value
+
+
+@functools.cache
+def required(kind: type) -> tuple[str, ...]:
+    """The names of a dataclass's fields that have no default."""
+    return tuple(field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,10 +127,10 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
     unknown = sorted(value.keys() - hints.keys())
     if unknown:
         raise StrictJsonError(f"unknown key '{_join(key, unknown[0])}'")
-    missing = [name for name in hints if name not in value]
+    missing = [name for name in required(kind) if name not in value]
     if missing:
         raise StrictJsonError(f"missing key '{_join(key, missing[0])}'")
-    return kind(**{name: from_json(hint, value[name], _join(key, name)) for name, hint in hints.items()})
+    return kind(**{name: from_json(hints[name], item, _join(key, name)) for name, item in value.items()})
 
 
 def _union(alternatives: tuple[Any, ...], value: Any, key: str) -> Any:

@@ -44,9 +44,7 @@ def check_limits(manifest: Manifest) -> None:
 
 def _graphs(manifest: Manifest) -> Iterator[GraphSpec]:
     if manifest.graphs is not None:
-        graphs = manifest.graphs
-        always, further = (graphs.prefill, graphs.decode, graphs.score), (graphs.prefill_int8, graphs.decode_blocks)
-        yield from (graph for graph in (*always, *further, graphs.native) if graph is not None)
+        yield from (graph for graph in vars(manifest.graphs).values() if graph is not None)
     if manifest.static is not None:
         static = manifest.static
         parts = [part for graph in (*static.prefill, static.decode, static.score) for part in graph.parts]

@@ -15,6 +15,7 @@ from typing import Any
 from satchel.runtime.graph_contract import CACHE_MODES, DTYPES, TOKENIZER_KINDS
 from satchel.runtime.integrity.limits import LIMITS
 from satchel.runtime.manifest import Manifest
+from satchel.runtime.strict_json import required
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -83,7 +84,7 @@ def _object(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
         "description": description,
         "type": "object",
         "properties": properties,
-        "required": names,
+        "required": list(required(kind)),
         "additionalProperties": False,
     }
 

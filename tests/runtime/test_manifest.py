@@ -30,6 +30,41 @@ def test_reading_what_was_written_gives_an_equal_manifest(document: dict[str, An
     assert manifest.graph("decode").inputs[0].shape == ("batch", 1)
 
 
+def test_a_manifest_without_a_native_graph_keeps_its_digest(document: dict[str, Any]) -> None:
+    assert "native" not in document["graphs"]
+    again = Manifest.from_json(document).to_json()
+    assert again["digest"] == document["digest"]
+    with pytest.raises(BundleError, match=r"no graph for native: it was exported without one"):
+        Manifest.from_json(document).graph("native")
+
+
+def test_a_native_graph_is_checked_as_the_others(document: dict[str, Any]) -> None:
+    document["graphs"]["native"] = {**document["graphs"]["prefill"], "file": "native.onnx"}
+    with pytest.raises(BundleError, match=r"'graphs.native.file' must be listed in 'files'"):
+        Manifest.from_json(document)
+    document["files"]["native.onnx"] = document["files"]["prefill.onnx"]
+    assert Manifest.from_json(document).to_json()["graphs"]["native"]["file"] == "native.onnx"
+
+
+@pytest.mark.parametrize(
+    ("graphs", "kernels", "right"),
+    [(["prefill"], 1, True), (["prefill"], None, False), (["prefill", "decode"], 1, False)],
+)
+def test_native_graphs_are_one_and_name_the_version_of_the_kernels(
+    document: dict[str, Any], graphs: list[str], kernels: int | None, right: bool
+) -> None:
+    facts = {"onnxruntime": "1", "provider": "cpu", "processor": "one", "features": [], "int8_prefill": False}
+    facts |= {"decode_blocks": False, "tiled_attention": True, "native": True, "kernels": kernels}
+    record = document["files"]["weights.bin"]
+    document["specialized"] = {**facts, "graphs": dict.fromkeys(graphs, "a.onnx"), "files": {"a.onnx": record}}
+    if right:
+        made = Manifest.from_json(document).specialized
+        assert made is not None and (made.native, made.kernels) == (True, 1)
+        return
+    with pytest.raises(BundleError, match=r"'specialized.native' must be"):
+        Manifest.from_json(document)
+
+
 def set_at(document: dict[str, Any], path: list[Any], value: Any) -> None:
     for key in path[:-1]:
         document = document[key]

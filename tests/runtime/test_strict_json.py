@@ -62,3 +62,26 @@ def test_what_is_no_number_is_an_error(changes: dict[str, Any], message: str) ->
     with pytest.raises(StrictJsonError) as caught:
         from_json(Figures, {**GOOD, **changes})
     assert str(caught.value).startswith(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    kl: float
+    native: bool = False
+
+
+@pytest.mark.parametrize(("document", "native"), [({"kl": 0.5}, False), ({"kl": 0.5, "native": True}, True)])
+def test_a_key_with_a_default_may_be_missing_and_is_not_written_where_it_says_nothing(
+    document: dict[str, Any], native: bool
+) -> None:
+    assert from_json(Grown, document) == Grown(0.5, native)
+    assert to_json(Grown(0.5, native)) == document
+    assert from_json(Grown, {"kl": 0.5, "native": False}) == Grown(0.5)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"), [({"native": True}, "missing key 'kl'"), ({"kl": 1, "native": 1}, "'native' must")]
+)
+def test_a_default_excuses_nothing_else(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(StrictJsonError, match=message):
+        from_json(Grown, document)

@@ -225,7 +225,6 @@ def write_bundle(
             score=graph_spec("score"),
             prefill_int8=None,
             decode_blocks=None,
-            native=None,
         ),
         static=None,
         plain=None,

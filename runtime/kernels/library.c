@@ -1,0 +1,282 @@
+/* Registers satchel's operators with a session of ONNX Runtime (docs/kernels.md). */
+#include <limits.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "operator.h"
+
+enum { ALIGNMENT = 64, ATTRIBUTE_BYTES = 32 };
+
+static const Operator *operator_of(const OrtCustomOp *op) { return (const Operator *)op; }
+
+typedef struct {
+    const OrtApi *api;
+    const Operator *operator;
+    void *own;
+} Kernel;
+
+static OrtStatus *failed(const OrtApi *api, const char *error)
+{
+    return ORT(api, CreateStatus)(ORT_INVALID_ARGUMENT, error ? error : "satchel: an operator failed");
+}
+
+static const char *get_name(const OrtCustomOp *op) { return operator_of(op)->name; }
+static const char *get_provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+static size_t get_input_count(const OrtCustomOp *op) { return operator_of(op)->inputs; }
+static size_t get_output_count(const OrtCustomOp *op) { return operator_of(op)->outputs; }
+static OrtElementType get_input_type(const OrtCustomOp *op, size_t i) { return operator_of(op)->input_types[i]; }
+static OrtElementType get_output_type(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_FLOAT; }
+static int get_input_memory(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
+static int get_start_version(const OrtCustomOp *op) { return (void)op, 1; }
+static int get_end_version(const OrtCustomOp *op) { return (void)op, INT_MAX; }
+
+static OrtCharacteristic get_input_characteristic(const OrtCustomOp *op, size_t i)
+{
+    return i < operator_of(op)->required ? ORT_REQUIRED : ORT_OPTIONAL;
+}
+
+static OrtCharacteristic get_output_characteristic(const OrtCustomOp *op, size_t i)
+{
+    return (void)op, (void)i, ORT_REQUIRED;
+}
+
+static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **made)
+{
+    Kernel *kernel = malloc(sizeof *kernel);
+    Create create = {api, info, NULL};
+    if (kernel == NULL)
+        return failed(api, "satchel: out of memory");
+    *kernel = (Kernel){api, operator_of(op), operator_of(op)->create(&create)};
+    if (kernel->own == NULL) {
+        free(kernel);
+        return failed(api, create.error);
+    }
+    *made = kernel;
+    return NULL;
+}
+
+static void destroy(void *kernel)
+{
+    free(((Kernel *)kernel)->own);
+    free(kernel);
+}
+
+static void run_in(const Run *run, size_t tasks, size_t batches, void (*task)(void *, size_t), void *data)
+{
+    OrtStatus *status = ORT(run->api, KernelContext_ParallelFor)(run->context, task, tasks, batches, data);
+    if (status != NULL) { /* a context without threads */
+        ORT(run->api, ReleaseStatus)(status);
+        for (size_t i = 0; i < tasks; i++)
+            task(data, i);
+    }
+}
+
+static void run_tasks(void *pool, size_t tasks, void (*task)(void *, size_t), void *data)
+{
+    run_in(pool, tasks, tasks, task, data);
+}
+
+static void run_ranges(void *pool, size_t tasks, void (*task)(void *, size_t), void *data)
+{
+    run_in(pool, tasks, 0, task, data); /* 0: a batch for each thread */
+}
+
+static OrtStatus *compute(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *made = kernel;
+    Run run = {made->api, context, NULL, {&run, run_tasks}, {&run, run_ranges}};
+    return made->operator->run(made->own, &run) ? NULL : failed(made->api, run.error);
+}
+
+bool fail(Run *run, const char *error)
+{
+    run->error = error;
+    return false;
+}
+
+/* Whether a call succeeded; what it says otherwise is replaced by `error`. */
+static bool good(Run *run, OrtStatus *status, const char *error)
+{
+    if (status == NULL)
+        return true;
+    ORT(run->api, ReleaseStatus)(status);
+    return fail(run, error);
+}
+
+static bool describe(Run *run, const OrtValue *value, Tensor *tensor)
+{
+    static const char *unreadable = "satchel: a tensor cannot be read";
+    const OrtApi *api = run->api;
+    OrtTensorInfo *info;
+    if (!good(run, ORT(api, GetTensorTypeAndShape)(value, &info), unreadable))
+        return false;
+    bool fits = good(run, ORT(api, GetTensorElementType)(info, &tensor->type), unreadable)
+        && good(run, ORT(api, GetDimensionsCount)(info, &tensor->rank), unreadable)
+        && (tensor->rank <= MAX_RANK || fail(run, "satchel: a tensor has too many dimensions"))
+        && good(run, ORT(api, GetDimensions)(info, tensor->dims, tensor->rank), unreadable);
+    ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
+    tensor->count = 1;
+    for (size_t i = 0; fits && i < tensor->rank; i++)
+        tensor->count *= tensor->dims[i];
+    return fits;
+}
+
+bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor)
+{
+    const OrtApi *api = run->api;
+    const OrtValue *value = NULL;
+    size_t given;
+    memset(tensor, 0, sizeof *tensor);
+    if (!good(run, ORT(api, KernelContext_GetInputCount)(run->context, &given), "satchel: inputs cannot be counted"))
+        return false;
+    if (index >= given)
+        return true;
+    if (!good(run, ORT(api, KernelContext_GetInput)(run->context, index, &value), "satchel: an input cannot be read"))
+        return false;
+    if (value == NULL)
+        return true;
+    if (!describe(run, value, tensor))
+        return false;
+    if (tensor->type != type)
+        return fail(run, "satchel: an input has another type than its operator takes");
+    return good(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data), "satchel: an input has no data");
+}
+
+bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data)
+{
+    const OrtApi *api = run->api;
+    OrtValue *value = NULL;
+    OrtStatus *status = ORT(api, KernelContext_GetOutput)(run->context, index, dims, rank, &value);
+    if (!good(run, status, "satchel: an output does not have the shape of what is bound to it"))
+        return false;
+    if (value == NULL)
+        return fail(run, "satchel: an output is not there");
+    return good(run, ORT(api, GetTensorMutableData)(value, (void **)data), "satchel: an output has no data");
+}
+
+bool has_dims(const Tensor *tensor, size_t rank, const int64_t *dims)
+{
+    return tensor->rank == rank && memcmp(tensor->dims, dims, rank * sizeof *dims) == 0;
+}
+
+int64_t attribute(Create *create, const char *name, int64_t otherwise)
+{
+    int64_t value;
+    OrtStatus *status = ORT(create->api, KernelInfoGetAttribute_int64)(create->info, name, &value);
+    if (status == NULL)
+        return value;
+    ORT(create->api, ReleaseStatus)(status);
+    return otherwise;
+}
+
+float attribute_float(Create *create, const char *name, float otherwise)
+{
+    float value;
+    OrtStatus *status = ORT(create->api, KernelInfoGetAttribute_float)(create->info, name, &value);
+    if (status == NULL)
+        return value;
+    ORT(create->api, ReleaseStatus)(status);
+    return otherwise;
+}
+
+bool attribute_text(Create *create, const char *name, char *text, size_t size)
+{
+    size_t length = 0; /* asked for first: with the end it is one more than the text has */
+    OrtStatus *status = ORT(create->api, KernelInfoGetAttribute_string)(create->info, name, NULL, &length);
+    text[0] = 0;
+    if (status != NULL) {
+        ORT(create->api, ReleaseStatus)(status);
+        return true;
+    }
+    if (length > size)
+        return false;
+    status = ORT(create->api, KernelInfoGetAttribute_string)(create->info, name, text, &length);
+    if (status == NULL)
+        return true;
+    ORT(create->api, ReleaseStatus)(status);
+    return false;
+}
+
+typedef struct {
+    size_t bytes;
+    _Alignas(ALIGNMENT) unsigned char memory[];
+} Scratch;
+
+static pthread_key_t scratch_key;
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+
+static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
+
+void *scratch(size_t bytes)
+{
+    pthread_once(&scratch_once, make_scratch_key);
+    Scratch *kept = pthread_getspecific(scratch_key);
+    if (kept != NULL && kept->bytes >= bytes)
+        return kept->memory;
+    size_t whole = (sizeof(Scratch) + bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    Scratch *made = whole > bytes ? aligned_alloc(ALIGNMENT, whole) : NULL;
+    if (made == NULL)
+        return NULL;
+    free(kept);
+    made->bytes = bytes;
+    pthread_setspecific(scratch_key, made);
+    return made->memory;
+}
+
+static bool can_run(void)
+{
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
+static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *operator)
+{
+    operator->op = (OrtCustomOp){
+        .version = ORT_API_VERSION,
+        .get_name = get_name,
+        .get_provider = get_provider,
+        .get_input_type = get_input_type,
+        .get_input_count = get_input_count,
+        .get_output_type = get_output_type,
+        .get_output_count = get_output_count,
+        .destroy = destroy,
+        .get_input_characteristic = get_input_characteristic,
+        .get_output_characteristic = get_output_characteristic,
+        .get_input_memory = get_input_memory,
+        .create_kernel_checked = create_kernel,
+        .compute_checked = compute,
+        .get_start_version = get_start_version,
+        .get_end_version = get_end_version,
+    };
+    return ORT(api, CustomOpDomain_Add)(domain, &operator->op);
+}
+
+/* The entry that ONNX Runtime looks for in a library of operators. The domain lives as long as the process. */
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
+{
+    static OrtCustomOpDomain *domain;
+    static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
+    const OrtApi *api = base->get_api(ORT_API_VERSION);
+    OrtStatus *status = NULL;
+    if (api == NULL) /* an ONNX Runtime of before; without its functions nothing can be said of it */
+        return NULL;
+    if (!can_run())
+        return failed(api, "satchel: this processor has no AVX-512 VNNI");
+    pthread_mutex_lock(&making);
+    if (domain == NULL) {
+        OrtCustomOpDomain *made;
+        status = ORT(api, CreateCustomOpDomain)("satchel", &made);
+        Operator *operators[] = {&linear_operator, &table_linear_operator};
+        for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
+            status = add(api, made, operators[i]);
+        if (status == NULL)
+            domain = made;
+    }
+    pthread_mutex_unlock(&making);
+    return status == NULL ? ORT(api, AddCustomOpDomain)(options, domain) : status;
+}

@@ -1,0 +1,290 @@
+#include "vectors.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "linear.h"
+#include "operator.h"
+
+enum {
+    TILE_ROWS = 6,          /* with 4 panels: 24 sums, 4 weights and 1 activation in 32 registers */
+    CHANNEL_PANELS = 4,
+    BLOCK_PANELS = 2,       /* each has a sum of its block and one of all blocks */
+    ROUNDED_ROWS = 8,       /* rows of a task that rounds activations */
+    MULTIPLIED_ROWS = 96,   /* rows of a task that multiplies: they stay in the cache of a core */
+};
+
+typedef struct {
+    const LinearForm *form;
+    const LinearCall *call;
+    int8_t *codes;   /* [rows, code_bytes] */
+    float *scales;   /* [rows, row_scales] */
+    int32_t *sums;   /* the same */
+    float *room;     /* [row tasks, code_bytes] */
+    int64_t width;   /* panels of a task */
+    size_t groups;   /* tasks that cover the panels */
+} Work;
+
+/* erf(x), Abramowitz and Stegun 7.1.26 (1964): within 1.5e-7. */
+INLINE __m512 erf16(__m512 x)
+{
+    const __m512 sign = _mm512_set1_ps(-0.f);
+    __m512 z = _mm512_andnot_ps(sign, x);
+    __m512 t = _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_fmadd_ps(z, _mm512_set1_ps(.3275911f), _mm512_set1_ps(1.f)));
+    __m512 p = _mm512_set1_ps(1.061405429f);
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-.284496736f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(.254829592f));
+    __m512 e = exp16(_mm512_xor_ps(sign, _mm512_mul_ps(z, z)));
+    __m512 r = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), e, _mm512_set1_ps(1.f));
+    return _mm512_or_ps(r, _mm512_and_ps(sign, x));
+}
+
+INLINE __m512 sigmoid16(__m512 x)
+{
+    const __m512 one = _mm512_set1_ps(1.f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_xor_ps(_mm512_set1_ps(-0.f), x))));
+}
+
+/* The activations as their papers and frameworks spell them; tanh(z) is 2 sigmoid(2 z) - 1. */
+INLINE __m512 activate(Gate gate, __m512 x)
+{
+    if (gate == GATE_RELU)
+        return _mm512_max_ps(x, _mm512_setzero_ps());
+    if (gate == GATE_GELU) {
+        __m512 e = erf16(_mm512_mul_ps(x, _mm512_set1_ps(.70710678f)));
+        return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(.5f)), _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+    }
+    if (gate == GATE_GELU_TANH) {
+        __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(.044715f)));
+        return _mm512_mul_ps(x, sigmoid16(_mm512_mul_ps(_mm512_add_ps(x, cubic), _mm512_set1_ps(1.59576912f))));
+    }
+    return _mm512_mul_ps(x, sigmoid16(x));
+}
+
+/* Store what a row has for the outputs from 16 * column on, out of `count`. */
+INLINE void put(const Work *work, int64_t row, int64_t column, int64_t count, __m512 value)
+{
+    const int64_t first = column * LANES;
+    const __mmask16 mask = lanes(count - first);
+    const LinearCall *call = work->call;
+    if (call->residual != NULL)
+        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, call->residual + row * count + first));
+    _mm512_mask_storeu_ps(call->y + row * count + first, mask, value);
+}
+
+INLINE __m512 bias(const Work *work, int64_t first, int64_t end)
+{
+    const float *values = work->call->bias;
+    return values == NULL ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes(end - first), values + first);
+}
+
+/* Turn the products of a tile into outputs; a gate's panels come in pairs. */
+INLINE void finish(const int rows, const int width, const Work *work, int64_t row, int64_t panel, __m512 (*product)[CHANNEL_PANELS])
+{
+    const LinearForm *form = work->form;
+    const int64_t count = half_outputs(form);
+    if (form->gate != GATE_NONE) {
+        UNROLL
+        for (int p = 0; p + 1 < width; p += 2) {
+            const int64_t column = (panel + p) / 2;
+            const __m512 low = bias(work, column * LANES, count), high = bias(work, count + column * LANES, 2 * count);
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                __m512 gate = activate(form->gate, _mm512_add_ps(product[r][p], low));
+                put(work, row + r, column, count, _mm512_mul_ps(gate, _mm512_add_ps(product[r][p + 1], high)));
+            }
+        }
+        return;
+    }
+    UNROLL
+    for (int p = 0; p < width; p++) {
+        const __m512 added = bias(work, (panel + p) * LANES, count);
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            put(work, row + r, panel + p, count, _mm512_add_ps(product[r][p], added));
+    }
+}
+
+/* The sums of a tile have a name each, since compilers keep arrays of them in memory: SUM(row, panel). */
+#define SUM(r, p) sum_##r##_##p
+#define SUMS(r) __m512i SUM(r, 0) = zero, SUM(r, 1) = zero, SUM(r, 2) = zero, SUM(r, 3) = zero
+#define ADD(r, p, weights) \
+    if (p < width)         \
+    ADD_DOT(SUM(r, p), weights##p, activation)
+#define ADD_ROW(r, at, weights)                                \
+    if (r < rows) {                                            \
+        __m512i activation = four_inputs(a + r * stride + at); \
+        ADD(r, 0, weights);                                    \
+        ADD(r, 1, weights);                                    \
+        ADD(r, 2, weights);                                    \
+        ADD(r, 3, weights);                                    \
+    }
+#define ADD_ROWS(at, weights)   \
+    do {                        \
+        ADD_ROW(0, at, weights) \
+        ADD_ROW(1, at, weights) \
+        ADD_ROW(2, at, weights) \
+        ADD_ROW(3, at, weights) \
+        ADD_ROW(4, at, weights) \
+        ADD_ROW(5, at, weights) \
+    } while (0)
+#define KEEP(r)                   \
+    if (r < rows) {               \
+        sums[r][0] = SUM(r, 0);   \
+        if (width > 1)            \
+            sums[r][1] = SUM(r, 1); \
+        if (width > 2)            \
+            sums[r][2] = SUM(r, 2), sums[r][3] = SUM(r, 3); \
+    }
+
+INLINE __m512i four_inputs(const int8_t *codes)
+{
+    int32_t four;
+    memcpy(&four, codes, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/* Whole sums over the inputs from `from` to `end` of a tile: rows of codes `stride` apart, panels `apart`. */
+INLINE void add_products(const int rows, const int width, const int bits, const int8_t *a, int64_t stride, const uint8_t *b,
+                         int64_t apart, int64_t from, int64_t end, __m512i (*sums)[CHANNEL_PANELS])
+{
+    const __m512i zero = _mm512_setzero_si512(), low_half = _mm512_set1_epi8(15);
+    SUMS(0);
+    SUMS(1);
+    SUMS(2);
+    SUMS(3);
+    SUMS(4);
+    SUMS(5);
+    __m512i w0 = zero, w1 = zero, w2 = zero, w3 = zero;
+    for (int64_t i = from; i < end; i += bits == 4 ? 8 : 4) {
+        const uint8_t *at = b + i * (bits == 4 ? 8 : 16);
+        w0 = _mm512_loadu_si512(at);
+        if (width > 1)
+            w1 = _mm512_loadu_si512(at + apart);
+        if (width > 2)
+            w2 = _mm512_loadu_si512(at + 2 * apart), w3 = _mm512_loadu_si512(at + 3 * apart);
+        if (bits == 8) {
+            ADD_ROWS(i, w);
+            continue;
+        }
+        __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low_half);
+        __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low_half);
+        __m512i high2 = zero, high3 = zero;
+        w0 = _mm512_and_si512(w0, low_half), w1 = _mm512_and_si512(w1, low_half);
+        ADD_ROWS(i, w);
+        ADD_ROWS(i + 4, high);
+    }
+    KEEP(0) KEEP(1) KEEP(2) KEEP(3) KEEP(4) KEEP(5)
+}
+
+/* One tile: `rows` rows times `width` panels. Weights are unsigned, so what their zero points add, times the sum of
+ * the activations, is taken off each block's sum. All sums of a block are whole numbers, and blocks are added in their
+ * order: a row gets the same whatever tile it is in.
+ */
+INLINE void tile(const int rows, const int width, const int bits, const bool channel, const Work *work, int64_t row, int64_t panel)
+{
+    const LinearForm *form = work->form;
+    const LinearCall *call = work->call;
+    const int64_t blocks = channel ? 1 : row_scales(&form->form), stride = panel_bytes(form);
+    const int64_t inputs = channel ? (form->form.inputs + 3) / 4 * 4 : form->form.block;
+    const uint8_t *b = call->codes + panel * stride;
+    const int8_t *a = work->codes + row * code_bytes(&form->form);
+    __m512 product[TILE_ROWS][CHANNEL_PANELS];
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int p = 0; p < width; p++)
+            product[r][p] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < blocks; block++) {
+        __m512i sum[TILE_ROWS][CHANNEL_PANELS];
+        add_products(rows, width, bits, a, code_bytes(&form->form), b, stride, block * inputs, (block + 1) * inputs, sum);
+        UNROLL
+        for (int p = 0; p < width; p++) {
+            const int64_t place = ((panel + p) * blocks + block) * LANES;
+            const __m512 scale = _mm512_loadu_ps(call->scales + place);
+            __m512i zero = _mm512_set1_epi32(bits == 4 ? 8 : 128);
+            if (!channel && call->zero_points != NULL)
+                zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(call->zero_points + place)));
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                const int64_t at = (row + r) * blocks + block;
+                __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(work->sums[at]));
+                __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][p], offset));
+                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(work->scales[at]));
+                product[r][p] = channel ? _mm512_mul_ps(whole, both) : _mm512_fmadd_ps(whole, both, product[r][p]);
+            }
+        }
+    }
+    finish(rows, width, work, row, panel, product);
+}
+
+/* All rows from `row` to `end` times `width` panels, as tiles of a few sizes. */
+INLINE void strip(const int width, const int bits, const bool channel, const Work *work, int64_t row, int64_t end, int64_t panel)
+{
+    for (; row + TILE_ROWS <= end; row += TILE_ROWS)
+        tile(TILE_ROWS, width, bits, channel, work, row, panel);
+    for (; row + 3 <= end; row += 3)
+        tile(3, width, bits, channel, work, row, panel);
+    for (; row < end; row++)
+        tile(1, width, bits, channel, work, row, panel);
+}
+
+static void channel_4(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(4, 8, true, work, row, end, panel); }
+static void channel_2(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(2, 8, true, work, row, end, panel); }
+static void channel_1(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(1, 8, true, work, row, end, panel); }
+static void eight_2(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(2, 8, false, work, row, end, panel); }
+static void eight_1(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(1, 8, false, work, row, end, panel); }
+static void four_2(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(2, 4, false, work, row, end, panel); }
+static void four_1(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(1, 4, false, work, row, end, panel); }
+
+static void multiply(void *data, size_t index)
+{
+    const Work *work = data;
+    const LinearForm *form = work->form;
+    const int64_t whole = panels(form), group = (int64_t)(index % work->groups), part = (int64_t)(index / work->groups);
+    const int64_t row = part * MULTIPLIED_ROWS;
+    const int64_t end = row + MULTIPLIED_ROWS < work->call->rows ? row + MULTIPLIED_ROWS : work->call->rows;
+    int64_t panel = group * work->width;
+    const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
+    const bool channel = form->form.block == 0;
+    for (; channel && panel + 4 <= stop; panel += 4)
+        channel_4(work, row, end, panel);
+    for (; panel + 2 <= stop; panel += 2)
+        (channel ? channel_2 : form->bits == 8 ? eight_2 : four_2)(work, row, end, panel);
+    if (panel < stop)
+        (channel ? channel_1 : form->bits == 8 ? eight_1 : four_1)(work, row, end, panel);
+}
+
+static void round_rows(void *data, size_t index)
+{
+    const Work *work = data;
+    const RowForm *form = &work->form->form;
+    const LinearCall *call = work->call;
+    const int64_t first = (int64_t)index * ROUNDED_ROWS, scales = row_scales(form), stride = code_bytes(form);
+    for (int64_t r = first; r < first + ROUNDED_ROWS && r < call->rows; r++)
+        round_row(form, call->x + r * form->inputs, call->gain, work->room + (int64_t)index * stride,
+                  work->codes + r * stride, work->scales + r * scales, work->sums + r * scales);
+}
+
+const char *linear_run(const LinearForm *form, const LinearCall *call, const Parallel *parallel)
+{
+    const int64_t stride = code_bytes(&form->form), scales = row_scales(&form->form), rows = call->rows;
+    const size_t tasks = (size_t)((rows + ROUNDED_ROWS - 1) / ROUNDED_ROWS);
+    const size_t parts = (size_t)((rows + MULTIPLIED_ROWS - 1) / MULTIPLIED_ROWS);
+    const size_t room = tasks * (size_t)stride * sizeof(float), codes = (size_t)(rows * stride);
+    if (rows == 0)
+        return NULL;
+    uint8_t *memory = scratch(room + codes + (size_t)(rows * scales) * 8);
+    if (memory == NULL)
+        return "satchel:Linear: out of memory";
+    float *row_scale = (float *)(memory + room + codes);
+    Work work = {form, call, (int8_t *)(memory + room), row_scale, (int32_t *)(row_scale + rows * scales), (float *)memory, 0, 0};
+    work.width = form->form.block == 0 && rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
+    work.groups = (size_t)((panels(form) + work.width - 1) / work.width);
+    parallel_for(parallel, tasks, round_rows, &work);
+    parallel_for(parallel, work.groups * parts, multiply, &work);
+    return NULL;
+}
