@@ -32,6 +32,9 @@ EXPANDED, BLOCKS, PANELS = "expanded", "blocks", "panels"
 BLOCK = 64
 """Inputs of a block; the last one is filled up. With 128 a row's product depends on how many rows there are."""
 
+PANEL_BLOCKS = 8
+"""Inputs of whose multiples the blocks are that satchel's own kernels take."""
+
 INT8_PRODUCTS = 4
 """The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
 
@@ -139,12 +142,12 @@ class QuantizedWeight:
     def fits_panels(self) -> bool:
         """Whether satchel's own kernels multiply by such codes.
 
-        They take a scale for each output with symmetric codes of 8 bits, or blocks that hold whole groups of inputs.
+        They take a scale for each output with symmetric codes of 8 bits, or blocks of a multiple of eight inputs.
         """
         scheme, inputs = self.grid.scheme, self.codes.shape[1]
         if scheme.block is None:
             return scheme.bits == 8 and self.grid.zero_points is None
-        return scheme.block % TOGETHER[scheme.bits] == 0 and inputs % scheme.block == 0
+        return scheme.block % PANEL_BLOCKS == 0 and inputs % scheme.block == 0
 
     def panels(self, *, gated: bool = False) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
         """Codes, scales and zero points as satchel's own kernels read them (satchel.graphs.panels).

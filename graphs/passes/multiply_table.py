@@ -11,6 +11,9 @@ from satchel.graphs.linear import own_product
 from satchel.graphs.quantized import INT8_PRODUCTS
 from satchel.graphs.values import MICROSOFT, Builder, attributes, dims, last_dim, nodes, replace, weight
 
+SMALLEST = 16
+"""Inputs of the smallest block that the operator takes."""
+
 
 @graph_pass
 def multiply_table(model: ir.Model, report: Report) -> None:
@@ -18,9 +21,9 @@ def multiply_table(model: ir.Model, report: Report) -> None:
 
     before: ids -> GatherBlockQuantized(codes, scales) ...  x -> MatMulNBits(codes, scales) -> logits
     after:  ids -> GatherBlockQuantized(codes, scales) ...  x -> satchel::TableLinear(codes, scales) -> logits
-    refuses when: the codes are not of 8 bits, have zero points, or are not cut into whole blocks; the product has a
-    bias or another input, or takes x in another way than rounded to int8. A product by other codes than those that are
-    looked up is left alone (silently).
+    refuses when: the codes are not of 8 bits, have zero points, or are not cut into whole blocks of a power of two, 16 or
+    more; the product has a bias or another input, or takes x in another way than rounded to int8. A product by other
+    codes than those that are looked up is left alone (silently).
     """
     gathers = nodes(model, "GatherBlockQuantized", MICROSOFT)
     tables = {lazy.base.name for node in gathers if (lazy := weight(node.inputs[0])) is not None}
@@ -48,8 +51,8 @@ def _options(node: ir.Node) -> dict[str, Any]:
         raise Refused("its codes are not of 8 bits, or it has zero points, a bias or another input")
     if options["accuracy_level"] != INT8_PRODUCTS:
         raise Refused("the product takes its input as it is, not rounded to int8")
-    if not block or inputs % block or dims(node.inputs[1]) != [outputs, inputs // block, block]:
-        raise Refused("its codes are not cut into whole blocks of inputs")
+    if block < SMALLEST or block & (block - 1) or inputs % block or dims(node.inputs[1]) != [outputs, inputs // block, block]:
+        raise Refused("its codes are not cut into whole blocks of a power of two")
     if dims(node.inputs[2]) != [outputs, inputs // block] or last_dim(node.inputs[0]) != inputs:
         raise Refused("its scales or its input have another size than its codes")
     return options
