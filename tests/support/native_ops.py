@@ -168,7 +168,18 @@ def rotated(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     return turned
 
 
-OPERATORS = [Linear, TableLinear, Attention, GatherBlockQuantized]
+class SkipLayerNormalization(OpRun):
+    op_domain: ClassVar[str] = "com.microsoft"
+
+    def _run(self, x: Array, skip: Array, gain: Array, bias: Optional = None, **options: Any) -> tuple[Optional, ...]:
+        total = (x + skip).astype(np.float64)
+        even = total - total.mean(-1, keepdims=True)
+        y = even / np.sqrt((even * even).mean(-1, keepdims=True) + options["epsilon"]) * gain
+        whole = y if bias is None else y + bias
+        return whole.astype(np.float32), None, None, total.astype(np.float32)
+
+
+OPERATORS = [SkipLayerNormalization, Linear, TableLinear, Attention, GatherBlockQuantized]
 
 
 def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
