@@ -17,6 +17,7 @@ from satchel.runtime.hash_memory import HashMemory, file_identity, part_of, sha2
 from satchel.runtime.integrity.limits import LIMITS
 from satchel.runtime.integrity.manifest_text import claimed_digest, parse_document, true_digest
 from satchel.runtime.integrity.names import equal_names
+from satchel.runtime.kernels import library
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.processor import processor_features
 from satchel.runtime.progress import progress_bar
@@ -262,6 +263,15 @@ def _misfit(specialized: Specialized) -> str | None:
         return f"it was specialised for ONNX Runtime {specialized.onnxruntime} and this is {onnxruntime.__version__}"
     if specialized.features != processor_features():
         return f"it was specialised for another processor ({specialized.processor})"
+    if not specialized.native:
+        return None
+    reason = library.reason()
+    if reason is not None:
+        return f"satchel's own kernels, for which it was specialised, {reason}"
+    if specialized.kernels != library.VERSION:
+        return (
+            f"it was specialised for version {specialized.kernels} of satchel's kernels and this is {library.VERSION}"
+        )
     return None
 
 

@@ -22,6 +22,7 @@ from satchel.runtime.devices.providers import CPU, PROVIDERS, ProviderChoice, ch
 from satchel.runtime.devices.weights_in_memory import hand_over_weights
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.graph_file import graph_file
+from satchel.runtime.kernels import library
 from satchel.runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
 from satchel.runtime.memory import release_freed, use_one_arena
 
@@ -97,14 +98,18 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     load, or has other inputs and outputs than the manifest says.
     """
     _check_provider(bundle, settings)
-    name = bundle.manifest.graph(phase).file
-    options = _session_options(bundle, phase, settings)
     made = _specialised(bundle, settings)
-    if made is not None and phase in made.graphs:
+    special = made is not None and phase in made.graphs
+    graph = bundle.manifest.graph("native" if special and made is not None and made.native else phase)
+    name = graph.file
+    options = _session_options(bundle, phase, settings)
+    if made is not None and special:
         name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
+        if made.native:
+            _register_own(options)
     session = _open(bundle, name, options, settings)
-    _check_signature(bundle, bundle.manifest.graph(phase), session)
+    _check_signature(bundle, graph, session)
     return session
 
 
@@ -324,15 +329,30 @@ def check_loads(libraries: Sequence[Path]) -> None:
 
 
 def _register(options: ort.SessionOptions, libraries: Sequence[Path]) -> None:
-    for library in libraries:
-        digest_of(library)  # a clearer word where there is none
+    for path in libraries:
+        digest_of(path)  # a clearer word where there is none
         try:
-            options.register_custom_ops_library(str(library.resolve()))
+            options.register_custom_ops_library(str(path.resolve()))
         except ORT_ERRORS as error:
             reason = " ".join(str(error).split())
             raise BundleError(
-                f"--custom-ops {library}: ONNX Runtime cannot load it ({reason}): give a shared library with operators"
+                f"--custom-ops {path}: ONNX Runtime cannot load it ({reason}): give a shared library with operators"
             ) from None
+
+
+def _register_own(options: ort.SessionOptions) -> None:
+    """Let a session have satchel's own operators. Raises BundleError."""
+    path = library.library()
+    if path is None:
+        raise BundleError(f"satchel's own kernels {library.reason()}: specialise the bundle again")
+    try:
+        options.register_custom_ops_library(str(path))
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): install satchel again, or set "
+            f"{library.SWITCH}={library.OFF}"
+        ) from None
 
 
 def _check_threads(threads: int) -> None:

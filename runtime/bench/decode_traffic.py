@@ -16,7 +16,7 @@ ATTRIBUTE_NAME, ATTRIBUTE_INT = 1, 3
 TYPE_FLOAT16 = 10
 
 # These take a row or a position out of a table: of an embedding or of rotary angles.
-LOOKED_UP = ("Gather", "GatherND", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
+LOOKED_UP = ("Gather", "GatherND", "GatherBlockQuantized", "GroupQueryAttention", "Attention", "RotaryEmbedding")
 # These read `k` of the experts that their weights [experts, ...] hold.
 EXPERTS = ("MoE", "QMoE")
 FLOAT16_EXPANDED = 2
@@ -42,10 +42,10 @@ def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
     static = bundle.manifest.static
     if static is not None:
         return sum(_graph_bytes(bundle, part.file, rows, all_tensors) for part in static.decode.parts)
-    blocks = bundle.specialized is not None and bundle.specialized.decode_blocks
-    return _graph_bytes(
-        bundle, bundle.manifest.graph("decode_blocks" if blocks else "decode").file, rows, external_tensors
-    )
+    made = bundle.specialized
+    native, blocks = made is not None and made.native, made is not None and made.decode_blocks
+    form = "native" if native else "decode_blocks" if blocks else "decode"
+    return _graph_bytes(bundle, bundle.manifest.graph(form).file, rows, external_tensors)
 
 
 def cache_positions(bundle: Bundle, length: float) -> float:

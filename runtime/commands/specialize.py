@@ -37,6 +37,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "timed here, blocks only where a step takes less than 0.95 of the time, and only of bundles in which decode "
         "has a session of its own, as int8 (default %(default)s)",
     )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "own", "onnxruntime"),
+        default="auto",
+        help="what multiplies and attends: satchel's own kernels, in one graph for both phases, where they are built "
+        "and the processor has AVX-512 VNNI; ONNX Runtime's; or the faster of both as timed here, ONNX Runtime's where "
+        "--prefill or --decode asks for a form of theirs (default %(default)s)",
+    )
     custom_flags.add_library_flag(parser)
     parser.add_argument("--remove", action="store_true", help="take out what an earlier call added")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
@@ -77,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
             bundle,
             int8_prefill=args.prefill == "int8",
             decode=args.decode,
+            kernels=args.kernels,
             threads=args.threads,
             progress=stage_printer(shown=not args.quiet),
             say=say,

@@ -93,6 +93,7 @@ class SpecializedFacts:
     int8_prefill: bool
     decode_blocks: bool
     tiled_attention: bool
+    native: bool
     files: dict[str, int]
 
 
@@ -229,5 +230,6 @@ def _specialized_facts(manifest: Manifest) -> SpecializedFacts | None:
         int8_prefill=found.int8_prefill,
         decode_blocks=found.decode_blocks,
         tiled_attention=found.tiled_attention,
+        native=found.native,
         files=files,
     )

@@ -117,12 +117,13 @@ def _overview(found: Inspection) -> Table:
         machine = found.specialized
         prefill = "int8 weights for prefill, " if machine.int8_prefill else ""
         decode = "weights in blocks for decode, " if machine.decode_blocks else ""
-        attention = "tiled" if machine.tiled_attention else "plain"
+        attention = "tiled attention" if machine.tiled_attention else "plain attention"
+        form = "satchel's own kernels" if machine.native else f"{prefill}{decode}{attention}"
         rows.append(
             (
                 "specialised",
                 f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: "
-                f"{prefill}{decode}{attention} attention, {_megabytes(sum(machine.files.values()))} more",
+                f"{form}, {_megabytes(sum(machine.files.values()))} more",
             )
         )
     return Table("Bundle", _clean(rows))

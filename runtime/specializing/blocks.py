@@ -10,13 +10,13 @@ from satchel.runtime.bundle import Bundle
 from satchel.runtime.errors import BundleError
 from satchel.runtime.manifest import MANIFEST_NAME
 from satchel.runtime.onnx_wire import Tensor, external_tensors
+from satchel.runtime.specializing import stored as stored_parts
 
 BLOCKS_NAME = "blocks.bin"
 """The file in which the decode_blocks graph says that its weights are; no bundle has it."""
 
 CODES, SCALES = ".block_codes", ".block_scales"
-STORED_CODES, STORED_SCALES = ".codes", ".scales"
-"""Ends of the names of what is made, and of what it is made of."""
+"""Ends of the names of what is made."""
 
 ZERO = 128
 """What MatMulNBits takes off each code: signed codes get it added."""
@@ -38,7 +38,7 @@ def make_blocks(bundle: Bundle, path: Path) -> None:
     with path.open("wb") as file:
         for name in names:
             try:
-                source, source_scales = stored[name + STORED_CODES], stored[name + STORED_SCALES]
+                source, source_scales = stored[name + stored_parts.CODES], stored[name + stored_parts.SCALES]
                 codes, scales = made[name + CODES], made[name + SCALES]
                 inputs, outputs = source.dims
                 _, count, block = codes.dims

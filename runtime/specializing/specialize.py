@@ -7,42 +7,37 @@ in common, and what `weights.bin` holds already, is stored once. The portable gr
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import onnxruntime as ort
 
 from satchel.runtime import onnx_wire
 from satchel.runtime.bundle import DEFAULT_CUSTOM, Bundle, open_bundle, survey_bundle
 from satchel.runtime.custom import Custom
-from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
-from satchel.runtime.hash_memory import sha256_of
 from satchel.runtime.integrity.graph_data import check_external_data
-from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
-from satchel.runtime.processor import processor_features, processor_name
+from satchel.runtime.kernels import library
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.session import SessionSettings, save_optimised
 from satchel.runtime.specializing.blocks import BLOCKS_NAME, make_blocks
 from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.specializing.forms import PREFIX, Form, Made, described, make_native_form, token_of
 from satchel.runtime.specializing.packing import Places, Store, relocate, stored_places
-from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, plain_is_faster, step_seconds
-
-PREFIX = "specialized-"
+from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, fastest, step_seconds
 
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
 DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
-INT8_DISK_FACTOR = 4
+INT8_DISK_FACTOR, NATIVE_DISK_FACTOR = 4, 2
 """The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
-int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making.
+int8 weights made of those in 4 bits, or for satchel's own kernels: what a graph was optimised from and to, and the
+files in the making.
 """
 
 MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
@@ -58,28 +53,12 @@ def _silent(_: str) -> None:
     """Hears of what happens, and says nothing."""
 
 
-@dataclass(frozen=True)
-class _Form:
-    """One set of specialised graphs: the graph that each phase is made of."""
-
-    sources: dict[str, str]
-
-    @property
-    def blocks(self) -> bool:
-        """Whether decode runs over weights in blocks."""
-        return "decode_blocks" in self.sources.values()
-
-    @property
-    def int8(self) -> bool:
-        """Whether prefill runs over int8 weights made of those in 4 bits."""
-        return "prefill_int8" in self.sources.values()
-
-
 def specialize(
     bundle: Bundle,
     *,
     int8_prefill: bool = False,
     decode: str = "auto",
+    kernels: str = "auto",
     threads: int | None = None,
     progress: Callable[[str], Any] = _silent,
     say: Callable[[str], Any] = _silent,
@@ -94,6 +73,9 @@ def specialize(
         decode: What decode multiplies by: "stored", the weights as they are; "blocks", the same numbers in blocks of
             inputs, which it has for itself; "auto", that of both which is faster here, blocks only by a margin. Where a
             bundle has no graph for blocks, or both phases share a session, "auto" is "stored".
+        kernels: "own", satchel's own, in one graph for both phases; "onnxruntime"; or "auto", satchel's own where they
+            can be had and are faster than ONNX Runtime's over weights as they are stored, unless `int8_prefill` or
+            `decode` asks for a form of those.
         threads: CPU threads for the work; None for one per physical core.
         progress: Hears the name of each stage as it begins.
         say: Hears what was found out.
@@ -104,36 +86,75 @@ def specialize(
     Raises:
         SatchelError: The folder cannot be written, the disk has no room, or the results differ; or the bundle has no
             weights of the kind asked for, or what is made of them loses more than its certificate allows. With "auto"
-            blocks that differ or lose too much are left out, with a SatchelWarning.
+            blocks, or satchel's own kernels, that differ or lose too much are left out, with a SatchelWarning.
         BundleError: A graph does not load.
     """
     folder, settings = bundle.folder, SessionSettings(threads=threads)
     if not bundle.whole:
         raise BundleError(f"{folder}: only its graphs with a user's own operators are specialised: give --custom-ops")
     portable = replace(bundle, specialized=None)
+    own = _own_kernels(portable, kernels, chosen=int8_prefill or decode != "auto")
     forms = _forms(portable, int8_prefill, decode)
-    with _scratch(folder) as scratch:
-        kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
-        _check_room(portable, scratch, DISK_FACTORS[kind] + (INT8_DISK_FACTOR if int8_prefill else 0))
-        made = _make(portable, forms, settings, scratch, progress)
-        old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
-        files = {name: path for _, paths in made for name, path in paths.items()}
-        with _placed(folder, files, keep=old):
-            found = [replace(bundle, specialized=specialized) for specialized, _ in made]
+    old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
+    with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
+        _check_room(portable, scratch, NATIVE_DISK_FACTOR if own else 0)
+        made: list[Made] = []
+        if own:
+            progress("packing weights for satchel's own kernels")
+            made.append(make_native_form(portable, scratch))
+            placed.enter_context(_placed(folder, made[0][1], keep=old))
+            progress("checking")
+            try:
+                check(portable, replace(bundle, specialized=made[0][0]), settings)
+            except SatchelError as error:
+                if kernels == "own":
+                    raise
+                warnings.warn(f"satchel's own kernels are left out: {error}", SatchelWarning, stacklevel=2)
+                own = False
+        if own and kernels == "own":
+            chosen = made[0][0]
+        else:
+            forms = forms[:1] if own else forms
+            kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
+            _check_room(portable, scratch, DISK_FACTORS[kind] + (INT8_DISK_FACTOR if int8_prefill else 0))
+            others = _make(portable, forms, settings, scratch, progress)
+            placed.enter_context(_placed(folder, {k: v for _, paths in others for k, v in paths.items()}, keep=old))
+            found = [replace(bundle, specialized=specialized) for specialized, _ in others]
             progress("checking")
             chosen = _choose(portable, found, settings, progress, say)
+            native = replace(bundle, specialized=made[0][0]) if own else None
             progress("timing attention")
-            plain = replace(chosen, tiled_attention=False)
-            if plain_is_faster(replace(found[0], specialized=chosen), replace(found[0], specialized=plain), settings):
-                chosen = plain
-            manifest = replace(bundle.manifest, specialized=chosen)
-            _write_manifest(folder, manifest, scratch)
-    for name in (old | set(files)) - set(chosen.files):
+            chosen = fastest(replace(bundle, specialized=chosen), native, settings, say)
+            made += others
+        manifest = replace(bundle.manifest, specialized=chosen)
+        _write_manifest(folder, manifest, scratch)
+    for name in (old | {name for _, paths in made for name in paths}) - set(chosen.files):
         (folder / name).unlink(missing_ok=True)
     return manifest
 
 
-def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[_Form]:
+def _own_kernels(portable: Bundle, kernels: str, *, chosen: bool) -> bool:
+    """Whether graphs for satchel's own kernels are to be made; `chosen`: a form of ONNX Runtime's was asked for.
+
+    Raises SatchelError where they are asked for and cannot be had.
+    """
+    graphs = portable.manifest.graphs
+    if kernels != "own":
+        offered = graphs is not None and graphs.native is not None
+        return kernels == "auto" and not chosen and offered and library.reason() is None
+    if chosen:
+        raise SatchelError(
+            "--kernels own does not go with --prefill int8, --decode stored or --decode blocks, which are for those of "
+            "ONNX Runtime: leave one of them out"
+        )
+    reason = library.reason()
+    if reason is not None:
+        raise SatchelError(f"--kernels own: satchel's own kernels {reason}: leave it out")
+    portable.graph_path("native")
+    return True
+
+
+def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[Form]:
     """The forms to make, the one to keep unless another is faster first. Raises BundleError without such a graph."""
     graphs = portable.manifest.graphs
     if graphs is None:
@@ -152,13 +173,13 @@ def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[_Form]:
     forms = []
     for way in ways:
         together = way == "decode" and prefill == "prefill" and graphs.decode.session_of is not None
-        forms.append(_Form({"prefill": prefill} if together else {"prefill": prefill, "decode": way}))
+        forms.append(Form({"prefill": prefill} if together else {"prefill": prefill, "decode": way}))
     return forms
 
 
 def _make(
-    portable: Bundle, forms: list[_Form], settings: SessionSettings, scratch: Path, progress: Callable[[str], Any]
-) -> list[tuple[Specialized, dict[str, Path]]]:
+    portable: Bundle, forms: list[Form], settings: SessionSettings, scratch: Path, progress: Callable[[str], Any]
+) -> list[Made]:
     """Make the files of each form in the scratch folder: its manifest entry, and where they lie by their names."""
     progress("reading the weights")
     known: Places = {}
@@ -167,7 +188,7 @@ def _make(
     saved: dict[str, Path] = {}
     made = []
     for number, form in enumerate(forms):
-        token = _token(portable, form)
+        token = token_of(portable, form)
         place = scratch / token
         place.mkdir()
         files = {f"{PREFIX}{token}.bin": place / "data"}
@@ -185,18 +206,7 @@ def _make(
                 relocate(saved[source], files[graphs[phase]], store)
                 if source not in later:
                     saved[source].with_suffix(".data").unlink(missing_ok=True)
-        specialized = Specialized(
-            onnxruntime=ort.__version__,
-            provider=PROVIDER,
-            processor=processor_name(),
-            features=processor_features(),
-            int8_prefill=form.int8,
-            decode_blocks=form.blocks,
-            tiled_attention=True,
-            graphs=graphs,
-            files={name: _record(path) for name, path in files.items()},
-        )
-        made.append((specialized, files))
+        made.append((described(form, graphs, files), files))
     return made
 
 
@@ -336,10 +346,6 @@ def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
     path.replace(folder / MANIFEST_NAME)
 
 
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, sha256_of(path, lambda _: None))
-
-
 def _check_room(bundle: Bundle, scratch: Path, factor: int) -> None:
     needed = factor * sum(bundle.manifest.files[name].bytes for name in _weight_files(bundle))
     free = shutil.disk_usage(scratch).free
@@ -358,10 +364,3 @@ def _weight_files(bundle: Bundle) -> list[str]:
         for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes())
     }
     return sorted(name for name in names if name in bundle.manifest.files)
-
-
-def _token(bundle: Bundle, form: _Form) -> str:
-    """A short name for a form of this bundle on this machine, so that files of two are not taken for each other."""
-    hashes = [record.sha256 for record in bundle.manifest.files.values()]
-    facts = [ort.__version__, *processor_features(), *form.sources.values(), *hashes]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,15 @@ from numpy.typing import NDArray
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError
+from satchel.runtime.manifest import Specialized
 from satchel.runtime.proof.certify import check_certificate
 from satchel.runtime.session import SessionSettings
 
 TIMED_TOKENS, TIMED_RUNS = 512, 5
 TIMED_PROMPT, TIMED_STEPS, TIMED_ROUNDS = 16, 8, 4
+NEW_TOKENS = 128
+"""Satchel's own kernels are compared by the time for `TIMED_TOKENS` of a prompt and so many new tokens."""
+
 ENOUGH_FASTER = 0.95
 """What takes more memory, attention without tiles or decode by blocks, must take less than this share of the time."""
 
@@ -34,15 +39,17 @@ def check(portable: Bundle, specialised: Bundle, settings: SessionSettings) -> N
     certificate, made = portable.manifest.certificate, specialised.specialized
     if made is None:
         raise ValueError("there are no specialised graphs")
-    prefill = ROUNDED_TOLERANCE if made.int8_prefill else TOLERANCE
+    prefill = ROUNDED_TOLERANCE if made.int8_prefill or made.native else TOLERANCE
     # Decode reads the cache that prefill leaves.
-    decode = ROUNDED_TOLERANCE if made.int8_prefill or made.decode_blocks else TOLERANCE
+    decode = ROUNDED_TOLERANCE if made.decode_blocks else prefill
     compare(portable, specialised, settings, (prefill, decode))
     if decode > TOLERANCE and certificate is not None:
         lines = check_certificate(Engine(specialised, settings), certificate)
         if lines:
             forms = {"int8 weights for prefill": made.int8_prefill, "weights in blocks for decode": made.decode_blocks}
+            forms["satchel's own kernels"] = made.native
             flags = {"--prefill stored": made.int8_prefill, "--decode stored": made.decode_blocks}
+            flags["--kernels onnxruntime"] = made.native
             raise SatchelError(
                 f"{portable.folder}: with {_those(forms)} it loses more than the certificate allows ({lines[0]}): "
                 f"nothing was changed; specialise it with {_those(flags)}"
@@ -68,19 +75,52 @@ def compare(portable: Bundle, specialised: Bundle, settings: SessionSettings, to
             )
 
 
-def plain_is_faster(tiled: Bundle, plain: Bundle, settings: SessionSettings) -> bool:
-    """Whether prefill takes less time with one row of scores at a time, by medians of runs in turn."""
-    length = min(TIMED_TOKENS, tiled.manifest.model.max_context)
-    ids = [(7 * i + 1) % tiled.manifest.model.vocab_size for i in range(length)]
-    engines = [Engine(bundle, settings) for bundle in (tiled, plain)]
-    times: list[list[float]] = [[], []]
+def fastest(
+    tiled: Bundle, native: Bundle | None, settings: SessionSettings, say: Callable[[str], object]
+) -> Specialized:
+    """The fastest of what ONNX Runtime's kernels give, with either of its attentions, and satchel's own kernels.
+
+    Those take the place of ONNX Runtime's where they need less time for both phases together. `say` hears of it.
+    """
+    made = tiled.specialized
+    if made is None:
+        raise ValueError("there are no specialised graphs")
+    plain = replace(tiled, specialized=replace(made, tiled_attention=False))
+    taken = prefill_seconds([tiled, plain, *([] if native is None else [native])], settings)
+    is_plain = taken[1] < taken[0] * ENOUGH_FASTER
+    kept = plain if is_plain else tiled
+    if native is not None:
+        prefills = taken[is_plain], taken[2]
+        steps = step_seconds([kept, native], settings)
+        theirs, own = (prefill + NEW_TOKENS * step for prefill, step in zip(prefills, steps, strict=True))
+        name = "ONNX Runtime's" if theirs <= own else "satchel's own"
+        theirs_ms, own_ms = (
+            f"{1e3 * prefill:.0f} and {1e3 * step:.1f} ms" for prefill, step in zip(prefills, steps, strict=True)
+        )
+        say(
+            f"prefill and a step of decode take {theirs_ms} with ONNX Runtime's kernels, and {own_ms} with satchel's "
+            f"own: {name} are kept"
+        )
+        kept = kept if theirs <= own else native
+    if kept.specialized is None:
+        raise ValueError("there are no specialised graphs")
+    return kept.specialized
+
+
+def prefill_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:
+    """How long prefill takes with each bundle: medians of runs in turn."""
+    model = bundles[0].manifest.model
+    length = min(TIMED_TOKENS, model.max_context)
+    ids = [(7 * i + 1) % model.vocab_size for i in range(length)]
+    engines = [Engine(bundle, settings) for bundle in bundles]
+    times: list[list[float]] = [[] for _ in engines]
     for _ in range(TIMED_RUNS):
         for engine, taken in zip(engines, times, strict=True):
             state = engine.new_state(length)
             start = time.perf_counter()
             engine.prefill(state, ids)
             taken.append(time.perf_counter() - start)
-    return bool(np.median(times[1]) < np.median(times[0]) * ENOUGH_FASTER)
+    return [float(np.median(taken)) for taken in times]
 
 
 def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:

@@ -1,0 +1,97 @@
+"""The forms that specialised graphs can have, and what the manifest says of each."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from satchel.runtime import onnx_wire
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.defaults import PROVIDER
+from satchel.runtime.hash_memory import sha256_of
+from satchel.runtime.integrity.graph_data import check_external_data
+from satchel.runtime.kernels.library import VERSION
+from satchel.runtime.manifest import FileRecord, Specialized
+from satchel.runtime.processor import processor_features, processor_name
+from satchel.runtime.specializing.native import NATIVE_NAME, make_native
+
+PREFIX = "specialized-"
+
+Made = tuple[Specialized, dict[str, Path]]
+"""What the manifest is to say of a form, and where its files lie by their names in the bundle."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One set of specialised graphs: the graph that each phase is made of; prefill's alone where it serves both."""
+
+    sources: dict[str, str]
+
+    @property
+    def blocks(self) -> bool:
+        """Whether decode runs over weights in blocks."""
+        return "decode_blocks" in self.sources.values()
+
+    @property
+    def int8(self) -> bool:
+        """Whether prefill runs over int8 weights made of those in 4 bits."""
+        return "prefill_int8" in self.sources.values()
+
+    @property
+    def native(self) -> bool:
+        """Whether both phases run on satchel's own kernels."""
+        return "native" in self.sources.values()
+
+
+NATIVE = Form({"prefill": "native"})
+
+
+def make_native_form(portable: Bundle, scratch: Path) -> Made:
+    """Make the graph and the weights for satchel's own kernels in a folder of the scratch folder.
+
+    The graph is the bundle's: export has made it as it is to run, and nothing in it is packed at load. What no kernel
+    wants otherwise stays where it is in the bundle. Raises BundleError.
+    """
+    token = token_of(portable, NATIVE)
+    place, data = scratch / token, f"{PREFIX}{token}.bin"
+    place.mkdir()
+    files = {data: place / "data", f"{PREFIX}{token}-native.onnx": place / "native.onnx"}
+    source = portable.graph_path("native")
+    make_native(portable, files[data])
+    model, sizes = source.read_bytes(), {file: record.bytes for file, record in portable.manifest.files.items()}
+    check_external_data(model, {**sizes, NATIVE_NAME: files[data].stat().st_size}, str(source))
+
+    def moved(entries: onnx_wire.External) -> onnx_wire.External:
+        return {**entries, "location": data} if entries["location"] == NATIVE_NAME else entries
+
+    (place / "native.onnx").write_bytes(onnx_wire.map_external_data(model, moved))
+    return described(NATIVE, {"prefill": f"{PREFIX}{token}-native.onnx"}, files), files
+
+
+def described(form: Form, graphs: dict[str, str], files: dict[str, Path]) -> Specialized:
+    """What the manifest is to say of a form; `graphs` are its files by phase, `files` all of them by name."""
+    return Specialized(
+        onnxruntime=ort.__version__,
+        provider=PROVIDER,
+        processor=processor_name(),
+        features=processor_features(),
+        int8_prefill=form.int8,
+        decode_blocks=form.blocks,
+        tiled_attention=True,
+        graphs=graphs,
+        files={name: FileRecord(path.stat().st_size, sha256_of(path, lambda _: None)) for name, path in files.items()},
+        native=form.native,
+        kernels=VERSION if form.native else None,
+    )
+
+
+def token_of(bundle: Bundle, form: Form) -> str:
+    """A short name for a form of this bundle on this machine, so that files of two are not taken for each other."""
+    hashes = [record.sha256 for record in bundle.manifest.files.values()]
+    facts = [ort.__version__, *processor_features(), *form.sources.values(), *hashes]
+    if form.native:
+        facts.append(str(VERSION))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
