@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from support.attention_node import INPUTS, Array, Step, attend, expected, open_node, packed
+from support.kernels import needs_kernels
 
-from tests.support.attention_node import INPUTS, Array, Step, attend, expected, open_node, packed
+pytestmark = needs_kernels
 
 STEPS = {
     "decode": Step(past=40, rotary=64),

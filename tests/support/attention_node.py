@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-import pytest
 from onnx import TensorProto, helper
+from support.kernels import found
 
 Array = npt.NDArray[Any]
 
@@ -71,16 +70,8 @@ class Step:
         }  # fmt: skip
 
 
-def library() -> str:
-    """Where the library of operators is. Skips the test where it was not built."""
-    found = importlib.util.find_spec("satchel.runtime.kernels._library")
-    if found is None or found.origin is None:
-        pytest.skip("the library of operators was not built: there was no C compiler when satchel was installed")
-    return found.origin
-
-
 def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threads: int = 2) -> ort.InferenceSession:
-    """A session of one node with the inputs `names`. Skips the test where the processor cannot run satchel's."""
+    """A session of one node with the inputs `names`."""
     operator = "Attention" if domain == "satchel" else "GroupQueryAttention"
     nodes = [
         helper.make_node(
@@ -99,12 +90,7 @@ def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threa
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if domain == "satchel":
-        try:
-            options.register_custom_ops_library(library())
-        except Exception as error:  # ONNX Runtime's errors have no common class
-            if "this processor" in str(error):
-                pytest.skip(str(error))
-            raise
+        options.register_custom_ops_library(str(found()))
     return ort.InferenceSession(model.SerializeToString(), options)
 
 
