@@ -116,7 +116,7 @@ def test_the_commands_run_on_them(made: Path, capsys: pytest.CaptureFixture[str]
     assert "satchel's own kernels, " in capsys.readouterr().out
     assert cli.main(["inspect", str(made), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["specialized"]["native"] is True
-    assert cli.main(["profile", str(made), "--threads", "1", "--prompt-tokens", "8", "--steps", "2"]) == 0
+    assert cli.main(["profile", str(made), "--threads", "1", "--prompt-tokens", "8", "--new-tokens", "2"]) == 0
     assert "Linear" in capsys.readouterr().out
     assert cli.main(["run", str(made), "hello", "--max-new-tokens", "3", "--threads", "1", "--quiet"]) == 0
     assert cli.main(["specialize", str(made), "--remove"]) == 0

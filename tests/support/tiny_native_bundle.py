@@ -1,4 +1,4 @@
-"""The tiny bundle with an int8 head, and a native graph whose head is a satchel:Linear over panels made on the device."""
+"""The tiny bundle with an int8 head, and a native graph in which it is a satchel:Linear over panels."""
 
 from __future__ import annotations
 
