@@ -17,7 +17,7 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.describe import describe, tokenizer_spec
 from satchel.export.genai_config import genai_config
-from satchel.graphs.quantized import BLOCKS, EXPANDED, MADE, Quantised
+from satchel.graphs.quantized import BLOCKS, EXPANDED, MADE, PANELS, Quantised
 from satchel.graphs.static import table_of
 from satchel.graphs.values import weight
 from satchel.graphs.weights import LazyWeight, stored
@@ -33,7 +33,15 @@ line for one that is smaller than `LARGE`.
 
 LARGE = 1 << 20
 
-FILES: Mapping[object, str] = {None: WEIGHTS_NAME, EXPANDED: EXPANDED_NAME, BLOCKS: BLOCKS_NAME}
+NATIVE_NAME = "native.bin"
+"""The file in which the native graph says that its weights are; no bundle has it."""
+
+FILES: Mapping[object, str] = {
+    None: WEIGHTS_NAME,
+    EXPANDED: EXPANDED_NAME,
+    BLOCKS: BLOCKS_NAME,
+    PANELS: NATIVE_NAME,
+}
 """Where a weight lies by its mark MADE; weights without it alone are in the bundle."""
 
 Advance = Callable[[int], None]

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from satchel.graphs.panels import MIDDLE, PANEL, TOGETHER, pack_panels, panel_outputs
 from satchel.graphs.recipe import Rule
 from satchel.graphs.rounding import Grid
 from satchel.graphs.weights import LazyWeight, from_array, pack_rows
@@ -23,13 +24,16 @@ CODE_TYPES = {
 
 
 MADE = "made"
-"""Mark of weights that no bundle holds and a device makes of those that it does: EXPANDED or BLOCKS."""
+"""Mark of weights that no bundle holds and a device makes of those that it does: EXPANDED, BLOCKS or PANELS."""
 
-EXPANDED, BLOCKS = "expanded", "blocks"
-"""Int8 with a scale per output, made of smaller blocks; and the other way round."""
+EXPANDED, BLOCKS, PANELS = "expanded", "blocks", "panels"
+"""Int8 with a scale per output, made of smaller blocks; the other way round; and in the order of satchel's kernels."""
 
 BLOCK = 64
 """Inputs of a block; the last one is filled up. With 128 a row's product depends on how many rows there are."""
+
+PANEL_BLOCKS = 8
+"""Inputs of whose multiples the blocks are that satchel's own kernels take."""
 
 INT8_PRODUCTS = 4
 """The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
@@ -134,6 +138,58 @@ class QuantizedWeight:
         for lazy in made:
             lazy.meta[MADE] = BLOCKS
         return made
+
+    def fits_panels(self) -> bool:
+        """Whether satchel's own kernels multiply by such codes.
+
+        They take a scale for each output with symmetric codes of 8 bits, or blocks of a multiple of eight inputs.
+        """
+        scheme, inputs = self.grid.scheme, self.codes.shape[1]
+        if scheme.block is None:
+            return scheme.bits == 8 and self.grid.zero_points is None
+        return scheme.block % PANEL_BLOCKS == 0 and inputs % scheme.block == 0
+
+    def panels(self, *, gated: bool = False) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
+        """Codes, scales and zero points as satchel's own kernels read them (satchel.graphs.panels).
+
+        Codes [panels, bytes] uint8, those of symmetric schemes with half the range added. Scales [panels, blocks, 16]
+        float32, 0 for outputs that fill up a panel. Zero points [panels, blocks, 16] uint8. All are marked PANELS: a
+        device makes them (satchel.runtime.specializing.native).
+
+        Args:
+            gated: The first half of the outputs and the second take turns, panel by panel.
+        """
+        grid, bits, (outputs, inputs) = self.grid, self.grid.scheme.bits, self.codes.shape
+        places = panel_outputs(outputs, gated=gated)
+        added = MIDDLE[bits] if grid.zero_points is None else 0
+        bytes_of_panel = PANEL * bits * (-(-inputs // TOGETHER[bits]) * TOGETHER[bits]) // 8
+
+        def codes(a: int, b: int) -> NDArray[np.uint8]:
+            wanted = places[a:b].reshape(-1)
+            taken = (self.codes[np.maximum(wanted, 0)].astype(np.int16) + added).astype(np.uint8)
+            return pack_panels(np.where(wanted[:, None] < 0, np.uint8(MIDDLE[bits]), taken), bits)
+
+        def columns(array: np.ndarray, fill: int) -> np.ndarray:
+            taken = np.where(places[..., None] < 0, array.dtype.type(fill), array[np.maximum(places, 0)])
+            return np.ascontiguousarray(taken.transpose(0, 2, 1))
+
+        name, shape = f"{self.name}.{'gated_' if gated else ''}panel", (len(places), grid.scales.shape[1], PANEL)
+        made = [
+            LazyWeight(f"{name}s", (len(places), bytes_of_panel), ir.DataType.UINT8, codes, computed=True),
+            LazyWeight(
+                f"{name}_scales", shape, ir.DataType.FLOAT, lambda a, b: columns(grid.scales, 0)[a:b], computed=True
+            ),
+        ]
+        points = grid.zero_points
+        if points is not None:
+            zeros = LazyWeight(
+                f"{name}_zero_points", shape, ir.DataType.UINT8,
+                lambda a, b: columns(points, MIDDLE[bits])[a:b], computed=True,
+            )  # fmt: skip
+            made.append(zeros)
+        for lazy in made:
+            lazy.meta[MADE] = PANELS
+        return made[0], made[1], made[2] if points is not None else None
 
     def _values(self, a: int, b: int) -> NDArray[np.float32]:
         """What the codes of outputs `a` to `b` stand for, [outputs, inputs] float32."""

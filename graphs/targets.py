@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.graphs.native import NATIVE, has_linear, native_steps
 from satchel.graphs.passes.add_top_k import add_top_k
 from satchel.graphs.passes.attend_statically import attend_statically
 from satchel.graphs.passes.compute_float16 import compute_float16
@@ -133,6 +134,7 @@ PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     PREFILL_INT8: PREFILL,
     "decode": DECODE,
     DECODE_BLOCKS: DECODE,
+    NATIVE: (Step(slice_last_logits),),
     "score": (Step(fuse_skip_norms),),
 }
 
@@ -174,6 +176,8 @@ def even_out(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]) -> t
 
 def quantise_steps(phase: str, quantised: Quantised) -> tuple[Step, ...]:
     """The passes that put quantised weights and caches into the graph of a phase."""
+    if phase == NATIVE:
+        return native_steps(quantised, {name: rule.prefill for name, rule in quantised.rules.items()})
     weights = quantised.weights
     activations = {name: ACTIVATIONS[phase](rule) for name, rule in quantised.rules.items()}
     steps = (
@@ -282,8 +286,9 @@ class Target:
         products = [name for name, rule in rules.items() if _expandable(rule)]
         small = quantised is not None and any(quantised.weights[name].grid.scheme.bits == 4 for name in products)
         whole = any(rule.decode != "float" for rule in rules.values())
-        further = (*((PREFILL_INT8,) if small else ()), *((DECODE_BLOCKS,) if whole else ()))
-        return (*PHASES, *(name for name in further if name in self.phases))
+        native = quantised is not None and not quantised.kv_scales and has_linear(quantised)
+        further = {PREFILL_INT8: small, DECODE_BLOCKS: whole, NATIVE: native}
+        return (*PHASES, *(name for name, there in further.items() if there and name in self.phases))
 
     def steps(
         self, phase: str, precision: str, quantised: Quantised | None, custom: tuple[Step, ...] = ()
@@ -317,6 +322,7 @@ def cpu_sessions(quantised: Quantised | None) -> Mapping[str, Session]:
         "score": Session(config),
         PREFILL_INT8: Session(config),
         DECODE_BLOCKS: Session(config),
+        NATIVE: Session(config),
     }
 
 

@@ -12,7 +12,7 @@ from satchel.runtime.graph_contract import FURTHER, PHASES
 from satchel.runtime.hash_memory import sha256_of
 from satchel.runtime.manifest import GraphSpec, Manifest, StaticGraph
 
-PHASE_OF = {"prefill_int8": "prefill", "decode_blocks": "decode"}
+PHASE_OF = {"prefill_int8": "prefill", "decode_blocks": "decode", "native": "prefill"}
 SUFFIX = ".onnx"
 
 

@@ -15,7 +15,9 @@ from satchel.export.checking.handed_over import NotOptimised, handed_over, no_gr
 from satchel.export.checking.installed_kernels import known_domains
 from satchel.export.checking.tables import Provider
 from satchel.export.checking.value_types import typed_model
+from satchel.graphs.native import NATIVE
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Finding, GraphView, Rule
+from satchel.graphs.values import INTERNAL
 from satchel.runtime import strict_json
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.manifest import MANIFEST_NAME
@@ -84,10 +86,13 @@ class CheckResult:
 def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
     """Judge every graph of a bundle by a provider's rules. Nothing is written.
 
+    The graph of satchel's own operators is for the CPU alone, and left out for other providers.
+
     Raises:
         BundleError: A graph is damaged.
     """
-    graphs = tuple(_check_graph(bundle, graph, provider) for graph in bundle_graphs(bundle))
+    judged = [graph for graph in bundle_graphs(bundle) if graph.name != NATIVE or provider.name == "cpu"]
+    graphs = tuple(_check_graph(bundle, graph, provider) for graph in judged)
     severities = Counter(found.severity for graph in graphs for found in graph.findings)
     return CheckResult(
         bundle=str(bundle.folder),
@@ -102,13 +107,13 @@ def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
 
 def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> GraphResult:
     proto, note = read_graph(graph.path), ""
-    known, libraries = list(proto.graph.value_info), _of_libraries(bundle, proto)
+    known, libraries = list(proto.graph.value_info), _of_libraries(bundle, graph, proto)
     try:
         file_view = GraphView(typed_model(proto), graph.phase, provider.kernels, libraries)
     except ir.serde.SerdeError:
         raise no_graph(graph.path) from None
     try:
-        if libraries:
+        if libraries - {INTERNAL}:
             raise NotOptimised(f"it needs {', '.join(file.name for file in bundle.manifest.custom_ops)}")
         optimised = handed_over(graph, bundle.folder / MANIFEST_NAME, None if provider.name == "cpu" else file_view)
     except NotOptimised as error:
@@ -140,11 +145,12 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
     )
 
 
-def _of_libraries(bundle: Bundle, proto: onnx.ModelProto) -> frozenset[str]:
-    """The domains of the graph's operators that are of the libraries which the bundle needs."""
+def _of_libraries(bundle: Bundle, graph: BundleGraph, proto: onnx.ModelProto) -> frozenset[str]:
+    """The domains of the graph's operators that are of satchel's own library, or of those which the bundle needs."""
+    own = frozenset({INTERNAL} if graph.name == NATIVE else ())
     if not bundle.manifest.custom_ops:
-        return frozenset()
-    return frozenset(node.domain for node in proto.graph.node) - known_domains()
+        return own
+    return own | frozenset(node.domain for node in proto.graph.node) - known_domains()
 
 
 def _found(rule: Rule, finding: Finding) -> Found:

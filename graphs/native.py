@@ -1,0 +1,60 @@
+"""The graph of satchel's own operators, which serves prefill and decode: what it is made by, and for which models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from satchel.graphs.passes.attend_natively import attend_natively
+from satchel.graphs.passes.fold_biases import fold_biases
+from satchel.graphs.passes.fold_gates import fold_gates
+from satchel.graphs.passes.fold_hadamards import fold_hadamards
+from satchel.graphs.passes.fold_norms import fold_norms
+from satchel.graphs.passes.fold_residuals import fold_residuals
+from satchel.graphs.passes.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.insert_linear import insert_linear
+from satchel.graphs.passes.insert_qdq import insert_qdq
+from satchel.graphs.passes.multiply_table import multiply_table
+from satchel.graphs.passes.quantize_experts import quantize_experts
+from satchel.graphs.passes.quantize_tables import quantize_tables
+from satchel.graphs.passes.store_products_float16 import store_products_float16
+from satchel.graphs.pipeline import Step
+from satchel.graphs.quantized import Quantised
+from satchel.graphs.values import nodes
+
+NATIVE = "native"
+"""A graph of bundles with quantised weights: prefill and decode in one, by satchel's own operators, over weights in the
+order in which these read them, made when the bundle is specialised for a processor that the operators are built for."""
+
+
+def native_steps(quantised: Quantised, activations: Mapping[str, str]) -> tuple[Step, ...]:
+    """The passes that put satchel's own operators into the graph. A product takes in what stands around it, from the
+    inside out.
+
+    Args:
+        quantised: The model's weights.
+        activations: By the name of a weight, how the products that the operator refuses take their
+            input: the names of insert_qdq's forms.
+    """
+    weights = quantised.weights
+    return (
+        Step(quantize_tables(weights), after=("slice_last_logits",)),
+        Step(quantize_experts(weights)),
+        Step(insert_linear(weights)),
+        Step(insert_qdq(weights, activations), after=("insert_linear",)),  # what the operator does not take
+        Step(fold_biases, after=("insert_linear",)),
+        Step(fold_gates(weights), after=("insert_linear", "fold_biases")),
+        Step(fold_hadamards, after=("insert_linear",)),
+        Step(fold_norms, after=("insert_linear", "fold_hadamards")),  # a norm comes before the matrix
+        Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
+        Step(attend_natively),
+        Step(multiply_table, after=("quantize_tables",)),
+        Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what products have not taken in
+        Step(store_products_float16),
+    )
+
+
+def has_linear(quantised: Quantised) -> bool:
+    """Whether one of the model's products is by codes that satchel's own operator takes."""
+    matrices = [node.inputs[1] for node in nodes(quantised.model, "MatMul")]
+    found = [quantised.weights.get(str(matrix.name)) for matrix in matrices if matrix is not None]
+    return any(weight is not None and weight.fits_panels() for weight in found)

@@ -1,0 +1,41 @@
+/* Causal attention with grouped heads, rotation and a KV cache written in place: the arithmetic of satchel:Attention. */
+#ifndef SATCHEL_ATTENTION_H
+#define SATCHEL_ATTENTION_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "parallel.h"
+
+/* One step. All tensors are float32 and dense; a token's channels lie head by head. */
+typedef struct {
+    int64_t batch, tokens, heads, kv_heads, head_dim;
+    const float *query; /* [batch, tokens, heads * head_dim]; packed: [batch, tokens, (heads + 2 * kv_heads) * head_dim] */
+    const float *key;   /* [batch, tokens, kv_heads * head_dim]; packed: NULL, and so is value */
+    const float *value;
+    const float *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
+                            * with the same capacity, or memory apart */
+    const float *past_value;
+    int64_t past_capacity;
+    float *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
+    float *present_value;
+    int64_t capacity;
+    const int32_t *seqlens_k; /* [batch]: tokens there after this step, less one */
+    int32_t total;            /* equal to tokens: nothing is there before this step, in no row */
+    const float *cos, *sin;   /* [rotary_rows, rotary_half]; NULL: no rotation */
+    int64_t rotary_rows, rotary_half;
+    int interleaved;  /* channels 2i and 2i + 1 rotate together, not i and i + rotary_half */
+    float scale;      /* 0: 1 / sqrt(head_dim) */
+    float softcap;    /* 0: none */
+    int64_t window;   /* a token sees itself and window - 1 before it; below 1: all before it */
+    float *out;       /* [batch, tokens, heads * head_dim] */
+} AttentionCall;
+
+/* NULL, or what does not fit, as a constant text; the present and the output are not looked at. `scratch` is set to the bytes that attention_run needs. */
+const char *attention_check(const AttentionCall *call, size_t *scratch);
+
+/* Runs a step that attention_check let pass. `scratch` is aligned to 64 bytes. The numbers do not depend on how many
+ * threads run the tasks, and a row of a batch gets those that it gets alone. */
+void attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel);
+
+#endif

@@ -1,0 +1,63 @@
+/* What the files of the attention share. */
+#ifndef SATCHEL_ATTENTION_INTERNAL_H
+#define SATCHEL_ATTENTION_INTERNAL_H
+
+#include "vectors.h"
+
+#include "attention.h"
+
+enum { MOST_HEAD_DIM = 512 }; /* bounds what a task keeps on its stack */
+
+/* A call with what follows from it. */
+typedef struct {
+    const AttentionCall *call;
+    int64_t group;                 /* query heads to a key head */
+    const float *key, *value;      /* of the first token */
+    int64_t query_width, kv_width; /* floats from a token to the next */
+    float query_scale;             /* on queries, so that scores are powers of two; with a cap: fractions of the cap */
+    float cap;                     /* softcap as a power of two; 0: none */
+    char *scratch;
+} AttentionPlan;
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Tokens in the cache before this step. */
+static inline int64_t past_tokens(const AttentionCall *call, int64_t row)
+{
+    return call->tokens == call->total ? 0 : (int64_t)call->seqlens_k[row] + 1 - call->tokens;
+}
+
+/* First key that the token at `position` sees. */
+static inline int64_t first_key(const AttentionCall *call, int64_t position)
+{
+    return call->window > 0 ? max64(0, position + 1 - call->window) : 0;
+}
+
+static inline float *cache_of(const AttentionCall *call, float *cache, int64_t row, int64_t kv_head)
+{
+    return cache + (row * call->kv_heads + kv_head) * call->capacity * call->head_dim;
+}
+
+static inline const float *query_of(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head)
+{
+    const AttentionCall *call = plan->call;
+    return call->query + (row * call->tokens + token) * plan->query_width + head * call->head_dim;
+}
+
+static inline float *out_of(const AttentionCall *call, int64_t row, int64_t token, int64_t head)
+{
+    return call->out + ((row * call->tokens + token) * call->heads + head) * call->head_dim;
+}
+
+/* One head's channels, rotated for `position` and multiplied by `scale`. */
+void rotate_head(const AttentionCall *call, const float *head, int64_t position, float scale, float *out);
+
+/* Writes the new tokens from..to of a row and key head to the cache. */
+void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);
+
+void prefill_run(const AttentionPlan *plan, const Parallel *parallel);
+size_t decode_scratch(const AttentionCall *call);
+void decode_run(const AttentionPlan *plan, const Parallel *parallel);
+
+#endif

@@ -1,0 +1,201 @@
+"""satchel:Linear and satchel:TableLinear against numpy in float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from support.kernels import Product, needs_kernels, operator_session, rounded
+
+pytestmark = needs_kernels
+
+TOLERANCE = 2e-6
+"""Of the largest number; a code of the activations that falls the other way would be 1e-4 or more."""
+
+PRODUCTS = [
+    Product(96, 64),
+    Product(96, 64, epsilon=1e-5),
+    Product(96, 64, epsilon=1e-5, optional="g"),
+    Product(96, 64, optional="br"),
+    Product(30, 50, optional="b"),
+    Product(96, 64, hadamard=32),
+    Product(40, 48, hadamard=8, epsilon=1e-6, optional="g"),
+    Product(256, 16, hadamard=256),
+    Product(36, 16, hadamard=2),
+    Product(64, 2 * 48, gate="silu"),
+    Product(40, 2 * 21, gate="gelu", optional="b"),
+    Product(40, 2 * 37, gate="gelu_tanh", optional="br"),
+    Product(40, 2 * 16, gate="relu"),
+    Product(128, 50, block=64),
+    Product(128, 50, block=32, optional="z"),
+    Product(128, 50, bits=4, block=64, optional="b"),
+    Product(96, 2 * 50, bits=4, block=16, gate="silu", hadamard=32, optional="zr"),
+    Product(192, 33, bits=4, block=8, epsilon=1e-5, optional="zg"),
+    Product(64, 2 * 16, block=16, gate="silu"),
+]
+ROWS = (1, 2, 7, 99, 200)
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_it_is_what_numpy_says(product: Product, rows: int) -> None:
+    feeds = product.feeds(rows, seed=rows)
+    found = product.session(0, feeds).run(None, feeds)[0]
+    expected = product.expected(0, feeds)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_a_row_gets_what_it_gets_alone(product: Product) -> None:
+    feeds = product.feeds(101, seed=3)
+    together = product.session(0, feeds).run(None, feeds)[0]
+    alone = product.session(0, feeds, threads=1)
+    for row in (0, 5, 100):
+        part = {name: value[row : row + 1] for name, value in feeds.items()}
+        np.testing.assert_array_equal(alone.run(None, part)[0], together[row : row + 1])
+
+
+def test_leading_dimensions_stay() -> None:
+    product = Product(32, 16, optional="r")
+    flat = product.feeds(6, seed=1)
+    feeds = {name: value.reshape(2, 3, -1) for name, value in flat.items()}
+    found = product.session(0, feeds).run(None, feeds)[0]
+    assert found.shape == (2, 3, 16)
+    np.testing.assert_array_equal(found.reshape(6, 16), product.session(0, flat).run(None, flat)[0])
+
+
+@pytest.mark.parametrize(
+    "product", [Product(64, 32), Product(64, 32, block=32), Product(64, 32, epsilon=1e-5)], ids=str
+)
+def test_a_nan_stays_one(product: Product) -> None:
+    feeds = product.feeds(3, seed=1)
+    feeds["x"][1, 40] = np.nan
+    found = product.session(0, feeds).run(None, feeds)[0]
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(found[[0, 2]]).all()
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    product = Product(64, 32)
+    feeds = {"x": np.zeros((2, 64), np.float32)}
+    np.testing.assert_array_equal(product.session(0, feeds).run(None, feeds)[0], np.zeros((2, 32)))
+
+
+def test_no_rows_give_none() -> None:
+    product = Product(64, 32)
+    feeds = {"x": np.zeros((0, 64), np.float32)}
+    assert product.session(0, feeds).run(None, feeds)[0].shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": (3, 63)}, "its input does not have the width that the node says"),
+        ({"r": (2, 32)}, "what is to be added does not have the shape of the result"),
+        ({"codes": (2, 1023)}, "a weight does not have the shape that the node says"),
+        ({"codes": (1, 1024)}, "a weight does not have the shape that the node says"),
+        ({"scales": (2, 1, 15)}, "a weight does not have the shape that the node says"),
+        ({"b": (31,)}, "a weight does not have the shape that the node says"),
+        ({"g": (63,)}, "a weight does not have the shape that the node says"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changed: dict[str, tuple[int, ...]], message: str) -> None:
+    product = Product(64, 32, epsilon=1e-5, optional="brg")
+    feeds = {**product.feeds(3, seed=1), **product.constants(0)}
+    feeds |= {name: np.zeros(shape, feeds[name].dtype) for name, shape in changed.items()}
+    session = operator_session("Linear", product.attributes, product.names, feeds, {})
+    with pytest.raises(Exception, match=message):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 5}, {"bits": 4}, {"inputs": 0}, {"outputs": -1}, {"block": 12}, {"block": 48}, {"hadamard": 24},
+        {"hadamard": 128}, {"gate": "swish"}, {"gate": "a name that is far too long to be one of a gate"},
+        {"outputs": 33, "gate": "silu"}, {"epsilon": -1.0}, {"epsilon": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attributes_that_do_not_go_together_are_refused(changes: dict[str, float]) -> None:
+    product = Product(64, 32)
+    feeds = product.feeds(1, seed=1)
+    with pytest.raises(Exception, match="satchel:Linear: its attributes do not go together"):
+        operator_session("Linear", product.attributes | changes, product.names, feeds, product.constants(0))
+
+
+def test_a_type_that_is_not_taken_is_refused() -> None:
+    product = Product(64, 32)
+    feeds = {name: value.astype(np.float64) for name, value in product.feeds(1, seed=1).items()}
+    with pytest.raises(Exception, match="Type"):
+        product.session(0, feeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    inputs: int
+    outputs: int
+    block: int
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        rng, blocks = np.random.default_rng(4), self.inputs // self.block
+        return {
+            "codes": rng.integers(0, 256, (self.outputs, blocks, self.block), np.uint8),
+            "scales": rng.uniform(0.001, 0.011, (self.outputs, blocks)).astype(np.float32),
+        }
+
+
+TABLES = [
+    Table(64, 300, 64),
+    Table(576, 1000, 64),
+    Table(96, 40, 32),
+    Table(48, 40, 16),
+    Table(256, 513, 128),
+    Table(80, 7, 16),
+]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_table_is_multiplied_as_numpy_says(table: Table, rows: int) -> None:
+    constants = table.constants()
+    feeds = {"x": np.random.default_rng(rows).standard_normal((rows, 1, table.inputs)).astype(np.float32)}
+    session = operator_session("TableLinear", table.attributes, ["x", "codes", "scales"], feeds, constants)
+    found = session.run(None, feeds)[0]
+    steps = (constants["codes"].astype(np.float64) - 128) * constants["scales"][..., None]
+    x = rounded(feeds["x"].reshape(rows, -1).astype(np.float64), table.block)
+    expected = x @ steps.reshape(table.outputs, table.inputs).T
+    assert found.shape == (rows, 1, table.outputs)
+    np.testing.assert_allclose(found[:, 0], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    for row in range(rows):
+        np.testing.assert_array_equal(session.run(None, {"x": feeds["x"][row : row + 1]})[0], found[row : row + 1])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("codes", (300, 2, 32)), ("scales", (299, 1)), ("x", (1, 65))])
+def test_tables_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    table = TABLES[0]
+    feeds = {"x": np.zeros((1, 64), np.float32), **table.constants()}
+    feeds[name] = np.zeros(shape, feeds[name].dtype)
+    session = operator_session("TableLinear", table.attributes, ["x", "codes", "scales"], feeds, {})
+    with pytest.raises(Exception, match="that the node says"):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"block": 24}, {"block": 8}, {"block": 128}, {"inputs": 0}, {"outputs": 0}], ids=str
+)
+def test_attributes_of_a_table_that_do_not_go_together_are_refused(changes: dict[str, int]) -> None:
+    table = TABLES[0]
+    feeds = {"x": np.zeros((1, 64), np.float32)}
+    with pytest.raises(Exception, match="satchel:TableLinear: its attributes do not go together"):
+        operator_session("TableLinear", table.attributes | changes, ["x", "codes", "scales"], feeds, table.constants())
+
+
+def test_sessions_share_the_library() -> None:
+    product = Product(64, 32)
+    feeds = product.feeds(2, seed=1)
+    first, second = (product.session(0, feeds) for _ in range(2))
+    np.testing.assert_array_equal(first.run(None, feeds)[0], second.run(None, feeds)[0])

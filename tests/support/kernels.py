@@ -1,0 +1,188 @@
+"""Single operators of satchel's own library, run through ONNX Runtime, and what numpy says in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from satchel.runtime.kernels.library import library, reason
+
+needs_kernels = pytest.mark.skipif(library() is None, reason=f"satchel's own operators {reason()}")
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+def operator_session(
+    name: str,
+    attributes: Mapping[str, Any],
+    inputs: list[str],
+    feeds: Mapping[str, NDArray[Any]],
+    constants: Mapping[str, NDArray[Any]],
+    *,
+    outputs: tuple[str, ...] = ("y",),
+    threads: int = 2,
+) -> ort.InferenceSession:
+    """A graph of one operator; `inputs` are names, "" where one is left out, of what is fed or constant.
+
+    All dimensions of what is fed may vary.
+    """
+    node = helper.make_node(name, inputs, list(outputs), domain="satchel")
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    graph = helper.make_graph(
+        [node],
+        "operator",
+        [
+            helper.make_tensor_value_info(key, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
+            for key, value in feeds.items()
+        ],
+        [helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None) for output in outputs],
+        [numpy_helper.from_array(value, key) for key, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("satchel", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(found()))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def found() -> Path:
+    """The library, for tests that are marked with `needs_kernels`."""
+    path = library()
+    if path is None:
+        raise ValueError("the test is not marked with needs_kernels")
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One satchel:Linear with random weights, and what it is to give.
+
+    Attributes as those of the operator; `bits` 8 or 4; `optional`: which of the optional inputs there are, by letter:
+    z, b, r and g for zero points, bias, residual and gain.
+    """
+
+    inputs: int
+    outputs: int
+    bits: int = 8
+    block: int = 0
+    epsilon: float = 0.0
+    hadamard: int = 0
+    gate: str = ""
+    optional: str = ""
+
+    @property
+    def width(self) -> int:
+        return self.outputs // 2 if self.gate else self.outputs
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "optional"}
+
+    @property
+    def names(self) -> list[str]:
+        return ["x", "codes", "scales", *(letter if letter in self.optional else "" for letter in "zbrg")]
+
+    def codes(self, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+        """Codes [outputs, inputs], scales and zero points [outputs, blocks]."""
+        rng, blocks = np.random.default_rng(seed), self.inputs // self.block if self.block else 1
+        codes = rng.integers(0, 1 << self.bits, (self.outputs, self.inputs), np.uint8)
+        scales = rng.uniform(0.001, 0.011, (self.outputs, blocks)).astype(np.float32)
+        middle = np.full((self.outputs, blocks), 1 << (self.bits - 1), np.uint8)
+        zeros = rng.integers(0, 1 << self.bits, middle.shape, np.uint8) if "z" in self.optional else middle
+        return codes, scales, zeros
+
+    def constants(self, seed: int) -> dict[str, NDArray[Any]]:
+        codes, scales, zeros = self.codes(seed)
+        rng = np.random.default_rng(seed + 1)
+        values: dict[str, NDArray[Any]] = {
+            "codes": self._panels(codes),
+            "scales": self._by_panel(scales),
+            "z": self._by_panel(zeros),
+            "b": rng.standard_normal(self.outputs).astype(np.float32),
+            "g": rng.standard_normal(self.inputs).astype(np.float32),
+        }
+        return {key: value for key, value in values.items() if key in self.names}
+
+    def _places(self) -> list[int]:
+        """The output in each row of the panels, -1 where there is none."""
+        halves = [range(self.width), range(self.width, self.outputs)] if self.gate else [range(self.width)]
+        padded = [[*half, *[-1] * (-len(half) % 16)] for half in halves]
+        return [row for first in range(0, len(padded[0]), 16) for half in padded for row in half[first : first + 16]]
+
+    def _panels(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Byte by byte as docs/kernels.md says."""
+        places, groups = self._places(), -(-self.inputs // 4)
+        panels = np.full((len(places) // 16, groups, 16, 4), 1 << (self.bits - 1), np.uint8)
+        for row, output in enumerate(places):
+            for k in range(self.inputs if output >= 0 else 0):
+                panels[row // 16, k // 4, row % 16, k % 4] = codes[output, k]
+        if self.bits == 8:
+            return panels.reshape(len(panels), -1)
+        low, high = panels[:, 0::2], panels[:, 1::2]
+        return (low | high << 4).reshape(len(panels), -1)
+
+    def _by_panel(self, values: NDArray[Any]) -> NDArray[Any]:
+        places = self._places()
+        result = np.zeros((len(places) // 16, values.shape[1], 16), values.dtype)
+        for row, output in enumerate(places):
+            if output >= 0:
+                result[row // 16, :, row % 16] = values[output]
+        return result
+
+    def feeds(self, rows: int, seed: int) -> dict[str, NDArray[Any]]:
+        rng = np.random.default_rng(seed + 2)
+        values = {"x": rng.standard_normal((rows, self.inputs)).astype(np.float32)}
+        if "r" in self.optional:
+            values["r"] = rng.standard_normal((rows, self.width)).astype(np.float32)
+        return values
+
+    def session(self, seed: int, feeds: Mapping[str, NDArray[Any]], threads: int = 2) -> ort.InferenceSession:
+        return operator_session("Linear", self.attributes, self.names, feeds, self.constants(seed), threads=threads)
+
+    def expected(self, seed: int, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+        """The result in float64, of activations rounded as the operator says."""
+        codes, scales, zeros = self.codes(seed)
+        constants = self.constants(seed)
+        x = feeds["x"].astype(np.float64)
+        if self.epsilon:
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * constants.get("g", 1.0)
+        if self.hadamard:
+            x = (x.reshape(len(x), -1, self.hadamard) @ sylvester(self.hadamard)).reshape(x.shape)
+        x = rounded(x, self.block or self.inputs)
+        steps = codes.reshape(self.outputs, scales.shape[1], -1) - zeros[..., None].astype(np.float64)
+        y = x @ (steps * scales[..., None]).reshape(self.outputs, self.inputs).T + constants.get("b", 0.0)
+        if self.gate:
+            y = ACTIVATIONS[self.gate](y[:, : self.width]) * y[:, self.width :]
+        return y + feeds.get("r", 0.0)
+
+
+def sylvester(size: int) -> NDArray[np.float64]:
+    """Sylvester's Hadamard matrix / sqrt(size): the sign is that of the bits that row and column have in common."""
+    number = np.arange(size)
+    common = np.bitwise_and.outer(number, number)
+    signs = np.array([(-1) ** int(value).bit_count() for value in common.ravel()])
+    return signs.reshape(size, size) / np.sqrt(size)
+
+
+def rounded(x: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    """Rows to multiples of 1/127 of each block's largest magnitude."""
+    blocks = x.reshape(len(x), -1, block)
+    step = np.maximum(np.abs(blocks).max(-1, keepdims=True), 1e-10) / 127
+    return (np.rint(blocks / step) * step).reshape(x.shape)
