@@ -26,7 +26,8 @@ from satchel.runtime.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.session import SessionSettings, save_optimised
 from satchel.runtime.specializing.blocks import BLOCKS_NAME, make_blocks
 from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
-from satchel.runtime.specializing.forms import PREFIX, Form, Made, described, make_native_form, token_of
+from satchel.runtime.specializing.forms import NATIVE, PREFIX, Form, Made, described, token_of
+from satchel.runtime.specializing.native import NATIVE_NAME, make_native
 from satchel.runtime.specializing.packing import Places, Store, relocate, stored_places
 from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, fastest, step_seconds
 
@@ -43,10 +44,11 @@ files in the making.
 MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
     "prefill_int8": (EXPANDED_NAME, expand_weights),
     "decode_blocks": (BLOCKS_NAME, make_blocks),
+    "native": (NATIVE_NAME, make_native),
 }
 """Graphs whose weights no bundle holds: the file in which they say that these are, and what makes it."""
 
-LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks"}
+LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks", "native": "for satchel's own kernels"}
 
 
 def _silent(_: str) -> None:
@@ -100,8 +102,7 @@ def specialize(
         _check_room(portable, scratch, NATIVE_DISK_FACTOR if own else 0)
         made: list[Made] = []
         if own:
-            progress("packing weights for satchel's own kernels")
-            made.append(make_native_form(portable, scratch))
+            made += _make(portable, [NATIVE], settings, scratch, progress)
             placed.enter_context(_placed(folder, made[0][1], keep=old))
             progress("checking")
             try:
