@@ -34,11 +34,10 @@ from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, fastest, s
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
-INT8_DISK_FACTOR, NATIVE_DISK_FACTOR = 4, 2
+DISK_FACTORS = {"native": 5, "stored": 5, "blocks": 7, "auto": 11}
+INT8_DISK_FACTOR = 4
 """The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
-int8 weights made of those in 4 bits, or for satchel's own kernels: what a graph was optimised from and to, and the
-files in the making.
+int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making.
 """
 
 MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
@@ -99,9 +98,9 @@ def specialize(
     forms = _forms(portable, int8_prefill, decode)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
     with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
-        _check_room(portable, scratch, NATIVE_DISK_FACTOR if own else 0)
         made: list[Made] = []
         if own:
+            _check_room(portable, scratch, DISK_FACTORS["native"])
             made += _make(portable, [NATIVE], settings, scratch, progress)
             placed.enter_context(_placed(folder, made[0][1], keep=old))
             progress("checking")
