@@ -205,12 +205,15 @@ typedef struct {
 
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static bool scratch_made;
 
-static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
+static void make_scratch_key(void) { scratch_made = pthread_key_create(&scratch_key, free) == 0; }
 
 void *scratch(size_t bytes)
 {
     pthread_once(&scratch_once, make_scratch_key);
+    if (!scratch_made)
+        return NULL;
     Scratch *kept = pthread_getspecific(scratch_key);
     if (kept != NULL && kept->bytes >= bytes)
         return kept->memory;
