@@ -225,15 +225,6 @@ def test_check_judges_the_graph_for_the_cpu(
     assert NATIVE not in capsys.readouterr().out
 
 
-def test_an_int8_cache_has_none(tmp_path: Path) -> None:
-    checkpoint = save_tiny(tmp_path / "checkpoint", **WIDE)
-    config = ExportConfig(tmp_path / "bundle", "int8", max_context=64, kv_cache="int8", certificate=False)
-    graphs = export_bundle(checkpoint, config).graphs
-    assert graphs is not None
-    assert graphs.native is None
-    assert not (tmp_path / "bundle" / "native.onnx").exists()
-
-
 # How many Linear, Attention and TableLinear two layers and a head become.
 EXPECTED = {"gemma2": (9, 2, 0), "gpt2": (8, 2, 1), "gpt_neox": (9, 2, 0), "cohere": (8, 2, 1)}
 
