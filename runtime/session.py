@@ -99,15 +99,12 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     """
     _check_provider(bundle, settings)
     made = _specialised(bundle, settings)
-    special = made is not None and phase in made.graphs
-    graph = bundle.manifest.graph("native" if special and made is not None and made.native else phase)
-    name = graph.file
-    options = _session_options(bundle, phase, settings)
-    if made is not None and special:
+    own = made is not None and made.native and phase in made.graphs
+    graph = bundle.manifest.graph("native" if own else phase)
+    name, options = graph.file, _session_options(bundle, "native" if own else phase, settings)
+    if made is not None and phase in made.graphs:
         name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-        if made.native:
-            _register_own(options)
     session = _open(bundle, name, options, settings)
     _check_signature(bundle, graph, session)
     return session
@@ -259,6 +256,8 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
     entries = _entries(bundle.manifest.graph(phase), settings)
     _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
     _register(options, bundle.custom_ops)
+    if phase == "native":
+        _register_own(options)
     return options
 
 

@@ -51,7 +51,12 @@ def _options(node: ir.Node) -> dict[str, Any]:
         raise Refused("its codes are not of 8 bits, or it has zero points, a bias or another input")
     if options["accuracy_level"] != INT8_PRODUCTS:
         raise Refused("the product takes its input as it is, not rounded to int8")
-    if block < SMALLEST or block & (block - 1) or inputs % block or dims(node.inputs[1]) != [outputs, inputs // block, block]:
+    if (
+        block < SMALLEST
+        or block & (block - 1)
+        or inputs % block
+        or dims(node.inputs[1]) != [outputs, inputs // block, block]
+    ):
         raise Refused("its codes are not cut into whole blocks of a power of two")
     if dims(node.inputs[2]) != [outputs, inputs // block] or last_dim(node.inputs[0]) != inputs:
         raise Refused("its scales or its input have another size than its codes")

@@ -52,11 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Specialise a bundle, and print what it took, or one JSON object."""
-    import dataclasses
     import time
     import warnings
 
-    from satchel.runtime import session
+    from satchel.runtime import session, strict_json
     from satchel.runtime.bundle import open_bundle
     from satchel.runtime.errors import SatchelWarning
     from satchel.runtime.progress import stage_printer
@@ -93,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     made, seconds = manifest.specialized, round(time.perf_counter() - started, 1)
     size = 0 if made is None else sum(record.bytes for record in made.files.values())
     if args.json:
-        specialized = None if made is None else dataclasses.asdict(made)
+        specialized = None if made is None else strict_json.to_json(made)
         print(json.dumps({"bundle": args.bundle, "specialized": specialized, "bytes": size, "seconds": seconds}))
     elif made is not None:
         own = blocks_bytes(bundle) / MIB if made.decode_blocks else 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
-import sysconfig
 from pathlib import Path
 
 from satchel.runtime.processor import processor_features
@@ -36,8 +35,7 @@ def reason() -> str | None:
     if os.environ.get(SWITCH) == OFF:
         return f"are switched off ({SWITCH}={OFF})"
     if _built() is None:
-        compiler = str(sysconfig.get_config_var("CC") or "a C compiler").split()[0]
-        return f"are not built (install satchel where there is a C compiler, such as {compiler})"
+        return "are not built (there was no C compiler when satchel was installed)"
     architecture, *extensions = processor_features()
     if architecture not in ARCHITECTURES:
         return f"are for x86-64, and this processor is {architecture}"

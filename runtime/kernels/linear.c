@@ -19,10 +19,12 @@ enum {
 typedef struct {
     const LinearForm *form;
     const LinearCall *call;
-    int8_t *codes;   /* [rows, code_bytes] */
+    int8_t *codes;   /* [rows, code_bytes]; these rows are those of codes */
     float *scales;   /* [rows, row_scales] */
     int32_t *sums;   /* the same */
     float *room;     /* [row tasks, code_bytes] */
+    int64_t rows;    /* of codes: one for each row of the call, or two that are added */
+    bool twice;
     int64_t width;   /* panels of a task */
     size_t groups;   /* tasks that cover the panels */
 } Work;
@@ -81,20 +83,28 @@ INLINE __m512 bias(const Work *work, int64_t first, int64_t end)
     return values == NULL ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes(end - first), values + first);
 }
 
-/* Turn the products of a tile into outputs; a gate's panels come in pairs. */
-INLINE void finish(const int rows, const int width, const Work *work, int64_t row, int64_t panel, __m512 (*product)[CHANNEL_PANELS])
+/* Turn the products of a tile into outputs; a gate's panels come in pairs. With `twice` rows are pairs to be added. */
+INLINE void finish(const int rows, const int width, const bool twice, const Work *work, int64_t row, int64_t panel,
+                   __m512 (*product)[CHANNEL_PANELS])
 {
     const LinearForm *form = work->form;
     const int64_t count = half_outputs(form);
+    const int each = twice ? 2 : 1;
+    if (twice)
+        UNROLL
+        for (int r = 0; r < rows; r += 2)
+            UNROLL
+            for (int p = 0; p < width; p++)
+                product[r / 2][p] = _mm512_add_ps(product[r][p], product[r + 1][p]);
     if (form->gate != GATE_NONE) {
         UNROLL
         for (int p = 0; p + 1 < width; p += 2) {
             const int64_t column = (panel + p) / 2;
             const __m512 low = bias(work, column * LANES, count), high = bias(work, count + column * LANES, 2 * count);
             UNROLL
-            for (int r = 0; r < rows; r++) {
+            for (int r = 0; r < rows / each; r++) {
                 __m512 gate = activate(form->gate, _mm512_add_ps(product[r][p], low));
-                put(work, row + r, column, count, _mm512_mul_ps(gate, _mm512_add_ps(product[r][p + 1], high)));
+                put(work, row / each + r, column, count, _mm512_mul_ps(gate, _mm512_add_ps(product[r][p + 1], high)));
             }
         }
         return;
@@ -103,8 +113,8 @@ INLINE void finish(const int rows, const int width, const Work *work, int64_t ro
     for (int p = 0; p < width; p++) {
         const __m512 added = bias(work, (panel + p) * LANES, count);
         UNROLL
-        for (int r = 0; r < rows; r++)
-            put(work, row + r, panel + p, count, _mm512_add_ps(product[r][p], added));
+        for (int r = 0; r < rows / each; r++)
+            put(work, row / each + r, panel + p, count, _mm512_add_ps(product[r][p], added));
     }
 }
 
@@ -184,7 +194,8 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
  * the activations, is taken off each block's sum. All sums of a block are whole numbers, and blocks are added in their
  * order: a row gets the same whatever tile it is in.
  */
-INLINE void tile(const int rows, const int width, const int bits, const bool channel, const Work *work, int64_t row, int64_t panel)
+INLINE void tile(const int rows, const int width, const int bits, const bool channel, const bool twice, const Work *work,
+                 int64_t row, int64_t panel)
 {
     const LinearForm *form = work->form;
     const LinearCall *call = work->call;
@@ -218,27 +229,43 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
             }
         }
     }
-    finish(rows, width, work, row, panel, product);
+    finish(rows, width, twice, work, row, panel, product);
 }
 
 /* All rows from `row` to `end` times `width` panels, as tiles of a few sizes. */
-INLINE void strip(const int width, const int bits, const bool channel, const Work *work, int64_t row, int64_t end, int64_t panel)
+INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const Work *work, int64_t row,
+                  int64_t end, int64_t panel)
 {
+    const int small = twice ? 2 : 3, smallest = twice ? 2 : 1;
     for (; row + TILE_ROWS <= end; row += TILE_ROWS)
-        tile(TILE_ROWS, width, bits, channel, work, row, panel);
-    for (; row + 3 <= end; row += 3)
-        tile(3, width, bits, channel, work, row, panel);
-    for (; row < end; row++)
-        tile(1, width, bits, channel, work, row, panel);
+        tile(TILE_ROWS, width, bits, channel, twice, work, row, panel);
+    for (; row + small <= end; row += small)
+        tile(small, width, bits, channel, twice, work, row, panel);
+    for (; row < end; row += smallest)
+        tile(smallest, width, bits, channel, twice, work, row, panel);
 }
 
-static void channel_4(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(4, 8, true, work, row, end, panel); }
-static void channel_2(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(2, 8, true, work, row, end, panel); }
-static void channel_1(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(1, 8, true, work, row, end, panel); }
-static void eight_2(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(2, 8, false, work, row, end, panel); }
-static void eight_1(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(1, 8, false, work, row, end, panel); }
-static void four_2(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(2, 4, false, work, row, end, panel); }
-static void four_1(const Work *work, int64_t row, int64_t end, int64_t panel) { strip(1, 4, false, work, row, end, panel); }
+typedef void Strip(const Work *work, int64_t row, int64_t end, int64_t panel);
+
+#define STRIP(name, width, bits, channel, twice)                                        \
+    static void name(const Work *work, int64_t row, int64_t end, int64_t panel)         \
+    {                                                                                   \
+        strip(width, bits, channel, twice, work, row, end, panel);                      \
+    }
+STRIP(channel_4, 4, 8, true, false)
+STRIP(channel_2, 2, 8, true, false)
+STRIP(channel_1, 1, 8, true, false)
+STRIP(twice_4, 4, 8, true, true)
+STRIP(twice_2, 2, 8, true, true)
+STRIP(twice_1, 1, 8, true, true)
+STRIP(eight_2, 2, 8, false, false)
+STRIP(eight_1, 1, 8, false, false)
+STRIP(four_2, 2, 4, false, false)
+STRIP(four_1, 1, 4, false, false)
+
+/* By how the weights and the rows are rounded: strips of 4 panels, NULL where sums would not fit, of 2 and of 1. */
+static Strip *const CHANNEL[] = {channel_4, channel_2, channel_1}, *const TWICE[] = {twice_4, twice_2, twice_1};
+static Strip *const EIGHT[] = {NULL, eight_2, eight_1}, *const FOUR[] = {NULL, four_2, four_1};
 
 static void multiply(void *data, size_t index)
 {
@@ -246,16 +273,16 @@ static void multiply(void *data, size_t index)
     const LinearForm *form = work->form;
     const int64_t whole = panels(form), group = (int64_t)(index % work->groups), part = (int64_t)(index / work->groups);
     const int64_t row = part * MULTIPLIED_ROWS;
-    const int64_t end = row + MULTIPLIED_ROWS < work->call->rows ? row + MULTIPLIED_ROWS : work->call->rows;
+    const int64_t end = row + MULTIPLIED_ROWS < work->rows ? row + MULTIPLIED_ROWS : work->rows;
     int64_t panel = group * work->width;
     const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
-    const bool channel = form->form.block == 0;
-    for (; channel && panel + 4 <= stop; panel += 4)
-        channel_4(work, row, end, panel);
+    Strip *const *strips = work->twice ? TWICE : form->form.block == 0 ? CHANNEL : form->bits == 8 ? EIGHT : FOUR;
+    for (; strips[0] != NULL && panel + 4 <= stop; panel += 4)
+        strips[0](work, row, end, panel);
     for (; panel + 2 <= stop; panel += 2)
-        (channel ? channel_2 : form->bits == 8 ? eight_2 : four_2)(work, row, end, panel);
+        strips[1](work, row, end, panel);
     if (panel < stop)
-        (channel ? channel_1 : form->bits == 8 ? eight_1 : four_1)(work, row, end, panel);
+        strips[2](work, row, end, panel);
 }
 
 static void round_rows(void *data, size_t index)
@@ -264,15 +291,20 @@ static void round_rows(void *data, size_t index)
     const RowForm *form = &work->form->form;
     const LinearCall *call = work->call;
     const int64_t first = (int64_t)index * ROUNDED_ROWS, scales = row_scales(form), stride = code_bytes(form);
-    for (int64_t r = first; r < first + ROUNDED_ROWS && r < call->rows; r++)
-        round_row(form, call->x + r * form->inputs, call->gain, work->room + (int64_t)index * stride,
-                  work->codes + r * stride, work->scales + r * scales, work->sums + r * scales);
+    for (int64_t r = first; r < first + ROUNDED_ROWS && r < call->rows; r++) {
+        const int64_t at = work->twice ? 2 * r : r;
+        (work->twice ? round_row_twice : round_row)(
+            form, call->x + r * form->inputs, call->gain, work->room + (int64_t)index * stride, work->codes + at * stride,
+            work->scales + at * scales, work->sums + at * scales);
+    }
 }
 
 const char *linear_run(const LinearForm *form, const LinearCall *call, const Parallel *parallel)
 {
-    const int64_t stride = code_bytes(&form->form), scales = row_scales(&form->form), rows = call->rows;
-    const size_t tasks = (size_t)((rows + ROUNDED_ROWS - 1) / ROUNDED_ROWS);
+    const int64_t stride = code_bytes(&form->form), scales = row_scales(&form->form);
+    const bool twice = call->single && form->form.block == 0;
+    const int64_t rows = call->rows * (twice ? 2 : 1);
+    const size_t tasks = (size_t)((call->rows + ROUNDED_ROWS - 1) / ROUNDED_ROWS);
     const size_t parts = (size_t)((rows + MULTIPLIED_ROWS - 1) / MULTIPLIED_ROWS);
     const size_t room = tasks * (size_t)stride * sizeof(float), codes = (size_t)(rows * stride);
     if (rows == 0)
@@ -281,8 +313,9 @@ const char *linear_run(const LinearForm *form, const LinearCall *call, const Par
     if (memory == NULL)
         return "satchel:Linear: out of memory";
     float *row_scale = (float *)(memory + room + codes);
-    Work work = {form, call, (int8_t *)(memory + room), row_scale, (int32_t *)(row_scale + rows * scales), (float *)memory, 0, 0};
-    work.width = form->form.block == 0 && rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
+    Work work = {.form = form, .call = call, .codes = (int8_t *)(memory + room), .scales = row_scale,
+                 .sums = (int32_t *)(row_scale + rows * scales), .room = (float *)memory, .rows = rows, .twice = twice};
+    work.width = form->form.block == 0 && call->rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
     work.groups = (size_t)((panels(form) + work.width - 1) / work.width);
     parallel_for(parallel, tasks, round_rows, &work);
     parallel_for(parallel, work.groups * parts, multiply, &work);

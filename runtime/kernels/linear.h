@@ -2,6 +2,7 @@
 #ifndef SATCHEL_LINEAR_H
 #define SATCHEL_LINEAR_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "parallel.h"
@@ -18,6 +19,7 @@ typedef struct {
 
 typedef struct {
     int64_t rows;
+    bool single;                /* each row is the only new token of its sequence */
     const float *x;             /* [rows, inputs] */
     const uint8_t *codes;       /* [panels, panel_bytes] */
     const float *scales;        /* [panels, blocks, 16] */

@@ -73,10 +73,11 @@ static bool run(const void *kernel, Run *run)
     if (!fits(form, &codes, &scales, &zero_points, &bias, &gain))
         return fail(run, "satchel:Linear: a weight does not have the shape that the node says");
     const int64_t rows = x.count / form->form.inputs;
+    const bool single = x.rank >= 2 && x.dims[x.rank - 2] == 1;
     x.dims[x.rank - 1] = half_outputs(form);
     if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
         return fail(run, "satchel:Linear: what is to be added does not have the shape of the result");
-    LinearCall call = {rows, x.data, codes.data, scales.data, zero_points.data, bias.data, residual.data, gain.data, NULL};
+    LinearCall call = {rows, single, x.data, codes.data, scales.data, zero_points.data, bias.data, residual.data, gain.data, NULL};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
     const char *error = linear_run(form, &call, rows == 1 ? &run->contiguous : &run->parallel);

@@ -79,26 +79,56 @@ static void round_run(const float *x, int64_t count, bool tight, int8_t *codes, 
     *sum = _mm512_reduce_add_epi32(total);
 }
 
+/* The row as it is to be rounded: `x` itself, or what a norm and a Hadamard matrix make of it in `room`. */
+static const float *prepare_row(const RowForm *form, const float *x, const float *gain, float *room)
+{
+    const int64_t count = form->inputs;
+    if (form->epsilon <= 0 && form->hadamard == 0)
+        return x;
+    const __m512 factor = _mm512_set1_ps(form->epsilon > 0 ? inverse_rms(x, count, form->epsilon) : 1);
+    for (int64_t i = 0; i < count; i += LANES) {
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(count - i), x + i), factor);
+        if (gain != NULL)
+            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes(count - i), gain + i));
+        _mm512_storeu_ps(room + i, v);
+    }
+    if (form->hadamard > 0)
+        mix(room, count, form->hadamard);
+    return room;
+}
+
+/* Zeros behind `count` codes. */
+static void fill_up(const RowForm *form, int8_t *codes, int64_t count)
+{
+    memset(codes + count, 0, (size_t)(code_bytes(form) - count));
+}
+
+static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
 void round_row(const RowForm *form, const float *x, const float *gain, float *room, int8_t *codes, float *scales, int32_t *sums)
 {
-    const int64_t count = form->inputs, padded = code_bytes(form);
-    if (form->epsilon > 0 || form->hadamard > 0) {
-        const __m512 factor = _mm512_set1_ps(form->epsilon > 0 ? inverse_rms(x, count, form->epsilon) : 1);
-        for (int64_t i = 0; i < count; i += LANES) {
-            __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(count - i), x + i), factor);
-            if (gain != NULL)
-                v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes(count - i), gain + i));
-            _mm512_storeu_ps(room + i, v);
-        }
-        if (form->hadamard > 0)
-            mix(room, count, form->hadamard);
-        x = room;
-    }
-    if (form->block == 0)
+    const int64_t count = form->inputs, block = form->block;
+    x = prepare_row(form, x, gain, room);
+    if (block == 0)
         round_run(x, count, false, codes, scales, sums);
     else
-        for (int64_t b = 0; b < count / form->block; b++)
-            round_run(x + b * form->block, form->block, true, codes + b * form->block, scales + b, sums + b);
-    int64_t written = form->block ? count : (count + LANES - 1) / LANES * LANES;
-    memset(codes + written, 0, (size_t)(padded - written));
+        for (int64_t b = 0; b < count / block; b++)
+            round_run(x + b * block, block, true, codes + b * block, scales + b, sums + b);
+    fill_up(form, codes, block ? count : whole_vectors(count));
+}
+
+void round_row_twice(const RowForm *form, const float *x, const float *gain, float *room, int8_t *codes, float *scales, int32_t *sums)
+{
+    const int64_t count = form->inputs;
+    x = prepare_row(form, x, gain, room);
+    round_run(x, count, false, codes, scales, sums);
+    fill_up(form, codes, whole_vectors(count));
+    const __m512 scale = _mm512_set1_ps(scales[0]);
+    for (int64_t i = 0; i < count; i += LANES) {
+        __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i))));
+        _mm512_storeu_ps(room + i, _mm512_fnmadd_ps(code, scale, _mm512_maskz_loadu_ps(lanes(count - i), x + i)));
+    }
+    codes += code_bytes(form);
+    round_run(room, count, false, codes, scales + 1, sums + 1);
+    fill_up(form, codes, whole_vectors(count));
 }

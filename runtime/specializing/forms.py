@@ -8,15 +8,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from satchel.runtime import onnx_wire
 from satchel.runtime.bundle import Bundle
 from satchel.runtime.defaults import PROVIDER
 from satchel.runtime.hash_memory import sha256_of
-from satchel.runtime.integrity.graph_data import check_external_data
 from satchel.runtime.kernels.library import VERSION
 from satchel.runtime.manifest import FileRecord, Specialized
 from satchel.runtime.processor import processor_features, processor_name
-from satchel.runtime.specializing.native import NATIVE_NAME, make_native
 
 PREFIX = "specialized-"
 
@@ -47,28 +44,6 @@ class Form:
 
 
 NATIVE = Form({"prefill": "native"})
-
-
-def make_native_form(portable: Bundle, scratch: Path) -> Made:
-    """Make the graph and the weights for satchel's own kernels in a folder of the scratch folder.
-
-    The graph is the bundle's: export has made it as it is to run, and nothing in it is packed at load. What no kernel
-    wants otherwise stays where it is in the bundle. Raises BundleError.
-    """
-    token = token_of(portable, NATIVE)
-    place, data = scratch / token, f"{PREFIX}{token}.bin"
-    place.mkdir()
-    files = {data: place / "data", f"{PREFIX}{token}-native.onnx": place / "native.onnx"}
-    source = portable.graph_path("native")
-    make_native(portable, files[data])
-    model, sizes = source.read_bytes(), {file: record.bytes for file, record in portable.manifest.files.items()}
-    check_external_data(model, {**sizes, NATIVE_NAME: files[data].stat().st_size}, str(source))
-
-    def moved(entries: onnx_wire.External) -> onnx_wire.External:
-        return {**entries, "location": data} if entries["location"] == NATIVE_NAME else entries
-
-    (place / "native.onnx").write_bytes(onnx_wire.map_external_data(model, moved))
-    return described(NATIVE, {"prefill": f"{PREFIX}{token}-native.onnx"}, files), files
 
 
 def described(form: Form, graphs: dict[str, str], files: dict[str, Path]) -> Specialized:

@@ -26,27 +26,28 @@ from satchel.runtime.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.session import SessionSettings, save_optimised
 from satchel.runtime.specializing.blocks import BLOCKS_NAME, make_blocks
 from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
-from satchel.runtime.specializing.forms import PREFIX, Form, Made, described, make_native_form, token_of
+from satchel.runtime.specializing.forms import NATIVE, PREFIX, Form, Made, described, token_of
+from satchel.runtime.specializing.native import NATIVE_NAME, make_native
 from satchel.runtime.specializing.packing import Places, Store, relocate, stored_places
 from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, fastest, step_seconds
 
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
-INT8_DISK_FACTOR, NATIVE_DISK_FACTOR = 4, 2
+DISK_FACTORS = {"native": 5, "stored": 5, "blocks": 7, "auto": 11}
+INT8_DISK_FACTOR = 4
 """The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
-int8 weights made of those in 4 bits, or for satchel's own kernels: what a graph was optimised from and to, and the
-files in the making.
+int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making.
 """
 
 MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
     "prefill_int8": (EXPANDED_NAME, expand_weights),
     "decode_blocks": (BLOCKS_NAME, make_blocks),
+    "native": (NATIVE_NAME, make_native),
 }
 """Graphs whose weights no bundle holds: the file in which they say that these are, and what makes it."""
 
-LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks"}
+LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks", "native": "for satchel's own kernels"}
 
 
 def _silent(_: str) -> None:
@@ -97,11 +98,10 @@ def specialize(
     forms = _forms(portable, int8_prefill, decode)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
     with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
-        _check_room(portable, scratch, NATIVE_DISK_FACTOR if own else 0)
         made: list[Made] = []
         if own:
-            progress("packing weights for satchel's own kernels")
-            made.append(make_native_form(portable, scratch))
+            _check_room(portable, scratch, DISK_FACTORS["native"])
+            made += _make(portable, [NATIVE], settings, scratch, progress)
             placed.enter_context(_placed(folder, made[0][1], keep=old))
             progress("checking")
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import json
 import os
 import shutil
@@ -35,6 +36,8 @@ if __name__ == "__main__":
 '''
 
 SKIPPED = ("__pycache__", "py.typed")
+COMPILED = (".c", ".h", *importlib.machinery.EXTENSION_SUFFIXES)
+"""Ends of the names of satchel's own kernels: a library is loaded from no archive, and is for one machine."""
 
 PROGRAM_MODE = 0o755
 
@@ -129,7 +132,7 @@ def _runner_entries() -> list[Entry]:
 
 def _package_entries(folder: Traversable, name: str) -> Iterator[Entry]:
     for item in sorted(folder.iterdir(), key=lambda item: item.name):
-        if item.name in SKIPPED or item.name.startswith("."):
+        if item.name in SKIPPED or item.name.startswith(".") or item.name.endswith(COMPILED):
             continue
         if item.is_dir():
             yield from _package_entries(item, f"{name}/{item.name}")

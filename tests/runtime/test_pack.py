@@ -80,7 +80,7 @@ def test_other_zip_readers_read_it(packed: Path, chatty: Path) -> None:
         assert file.read("bundle/weights.bin") == (chatty / "weights.bin").read_bytes()
         names = set(file.namelist())
     assert {"__main__.py", "satchel/__init__.py", "satchel/runtime/inspection/inspection.html.jinja"} <= names
-    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", "/"))]
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".c", ".h", ".so", "/"))]
     assert packed.read_bytes().startswith(b"#!/usr/bin/env python3\n")
     assert packed.stat().st_mode & stat.S_IXUSR
 

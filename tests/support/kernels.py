@@ -146,31 +146,37 @@ class Product:
                 result[row // 16, :, row % 16] = values[output]
         return result
 
-    def feeds(self, rows: int, seed: int) -> dict[str, NDArray[Any]]:
-        rng = np.random.default_rng(seed + 2)
-        values = {"x": rng.standard_normal((rows, self.inputs)).astype(np.float32)}
+    def feeds(self, rows: int, seed: int, *, single: bool = False) -> dict[str, NDArray[Any]]:
+        """A prompt [1, rows, inputs], or with `single` as many rows of one token each."""
+        rng, shape = np.random.default_rng(seed + 2), (rows, 1) if single else (1, rows)
+        values = {"x": rng.standard_normal((*shape, self.inputs)).astype(np.float32)}
         if "r" in self.optional:
-            values["r"] = rng.standard_normal((rows, self.width)).astype(np.float32)
+            values["r"] = rng.standard_normal((*shape, self.width)).astype(np.float32)
         return values
 
     def session(self, seed: int, feeds: Mapping[str, NDArray[Any]], threads: int = 2) -> ort.InferenceSession:
         return operator_session("Linear", self.attributes, self.names, feeds, self.constants(seed), threads=threads)
 
     def expected(self, seed: int, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """The result in float64, of activations rounded as the operator says."""
+        """The result in float64, of activations rounded as the operator says.
+
+        Those of single tokens with one scale, which are rounded twice, are not rounded here.
+        """
         codes, scales, zeros = self.codes(seed)
         constants = self.constants(seed)
-        x = feeds["x"].astype(np.float64)
+        single, shape = feeds["x"].shape[-2] == 1, feeds["x"].shape[:-1]
+        x = feeds["x"].astype(np.float64).reshape(-1, self.inputs)
         if self.epsilon:
             x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * constants.get("g", 1.0)
         if self.hadamard:
             x = (x.reshape(len(x), -1, self.hadamard) @ sylvester(self.hadamard)).reshape(x.shape)
-        x = rounded(x, self.block or self.inputs)
+        if self.block or not single:
+            x = rounded(x, self.block or self.inputs)
         steps = codes.reshape(self.outputs, scales.shape[1], -1) - zeros[..., None].astype(np.float64)
         y = x @ (steps * scales[..., None]).reshape(self.outputs, self.inputs).T + constants.get("b", 0.0)
         if self.gate:
             y = ACTIVATIONS[self.gate](y[:, : self.width]) * y[:, self.width :]
-        return y + feeds.get("r", 0.0)
+        return y.reshape(*shape, self.width) + feeds.get("r", 0.0)
 
 
 def sylvester(size: int) -> NDArray[np.float64]:

@@ -1,0 +1,224 @@
+"""Bundles specialised for satchel's own kernels: made, checked, chosen, run, and left where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_native_bundle import write_native_bundle
+
+from satchel.runtime import bundle as bundle_module
+from satchel.runtime import cli, onnx_wire
+from satchel.runtime.bench.decode_traffic import weight_bytes
+from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
+from satchel.runtime.kernels import library
+from satchel.runtime.specializing import specialize, trials
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+needs_kernels = pytest.mark.skipif(library.reason() is not None, reason=f"satchel's own kernels {library.reason()}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_native_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def made(folder: Path) -> Path:
+    specialize.specialize(open_bundle(folder), kernels="own", threads=1)
+    return folder
+
+
+def logits(bundle: Bundle) -> np.ndarray:
+    engine = Engine.open(bundle, threads=1)
+    state = engine.new_state(16)
+    return np.stack([engine.prefill(state, IDS).copy(), *(engine.decode(state, token).copy() for token in IDS)])
+
+
+def change(folder: Path, **values: Any) -> None:
+    manifest = read_manifest(folder)
+    manifest["specialized"] |= values
+    write_manifest(folder, manifest)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@needs_kernels
+def test_one_session_serves_both_phases_with_nearly_the_same_logits(made: Path) -> None:
+    bundle = open_bundle(made)
+    special = bundle.specialized
+    assert special is not None
+    assert (special.native, special.kernels, set(special.graphs)) == (True, library.VERSION, {"prefill"})
+    assert len(set(map(id, Engine.open(bundle, threads=1).sessions))) == 1
+    given, wanted = logits(bundle), logits(Bundle(made, bundle.manifest))
+    assert np.abs(given - wanted).max() < 0.02 * np.abs(wanted).max()
+    assert not np.array_equal(given, wanted), "the portable graphs ran"
+
+
+@needs_kernels
+def test_only_what_kernels_pack_is_written_and_the_rest_stays_where_it_is(made: Path) -> None:
+    special = open_bundle(made).specialized
+    assert special is not None
+    tensors = onnx_wire.external_tensors((made / special.graphs["prefill"]).read_bytes())
+    own = next(name for name in special.files if name.endswith(".bin"))
+    locations = {name: tensor.place["location"] for name, tensor in tensors.items()}
+    assert locations.pop("head.panels") == own
+    assert locations.pop("head.panel_scales") == "weights.bin", "these bytes are there: no panel needs filling up"
+    packed = {name for name, tensor in tensors.items() if any(key.startswith("prepacked_") for key in tensor.place)}
+    assert packed == {name for name, location in locations.items() if location == own}, "products by ONNX Runtime"
+    assert {locations["embed"], locations["cos"]} == {"weights.bin"}
+
+
+@needs_kernels
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_keeps_the_faster(folder: Path, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    monkeypatch.setattr(trials, "prefill_seconds", lambda bundles, _: [1.0, 1.0, 0.5 if faster else 1.5])
+    monkeypatch.setattr(trials, "step_seconds", lambda bundles, _: [0.01] * len(bundles))
+    said: list[str] = []
+    special = specialize.specialize(open_bundle(folder), threads=1, say=said.append).specialized
+    assert special is not None
+    assert special.native is faster
+    assert ("satchel's own are kept" if faster else "ONNX Runtime's are kept") in said[-1]
+    on_disk = {path.name for path in folder.glob("specialized-*")}
+    assert on_disk == set(special.files), "the other form is taken away"
+    assert open_bundle(folder).specialized == special
+
+
+@needs_kernels
+def test_a_slower_prefill_is_weighed_against_a_faster_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "prefill_seconds", lambda bundles, _: [1.0, 1.0, 1.2])
+    monkeypatch.setattr(trials, "step_seconds", lambda bundles, _: [0.010, 0.008])
+    special = specialize.specialize(open_bundle(folder), threads=1).specialized
+    assert special is not None
+    assert special.native
+
+
+@needs_kernels
+@pytest.mark.parametrize("flags", [["--kernels", "onnxruntime"], ["--decode", "stored"]])
+def test_who_asks_for_onnx_runtime_gets_it(folder: Path, flags: list[str]) -> None:
+    assert cli.main(["specialize", str(folder), "--threads", "1", *flags]) == 0
+    assert "native" not in read_manifest(folder)["specialized"]
+
+
+@needs_kernels
+def test_the_commands_run_on_them(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(made)]) == 0
+    assert "satchel's own kernels, " in capsys.readouterr().out
+    assert cli.main(["inspect", str(made), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["specialized"]["native"] is True
+    assert cli.main(["profile", str(made), "--threads", "1", "--prompt-tokens", "8", "--new-tokens", "2"]) == 0
+    assert "Linear" in capsys.readouterr().out
+    assert cli.main(["run", str(made), "hello", "--max-new-tokens", "3", "--threads", "1", "--quiet"]) == 0
+    assert cli.main(["specialize", str(made), "--remove"]) == 0
+    assert not list(made.glob("specialized-*"))
+
+
+@needs_kernels
+def test_a_step_reads_the_native_graphs_weights(made: Path) -> None:
+    bundle = open_bundle(made)
+    products = 2 * (64 * 64 * 2 + 64 * 32 * 2) * 4  # q, k, v and o of two layers
+    gains = 64 * 4
+    assert weight_bytes(bundle) == products + gains + 25 * (64 * 16 + 64)
+    assert weight_bytes(Bundle(made, bundle.manifest)) == products + gains + 400 * 64 + 400 * 4
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernels", "said"), [("own", "the specialised graphs differ"), ("auto", "satchel's own kernels are left out: ")]
+)
+def test_wrong_logits_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, said: str) -> None:
+    shutil.rmtree(folder)
+    write_native_bundle(folder, hadamard=64)
+    before = files(folder)
+    if kernels == "own":
+        with pytest.raises(SatchelError, match=said):
+            specialize.specialize(open_bundle(folder), kernels=kernels, threads=1)
+        assert files(folder) == before
+        return
+    with pytest.warns(SatchelWarning, match=said):
+        special = specialize.specialize(open_bundle(folder), kernels=kernels, threads=1).specialized
+    assert special is not None
+    assert not special.native
+    assert {path.name for path in folder.glob("specialized-*")} == set(special.files)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("why", "reason"),
+    [
+        ("off", r"satchel's own kernels, for which it was specialised, are switched off \(SATCHEL_KERNELS=off\)"),
+        ("missing", "satchel's own kernels, for which it was specialised, are not built"),
+        ("version", "it was specialised for version 0 of satchel's kernels and this is"),
+    ],
+)
+def test_elsewhere_the_portable_graphs_run(made: Path, monkeypatch: pytest.MonkeyPatch, why: str, reason: str) -> None:
+    if why == "off":
+        monkeypatch.setenv("SATCHEL_KERNELS", "off")
+    elif why == "missing":
+        monkeypatch.setattr(library, "__file__", str(made / "library.py"))
+    else:
+        change(made, kernels=0)
+    with pytest.warns(SatchelWarning, match=f"the portable graphs run, since {reason}"):
+        bundle = open_bundle(made)
+    np.testing.assert_array_equal(logits(bundle), logits(Bundle(made, bundle.manifest)))
+
+
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SATCHEL_KERNELS", "off")
+
+
+@pytest.mark.usefixtures("off")
+def test_without_the_library_auto_makes_the_forms_of_onnx_runtime(folder: Path) -> None:
+    special = specialize.specialize(open_bundle(folder), threads=1).specialized
+    assert special is not None
+    assert not special.native
+
+
+@pytest.mark.usefixtures("off")
+def test_kernels_that_are_asked_for_and_missing_are_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(folder)
+    assert cli.main(["specialize", str(folder), "--kernels", "own"]) == 2
+    assert "--kernels own: satchel's own kernels are switched off (SATCHEL_KERNELS=off)" in capsys.readouterr().err
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("flags", [["--prefill", "int8"], ["--decode", "blocks"], ["--decode", "stored"]])
+def test_own_kernels_do_not_go_with_forms_of_onnx_runtime(
+    folder: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["specialize", str(folder), "--kernels", "own", *flags]) == 2
+    assert "--kernels own does not go with" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_a_bundle_without_a_native_graph_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_bundle(tmp_path / "plain")
+    assert cli.main(["specialize", str(folder), "--kernels", "own"]) == 2
+    assert "no graph for native: it was exported without one for satchel's own kernels" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_a_library_that_does_not_load_is_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = open_bundle(made)
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(library, "_built", lambda: broken)
+    with pytest.raises(BundleError, match=r"broken.so: ONNX Runtime .* cannot load it .*: install satchel again"):
+        Engine.open(bundle, threads=1)
+
+
+@needs_kernels
+def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
+    assert bundle_module._misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]

@@ -1,0 +1,75 @@
+"""The tiny bundle with an int8 head, and a native graph in which it is a satchel:Linear over panels."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from support.tiny_bundle import HIDDEN, VOCABULARY, read_manifest, write_bundle, write_manifest
+
+PANELS = -(-VOCABULARY // 16)
+
+
+def placed(name: str, dtype: int, dims: tuple[int, ...], location: str, offset: int, length: int) -> onnx.TensorProto:
+    """An initializer whose data lies in another file."""
+    tensor = onnx.TensorProto(name=name, data_type=dtype, dims=dims, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write the bundle into the new folder `folder`; `changes` are attributes of the native head."""
+    write_bundle(folder, seed=seed)
+    manifest, rng = read_manifest(folder), np.random.default_rng(seed)
+    codes = rng.integers(-127, 128, (HIDDEN, VOCABULARY)).astype(np.int8)
+    scales = rng.uniform(0.5, 1.5, VOCABULARY).astype(np.float32) / 100
+    content = (folder / "weights.bin").read_bytes()
+    content += b"\0" * (-len(content) % 64)
+    stored = [
+        placed("head.codes", TensorProto.INT8, codes.shape, "weights.bin", len(content), codes.nbytes),
+        placed(
+            "head.scales", TensorProto.FLOAT, scales.shape, "weights.bin", len(content) + codes.nbytes, scales.nbytes
+        ),
+    ]
+    (folder / "weights.bin").write_bytes(content + codes.tobytes() + scales.tobytes())
+    size = PANELS * HIDDEN * 16
+    panels = [
+        placed("head.panels", TensorProto.UINT8, (PANELS, HIDDEN * 16), "native.bin", 0, size),
+        placed("head.panel_scales", TensorProto.FLOAT, (PANELS, 1, 16), "native.bin", size, PANELS * 64),
+    ]
+    attributes = {"inputs": HIDDEN, "outputs": VOCABULARY, "bits": 8, "block": 0, **changes}
+    for name in ("prefill", "decode", "score", "native"):
+        model = onnx.load(folder / f"{'prefill' if name == 'native' else name}.onnx", load_external_data=False)
+        graph = model.graph
+        if name == "native":
+            head = next(node for node in graph.node if "logits" in node.output)
+            linear = helper.make_node("Linear", [head.input[0], "head.panels", "head.panel_scales"], ["logits"])
+            linear.domain = "satchel"
+            linear.name = "head"
+            linear.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+            kept = [node for node in graph.node if "logits" not in node.output and node.op_type != "DequantizeLinear"]
+            tensors = [t for t in graph.initializer if not t.name.startswith("head")] + panels
+            nodes = [*kept, linear]
+            model.opset_import.append(helper.make_opsetid("satchel", 1))
+        else:
+            nodes = [helper.make_node("DequantizeLinear", ["head.codes", "head.scales"], ["head"], axis=1), *graph.node]
+            tensors = [t for t in graph.initializer if t.name != "head"] + stored
+        for field, values in ((graph.node, nodes), (graph.initializer, tensors)):
+            values = [type(value).FromString(value.SerializeToString()) for value in values]
+            del field[:]
+            field.extend(values)
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    graphs = manifest["graphs"]
+    for spec in filter(None, graphs.values()):
+        spec["session"] = {}
+    graphs["native"] = {**graphs["prefill"], "file": "native.onnx"}
+    for name in ("prefill.onnx", "decode.onnx", "score.onnx", "native.onnx", "weights.bin"):
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_manifest(folder, manifest)
+    return folder
