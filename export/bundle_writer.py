@@ -24,6 +24,7 @@ from satchel.graphs.weights import LazyWeight, stored
 from satchel.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
 from satchel.runtime.specializing.blocks import BLOCKS_NAME
 from satchel.runtime.specializing.expand import EXPANDED_NAME
+from satchel.runtime.specializing.native import NATIVE_NAME
 
 WEIGHTS_NAME = "weights.bin"
 PAGE, LINE = 4096, 64
@@ -32,9 +33,6 @@ line for one that is smaller than `LARGE`.
 """
 
 LARGE = 1 << 20
-
-NATIVE_NAME = "native.bin"
-"""The file in which the native graph says that its weights are; no bundle has it."""
 
 FILES: Mapping[object, str] = {
     None: WEIGHTS_NAME,

@@ -14,9 +14,9 @@ from satchel.export.static_graphs import describe_static
 from satchel.export.tensor_specs import tensor_specs
 from satchel.graphs import signature
 from satchel.graphs.assign import layer_name
+from satchel.graphs.native import NATIVE
 from satchel.graphs.quantized import Quantised
-from satchel.graphs.targets import PHASES, PLAIN, TARGETS, Session
-from satchel.runtime.graph_contract import FURTHER
+from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PLAIN, PREFILL_INT8, TARGETS, Session
 from satchel.runtime.manifest import (
     CacheLayer,
     CacheSpec,
@@ -119,8 +119,10 @@ def _layers(quantised: Quantised | None) -> dict[str, LayerPrecision]:
 def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
     custom = {phase: model for phase, model in models.items() if not phase.startswith(PLAIN)}
     specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in custom.items()}
-    further = {name: specs.get(name) for name in FURTHER}
-    return Graphs(**{phase: specs[phase] for phase in PHASES}, **further)
+    return Graphs(
+        **{phase: specs[phase] for phase in PHASES},
+        prefill_int8=specs.get(PREFILL_INT8), decode_blocks=specs.get(DECODE_BLOCKS), native=specs.get(NATIVE),
+    )  # fmt: skip
 
 
 def _plain_graphs(
@@ -130,7 +132,7 @@ def _plain_graphs(
     if config.static:
         return None
     specs = {phase: _graph_spec(f"{PLAIN}{phase}", models[f"{PLAIN}{phase}"], sessions[phase]) for phase in PHASES}
-    return Graphs(**specs, **dict.fromkeys(FURTHER))
+    return Graphs(**specs, prefill_int8=None, decode_blocks=None, native=None)
 
 
 def _graph_spec(name: str, model: ir.Model, session: Session) -> GraphSpec:

@@ -25,10 +25,11 @@ def own_product(
     sizes: Mapping[str, int],
 ) -> ir.Value:
     """The result of a new product by one of satchel's own operators, in dtype and shape like another's."""
-    result = builder.value(op_type, reads, name, like, INTERNAL)
-    node = result.producer()
-    for key, size in sizes.items() if node is not None else ():
+    node = builder.node(op_type, reads, name, INTERNAL)
+    for key, size in sizes.items():
         node.attributes.add(ir.AttrInt64(key, size))
+    result = node.outputs[0]
+    result.shape, result.type = like.shape, like.type
     return result
 
 

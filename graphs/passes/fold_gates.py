@@ -10,7 +10,7 @@ import onnx_ir as ir
 from satchel.graphs.contract import GraphPass, Refused, Report, graph_pass
 from satchel.graphs.linear import CODES, give, unfinished, width
 from satchel.graphs.quantized import QuantizedWeight
-from satchel.graphs.values import Builder, attributes, constant, nodes, producer, rank, replace
+from satchel.graphs.values import Builder, attributes, constant, nodes, producer, rank, replace, weight
 
 GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 """How ONNX's Gelu names the two ways to compute it, and how the operator does."""
@@ -33,7 +33,8 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     def edit(model: ir.Model, report: Report) -> None:
         for split in nodes(model, "Split"):
             product = unfinished(split.inputs[0])
-            quantized = weights.get(str(product.inputs[CODES].name).removesuffix(".panels")) if product else None
+            codes = weight(product.inputs[CODES]) if product is not None else None
+            quantized = weights.get(codes.name.removesuffix(".panels")) if codes is not None else None
             if product is None or quantized is None:
                 continue
             found = _gated(split)

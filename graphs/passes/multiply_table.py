@@ -21,8 +21,8 @@ def multiply_table(model: ir.Model, report: Report) -> None:
 
     before: ids -> GatherBlockQuantized(codes, scales) ...  x -> MatMulNBits(codes, scales) -> logits
     after:  ids -> GatherBlockQuantized(codes, scales) ...  x -> satchel::TableLinear(codes, scales) -> logits
-    refuses when: the codes are not of 8 bits, have zero points, or are not cut into whole blocks of a power of two, 16 or
-    more; the product has a bias or another input, or takes x in another way than rounded to int8. A product by other
+    refuses when: the codes are not of 8 bits, have zero points, or are not cut into whole blocks of a power of two, 16
+    or more; the product has a bias or another input, or takes x in another way than rounded to int8. A product by other
     codes than those that are looked up is left alone (silently).
     """
     gathers = nodes(model, "GatherBlockQuantized", MICROSOFT)

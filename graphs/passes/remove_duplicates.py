@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import INTERNAL, MICROSOFT, constant, replace
+from satchel.graphs.quantized import MADE
+from satchel.graphs.values import INTERNAL, MICROSOFT, constant, replace, weight
 
 RANDOM = {
     "RandomNormal",
@@ -32,11 +33,12 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
     before: x -> Shape -> a      x -> Shape -> b
     after:  x -> Shape -> a, b
     refuses when: the operator is random or of a domain of a user's own, has a subgraph, or an attribute that does not
-    compare (silently: these are no duplicates).
+    compare; or the constant is one that a device makes, by its name (silently: these are no duplicates).
     """
     seen_constants: dict[Hashable, ir.Value] = {}
     for value in list(model.graph.initializers.values()):
-        array = constant(value)
+        lazy = weight(value)
+        array = None if lazy is not None and MADE in lazy.meta else constant(value)
         if array is None or value.is_graph_output():
             continue
         key = (array.dtype.name, array.shape, array.tobytes())

@@ -7,6 +7,8 @@ import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, tag, untouched
 
 from satchel.graphs.passes.remove_duplicates import RANDOM, remove_duplicates
+from satchel.graphs.quantized import MADE, PANELS
+from satchel.graphs.values import weight
 
 X = {"x": normal(1, 3, 5)}
 
@@ -126,3 +128,12 @@ def test_outputs_of_the_graph_keep_a_node_each() -> None:
 def test_the_same_attributes_on_an_unknown_operator_count_as_the_same() -> None:
     model = tag(build(two("com.microsoft.New(x)", "com.microsoft.New(x)")), "New", "sizes", [2, 3])
     assert operators(fired(remove_duplicates, model, 1).model) == {"com.microsoft::New": 1, "Sub": 1}
+
+
+def test_constants_that_a_device_makes_stay_two() -> None:
+    model = build(two("Add(x, v)", "Mul(x, w)"), v=normal(2, 5), w=normal(2, 5))
+    assert operators(fired(remove_duplicates, model, 1).model) == {"Add": 1, "Mul": 1, "Sub": 1}
+    made = build(two("Add(x, v)", "Mul(x, w)"), v=normal(2, 5), w=normal(2, 5))
+    for name in "vw":
+        weight(made.graph.initializers[name]).meta[MADE] = PANELS  # type: ignore[union-attr]
+    assert untouched(remove_duplicates, made) == []

@@ -168,11 +168,25 @@ def rotated(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     return turned
 
 
-OPERATORS = [Linear, TableLinear, Attention, GatherBlockQuantized]
+class SkipLayerNormalization(OpRun):
+    op_domain: ClassVar[str] = "com.microsoft"
+
+    def _run(self, x: Array, skip: Array, gain: Array, bias: Optional = None, **options: Any) -> tuple[Array, ...]:
+        total = (x + skip).astype(np.float64)
+        even = total - total.mean(-1, keepdims=True)
+        y = even / np.sqrt((even * even).mean(-1, keepdims=True) + options["epsilon"]) * gain
+        whole = y if bias is None else y + bias
+        unused = np.empty(0, np.float32)
+        return whole.astype(np.float32), unused, unused, total.astype(np.float32)
+
+
+OPERATORS = [SkipLayerNormalization, Linear, TableLinear, Attention, GatherBlockQuantized]
 
 
 def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The outputs of a graph by ONNX's reference implementation, and the operators above."""
     proto = onnx.load_from_string(serialised(model)) if isinstance(model, ir.Model) else model
+    for index, node in enumerate(proto.graph.node):  # an output without a name would become each input without one
+        node.output[:] = [name or f"unused.{index}.{place}" for place, name in enumerate(node.output)]
     evaluator = ReferenceEvaluator(proto, new_ops=OPERATORS)
     return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))

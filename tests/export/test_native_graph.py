@@ -1,0 +1,276 @@
+"""The native graph of a bundle: its weights as a device makes them, and what it computes by satchel's operators."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from support.checkpoints import save_tiny
+from support.codes import rounded
+from support.families import FAMILIES, VOCABULARY, save
+from support.graphs import operators, run
+from support.native_ops import lanes, run_reference, unpacked
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.export.bind import bind
+from satchel.export.checking.bundle_graphs import bundle_graphs
+from satchel.export.checkpoint import open_checkpoint
+from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.trace import trace
+from satchel.graphs import pipeline
+from satchel.graphs.native import NATIVE
+from satchel.graphs.passes.insert_hadamard import insert_hadamard
+from satchel.graphs.pipeline import Step
+from satchel.graphs.quantized import Quantised, QuantizedWeight
+from satchel.graphs.recipe import Rule, Scheme
+from satchel.graphs.rounding import Grid
+from satchel.graphs.targets import FUSE, NORMALISE, TARGETS
+from satchel.graphs.values import weight
+from satchel.runtime import cli
+from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.engine import Engine
+from satchel.runtime.specializing import native
+from satchel.runtime.specializing.native import NATIVE_NAME, make_native, native_bytes
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
+NARROW = {"hidden_size": 96, "intermediate_size": 176, "head_dim": 32, **HEADS}  # no multiples of 64
+FORMS = {
+    "int8": (WIDE, "int8"),
+    "filled up": (NARROW, "int8"),
+    "4 bits": (WIDE, "int4"),
+    "zero points": (WIDE, "a16w4"),
+}
+IDS = np.random.default_rng(3).integers(4, 90, 13)
+CAPACITY = 24
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """The bundle of a form, exported once."""
+
+    @functools.cache
+    def export(form: str) -> Bundle:
+        folder = tmp_path_factory.mktemp("native")
+        widths, precision = FORMS[form]
+        checkpoint = save_tiny(folder / "checkpoint", **widths)
+        config = ExportConfig(folder / "bundle", precision, max_context=64, certificate=False)
+        export_bundle(checkpoint, config)
+        return open_bundle(folder / "bundle")
+
+    return export
+
+
+@pytest.fixture(params=FORMS)
+def bundle(request: pytest.FixtureRequest, exported: Callable[[str], Bundle]) -> Bundle:
+    return exported(request.param)
+
+
+def own_weights(bundle: Bundle) -> dict[str, onnx.TensorProto]:
+    """What the native graph reads from the file that a device makes."""
+    graph = onnx.load(bundle.graph_path(NATIVE), load_external_data=False).graph
+    return {t.name: t for t in graph.initializer if any(e.value == NATIVE_NAME for e in t.external_data)}
+
+
+def as_stored(bundle: Bundle, name: str) -> QuantizedWeight:
+    """A weight as the bundle holds it."""
+    tensors = {
+        t.name: numpy_helper.to_array(t, str(bundle.folder))
+        for t in onnx.load(bundle.graph_path("prefill"), load_external_data=False).graph.initializer
+        if t.name.startswith(f"{name}.")
+    }
+    by_column, points = tensors[f"{name}.codes"], tensors.get(f"{name}.zero_points")
+    bits = 4 if "int4" in str(by_column.dtype) else 8
+    codes = np.ascontiguousarray(by_column.T).astype(np.int8 if points is None else np.uint8)
+    scales = tensors[f"{name}.scales"]
+    block = None if scales.ndim == 1 else len(by_column) // len(scales)
+    laid_out = scales[:, None] if block is None else np.ascontiguousarray(scales.T)
+    zeros = None if points is None else np.ascontiguousarray(points.astype(np.uint8).T)
+    return QuantizedWeight(name, Grid(Scheme(bits, block, points is None), laid_out, zeros), codes)
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 5000])
+def test_a_device_makes_the_panels_that_the_graph_was_written_for(
+    bundle: Bundle, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "CODES_AT_ONCE", at_once)
+    make_native(bundle, tmp_path / NATIVE_NAME)
+    own = own_weights(bundle)
+    names = [name for name in own if name.endswith("panels")]
+    assert len(names) == 8 + ("lm_head" in " ".join(names))
+    assert sum(".gated_" in name for name in names) == 2
+    for panels in names:
+        gated, name = ".gated_" in panels, panels.removesuffix(".panels").removesuffix(".gated_panels")
+        stored = as_stored(bundle, name)
+        found = {key: numpy_helper.to_array(t, str(tmp_path)) for key, t in own.items() if key.startswith(panels[:-1])}
+        for lazy in stored.panels(gated=gated):
+            if lazy is not None:
+                np.testing.assert_array_equal(found.pop(lazy.name), lazy.numpy(), err_msg=lazy.name)
+        assert not found
+        outputs, inputs = stored.codes.shape
+        codes = unpacked(
+            numpy_helper.to_array(own[panels], str(tmp_path)), outputs, inputs, stored.grid.scheme.bits, gated
+        )
+        added = 1 << (stored.grid.scheme.bits - 1) if stored.grid.zero_points is None else 0
+        np.testing.assert_array_equal(codes.astype(int) - added, stored.codes)
+        scales = numpy_helper.to_array(own[f"{panels[:-1]}_scales"], str(tmp_path))
+        np.testing.assert_array_equal(lanes(scales, outputs, gated), stored.grid.scales)
+    assert native_bytes(bundle) <= (tmp_path / NATIVE_NAME).stat().st_size
+
+
+def test_no_bundle_holds_them(bundle: Bundle) -> None:
+    assert not (bundle.folder / NATIVE_NAME).exists()
+    assert NATIVE_NAME not in bundle.manifest.files
+    graphs = bundle.manifest.graphs
+    assert graphs is not None
+    assert graphs.native is not None
+    assert graphs.native.session_of is None
+    assert [spec.name for spec in graphs.native.inputs] == [spec.name for spec in graphs.prefill.inputs]
+    assert graphs.native.outputs == graphs.prefill.outputs
+
+
+def test_a_layer_is_five_operators(bundle: Bundle) -> None:
+    graph = onnx.load(bundle.graph_path(NATIVE), load_external_data=False).graph
+    kinds = Counter(f"{node.domain}::{node.op_type}" for node in graph.node)
+    assert kinds["satchel::Attention"] == 2
+    assert kinds["satchel::Linear"] == 8 + 1  # the head, too
+    assert not {"::MatMul", "::Add", "::RMSNormalization", "::Split", "::Reshape", "::Mul"} & set(kinds)
+    layer = [node for node in graph.node if any(name.startswith("model.layers.0.") for name in node.input)]
+    facts = [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in layer]
+    first, attended, gate, down = [facts[0], facts[1], *facts[-2:]]
+    assert first["epsilon"] > 0
+    assert "epsilon" not in attended
+    assert gate["gate"] == b"silu"
+    assert gate["epsilon"] > 0
+    assert ("hadamard" in down) == (bundle.manifest.precision == "int8")
+
+
+def step(
+    model: onnx.ModelProto, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: dict[str, NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """The logits after `ids` [batch, new] by the reference; writes to the cache."""
+    found = run_reference(model, {"input_ids": ids, "attention_mask": mask, **cache})
+    cache.update({name: found[name.replace("past_key_values", "present")] for name in cache})
+    return found["logits"][:, 0]
+
+
+def empty_cache(model: onnx.ModelProto, batch: int) -> dict[str, NDArray[np.float32]]:
+    caches = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if "past" in value.name}
+    return {n: np.zeros((batch, d[1].dim_value, CAPACITY, d[3].dim_value), np.float32) for n, d in caches.items()}
+
+
+@pytest.fixture(scope="module")
+def opened(
+    exported: Callable[[str], Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], onnx.ModelProto]:
+    """The native graph of a form with the weights that a device makes."""
+
+    @functools.cache
+    def load(form: str) -> onnx.ModelProto:
+        place, found = tmp_path_factory.mktemp("special"), exported(form)
+        shutil.copytree(found.folder, place, dirs_exist_ok=True)
+        make_native(found, place / NATIVE_NAME)
+        return onnx.load(place / "native.onnx")
+
+    return load
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prefill_and_decode_give_what_the_other_graphs_give(
+    form: str, exported: Callable[[str], Bundle], opened: Callable[[str], onnx.ModelProto]
+) -> None:
+    engine, model = Engine.open(exported(form), threads=1), opened(form)
+    state = engine.new_state(CAPACITY)
+    wanted = [engine.prefill(state, IDS[:9]).copy(), *(engine.decode(state, int(i)).copy() for i in IDS[9:])]
+    cache = empty_cache(model, 1)
+    found = [step(model, IDS[None, :9], np.ones((1, 9), np.int64), cache)[0]]
+    for end in range(10, len(IDS) + 1):
+        found.append(step(model, IDS[None, end - 1 : end], np.ones((1, end), np.int64), cache)[0])
+    # Both round activations to int8, and where a number lies between two steps they may take different ones.
+    error = np.linalg.norm(np.stack(found) - np.stack(wanted), axis=1) / np.linalg.norm(np.stack(wanted), axis=1)
+    assert error.max() < 0.02, error
+
+
+def test_rows_of_different_lengths_decode_together(opened: Callable[[str], onnx.ModelProto]) -> None:
+    model, lengths = opened("int8"), (8, 5)
+    cache, alone = empty_cache(model, 2), []
+    for row, length in enumerate(lengths):
+        own = empty_cache(model, 1)
+        step(model, IDS[None, :length], np.ones((1, length), np.int64), own)
+        for name, array in own.items():
+            cache[name][row] = array[0]
+        alone.append(step(model, IDS[None, length : length + 1], np.ones((1, length + 1), np.int64), own)[0])
+    mask = (np.arange(9) <= np.asarray(lengths)[:, None]).astype(np.int64)
+    together = step(model, IDS[list(lengths)][:, None], mask, cache)
+    np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5 * np.abs(together).max())
+
+
+def test_check_judges_the_graph_for_the_cpu(
+    exported: Callable[[str], Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = exported("int8")
+    assert NATIVE in [graph.name for graph in bundle_graphs(found)]
+    assert cli.main(["check", str(found.folder), "--provider", "cpu"]) == 0
+    assert NATIVE in capsys.readouterr().out
+    cli.main(["check", str(found.folder), "--provider", "cuda"])
+    assert NATIVE not in capsys.readouterr().out
+
+
+# How many Linear, Attention and TableLinear two layers and a head become.
+EXPECTED = {"gemma2": (9, 2, 0), "gpt2": (8, 2, 1), "gpt_neox": (9, 2, 0), "cohere": (8, 2, 1)}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_families_compute_the_same_by_satchel_s_own_operators(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    quantised = plainly_rounded(common(name, tmp_path_factory))
+    target = TARGETS["cpu"]
+    prefill, own = (
+        pipeline.run(quantised.model, target.steps(phase, "a8w8", quantised))[0] for phase in ("prefill", NATIVE)
+    )
+    kinds = operators(own)
+    assert tuple(kinds[f"satchel::{kind}"] for kind in ("Linear", "Attention", "TableLinear")) == EXPECTED[name]
+    feeds = {
+        "input_ids": np.random.default_rng(1).integers(3, VOCABULARY, (1, 11)),
+        "attention_mask": np.ones((1, 11), np.int64),
+    }
+    for value in own.graph.inputs:
+        if value.shape is not None and len(value.shape) == 4:
+            _, heads, _, width = value.shape
+            feeds[str(value.name)] = np.zeros((1, heads, CAPACITY, width), np.float32)
+    wanted, found = run(prefill, feeds)["logits"], run_reference(own, feeds)["logits"]
+    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def common(name: str, places: pytest.TempPathFactory) -> ir.Model:
+    """The family's graph as all phases begin with it, with Hadamard matrices."""
+    register_implementations()
+    checkpoint = open_checkpoint(
+        save(FAMILIES[name], places.mktemp(name) / "checkpoint"),
+        attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION,
+    )  # fmt: skip
+    traced = trace(checkpoint.module, checkpoint.name, FAMILIES[name].context, protocol=False)
+    steps = (*NORMALISE, *FUSE, Step(insert_hadamard(16)))
+    return pipeline.run(bind(traced, checkpoint.weights, checkpoint.name), steps)[0]
+
+
+def plainly_rounded(model: ir.Model) -> Quantised:
+    """All products in 8 bits with a scale for each output, and a tied table in blocks."""
+    weights: dict[str, QuantizedWeight] = {}
+    for node in model.graph:
+        if node.op_type == "MatMul" and (matrix := weight(node.inputs[1])) is not None:
+            weights[matrix.name] = rounded(matrix.name, np.ascontiguousarray(matrix.numpy().T), 8, None)
+        if node.op_type == "FusedMatMul" and (table := weight(node.inputs[1])) is not None:
+            weights[table.name] = rounded(table.name, table.numpy(), 8, 16)
+    rule = Rule(kinds=("linear",), bits=8, blocks=("channel",), prefill="token", decode="token")
+    return Quantised(model, weights, dict.fromkeys(weights, rule), {}, "a8w8")
