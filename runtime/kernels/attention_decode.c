@@ -11,8 +11,12 @@
  * merged in the order of the ranges (as in Flash-Decoding). The cut depends on the number of keys alone. */
 enum { ROWS = 4, MOST_RANGE = 512, ALONE = 1 << 15 };
 
-/* Keys in a range: fewer where there are few in all, so that there is work for several threads. */
-static int64_t range_of(int64_t keys) { return keys <= 1024 ? 128 : keys <= 4096 ? 256 : MOST_RANGE; }
+/* Keys in a range. Short ranges give work to more threads, long ones are read from memory faster. */
+static int64_t range_of(int64_t keys)
+{
+    int64_t most = keys <= 4096 ? 256 : MOST_RANGE, ranges = max64(keys < 128 ? 1 : 2, (keys + most - 1) / most);
+    return ((keys + ranges - 1) / ranges + LANES - 1) / LANES * LANES;
+}
 
 static int64_t ranges_of(int64_t keys) { return (keys + range_of(keys) - 1) / range_of(keys); }
 
@@ -67,19 +71,17 @@ INLINE void score_keys(const float *query, const float *keys, const float *value
         for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
 #pragma GCC unroll 16
         for (int k = 0; k < step; k++) at[k] = keys + min64(key + k, count - 1) * head_dim;
-        for (int64_t d = 0; d < head_dim; d += LANES) {
-            __mmask16 mask = lanes(head_dim - d);
-            __m512 q[ROWS];
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) q[r] = _mm512_maskz_loadu_ps(mask, query + r * head_dim + d);
 #pragma GCC unroll 16
-            for (int k = 0; k < step; k++) {
+        for (int k = 0; k < step; k++) /* key by key, in the order of memory */
+            for (int64_t d = 0; d < head_dim; d += LANES) {
+                __mmask16 mask = lanes(head_dim - d);
                 __m512 x = _mm512_maskz_loadu_ps(mask, at[k] + d);
                 _mm_prefetch(values + (at[k] - keys) + d, _MM_HINT_T1);
 #pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) sum[r * 4 + k] = _mm512_fmadd_ps(q[r], x, sum[r * 4 + k]);
+                for (int r = 0; r < rows; r++)
+                    sum[r * 4 + k] =
+                        _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + r * head_dim + d), x, sum[r * 4 + k]);
             }
-        }
         __m512 sums = sum_lanes(sum);
         if (rows == 1) {
             _mm512_storeu_ps(scores + key, sums);

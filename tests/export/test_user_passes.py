@@ -127,7 +127,7 @@ def test_int4_takes_passes_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = ExportConfig(tmp_path / "out", precision="int4", certificate=False, passes=(halve_logits,))
     manifest = export_bundle(tiny_checkpoint, config)
     done = [entry["graph"] for entry in manifest.passes if "halve_logits" in entry["pass"]]
-    assert done == ["prefill", "decode", "score", "prefill_int8"]
+    assert done == ["prefill", "decode", "score", "prefill_int8", "native"]
     assert manifest.plain is not None
     assert manifest.plain.graphs is not None
     assert manifest.plain.graphs.prefill_int8 is None

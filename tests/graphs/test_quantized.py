@@ -12,8 +12,9 @@ import onnxruntime as ort
 import pytest
 from support.codes import rounded, values
 from support.graphs import build, normal, run, the
+from support.native_ops import lanes, unpacked
 
-from satchel.graphs.quantized import QuantizedWeight
+from satchel.graphs.quantized import MADE, PANELS, QuantizedWeight
 from satchel.graphs.recipe import Scheme
 from satchel.graphs.rounding import Grid
 from satchel.graphs.values import MICROSOFT, Builder, weight
@@ -111,6 +112,40 @@ def test_codes_by_rows_can_be_unpacked(bits: int, block: int | None, symmetric: 
     np.testing.assert_array_equal(by_row.rows(3, 7), packed[3:7])
     np.testing.assert_array_equal(scales.numpy(), codes.grid.scales)
     assert (points is None) == symmetric
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("outputs", [32, 22, 80])
+@each
+def test_codes_in_panels_can_be_unpacked(
+    bits: int, block: int | None, symmetric: bool, outputs: int, gated: bool
+) -> None:
+    codes = rounded("w", normal(3, outputs, INPUTS), bits, block, symmetric)
+    panels, scales, points = codes.panels(gated=gated)
+    assert panels.name == ("w.gated_panels" if gated else "w.panels")
+    assert scales.name == f"{panels.name[:-1]}_scales"
+    found = unpacked(panels.numpy(), outputs, INPUTS, bits, gated)
+    np.testing.assert_array_equal(found.astype(np.int16) - ((1 << (bits - 1)) if symmetric else 0), codes.codes)
+    np.testing.assert_array_equal(lanes(scales.numpy(), outputs, gated), codes.grid.scales)
+    np.testing.assert_array_equal(panels.rows(1, 2), panels.numpy()[1:2])
+    assert np.count_nonzero(scales.numpy()) == codes.grid.scales.size, "what fills up a panel counts for nothing"
+    assert (points is None) == symmetric
+    if points is not None:
+        assert points.name == f"{panels.name[:-1]}_zero_points"
+        np.testing.assert_array_equal(lanes(points.numpy(), outputs, gated), codes.grid.zero_points)
+    for part in (panels, scales, points):
+        if part is not None:
+            assert (part.numpy().shape, part.numpy().dtype) == (part.dims, part.dtype.numpy())
+            assert part.meta[MADE] == PANELS
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "symmetric", "fits"),
+    [(8, None, True, True), (8, None, False, False), (4, None, True, False), (4, 8, True, True), (8, 16, False, True),
+     (8, 4, True, False), (4, 12, False, False)],
+)  # fmt: skip
+def test_some_codes_have_no_panels(bits: int, block: int | None, symmetric: bool, fits: bool) -> None:
+    assert rounded("w", WEIGHT, bits, block, symmetric).fits_panels() is fits
 
 
 @each

@@ -12,9 +12,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.codes import rounded
+from support.graphs import build
 
 import satchel.graphs.passes
 from satchel.graphs.contract import GraphPass
+from satchel.graphs.native import NATIVE
 from satchel.graphs.pipeline import Step, check_order
 from satchel.graphs.quantized import KVScales, Quantised
 from satchel.graphs.recipe import Recipe, Rule
@@ -29,7 +31,9 @@ SCALES = KVScales(np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
 NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES}, "fp32")
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "import_opset": (23,),
+    "fold_gates": ({},),
     "insert_hadamard": (16,),
+    "insert_linear": ({},),
     "insert_qdq": ({}, {}),
     "fix_shapes": (Lengths(4, 8),),
     "quantize_experts": ({},),
@@ -101,7 +105,7 @@ def test_every_name_in_after_is_a_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_every_phase(name: str) -> None:
-    assert set(PHASES) <= set(TARGETS[name].phases) <= {*PHASES, PREFILL_INT8, DECODE_BLOCKS}
+    assert set(PHASES) <= set(TARGETS[name].phases) <= {*PHASES, PREFILL_INT8, DECODE_BLOCKS, NATIVE}
 
 
 def test_a_target_whose_shapes_vary_has_no_static_steps() -> None:
@@ -118,6 +122,23 @@ def test_decode_by_blocks_is_there_where_decode_takes_int8_activations(prefill: 
     quantised = Quantised(NOTHING.model, {"w": codes}, {"w": rule}, {}, "int8")
     assert (DECODE_BLOCKS in TARGETS["cpu"].graphs(quantised)) is there
     assert TARGETS["cuda"].graphs(quantised) == PHASES
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "kv_scales", "there"),
+    [(8, None, {}, True), (4, 16, {}, True), (4, None, {}, False), (8, None, {0: SCALES}, False)],
+)
+def test_a_native_graph_is_there_where_a_product_is_by_codes_that_its_operator_takes(
+    bits: int, block: int | None, kv_scales: dict[int, KVScales], there: bool
+) -> None:
+    matrix = np.ones((64, 4), np.float32)
+    codes = rounded("w", matrix.T.copy(), bits, block)
+    product = build("(float[n,64] x) => (float[n,4] y) { y = MatMul(x, w) }", w=matrix)
+    quantised = Quantised(product, {"w": codes}, {"w": Rule(bits=bits)}, kv_scales, "int8")
+    assert (NATIVE in TARGETS["cpu"].graphs(quantised)) is there
+    assert NATIVE not in TARGETS["cuda"].graphs(quantised)
+    elsewhere = Quantised(NOTHING.model, {"w": codes}, {"w": Rule(bits=bits)}, {}, "int8")
+    assert NATIVE not in TARGETS["cpu"].graphs(elsewhere), "nothing multiplies by the weight"
 
 
 def test_every_pass_is_used_by_some_target() -> None:

@@ -1,0 +1,215 @@
+"""satchel's Attention operator, against numpy's float64 and against GroupQueryAttention."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from support.attention_node import INPUTS, Array, Step, attend, expected, open_node, packed
+from support.kernels import needs_kernels
+
+pytestmark = needs_kernels
+
+STEPS = {
+    "decode": Step(past=40, rotary=64),
+    "decode over several ranges": Step(past=1500, rotary=64),
+    "decode without a past": Step(rotary=64),
+    "decode of rows of different lengths": Step(past=(3, 0, 700, 129), rotary=64),
+    "decode in a window": Step(past=500, window=130, rotary=64),
+    "decode with a window of one": Step(past=20, window=1),
+    "decode with a cap": Step(past=300, softcap=5.0, scale=0.5),
+    "decode of one head to each key head": Step(heads=3, kv_heads=3, past=77, head_dim=128),
+    "decode of five heads to a key head": Step(heads=5, kv_heads=1, past=300, head_dim=80, rotary=32),
+    "decode of an odd width": Step(heads=4, past=50, head_dim=37, rotary=10, interleaved=True),
+    "prompt": Step(tokens=150, rotary=64),
+    "prompt of several rows": Step(tokens=70, rows=3, rotary=64),
+    "chunk over a past": Step(tokens=50, past=333, rotary=64),
+    "two tokens": Step(tokens=2, past=95, rotary=64, interleaved=True),
+    "window across blocks": Step(tokens=130, past=150, window=100, rotary=64),
+    "window below a block": Step(tokens=200, window=5),
+    "window of one": Step(tokens=9, past=4, window=1),
+    "cap": Step(tokens=60, past=60, softcap=5.0, scale=0.5),
+    "negative scale": Step(tokens=60, scale=-0.3),
+    "part of the channels": Step(tokens=33, past=10, head_dim=80, rotary=32),
+    "pairs of part of the channels": Step(tokens=33, past=10, head_dim=96, rotary=22, interleaved=True),
+    "wide heads": Step(heads=2, kv_heads=1, head_dim=512, tokens=20, past=10, rotary=512),
+    "narrow heads": Step(heads=8, kv_heads=1, head_dim=8, tokens=40, past=100, spare=0),
+    "an odd width": Step(heads=7, kv_heads=1, head_dim=37, tokens=65, past=31),
+}
+
+
+def assert_close(found: Array, wanted: Array) -> None:
+    assert np.abs(found - wanted).max() <= 3e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_numbers_are_those_of_float64(step: Step) -> None:
+    feeds = step.feeds()
+    y, keys, values = attend(step, feeds)
+    wanted, wanted_keys, wanted_values = expected(step, feeds)
+    assert_close(y, wanted)
+    for row, past in enumerate(step.pasts):
+        written = (row, slice(None), slice(past + step.tokens))
+        assert_close(keys[written], wanted_keys[written])
+        assert np.array_equal(values[written], wanted_values[written])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, step in STEPS.items() if step.head_dim % 16 == 0 and step.rotary != 22]
+)
+def test_numbers_are_those_of_group_query_attention(name: str) -> None:
+    step = STEPS[name]
+    feeds = step.feeds()
+    theirs = attend(step, feeds, domain="com.microsoft")[0]
+    assert_close(attend(step, feeds)[0], theirs)
+
+
+@pytest.mark.parametrize("name", ["decode over several ranges", "chunk over a past", "prompt of several rows"])
+def test_packed_inputs_and_other_numbers_of_threads_give_the_same(name: str) -> None:
+    step = STEPS[name]
+    feeds = step.feeds()
+    wanted = attend(step, feeds, threads=1)
+    for found in (attend(step, feeds, threads=3), attend(step, packed(feeds), threads=2)):
+        assert all(map(np.array_equal, found, wanted))
+
+
+def test_rows_of_a_batch_are_what_they_are_alone() -> None:
+    step = Step(past=(1030, 3, 0, 129), rotary=64, heads=9, kv_heads=3)
+    feeds = step.feeds()
+    together = attend(step, feeds)[0]
+    for row, past in enumerate(step.pasts):
+        alone = {
+            name: array if name in ("cos", "sin") else array[row : row + 1]
+            for name, array in feeds.items()
+            if array.ndim
+        }
+        alone["total_sequence_length"] = np.asarray(past + 1, np.int32)
+        assert np.array_equal(attend(dataclasses.replace(step, past=past), alone)[0][0], together[row])
+
+
+def test_a_prompt_in_chunks_is_what_it_is_whole() -> None:
+    step = Step(tokens=300, rotary=64, window=150)
+    feeds = step.feeds()
+    whole, keys, _ = attend(step, feeds)
+    found = []
+    for start, end in ((0, 7), (7, 100), (100, 298), (298, 300)):
+        part = {name: feeds[name][:, start:end] for name in ("query", "key", "value")}
+        part["seqlens_k"], part["total_sequence_length"] = np.asarray([end - 1], np.int32), np.asarray(end, np.int32)
+        y, feeds["past_key"], feeds["past_value"] = attend(step, feeds | part)
+        found.append(y)
+    assert np.array_equal(np.concatenate(found, axis=1), whole)
+    assert np.array_equal(feeds["past_key"][:, :, :300], keys[:, :, :300])
+
+
+def bound(session: ort.InferenceSession, feeds: dict[str, Array], outputs: dict[str, Array]) -> ort.IOBinding:
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    for name, array in outputs.items():
+        binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return binding
+
+
+@pytest.mark.parametrize("name", ["decode of rows of different lengths", "chunk over a past"])
+def test_a_cache_bound_twice_is_written_in_place(name: str) -> None:
+    step = STEPS[name]
+    feeds = step.feeds()
+    wanted = attend(step, feeds)
+    before = feeds["past_key"].copy()
+    y = np.empty_like(feeds["query"])
+    outputs = {"y": y, "present_key": feeds["past_key"], "present_value": feeds["past_value"]}
+    session = open_node(step, tuple(feeds))
+    session.run_with_iobinding(bound(session, feeds, outputs))
+    assert np.array_equal(y, wanted[0])
+    for row, past in enumerate(step.pasts):
+        end = past + step.tokens
+        assert np.array_equal(feeds["past_key"][row, :, :end], wanted[1][row, :, :end])
+        assert np.array_equal(feeds["past_key"][row, :, end:], before[row, :, end:]), "what comes after is not touched"
+
+
+def test_a_cache_in_other_memory_is_copied_and_grows() -> None:
+    step = Step(tokens=5, past=10, rotary=64)
+    feeds = step.feeds()
+    wanted = attend(step, feeds)
+    for name in ("past_key", "past_value"):
+        feeds[name] = feeds[name][:, :, :10]
+    y, keys, values = attend(step, feeds)
+    assert np.array_equal(y, wanted[0])
+    assert keys.shape[2] == 15
+    assert np.array_equal(keys, wanted[1][:, :, :15]) and np.array_equal(values, wanted[2][:, :, :15])
+    assert not wanted[1][:, :, 15:].any()
+
+
+def changed(step: Step, **arrays: Any) -> tuple[Step, dict[str, Array]]:
+    """A step with some of its inputs replaced: by the result of a function of them, or taken out by None."""
+    feeds = step.feeds()
+    for name, change in arrays.items():
+        if change is None:
+            del feeds[name]
+        else:
+            feeds[name] = np.asarray(change(feeds[name]), feeds[name].dtype)
+    return step, feeds
+
+
+CHUNK, DECODE = STEPS["chunk over a past"], STEPS["decode of rows of different lengths"]
+
+BAD = {
+    "rank of the query": (changed(CHUNK, query=lambda x: x[0]), "query is not [batch, tokens"),
+    "width of the query": (changed(CHUNK, query=lambda x: x[..., :-1]), "query is not [batch, tokens"),
+    "no channels": (changed(CHUNK, query=lambda x: x[..., :0]), "query is not [batch, tokens"),
+    "no tokens": (changed(CHUNK, query=lambda x: x[:, :0], key=lambda x: x[:, :0], value=lambda x: x[:, :0]), "zero"),
+    "key of another width": (changed(CHUNK, key=lambda x: x[..., :64]), "key and value do not"),
+    "value of fewer tokens": (changed(CHUNK, value=lambda x: x[:, :-1]), "key and value do not"),
+    "key without value": (changed(CHUNK, value=None), "key and value do not"),
+    "value without key": (changed(CHUNK, key=None), "key and value do not"),
+    "past of another width": (changed(CHUNK, past_key=lambda x: x[..., :32]), "the past is not"),
+    "past of another length": (changed(CHUNK, past_value=lambda x: x[:, :, 1:]), "the past is not"),
+    "past of fewer heads": (
+        changed(CHUNK, past_key=lambda x: x[:, :1], past_value=lambda x: x[:, :1]),
+        "the past is not",
+    ),
+    "past of fewer rows": (changed(DECODE, past_key=lambda x: x[:1], past_value=lambda x: x[:1]), "the past is not"),
+    "no past": (changed(CHUNK, past_key=None), "the past is not"),
+    "one length for all rows": (changed(DECODE, seqlens_k=lambda x: x[:1]), "one number for each row"),
+    "two totals": (changed(CHUNK, total_sequence_length=lambda x: [x, x]), "total_sequence_length has one"),
+    "length below zero": (changed(DECODE, seqlens_k=lambda x: x - 1000), "seqlens_k is not within"),
+    "length beyond the total": (changed(DECODE, seqlens_k=lambda x: x + 1), "seqlens_k is not within"),
+    "huge length": (changed(DECODE, seqlens_k=lambda x: x * 0 + (2**31 - 1)), "seqlens_k is not within"),
+    "length below the new tokens": (changed(CHUNK, seqlens_k=lambda x: x * 0 + 10), "below the number of new tokens"),
+    "total below the new tokens": (changed(CHUNK, total_sequence_length=lambda x: 10), "below the number of new"),
+    "total below zero": (changed(CHUNK, total_sequence_length=lambda x: -(2**31)), "below the number of new"),
+    "past that is not there": (
+        changed(CHUNK, seqlens_k=lambda x: x + 100, total_sequence_length=lambda x: x + 100),
+        "beyond the past's capacity",
+    ),
+    "chunks of several rows": (
+        changed(Step(tokens=4, past=(5, 5))),
+        "several new tokens over a past need a batch of one",
+    ),
+    "no sin": (changed(CHUNK, sin=None), "cos and sin"),
+    "sin of another shape": (changed(CHUNK, sin=lambda x: x[:, 1:]), "cos and sin"),
+    "tables too wide": (
+        changed(CHUNK, cos=lambda x: np.tile(x, 2), sin=lambda x: np.tile(x, 2)),
+        "tables do not fit the heads",
+    ),
+    "tables too short": (changed(CHUNK, cos=lambda x: x[:382], sin=lambda x: x[:382]), "beyond the rotation's tables"),
+    "heads too wide": (changed(Step(head_dim=520)), "wider than 512"),
+    "negative cap": (changed(dataclasses.replace(CHUNK, softcap=-1.0)), "softcap"),
+    "infinite scale": (changed(dataclasses.replace(CHUNK, scale=np.inf)), "scale"),
+}
+
+
+@pytest.mark.parametrize(("case", "message"), BAD.values(), ids=BAD)
+def test_what_does_not_fit_is_refused(case: tuple[Step, dict[str, Array]], message: str) -> None:
+    with pytest.raises(Exception, match=re.escape(message)):
+        attend(*case)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(5, 2), (0, 0), (2, 4), (-6, -2), (1 << 40, 1 << 20)])
+def test_heads_that_do_not_go_together_are_refused(heads: int, kv_heads: int) -> None:
+    with pytest.raises(Exception, match="heads of its attributes do not go together"):
+        open_node(dataclasses.replace(CHUNK, heads=heads, kv_heads=kv_heads), INPUTS)

@@ -1,0 +1,148 @@
+"""One step of attention as a graph of one node, and the same in numpy's float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnx import TensorProto, helper
+from support.kernels import found
+
+Array = npt.NDArray[Any]
+
+INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin")
+OUTPUTS = ("y", "present_key", "present_value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step is made from; the arrays follow from the seed.
+
+    Attributes:
+        past: Tokens in the cache before the step: a number, or one for each row.
+        rotary: Channels that are rotated; 0 for none.
+        spare: Positions of the cache beyond the step's last.
+    """
+
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    tokens: int = 1
+    past: int | tuple[int, ...] = 0
+    rotary: int = 0
+    interleaved: bool = False
+    window: int = -1
+    softcap: float = 0.0
+    scale: float = 0.0
+    spare: int = 3
+    rows: int = 1
+
+    @property
+    def pasts(self) -> list[int]:
+        return list(self.past) if isinstance(self.past, tuple) else [self.past] * self.rows
+
+    def feeds(self, seed: int = 0) -> dict[str, Array]:
+        """The node's inputs, by their names in INPUTS."""
+        draw = np.random.default_rng(seed)
+        rows, total = len(self.pasts), max(self.pasts) + self.tokens
+        cache = (rows, self.kv_heads, total + self.spare, self.head_dim)
+        widths = {"query": self.heads, "key": self.kv_heads, "value": self.kv_heads}
+        feeds: dict[str, Array] = {
+            name: draw.standard_normal((rows, self.tokens, heads * self.head_dim), np.float32)
+            for name, heads in widths.items()
+        }
+        feeds |= {name: draw.standard_normal(cache, np.float32) for name in ("past_key", "past_value")}
+        feeds["seqlens_k"] = np.asarray(self.pasts, np.int32) + np.int32(self.tokens - 1)
+        feeds["total_sequence_length"] = np.asarray(total, np.int32)
+        if self.rotary:
+            angles = draw.uniform(0, 6, (cache[2], self.rotary // 2))
+            feeds |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+        return feeds
+
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale, "softcap": self.softcap,
+            "local_window_size": self.window, "do_rotary": int(self.rotary > 0),
+            "rotary_interleaved": int(self.interleaved),
+        }  # fmt: skip
+
+
+def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threads: int = 2) -> ort.InferenceSession:
+    """A session of one node with the inputs `names`."""
+    operator = "Attention" if domain == "satchel" else "GroupQueryAttention"
+    nodes = [
+        helper.make_node(
+            operator, [name if name in names else "" for name in INPUTS], OUTPUTS, domain=domain, **step.attributes()
+        )
+    ]
+    whole = ("seqlens_k", "total_sequence_length")
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT32 if name in whole else TensorProto.FLOAT, None)
+        for name in names
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if domain == "satchel":
+        options.register_custom_ops_library(str(found()))
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+def attend(step: Step, feeds: dict[str, Array], domain: str = "satchel", threads: int = 2) -> list[Array]:
+    """(y, present_key, present_value) of the node; nothing is written in place."""
+    names = tuple(name for name in INPUTS if name in feeds)
+    outputs: list[Array] = open_node(step, names, domain, threads).run(list(OUTPUTS), feeds)
+    return outputs
+
+
+def packed(feeds: dict[str, Array]) -> dict[str, Array]:
+    """The same inputs with query, key and value in one tensor."""
+    joined = np.concatenate([feeds[name] for name in ("query", "key", "value")], axis=2)
+    return {"query": joined} | {name: array for name, array in feeds.items() if name not in ("query", "key", "value")}
+
+
+def rotated(step: Step, x: Array, feeds: dict[str, Array], positions: Array) -> Array:
+    """x [tokens, heads, head_dim] of float64, each token rotated by its position."""
+    if not step.rotary:
+        return x
+    half = step.rotary // 2
+    cos, sin = (feeds[name][positions][:, None].astype(np.float64) for name in ("cos", "sin"))
+    first = np.arange(half) * 2 if step.interleaved else np.arange(half)
+    second = first + (1 if step.interleaved else half)
+    y = x.copy()
+    y[..., first] = x[..., first] * cos - x[..., second] * sin
+    y[..., second] = x[..., second] * cos + x[..., first] * sin
+    return y
+
+
+def expected(step: Step, feeds: dict[str, Array]) -> list[Array]:
+    """(y, present_key, present_value) in float64; the present is compared up to each row's last token."""
+    out, keys, values = [], feeds["past_key"].astype(np.float64), feeds["past_value"].astype(np.float64)
+    for row, past in enumerate(step.pasts):
+        query, key, value = (
+            feeds[name][row].reshape(step.tokens, -1, step.head_dim).astype(np.float64)
+            for name in ("query", "key", "value")
+        )
+        positions = past + np.arange(step.tokens)
+        end = past + step.tokens
+        keys[row, :, past:end] = rotated(step, key, feeds, positions).swapaxes(0, 1)
+        values[row, :, past:end] = value.swapaxes(0, 1)
+        group = step.heads // step.kv_heads
+        near = np.repeat(keys[row, :, :end], group, axis=0)
+        scores = np.einsum("thd,hkd->htk", rotated(step, query, feeds, positions), near)
+        scores *= step.scale or step.head_dim**-0.5
+        if step.softcap:
+            scores = step.softcap * np.tanh(scores / step.softcap)
+        distance = positions[:, None] - np.arange(end)
+        hidden = (distance < 0) | ((distance >= step.window) if step.window > 0 else False)
+        scores = np.where(hidden, -np.inf, scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out.append(np.einsum("htk,hkd->thd", weights, np.repeat(values[row, :, :end], group, axis=0)))
+    return [np.stack(out).reshape(feeds["query"].shape), keys, values]

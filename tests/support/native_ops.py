@@ -1,0 +1,178 @@
+"""satchel's own operators in plain numpy, as their contract reads, and a way to run graphs that hold them.
+
+Nothing here is shared with what packs the panels or with the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import erf
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from support.graphs import serialised, softmax
+
+Array = np.ndarray[Any, Any]
+Optional = Array | None
+
+MIDDLE = {8: 128, 4: 8}
+
+
+def place(output: int, outputs: int, gated: bool) -> tuple[int, int]:
+    """(panel, lane) of an output."""
+    if not gated:
+        return output // 16, output % 16
+    side, index = divmod(output, outputs // 2)
+    return 2 * (index // 16) + side, index % 16
+
+
+def unpacked(panels: Array, outputs: int, inputs: int, bits: int, gated: bool = False) -> Array:
+    """Codes [outputs, inputs] uint8 of panels [panels, bytes]."""
+    codes = np.empty((outputs, inputs), np.uint8)
+    for output in range(outputs):
+        panel, lane = place(output, outputs, gated)
+        if bits == 8:
+            codes[output] = panels[panel].reshape(-1, 16, 4)[:, lane].reshape(-1)[:inputs]
+        else:
+            four = panels[panel].reshape(-1, 64)[:, 4 * lane : 4 * lane + 4]
+            codes[output] = np.concatenate([four & 15, four >> 4], axis=1).reshape(-1)
+    return codes
+
+
+def lanes(array: Array, outputs: int, gated: bool = False) -> Array:
+    """Scales or zero points [outputs, blocks] of [panels, blocks, 16]."""
+    return np.stack([array[panel, :, lane] for panel, lane in (place(o, outputs, gated) for o in range(outputs))])
+
+
+def rounded_rows(x: Array, block: int) -> Array:
+    """Rows [rows, inputs] as whole numbers times a step for each row, or each block of a row."""
+    parts = x.astype(np.float32).reshape(len(x), -1, block or x.shape[1])
+    step = np.maximum(np.abs(parts).max(-1, keepdims=True), np.float32(1e-10)) / np.float32(127)
+    return (np.rint(parts / step).astype(np.float64) * step).reshape(x.shape)
+
+
+def mixed(x: Array, size: int) -> Array:
+    """Each run of `size` inputs times the Hadamard matrix of Sylvester's construction / sqrt(size)."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron(np.asarray([[1, 1], [1, -1]]), matrix)
+    return (x.reshape(-1, size) @ (matrix / np.sqrt(size)).astype(np.float32)).reshape(x.shape)
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+class Linear(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(
+        self, x: Array, codes: Array, scales: Array, zero_points: Optional = None, bias: Optional = None,
+        residual: Optional = None, gain: Optional = None, **options: Any,
+    ) -> tuple[Array]:  # fmt: skip
+        inputs, outputs, bits, block = (options[name] for name in ("inputs", "outputs", "bits", "block"))
+        gate, epsilon, hadamard = options.get("gate", ""), options.get("epsilon", 0.0), options.get("hadamard", 0)
+        assert x.dtype == np.float32
+        assert x.shape[-1] == inputs
+        rows = x.reshape(-1, inputs)
+        if epsilon:
+            rows = rows / np.sqrt((rows * rows).mean(-1, keepdims=True) + np.float32(epsilon))
+            rows = rows if gain is None else rows * gain
+        else:
+            assert gain is None
+        rows = rounded_rows(mixed(rows, hadamard) if hadamard else rows, block)
+        points = MIDDLE[bits] if zero_points is None else lanes(zero_points, outputs, bool(gate))[..., None]
+        whole = unpacked(codes, outputs, inputs, bits, bool(gate)).reshape(outputs, scales.shape[1], -1)
+        weight = (whole.astype(np.float64) - points) * lanes(scales, outputs, bool(gate))[..., None].astype(np.float64)
+        y = rows @ weight.reshape(outputs, inputs).T
+        y = y if bias is None else y + bias
+        if gate:
+            first, second = np.split(y, 2, axis=-1)
+            y = ACTIVATIONS[gate](first) * second
+        y = y.reshape(*x.shape[:-1], -1)
+        if residual is not None:
+            assert residual.shape == y.shape
+            y = y + residual
+        return (y.astype(np.float32),)
+
+
+class TableLinear(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(self, x: Array, codes: Array, scales: Array, inputs: int, outputs: int, block: int) -> tuple[Array]:
+        assert codes.shape == (outputs, inputs // block, block)
+        weight = ((codes.astype(np.float64) - 128) * scales[..., None]).reshape(outputs, inputs)
+        y = rounded_rows(x.reshape(-1, inputs), block) @ weight.T
+        return (y.reshape(*x.shape[:-1], outputs).astype(np.float32),)
+
+
+class GatherBlockQuantized(OpRun):
+    op_domain: ClassVar[str] = "com.microsoft"
+
+    def _run(self, codes: Array, ids: Array, scales: Array, points: Optional = None, **options: Any) -> tuple[Array]:
+        assert (options["bits"], points) == (8, None)
+        rows = codes[ids].reshape(*ids.shape, scales.shape[1], -1)
+        found = (rows.astype(np.float64) - 128) * scales[ids][..., None]
+        return (found.reshape(*ids.shape, -1).astype(np.float32),)
+
+
+class Attention(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(
+        self, query: Array, key: Optional, value: Optional, past_key: Array, past_value: Array, seqlens: Array,
+        total: Array, cos: Optional = None, sin: Optional = None, **options: Any,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        (batch, new, _), width = query.shape, past_key.shape[-1]
+        heads, kv_heads = options["num_heads"], options["kv_num_heads"]
+        if key is None or value is None:
+            query, key, value = np.split(query, [heads * width, (heads + kv_heads) * width], axis=-1)
+        split = [a.reshape(batch, new, -1, width).swapaxes(1, 2) for a in (query, key, value)]
+        present = past_key.copy(), past_value.copy()
+        y = np.empty((batch, new, heads, width), np.float32)
+        for row in range(batch):
+            end = int(seqlens[row]) + 1
+            first = max(end - new, 0)
+            q, k, v = (part[row].astype(np.float64) for part in split)
+            if options["do_rotary"] and cos is not None and sin is not None:
+                q, k = (rotated(a, cos[first:], sin[first:], bool(options["rotary_interleaved"])) for a in (q, k))
+            for buffer, part in zip(present, (k, v), strict=True):
+                buffer[row, :, first : first + new] = part
+            seen = first + new
+            every = [np.repeat(buffer[row, :, :seen].astype(np.float64), heads // kv_heads, 0) for buffer in present]
+            scores = options["scale"] * q @ every[0].swapaxes(1, 2)
+            if options["softcap"]:
+                scores = options["softcap"] * np.tanh(scores / options["softcap"])
+            at, column = np.arange(first, seen)[:, None], np.arange(seen)[None]
+            window = options["local_window_size"] if options["local_window_size"] > 0 else seen
+            visible = (column <= at) & (column > at - window)
+            y[row] = (softmax(np.where(visible, scores, -np.inf)) @ every[1]).swapaxes(0, 1)
+        return y.reshape(batch, new, -1), *present
+
+
+def rotated(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """x [heads, new, head_dim] with its first channels turned by tables [positions, half the channels]."""
+    half = cos.shape[1]
+    c, s = cos[: x.shape[1]].astype(np.float64), sin[: x.shape[1]].astype(np.float64)
+    turned = x.copy()
+    a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    turned[..., a], turned[..., b] = x[..., a] * c - x[..., b] * s, x[..., b] * c + x[..., a] * s
+    return turned
+
+
+OPERATORS = [Linear, TableLinear, Attention, GatherBlockQuantized]
+
+
+def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs of a graph by ONNX's reference implementation, and the operators above."""
+    proto = onnx.load_from_string(serialised(model)) if isinstance(model, ir.Model) else model
+    evaluator = ReferenceEvaluator(proto, new_ops=OPERATORS)
+    return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
