@@ -54,8 +54,10 @@ const char *attention_check(const AttentionCall *call, size_t *scratch)
 {
     *scratch = 0;
     const char *problem = check_sizes(call);
-    if (!problem) problem = check_positions(call);
-    if (!problem && call->tokens == 1) *scratch = decode_scratch(call);
+    if (!problem)
+        problem = check_positions(call);
+    if (!problem && call->tokens == 1)
+        *scratch = decode_scratch(call);
     return problem;
 }
 
@@ -75,7 +77,8 @@ static AttentionPlan make_plan(const AttentionCall *call, void *scratch)
 
 static void copy_side(const AttentionCall *call, const float *past, float *present, size_t index)
 {
-    if (past == present) return;
+    if (past == present)
+        return;
     int64_t row = (int64_t)index / call->kv_heads, count = past_tokens(call, row), end = count + call->tokens;
     size_t bytes = (size_t)call->head_dim * sizeof(float);
     float *to = present + (int64_t)index * call->capacity * call->head_dim;

@@ -1,4 +1,4 @@
-/* Causal attention with grouped heads, rotation and a KV cache written in place: the arithmetic of satchel:Attention. */
+/* The arithmetic of satchel:Attention: causal, with grouped heads, a rotation and a KV cache written in place. */
 #ifndef SATCHEL_ATTENTION_H
 #define SATCHEL_ATTENTION_H
 
@@ -10,7 +10,7 @@
 /* One step. All tensors are float32 and dense; a token's channels lie head by head. */
 typedef struct {
     int64_t batch, tokens, heads, kv_heads, head_dim;
-    const float *query; /* [batch, tokens, heads * head_dim]; packed: [batch, tokens, (heads + 2 * kv_heads) * head_dim] */
+    const float *query; /* [batch, tokens, heads * head_dim]; packed: [.., (heads + 2 * kv_heads) * head_dim] */
     const float *key;   /* [batch, tokens, kv_heads * head_dim]; packed: NULL, and so is value */
     const float *value;
     const float *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
@@ -31,7 +31,8 @@ typedef struct {
     float *out;       /* [batch, tokens, heads * head_dim] */
 } AttentionCall;
 
-/* NULL, or what does not fit, as a constant text; the present and the output are not looked at. `scratch` is set to the bytes that attention_run needs. */
+/* NULL, or what does not fit, as a constant text; the present and the output are not looked at. `scratch` is set to the
+ * bytes that attention_run needs. */
 const char *attention_check(const AttentionCall *call, size_t *scratch);
 
 /* Runs a step that attention_check let pass. `scratch` is aligned to 64 bytes. The numbers do not depend on how many

@@ -37,47 +37,54 @@ static int64_t seen_keys(const AttentionCall *call, int64_t row)
 size_t decode_scratch(const AttentionCall *call)
 {
     int64_t ranges = 0, width = call->heads * call->head_dim;
-    for (int64_t row = 0; row < call->batch; row++) ranges += ranges_of(seen_keys(call, row));
+    for (int64_t row = 0; row < call->batch; row++)
+        ranges += ranges_of(seen_keys(call, row));
     int64_t floats = call->batch * width + ranges * (width + 2 * call->heads);
     return (size_t)(call->batch + 1) * sizeof(int64_t) + 64 + (size_t)floats * sizeof(float);
+}
+
+INLINE __m512 add_shuffled(__m512 a, __m512 b, const int first, const int second)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second));
 }
 
 /* 16 vectors to their sums: lane 4i + j has that of vector 4i + j. */
 INLINE __m512 sum_lanes(const __m512 v[16])
 {
     __m512 four[4];
-#pragma GCC unroll 4
+    UNROLL
     for (int i = 0; i < 4; i++) {
         const __m512 *a = v + 4 * i;
         __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
         __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
         four[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
     }
-    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xee));
-    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    __m512 low = add_shuffled(four[0], four[1], 0x44, 0xee), high = add_shuffled(four[2], four[3], 0x44, 0xee);
+    return add_shuffled(low, high, 0x88, 0xdd);
 }
 
 /* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
  * Their values are fetched on the way, so that memory is never idle. */
-INLINE void score_keys(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, float *scores,
-                       const int rows)
+INLINE void score_keys(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
+                       float *scores, const int rows)
 {
     const int step = rows == 1 ? 16 : 4;
     for (int64_t key = 0; key < count; key += step) {
         __m512 sum[16];
         const float *at[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+        for (int i = 0; i < 16; i++)
+            sum[i] = _mm512_setzero_ps();
 #pragma GCC unroll 16
-        for (int k = 0; k < step; k++) at[k] = keys + min64(key + k, count - 1) * head_dim;
+        for (int k = 0; k < step; k++)
+            at[k] = keys + min64(key + k, count - 1) * head_dim;
 #pragma GCC unroll 16
         for (int k = 0; k < step; k++) /* key by key, in the order of memory */
             for (int64_t d = 0; d < head_dim; d += LANES) {
                 __mmask16 mask = lanes(head_dim - d);
                 __m512 x = _mm512_maskz_loadu_ps(mask, at[k] + d);
                 _mm_prefetch(values + (at[k] - keys) + d, _MM_HINT_T1);
-#pragma GCC unroll 4
+                UNROLL
                 for (int r = 0; r < rows; r++)
                     sum[r * 4 + k] =
                         _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + r * head_dim + d), x, sum[r * 4 + k]);
@@ -89,8 +96,10 @@ INLINE void score_keys(const float *query, const float *keys, const float *value
         }
         _mm_storeu_ps(scores + key, _mm512_castps512_ps128(sums));
         _mm_storeu_ps(scores + MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 1));
-        if (rows > 2) _mm_storeu_ps(scores + 2 * MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 2));
-        if (rows > 3) _mm_storeu_ps(scores + 3 * MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 3));
+        if (rows > 2)
+            _mm_storeu_ps(scores + 2 * MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 2));
+        if (rows > 3)
+            _mm_storeu_ps(scores + 3 * MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 3));
     }
 }
 
@@ -101,7 +110,8 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
     __m512 most = none, sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < count; key += LANES) {
         __m512 score = _mm512_loadu_ps(scores + key);
-        if (cap > 0) score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
+        if (cap > 0)
+            score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
         score = _mm512_mask_blend_ps(lanes(count - key), none, score);
         _mm512_storeu_ps(scores + key, score);
         most = _mm512_max_ps(most, score);
@@ -121,35 +131,38 @@ INLINE void add_columns(const float *scores, const float *values, int64_t count,
                         float *out, const int rows, const int vectors)
 {
     __m512 sum[ROWS][4];
-#pragma GCC unroll 4
+    UNROLL
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < vectors; c++) sum[r][c] = _mm512_setzero_ps();
+        UNROLL
+        for (int c = 0; c < vectors; c++)
+            sum[r][c] = _mm512_setzero_ps();
     for (int64_t key = 0; key < count; key++) {
         __m512 x[4];
-#pragma GCC unroll 4
+        UNROLL
         for (int c = 0; c < vectors; c++)
             x[c] = _mm512_maskz_loadu_ps(c == vectors - 1 ? tail : 0xffff, values + key * head_dim + c * LANES);
-#pragma GCC unroll 4
+        UNROLL
         for (int r = 0; r < rows; r++) {
             __m512 score = _mm512_set1_ps(scores[r * MOST_RANGE + key]);
-#pragma GCC unroll 4
-            for (int c = 0; c < vectors; c++) sum[r][c] = _mm512_fmadd_ps(score, x[c], sum[r][c]);
+            UNROLL
+            for (int c = 0; c < vectors; c++)
+                sum[r][c] = _mm512_fmadd_ps(score, x[c], sum[r][c]);
         }
     }
-#pragma GCC unroll 4
+    UNROLL
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
+        UNROLL
         for (int c = 0; c < vectors; c++)
             _mm512_mask_storeu_ps(out + r * head_dim + c * LANES, c == vectors - 1 ? tail : 0xffff, sum[r][c]);
 }
 
-INLINE void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, float cap,
-                   float *out, float *maximum, float *total, const int rows)
+INLINE void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
+                   float cap, float *out, float *maximum, float *total, const int rows)
 {
     float scores[ROWS * MOST_RANGE];
     score_keys(query, keys, values, count, head_dim, scores, rows);
-    for (int r = 0; r < rows; r++) softmax(scores + r * MOST_RANGE, count, cap, maximum + r, total + r);
+    for (int r = 0; r < rows; r++)
+        softmax(scores + r * MOST_RANGE, count, cap, maximum + r, total + r);
     for (int64_t column = 0; column < head_dim; column += 4 * LANES) {
         int64_t left = min64(head_dim - column, 4 * LANES), vectors = (left + LANES - 1) / LANES;
         __mmask16 tail = lanes(left - (vectors - 1) * LANES);
@@ -188,7 +201,8 @@ static void decode_task(void *data, size_t index)
         else
             high = middle;
     }
-    int64_t row = low, head_dim = call->head_dim, position = past_tokens(call, row), length = range_of(seen_keys(call, row));
+    int64_t row = low, head_dim = call->head_dim, position = past_tokens(call, row);
+    int64_t length = range_of(seen_keys(call, row));
     int64_t from = first_key(call, position) + (range - decode->starts[row]) * length;
     int64_t count = min64(length, position + 1 - from), first = kv_head * plan->group;
     const float *query = decode->queries + (row * call->heads + first) * head_dim;
@@ -212,7 +226,8 @@ static void merge(const Decode *decode, int64_t row, int64_t head)
     int64_t width = call->heads * (head_dim + 2);
     const float *partials = decode->partials, *maxima = partials + call->heads * head_dim + head;
     float maximum = maxima[from * width], total = 0, *out = out_of(call, row, 0, head);
-    for (int64_t range = from; range < to; range++) maximum = fmaxf(maximum, maxima[range * width]);
+    for (int64_t range = from; range < to; range++)
+        maximum = fmaxf(maximum, maxima[range * width]);
     memset(out, 0, (size_t)head_dim * sizeof(float));
     for (int64_t range = from; range < to; range++) {
         __m512 factor = exp2_lanes(_mm512_set1_ps(maxima[range * width] - maximum));
@@ -223,7 +238,8 @@ static void merge(const Decode *decode, int64_t row, int64_t head)
             _mm512_mask_storeu_ps(out + d, mask, _mm512_fmadd_ps(factor, part, _mm512_maskz_loadu_ps(mask, out + d)));
         }
     }
-    for (int64_t d = 0; d < head_dim; d++) out[d] /= total;
+    for (int64_t d = 0; d < head_dim; d++)
+        out[d] /= total;
 }
 
 void decode_run(const AttentionPlan *plan, const Parallel *parallel)
@@ -241,13 +257,16 @@ void decode_run(const AttentionPlan *plan, const Parallel *parallel)
         for (int64_t head = 0; head < call->heads; head++)
             rotate_head(call, query_of(plan, row, 0, head), past_tokens(call, row), plan->query_scale,
                         decode.queries + (row * call->heads + head) * call->head_dim);
-        for (int64_t kv_head = 0; kv_head < call->kv_heads; kv_head++) append_tokens(plan, row, kv_head, 0, 1);
+        for (int64_t kv_head = 0; kv_head < call->kv_heads; kv_head++)
+            append_tokens(plan, row, kv_head, 0, 1);
     }
     size_t tasks = (size_t)(decode.starts[call->batch] * call->kv_heads);
     if (work < ALONE)
-        for (size_t index = 0; index < tasks; index++) decode_task(&decode, index);
+        for (size_t index = 0; index < tasks; index++)
+            decode_task(&decode, index);
     else
         parallel_for(parallel, tasks, decode_task, &decode);
     for (int64_t row = 0; row < call->batch; row++)
-        for (int64_t head = 0; head < call->heads; head++) merge(&decode, row, head);
+        for (int64_t head = 0; head < call->heads; head++)
+            merge(&decode, row, head);
 }

@@ -26,7 +26,8 @@ static void *create(Create *create)
     form->softcap = attribute_float(create, "softcap", 0);
     form->rotates = attribute(create, "do_rotary", 0) != 0;
     form->interleaved = attribute(create, "rotary_interleaved", 0) != 0;
-    if (form->kv_heads >= 1 && form->heads >= form->kv_heads && form->heads <= MOST_HEADS && form->heads % form->kv_heads == 0)
+    if (form->kv_heads >= 1 && form->heads >= form->kv_heads && form->heads <= MOST_HEADS
+        && form->heads % form->kv_heads == 0)
         return form;
     free(form);
     create->error = "satchel:Attention: the heads of its attributes do not go together";
@@ -87,8 +88,8 @@ static bool read_rotation(Run *run, AttentionCall *call)
 static bool run(const void *kernel, Run *run)
 {
     const AttentionForm *form = kernel;
-    AttentionCall call = {.heads = form->heads, .kv_heads = form->kv_heads, .window = form->window, .scale = form->scale,
-                          .softcap = form->softcap, .interleaved = form->interleaved};
+    AttentionCall call = {.heads = form->heads, .kv_heads = form->kv_heads, .window = form->window,
+                          .scale = form->scale, .softcap = form->softcap, .interleaved = form->interleaved};
     if (!read_new_tokens(form, run, &call) || !read_past(form, run, &call) || !read_lengths(run, &call)
         || (form->rotates && !read_rotation(run, &call)))
         return false;
@@ -102,7 +103,8 @@ static bool run(const void *kernel, Run *run)
     if (!output(run, 0, dims, 3, &call.out) || !output(run, 1, cache, 4, &call.present_key)
         || !output(run, 2, cache, 4, &call.present_value))
         return false;
-    if (call.past_capacity != call.capacity && (call.past_key == call.present_key || call.past_value == call.present_value))
+    if (call.past_capacity != call.capacity
+        && (call.past_key == call.present_key || call.past_value == call.present_value))
         return fail(run, "satchel:Attention: past and present share memory and differ in capacity");
     void *memory = bytes > 0 ? scratch(bytes) : NULL;
     if (bytes > 0 && memory == NULL)

@@ -11,7 +11,7 @@
  * keys and values are read as they lie: scores are [keys][rows], softmax goes along a vector's lanes, and both
  * products are register tiles of 6 broadcast floats by up to 4 vectors.
  * Blocks start at multiples of BLOCK from the cache's start, so a row's numbers do not depend on the rows beside it. */
-enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64 };
+enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64, ENOUGH_TASKS = 16 };
 
 typedef struct {
     float query[MOST_HEAD_DIM * TILE];               /* [head_dim][rows], rotated and scaled */
@@ -26,25 +26,29 @@ typedef struct {
 INLINE void score_tile(const float *const *keys, const float *query, int64_t head_dim, float *scores, const int count)
 {
     __m512 sum[BROADCASTS][VECTORS];
-#pragma GCC unroll 6
+    UNROLL
     for (int k = 0; k < BROADCASTS; k++)
-#pragma GCC unroll 4
-        for (int v = 0; v < count; v++) sum[k][v] = _mm512_setzero_ps();
+        UNROLL
+        for (int v = 0; v < count; v++)
+            sum[k][v] = _mm512_setzero_ps();
     for (int64_t d = 0; d < head_dim; d++) {
         __m512 q[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < count; v++) q[v] = _mm512_load_ps(query + d * TILE + v * LANES);
-#pragma GCC unroll 6
+        UNROLL
+        for (int v = 0; v < count; v++)
+            q[v] = _mm512_load_ps(query + d * TILE + v * LANES);
+        UNROLL
         for (int k = 0; k < BROADCASTS; k++) {
             __m512 key = _mm512_set1_ps(keys[k][d]);
-#pragma GCC unroll 4
-            for (int v = 0; v < count; v++) sum[k][v] = _mm512_fmadd_ps(key, q[v], sum[k][v]);
+            UNROLL
+            for (int v = 0; v < count; v++)
+                sum[k][v] = _mm512_fmadd_ps(key, q[v], sum[k][v]);
         }
     }
-#pragma GCC unroll 6
+    UNROLL
     for (int k = 0; k < BROADCASTS; k++)
-#pragma GCC unroll 4
-        for (int v = 0; v < count; v++) _mm512_store_ps(scores + k * TILE + v * LANES, sum[k][v]);
+        UNROLL
+        for (int v = 0; v < count; v++)
+            _mm512_store_ps(scores + k * TILE + v * LANES, sum[k][v]);
 }
 
 /* sums[rows][columns] = factor * sums + scores' * values of ROWS rows and COUNT vectors of columns. */
@@ -52,29 +56,30 @@ INLINE void value_tile(const float *scores, const float *values, int64_t keys, i
                        float *sums, __mmask16 tail, const int rows, const int count)
 {
     __m512 sum[BROADCASTS][VECTORS];
-#pragma GCC unroll 6
+    UNROLL
     for (int r = 0; r < rows; r++) {
         __m512 scale = _mm512_set1_ps(factor[r]);
-#pragma GCC unroll 4
+        UNROLL
         for (int c = 0; c < count; c++)
             sum[r][c] = _mm512_mul_ps(
                 scale, _mm512_maskz_loadu_ps(c == count - 1 ? tail : 0xffff, sums + r * head_dim + c * LANES));
     }
     for (int64_t k = 0; k < keys; k++) {
         __m512 value[VECTORS];
-#pragma GCC unroll 4
+        UNROLL
         for (int c = 0; c < count; c++)
             value[c] = _mm512_maskz_loadu_ps(c == count - 1 ? tail : 0xffff, values + k * head_dim + c * LANES);
-#pragma GCC unroll 6
+        UNROLL
         for (int r = 0; r < rows; r++) {
             __m512 score = _mm512_set1_ps(scores[k * TILE + r]);
-#pragma GCC unroll 4
-            for (int c = 0; c < count; c++) sum[r][c] = _mm512_fmadd_ps(score, value[c], sum[r][c]);
+            UNROLL
+            for (int c = 0; c < count; c++)
+                sum[r][c] = _mm512_fmadd_ps(score, value[c], sum[r][c]);
         }
     }
-#pragma GCC unroll 6
+    UNROLL
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
+        UNROLL
         for (int c = 0; c < count; c++)
             _mm512_mask_storeu_ps(sums + r * head_dim + c * LANES, c == count - 1 ? tail : 0xffff, sum[r][c]);
 }
@@ -121,7 +126,8 @@ static void add_four(const float *s, const float *v, int64_t keys, int64_t head_
 static void transpose(const float *from, int64_t stride, int64_t columns, float *to)
 {
     __m512 a[LANES], b[LANES];
-    for (int i = 0; i < LANES; i++) a[i] = _mm512_maskz_loadu_ps(lanes(columns), from + i * stride);
+    for (int i = 0; i < LANES; i++)
+        a[i] = _mm512_maskz_loadu_ps(lanes(columns), from + i * stride);
     for (int i = 0; i < LANES; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -141,7 +147,8 @@ static void transpose(const float *from, int64_t stride, int64_t columns, float 
         b[j + 4] = _mm512_shuffle_f32x4(high, high2, 0x88);
         b[j + 12] = _mm512_shuffle_f32x4(high, high2, 0xdd);
     }
-    for (int i = 0; i < min64(columns, LANES); i++) _mm512_store_ps(to + i * TILE, b[i]);
+    for (int i = 0; i < min64(columns, LANES); i++)
+        _mm512_store_ps(to + i * TILE, b[i]);
 }
 
 /* Rotated, scaled and transposed queries of rows start..start + count, and the keys that each of them sees. */
@@ -182,17 +189,20 @@ static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, i
         float *at = scores + (key - start) * TILE;
         __m512 score = _mm512_load_ps(at);
         int whole = key >= all_from && key < all_to;
-        if (cap > 0) score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
+        if (cap > 0)
+            score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
         if (!whole) {
             __m512i index = _mm512_set1_epi32((int32_t)key);
             __mmask16 seen = _mm512_cmple_epi32_mask(firsts, index) & _mm512_cmpgt_epi32_mask(lasts, index);
             score = _mm512_mask_blend_ps(seen, none, score);
         }
-        if (cap > 0 || !whole) _mm512_store_ps(at, score);
+        if (cap > 0 || !whole)
+            _mm512_store_ps(at, score);
         maximum = _mm512_max_ps(maximum, score);
     }
     __m512 factor = exp2_lanes(_mm512_sub_ps(old, maximum)), total = _mm512_mul_ps(tile->total[vector], factor);
-    for (int64_t key = start; key < from; key++) _mm512_store_ps(scores + (key - start) * TILE, _mm512_setzero_ps());
+    for (int64_t key = start; key < from; key++)
+        _mm512_store_ps(scores + (key - start) * TILE, _mm512_setzero_ps());
     for (int64_t key = from; key < to; key++) {
         float *at = scores + (key - start) * TILE;
         __m512 power = exp2_lanes(_mm512_sub_ps(_mm512_load_ps(at), maximum));
@@ -219,14 +229,20 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
     }
     for (int64_t key = start; key < end; key += BROADCASTS) {
         int low = 0, high = used; /* the vectors of which some row sees some of these keys */
-        while (low < high && to[low] <= key) low++;
-        while (high > low && from[high - 1] >= key + BROADCASTS) high--;
-        if (low == high) continue;
+        while (low < high && to[low] <= key)
+            low++;
+        while (high > low && from[high - 1] >= key + BROADCASTS)
+            high--;
+        if (low == high)
+            continue;
         const float *at[BROADCASTS];
-        for (int k = 0; k < BROADCASTS; k++) at[k] = keys + min64(key + k, end - 1) * head_dim;
-        score_keys(at, tile->query + low * LANES, head_dim, tile->scores + (key - start) * TILE + low * LANES, high - low);
+        for (int k = 0; k < BROADCASTS; k++)
+            at[k] = keys + min64(key + k, end - 1) * head_dim;
+        float *scores = tile->scores + (key - start) * TILE + low * LANES;
+        score_keys(at, tile->query + low * LANES, head_dim, scores, high - low);
     }
-    for (int v = 0; v < used; v++) softmax_vector(tile, v, start, end, from[v], to[v], plan->cap);
+    for (int v = 0; v < used; v++)
+        softmax_vector(tile, v, start, end, from[v], to[v], plan->cap);
     for (int row = 0; row < count;) {
         int left = count - row, rows = left > 4 ? 6 : 4, end_row = (int)min64(row + rows, count) - 1;
         int64_t low = max64(start, tile->first[row]), high = min64(end, tile->last[end_row]);
@@ -239,14 +255,22 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
     }
 }
 
+typedef struct {
+    const AttentionPlan *plan;
+    int64_t rows, height; /* query rows of a key head, and those of a tile */
+} Prefill;
+
+static int64_t tiles_of(const Prefill *prefill) { return (prefill->rows + prefill->height - 1) / prefill->height; }
+
 static void attend_tile(void *data, size_t index)
 {
-    const AttentionPlan *plan = data;
+    const Prefill *prefill = data;
+    const AttentionPlan *plan = prefill->plan;
     const AttentionCall *call = plan->call;
-    int64_t pairs = call->batch * call->kv_heads, rows = call->tokens * plan->group, head_dim = call->head_dim;
-    int64_t tiles = (rows + TILE - 1) / TILE, start = (tiles - 1 - (int64_t)index / pairs) * TILE; /* longest first */
+    int64_t pairs = call->batch * call->kv_heads, head_dim = call->head_dim;
+    int64_t start = (tiles_of(prefill) - 1 - (int64_t)index / pairs) * prefill->height; /* longest first */
     int64_t row = (int64_t)index % pairs / call->kv_heads, kv_head = (int64_t)index % pairs % call->kv_heads;
-    int count = (int)min64(TILE, rows - start);
+    int count = (int)min64(prefill->height, prefill->rows - start);
     _Alignas(64) Tile tile;
     load_queries(plan, &tile, row, kv_head, start, count);
     memset(tile.sums, 0, (size_t)((TILE + BROADCASTS) * head_dim) * sizeof(float));
@@ -264,7 +288,8 @@ static void attend_tile(void *data, size_t index)
         key = next;
     }
     float totals[TILE];
-    for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(totals + v * LANES, tile.total[v]);
+    for (int v = 0; v < VECTORS; v++)
+        _mm512_storeu_ps(totals + v * LANES, tile.total[v]);
     for (int r = 0; r < count; r++) {
         int64_t token = (start + r) / plan->group, head = kv_head * plan->group + (start + r) % plan->group;
         float *out = out_of(call, row, token, head);
@@ -289,8 +314,10 @@ static void append_task(void *data, size_t index)
 void prefill_run(const AttentionPlan *plan, const Parallel *parallel)
 {
     const AttentionCall *call = plan->call;
-    int64_t pairs = call->batch * call->kv_heads, tiles = (call->tokens * plan->group + TILE - 1) / TILE;
+    int64_t pairs = call->batch * call->kv_heads;
+    Prefill prefill = {.plan = plan, .rows = call->tokens * plan->group, .height = TILE};
+    while (prefill.height > LANES && pairs * tiles_of(&prefill) < ENOUGH_TASKS) prefill.height /= 2;
     int64_t parts = (call->tokens + APPENDED - 1) / APPENDED;
     parallel_for(parallel, (size_t)(pairs * parts), append_task, (void *)plan);
-    parallel_for(parallel, (size_t)(pairs * tiles), attend_tile, (void *)plan);
+    parallel_for(parallel, (size_t)(pairs * tiles_of(&prefill)), attend_tile, &prefill);
 }

@@ -25,7 +25,7 @@ INLINE __m512 exp2_lanes(__m512 x)
     return _mm512_maskz_scalef_ps(kept, p, x);
 }
 
-/* tanh(y) = e / (e + 2) with e = exp(2|y|) - 1, and the sign of y; exact near 0, as e is not made by a subtraction there. */
+/* tanh(y) = e / (e + 2) with e = exp(2|y|) - 1, and the sign of y; near 0 no digits are lost, as e is no difference. */
 INLINE __m512 tanh_lanes(__m512 y)
 {
     __m512 twice = _mm512_mul_ps(_mm512_abs_ps(y), _mm512_set1_ps(0x1.715476p+1f)); /* 2 / ln 2 */

@@ -22,7 +22,7 @@ from satchel.runtime.custom import Custom
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.integrity.graph_data import check_external_data
 from satchel.runtime.kernels import library
-from satchel.runtime.manifest import MANIFEST_NAME, Manifest, Specialized
+from satchel.runtime.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.session import SessionSettings, save_optimised
 from satchel.runtime.specializing.blocks import BLOCKS_NAME, make_blocks
 from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
@@ -34,10 +34,11 @@ from satchel.runtime.specializing.trials import ENOUGH_FASTER, check, fastest, s
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTORS = {"native": 5, "stored": 5, "blocks": 7, "auto": 11}
+DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
 INT8_DISK_FACTOR = 4
 """The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
-int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making.
+int8 weights made of those in 4 bits: what a graph was optimised from and to, and the files in the making. For satchel's
+own kernels it is as for "stored".
 """
 
 MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
@@ -98,39 +99,50 @@ def specialize(
     forms = _forms(portable, int8_prefill, decode)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
     with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
-        made: list[Made] = []
+        progress("reading the weights")
+        known: Places = {}
+        for name in _weight_files(portable):
+            known |= stored_places(portable, name)
+        written: set[str] = set()
+
+        def make(wanted: list[Form]) -> list[Bundle]:
+            _check_room(portable, scratch, _disk_factor(wanted))
+            made = _make(portable, wanted, known, settings, scratch, progress)
+            files = {name: path for _, paths in made for name, path in paths.items()}
+            written.update(files)
+            placed.enter_context(_placed(folder, files, keep=old))
+            progress("checking")
+            return [replace(bundle, specialized=specialized) for specialized, _ in made]
+
+        native = None
         if own:
-            _check_room(portable, scratch, DISK_FACTORS["native"])
-            made += _make(portable, [NATIVE], settings, scratch, progress)
-            placed.enter_context(_placed(folder, made[0][1], keep=old))
-            progress("checking")
-            try:
-                check(portable, replace(bundle, specialized=made[0][0]), settings)
-            except SatchelError as error:
-                if kernels == "own":
-                    raise
-                warnings.warn(f"satchel's own kernels are left out: {error}", SatchelWarning, stacklevel=2)
-                own = False
-        if own and kernels == "own":
-            chosen = made[0][0]
+            [native] = make([NATIVE])
+            if not _is_right(portable, native, settings, needed=kernels == "own"):
+                native = None
+        if native is not None and kernels == "own":
+            chosen = native.specialized
         else:
-            forms = forms[:1] if own else forms
-            kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
-            _check_room(portable, scratch, DISK_FACTORS[kind] + (INT8_DISK_FACTOR if int8_prefill else 0))
-            others = _make(portable, forms, settings, scratch, progress)
-            placed.enter_context(_placed(folder, {k: v for _, paths in others for k, v in paths.items()}, keep=old))
-            found = [replace(bundle, specialized=specialized) for specialized, _ in others]
-            progress("checking")
-            chosen = _choose(portable, found, settings, progress, say)
-            native = replace(bundle, specialized=made[0][0]) if own else None
+            found = make(forms if native is None else forms[:1])
+            kept = _choose(portable, found, settings, progress, say)
             progress("timing attention")
-            chosen = fastest(replace(bundle, specialized=chosen), native, settings, say)
-            made += others
+            chosen = fastest(kept, native, settings, say)
         manifest = replace(bundle.manifest, specialized=chosen)
         _write_manifest(folder, manifest, scratch)
-    for name in (old | {name for _, paths in made for name in paths}) - set(chosen.files):
+    for name in (old | written) - set(manifest.specialized.files if manifest.specialized else ()):
         (folder / name).unlink(missing_ok=True)
     return manifest
+
+
+def _is_right(portable: Bundle, native: Bundle, settings: SessionSettings, *, needed: bool) -> bool:
+    """Whether satchel's own kernels give the right logits. Where not, a SatchelWarning, or SatchelError if `needed`."""
+    try:
+        check(portable, native, settings)
+    except SatchelError as error:
+        if needed:
+            raise
+        warnings.warn(f"satchel's own kernels are left out: {error}", SatchelWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _own_kernels(portable: Bundle, kernels: str, *, chosen: bool) -> bool:
@@ -178,13 +190,17 @@ def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[Form]:
 
 
 def _make(
-    portable: Bundle, forms: list[Form], settings: SessionSettings, scratch: Path, progress: Callable[[str], Any]
+    portable: Bundle,
+    forms: list[Form],
+    known: Places,
+    settings: SessionSettings,
+    scratch: Path,
+    progress: Callable[[str], Any],
 ) -> list[Made]:
-    """Make the files of each form in the scratch folder: its manifest entry, and where they lie by their names."""
-    progress("reading the weights")
-    known: Places = {}
-    for name in _weight_files(portable):
-        known |= stored_places(portable, name)
+    """Make the files of each form in the scratch folder: its manifest entry, and where they lie by their names.
+
+    `known` is where the bundle has what need not be written again.
+    """
     saved: dict[str, Path] = {}
     made = []
     for number, form in enumerate(forms):
@@ -216,7 +232,7 @@ def _choose(
     settings: SessionSettings,
     progress: Callable[[str], Any],
     say: Callable[[str], Any],
-) -> Specialized:
+) -> Bundle:
     """Check the forms, time decode where there are two, and return the one to keep.
 
     Raises SatchelError where the first is not right; a second one is then left out.
@@ -238,9 +254,7 @@ def _choose(
             f"a step of decode takes {1e3 * stored:.1f} ms over weights as they are stored and {1e3 * blocks:.1f} ms "
             f"over weights in blocks: {'blocks' if kept is other else 'stored ones'} are kept"
         )
-    if kept.specialized is None:
-        raise ValueError("there are no specialised graphs")
-    return kept.specialized
+    return kept
 
 
 def specialize_if_needed(
@@ -344,6 +358,11 @@ def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
     path.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copymode(folder / MANIFEST_NAME, path)
     path.replace(folder / MANIFEST_NAME)
+
+
+def _disk_factor(forms: list[Form]) -> int:
+    kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
+    return DISK_FACTORS[kind] + (INT8_DISK_FACTOR if forms[0].int8 else 0)
 
 
 def _check_room(bundle: Bundle, scratch: Path, factor: int) -> None:

@@ -37,6 +37,12 @@ FORMS = {
 COMMAND = ["--threads", "1", "--quiet"]
 
 
+@pytest.fixture(autouse=True)
+def kernels_of_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where satchel's own kernels are not built: "auto" is between the forms of ONNX Runtime's."""
+    monkeypatch.setenv("SATCHEL_KERNELS", "off")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """The bundle of a form, exported once."""

@@ -26,7 +26,8 @@ def test_generating_text_loads_no_package_of_the_exporter(tiny: Path) -> None:
 import importlib, pkgutil, sys
 import satchel.runtime
 for module in pkgutil.walk_packages(satchel.runtime.__path__, "satchel.runtime."):
-    importlib.import_module(module.name)
+    if not module.name.endswith(".kernels._library"):  # operators for ONNX Runtime: no module of Python
+        importlib.import_module(module.name)
 assert satchel.runtime.Generator.open(sys.argv[1], threads=1).generate("the cat", 5).token_ids
 packages = {name.split(".")[0] for name in sys.modules} | {".".join(name.split(".")[:2]) for name in sys.modules}
 print(*sorted(packages))
@@ -43,7 +44,8 @@ sys.modules.update(dict.fromkeys({EXPORTER_ONLY!r}))
 import satchel.runtime
 names = [module.name for module in pkgutil.walk_packages(satchel.runtime.__path__, "satchel.runtime.")]
 for name in names:
-    importlib.import_module(name)
+    if not name.endswith(".kernels._library"):
+        importlib.import_module(name)
 print(len(names))
 """
     assert int(run_python(code)) > 10

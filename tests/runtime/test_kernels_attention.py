@@ -131,17 +131,19 @@ def test_a_cache_bound_twice_is_written_in_place(name: str) -> None:
         assert np.array_equal(feeds["past_key"][row, :, end:], before[row, :, end:]), "what comes after is not touched"
 
 
-def test_a_cache_in_other_memory_is_copied_and_grows() -> None:
-    step = Step(tokens=5, past=10, rotary=64)
+@pytest.mark.parametrize("past", [0, 10])
+def test_a_cache_in_other_memory_is_copied_and_grows(past: int) -> None:
+    step = Step(tokens=5, past=past, rotary=64)
     feeds = step.feeds()
     wanted = attend(step, feeds)
     for name in ("past_key", "past_value"):
-        feeds[name] = feeds[name][:, :, :10]
+        feeds[name] = feeds[name][:, :, :past]
     y, keys, values = attend(step, feeds)
+    end = past + 5
     assert np.array_equal(y, wanted[0])
-    assert keys.shape[2] == 15
-    assert np.array_equal(keys, wanted[1][:, :, :15]) and np.array_equal(values, wanted[2][:, :, :15])
-    assert not wanted[1][:, :, 15:].any()
+    assert keys.shape[2] == end
+    assert np.array_equal(keys, wanted[1][:, :, :end]) and np.array_equal(values, wanted[2][:, :, :end])
+    assert not wanted[1][:, :, end:].any(), "what comes after is empty"
 
 
 def changed(step: Step, **arrays: Any) -> tuple[Step, dict[str, Array]]:
