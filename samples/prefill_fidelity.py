@@ -3,9 +3,9 @@
     python samples/prefill_fidelity.py out/int8 out/fp32 --text book.txt
 
 `satchel eval` measures the score graph, which gives the logits of all positions at once; a specialised bundle may have
-other kernels for prefill, and these give the last position's only. Here each window of the text is prefilled two tokens at
-a time, and every second position counts: mean KL divergence from the reference's predictions, and the share of positions
-where both think the same token most likely, as JSON on one line.
+other kernels for prefill, and these give the last position's only. Here each window of the text is prefilled two tokens
+at a time, and every second position counts: mean KL divergence from the reference's predictions, and the share of
+positions where both think the same token most likely, as JSON on one line.
 """
 
 from __future__ import annotations

@@ -229,7 +229,8 @@ CPU = (
     ),
     Rule(
         "P06", INFO, "an operator is of a library",
-        "whoever runs the bundle names the library with --custom-ops", NOTHING, kernel_rules.operator_of_library,
+        "satchel has its own; the library of others is named by whoever runs the bundle, with --custom-ops",
+        NOTHING, kernel_rules.operator_of_library,
     ),
 )  # fmt: skip
 
