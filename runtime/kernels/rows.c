@@ -71,7 +71,8 @@ static void round_run(const float *x, int64_t count, bool tight, int8_t *codes, 
     __m512i total = _mm512_setzero_si512();
     for (int64_t i = 0; i < count; i += LANES) {
         __m512 v = _mm512_maskz_loadu_ps(lanes(count - i), x + i);
-        __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v, factor));
+        __m512 step = _mm512_mul_ps(v, factor);
+        __m512i code = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(step, step, _CMP_ORD_Q), step); /* NaN: 0 */
         total = _mm512_add_epi32(total, code);
         _mm512_mask_cvtsepi32_storeu_epi8(codes + i, tight ? lanes(count - i) : 0xffff, code);
     }

@@ -90,12 +90,14 @@ def test_two_dimensions_are_enough() -> None:
 @pytest.mark.parametrize(
     "product", [Product(64, 32), Product(64, 32, block=32), Product(64, 32, epsilon=1e-5)], ids=str
 )
-def test_a_nan_stays_one(product: Product) -> None:
-    feeds = product.feeds(3, seed=1)
-    feeds["x"][0, 1, 40] = np.nan
-    found = product.session(0, feeds).run(None, feeds)[0]
-    assert np.isnan(found[0, 1]).all()
-    assert np.isfinite(found[0, [0, 2]]).all()
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("single", [False, True])
+def test_what_is_not_finite_stays_so(product: Product, value: float, single: bool) -> None:
+    feeds = product.feeds(3, seed=1, single=single)
+    feeds["x"].reshape(3, 64)[1, 40] = value
+    found = product.session(0, feeds).run(None, feeds)[0].reshape(3, 32)
+    assert not np.isfinite(found[1]).any()
+    assert np.isfinite(found[[0, 2]]).all()
 
 
 def test_a_row_of_zeros_stays_one() -> None:
