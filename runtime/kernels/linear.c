@@ -157,9 +157,11 @@ INLINE __m512i four_inputs(const int8_t *codes)
     return _mm512_set1_epi32(four);
 }
 
-/* Whole sums over the inputs from `from` to `end` of a tile: rows of codes `stride` apart, panels `apart`. */
-INLINE void add_products(const int rows, const int width, const int bits, const int8_t *a, int64_t stride, const uint8_t *b,
-                         int64_t apart, int64_t from, int64_t end, __m512i (*sums)[CHANNEL_PANELS])
+/* Whole sums over the inputs from `from` to `end` of a tile: rows of codes `stride` apart, panels `apart`. With `pairs`
+ * 8 inputs are taken at a time, of at most 2 panels; a row alone has two sums then, so as not to wait for the last one.
+ */
+INLINE void add_products(const int rows, const int width, const int bits, const bool pairs, const int8_t *a, int64_t stride,
+                         const uint8_t *b, int64_t apart, int64_t from, int64_t end, __m512i (*sums)[CHANNEL_PANELS])
 {
     const __m512i zero = _mm512_setzero_si512(), low_half = _mm512_set1_epi8(15);
     SUMS(0);
@@ -168,25 +170,35 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
     SUMS(3);
     SUMS(4);
     SUMS(5);
-    __m512i w0 = zero, w1 = zero, w2 = zero, w3 = zero;
-    for (int64_t i = from; i < end; i += bits == 4 ? 8 : 4) {
+    __m512i w0 = zero, w1 = zero, w2 = zero, w3 = zero, next0 = zero, next1 = zero;
+    const __m512i next2 = zero, next3 = zero;
+    for (int64_t i = from; i < end; i += pairs ? 8 : 4) {
         const uint8_t *at = b + i * (bits == 4 ? 8 : 16);
         w0 = _mm512_loadu_si512(at);
         if (width > 1)
             w1 = _mm512_loadu_si512(at + apart);
         if (width > 2)
             w2 = _mm512_loadu_si512(at + 2 * apart), w3 = _mm512_loadu_si512(at + 3 * apart);
-        if (bits == 8) {
-            ADD_ROWS(i, w);
-            continue;
+        if (bits == 4) {
+            next0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low_half);
+            next1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low_half);
+            w0 = _mm512_and_si512(w0, low_half), w1 = _mm512_and_si512(w1, low_half);
+        } else if (pairs) {
+            next0 = _mm512_loadu_si512(at + BYTES);
+            if (width > 1)
+                next1 = _mm512_loadu_si512(at + apart + BYTES);
         }
-        __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low_half);
-        __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low_half);
-        __m512i high2 = zero, high3 = zero;
-        w0 = _mm512_and_si512(w0, low_half), w1 = _mm512_and_si512(w1, low_half);
         ADD_ROWS(i, w);
-        ADD_ROWS(i + 4, high);
+        if (pairs && rows == 1) {
+            __m512i activation = four_inputs(a + i + 4);
+            ADD(1, 0, next);
+            ADD(1, 1, next);
+        } else if (pairs) {
+            ADD_ROWS(i + 4, next);
+        }
     }
+    if (pairs && rows == 1)
+        SUM(0, 0) = _mm512_add_epi32(SUM(0, 0), SUM(1, 0)), SUM(0, 1) = _mm512_add_epi32(SUM(0, 1), SUM(1, 1));
     KEEP(0) KEEP(1) KEEP(2) KEEP(3) KEEP(4) KEEP(5)
 }
 
@@ -211,18 +223,22 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
             product[r][p] = _mm512_setzero_ps();
     for (int64_t block = 0; block < blocks; block++) {
         __m512i sum[TILE_ROWS][CHANNEL_PANELS];
-        add_products(rows, width, bits, a, code_bytes(&form->form), b, stride, block * inputs, (block + 1) * inputs, sum);
+        add_products(rows, width, bits, bits == 4 || (rows == 1 && !channel), a, code_bytes(&form->form), b, stride,
+                     block * inputs, (block + 1) * inputs, sum);
         UNROLL
         for (int p = 0; p < width; p++) {
             const int64_t place = ((panel + p) * blocks + block) * LANES;
             const __m512 scale = _mm512_loadu_ps(call->scales + place);
-            __m512i zero = _mm512_set1_epi32(bits == 4 ? 8 : 128);
-            if (!channel && call->zero_points != NULL)
-                zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(call->zero_points + place)));
+            const int32_t middle = bits == 4 ? 8 : 128;
+            const bool own_zeros = !channel && call->zero_points != NULL;
+            __m512i zeros = _mm512_setzero_si512();
+            if (own_zeros)
+                zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(call->zero_points + place)));
             UNROLL
             for (int r = 0; r < rows; r++) {
                 const int64_t at = (row + r) * blocks + block;
-                __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(work->sums[at]));
+                const int32_t total = work->sums[at];
+                __m512i offset = own_zeros ? _mm512_mullo_epi32(zeros, _mm512_set1_epi32(total)) : _mm512_set1_epi32(middle * total);
                 __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][p], offset));
                 __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(work->scales[at]));
                 product[r][p] = channel ? _mm512_mul_ps(whole, both) : _mm512_fmadd_ps(whole, both, product[r][p]);
