@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.specialized import IDS, change, files, logits
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime import bundle as bundle_module
@@ -22,8 +23,6 @@ from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.session import SessionSettings
 from satchel.runtime.specializing import specialize, trials
-
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 @pytest.fixture
@@ -41,22 +40,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(folder: Path) -> Path:
     specialize.specialize(open_bundle(folder), threads=1)
     return folder
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def logits(bundle: Bundle) -> np.ndarray:
-    engine = Engine.open(bundle, threads=1)
-    state = engine.new_state(16)
-    return np.stack([engine.prefill(state, IDS).copy(), *(engine.decode(state, token).copy() for token in IDS)])
-
-
-def change(folder: Path, **values: Any) -> None:
-    manifest = read_manifest(folder)
-    manifest["specialized"] |= values
-    write_manifest(folder, manifest)
 
 
 def test_the_logits_are_the_same(made: Path) -> None:

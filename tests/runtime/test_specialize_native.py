@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.kernels import needs_kernels
+from support.specialized import change, files, logits
+from support.tiny_bundle import read_manifest, write_bundle
 from support.tiny_native_bundle import write_native_bundle
 
 from satchel.runtime import bundle as bundle_module
@@ -20,10 +21,6 @@ from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
 from satchel.runtime.specializing import specialize, trials
-
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-
-needs_kernels = pytest.mark.skipif(library.reason() is not None, reason=f"satchel's own kernels {library.reason()}")
 
 
 @pytest.fixture
@@ -36,22 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(folder: Path) -> Path:
     specialize.specialize(open_bundle(folder), kernels="own", threads=1)
     return folder
-
-
-def logits(bundle: Bundle) -> np.ndarray:
-    engine = Engine.open(bundle, threads=1)
-    state = engine.new_state(16)
-    return np.stack([engine.prefill(state, IDS).copy(), *(engine.decode(state, token).copy() for token in IDS)])
-
-
-def change(folder: Path, **values: Any) -> None:
-    manifest = read_manifest(folder)
-    manifest["specialized"] |= values
-    write_manifest(folder, manifest)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @needs_kernels

@@ -1,0 +1,30 @@
+"""What tests of specialised bundles look at and change, whichever kernels these are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support.tiny_bundle import read_manifest, write_manifest
+
+from satchel.runtime.bundle import Bundle
+from satchel.runtime.engine import Engine
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def logits(bundle: Bundle) -> np.ndarray:
+    engine = Engine.open(bundle, threads=1)
+    state = engine.new_state(16)
+    return np.stack([engine.prefill(state, IDS).copy(), *(engine.decode(state, token).copy() for token in IDS)])
+
+
+def change(folder: Path, **values: Any) -> None:
+    manifest = read_manifest(folder)
+    manifest["specialized"] |= values
+    write_manifest(folder, manifest)
