@@ -18,8 +18,7 @@ from satchel.graphs.passes.quantize_experts import quantize_experts
 from satchel.graphs.passes.quantize_tables import quantize_tables
 from satchel.graphs.passes.store_products_float16 import store_products_float16
 from satchel.graphs.pipeline import Step
-from satchel.graphs.quantized import Quantised
-from satchel.graphs.values import nodes
+from satchel.graphs.quantized import Quantised, quantised_products
 
 NATIVE = "native"
 """A graph of bundles with quantised weights: prefill and decode in one, by satchel's own operators, over weights in the
@@ -55,6 +54,4 @@ def native_steps(quantised: Quantised, activations: Mapping[str, str]) -> tuple[
 
 def has_linear(quantised: Quantised) -> bool:
     """Whether one of the model's products is by codes that satchel's own operator takes."""
-    matrices = [node.inputs[1] for node in nodes(quantised.model, "MatMul")]
-    found = [quantised.weights.get(str(matrix.name)) for matrix in matrices if matrix is not None]
-    return any(weight is not None and weight.fits_panels() for weight in found)
+    return any(weight.fits_panels() for _, weight in quantised_products(quantised.model, quantised.weights))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from satchel.graphs.panels import MIDDLE, PANEL, TOGETHER, pack_panels, panel_outputs
 from satchel.graphs.recipe import Rule
 from satchel.graphs.rounding import Grid
+from satchel.graphs.values import nodes
 from satchel.graphs.weights import LazyWeight, from_array, pack_rows
 
 CODE_TYPES = {
@@ -249,3 +250,14 @@ class Quantised:
     rules: Mapping[str, Rule]
     kv_scales: Mapping[int, KVScales]
     recipe: str
+
+
+def quantised_products(
+    model: ir.Model, weights: Mapping[str, QuantizedWeight]
+) -> Iterator[tuple[ir.Node, QuantizedWeight]]:
+    """The products of a graph by one of these weights, each with what is stored for it."""
+    for node in nodes(model, "MatMul"):
+        matrix = node.inputs[1]
+        quantized = weights.get(str(matrix.name)) if matrix is not None and matrix.is_initializer() else None
+        if quantized is not None:
+            yield node, quantized

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from satchel.graphs.contract import GraphPass, Report, graph_pass
 from satchel.graphs.linear import own_product
-from satchel.graphs.quantized import QuantizedWeight
-from satchel.graphs.values import Builder, last_dim, nodes, replace
+from satchel.graphs.quantized import QuantizedWeight, quantised_products
+from satchel.graphs.values import Builder, last_dim, replace
 
 
 def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
@@ -28,11 +28,7 @@ def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     """
 
     def edit(model: ir.Model, report: Report) -> None:
-        for node in nodes(model, "MatMul"):
-            matrix = node.inputs[1]
-            quantized = weights.get(str(matrix.name)) if matrix is not None and matrix.is_initializer() else None
-            if quantized is None:
-                continue
+        for node, quantized in quantised_products(model, weights):
             if not quantized.fits_panels():
                 report.refuse(node, "its codes have a form that the operator does not take")
             elif last_dim(node.inputs[0]) != quantized.codes.shape[1]:

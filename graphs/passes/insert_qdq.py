@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.contract import GraphPass, Report
-from satchel.graphs.quantized import INT8_PRODUCTS, QuantizedWeight
+from satchel.graphs.quantized import INT8_PRODUCTS, QuantizedWeight, quantised_products
 from satchel.graphs.sweep import sweep
-from satchel.graphs.values import MICROSOFT, Builder, nodes, replace
+from satchel.graphs.values import MICROSOFT, Builder, replace
 
 LEVELS = 127
 """Steps of an int8 activation on each side of zero."""
@@ -39,11 +39,7 @@ def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str,
     """
 
     def edit(model: ir.Model, report: Report) -> None:
-        for node in nodes(model, "MatMul"):
-            matrix = node.inputs[1]
-            quantized = weights.get(str(matrix.name)) if matrix is not None and matrix.is_initializer() else None
-            if quantized is None:
-                continue
+        for node, quantized in quantised_products(model, weights):
             INSERT[activations[quantized.name]](model, node, quantized)
             report.count += 1
         if report.count:

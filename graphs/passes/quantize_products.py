@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from satchel.graphs.contract import GraphPass, Refused, Report, graph_pass
-from satchel.graphs.quantized import QuantizedWeight
+from satchel.graphs.quantized import QuantizedWeight, quantised_products
 from satchel.graphs.recipe import Rule
 from satchel.graphs.values import MICROSOFT, Builder, nodes, replace, weight
 from satchel.graphs.weights import reshaped
@@ -30,11 +30,7 @@ def quantize_products(weights: Mapping[str, QuantizedWeight], rules: Mapping[str
     """
 
     def edit(model: ir.Model, report: Report) -> None:
-        for node in nodes(model, "MatMul"):
-            matrix = node.inputs[1]
-            quantized = weights.get(str(matrix.name)) if matrix is not None and matrix.is_initializer() else None
-            if quantized is None:
-                continue
+        for node, quantized in quantised_products(model, weights):
             try:
                 _check(quantized, rules[quantized.name])
             except Refused as refusal:
