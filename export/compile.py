@@ -13,35 +13,36 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from satchel.export.bind import bind
-from satchel.export.bundle_writer import write_bundle
-from satchel.export.certify import certify
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
+from satchel.export.checkpoint.families import PASSED
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.families import PASSED
 from satchel.export.forecast import check_disk, forecast
-from satchel.export.publish import check_target, scratch, staged
-from satchel.export.quantize.quantize import pieces, quantise
+from satchel.export.quantize.quantize import pieces, quantize
+from satchel.export.quantize.texts import open_texts
 from satchel.export.recipes import check_recipe, recipe_of
-from satchel.export.soundness import check_sound
 from satchel.export.stages import Stages, skipped_stages
-from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
-from satchel.export.static_graphs import lower_static
-from satchel.export.texts import open_texts
 from satchel.export.threads import fixed_threads
-from satchel.export.trace import trace
+from satchel.export.tracing.bind import bind
+from satchel.export.tracing.soundness import check_sound
+from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.tracing.trace import trace
 from satchel.export.user_passes import open_passes
-from satchel.graphs import pipeline, signature
-from satchel.graphs.assign import assign
-from satchel.graphs.contract import PassError
-from satchel.graphs.pipeline import Step
-from satchel.graphs.quantized import Quantised
-from satchel.graphs.recipe import Recipe
-from satchel.graphs.targets import PHASES, PLAIN, TARGETS
-from satchel.graphs.values import INTERNAL, nodes
-from satchel.runtime.manifest import Manifest
-from satchel.runtime.session import check_loads
+from satchel.export.writing.bundle_writer import write_bundle
+from satchel.export.writing.certify import certify
+from satchel.export.writing.publish import check_target, scratch, staged
+from satchel.export.writing.static_graphs import lower_static
+from satchel.graphs import signature
+from satchel.graphs.ir import pipeline
+from satchel.graphs.ir.contract import PassError
+from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.ir.values import INTERNAL, nodes
+from satchel.graphs.quant.assign import assign
+from satchel.graphs.quant.quantized import Quantized
+from satchel.graphs.quant.recipe import Recipe
+from satchel.graphs.targets.targets import PHASES, PLAIN, TARGETS
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.ort.session import check_loads
 
 
 def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *, progress: bool = False) -> Manifest:
@@ -80,19 +81,19 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         texts = open_texts(checkpoint, config, recipe, folder)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
-        with stages.stage("optimising the graphs"):
+        with stages.stage("optimizing the graphs"):
             common, report = lower(model, checkpoint, config, recipe)
-        quantised = None
+        quantized = None
         if recipe is not None:
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
-                quantised, done = quantise(common, recipe, texts.calibration, folder / "rounding", config, bar)
+                quantized, done = quantize(common, recipe, texts.calibration, folder / "rounding", config, bar)
                 report += [step.as_json("common") for step in done]
         lowered = lower_static if config.static else lower_phases
-        models = lowered(common if quantised is None else quantised.model, checkpoint, config, quantised, report)
+        models = lowered(common if quantized is None else quantized.model, checkpoint, config, quantized, report)
         check_logits(models, checkpoint)
         with staged(config.output, config.force) as bundle:
             with stages.stage("writing the bundle"):
-                manifest = write_bundle(bundle, checkpoint, config, models, quantised, report, stages.bytes)
+                manifest = write_bundle(bundle, checkpoint, config, models, quantized, report, stages.bytes)
             with stages.stage("checking the bundle"):
                 _self_check(bundle, config)
             if config.certificate:
@@ -139,7 +140,7 @@ def lower(
         PassError: A pass left a graph broken.
     """
     target = TARGETS[config.target]
-    normal, normalised = pipeline.run(model, target.normalise)
+    normal, normalized = pipeline.run(model, target.normalize)
     check_sound(normal, checkpoint.name, checkpoint.layers)
     marks = () if recipe is None else (Step(assign(recipe)),)
     common, fused = pipeline.run(normal, (*marks, *target.fuse))
@@ -151,37 +152,37 @@ def lower(
         raise ExportError(
             f"{checkpoint.name}: its mixtures of experts have no form on --target {config.target}: choose --target cpu"
         )
-    return common, [done.as_json("common") for done in (*normalised, *fused)]
+    return common, [done.as_json("common") for done in (*normalized, *fused)]
 
 
 def lower_phases(
     common: ir.Model,
     checkpoint: Checkpoint,
     config: ExportConfig,
-    quantised: Quantised | None,
+    quantized: Quantized | None,
     report: list[dict[str, Any]],
 ) -> dict[str, ir.Model]:
     """The graph of each phase; what the passes did is added to `report`.
 
     Raises:
-        ExportError: A layer cannot be quantised as asked for.
+        ExportError: A layer cannot be quantized as asked for.
         PassError: A pass left a graph broken.
     """
     target, models = TARGETS[config.target], {}
     custom = tuple(Step(user.graph_pass) for user in config.passes)
     names = {step.name for step in custom}
-    for phase in target.graphs(quantised):
-        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantised, custom))
+    for phase in target.graphs(quantized):
+        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantized, custom))
         report += [done.as_json(phase) for done in finished]
         ours = [done for done in finished if done.name not in names]
         refused = [r for done in ours if done.name.startswith("quantize_") for r in done.refusals]
         if refused:
             raise ExportError(
-                f"{checkpoint.name}: {refused[0].node} cannot be quantised: {refused[0].reason}; "
+                f"{checkpoint.name}: {refused[0].node} cannot be quantized: {refused[0].reason}; "
                 "leave the layer in float by a --recipe of your own, or a cache by --kv-cache float"
             )
     for phase in PHASES if custom else ():  # what runs where the user's passes are switched off
-        models[f"{PLAIN}{phase}"], _ = pipeline.run(common, target.steps(phase, config.precision, quantised))
+        models[f"{PLAIN}{phase}"], _ = pipeline.run(common, target.steps(phase, config.precision, quantized))
     return models
 
 
@@ -236,7 +237,7 @@ def _named_errors(name: str, output: Path) -> Iterator[None]:
 
 def _self_check(folder: Path, config: ExportConfig) -> None:
     """Run the bundle as a user will: in a process of its own, without torch."""
-    command = [sys.executable, "-m", "satchel.runtime.proof.selftest", str(folder), *map(str, config.custom_ops)]
+    command = [sys.executable, "-m", "satchel.runtime.evaluation.selftest", str(folder), *map(str, config.custom_ops)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()

@@ -42,7 +42,7 @@ class ExportConfig:
 
     Attributes:
         output: The bundle's folder.
-        precision: fp32; fp16, which the CPU computes with in float32; or a quantised form, by the recipe of that name.
+        precision: fp32; fp16, which the CPU computes with in float32; or a quantized form, by the recipe of that name.
             Empty for the target's own, the first of TARGET_PRECISIONS.
         kv_cache: How the KV cache is stored: float or int8.
         recipe: A recipe in place of the precision's own: a TOML file, or the name of one that ships.
@@ -89,10 +89,10 @@ class ExportConfig:
             if value not in allowed:
                 raise ExportError(f"--{option} {value} is not known: choose {' or '.join(allowed)}")
         self._check_target()
-        if self.recipe is not None and not self.quantised:
-            quantised = ", ".join(p for p in PRECISIONS if p not in FLOAT_PRECISIONS)
-            raise ExportError(f"--recipe does not go with --precision {self.precision}: choose one of {quantised}")
-        if self.calibrate is not None and not self.quantised and self.kv_cache == "float":
+        if self.recipe is not None and not self.quantized:
+            quantized = ", ".join(p for p in PRECISIONS if p not in FLOAT_PRECISIONS)
+            raise ExportError(f"--recipe does not go with --precision {self.precision}: choose one of {quantized}")
+        if self.calibrate is not None and not self.quantized and self.kv_cache == "float":
             raise ExportError(
                 f"--calibrate: there is nothing to calibrate with --precision {self.precision}: leave it out"
             )
@@ -149,7 +149,7 @@ class ExportConfig:
         return self.prefill_lengths
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether weights are stored in 8 or 4 bits."""
         return self.precision not in FLOAT_PRECISIONS
 

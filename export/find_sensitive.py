@@ -10,7 +10,7 @@ from typing import Any
 from satchel.export.compile import lower, open_source, trace_source
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.quantize.quantize import quantisable, rules, transform
+from satchel.export.quantize.quantize import quantizable, rules, transform
 from satchel.export.quantize.sensitivity import (
     Sensitivity,
     count,
@@ -19,11 +19,11 @@ from satchel.export.quantize.sensitivity import (
     raised_recipe,
     raising_costs,
 )
+from satchel.export.quantize.texts import CERTIFICATE_WINDOWS, open_texts
 from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import Stages
-from satchel.export.texts import CERTIFICATE_WINDOWS, open_texts
 from satchel.export.threads import fixed_threads
-from satchel.graphs.recipe import write_recipe
+from satchel.graphs.quant.recipe import write_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
         texts = open_texts(checkpoint, config, None, folder, option="--text")
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
-        with stages.stage("optimising the graphs"):
+        with stages.stage("optimizing the graphs"):
             common, _ = lower(model, checkpoint, config, recipe)
         with stages.stage("rounding the weights"), stages.steps(count(common), "trying") as bar:
             turned, _ = transform(common, recipe)
@@ -103,7 +103,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
 def _bits(model: Any, parameters: int) -> float:
     """Bits per weight of a model whose weights are marked with their rules; what has none counts 32."""
     chosen, total, seen = rules(model), 0.0, set()
-    for node, lazy in quantisable(model):
+    for node, lazy in quantizable(model):
         if lazy.name in seen:
             continue
         seen.add(lazy.name)

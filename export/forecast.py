@@ -9,9 +9,9 @@ from pathlib import Path
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.texts import CALIBRATION_WINDOWS, certificate_windows
-from satchel.graphs.weights import BLOCK_BYTES
-from satchel.runtime.certificate import Window
+from satchel.export.quantize.texts import CALIBRATION_WINDOWS, certificate_windows
+from satchel.graphs.ir.weights import BLOCK_BYTES
+from satchel.runtime.bundle.certificate import Window
 
 MIB = 1 << 20
 BYTES = {"fp32": 4, "fp16": 2, "a16w8": 1.1, "a8w8": 1.1, "int8": 1.1, "a16w4": 0.8, "int4": 0.8}
@@ -65,7 +65,7 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
     memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES + largest
     seconds = START_SECONDS + LAYER_SECONDS * layers + sum(elements) * 4 / WRITE_BYTES_PER_SECOND
     scratch = 0
-    if config.quantised:
+    if config.quantized:
         scratch += sum(elements) + CALIBRATION_WINDOWS * Window.LENGTH * 4 * ACTIVATIONS_PER_TOKEN
         memory += ROUNDING_MIB * MIB + 4 * max(elements, default=0)
         seconds += ROUNDING_SECONDS * sum(elements)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from satchel.export.checkpoint.module import load_module, open_module
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
-from satchel.runtime.proof.fidelity import Reference
+from satchel.runtime.evaluation.fidelity import Reference
 
 _LOAD_ERRORS = (
     ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ImportError, IndexError, SafetensorError,

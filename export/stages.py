@@ -7,15 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from satchel.export.bundle_writer import Advance
 from satchel.export.config import ExportConfig
-from satchel.graphs.recipe import Recipe
-from satchel.runtime.progress import progress_bar
+from satchel.export.writing.bundle_writer import Advance
+from satchel.graphs.quant.recipe import Recipe
+from satchel.runtime.util.progress import progress_bar
 
 STAGES = (
     "opening the checkpoint",
     "tracing the model",
-    "optimising the graphs",
+    "optimizing the graphs",
     "rounding the weights",
     "writing the bundle",
     "checking the bundle",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from threadpoolctl import threadpool_limits
 
-from satchel.runtime.processor import machine_cores
+from satchel.runtime.util.cpu import machine_cores
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ import onnx_ir as ir
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
 from satchel.export.python_file import run_file
-from satchel.graphs.contract import GraphPass, PassResult, Report, graph_pass
+from satchel.graphs.ir.contract import GraphPass, PassResult, Report, graph_pass
+from satchel.graphs.ir.values import weight
 from satchel.graphs.providers.findings import operator
-from satchel.graphs.values import weight
 
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 _MODULE = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")

@@ -11,19 +11,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from satchel.runtime.bundle import Bundle, open_bundle
-    from satchel.runtime.chat.conversation import Conversation
-    from satchel.runtime.custom import Custom
-    from satchel.runtime.devices.providers import ProviderChoice
-    from satchel.runtime.engine import Engine
+    from satchel.runtime.bundle.manifest import Manifest
+    from satchel.runtime.bundle.reader import Bundle, open_bundle
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
+    from satchel.runtime.execution.engine import Engine
+    from satchel.runtime.execution.state import State
+    from satchel.runtime.generation.conversation import Conversation
     from satchel.runtime.generation.generator import Generator, Request
     from satchel.runtime.generation.options import GenerationOptions
     from satchel.runtime.generation.result import Generation
-    from satchel.runtime.generation.stream import PieceStream
-    from satchel.runtime.manifest import Manifest
-    from satchel.runtime.session import share_thread_pool
-    from satchel.runtime.stepping.state import State
+    from satchel.runtime.generation.stream import TokenStream
+    from satchel.runtime.ort.custom_ops import Custom
+    from satchel.runtime.ort.providers import ProviderChoice
+    from satchel.runtime.ort.session import share_thread_pool
 
 __all__ = [
     "Bundle",
@@ -35,13 +35,13 @@ __all__ = [
     "GenerationOptions",
     "Generator",
     "Manifest",
-    "PieceStream",
     "PromptError",
     "ProviderChoice",
     "ProviderError",
     "Request",
     "SatchelError",
     "State",
+    "TokenStream",
     "open_bundle",
     "share_thread_pool",
 ]
@@ -49,13 +49,13 @@ __all__ = [
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
-    "Bundle": "bundle",
-    "open_bundle": "bundle",
-    "Conversation": "chat.conversation",
-    "Custom": "custom",
-    "Engine": "engine",
-    "ProviderChoice": "devices.providers",
-    "State": "stepping.state",
+    "Bundle": "bundle.reader",
+    "open_bundle": "bundle.reader",
+    "Conversation": "generation.conversation",
+    "Custom": "ort.custom_ops",
+    "Engine": "execution.engine",
+    "ProviderChoice": "ort.providers",
+    "State": "execution.state",
     "BundleError": "errors",
     "PromptError": "errors",
     "ProviderError": "errors",
@@ -63,10 +63,10 @@ _HOMES = {
     "Generation": "generation.result",
     "GenerationOptions": "generation.options",
     "Generator": "generation.generator",
-    "PieceStream": "generation.stream",
+    "TokenStream": "generation.stream",
     "Request": "generation.generator",
-    "Manifest": "manifest",
-    "share_thread_pool": "session",
+    "Manifest": "bundle.manifest",
+    "share_thread_pool": "ort.session",
 }
 
 

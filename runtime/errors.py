@@ -1,20 +1,10 @@
-"""The errors that a user can cause. Each message is one line: what was found, where, and what to do."""
+"""All errors that a user can cause, in one place to import from."""
 
 from __future__ import annotations
 
+from satchel.runtime.bundle.errors import BundleError, SatchelError, SatchelWarning
 
-class SatchelError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it and exits with `exit_code`."""
-
-    exit_code = 2
-
-
-class SatchelWarning(UserWarning):
-    """Something that the user should know and that stops nothing; the command line prints it as one line."""
-
-
-class BundleError(SatchelError):
-    """A bundle is missing, damaged, of another version, or not to be trusted."""
+__all__ = ["BundleError", "PromptError", "ProviderError", "SatchelError", "SatchelWarning"]
 
 
 class PromptError(SatchelError):

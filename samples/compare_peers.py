@@ -91,7 +91,7 @@ def last_json(text: str, start: str) -> Any:
 
 def satchel(bundle: str, work: Work) -> Figures:
     """A bundle by `satchel bench`."""
-    command = [sys.executable, "-m", "satchel.runtime.cli", "bench", bundle, "--json", "--vocabulary"]
+    command = [sys.executable, "-m", "satchel.runtime.cli.main", "bench", bundle, "--json", "--vocabulary"]
     command += [str(work.vocabulary), "--threads", str(work.threads)]
     out, rss = run([*command, "--prompt-tokens", str(work.prompt), "--new-tokens", str(work.new)])
     found = last_json(out, "{")

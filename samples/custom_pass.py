@@ -27,8 +27,8 @@ import numpy as np
 import onnx_ir as ir
 import own_module
 
-from satchel.graphs.contract import Report, graph_pass
-from satchel.graphs.values import Builder, nodes, only_user, replace
+from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.values import Builder, nodes, only_user, replace
 from satchel.runtime import Custom, Generator
 
 DOMAIN = "ai.onnx.contrib"

@@ -42,7 +42,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in the order of GGUF, whose rotation turns neighbours."""
+    """Rows of a query or key projection in the order of GGUF, whose rotation turns neighbors."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime import Engine, open_bundle
-from satchel.runtime.tokenizer import Tokenizer
+from satchel.runtime.generation.tokenizer import Tokenizer
 
 FACTS = (
     ("The name of the lighthouse keeper's dog was", " Barnaby"),

@@ -27,7 +27,7 @@ from satchel.export import ModuleFacts
 Attention = Callable[..., torch.Tensor]
 
 TEXT = """\
-The box stood at the end of the pier, and nobody had asked for it. A gull sat on the lid. Every morning the harbour
+The box stood at the end of the pier, and nobody had asked for it. A gull sat on the lid. Every morning the harbor
 master walked out to look, wrote a line in his book, and walked back again. The box had no name on it, no number and no
 lock. In the second week he knocked. Something inside knocked back, twice, as politely as a clock. He wrote that down
 too, and brought a chair. From then on the two of them kept watch together, one inside and one outside, and the gull,

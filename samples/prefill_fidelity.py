@@ -2,7 +2,7 @@
 
     python samples/prefill_fidelity.py out/int8 out/fp32 --text book.txt
 
-`satchel eval` measures the score graph, which gives the logits of all positions at once; a specialised bundle may have
+`satchel eval` measures the score graph, which gives the logits of all positions at once; a specialized bundle may have
 other kernels for prefill, and these give the last position's only. Here each window of the text is prefilled two tokens
 at a time, and every second position counts: mean KL divergence from the reference's predictions, and the share of
 positions where both think the same token most likely, as JSON on one line.
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from satchel.runtime import Engine, open_bundle
-from satchel.runtime.proof.fidelity import cut_windows, log_softmax, text_ids
-from satchel.runtime.session import SessionSettings
-from satchel.runtime.tokenizer import Tokenizer
+from satchel.runtime.evaluation.fidelity import cut_windows, log_softmax, text_ids
+from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.ort.session import SessionSettings
 
 STEP = 2
 

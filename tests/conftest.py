@@ -22,5 +22,5 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _no_process_pool() -> Iterator[None]:
     """A command that runs inside the test process must not take ONNX Runtime's threads from all tests after it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("satchel.runtime.session.share_thread_pool", lambda threads=None: None)
+        patch.setattr("satchel.runtime.ort.session.share_thread_pool", lambda threads=None: None)
         yield

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from satchel.runtime.bundle import Bundle
+from satchel.runtime.bundle.contract import FURTHER, PHASES
+from satchel.runtime.bundle.hash_cache import sha256_of
+from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
-from satchel.runtime.graph_contract import FURTHER, PHASES
-from satchel.runtime.hash_memory import sha256_of
-from satchel.runtime.manifest import GraphSpec, Manifest, StaticGraph
 
 PHASE_OF = {"prefill_int8": "prefill", "decode_blocks": "decode", "native": "prefill"}
 SUFFIX = ".onnx"

@@ -11,16 +11,16 @@ import onnx
 import onnx_ir as ir
 
 from satchel.export.checking.bundle_graphs import BundleGraph, bundle_graphs
-from satchel.export.checking.handed_over import NotOptimised, handed_over, no_graph, read_graph
+from satchel.export.checking.handed_over import NotOptimized, handed_over, no_graph, read_graph
 from satchel.export.checking.installed_kernels import known_domains
 from satchel.export.checking.tables import Provider
 from satchel.export.checking.value_types import typed_model
-from satchel.graphs.native import NATIVE
+from satchel.graphs.ir.values import INTERNAL
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Finding, GraphView, Rule
-from satchel.graphs.values import INTERNAL
-from satchel.runtime import strict_json
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.manifest import MANIFEST_NAME
+from satchel.graphs.targets.native import NATIVE
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.manifest import MANIFEST_NAME
+from satchel.runtime.bundle.reader import Bundle
 
 PREFERRED_ON_HOST = "U08"
 
@@ -43,19 +43,19 @@ class GraphResult:
     Attributes:
         graph: Its name for people.
         file: Its file in the bundle.
-        optimised: Whether the graph that ONNX Runtime hands over was judged; else the file as it is.
+        optimized: Whether the graph that ONNX Runtime hands over was judged; else the file as it is.
         note: Why it was not, or "".
         nodes: How many nodes the judged graph has.
         taken: How many of them the provider runs: 0 where it takes whole graphs, and not this one.
         host: How many ONNX Runtime prefers on the CPU (cuda).
         refused: How many nodes break a rule with an error, by operator.
         findings: All places that break a rule.
-        settled: For each rule that only the file breaks, how many places: ONNX Runtime's optimisers mend them.
+        settled: For each rule that only the file breaks, how many places: ONNX Runtime's optimizers mend them.
     """
 
     graph: str
     file: str
-    optimised: bool
+    optimized: bool
     note: str
     nodes: int
     taken: int
@@ -114,11 +114,11 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
         raise no_graph(graph.path) from None
     try:
         if libraries - {INTERNAL}:
-            raise NotOptimised(f"it needs {', '.join(file.name for file in bundle.manifest.custom_ops)}")
-        optimised = handed_over(graph, bundle.folder / MANIFEST_NAME, None if provider.name == "cpu" else file_view)
-    except NotOptimised as error:
+            raise NotOptimized(f"it needs {', '.join(file.name for file in bundle.manifest.custom_ops)}")
+        optimized = handed_over(graph, bundle.folder / MANIFEST_NAME, None if provider.name == "cpu" else file_view)
+    except NotOptimized as error:
         note = str(error)
-    view = file_view if note else GraphView(typed_model(optimised, known), graph.phase, provider.kernels)
+    view = file_view if note else GraphView(typed_model(optimized, known), graph.phase, provider.kernels)
     findings: list[Found] = []
     settled: dict[str, int] = {}
     for rule in provider.rules:
@@ -134,7 +134,7 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
     return GraphResult(
         graph=graph.name,
         file=graph.file,
-        optimised=not note,
+        optimized=not note,
         note=note,
         nodes=nodes,
         taken=0 if whole else nodes - host - sum(refused.values()),

@@ -1,4 +1,4 @@
-"""A graph as ONNX Runtime hands it to an execution provider: optimised at level BASIC, and nothing assigned yet."""
+"""A graph as ONNX Runtime hands it to an execution provider: optimized at level BASIC, and nothing assigned yet."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from satchel.export.checking.bundle_graphs import BundleGraph
 from satchel.export.checking.value_types import INLINE, UNREAD
 from satchel.export.checking.whole_functions import unwrap, wrap
 from satchel.graphs.providers.findings import GraphView
+from satchel.runtime.bundle.contract import FURTHER
 from satchel.runtime.errors import BundleError
-from satchel.runtime.graph_contract import FURTHER
-from satchel.runtime.session import ORT_ERRORS, entry_options
+from satchel.runtime.ort.session import ORT_ERRORS, entry_options
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-class NotOptimised(Exception):
+class NotOptimized(Exception):
     """ONNX Runtime does not open the graph here; the message says why."""
 
 
@@ -52,7 +52,7 @@ def _texts(proto: onnx.ModelProto) -> Iterator[str]:
 
 
 def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = None) -> onnx.ModelProto:
-    """The graph after ONNX Runtime's optimisers of level BASIC, which run before any provider is asked.
+    """The graph after ONNX Runtime's optimizers of level BASIC, which run before any provider is asked.
 
     ONNX Runtime's compiling interface gives it back where no provider compiles anything. A session's own saved graph
     would be a later one: with the casts that the CPU needs for float16. Nothing is written: constants of more than
@@ -64,7 +64,7 @@ def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = No
         whole: The same graph with types, for a provider that takes operators whole that the CPU would have expanded.
 
     Raises:
-        NotOptimised: ONNX Runtime cannot open it on this machine.
+        NotOptimized: ONNX Runtime cannot open it on this machine.
         BundleError: The manifest sets a session entry that is not for it to set.
     """
     options = entry_options(graph.session, f"{manifest}: {graph.name}")
@@ -81,13 +81,13 @@ def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = No
             graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
             get_initializer_location_func=_place,
         )
-        optimised = onnx.load_model_from_string(compiler.compile_to_bytes())
+        optimized = onnx.load_model_from_string(compiler.compile_to_bytes())
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the latter where its message quotes what is no text
         if graph.name in FURTHER:
-            raise NotOptimised("its weights are there when satchel specialize has made them") from None
-        raise NotOptimised(" ".join(str(error).split())) from None
-    unwrap(optimised)
-    return optimised
+            raise NotOptimized("its weights are there when satchel specialize has made them") from None
+        raise NotOptimized(" ".join(str(error).split())) from None
+    unwrap(optimized)
+    return optimized
 
 
 def _place(

@@ -10,7 +10,7 @@ from importlib import resources
 from satchel.export.checking.check import CheckResult, Found, GraphResult
 from satchel.graphs.providers.findings import SEVERITIES, Rule
 from satchel.graphs.providers.rules import RULES
-from satchel.runtime.plain_text import columns, printable
+from satchel.runtime.util.terminal import columns, printable
 
 TEMPLATE = "check.html.jinja"
 SHOWN_OPERATORS = 4

@@ -1,8 +1,8 @@
-"""Keeps operators whole that ONNX Runtime would expand for its CPU, while it optimises a graph for another provider.
+"""Keeps operators whole that ONNX Runtime would expand for its CPU, while it optimizes a graph for another provider.
 
 An operator that ONNX defines by others, such as Softmax, is replaced by these where the CPU has no kernel for its type.
 A provider that has one gets it whole. So such a node is hidden from the CPU's lack of float16 while the graph is
-optimised: it is put between casts to float32, which are taken out again.
+optimized: it is put between casts to float32, which are taken out again.
 """
 
 from __future__ import annotations

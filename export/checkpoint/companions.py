@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def folder_companions(folder: Path) -> dict[str, bytes | Path]:
-    """The companions of a checkpoint folder: chat template, configs, licence, notices, model card."""
+    """The companions of a checkpoint folder: chat template, configs, license, notices, model card."""
     found: dict[str, bytes | Path] = {
         path.name: path for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()
     }

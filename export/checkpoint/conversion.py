@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight, concatenated
+from satchel.graphs.ir.weights import LazyWeight, concatenated
 
 Sources = dict[str, list[LazyWeight]]
 

@@ -77,8 +77,8 @@ def _companions(metadata: Mapping[str, Any], path: Path, generation: dict[str, A
     template = metadata.get("tokenizer.chat_template")
     if template:
         found["chat_template.jinja"] = template.encode()
-    licence = metadata.get("general.license")
-    if licence:
+    license = metadata.get("general.license")
+    if license:
         title = metadata.get("general.name", path.stem)
-        found["README.md"] = f"---\nlicense: {licence}\n---\n# {title}\n".encode()
+        found["README.md"] = f"---\nlicense: {license}\n---\n# {title}\n".encode()
     return found

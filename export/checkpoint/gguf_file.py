@@ -1,4 +1,4 @@
-"""Reading a GGUF file: metadata and tensor table now, each tensor dequantised by rows when they are asked for.
+"""Reading a GGUF file: metadata and tensor table now, each tensor dequantized by rows when they are asked for.
 
 The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is walked once: a vocabulary
 is an array of tens of thousands of strings, and each of them costs time.
@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -51,7 +51,7 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises:
         ExportError: If it is no GGUF file, cut short, of an unknown version, or has tensors of a type that the gguf
-            library cannot dequantise.
+            library cannot dequantize.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -88,7 +88,7 @@ def read_gguf(path: Path) -> GgufFile:
 def dequantized(
     name: str, shape: tuple[int, ...], quantization: gguf.GGMLQuantizationType, data: np.ndarray
 ) -> LazyWeight:
-    """A weight over the bytes of a tensor; blocks run along the last axis and only those asked for are dequantised.
+    """A weight over the bytes of a tensor; blocks run along the last axis and only those asked for are dequantized.
 
     Args:
         name: The tensor's name.
@@ -184,7 +184,7 @@ class _Cursor:
         except (ValueError, KeyError, NotImplementedError):
             raise ExportError(
                 f"{self._path}: tensor {name} is stored in the type {_type_name(kind)}, which the gguf library cannot "
-                "dequantise; export a file of another type"
+                "dequantize; export a file of another type"
             ) from None
         if shape and shape[-1] % block:
             raise ExportError(

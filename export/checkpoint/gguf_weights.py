@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from satchel.export.checkpoint.gguf_architectures import Architecture
 from satchel.export.checkpoint.gguf_file import GgufFile
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight, concatenated, mapped
+from satchel.graphs.ir.weights import LazyWeight, concatenated, mapped
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _GATE_UP = ".mlp.experts.gate_up_proj"

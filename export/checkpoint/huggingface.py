@@ -87,7 +87,7 @@ def _config_table(folder: Path) -> dict[str, Any]:
         method = (
             quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         )
-        raise ExportError(f"{path}: the weights are quantised by {method}; export from the original float checkpoint")
+        raise ExportError(f"{path}: the weights are quantized by {method}; export from the original float checkpoint")
     if model_type not in CONFIG_MAPPING:
         wants_code = (
             "needs code from the checkpoint, which satchel does not run" if table.get("auto_map") else "is unknown"

@@ -38,7 +38,7 @@ from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokeniz
 from satchel.export.checkpoint.torch_file import from_tensor
 from satchel.export.errors import ExportError
 from satchel.export.python_file import run_file
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight
 
 _ARGUMENTS = ("input_ids", "position_ids", "attention")
 

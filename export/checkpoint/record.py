@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from satchel.export.checkpoint.tokenizer import TokenizerFiles
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Checkpoint:
         stored_bytes: Bytes of the tensors in the source.
         tokenizer: The tokenizer to put in the bundle; None where the source has none.
         companions: Content of further files for the bundle, by the name they have there: chat template, generation
-            config, licence, model card.
+            config, license, model card.
         sources: The files that it is read from; none for a module that was handed over.
     """
 

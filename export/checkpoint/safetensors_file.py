@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight, cast, from_array
+from satchel.graphs.ir.weights import LazyWeight, cast, from_array
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,

@@ -9,7 +9,7 @@ from pathlib import Path
 from satchel.export.checkpoint.safetensors_file import read_safetensors
 from satchel.export.checkpoint.torch_file import read_torch
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight
 
 _Reader = Callable[[Path], dict[str, LazyWeight]]
 

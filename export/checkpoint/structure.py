@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from satchel.export.checkpoint.families import check_family
 from satchel.export.errors import ExportError
-from satchel.export.families import check_family
 
 _MESSAGE_LENGTH = 300
 
@@ -115,10 +115,10 @@ def _compute_buffers(module: PreTrainedModel, source: str) -> None:
 def _filled(
     owner: PreTrainedModel, submodule: torch.nn.Module, buffers: dict[str, torch.Tensor], value: int
 ) -> dict[str, torch.Tensor]:
-    """The buffers after transformers has initialised the submodule, with `value` in them before."""
+    """The buffers after transformers has initialized the submodule, with `value` in them before."""
     real = {name: torch.full_like(buffer, value, device="cpu") for name, buffer in buffers.items()}
     submodule._buffers.update(real)
-    initialise: Any = owner._init_weights  # untyped in transformers
+    initialize: Any = owner._init_weights  # untyped in transformers
     if real:
-        initialise(submodule)
+        initialize(submodule)
     return {name: submodule.get_buffer(name) for name in real}

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight
 
 
 def tie(module: PreTrainedModel, weights: dict[str, LazyWeight]) -> None:

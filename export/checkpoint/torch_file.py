@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight, from_array
+from satchel.graphs.ir.weights import LazyWeight, from_array
 
 _ZIP_MAGIC = b"PK\x03\x04"
 

@@ -1,1 +1,1 @@
-"""Turns a float graph into quantised weights: calibration, rounding, and the search for sensitive layers."""
+"""Turns a float graph into quantized weights: calibration, rounding, and the search for sensitive layers."""

@@ -17,11 +17,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.graphs import signature
-from satchel.graphs.segments import Segment, build, split
-from satchel.graphs.values import dims
-from satchel.graphs.weights import LazyWeight
-from satchel.runtime.processor import machine_cores
-from satchel.runtime.session import default_threads
+from satchel.graphs.analysis.segments import Segment, build, split
+from satchel.graphs.ir.values import dims
+from satchel.graphs.ir.weights import LazyWeight
+from satchel.runtime.ort.session import default_threads
+from satchel.runtime.util.cpu import machine_cores
 
 Inputs = Callable[[], Iterator[NDArray[np.float32]]]
 """The input of a product, one batch of windows after the other, [tokens, width]; may be read more than once."""
@@ -111,7 +111,7 @@ class Flow:
         """The logits of one batch of windows, [batch, length, vocabulary] float32, after `run`."""
         if self._head is None:
             return np.asarray(self._load(self._values[signature.LOGITS][index]), np.float32)
-        weights = {name: self._materialised(name, lazy) for name, lazy in self._head.weights.items()}
+        weights = {name: self._materialized(name, lazy) for name, lazy in self._head.weights.items()}
         (logits,) = self._session(self._head, index).run([signature.LOGITS], self._feeds(self._head, index) | weights)
         return np.asarray(logits, np.float32)
 
@@ -131,9 +131,9 @@ class Flow:
         kept = {key: lazy for key, lazy in segment.weights.items() if key not in replaced}
         if head.op_type == "Gather":  # only the rows that are looked up
             return {}
-        return {**replaced, **{key: self._materialised(key, lazy) for key, lazy in kept.items()}}
+        return {**replaced, **{key: self._materialized(key, lazy) for key, lazy in kept.items()}}
 
-    def _materialised(self, name: str, lazy: LazyWeight) -> NDArray[Any]:
+    def _materialized(self, name: str, lazy: LazyWeight) -> NDArray[Any]:
         if lazy.nbytes <= MAPPED_BYTES:
             return np.ascontiguousarray(lazy.numpy())
         path = self.folder / f"weight-{_file_name(name)}"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from satchel.graphs.rounding import Grid
+from satchel.graphs.quant.rounding import Grid
 
 DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.export.errors import ExportError
-from satchel.graphs.quantized import KVScales
+from satchel.graphs.quant.quantized import KVScales
 
 LARGEST_CODE = 127
 SMALLEST_SHARE = 1e-3
@@ -26,7 +26,7 @@ def kv_scales(
         key_maxima: Largest magnitudes of the keys as they are cached, [kv_heads, head_dim].
         value_maxima: Those of the values, [kv_heads, head_dim].
         rotary_dim: How many channels of a key rotate, from the first; 0 for none.
-        interleaved: Whether neighbours are a pair; otherwise channels d and d + rotary_dim / 2 are.
+        interleaved: Whether neighbors are a pair; otherwise channels d and d + rotary_dim / 2 are.
 
     Raises:
         ExportError: A maximum is not a finite number.

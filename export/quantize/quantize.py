@@ -1,4 +1,4 @@
-"""The story of quantising: transform, calibrate, round."""
+"""The story of quantizing: transform, calibrate, round."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from numpy.typing import NDArray
 
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.publish import fresh
 from satchel.export.quantize.flow import Flow, Inputs
 from satchel.export.quantize.gptq import round_with_feedback
 from satchel.export.quantize.kv_scales import kv_scales
-from satchel.graphs import pipeline, signature
-from satchel.graphs.assign import layer_name, rule_of
-from satchel.graphs.channels import gated_input
-from satchel.graphs.contract import Refused
-from satchel.graphs.pipeline import Done
-from satchel.graphs.quantized import KVScales, Quantised, QuantizedWeight
-from satchel.graphs.recipe import Recipe, RecipeError, Rule
-from satchel.graphs.rounding import Grid, fit_grid
-from satchel.graphs.segments import split
-from satchel.graphs.targets import ROTATE, even_out
-from satchel.graphs.values import MICROSOFT, last_dim, nodes, weight
-from satchel.graphs.weights import LazyWeight
+from satchel.export.writing.publish import fresh
+from satchel.graphs import signature
+from satchel.graphs.analysis.channels import gated_input
+from satchel.graphs.analysis.segments import split
+from satchel.graphs.ir import pipeline
+from satchel.graphs.ir.contract import Refused
+from satchel.graphs.ir.pipeline import Done
+from satchel.graphs.ir.values import MICROSOFT, last_dim, nodes, weight
+from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.quant.assign import layer_name, rule_of
+from satchel.graphs.quant.quantized import KVScales, Quantized, QuantizedWeight
+from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
+from satchel.graphs.quant.rounding import Grid, fit_grid
+from satchel.graphs.targets.targets import ROTATE, even_out
 
 Progress = Callable[[int], Any]
 
@@ -43,14 +44,14 @@ BATCH = 4
 """Windows that run through the model together."""
 
 
-def quantise(
+def quantize(
     model: ir.Model,
     recipe: Recipe,
     windows: NDArray[np.int64] | None,
     folder: Path,
     config: ExportConfig,
     progress: Progress,
-) -> tuple[Quantised, list[Done]]:
+) -> tuple[Quantized, list[Done]]:
     """Transform, calibrate and round the weights of a graph by a recipe.
 
     Args:
@@ -82,7 +83,7 @@ def quantise(
     chosen = rules(model)
     weights = _round(model, chosen, windows, folder, progress)
     scales = {layer: _cache_scales(model, layer, maxima) for layer in range(len(maxima) // 2)}
-    return Quantised(model, weights, chosen, scales, recipe.name), done
+    return Quantized(model, weights, chosen, scales, recipe.name), done
 
 
 def transform(model: ir.Model, recipe: Recipe) -> tuple[ir.Model, list[Done]]:
@@ -93,8 +94,8 @@ def transform(model: ir.Model, recipe: Recipe) -> tuple[ir.Model, list[Done]]:
 
 
 def rules(model: ir.Model) -> dict[str, Rule]:
-    """The rule for each quantisable weight that one matched, by the weight's name, in the graph's order."""
-    marked = {lazy.name: rule_of(lazy) for _, lazy in quantisable(model) if not lazy.computed}
+    """The rule for each quantizable weight that one matched, by the weight's name, in the graph's order."""
+    marked = {lazy.name: rule_of(lazy) for _, lazy in quantizable(model) if not lazy.computed}
     found = {name: rule for name, rule in marked.items() if rule is not None}
     for node in nodes(model, "MoE", MICROSOFT):
         stacks = [lazy for lazy in map(weight, node.inputs) if lazy is not None and lazy.name in found]
@@ -118,7 +119,7 @@ def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
     Raises:
         ExportError: One cannot.
     """
-    for _, lazy in quantisable(model):
+    for _, lazy in quantizable(model):
         rule = chosen.get(lazy.name)
         if rule is None:
             continue
@@ -128,8 +129,8 @@ def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
             raise ExportError(f"recipe: {layer_name(lazy)}: {error}") from None
 
 
-def quantisable(model: ir.Model) -> Iterator[tuple[ir.Node, LazyWeight]]:
-    """Nodes that read a weight which can be quantised, with the weight."""
+def quantizable(model: ir.Model) -> Iterator[tuple[ir.Node, LazyWeight]]:
+    """Nodes that read a weight which can be quantized, with the weight."""
     places = {"MatMul": (1,), "Gather": (0,), "MoE": (2, 4)}
     for node in model.graph:
         for index in places.get(node.op_type, ()):
@@ -144,7 +145,7 @@ def by_outputs(node: ir.Node) -> bool:
 
 
 def _inputs(lazy: LazyWeight, model: ir.Model) -> int:
-    node = next(node for node, other in quantisable(model) if other.name == lazy.name)
+    node = next(node for node, other in quantizable(model) if other.name == lazy.name)
     return lazy.dims[-1] if by_outputs(node) else lazy.dims[0]
 
 
@@ -204,11 +205,11 @@ def _round(
                 replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
         return replaced
 
-    products = {n.name for n, lazy in quantisable(model) if n.op_type == "MatMul" and lazy.name in chosen}
+    products = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
     if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
         flow = Flow(model, _batched(windows), fresh(folder, "round"), batch=BATCH)
         flow.run(lambda node, inputs: visit(node, inputs) if node.name in products else {}, progress=progress)
-    for node, lazy in quantisable(model):
+    for node, lazy in quantizable(model):
         if lazy.name in chosen and lazy.name not in results:
             results[lazy.name] = round_weight(lazy, chosen[lazy.name], codes, by_outputs=by_outputs(node))
     return results
@@ -310,7 +311,7 @@ def _cache_scales(model: ir.Model, layer: int, maxima: Mapping[str, NDArray[np.f
 
 
 def _rotation(attention: ir.Node) -> tuple[int, bool] | None:
-    """How many channels of a key are turned, and whether neighbours are pairs; None where that is not known."""
+    """How many channels of a key are turned, and whether neighbors are pairs; None where that is not known."""
     if attention.attributes.get_int("do_rotary", 0):
         width = last_dim(attention.inputs[7])
         return None if width is None else (2 * width, bool(attention.attributes.get_int("rotary_interleaved", 0)))
@@ -333,7 +334,7 @@ def _batched(windows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def pieces(model: ir.Model, recipe: Recipe, config: ExportConfig) -> int:
-    """How often `progress` is told of work by `quantise`."""
+    """How often `progress` is told of work by `quantize`."""
     segments = len(split(model, [])) - 1
     flows = int(config.int8_cache or "smooth" in recipe.transforms)
     return segments * (flows + int(any(rule.rounding == "gptq" for rule in recipe.rules if rule.bits)))

@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from satchel.export.publish import fresh
 from satchel.export.quantize.flow import Flow, Visit
-from satchel.export.quantize.quantize import by_outputs, quantisable, round_weight, rules, values
-from satchel.graphs.assign import layers_of
-from satchel.graphs.recipe import Recipe, Rule
-from satchel.runtime.proof.fidelity import log_softmax
+from satchel.export.quantize.quantize import by_outputs, quantizable, round_weight, rules, values
+from satchel.export.writing.publish import fresh
+from satchel.graphs.quant.assign import layers_of
+from satchel.graphs.quant.recipe import Recipe, Rule
+from satchel.runtime.evaluation.fidelity import log_softmax
 
 RAISED_BITS = 8
 """What a sensitive layer is raised to."""
@@ -59,7 +59,7 @@ def measure(
     chosen = rules(model)
     places = {name: index for index, name in enumerate(flow.pieces())}
     found = []
-    for node, lazy in quantisable(model):
+    for node, lazy in quantizable(model):
         rule = chosen.get(lazy.name)
         if rule is None or rule.bits == RAISED_BITS or by_outputs(node) or node.name not in places:
             continue
@@ -77,7 +77,7 @@ def measure(
 
 def count(model: ir.Model) -> int:
     """How many products `measure` tries at most."""
-    return sum(not by_outputs(node) for node, _ in quantisable(model))
+    return sum(not by_outputs(node) for node, _ in quantizable(model))
 
 
 def raise_most_sensitive(

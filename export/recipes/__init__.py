@@ -10,7 +10,7 @@ import torch
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.graphs.recipe import Recipe, RecipeError, parse_recipe
+from satchel.graphs.quant.recipe import Recipe, RecipeError, parse_recipe
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -31,7 +31,7 @@ def recipe_of(config: ExportConfig) -> Recipe | None:
     Raises:
         ExportError: The recipe cannot be read.
     """
-    if config.quantised:
+    if config.quantized:
         own = TARGET_RECIPES.get((config.target, config.precision), config.precision)
         return load_recipe(own if config.recipe is None else config.recipe)
     return Recipe(config.precision, ()) if config.kv_cache == "int8" else None
@@ -39,7 +39,7 @@ def recipe_of(config: ExportConfig) -> Recipe | None:
 
 def recipe_file(config: ExportConfig) -> Path | None:
     """The file of an export's recipe; None where weights stay in float."""
-    return _path(config.precision if config.recipe is None else config.recipe) if config.quantised else None
+    return _path(config.precision if config.recipe is None else config.recipe) if config.quantized else None
 
 
 def load_recipe(name: str | Path) -> Recipe:

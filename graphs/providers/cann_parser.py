@@ -10,7 +10,7 @@ from satchel.graphs.providers.facts import CannFacts, cann_facts, covers
 from satchel.graphs.providers.findings import WARNING, Finding, GraphView, at, is_constant, operand
 
 STANDARD = ("", "ai.onnx")
-QUANTISED = (
+QUANTIZED = (
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul",
     "QLinearConv",
 )  # fmt: skip
@@ -54,10 +54,10 @@ def parser_entry(view: GraphView) -> Iterator[Finding]:
             yield at(node, message, severity=WARNING)
 
 
-def no_quantised(view: GraphView) -> Iterator[Finding]:
-    """No quantised operator is left when constants are folded."""
+def no_quantized(view: GraphView) -> Iterator[Finding]:
+    """No quantized operator is left when constants are folded."""
     for node in view.nodes:
-        if node.domain in STANDARD and node.op_type in QUANTISED:
+        if node.domain in STANDARD and node.op_type in QUANTIZED:
             what = "weights" if is_constant(operand(node, 0)) else "activations"
             yield at(node, f"it works on {what}, and the parser knows it at no opset")
 
@@ -126,7 +126,7 @@ def ir_version(view: GraphView) -> Iterator[Finding]:
 def _others(view: GraphView) -> Iterator[ir.Node]:
     """The nodes that no rule of their own speaks of."""
     for node in view.nodes:
-        if node.domain in STANDARD and node.op_type not in QUANTISED + LOOPS:
+        if node.domain in STANDARD and node.op_type not in QUANTIZED + LOOPS:
             yield node
 
 

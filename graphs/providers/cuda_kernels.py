@@ -22,7 +22,7 @@ def types_have_kernel(view: GraphView) -> Iterator[Finding]:
             yield at(node, view.fits[node].detail)
 
 
-def quantised_types_have_kernel(view: GraphView) -> Iterator[Finding]:
+def quantized_types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """QuantizeLinear and DequantizeLinear are of types that have kernels: a bias in int32 is not."""
     for node in view.nodes:
         if node.op_type in QDQ and view.fits[node].match is Match.NO_TYPE:

@@ -1,4 +1,4 @@
-"""Rules of the CUDA provider on what runs there and could run better: CUDA graphs, quantised products, the cache."""
+"""Rules of the CUDA provider on what runs there and could run better: CUDA graphs, quantized products, the cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decode_has_no_control_flow(view: GraphView) -> Iterator[Finding]:
 
 
 def activations_in_float(view: GraphView) -> Iterator[Finding]:
-    """Activations are not quantised: no product is computed in int8 for it."""
+    """Activations are not quantized: no product is computed in int8 for it."""
     for node in of_type(view, "QuantizeLinear"):
         if is_constant(operand(node, 0)):
             continue
@@ -76,15 +76,15 @@ def _sizes_of_caches(view: GraphView) -> set[str]:
     return {str(size.value) for shape in caches if shape in outputs for size in shape if not isinstance(size, int)}
 
 
-def _not_fused(dequantise: ir.Node, old: bool) -> str | None:
+def _not_fused(dequantize: ir.Node, old: bool) -> str | None:
     """Why a weight's DequantizeLinear is no part of a MatMulNBits, or None.
 
     Args:
-        dequantise: The node.
+        dequantize: The node.
         old: Whether it is ONNX Runtime 1.24, which fuses 4 bits in blocks alone.
     """
-    codes, scales, zeros = (operand(dequantise, index) for index in range(3))
-    uses = dequantise.outputs[0].uses()
+    codes, scales, zeros = (operand(dequantize, index) for index in range(3))
+    uses = dequantize.outputs[0].uses()
     if len(uses) != 1:
         return f"{len(uses)} nodes read it, and one may"
     reader = next(iter(uses))
@@ -96,16 +96,16 @@ def _not_fused(dequantise: ir.Node, old: bool) -> str | None:
         return "its numbers or scales are shared with another node"
     maker = None if reader.node.inputs[0] is None else reader.node.inputs[0].producer()
     if maker is not None and maker.op_type == "DequantizeLinear":
-        return "the activations are quantised, too"
-    return _not_a_form(dequantise, codes, scales, old)
+        return "the activations are quantized, too"
+    return _not_a_form(dequantize, codes, scales, old)
 
 
-def _not_a_form(dequantise: ir.Node, codes: ir.Value, scales: ir.Value, old: bool) -> str | None:
+def _not_a_form(dequantize: ir.Node, codes: ir.Value, scales: ir.Value, old: bool) -> str | None:
     ranks = [None if value.shape is None else len(value.shape) for value in (codes, scales)]
     if ranks[0] != 2:
         return "the weight is no matrix"
-    block = number(dequantise, "block_size", 0)
-    axis = number(dequantise, "axis", 1)
+    block = number(dequantize, "block_size", 0)
+    axis = number(dequantize, "axis", 1)
     if block:
         if axis % 2 != 0 or block < 16 or block & (block - 1):
             return f"blocks of {block} on axis {axis}: blocks of 16, 32, 64, ... on axis 0 are fused"

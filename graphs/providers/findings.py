@@ -66,7 +66,7 @@ class GraphView:
 
     @cached_property
     def values(self) -> tuple[ir.Value, ...]:
-        """The graph's inputs, its initialisers, and what its nodes make."""
+        """The graph's inputs, its initializers, and what its nodes make."""
         graph = self.model.graph
         made = [value for node in self.nodes for value in node.outputs]
         return (*graph.inputs, *graph.initializers.values(), *made)
@@ -115,7 +115,7 @@ def of_type(view: GraphView, *op_types: str) -> Iterator[ir.Node]:
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is there before the graph runs: an initialiser, or what a Constant node makes."""
+    """Whether a value is there before the graph runs: an initializer, or what a Constant node makes."""
     if value is None:
         return False
     maker = value.producer()

@@ -28,9 +28,9 @@ CANN = (
         FOR_CANN + ", or express it by operators that have one", cann_parser.parser_entry,
     ),
     Rule(
-        "C04", ERROR, "a quantised operator is left",
+        "C04", ERROR, "a quantized operator is left",
         "the parser has no entry for any of them; weights alone disappear when session.disable_quant_qdq is 1",
-        FOR_CANN + ": weights become float16", cann_parser.no_quantised,
+        FOR_CANN + ": weights become float16", cann_parser.no_quantized,
     ),
     Rule(
         "C05", ERROR, "an input has no fixed shape",
@@ -130,8 +130,8 @@ CUDA = (
     ),
     Rule(
         "U04", ERROR, "QuantizeLinear or DequantizeLinear of a type without a kernel",
-        "there is none for int32 and int16, such as a quantised bias, and up to opset 18 none for float16",
-        "keep biases in float", cuda_kernels.quantised_types_have_kernel,
+        "there is none for int32 and int16, such as a quantized bias, and up to opset 18 none for float16",
+        "keep biases in float", cuda_kernels.quantized_types_have_kernel,
     ),
     Rule(
         "U05", ERROR, "Where, CumSum or Range of a type without a kernel",
@@ -172,7 +172,7 @@ CUDA = (
         "a CUDA graph cannot hold it", "unroll it", cuda_speed.decode_has_no_control_flow,
     ),
     Rule(
-        "U13", WARNING, "activations are quantised",
+        "U13", WARNING, "activations are quantized",
         "the provider has no product in int8 for these patterns: it rounds, and multiplies in float",
         "choose a precision with float activations, such as a16w8", cuda_speed.activations_in_float,
     ),

@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from satchel.runtime.engine import Engine
 from satchel.runtime.errors import SatchelError
-from satchel.runtime.generation.continuation import Continuation
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.rows import Rows
+from satchel.runtime.execution.state import State
 from satchel.runtime.generation.prefill import prefill
-from satchel.runtime.generation.prefix_store import Prefix, PrefixStore
-from satchel.runtime.rows import Rows
-from satchel.runtime.stepping.state import State
+from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache
+from satchel.runtime.generation.sequence import ActiveSequence
 
 
 def run_batch(
-    engine: Engine, rows: Rows, continuations: Iterable[Continuation], store: PrefixStore
-) -> Iterator[Continuation]:
+    engine: Engine, rows: Rows, continuations: Iterable[ActiveSequence], store: PrefixCache
+) -> Iterator[ActiveSequence]:
     """Run continuations to their ends, up to `len(rows.states)` at a time, and give each when it has ended.
 
     A prompt is taken from the iterable when a row is free for it. An error that the user can mend ends one
     continuation, whose `error` then says so, and no other. Raises BundleError where a step of several rows fails.
     """
     waiting = iter(continuations)
-    active: list[Continuation] = []
+    active: list[ActiveSequence] = []
     while True:
         while not rows.full and (following := next(waiting, None)) is not None:
             _start(engine, rows, following, active, store)
@@ -36,8 +36,8 @@ def run_batch(
 
 
 def run_samples(
-    engine: Engine, rows: Rows, continuations: Sequence[Continuation], store: PrefixStore
-) -> Iterator[Continuation]:
+    engine: Engine, rows: Rows, continuations: Sequence[ActiveSequence], store: PrefixCache
+) -> Iterator[ActiveSequence]:
     """Run continuations of one and the same prompt, which is prefilled once, to their ends. There is a row for each.
 
     Raises what the first token's choice raises.
@@ -62,7 +62,7 @@ def run_samples(
 
 
 def _start(
-    engine: Engine, rows: Rows, continuation: Continuation, active: Sequence[Continuation], store: PrefixStore
+    engine: Engine, rows: Rows, continuation: ActiveSequence, active: Sequence[ActiveSequence], store: PrefixCache
 ) -> None:
     in_use = zip(active, rows.states, strict=False)
     live = [Prefix(beside.fed[: state.cache.length], state.cache) for beside, state in in_use]
@@ -75,7 +75,7 @@ def _start(
         continuation.fail(error)
 
 
-def _step(rows: Rows, active: Sequence[Continuation]) -> None:
+def _step(rows: Rows, active: Sequence[ActiveSequence]) -> None:
     """Decode a token for every row; all of them have one to feed."""
     start = time.perf_counter()
     states = rows.step([continuation.token_ids[-1] for continuation in active])
@@ -87,14 +87,14 @@ def _step(rows: Rows, active: Sequence[Continuation]) -> None:
         continuation.timing.decode_steps += 1
 
 
-def _take(continuation: Continuation, state: State) -> None:
+def _take(continuation: ActiveSequence, state: State) -> None:
     try:
         continuation.take_from(state)
     except SatchelError as error:
         continuation.fail(error)
 
 
-def _drop_ended(rows: Rows, active: list[Continuation], store: PrefixStore) -> Iterator[Continuation]:
+def _drop_ended(rows: Rows, active: list[ActiveSequence], store: PrefixCache) -> Iterator[ActiveSequence]:
     """Let the rows of continuations that have ended go, and give those; `active` has the order of the rows."""
     for row in reversed(range(len(active))):
         continuation = active[row]

@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from satchel.runtime.generation.beam_search import Adjust, BeamSearch, Ids
+from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.text_stream import TextStream
-from satchel.runtime.sampling.filters import adjusted, adjusts
-from satchel.runtime.sampling.options import SamplingOptions
-from satchel.runtime.tokenizer import Tokenizer
+from satchel.runtime.generation.sampling.filters import adjusted, adjusts
+from satchel.runtime.generation.sampling.options import SamplingOptions
+from satchel.runtime.generation.tokenizer import Tokenizer
 
 
 def adjustment(
@@ -50,5 +50,5 @@ def beam_results(search: BeamSearch, tokenizer: Tokenizer | None) -> list[Genera
 
 
 def _text(tokenizer: Tokenizer, prompt: Ids, tokens: Sequence[int]) -> str:
-    stream = TextStream(tokenizer, prompt.tolist())
+    stream = IncrementalDetokenizer(tokenizer, prompt.tolist())
     return "".join([*(stream.add(token) for token in tokens), stream.finish()])

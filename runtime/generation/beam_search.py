@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.engine import Engine
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.rows import Rows
+from satchel.runtime.execution.state import Logits
 from satchel.runtime.generation.beam_settings import BeamSettings
-from satchel.runtime.generation.continuation import Timing
 from satchel.runtime.generation.prefill import Progress, feed
-from satchel.runtime.generation.prefix_store import PrefixStore, common_length
-from satchel.runtime.rows import Rows
-from satchel.runtime.sampling.sampler import check_finite
-from satchel.runtime.stepping.state import Logits
+from satchel.runtime.generation.prefix_cache import PrefixCache, common_length
+from satchel.runtime.generation.sampling.sampler import check_finite
+from satchel.runtime.generation.sequence import Timing
 
 BLOCK = 64  # scores that the search for the highest ones sums up by their maximum
 
@@ -62,7 +62,7 @@ class BeamSearch:
         engine: Engine,
         prompt: Ids,
         settings: BeamSettings,
-        store: PrefixStore,
+        store: PrefixCache,
         adjust: Adjust | None = None,
         progress: Progress = lambda count: None,
     ) -> None:

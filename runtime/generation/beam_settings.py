@@ -9,8 +9,8 @@ from typing import Literal
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.sampling.options import DRAW_ONLY
-from satchel.runtime.sampling.table import BY_FIELD
+from satchel.runtime.generation.sampling.options import DRAW_ONLY
+from satchel.runtime.generation.sampling.table import BY_FIELD
 
 MOST_BEAMS = 256
 HIGHEST_LENGTH_PENALTY = 10.0  # no length to this power overflows
@@ -26,9 +26,9 @@ class BeamSettings:
         beams: How many texts go on at each step, and the most that are found.
         max_new_tokens: The most tokens of a text, its end token included; 0 runs nothing.
         end_tokens: Token ids, each of which ends a text.
-        length_penalty: The power of its length that a text's log-probability is divided by: above 0 favours long texts.
+        length_penalty: The power of its length that a text's log-probability is divided by: above 0 favors long texts.
         early_stopping: True ends the search with the first `beams` texts that have ended. False goes on while the best
-            open text would, as it is, beat one of them; "never" asks so of the length that favours it most.
+            open text would, as it is, beat one of them; "never" asks so of the length that favors it most.
         time_limit: The most seconds, from the start of prefill; None for no limit.
     """
 

@@ -12,30 +12,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle import DEFAULT_CUSTOM, open_bundle
-from satchel.runtime.custom import Custom
-from satchel.runtime.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
-from satchel.runtime.devices.providers import ProviderChoice
-from satchel.runtime.engine import Engine, TokenIds
+from satchel.runtime.bundle.reader import DEFAULT_CUSTOM, open_bundle
 from satchel.runtime.errors import PromptError, SatchelError
+from satchel.runtime.execution.engine import Engine, TokenIds
+from satchel.runtime.execution.rows import Rows
 from satchel.runtime.generation.batch import run_batch, run_samples
 from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
-from satchel.runtime.generation.continuation import Callback, Choose, Continuation
+from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
-from satchel.runtime.generation.prefix_store import Prefix, PrefixStore
+from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.state_file import SavedState, check_room, read_state, write_state
-from satchel.runtime.generation.stream import PieceStream
-from satchel.runtime.generation.text_stream import TextStream
-from satchel.runtime.progress import waiting
-from satchel.runtime.rows import Rows
-from satchel.runtime.sampling.logprobs import TokenLogprob, prompt_log_probabilities
-from satchel.runtime.sampling.sampler import Sampler
-from satchel.runtime.templates.chat_template import ChatTemplate
-from satchel.runtime.tokenizer import Tokenizer
+from satchel.runtime.generation.sampling.logprobs import TokenLogprob, prompt_log_probabilities
+from satchel.runtime.generation.sampling.sampler import Sampler
+from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
+from satchel.runtime.generation.session_file import SavedState, check_room, read_state, write_state
+from satchel.runtime.generation.stream import TokenStream
+from satchel.runtime.generation.templates.chat_template import ChatTemplate
+from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.ort.custom_ops import Custom
+from satchel.runtime.ort.providers import ProviderChoice
+from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
+from satchel.runtime.util.progress import waiting
 
 MIB = 1 << 20
 
@@ -57,7 +57,7 @@ class Generator:
     temperature=0.8, stop="\\n")`. Without any, the most likely token is taken each time.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, max_context: int, store: PrefixStore) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, max_context: int, store: PrefixCache) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_context = max_context
@@ -98,7 +98,7 @@ class Generator:
         with waiting("opening the bundle", shown=progress):
             engine = Engine.open(bundle, provider, threads, verbose=verbose)
             tokenizer = Tokenizer.open(bundle) if bundle.manifest.tokenizer else None
-        store = PrefixStore(bundle.manifest.kv_cache, prefix_mib * MIB)
+        store = PrefixCache(bundle.manifest.kv_cache, prefix_mib * MIB)
         return cls(engine, tokenizer, max_context or limit, store)
 
     def generate(
@@ -125,7 +125,7 @@ class Generator:
         callback: Callback | None = None,
         progress: Progress = lambda count: None,
         **options: Any,
-    ) -> PieceStream:
+    ) -> TokenStream:
         """Continue a prompt (text or token ids) piece by piece. The pieces joined are the text of `generate`.
 
         Args:
@@ -141,7 +141,7 @@ class Generator:
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         continuation = self.continuation(Request(prompt, GenerationOptions(**options)), choose, callback)
-        return PieceStream(self.engine, continuation, self.store, progress)
+        return TokenStream(self.engine, continuation, self.store, progress)
 
     def samples(self, prompt: Prompt, count: int, **options: Any) -> list[Generation]:
         """Continue one prompt `count` times over, from one prefill. Options are as for `stream`.
@@ -185,7 +185,7 @@ class Generator:
         A request that is wrong gives its error; the others run. `together` is as for `Rows`. Raises PromptError for
         wrong `rows`, and where rows cannot run together.
         """
-        continuations: list[Continuation] = []
+        continuations: list[ActiveSequence] = []
         indices: dict[int, int] = {}
         for index, request in enumerate(requests):
             try:
@@ -300,7 +300,7 @@ class Generator:
 
     def continuation(
         self, request: Request, choose: Choose | Sampler | None = None, callback: Callback | None = None
-    ) -> Continuation:
+    ) -> ActiveSequence:
         """A request checked and ready to run. Raises PromptError."""
         ids, options = self.encode(request.prompt), request.options
         options.check_all(self.engine.vocabulary)
@@ -308,9 +308,9 @@ class Generator:
             self.need_tokenizer()
         self._check_length(ids)
         limit = min(options.max_new_tokens, self.max_context - len(ids) + 1)
-        text = TextStream(self.tokenizer, ids.tolist()) if self.tokenizer else None
+        text = IncrementalDetokenizer(self.tokenizer, ids.tolist()) if self.tokenizer else None
         chosen = self._sampler(options, ids) if choose is None else choose
-        return Continuation(ids, options, limit, chosen, self._end_tokens(options), text, callback)
+        return ActiveSequence(ids, options, limit, chosen, self._end_tokens(options), text, callback)
 
     def _sampler(self, options: GenerationOptions, ids: NDArray[np.int64]) -> Sampler:
         return Sampler(options, self._end_tokens(options), self.engine.vocabulary, ids)

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from satchel.runtime.defaults import MAX_NEW_TOKENS
 from satchel.runtime.errors import PromptError
-from satchel.runtime.sampling import options as sampling
+from satchel.runtime.generation.sampling import options as sampling
+from satchel.runtime.util.defaults import MAX_NEW_TOKENS
 
 MOST_LOGPROBS = 100
 KEYS = ("max_new_tokens", "stop", "time_limit", "logprobs")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.engine import Engine
-from satchel.runtime.generation.continuation import Continuation
-from satchel.runtime.generation.prefix_store import Prefix, PrefixStore, common_length
-from satchel.runtime.stepping.state import State
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.state import State
+from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
+from satchel.runtime.generation.sequence import ActiveSequence
 
 TAIL = 2  # tokens of a prompt that always run
 PAIRED_BITS = 4
@@ -23,8 +23,8 @@ Progress = Callable[[int], object]
 def prefill(
     engine: Engine,
     state: State,
-    continuation: Continuation,
-    store: PrefixStore,
+    continuation: ActiveSequence,
+    store: PrefixCache,
     live: Sequence[Prefix] = (),
     progress: Progress = lambda count: None,
 ) -> None:
@@ -49,7 +49,7 @@ def feed(
     engine: Engine,
     state: State,
     prompt: NDArray[np.int64],
-    store: PrefixStore,
+    store: PrefixCache,
     live: Sequence[Prefix] = (),
     progress: Progress = lambda count: None,
     is_over: Callable[[], bool] = lambda: False,

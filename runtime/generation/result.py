@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from satchel.runtime.generation.continuation import Continuation
-from satchel.runtime.sampling.logprobs import TokenLogprob
+from satchel.runtime.generation.sampling.logprobs import TokenLogprob
+from satchel.runtime.generation.sequence import ActiveSequence
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Generation:
     score: float | None = None
 
     @classmethod
-    def of(cls, continuation: Continuation, kv_bytes: int) -> Generation:
+    def of(cls, continuation: ActiveSequence, kv_bytes: int) -> Generation:
         """The sum of a continuation that has ended, or that nobody will go on with."""
         timing = continuation.timing
         return cls(

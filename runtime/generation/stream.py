@@ -6,22 +6,22 @@ import time
 from types import TracebackType
 from typing import Self
 
-from satchel.runtime.engine import Engine
-from satchel.runtime.generation.continuation import Continuation
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.state import State
 from satchel.runtime.generation.prefill import Progress, prefill
-from satchel.runtime.generation.prefix_store import PrefixStore
+from satchel.runtime.generation.prefix_cache import PrefixCache
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.stepping.state import State
+from satchel.runtime.generation.sequence import ActiveSequence
 
 
-class PieceStream:
+class TokenStream:
     """The generated text in pieces: an iterator of non-empty strings, and a context manager that frees the KV cache.
 
     Leaving it early is safe. It belongs to one thread at a time. Without a tokenizer there are no pieces.
     """
 
     def __init__(
-        self, engine: Engine, continuation: Continuation, store: PrefixStore, progress: Progress = lambda count: None
+        self, engine: Engine, continuation: ActiveSequence, store: PrefixCache, progress: Progress = lambda count: None
     ) -> None:
         """Allocate the KV cache; `progress` hears of prefill. Raises PromptError."""
         self._engine = engine

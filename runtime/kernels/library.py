@@ -10,7 +10,7 @@ import importlib.machinery
 import os
 from pathlib import Path
 
-from satchel.runtime.processor import processor_features
+from satchel.runtime.util.cpu import processor_features
 
 VERSION = 1
 """To be raised when the operators or the layout of their weights change: weights packed before are then made anew."""

@@ -3,7 +3,7 @@
 import * as ort from "onnxruntime-web/wasm";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openBundle } from "./satchel.js";
-import { openTokenizer, TextStream } from "./tokenizer.js";
+import { openTokenizer, IncrementalDetokenizer } from "./tokenizer.js";
 
 const [form, prompt, limit, go, stop, text, status] = ["form", "prompt", "limit", "go", "stop", "text", "status"].map(
   (id) => document.getElementById(id),
@@ -35,7 +35,7 @@ const readJson = async (name) => JSON.parse(new TextDecoder().decode(await read(
 
 /** Continue the prompt, and show the text as it comes. */
 async function generate({ bundle, tokenizer }, ids, most) {
-  const stream = new TextStream((part) => tokenizer.decode(part, { skip_special_tokens: true }));
+  const stream = new IncrementalDetokenizer((part) => tokenizer.decode(part, { skip_special_tokens: true }));
   const begin = performance.now();
   const tokens = [];
   let first = begin;

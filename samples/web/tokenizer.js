@@ -31,7 +31,7 @@ export function checkTokenizer(manifest, encode) {
 }
 
 /** Text of tokens as they come: `push` returns what is new, and holds back a character that is not whole yet. */
-export class TextStream {
+export class IncrementalDetokenizer {
   #ids = [];
   #shown = 0;
 

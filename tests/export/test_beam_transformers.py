@@ -15,7 +15,7 @@ from satchel.runtime.generation.beam_results import adjustment
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.generation.prefix_store import PrefixStore
+from satchel.runtime.generation.prefix_cache import PrefixCache
 
 NEW_TOKENS, PAD = 16, 0
 MANY = tuple(range(1, VOCABULARY, 4))
@@ -67,7 +67,7 @@ def compare(
     )  # fmt: skip
     engine = llama.engine
     adjust = adjustment(given, len(prompt), settings.end_tokens, engine.vocabulary)
-    found = BeamSearch(engine, prompt, settings, PrefixStore(engine.bundle.manifest.kv_cache, 0), adjust).run()
+    found = BeamSearch(engine, prompt, settings, PrefixCache(engine.bundle.manifest.kv_cache, 0), adjust).run()
     for hypothesis, tokens in zip(found, sequences, strict=True):
         stopped = tokens[-1] in settings.end_tokens
         assert hypothesis.finish_reason == ("stop" if stopped else "length")

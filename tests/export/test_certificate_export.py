@@ -12,12 +12,12 @@ from support.checkpoints import CONTEXT, VOCABULARY, save_tiny
 from support.export_command import export
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export import certify as certify_module
-from satchel.export.texts import CERTIFICATE, FLOAT_CERTIFICATE_WINDOWS
-from satchel.runtime import cli
-from satchel.runtime.certificate import Certificate
-from satchel.runtime.manifest import Manifest
-from satchel.runtime.proof.appraise import FLOAT_DECODE_WINDOWS, PROMPTS
+from satchel.export.quantize.texts import CERTIFICATE, FLOAT_CERTIFICATE_WINDOWS
+from satchel.export.writing import certify as certify_module
+from satchel.runtime.bundle.certificate import Certificate
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.cli import main as cli
+from satchel.runtime.evaluation.worker import FLOAT_DECODE_WINDOWS, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_text_that_ships_is_named(tiny_bundle: Path) -> None:
     assert text.tokens > FLOAT_CERTIFICATE_WINDOWS * CONTEXT
 
 
-def test_a_quantised_bundle_is_certified_with_what_it_lost(int8: Path) -> None:
+def test_a_quantized_bundle_is_certified_with_what_it_lost(int8: Path) -> None:
     found = certificate(int8)
     for phase in (found.prefill, found.decode):
         assert phase.kl_mean is not None

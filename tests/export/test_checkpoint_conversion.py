@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 
 from satchel.export.checkpoint import conversion
 from satchel.export.errors import ExportError
-from satchel.graphs.weights import LazyWeight, from_array
+from satchel.graphs.ir.weights import LazyWeight, from_array
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
 RNG = np.random.default_rng(5)

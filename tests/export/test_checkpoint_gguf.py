@@ -1,4 +1,4 @@
-"""Opening GGUF files: the model that was converted comes back, whatever the architecture and the quantisation."""
+"""Opening GGUF files: the model that was converted comes back, whatever the architecture and the quantization."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_weight_of_the_converted_model_comes_back(family: str, tmp_path: P
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3-wide", "gemma2"])
-def test_quantised_weights_equal_what_transformers_loads(family: str, tmp_path: Path) -> None:
+def test_quantized_weights_equal_what_transformers_loads(family: str, tmp_path: Path) -> None:
     types = {"token_embd.weight": Q.Q8_0, "output.weight": Q.F16}
     kinds = {"attn_q": Q.Q4_0, "attn_k": Q.Q8_0, "attn_v": Q.Q5_1, "ffn_up": Q.BF16, "ffn_down": Q.Q4_1}
     types |= {f"blk.{i}.{name}.weight": kind for i in range(2) for name, kind in kinds.items()}
@@ -68,7 +68,7 @@ def test_quantised_weights_equal_what_transformers_loads(family: str, tmp_path: 
         np.testing.assert_array_equal(weights[name].numpy(), tensor.numpy(), err_msg=name)
 
 
-def dequantisable() -> list[gguf.GGMLQuantizationType]:
+def dequantizable() -> list[gguf.GGMLQuantizationType]:
     """Every type whose blocks the gguf library can turn into numbers."""
     found = []
     for kind in Q:
@@ -80,7 +80,7 @@ def dequantisable() -> list[gguf.GGMLQuantizationType]:
     return found
 
 
-@pytest.mark.parametrize("kind", dequantisable(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", dequantizable(), ids=lambda kind: kind.name)
 def test_rows_and_columns_of_every_type_equal_the_whole_tensor(kind: gguf.GGMLQuantizationType) -> None:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     shape = (5, 3 * block)
@@ -100,7 +100,7 @@ def test_rows_and_columns_of_every_type_equal_the_whole_tensor(kind: gguf.GGMLQu
     np.testing.assert_array_equal(vector.rows(1, 3 * block - 1), whole[0, 1:-1])
 
 
-def test_experts_of_a_quantised_stack_are_read_alone(tmp_path: Path) -> None:
+def test_experts_of_a_quantized_stack_are_read_alone(tmp_path: Path) -> None:
     types = {f"blk.0.ffn_{part}_exps.weight": Q.Q8_0 for part in ("gate", "up")}
     weight = open_checkpoint(tiny_gguf(tmp_path, "qwen3_moe", types=types)).weights[
         "model.layers.0.mlp.experts.gate_up_proj"

@@ -11,7 +11,7 @@ import torch
 
 from satchel.export.checkpoint.safetensors_file import read_safetensors
 from satchel.export.checkpoint.torch_file import read_torch
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight
 
 ROLLUP = Path("/proc/self/smaps_rollup")
 ROWS, COLUMNS = 1 << 14, 1 << 14

@@ -140,11 +140,11 @@ def test_wrong_facts_are_refused_where_they_are_made(changes: dict[str, object],
         ModuleFacts(**{"vocab_size": 11, "max_context": 32, **changes})  # type: ignore[arg-type]
 
 
-def test_a_file_may_have_dataclasses_and_import_its_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "neighbour_of_model.py").write_text("WIDTH = 7\n")
+def test_a_file_may_have_dataclasses_and_import_its_neighbors(tmp_path: Path) -> None:
+    (tmp_path / "neighbor_of_model.py").write_text("WIDTH = 7\n")
     file = tmp_path / "model.py"
     file.write_text(
-        "from __future__ import annotations\nimport dataclasses, torch\nfrom neighbour_of_model import WIDTH\n"
+        "from __future__ import annotations\nimport dataclasses, torch\nfrom neighbor_of_model import WIDTH\n"
         "@dataclasses.dataclass\nclass Options:\n    width: int = WIDTH\n"
         "def build():\n    return torch.nn.Linear(Options().width, 1)\n"
     )

@@ -30,7 +30,7 @@ def refused(source: Path | str, *parts: str) -> None:
 
 
 CONFIG_CHANGES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, ("config.json", "awq", "original float")),
+    "quantized": ({"quantization_config": {"quant_method": "awq"}}, ("config.json", "awq", "original float")),
     "remote code": (
         {"model_type": "mystery", "auto_map": {"AutoConfig": "x.Y"}},
         ("config.json", "mystery", "needs code", "transformers holds itself"),

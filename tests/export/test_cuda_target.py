@@ -20,10 +20,10 @@ from satchel.graphs.providers.cuda_placement import copies, placements
 from satchel.graphs.providers.facts import VERSIONS, cuda_kernels
 from satchel.graphs.providers.findings import GraphView
 from satchel.graphs.providers.kernels import Match
-from satchel.graphs.targets import CUDA_OPSET
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import Engine
-from satchel.runtime.manifest import Manifest
+from satchel.graphs.targets.targets import CUDA_OPSET
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.engine import Engine
 
 TOLERANCE = 2e-2
 """Of the largest logit: these weights are drawn so wide that float16's 5e-4 grows to 3e-3 ... 9e-3 over two layers."""
@@ -203,7 +203,7 @@ def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_experts_are_not_quantised(tmp_path: Path) -> None:
+def test_experts_are_not_quantized(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="experts would have to be in the device's own order; leave the layer"):
         bundle(FAMILIES["mixtral"], tmp_path, precision="a16w8")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

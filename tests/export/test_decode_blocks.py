@@ -16,13 +16,13 @@ from onnx import numpy_helper
 from support.checkpoints import save_tiny
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime import cli
-from satchel.runtime.bench.decode_traffic import weight_bytes
-from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelWarning
-from satchel.runtime.specializing import blocks, specialize, trials
-from satchel.runtime.specializing.blocks import BLOCKS_NAME, blocks_bytes, make_blocks
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.optimize import blocks, specialize, trials
+from satchel.runtime.optimize.blocks import BLOCKS_NAME, blocks_bytes, make_blocks
+from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 IDS = list(range(4, 28))
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -75,7 +75,7 @@ def files(bundle: Bundle) -> dict[str, bytes]:
 
 
 def products(bundle: Bundle, phase: str) -> set[str]:
-    """What the specialised graph of a phase multiplies quantised weights with, the head apart."""
+    """What the specialized graph of a phase multiplies quantized weights with, the head apart."""
     assert bundle.specialized is not None
     graph = onnx.load(bundle.folder / bundle.specialized.graphs[phase], load_external_data=False).graph
     kinds = {"MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}

@@ -12,7 +12,7 @@ from support.export_command import export, satchel
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime import Generator
-from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 
 
 def test_a_bundle_holds_the_graphs_one_weight_file_and_what_travels_along(tiny_bundle: Path) -> None:
@@ -60,7 +60,7 @@ def test_the_forecast_and_the_stages_are_told_in_order(tiny_checkpoint: Path, tm
         r"\[1/6\] opening the checkpoint \.\.\. [\d.]+ s",
         r"tiny: 0\.1 M parameters, context 128; (export )?needs about \d+ MiB of memory, \d+ MiB of disk.* and \d+ s",
         r"\[2/6\] tracing the model \.\.\. [\d.]+ s",
-        r"\[3/6\] optimising the graphs \.\.\. [\d.]+ s",
+        r"\[3/6\] optimizing the graphs \.\.\. [\d.]+ s",
         r"\[4/6\] writing the bundle \.\.\. [\d.]+ s",
         r"\[5/6\] checking the bundle \.\.\. [\d.]+ s",
         r"\[6/6\] measuring the bundle \.\.\. [\d.]+ s",

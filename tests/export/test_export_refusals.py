@@ -58,7 +58,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "a missing tensor": (with_config(num_hidden_layers=3), ("model.layers.2.", "is missing", "download")),
     "no model_type": (with_config(model_type=None), ("config.json", "names no model_type")),
     "an encoder": (with_config(model_type="bert"), ("bert is not a causal language model", "decoder-only")),
-    "quantised weights": (with_config(quantization_config={"quant_method": "gptq"}), ("gptq", "original float")),
+    "quantized weights": (with_config(quantization_config={"quant_method": "gptq"}), ("gptq", "original float")),
     "a GGUF file cut short": (short_gguf, ("model.gguf", "cut short", "download it again")),
 }
 
@@ -103,7 +103,7 @@ def test_too_small_a_disk_is_refused_before_the_work(
 
 
 def test_wrong_arguments_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    from satchel.runtime import cli
+    from satchel.runtime.cli import main as cli
 
     for arguments in (["export"], ["export", "source"], ["export", "source", "-o", "b", "--max-context", "many"]):
         with pytest.raises(SystemExit) as stop:

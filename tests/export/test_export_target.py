@@ -10,8 +10,8 @@ import pytest
 from support.export_command import export, refused, tree
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.publish import staged
-from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.export.writing.publish import staged
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 
 
 def test_a_bundle_that_is_there_is_kept_without_force(

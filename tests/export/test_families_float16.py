@@ -10,8 +10,8 @@ from support.exported import CHUNK, PROMPT, difference, exported, stored_weights
 from support.families import FAMILIES, TOLERANCE, build, logits_of, reference, save
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.engine import Engine
 
 
 @pytest.mark.parametrize("name", ["qwen2", "smollm3"])

@@ -15,7 +15,7 @@ ROTATION_OUTSIDE = (
     "not 8 of 16"
 )
 
-# Two layers each. attention: of these, all. norms: those spelt as arithmetic; a centred one counts twice. qkv: 2 where
+# Two layers each. attention: of these, all. norms: those spelt as arithmetic; a centered one counts twice. qkv: 2 where
 # only the products are joined or the checkpoint has them joined, 4 where the attention also reads them as one tensor.
 # rotations outside: RotaryEmbedding nodes that are left. skip norms: in the decode graph.
 #                          attention norms rotary qkv gate_up experts tied_head | rotations outside, skip norms

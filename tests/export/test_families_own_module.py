@@ -16,9 +16,9 @@ from support.families import TOLERANCE
 from support.own_module import CONTEXT, HIDDEN, KEY_DIM, LAYERS, VOCABULARY, OwnModule, plain_attention
 
 from satchel.export import ExportConfig, ExportError, ModuleFacts, export_bundle
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import Engine
-from satchel.runtime.manifest import Manifest
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.engine import Engine
 
 PROMPT, CHUNK, TOTAL = 20, 9, 60
 NARROW = KEY_DIM // 2

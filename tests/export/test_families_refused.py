@@ -12,7 +12,7 @@ from support.families import COMMON, FAMILIES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.families import PASSED, REFUSED
+from satchel.export.checkpoint.families import PASSED, REFUSED
 
 SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}

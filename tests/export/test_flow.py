@@ -15,13 +15,13 @@ from support.checkpoints import VOCABULARY, save_tiny, tiny_model
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.compile import lower, open_source, trace_source
-from satchel.export.publish import fresh
 from satchel.export.quantize import flow as flow_module
 from satchel.export.quantize.flow import Flow, Inputs
+from satchel.export.writing.publish import fresh
 from satchel.graphs import signature
-from satchel.graphs.values import weight
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import Engine
+from satchel.graphs.ir.values import weight
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.engine import Engine
 
 WIDE: dict[str, Any] = {
     "hidden_size": 160,

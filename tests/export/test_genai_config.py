@@ -14,9 +14,9 @@ from support.genai import Continued, by_genai, by_satchel
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import Checkpoint, open_checkpoint
-from satchel.export.genai_config import genai_config
+from satchel.export.writing.genai_config import genai_config
 from satchel.runtime import Engine, open_bundle
-from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 
 PROMPTS = [[418, 390, 2, 378, 378, 2, 166, 439, 426, 304, 180], [96, 419]]
 """One with the token that fills up batches inside, and one of two tokens."""

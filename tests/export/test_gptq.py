@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from satchel.export.quantize.gptq import COLUMNS, round_with_feedback
-from satchel.graphs.recipe import Scheme
-from satchel.graphs.rounding import Grid, fit_grid
+from satchel.graphs.quant.recipe import Scheme
+from satchel.graphs.quant.rounding import Grid, fit_grid
 
 OUTPUTS, INPUTS, TOKENS = 48, 192, 2000
 WEIGHT = np.random.default_rng(1).standard_normal((OUTPUTS, INPUTS)).astype(np.float32)

@@ -12,12 +12,12 @@ from support.checkpoints import save_tiny
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime import cli
-from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
-from satchel.runtime.specializing import expand, trials
-from satchel.runtime.specializing.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.optimize import expand, trials
+from satchel.runtime.optimize.expand import EXPANDED_NAME, expand_weights
 
 IDS = list(range(4, 28))
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -75,7 +75,7 @@ def test_no_bundle_holds_them(bundle: Bundle) -> None:
     assert EXPANDED_NAME not in bundle.manifest.files
 
 
-def test_a_specialised_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: Bundle) -> None:
+def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: Bundle) -> None:
     folder = bundle.folder
     before = sorted(path.name for path in folder.iterdir())
     assert cli.main(["specialize", str(folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 0

@@ -13,9 +13,9 @@ KEYS = np.asarray([[1, 2, 3, 4, 5, 6], [60, 50, 40, 30, 20, 10]], np.float32)
 PAIRED = {
     "no rotation": (0, False, KEYS),
     "halves": (6, False, [[4, 5, 6, 4, 5, 6], [60, 50, 40, 60, 50, 40]]),
-    "neighbours": (6, True, [[2, 2, 4, 4, 6, 6], [60, 60, 40, 40, 20, 20]]),
+    "neighbors": (6, True, [[2, 2, 4, 4, 6, 6], [60, 60, 40, 40, 20, 20]]),
     "halves of the first channels": (4, False, [[3, 4, 3, 4, 5, 6], [60, 50, 60, 50, 20, 10]]),
-    "neighbours in the first channels": (2, True, [[2, 2, 3, 4, 5, 6], [60, 60, 40, 30, 20, 10]]),
+    "neighbors in the first channels": (2, True, [[2, 2, 3, 4, 5, 6], [60, 60, 40, 30, 20, 10]]),
 }
 
 

@@ -21,25 +21,25 @@ from support.graphs import operators, run
 from support.native_ops import lanes, run_reference, unpacked
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.export.bind import bind
 from satchel.export.checking.bundle_graphs import bundle_graphs
 from satchel.export.checkpoint import open_checkpoint
-from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
-from satchel.export.trace import trace
-from satchel.graphs import pipeline
-from satchel.graphs.native import NATIVE
-from satchel.graphs.passes.insert_hadamard import insert_hadamard
-from satchel.graphs.pipeline import Step
-from satchel.graphs.quantized import Quantised, QuantizedWeight
-from satchel.graphs.recipe import Rule, Scheme
-from satchel.graphs.rounding import Grid
-from satchel.graphs.targets import FUSE, NORMALISE, TARGETS
-from satchel.graphs.values import weight
-from satchel.runtime import cli
-from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.engine import Engine
-from satchel.runtime.specializing import native
-from satchel.runtime.specializing.native import NATIVE_NAME, make_native, native_bytes
+from satchel.export.tracing.bind import bind
+from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.tracing.trace import trace
+from satchel.graphs.ir import pipeline
+from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
+from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
+from satchel.graphs.quant.recipe import Rule, Scheme
+from satchel.graphs.quant.rounding import Grid
+from satchel.graphs.targets.native import NATIVE
+from satchel.graphs.targets.targets import FUSE, NORMALIZE, TARGETS
+from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.cli import main as cli
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.optimize import native
+from satchel.runtime.optimize.native import NATIVE_NAME, make_native, native_bytes
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
@@ -234,10 +234,10 @@ EXPECTED = {"gemma2": (9, 2, 0), "gpt2": (8, 2, 1), "gpt_neox": (9, 2, 0), "cohe
 def test_families_compute_the_same_by_satchel_s_own_operators(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    quantised = plainly_rounded(common(name, tmp_path_factory))
+    quantized = plainly_rounded(common(name, tmp_path_factory))
     target = TARGETS["cpu"]
     prefill, own = (
-        pipeline.run(quantised.model, target.steps(phase, "a8w8", quantised))[0] for phase in ("prefill", NATIVE)
+        pipeline.run(quantized.model, target.steps(phase, "a8w8", quantized))[0] for phase in ("prefill", NATIVE)
     )
     kinds = operators(own)
     assert tuple(kinds[f"satchel::{kind}"] for kind in ("Linear", "Attention", "TableLinear")) == EXPECTED[name]
@@ -261,11 +261,11 @@ def common(name: str, places: pytest.TempPathFactory) -> ir.Model:
         attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION,
     )  # fmt: skip
     traced = trace(checkpoint.module, checkpoint.name, FAMILIES[name].context, protocol=False)
-    steps = (*NORMALISE, *FUSE, Step(insert_hadamard(16)))
+    steps = (*NORMALIZE, *FUSE, Step(insert_hadamard(16)))
     return pipeline.run(bind(traced, checkpoint.weights, checkpoint.name), steps)[0]
 
 
-def plainly_rounded(model: ir.Model) -> Quantised:
+def plainly_rounded(model: ir.Model) -> Quantized:
     """All products in 8 bits with a scale for each output, and a tied table in blocks."""
     weights: dict[str, QuantizedWeight] = {}
     for node in model.graph:
@@ -274,4 +274,4 @@ def plainly_rounded(model: ir.Model) -> Quantised:
         if node.op_type == "FusedMatMul" and (table := weight(node.inputs[1])) is not None:
             weights[table.name] = rounded(table.name, table.numpy(), 8, 16)
     rule = Rule(kinds=("linear",), bits=8, blocks=("channel",), prefill="token", decode="token")
-    return Quantised(model, weights, dict.fromkeys(weights, rule), {}, "a8w8")
+    return Quantized(model, weights, dict.fromkeys(weights, rule), {}, "a8w8")

@@ -18,12 +18,12 @@ from support.export_command import export
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.config import ExportConfig as Config
-from satchel.export.provenance import provenance
+from satchel.export.quantize.texts import CALIBRATION, CERTIFICATE
 from satchel.export.recipes import FOLDER as RECIPES
-from satchel.export.texts import CALIBRATION, CERTIFICATE
-from satchel.runtime import strict_json
-from satchel.runtime.manifest import Manifest
-from satchel.runtime.processor import machine_cores, processor_features
+from satchel.export.writing.provenance import provenance
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.util.cpu import machine_cores, processor_features
 
 
 def sha256(path: Path) -> str:

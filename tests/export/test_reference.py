@@ -15,7 +15,7 @@ from support.own_module import plain_attention as protocol_attention
 
 from satchel.export import ExportError
 from satchel.export.reference import open_reference, plain_attention
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
 IDS = np.random.default_rng(4).integers(3, 60, 24)
 

@@ -16,8 +16,8 @@ from support.checkpoints import save_tiny
 from threadpoolctl import threadpool_info
 
 from satchel.export.threads import fixed_threads
-from satchel.runtime.processor import machine_cores
-from satchel.runtime.proof.certify import _rounded
+from satchel.runtime.evaluation.certify import _rounded
+from satchel.runtime.util.cpu import machine_cores
 
 OPTIONS = {"precision": "int8", "kv_cache": "int8"}
 """With all that an export computes: rotations, Hadamard matrices, searched and second-order rounding, scales of caches,

@@ -18,9 +18,9 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.find_sensitive import Search, find_sensitive
 from satchel.export.quantize.sensitivity import Sensitivity, raise_most_sensitive, raised_recipe, raising_costs
 from satchel.export.recipes import load_recipe
-from satchel.export.report import report
-from satchel.graphs.recipe import Recipe, Rule, parse_recipe
-from satchel.runtime import cli
+from satchel.export.writing.report import report
+from satchel.graphs.quant.recipe import Recipe, Rule, parse_recipe
+from satchel.runtime.cli import main as cli
 
 WIDE: dict[str, Any] = {
     "hidden_size": 160,

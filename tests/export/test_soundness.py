@@ -7,7 +7,7 @@ import pytest
 from support.graphs import build, normal
 
 from satchel.export.errors import ExportError
-from satchel.export.soundness import check_sound
+from satchel.export.tracing.soundness import check_sound
 
 # x -> one attention layer -> BETWEEN -> head; q is [batch, heads, sequence, 4], mixed [batch, sequence, 8].
 TEXT = """(int64[batch,sequence] input_ids, int64[batch,total] attention_mask)

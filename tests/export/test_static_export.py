@@ -10,15 +10,15 @@ import pytest
 from numpy.typing import NDArray
 from support.exported import stored_weights
 from support.families import FAMILIES, VOCABULARY, logits_of, reference, save
-from support.static_graphs import Lowered, Stepper, graphs_of, in_float32, lowered, optimised, write_static
+from support.static_graphs import Lowered, Stepper, graphs_of, in_float32, lowered, optimized, write_static
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.recipes import load_recipe
-from satchel.graphs.cut import INLINE_LIMIT
-from satchel.runtime import cli
-from satchel.runtime.bundle import open_bundle
-from satchel.runtime.engine import Engine
-from satchel.runtime.proof.fidelity import log_softmax
+from satchel.graphs.analysis.cut import INLINE_LIMIT
+from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.cli import main as cli
+from satchel.runtime.evaluation.fidelity import log_softmax
+from satchel.runtime.execution.engine import Engine
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
 LENGTHS = (8,)
@@ -76,13 +76,13 @@ def test_weights_in_8_bits_come_close_and_are_half_the_size(
         ours, theirs = (np.stack([log_softmax(r.astype(np.float64)) for r in rows]) for rows in (found, wanted))
         assert (np.exp(theirs) * (theirs - ours)).sum(-1).mean() <= 0.003
     for graph in graphs_of(manifest).values():
-        seen = optimised(stepper.folder, graph.parts[0], tmp_path).graph
+        seen = optimized(stepper.folder, graph.parts[0], tmp_path).graph
         assert not [node.op_type for node in seen.node if "uantize" in node.op_type]
 
 
 def test_parts_give_what_the_whole_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32: the CPU leaves out roundings to float16 inside a graph, and cannot between two."""
-    monkeypatch.setattr("satchel.export.static_graphs.TARGETS", in_float32())
+    monkeypatch.setattr("satchel.export.writing.static_graphs.TARGETS", in_float32())
     found, model = list[NDArray[np.float32]](), tiny_llama(tmp_path)
     for count, limit in ((1, INLINE_LIMIT), (2, 125_000), (3, 90_000)):
         config = ExportConfig(tmp_path / str(count), target="cann", max_context=32, prefill_lengths=LENGTHS)

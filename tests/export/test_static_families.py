@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from support.exported import difference, stored_weights
 from support.families import FAMILIES, TOLERANCE, VOCABULARY, Family, logits_of, reference, save
-from support.static_graphs import Stepper, graphs_of, in_float32, lowered, optimised, write_static
+from support.static_graphs import Stepper, graphs_of, in_float32, lowered, optimized, write_static
 
 from satchel.export import ExportConfig, ExportError
-from satchel.runtime.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 
 HALF_TOLERANCE = 0.02
 """Of float16, in parts of the largest logit: its steps are 0.0005 of a number, and two layers add theirs up."""
@@ -58,7 +58,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     half = dataclasses.replace(config, output=place / "half", prefill_lengths=LENGTHS[-1:])
     steppers = [Stepper(half.output, write_static(common, half))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("satchel.export.static_graphs.TARGETS", in_float32())
+        patch.setattr("satchel.export.writing.static_graphs.TARGETS", in_float32())
         steppers.append(Stepper(config.output, write_static(common, config)))
     ids = np.random.default_rng(1).integers(3, VOCABULARY, TOKENS)
     return Case(*reversed(steppers), ids, logits_of(reference(family, stored_weights(checkpoint)), ids))
@@ -115,9 +115,9 @@ def test_every_graph_passes_the_checker_and_has_plain_names(case: Case) -> None:
 
 
 def test_what_a_provider_sees_has_none_of_these_either(case: Case, tmp_path: Path) -> None:
-    """After ONNX Runtime's own optimiser, which writes norms and products anew where it may."""
+    """After ONNX Runtime's own optimizer, which writes norms and products anew where it may."""
     for part in case.half.static.prefill[0].parts:
-        model = optimised(case.half.folder, part, tmp_path)
+        model = optimized(case.half.folder, part, tmp_path)
         assert not [node.op_type for node in model.graph.node if node.op_type in FORBIDDEN or node.domain]
 
 

@@ -12,19 +12,19 @@ from support.exported import difference
 from support.families import FAMILIES, VOCABULARY, save
 from support.graphs import run
 
-from satchel.export.bind import bind
 from satchel.export.checkpoint import open_checkpoint
-from satchel.export.stand_ins import IMPLEMENTATION, register_implementations
-from satchel.export.trace import trace
-from satchel.graphs import pipeline
-from satchel.graphs.passes.insert_hadamard import insert_hadamard
-from satchel.graphs.passes.rotate_residual import rotate_residual
-from satchel.graphs.passes.rotate_values import rotate_values
-from satchel.graphs.passes.smooth_products import smooth_products
-from satchel.graphs.passes.stream_tied_head import stream_tied_head
-from satchel.graphs.pipeline import Done, Step
-from satchel.graphs.targets import FUSE, NORMALISE, PHASE_STEPS, PHASES
-from satchel.graphs.values import last_dim
+from satchel.export.tracing.bind import bind
+from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
+from satchel.export.tracing.trace import trace
+from satchel.graphs.ir import pipeline
+from satchel.graphs.ir.pipeline import Done, Step
+from satchel.graphs.ir.values import last_dim
+from satchel.graphs.passes.logits.stream_tied_head import stream_tied_head
+from satchel.graphs.passes.quantize.equalize import equalize
+from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
+from satchel.graphs.passes.quantize.rotate_residual import rotate_residual
+from satchel.graphs.passes.quantize.rotate_values import rotate_values
+from satchel.graphs.targets.targets import FUSE, NORMALIZE, PHASE_STEPS, PHASES
 
 TOLERANCE = 1e-5
 """Largest allowed difference between logits, as a part of the largest logit."""
@@ -77,7 +77,7 @@ def fused(name: str, places: pytest.TempPathFactory) -> ir.Model:
         attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION,
     )  # fmt: skip
     traced = trace(checkpoint.module, checkpoint.name, FAMILIES[name].context, protocol=False)
-    return pipeline.run(bind(traced, checkpoint.weights, checkpoint.name), (*NORMALISE, *FUSE))[0]
+    return pipeline.run(bind(traced, checkpoint.weights, checkpoint.name), (*NORMALIZE, *FUSE))[0]
 
 
 def transforms(model: ir.Model) -> tuple[Step, ...]:
@@ -87,7 +87,7 @@ def transforms(model: ir.Model) -> tuple[Step, ...]:
         for node in model.graph
         if str(node.name).endswith("mlp.down_proj")
     }
-    return tuple(map(Step, (rotate_residual, rotate_values, smooth_products(statistics), insert_hadamard(16))))
+    return tuple(map(Step, (rotate_residual, rotate_values, equalize(statistics), insert_hadamard(16))))
 
 
 def logits(model: ir.Model, phase: str) -> np.ndarray:

@@ -14,15 +14,15 @@ from support.genai import by_genai, by_satchel
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.user_passes import open_passes
-from satchel.graphs.contract import PassResult
+from satchel.graphs.ir.contract import PassResult
 from satchel.runtime import Custom, Engine, SatchelError, open_bundle
+from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import SatchelWarning
-from satchel.runtime.manifest import Manifest
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 HEAD = """\
-from satchel.graphs.contract import PassResult, graph_pass
-from satchel.graphs.values import Builder, nodes, replace
+from satchel.graphs.ir.contract import PassResult, graph_pass
+from satchel.graphs.ir.values import Builder, nodes, replace
 """
 
 
@@ -123,7 +123,7 @@ def test_a_certificate_is_of_the_graphs_with_the_passes(
 
 
 def test_int4_takes_passes_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """After quantising, and in the graph that is for specialising alone."""
+    """After quantizing, and in the graph that is for specializing alone."""
     config = ExportConfig(tmp_path / "out", precision="int4", certificate=False, passes=(halve_logits,))
     manifest = export_bundle(tiny_checkpoint, config)
     done = [entry["graph"] for entry in manifest.passes if "halve_logits" in entry["pass"]]
@@ -189,7 +189,7 @@ BROKEN: dict[str, tuple[str, tuple[str, ...]]] = {
         ("after the pass mine.py:f: inputs and outputs changed", "scores"),
     ),
     "other values under an old name": (
-        "from satchel.graphs.values import weight\nfrom satchel.graphs.weights import LazyWeight\n"
+        "from satchel.graphs.ir.values import weight\nfrom satchel.graphs.ir.weights import LazyWeight\n"
         f"def f(model, report):\n    {FIRST}old = weight(node.inputs[1])\n"
         "    node.inputs[1].const_value = LazyWeight(old.name, old.dims, old.dtype, lambda a, b: -old.rows(a, b))\n"
         "    report.count = 1\n",
@@ -239,12 +239,12 @@ def test_errors_are_of_the_kinds_that_the_docs_name(tiny_checkpoint: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_with_operators_is_specialised_with_its_library(
+def test_a_bundle_with_operators_is_specialized_with_its_library(
     custom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
-    from satchel.runtime import cli
+    from satchel.runtime.cli import main as cli
 
     bundle = shutil.copytree(custom, tmp_path / "bundle")
     assert cli.main(["specialize", str(bundle), "--quiet"]) == 2

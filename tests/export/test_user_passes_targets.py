@@ -14,9 +14,9 @@ from support.static_graphs import Lowered, graphs_of, lowered, write_static
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.user_passes import open_passes
-from satchel.graphs.contract import Report
+from satchel.graphs.ir.contract import Report
 from satchel.runtime import Custom, Engine, open_bundle
-from satchel.runtime.manifest import Manifest
+from satchel.runtime.bundle.manifest import Manifest
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(3, VOCABULARY, 12)]
 GRAPHS = ("prefill_4", "prefill_8", "decode", "score")

@@ -12,9 +12,9 @@ from support.families import FAMILIES, save
 from support.static_graphs import write_static
 
 from satchel.export import ExportConfig
-from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.devices.weights_in_memory import hand_over_weights
+from satchel.runtime.bundle.reader import Bundle, open_bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.ort.weights_in_memory import hand_over_weights
 
 GRAPH = "decode.onnx"
 _KEPT: list[np.ndarray] = []
@@ -52,7 +52,7 @@ def test_the_graph_that_a_provider_gets_has_the_weights_inside(bundle: Bundle, t
 
 
 def test_a_weight_beyond_its_file_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from satchel.runtime import onnx_wire
+    from satchel.runtime.bundle import onnx_wire
 
     content = onnx_wire.map_external_data(bundle.read(GRAPH), lambda place: {**place, "offset": "99999999"})
     monkeypatch.setattr(Bundle, "read", lambda self, name: content)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fuzz.mutants import KINDS, Trial
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
 MEMORY = 6 << 30  # bytes of address space: ONNX Runtime reserves much more than it uses
 FILE_SIZE = 64 << 20
@@ -52,7 +52,7 @@ def prepare(folder: Path) -> Path:
     import tokenizers  # noqa: F401
     from support.chat_bundle import write_chat_bundle
 
-    from satchel.runtime.integrity.signature import new_key_pair
+    from satchel.runtime.bundle.signature import new_key_pair
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     new_key_pair(folder / "key")

@@ -19,7 +19,7 @@ from fuzz.edges import LOCATIONS, NUMBERS, TEMPLATE_PARTS, TEXTS
 from fuzz.mutate import Random, mend, mutate_bytes, mutate_json
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime.storage.zip_writer import Entry, zip_parts
+from satchel.runtime.bundle.archive.zip_writer import Entry, zip_parts
 
 RUN = ("run", "the cat", "--max-new-tokens", "1", "--threads", "1", "--quiet")
 CHAT = ("chat", "--max-new-tokens", "1", "--threads", "1", "--temperature", "0", "--quiet")
@@ -184,7 +184,7 @@ def graph_bytes(rng: Random, folder: Path) -> Trial:
 
 
 def graph_structure(rng: Random, folder: Path) -> Trial:
-    """Nodes, shapes, attributes and initialisers of a graph."""
+    """Nodes, shapes, attributes and initializers of a graph."""
     name = rng.choice(("prefill.onnx", "decode.onnx"))
     model = onnx.load(folder / name, load_external_data=False)
     graph, notes = model.graph, []
@@ -335,7 +335,7 @@ def zip_entries(rng: Random, folder: Path) -> Trial:
     elif how == "shuffle":
         rng.shuffle(entries)
     elif how == "more":
-        entries.append(Entry(rng.choice(("bundle/more", "satchel/runtime/cli.py", "numpy.py", "../x")), b"more"))
+        entries.append(Entry(rng.choice(("bundle/more", "satchel/runtime/cli/main.py", "numpy.py", "../x")), b"more"))
     else:
         entries = [Entry(one.name, one.content, 1) for one in entries]
     packed = folder.parent / "packed.pyz"

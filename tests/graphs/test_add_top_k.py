@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, run, untouched
 
-from satchel.graphs.passes.add_top_k import add_top_k
+from satchel.graphs.passes.logits.add_top_k import add_top_k
 
 TEXT = "(float[batch,1,{n}] x) => (float[batch,1,{n}] logits) {{ logits = Neg(x) }}"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from support.graphs import build, normal, serialised
+from support.graphs import build, normal, serialized
 
-from satchel.graphs.assign import assign, layer_name, layers_of, rule_of
-from satchel.graphs.recipe import Recipe, Rule
-from satchel.graphs.values import weight
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.values import weight
+from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.quant.assign import assign, layer_name, layers_of, rule_of
+from satchel.graphs.quant.recipe import Recipe, Rule
 
 WEIGHTS = {
     "embed__weight": normal(1, 9, 4),
@@ -41,10 +41,10 @@ def lazy(model: ir.Model, name: str) -> LazyWeight:
 
 def marked(recipe: Recipe, before: ir.Model, count: int) -> ir.Model:
     """The marked model, after what every pass owes: the graph is as it was, and a second run finds nothing to do."""
-    content = serialised(before)
+    content = serialized(before)
     result = assign(recipe)(before)
     assert result.count == count
-    assert serialised(result.model) == content
+    assert serialized(result.model) == content
     assert assign(recipe)(result.model).count == 0
     return result.model
 

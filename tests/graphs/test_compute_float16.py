@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, run, the, untouched
 
-from satchel.graphs.contract import PassError
-from satchel.graphs.element_types import element_types
-from satchel.graphs.passes.compute_float16 import compute_float16
+from satchel.graphs.analysis.element_types import element_types
+from satchel.graphs.ir.contract import PassError
+from satchel.graphs.passes.float16.compute_float16 import compute_float16
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 WEIGHTS = {"table": normal(1, 11, 8), "gain": 1 + 0.1 * normal(2, 8), "w": normal(3, 8, 8), "head": normal(4, 8, 11)}
@@ -78,9 +78,9 @@ def test_a_norm_of_numbers_whose_squares_are_beyond_float16_is_right() -> None:
 def test_a_layer_norm_written_as_arithmetic_stays_in_float32() -> None:
     change = (
         NORM,
-        """average = ReduceMean<keepdims = 1>(e, axis) centred = Sub(e, average) square = Mul(centred, centred)
+        """average = ReduceMean<keepdims = 1>(e, axis) centered = Sub(e, average) square = Mul(centered, centered)
         mean = ReduceMean<keepdims = 1>(square, axis) moved = Add(mean, epsilon) root = Sqrt(moved)
-        even = Div(centred, root) scaled = Mul(even, gain)""",
+        even = Div(centered, root) scaled = Mul(even, gain)""",
     )
     large = {"table": 3000 * WEIGHTS["table"]}
     after = converted(layer(*change, **large))

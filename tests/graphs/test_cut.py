@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, normal, run
 
-from satchel.graphs.cut import CutError, cut, inline_bytes
-from satchel.graphs.verify import verify
+from satchel.graphs.analysis.cut import CutError, cut, inline_bytes
+from satchel.graphs.ir.verify import verify
 
 LAYERS, WIDTH = 4, 8
 WEIGHTS = {f"{name}{i}": normal(10 * i + len(name), WIDTH, WIDTH) for i in range(LAYERS) for name in ("up", "down")}

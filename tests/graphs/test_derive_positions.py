@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, run, untouched
 
-from satchel.graphs.passes.derive_positions import derive_positions
+from satchel.graphs.passes.cache.derive_positions import derive_positions
 
 TEXT = """(int64[batch,sequence] input_ids, int64[batch,sequence] position_ids, int64[batch,total] attention_mask)
     => (int64[batch,sequence] y, int64[batch,sequence] z) { y = Abs(position_ids) z = Add(position_ids, input_ids) }"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.graphs import build, fired, untouched
 
-from satchel.graphs.passes.drop_inputs import drop_inputs
+from satchel.graphs.passes.cache.drop_inputs import drop_inputs
 
 TEXT = "(int64[1,3] input_ids, int64[1,9] attention_mask) => (int64[1,3] y) { y = Neg(input_ids) }"
 

@@ -7,7 +7,7 @@ import pytest
 from support.attention_graphs import BATCH, TOTAL, Cached, Layer
 from support.graphs import fired, operators, tag, the, untouched
 
-from satchel.graphs.passes.expand_attention import expand_attention
+from satchel.graphs.passes.static.expand_attention import expand_attention
 
 LAYERS = {
     "narrower values": Layer(width=7, value_width=5),

@@ -7,14 +7,14 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, run, same_numbers, tag, untouched
 
-from satchel.graphs.passes.fold_constants import EVALUATORS, fold_constants
-from satchel.graphs.values import SMALL
-from satchel.graphs.weights import LazyWeight
+from satchel.graphs.ir.values import SMALL
+from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.passes.normalize.fold_constants import EVALUATORS, fold_constants
 
 X = {"x": normal(1, 2, 3, 5)}
 
 
-def test_a_chain_of_constants_becomes_an_initialiser() -> None:
+def test_a_chain_of_constants_becomes_an_initializer() -> None:
     model = build("""(float[2,3,5] x) => (float[10,3] y) {
         pair = Constant<value_floats = [10.0, 3.0]>()
         whole = Cast<to = 7>(pair)
@@ -110,7 +110,7 @@ def test_two_transposes_of_a_weight_are_one() -> None:
     same_numbers(model, result.model, {"x": normal(3, 2, 137) / 137})
 
 
-def test_a_weight_that_is_read_elsewhere_keeps_its_own_initialiser() -> None:
+def test_a_weight_that_is_read_elsewhere_keeps_its_own_initializer() -> None:
     model = build(
         "(int64[2] i) => (float[2,131] y) { t = Transpose(w) e = Gather(w, i) y = MatMul(e, t) }",
         w=normal(2, *WIDE) / 8,

@@ -7,8 +7,8 @@ import pytest
 from support.graphs import expose, fired, normal, operators, tag, untouched
 from support.native_graphs import attributes_of, codes_of, same_by_reference, with_linears
 
-from satchel.graphs.passes.fold_biases import fold_biases
-from satchel.graphs.passes.fold_gates import fold_gates
+from satchel.graphs.passes.native.fold_biases import fold_biases
+from satchel.graphs.passes.native.fold_gates import fold_gates
 
 SILU, GELU, TANH, RELU = (
     "s = Sigmoid(g) a = Mul(g, s)",

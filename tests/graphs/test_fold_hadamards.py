@@ -8,10 +8,10 @@ import pytest
 from support.graphs import fired, normal, operators, untouched
 from support.native_graphs import attributes_of, codes_of, same_by_reference, with_linears
 
-from satchel.graphs.passes.fold_hadamards import fold_hadamards
-from satchel.graphs.passes.fold_norms import fold_norms
-from satchel.graphs.rotations import hadamard, rotation
-from satchel.graphs.values import Builder
+from satchel.graphs.analysis.rotations import hadamard, rotation
+from satchel.graphs.ir.values import Builder
+from satchel.graphs.passes.native.fold_hadamards import fold_hadamards
+from satchel.graphs.passes.native.fold_norms import fold_norms
 
 TEXT = """(float[batch,n,64] x) => (float[batch,n,40] y)
 <int64[4] blocks = {0, 0, 4, 16}, int64[3] whole = {0, 0, 64}> {
@@ -23,7 +23,7 @@ TEXT = """(float[batch,n,64] x) => (float[batch,n,40] y)
 X = {"x": normal(2, 2, 3, 64)}
 MATRIX, SHAPE = (
     "its input is multiplied by another matrix than Sylvester's",
-    ("its input is not mixed in blocks of neighbouring channels"),
+    ("its input is not mixed in blocks of neighboring channels"),
 )
 
 

@@ -8,9 +8,9 @@ import pytest
 from support.graphs import expose, fired, normal, operators, tag, the, untouched
 from support.native_graphs import attributes_of, codes_of, same_by_reference, with_linears
 
-from satchel.graphs.linear import GAIN, given
-from satchel.graphs.passes.fold_norms import fold_norms
-from satchel.graphs.passes.fold_residuals import fold_residuals
+from satchel.graphs.analysis.linear import GAIN, given
+from satchel.graphs.passes.native.fold_norms import fold_norms
+from satchel.graphs.passes.native.fold_residuals import fold_residuals
 
 TEXT = """(float[batch,n,64] x) => (float[batch,n,40] y) {
     m = RMSNormalization <axis = -1, epsilon = 0.01> (x, "norm.weight")

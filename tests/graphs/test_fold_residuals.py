@@ -6,8 +6,8 @@ import pytest
 from support.graphs import expose, fired, normal, operators, the, untouched
 from support.native_graphs import codes_of, same_by_reference, with_linears
 
-from satchel.graphs.passes.fold_biases import fold_biases
-from satchel.graphs.passes.fold_residuals import fold_residuals
+from satchel.graphs.passes.native.fold_biases import fold_biases
+from satchel.graphs.passes.native.fold_residuals import fold_residuals
 
 TEXT = """(float[batch,n,64] x, float[batch,n,40] r) => (float[batch,n,40] y) {
     p = MatMul(x, "layer.weight.T")

@@ -7,7 +7,7 @@ import pytest
 from support.attention_graphs import BATCH, TOTAL, Cached, Layer
 from support.graphs import fired, operators, rotation_tables, tag, the, untouched
 
-from satchel.graphs.passes.fuse_attention import fuse_attention
+from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
 
 PLAIN = Layer()
 LAYERS = {

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, tag, the, untouched
 
-from satchel.graphs.passes.fuse_norms import fuse_norms
+from satchel.graphs.passes.fuse.fuse_norms import fuse_norms
 
 HEAD = """
 (float[batch,3,7] x) => (float[batch,3,7] y) <float two = {2.0}, float eps = {0.01}, int64[1] last = {-1}>
@@ -147,8 +147,8 @@ def test_a_norm_of_unknown_width_without_scale_is_refused() -> None:
 LAYER = """
 (float[batch,3,7] x) => (float[batch,3,7] y) <int64[1] last = {-1}> {
     mean = ReduceMean<keepdims = 1>(x, last)
-    centred = Sub(x, mean)
-    y = RMSNormalization<axis = -1, epsilon = 0.01>(centred, scale)
+    centered = Sub(x, mean)
+    y = RMSNormalization<axis = -1, epsilon = 0.01>(centered, scale)
 }"""
 
 
@@ -157,7 +157,7 @@ def layer(old: str = "", new: str = "") -> ir.Model:
     return build(LAYER.replace(old, new) if old else LAYER, scale=SCALE)
 
 
-def test_a_norm_of_centred_values_becomes_a_layer_norm() -> None:
+def test_a_norm_of_centered_values_becomes_a_layer_norm() -> None:
     model = layer()
     result = fired(fuse_norms, model, 1)
     assert operators(result.model) == {"LayerNormalization": 1}
@@ -165,7 +165,9 @@ def test_a_norm_of_centred_values_becomes_a_layer_norm() -> None:
 
 
 def test_a_layer_norm_written_out_whole_counts_both_fusions() -> None:
-    text = RMS.replace("(x,", "(centred,").replace("{", "{ average = ReduceMean(x, last) centred = Sub(x, average)", 1)
+    text = RMS.replace("(x,", "(centered,").replace(
+        "{", "{ average = ReduceMean(x, last) centered = Sub(x, average)", 1
+    )
     model = build(HEAD + text, scale=SCALE)
     result = fired(fuse_norms, model, 2)
     assert operators(result.model) == {"LayerNormalization": 1}
@@ -182,7 +184,7 @@ def test_a_layer_norm_written_out_whole_counts_both_fusions() -> None:
     ],
     ids=["the mean less x", "a sum", "a maximum", "the mean of something else"],
 )
-def test_values_that_are_not_centred_keep_their_norm(old: str, new: str) -> None:
+def test_values_that_are_not_centered_keep_their_norm(old: str, new: str) -> None:
     assert untouched(fuse_norms, layer(old, new)) == []
 
 

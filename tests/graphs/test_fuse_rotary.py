@@ -19,7 +19,7 @@ from support.graphs import (
     untouched,
 )
 
-from satchel.graphs.passes.fuse_rotary import fuse_rotary
+from satchel.graphs.passes.fuse.fuse_rotary import fuse_rotary
 
 BATCH, HEADS, SEQUENCE, WIDTH, WHOLE, POSITIONS = 2, 3, 5, 10, 14, 17
 CONSTANTS = """int64[1] axis1 = {1}, int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] half = {5},

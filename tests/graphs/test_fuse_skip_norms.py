@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, tag, the, untouched
 
-from satchel.graphs.passes.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
 
 FEEDS = {"a": normal(1, 2, 3, 7), "b": normal(2, 2, 3, 7), "c": normal(3, 2, 3, 7)}
 WEIGHTS = {"w": normal(4, 7), "bias": normal(5, 7)}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support.graphs import build, fired, same_numbers, untouched
 
-from satchel.graphs.contract import PassError
-from satchel.graphs.passes.import_opset import import_opset
+from satchel.graphs.ir.contract import PassError
+from satchel.graphs.passes.normalize.import_opset import import_opset
 
 TEXT = "(float[2,4] x) => (float[2,1] y) <int64[1] one = {1}> { y, i = TopK(x, one) }"
 

@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, run, untouched
 
-from satchel.graphs.passes.insert_hadamard import insert_hadamard
-from satchel.graphs.passes.smooth_products import smooth_products
-from satchel.graphs.rotations import hadamard
-from satchel.graphs.values import weight
+from satchel.graphs.analysis.rotations import hadamard
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.quantize.equalize import equalize
+from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 
 HIDDEN, INNER = 6, 16
 WEIGHTS = {f"{n}__weight__T": normal(i, HIDDEN, INNER) for i, n in enumerate(("gate", "up"))}
@@ -79,7 +79,7 @@ def wide() -> ir.Model:
 def test_smoothed_products_are_mixed_too() -> None:
     before = layer(GATED, DOWN)
     next(n for n in before.graph if n.outputs[0].name == "y").name = "down"
-    smoothed = smooth_products({"down": np.linspace(0.1, 3, INNER, dtype=np.float32)})(before).model
+    smoothed = equalize({"down": np.linspace(0.1, 3, INNER, dtype=np.float32)})(before).model
     check(smoothed, 8)
 
 

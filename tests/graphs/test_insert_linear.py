@@ -9,9 +9,9 @@ from support.codes import rounded, values
 from support.graphs import build, expose, fired, normal, operators, the, untouched
 from support.native_ops import run_reference
 
-from satchel.graphs.passes.insert_linear import insert_linear
-from satchel.graphs.quantized import MADE, PANELS, QuantizedWeight
-from satchel.graphs.values import weight
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.native.insert_linear import insert_linear
+from satchel.graphs.quant.quantized import MADE, PANELS, QuantizedWeight
 
 INPUTS, OUTPUTS, NAME = 64, 40, "layer.weight.T"
 W = normal(1, OUTPUTS, INPUTS)

@@ -10,11 +10,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from support.codes import rounded, values
-from support.graphs import build, expose, fired, normal, operators, run, serialised, untouched
+from support.graphs import build, expose, fired, normal, operators, run, serialized, untouched
 
-from satchel.graphs.passes.insert_qdq import insert_qdq
-from satchel.graphs.quantized import Quantised, QuantizedWeight
-from satchel.graphs.targets import cpu_sessions
+from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
+from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
+from satchel.graphs.targets.targets import cpu_sessions
 
 INPUTS, OUTPUTS = 64, 48
 W = normal(1, INPUTS, OUTPUTS)
@@ -32,7 +32,7 @@ def product(text: str = TEXT, **weights: np.ndarray) -> ir.Model:
     return build(text, **(weights or {"layer__weight__T": W}))
 
 
-def quantised(codes: QuantizedWeight, form: str, before: ir.Model | None = None, count: int = 1) -> ir.Model:
+def quantized(codes: QuantizedWeight, form: str, before: ir.Model | None = None, count: int = 1) -> ir.Model:
     given = product() if before is None else before
     return fired(insert_qdq({codes.name: codes}, {codes.name: form}), given, count).model
 
@@ -58,16 +58,16 @@ def per_tensor(a: np.ndarray, codes: QuantizedWeight) -> np.ndarray:
     return (codes_of_a - zero) * step @ values(codes).T.astype(np.float64)
 
 
-def optimised(model: ir.Model, path: Path, level: str = "4") -> onnx.ModelProto:
+def optimized(model: ir.Model, path: Path, level: str = "4") -> onnx.ModelProto:
     """What ONNX Runtime makes of a graph with the runner's own session settings."""
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 4
-    sessions = cpu_sessions(Quantised(model, {NAME: CHANNEL}, {}, {}, "int8"))
+    sessions = cpu_sessions(Quantized(model, {NAME: CHANNEL}, {}, {}, "int8"))
     for key, value in sessions["prefill"].config.items():
         options.add_session_config_entry(key, value)
     assert options.get_session_config_entry("session.qdq_matmulnbits_accuracy_level") == level
-    ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
     return onnx.load(path)
 
 
@@ -75,19 +75,19 @@ def optimised(model: ir.Model, path: Path, level: str = "4") -> onnx.ModelProto:
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 16), (8, 64), (8, None)])
 def test_in_float_the_product_is_that_of_the_decoded_weight(bits: int, block: int | None, symmetric: bool) -> None:
     codes = rounded(NAME, W.T.copy(), bits, block, symmetric)
-    after = quantised(codes, "float")
+    after = quantized(codes, "float")
     assert operators(after) == {"Tanh": 1, "DequantizeLinear": 1, "MatMul": 1, "Neg": 1}
     np.testing.assert_array_equal(run(after, X)["y"], run(decoded(codes), X)["y"])
 
 
 def test_the_float_weight_is_gone() -> None:
-    after = quantised(rounded(NAME, W.T.copy()), "float")
+    after = quantized(rounded(NAME, W.T.copy()), "float")
     assert sorted(after.graph.initializers) == [f"{NAME}.codes", f"{NAME}.scales"]
 
 
 def test_per_token_each_row_has_its_own_scale() -> None:
     feeds = {"x": X["x"] * np.asarray([1e-3, 1, 10, 0.1, 1e-5], np.float32)[:, None]}
-    found = run(quantised(CHANNEL, "token"), feeds)["y"]
+    found = run(quantized(CHANNEL, "token"), feeds)["y"]
     wanted = -per_token(np.tanh(feeds["x"]), CHANNEL)
     largest = np.abs(wanted).max(-1, keepdims=True)
     assert (np.abs(found - wanted) / largest).max() < 1e-5
@@ -96,7 +96,7 @@ def test_per_token_each_row_has_its_own_scale() -> None:
 def test_per_token_a_row_of_zeros_stays_zeros() -> None:
     feeds = {"x": X["x"].copy()}
     feeds["x"][0, 2] = 0
-    found = run(quantised(CHANNEL, "token"), feeds)["y"]
+    found = run(quantized(CHANNEL, "token"), feeds)["y"]
     np.testing.assert_array_equal(found[0, 2], 0)
     assert np.abs(found[0, 1]).min() > 0
 
@@ -105,7 +105,7 @@ def test_per_token_a_row_of_zeros_stays_zeros() -> None:
 def test_per_token_the_largest_number_may_have_either_sign(sign: int) -> None:
     feeds = {"x": sign * np.abs(X["x"])}
     wanted = -per_token(np.tanh(feeds["x"]), CHANNEL)
-    np.testing.assert_allclose(run(quantised(CHANNEL, "token"), feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(quantized(CHANNEL, "token"), feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
@@ -114,7 +114,7 @@ def test_expanded_the_product_is_one_of_int8_weights_made_of_the_codes(
     bits: int, block: int | None, symmetric: bool
 ) -> None:
     codes = rounded(NAME, W.T.copy(), bits, block, symmetric)
-    after = quantised(codes, "expanded")
+    after = quantized(codes, "expanded")
     decoded_weight = values(codes).astype(np.float32)  # [outputs, inputs]
     step = np.abs(decoded_weight).max(1, keepdims=True) / np.float32(127)
     int8 = np.rint(decoded_weight / step)  # in float32 as in the graph, since codes often lie between two steps
@@ -126,7 +126,7 @@ def test_expanded_the_product_is_one_of_int8_weights_made_of_the_codes(
 
 
 def test_expanded_weights_of_zeros_stay_zeros() -> None:
-    after = quantised(rounded(NAME, np.zeros((OUTPUTS, INPUTS), np.float32), 4, 16), "expanded")
+    after = quantized(rounded(NAME, np.zeros((OUTPUTS, INPUTS), np.float32), 4, 16), "expanded")
     np.testing.assert_array_equal(run(after, X)["y"], 0)
 
 
@@ -147,18 +147,18 @@ def test_by_blocks_each_block_of_each_row_has_its_own_scale(inputs: int) -> None
     text = TEXT.replace("64] x", f"{inputs}] x")
     before = product(text, layer__weight__T=np.ascontiguousarray(values(codes).T))
     x = normal(5, 3, 1, inputs) * np.asarray([1e-3, 1, 50], np.float32)[:, None, None]
-    found = run(quantised(codes, "blocks", before), {"x": x})["y"]
+    found = run(quantized(codes, "blocks", before), {"x": x})["y"]
     wanted = -per_block(np.tanh(x)[:, 0], codes)
     np.testing.assert_allclose(found[:, 0], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     assert np.abs(found - run(before, {"x": x})["y"]).max() > 1e-3, "nothing was rounded"
     for row in range(3):
-        alone = run(quantised(codes, "blocks", before), {"x": x[row : row + 1]})["y"]
+        alone = run(quantized(codes, "blocks", before), {"x": x[row : row + 1]})["y"]
         np.testing.assert_allclose(found[row], alone[0], rtol=0, atol=1e-6 * np.abs(alone).max())
 
 
-def test_per_tensor_one_token_is_quantised_dynamically() -> None:
+def test_per_tensor_one_token_is_quantized_dynamically() -> None:
     feeds = {"x": X["x"][:1, :1]}
-    after = quantised(CHANNEL, "tensor")
+    after = quantized(CHANNEL, "tensor")
     assert operators(after)["MatMulInteger"] == 1
     assert operators(after)["MatMul"] == 0
     wanted = -per_tensor(np.tanh(feeds["x"]), CHANNEL)
@@ -166,21 +166,21 @@ def test_per_tensor_one_token_is_quantised_dynamically() -> None:
 
 
 def test_per_tensor_zeros_stay_zeros() -> None:
-    found = run(quantised(CHANNEL, "tensor"), {"x": np.zeros((1, 1, INPUTS), np.float32)})["y"]
+    found = run(quantized(CHANNEL, "tensor"), {"x": np.zeros((1, 1, INPUTS), np.float32)})["y"]
     np.testing.assert_array_equal(found, 0)
 
 
 @pytest.mark.parametrize("form", ["token", "tensor"])
 def test_rounded_activations_lose_little(form: str) -> None:
     feeds = {"x": X["x"][:1, :1]}
-    wanted, found = run(decoded(CHANNEL), feeds)["y"], run(quantised(CHANNEL, form), feeds)["y"]
+    wanted, found = run(decoded(CHANNEL), feeds)["y"], run(quantized(CHANNEL, form), feeds)["y"]
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert 1e-4 < error < 0.02, "an error of zero would mean that nothing was rounded"
 
 
 @pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded", "blocks"])
 def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
-    after = quantised(CHANNEL, form, expose(product(), "p"))
+    after = quantized(CHANNEL, form, expose(product(), "p"))
     assert [str(v.name) for v in after.graph.outputs] == ["y", "p"]
     found = run(after, X)
     np.testing.assert_array_equal(found["p"], -found["y"])
@@ -189,7 +189,7 @@ def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
 @pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded", "blocks"])
 def test_two_products_of_one_weight_share_its_codes(form: str) -> None:
     twice = TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)')
-    after = quantised(CHANNEL, form, product(twice), 2)
+    after = quantized(CHANNEL, form, product(twice), 2)
     assert sum(name.startswith(NAME) for name in after.graph.initializers) == 2
 
 
@@ -227,7 +227,7 @@ def test_a_matrix_that_is_computed_is_left_alone() -> None:
     ],
 )
 def test_the_runner_multiplies_codes(form: str, bits: int, block: int | None, kernel: str, tmp_path: Path) -> None:
-    graph = optimised(quantised(rounded(NAME, W.T.copy(), bits, block), form), tmp_path / "optimised.onnx").graph
+    graph = optimized(quantized(rounded(NAME, W.T.copy(), bits, block), form), tmp_path / "optimized.onnx").graph
     kinds = [node.op_type for node in graph.node]
     assert "MatMul" not in kinds, kinds
     assert kernel in kinds, kinds

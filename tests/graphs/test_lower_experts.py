@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, experts, fired, normal, operators, run, tag, the, untouched
 
-from satchel.graphs.passes.lower_experts import lower_experts
-from satchel.graphs.values import weight
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.fuse.lower_experts import lower_experts
 
 TOKENS, HIDDEN, INNER, EXPERTS = 5, 8, 12, 7
 GATE_UP, DOWN = normal(1, EXPERTS, 2 * INNER, HIDDEN), normal(2, EXPERTS, HIDDEN, INNER)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, untouched
 
-from satchel.graphs.passes.lower_opset import lower_opset
+from satchel.graphs.passes.normalize.lower_opset import lower_opset
 
 FEEDS = {"x": normal(1, 2, 3, 8)}
 REWRITTEN = {

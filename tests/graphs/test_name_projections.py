@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from support.graphs import build, fired, normal, same_numbers, untouched
 
-from satchel.graphs.passes.name_projections import name_projections
+from satchel.graphs.passes.normalize.name_projections import name_projections
 
 X = {"x": normal(1, 3, 5)}
 

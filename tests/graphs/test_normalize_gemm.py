@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, tag, untouched
 
-from satchel.graphs.passes.normalize_gemm import normalize_gemm
+from satchel.graphs.passes.normalize.normalize_gemm import normalize_gemm
 
 WEIGHTS = {"w": normal(1, 5, 7), "b": normal(2, 7)}
 X = {"x": normal(3, 2, 3, 5)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, untouched
 
-from satchel.graphs.passes.normalize_lookups import normalize_lookups
+from satchel.graphs.passes.normalize.normalize_lookups import normalize_lookups
 
 TABLE = normal(1, 11, 7)
 INDEX = {"index": np.asarray([[3, 0, 10], [7, -1, 1]])}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, tag, the, untouched
 
-from satchel.graphs.passes.normalize_splits import normalize_splits
-from satchel.graphs.values import constant
+from satchel.graphs.ir.values import constant
+from satchel.graphs.passes.normalize.normalize_splits import normalize_splits
 
 X = {"x": normal(1, 2, 3, 10)}
 TEXT = """(float[batch,sequence,10] x) => (float[batch,sequence,n] a, float[batch,sequence,m] b)

@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, the, untouched
 
-from satchel.graphs.assign import assign, layers_of, rule_of
-from satchel.graphs.passes.pack_gate_up import pack_gate_up
-from satchel.graphs.recipe import Recipe, Rule
-from satchel.graphs.values import weight
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.fuse.pack_gate_up import pack_gate_up
+from satchel.graphs.quant.assign import assign, layers_of, rule_of
+from satchel.graphs.quant.recipe import Recipe, Rule
 
 PATH = "layers__0__mlp__"
 WEIGHTS = {f"{PATH}{name}_proj__weight__T": normal(i, 5, 7) for i, name in enumerate(("gate", "up"))}

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, the, untouched
 
-from satchel.graphs.passes.pack_qkv import pack_qkv
+from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
 
 HIDDEN, SIZES = 7, {"q": 32, "k": 16, "v": 16}
 PATH = "layers__0__attn__"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from support.graphs import build, operators, serialised
+from support.graphs import build, operators, serialized
 
-from satchel.graphs.contract import GraphPass, PassError, Report, graph_pass
-from satchel.graphs.passes.remove_dead import remove_dead
-from satchel.graphs.passes.remove_identity import remove_identity
-from satchel.graphs.pipeline import Step, check_order, run
+from satchel.graphs.ir.contract import GraphPass, PassError, Report, graph_pass
+from satchel.graphs.ir.pipeline import Step, check_order, run
+from satchel.graphs.passes.normalize.remove_dead import remove_dead
+from satchel.graphs.passes.normalize.remove_identity import remove_identity
 
 TEXT = "(float[3] x) => (float[3] y) { a = Identity(x) b = Abs(x) y = Neg(a) }"
 
@@ -80,10 +80,10 @@ def test_a_wrong_order_stops_the_run_before_any_pass() -> None:
 
 def test_a_run_says_what_each_step_did_and_leaves_the_given_model_alone() -> None:
     model = build(TEXT)
-    before = serialised(model)
+    before = serialized(model)
     ran: list[str] = []
     after, done = run(model, [Step(refuse_neg), Step(remove_identity), Step(remove_dead)], ran.append)
-    assert serialised(model) == before
+    assert serialized(model) == before
     assert operators(after) == {"Neg": 1}
     assert ran == ["refuse_neg", "remove_identity", "remove_dead"]
     assert [(step.name, step.count) for step in done] == [("refuse_neg", 0), ("remove_identity", 1), ("remove_dead", 0)]
@@ -95,7 +95,7 @@ def test_an_empty_run_gives_a_copy() -> None:
     after, done = run(model, [])
     assert after is not model
     assert done == []
-    assert serialised(after) == serialised(model)
+    assert serialized(after) == serialized(model)
 
 
 def test_a_report_is_json_for_the_manifest() -> None:
@@ -127,14 +127,14 @@ def test_a_signature_that_changes_is_refused_unless_the_step_says_so() -> None:
 
 def test_a_pass_called_alone_gives_a_changed_copy_or_the_same_model() -> None:
     model = build(TEXT)
-    before = serialised(model)
+    before = serialized(model)
     changed, unchanged = remove_identity(model), refuse_neg(model)
     assert changed.count == 1
     assert changed.model is not model
     assert unchanged.count == 0
     assert unchanged.model is model
     assert [refusal.reason for refusal in unchanged.refusals] == ["it is negative"]
-    assert serialised(model) == before
+    assert serialized(model) == before
 
 
 def test_a_pass_takes_out_what_its_own_change_left_unread_and_nothing_else() -> None:

@@ -7,12 +7,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from support.codes import rounded, values
-from support.graphs import build, experts, fired, normal, operators, run, serialised, tag, the, untouched
+from support.graphs import build, experts, fired, normal, operators, run, serialized, tag, the, untouched
 
-from satchel.graphs.passes.lower_experts import lower_experts
-from satchel.graphs.passes.quantize_experts import quantize_experts
-from satchel.graphs.quantized import QuantizedWeight
-from satchel.graphs.values import weight
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.fuse.lower_experts import lower_experts
+from satchel.graphs.passes.quantize.quantize_experts import quantize_experts
+from satchel.graphs.quant.quantized import QuantizedWeight
 
 TOKENS, HIDDEN, INNER, EXPERTS = 5, 96, 32, 7
 GATE_UP, DOWN = normal(1, EXPERTS, 2 * INNER, HIDDEN) / 8, normal(2, EXPERTS, HIDDEN, INNER) / 4
@@ -48,7 +48,7 @@ def in_float(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """The model's y from a session that does not pack weights: the operator multiplies in float there."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"]).run(["y"], feeds)[0]
+    return ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"]).run(["y"], feeds)[0]
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])

@@ -9,12 +9,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from support.codes import rounded, values
-from support.graphs import build, fired, normal, operators, run, serialised, untouched
+from support.graphs import build, fired, normal, operators, run, serialized, untouched
 
-from satchel.graphs.passes.compute_float16 import compute_float16
-from satchel.graphs.passes.lower_opset import lower_opset
-from satchel.graphs.passes.quantize_folded import quantize_folded
-from satchel.graphs.recipe import Rule
+from satchel.graphs.passes.float16.compute_float16 import compute_float16
+from satchel.graphs.passes.normalize.lower_opset import lower_opset
+from satchel.graphs.passes.quantize.quantize_folded import quantize_folded
+from satchel.graphs.quant.recipe import Rule
 
 MATRIX, TABLE = normal(1, 6, 5), normal(2, 11, 6)
 TEXT = """(int64[1,3] ids) => (float[1,3,5] logits, float[1,11,3] z)
@@ -46,7 +46,7 @@ def test_a_session_that_folds_leaves_no_code(tmp_path: Path) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.optimized_model_filepath = str(tmp_path / "saved.onnx")
-    ort.InferenceSession(serialised(after), options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(serialized(after), options, providers=["CPUExecutionProvider"])
     saved = ir.load(tmp_path / "saved.onnx").graph
     assert not [node for node in saved if "Quantize" in node.op_type or "Dequantize" in node.op_type]
     halves = [v for v in saved.initializers.values() if v.dtype == ir.DataType.FLOAT16 and v.const_value.size > 16]

@@ -11,13 +11,13 @@ import pytest
 from support.attention_graphs import BATCH, TOTAL, Cached, Layer
 from support.graphs import fired, operators, rotated, rotation_tables, tag, the, untouched
 
-from satchel.graphs.contract import GraphPass
-from satchel.graphs.passes.derive_positions import derive_positions
-from satchel.graphs.passes.expand_attention import expand_attention
-from satchel.graphs.passes.fuse_attention import fuse_attention
-from satchel.graphs.passes.pack_qkv import pack_qkv
-from satchel.graphs.passes.quantize_kv_cache import quantize_kv_cache
-from satchel.graphs.quantized import KVScales
+from satchel.graphs.ir.contract import GraphPass
+from satchel.graphs.passes.cache.derive_positions import derive_positions
+from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
+from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
+from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
+from satchel.graphs.passes.static.expand_attention import expand_attention
+from satchel.graphs.quant.quantized import KVScales
 
 LAYERS = {
     "plain": Layer(width=64, value_width=64),

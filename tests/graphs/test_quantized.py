@@ -1,4 +1,4 @@
-"""The layouts of quantised weights, checked by the operators that read them."""
+"""The layouts of quantized weights, checked by the operators that read them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from support.codes import rounded, values
 from support.graphs import build, normal, run, the
 from support.native_ops import lanes, unpacked
 
-from satchel.graphs.quantized import MADE, PANELS, QuantizedWeight
-from satchel.graphs.recipe import Scheme
-from satchel.graphs.rounding import Grid
-from satchel.graphs.values import MICROSOFT, Builder, weight
-from satchel.graphs.weights import LazyWeight, from_array, pack_rows, reshaped, stored
+from satchel.graphs.ir.values import MICROSOFT, Builder, weight
+from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows, reshaped, stored
+from satchel.graphs.quant.quantized import MADE, PANELS, QuantizedWeight
+from satchel.graphs.quant.recipe import Scheme
+from satchel.graphs.quant.rounding import Grid
 
 OUTPUTS, INPUTS = 21, 96
 WEIGHT = normal(1, OUTPUTS, INPUTS)

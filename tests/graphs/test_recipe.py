@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from satchel.graphs.recipe import KINDS, Recipe, RecipeError, Rule, Scheme, parse_recipe, write_recipe
+from satchel.graphs.quant.recipe import KINDS, Recipe, RecipeError, Rule, Scheme, parse_recipe, write_recipe
 
 GOOD = """
 transforms = ["rotate", "hadamard"]

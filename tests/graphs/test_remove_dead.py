@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from support.graphs import build, fired, normal, operators, same_numbers, untouched
 
-from satchel.graphs.passes.remove_dead import remove_dead
+from satchel.graphs.passes.normalize.remove_dead import remove_dead
 
 
-def test_nodes_and_initialisers_that_nothing_reads_go() -> None:
+def test_nodes_and_initializers_that_nothing_reads_go() -> None:
     model = build(
         """(float[3] x, float[3] unread) => (float[3] y) <float[3] c = {1.0, 2.0, 3.0}, float[3] d = {1.0, 2.0, 3.0}> {
             a = Neg(x) b = Mul(a, c) e = Abs(b) y = Add(a, d)
@@ -25,7 +25,7 @@ def test_a_node_of_which_one_output_is_read_stays() -> None:
     assert untouched(remove_dead, build(text)) == []
 
 
-def test_an_initialiser_that_is_an_output_stays() -> None:
+def test_an_initializer_that_is_an_output_stays() -> None:
     assert untouched(remove_dead, build("(float[2] x) => (float[2] c) <float[2] c = {1.0, 2.0}> { }")) == []
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, tag, untouched
 
-from satchel.graphs.passes.remove_duplicates import RANDOM, remove_duplicates
-from satchel.graphs.quantized import MADE, PANELS
-from satchel.graphs.values import weight
+from satchel.graphs.ir.values import weight
+from satchel.graphs.passes.normalize.remove_duplicates import RANDOM, remove_duplicates
+from satchel.graphs.quant.quantized import MADE, PANELS
 
 X = {"x": normal(1, 3, 5)}
 
@@ -40,7 +40,7 @@ def test_three_nodes_with_many_outputs_become_one() -> None:
     same_numbers(model, result.model, X, exact=True)
 
 
-def test_equal_constants_become_one_initialiser() -> None:
+def test_equal_constants_become_one_initializer() -> None:
     model = build(two("Mul(x, c)", "Add(x, d)", "float[1] c = {2.0}, float[1] d = {2.0}"))
     result = fired(remove_duplicates, model, 1)
     assert list(result.model.graph.initializers) == ["c"]

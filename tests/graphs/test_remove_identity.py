@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, untouched
 
-from satchel.graphs.passes.remove_identity import remove_identity
+from satchel.graphs.passes.normalize.remove_identity import remove_identity
 
 X = {"x": normal(1, 2, 3, 5)}
 CONSTANTS = """int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] five = {5}, int64[1] back = {-1},
@@ -162,7 +162,7 @@ def test_an_output_keeps_its_name_when_its_node_goes() -> None:
         "(float[2,3,5] x) => (float[2,3,5] a, float[2,3,5] y) { a = Neg(x) y = Identity(a) }",
         "() => (float[2] y) <float[2] w = {1.0, 2.0}> { y = Identity(w) }",
     ],
-    ids=["an input", "another output", "an initialiser"],
+    ids=["an input", "another output", "an initializer"],
 )
 def test_an_output_that_is_something_else_too_keeps_its_node(text: str) -> None:
     assert untouched(remove_identity, build(text)) == []

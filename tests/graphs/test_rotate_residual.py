@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, run, tag, the, untouched
 
-from satchel.graphs.passes.rotate_residual import rotate_residual
-from satchel.graphs.rotations import rotation
+from satchel.graphs.analysis.rotations import rotation
+from satchel.graphs.passes.quantize.rotate_residual import rotate_residual
 
 SIZE, INNER, VOCABULARY = 12, 16, 11
 WEIGHTS = {

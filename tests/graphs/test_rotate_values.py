@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, run, tag, untouched
 
-from satchel.graphs.passes.rotate_values import rotate_values
-from satchel.graphs.rotations import hadamard, rotation
+from satchel.graphs.analysis.rotations import hadamard, rotation
+from satchel.graphs.passes.quantize.rotate_values import rotate_values
 
 HIDDEN, HEADS, KV_HEADS, BATCH, NEW, CAPACITY = 6, 4, 2, 2, 3, 5
 HEADER = """(float[batch,sequence,6] x, float[batch,2,capacity,{d}] past_k, float[batch,2,capacity,{d}] past_v,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from satchel.graphs.rotations import hadamard, rotation
+from satchel.graphs.analysis.rotations import hadamard, rotation
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 64])

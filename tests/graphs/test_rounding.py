@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support.graphs import normal
 
-from satchel.graphs.recipe import Scheme
-from satchel.graphs.rounding import Grid, fit_grid
+from satchel.graphs.quant.recipe import Scheme
+from satchel.graphs.quant.rounding import Grid, fit_grid
 
 EVERY = [Scheme(bits, block, symmetric) for bits in (4, 8) for block in (16, 32, None) for symmetric in (True, False)]
 WEIGHT = normal(1, 6, 64) * np.exp(normal(2, 6, 1))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.graphs import build, normal, run, serialised, session
+from support.graphs import build, normal, run, serialized, session
 
-from satchel.graphs.segments import Segment, split
-from satchel.graphs.segments import build as build_segment
-from satchel.graphs.values import weight
+from satchel.graphs.analysis.segments import Segment, split
+from satchel.graphs.analysis.segments import build as build_segment
+from satchel.graphs.ir.values import weight
 
 TEXT = """(int64[batch,n] ids, float[batch,n,160] past) => (float[batch,n,160] y, float[batch,n,120] side)
     <float two = {2.0}> {
@@ -91,9 +91,9 @@ def test_computed_tables_stay_where_they_are() -> None:
 @pytest.mark.parametrize("wanted", [["y", "side"], ["y", "side", "c"]])
 def test_the_pieces_compute_what_the_graph_computes(wanted: list[str]) -> None:
     before = model()
-    content = serialised(before)
+    content = serialized(before)
     found = one_by_one(split(before, wanted), FEEDS)
-    assert serialised(before) == content
+    assert serialized(before) == content
     for name, array in run(before, FEEDS).items():
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
 

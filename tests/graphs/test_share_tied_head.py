@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, the, untouched
 
-from satchel.graphs.passes.fold_constants import fold_constants
-from satchel.graphs.passes.share_tied_head import share_tied_head
+from satchel.graphs.passes.logits.share_tied_head import share_tied_head
+from satchel.graphs.passes.normalize.fold_constants import fold_constants
 
 TABLE = normal(1, 11, 7)
 IDS = {"ids": np.asarray([[3, 0, 10], [7, 7, 1]])}

@@ -6,8 +6,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, run, same_numbers, the, untouched
 
-from satchel.graphs.passes.simplify_shapes import simplify_shapes
-from satchel.graphs.values import constant
+from satchel.graphs.ir.values import constant
+from satchel.graphs.passes.normalize.simplify_shapes import simplify_shapes
 
 X = {"x": normal(1, 2, 3, 35)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from support.graphs import build, fired, normal, same_numbers, untouched
 
-from satchel.graphs.passes.single_token import single_token
+from satchel.graphs.passes.cache.single_token import single_token
 
 TEXT = """(int64[batch,sequence] input_ids, int64[batch,total] attention_mask) => (float[batch,sequence,7] y) {
     e = Gather(table, input_ids) y = Neg(e)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, operators, same_numbers, untouched
 
-from satchel.graphs.passes.sink_transposes import sink_transposes
+from satchel.graphs.passes.normalize.sink_transposes import sink_transposes
 
 X = {"x": normal(1, 2, 3, 5, 7)}
 NORMS = {

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, run, the, untouched
 
-from satchel.graphs.passes.slice_final_logits import slice_final_logits
-from satchel.graphs.passes.slice_last_logits import slice_last_logits
+from satchel.graphs.passes.logits.slice_final_logits import slice_final_logits
+from satchel.graphs.passes.logits.slice_last_logits import slice_last_logits
 
 WEIGHTS = {"table": normal(1, 11, 7), "scale": normal(2, 7), "head": normal(3, 7, 11)}
 TEXT = """(int64[batch,sequence] input_ids, int64[batch,total] attention_mask)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, expose, fired, normal, run, untouched
 
-from satchel.graphs.passes.slice_last_logits import slice_last_logits
+from satchel.graphs.passes.logits.slice_last_logits import slice_last_logits
 
 HIDDEN, VOCABULARY = 7, 11
 WEIGHTS = {

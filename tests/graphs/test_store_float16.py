@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, run, untouched
 
-from satchel.graphs.contract import PassError
-from satchel.graphs.passes.store_float16 import store_float16
+from satchel.graphs.ir.contract import PassError
+from satchel.graphs.passes.float16.store_float16 import store_float16
 
 WEIGHTS = {"table": normal(1, 11, 7), "w": normal(2, 7, 5), "b": normal(3, 5)}
 IDS = {"ids": np.asarray([[3, 0, 10], [7, 7, 1]])}

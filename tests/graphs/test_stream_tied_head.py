@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, untouched
 
-from satchel.graphs.passes.stream_tied_head import stream_tied_head
+from satchel.graphs.passes.logits.stream_tied_head import stream_tied_head
 
 TABLE = normal(1, 11, 7)
 TEXT = """(float[batch,1,7] x) => (float[batch,1,11] y) {

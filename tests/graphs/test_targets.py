@@ -15,20 +15,25 @@ from support.codes import rounded
 from support.graphs import build
 
 import satchel.graphs.passes
-from satchel.graphs.contract import GraphPass
-from satchel.graphs.native import NATIVE
-from satchel.graphs.pipeline import Step, check_order
-from satchel.graphs.quantized import KVScales, Quantised
-from satchel.graphs.recipe import Recipe, Rule
-from satchel.graphs.static import Lengths
-from satchel.graphs.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
+from satchel.graphs.ir.contract import GraphPass
+from satchel.graphs.ir.pipeline import Step, check_order
+from satchel.graphs.quant.quantized import KVScales, Quantized
+from satchel.graphs.quant.recipe import Recipe, Rule
+from satchel.graphs.targets.native import NATIVE
+from satchel.graphs.targets.static import Lengths
+from satchel.graphs.targets.targets import DECODE_BLOCKS, PHASES, PREFILL_INT8, ROTATE, TARGETS, even_out
 
-FILES = sorted(module.name for module in pkgutil.iter_modules(satchel.graphs.passes.__path__))
+MODULES = {
+    module.name.rpartition(".")[2]: module.name
+    for module in pkgutil.walk_packages(satchel.graphs.passes.__path__, "satchel.graphs.passes.")
+    if not module.ispkg
+}
+FILES = sorted(MODULES)
 
 
 RECIPE = Recipe("all", (), transforms=("rotate", "smooth", "hadamard"))
 SCALES = KVScales(np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
-NOTHING = Quantised(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES}, "fp32")
+NOTHING = Quantized(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {}, {}, {0: SCALES}, "fp32")
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "import_opset": (23,),
     "fold_gates": ({},),
@@ -39,9 +44,9 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "quantize_experts": ({},),
     "quantize_folded": ({}, {}),
     "quantize_kv_cache": ({}, "decode"),
-    "quantize_products": ({}, {}),
-    "quantize_tables": ({},),
-    "smooth_products": ({},),
+    "quantize_linear": ({}, {}),
+    "quantize_embeddings": ({},),
+    "equalize": ({},),
 }
 """For passes that are made for a model."""
 
@@ -53,32 +58,32 @@ def whole_pipelines() -> dict[str, tuple[Step, ...]]:
 
 def static_pipelines() -> dict[str, tuple[Step, ...]]:
     return {
-        f"{name} {phase} {tokens} {quantised is not None}": (
-            *target.normalise,
+        f"{name} {phase} {tokens} {quantized is not None}": (
+            *target.normalize,
             *target.fuse,
-            *((*ROTATE, *even_out(RECIPE, {})) if quantised is not None else ()),
-            *target.static_steps(phase, Lengths(tokens, 8), quantised),
+            *((*ROTATE, *even_out(RECIPE, {})) if quantized is not None else ()),
+            *target.static_steps(phase, Lengths(tokens, 8), quantized),
         )
         for name, target in TARGETS.items()
         if target.static is not None
         for phase in PHASES
         for tokens in (1, 4)
-        for quantised in (None, NOTHING)
+        for quantized in (None, NOTHING)
     }
 
 
 def varying_pipelines() -> dict[str, tuple[Step, ...]]:
     return {
         f"{name} {phase} {precision}": (
-            *target.normalise,
+            *target.normalize,
             *target.fuse,
-            *((*ROTATE, *even_out(RECIPE, {})) if quantised is not None else ()),
-            *target.steps(phase, precision, quantised),
+            *((*ROTATE, *even_out(RECIPE, {})) if quantized is not None else ()),
+            *target.steps(phase, precision, quantized),
         )
         for name, target in TARGETS.items()
         if target.static is None
         for phase in target.phases
-        for precision, quantised in (("fp32", None), ("fp16", None), ("int8", NOTHING))
+        for precision, quantized in (("fp32", None), ("fp16", None), ("int8", NOTHING))
     }
 
 
@@ -86,7 +91,7 @@ PIPELINES = whole_pipelines()
 
 
 def the_pass(file: str) -> GraphPass:
-    found = getattr(importlib.import_module(f"satchel.graphs.passes.{file}"), file)
+    found = getattr(importlib.import_module(MODULES[file]), file)
     made = found(*ARGUMENTS[file]) if file in ARGUMENTS else found
     assert isinstance(made, GraphPass)
     return made
@@ -119,9 +124,9 @@ def test_a_target_whose_shapes_vary_has_no_static_steps() -> None:
 def test_decode_by_blocks_is_there_where_decode_takes_int8_activations(prefill: str, decode: str, there: bool) -> None:
     codes = rounded("w", np.ones((4, 64), np.float32), 8, None)
     rule = Rule(kinds=("linear",), bits=8, blocks=("channel",), prefill=prefill, decode=decode)
-    quantised = Quantised(NOTHING.model, {"w": codes}, {"w": rule}, {}, "int8")
-    assert (DECODE_BLOCKS in TARGETS["cpu"].graphs(quantised)) is there
-    assert TARGETS["cuda"].graphs(quantised) == PHASES
+    quantized = Quantized(NOTHING.model, {"w": codes}, {"w": rule}, {}, "int8")
+    assert (DECODE_BLOCKS in TARGETS["cpu"].graphs(quantized)) is there
+    assert TARGETS["cuda"].graphs(quantized) == PHASES
 
 
 @pytest.mark.parametrize(
@@ -134,10 +139,10 @@ def test_a_native_graph_is_there_where_a_product_is_by_codes_that_its_operator_t
     matrix = np.ones((64, 4), np.float32)
     codes = rounded("w", matrix.T.copy(), bits, block)
     product = build("(float[n,64] x) => (float[n,4] y) { y = MatMul(x, w) }", w=matrix)
-    quantised = Quantised(product, {"w": codes}, {"w": Rule(bits=bits)}, kv_scales, "int8")
-    assert (NATIVE in TARGETS["cpu"].graphs(quantised)) is there
-    assert NATIVE not in TARGETS["cuda"].graphs(quantised)
-    elsewhere = Quantised(NOTHING.model, {"w": codes}, {"w": Rule(bits=bits)}, {}, "int8")
+    quantized = Quantized(product, {"w": codes}, {"w": Rule(bits=bits)}, kv_scales, "int8")
+    assert (NATIVE in TARGETS["cpu"].graphs(quantized)) is there
+    assert NATIVE not in TARGETS["cuda"].graphs(quantized)
+    elsewhere = Quantized(NOTHING.model, {"w": codes}, {"w": Rule(bits=bits)}, {}, "int8")
     assert NATIVE not in TARGETS["cpu"].graphs(elsewhere), "nothing multiplies by the weight"
 
 
@@ -161,6 +166,6 @@ def test_a_pass_says_what_it_does_and_when_it_refuses(file: str) -> None:
 
 def test_passes_load_neither_torch_nor_a_runtime() -> None:
     unwanted = {"torch", "transformers", "onnxruntime", "onnxscript", "satchel.export", "satchel.runtime"}
-    code = f"import sys, satchel.graphs.targets; print(sorted({unwanted} & set(sys.modules)))"
+    code = f"import sys, satchel.graphs.targets.targets; print(sorted({unwanted} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

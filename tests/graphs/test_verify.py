@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import build, normal
 
-from satchel.graphs.contract import PassError
-from satchel.graphs.verify import signature, verify
+from satchel.graphs.ir.contract import PassError
+from satchel.graphs.ir.verify import signature, verify
 
 
 def whole() -> ir.Model:
@@ -66,7 +66,7 @@ BROKEN: dict[Callable[[ir.Model], None], str] = {
     name_like_an_input: "two values are called x",
     take_a_name: "a value has no name",
     forget_a_domain: "node node_2 is of domain 'com.microsoft', which the model does not import",
-    forget_values: "initialiser w has no value",
+    forget_values: "initializer w has no value",
     make_an_output_of_nothing: "output z2 is made by nothing",
 }
 

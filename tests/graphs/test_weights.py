@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import normal
 
-from satchel.graphs.weights import BLOCK_BYTES, LazyWeight, cast, concatenated, from_array, mapped, transposed
+from satchel.graphs.ir.weights import BLOCK_BYTES, LazyWeight, cast, concatenated, from_array, mapped, transposed
 
 A, B, C = normal(1, 13, 7), normal(2, 5, 7), normal(3, 13, 3)
 STEPS = [1, 4, 27, 28, 29, 56, 13 * 28 - 1, 13 * 28, BLOCK_BYTES]
@@ -92,7 +92,7 @@ def test_a_weight_is_written_to_a_file_as_it_is() -> None:
     assert file.getvalue() == MADE["columns joined"][1].tobytes()
 
 
-def test_a_weight_can_be_an_initialiser_of_a_model() -> None:
+def test_a_weight_can_be_an_initializer_of_a_model() -> None:
     tensor = ir.to_proto(ir.Value(name="w", const_value=MADE["transposed"][0]).const_value)
     np.testing.assert_array_equal(np.frombuffer(tensor.raw_data, np.float32).reshape(7, 13), A.T)
 
@@ -148,7 +148,7 @@ def test_columns_without_a_shorter_way_are_cut_from_all_rows() -> None:
 
 
 def test_a_cast_rounds_to_nearest_even() -> None:
-    between = np.asarray([2049, 2051, -2049, -2051], np.float32)  # half way between neighbours in float16
+    between = np.asarray([2049, 2051, -2049, -2051], np.float32)  # half way between neighbors in float16
     found = cast(lazy(between), ir.DataType.FLOAT16, "h").numpy()
     np.testing.assert_array_equal(found, np.asarray([2048, 2052, -2048, -2052], np.float16))
 

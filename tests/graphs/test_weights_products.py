@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support.graphs import normal
 
-from satchel.graphs.weights import (
+from satchel.graphs.ir.weights import (
     LazyWeight,
     from_array,
     left_multiplied,

@@ -85,7 +85,7 @@ def test_the_environment_has_no_training_framework(environment: Path) -> None:
 
 def test_the_command_runs_a_bundle(environment: Path, bundle: Path) -> None:
     run = ("run", bundle, "the cat", "--max-new-tokens", "8", "--json")
-    done = python(environment, "-m", "satchel.runtime.cli", *run)
+    done = python(environment, "-m", "satchel.runtime.cli.main", *run)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["new_tokens"] > 0
 
@@ -103,7 +103,7 @@ print(*{name.split(".")[0] for name in sys.modules})
 
 
 def test_exporting_says_what_to_install(environment: Path, tmp_path: Path) -> None:
-    done = python(environment, "-m", "satchel.runtime.cli", "export", tmp_path, "-o", tmp_path / "bundle")
+    done = python(environment, "-m", "satchel.runtime.cli.main", "export", tmp_path, "-o", tmp_path / "bundle")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "is not installed: pip install 'satchel[export]'" in done.stderr

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from integration.conftest import CHECKOUT
 
-from satchel.export import families
-from satchel.runtime import manifest
-from satchel.runtime.cli import COMMANDS
+from satchel.export.checkpoint import families
+from satchel.runtime.bundle import manifest
+from satchel.runtime.cli.main import COMMANDS
 
 README = CHECKOUT / "README.md"
 DOCUMENTS = [README, *sorted((CHECKOUT / "docs").glob("*.md"))]

@@ -15,9 +15,9 @@ import pytest
 from support.jsonl_work import Work, by_id
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.commands import answer_file
-from satchel.runtime.commands.answer_file import AnswerFile
-from satchel.runtime.commands.prompt_lines import read_lines
+from satchel.runtime.cli import answer_file
+from satchel.runtime.cli.answer_file import AnswerFile
+from satchel.runtime.cli.prompt_lines import read_lines
 
 Capture = pytest.CaptureFixture[str]
 PATIENCE = 60  # seconds

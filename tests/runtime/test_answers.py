@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from support.jsonl_work import COMMAND, Row, Work, by_id
 
-from satchel.runtime.commands import answers
-from satchel.runtime.commands.prompt_lines import read_lines
+from satchel.runtime.cli import answers
+from satchel.runtime.cli.prompt_lines import read_lines
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.generator import Generator
 
@@ -162,7 +162,7 @@ def test_lines_of_other_systems_and_of_great_length_are_read() -> None:
 
 
 def stub_chat(monkeypatch: pytest.MonkeyPatch, chat_ids: Callable[..., list[int]]) -> None:
-    module = types.ModuleType("satchel.runtime.chat.conversation")
+    module = types.ModuleType("satchel.runtime.generation.conversation")
     module.chat_ids = chat_ids  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from satchel.runtime.bench import bandwidth
-from satchel.runtime.bench.bandwidth import Bandwidth, measure, measure_in_child
 from satchel.runtime.errors import SatchelError
+from satchel.runtime.tools.bench import bandwidth
+from satchel.runtime.tools.bench.bandwidth import Bandwidth, measure, measure_in_child
 
-MODULE = [sys.executable, "-P", "-m", "satchel.runtime.bench.bandwidth"]
+MODULE = [sys.executable, "-P", "-m", "satchel.runtime.tools.bench.bandwidth"]
 
 
 def test_it_prints_one_json_object_and_loads_no_onnx_runtime() -> None:
@@ -21,7 +21,7 @@ def test_it_prints_one_json_object_and_loads_no_onnx_runtime() -> None:
     found = json.loads(done.stdout)
     assert (found["threads"], found["buffer_mb"]) == (2, 4)
     assert found["gb_per_second"] > 0
-    code = "import sys, satchel.runtime.bench.bandwidth; print('onnxruntime' in sys.modules)"
+    code = "import sys, satchel.runtime.tools.bench.bandwidth; print('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

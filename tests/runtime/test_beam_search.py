@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
-from satchel.runtime import rows as rows_module
-from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.execution import rows as rows_module
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.rows import Rows
 from satchel.runtime.generation.beam_results import adjustment
 from satchel.runtime.generation.beam_search import BeamSearch, Hypothesis, highest_of
 from satchel.runtime.generation.beam_settings import BeamSettings, check_beams
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.generation.prefix_store import PrefixStore
-from satchel.runtime.rows import Rows
+from satchel.runtime.generation.prefix_cache import PrefixCache
 
 PROMPT = (5, 80, 199, 12)
 NEW_TOKENS = 12
@@ -75,7 +75,7 @@ def reference(engine: Engine) -> Reference:
 
 
 def search(engine: Engine, settings: BeamSettings, **options: Any) -> BeamSearch:
-    store = options.pop("store", None) or PrefixStore(engine.bundle.manifest.kv_cache, 0)
+    store = options.pop("store", None) or PrefixCache(engine.bundle.manifest.kv_cache, 0)
     return BeamSearch(engine, np.array(options.pop("prompt", PROMPT), np.int64), settings, store, **options)
 
 
@@ -225,7 +225,7 @@ def test_logits_that_are_not_finite_name_the_step(engine: Engine, monkeypatch: p
 
 
 def test_a_search_prefills_what_is_new_and_keeps_the_best(engine: Engine) -> None:
-    store = PrefixStore(engine.bundle.manifest.kv_cache, MIB)
+    store = PrefixCache(engine.bundle.manifest.kv_cache, MIB)
     first = search(engine, BeamSettings(3, 6), store=store)
     best = first.run()[0]
     assert (first.reused_tokens, first.timing.decode_steps) == (0, 5)

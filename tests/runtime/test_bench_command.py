@@ -14,10 +14,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from satchel.runtime import cli, engine, session
-from satchel.runtime.bench import bandwidth, speed_plot
-from satchel.runtime.bench.bandwidth import Bandwidth
-from satchel.runtime.bench.benchmark import Run, Summary
+from satchel.runtime.cli import main as cli
+from satchel.runtime.execution import engine
+from satchel.runtime.ort import session
+from satchel.runtime.tools.bench import bandwidth, speed_plot
+from satchel.runtime.tools.bench.bandwidth import Bandwidth
+from satchel.runtime.tools.bench.benchmark import Run, Summary
 
 FOUND = Bandwidth(gb_per_second=2.5, threads=3, buffer_mb=64)
 BASE_KEYS = ["prefill", "decode", "load", "rss_mb", "pss_mb", "ttft"]
@@ -85,7 +87,7 @@ def test_json_measures_bandwidth_when_told_to(bench: Any, children: list[str]) -
 
 def test_runs_give_medians_and_spread(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)]
-    monkeypatch.setattr("satchel.runtime.bench.benchmark.timed_run", lambda *_: runs.pop())
+    monkeypatch.setattr("satchel.runtime.tools.bench.benchmark.timed_run", lambda *_: runs.pop())
     document = found(bench(*WORK, "--runs", "3", "--json"))
     assert [document[key] for key in ("prefill", "ttft", "decode", "runs")] == [20.0, 2.0, 5.0, 3]
     assert document["spread"] == {"prefill": [10.0, 30.0], "ttft": [1.0, 3.0], "decode": [4.0, 6.0]}
@@ -94,7 +96,7 @@ def test_runs_give_medians_and_spread(bench: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_runs_show_in_the_table(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)]
-    monkeypatch.setattr("satchel.runtime.bench.benchmark.timed_run", lambda *_: runs.pop())
+    monkeypatch.setattr("satchel.runtime.tools.bench.benchmark.timed_run", lambda *_: runs.pop())
     code, out, err = bench(*WORK, "--runs", "3")
     assert (code, err) == (0, "")
     assert out.splitlines()[:3] == [
@@ -231,7 +233,7 @@ def test_the_plot_is_written_in_the_format_of_its_suffix(bench: Any, tmp_path: P
 def test_a_plot_without_contexts_takes_those_that_fit(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("satchel.runtime.commands.bench.PLOTTED_CONTEXTS", (16, 32, 64))
+    monkeypatch.setattr("satchel.runtime.cli.bench.PLOTTED_CONTEXTS", (16, 32, 64))
     document = found(bench("--new-tokens", "4", "--json", "--plot", tmp_path / "speed.svg"))
     assert [point["context"] for point in document["contexts"]] == [16, 32]
     assert (tmp_path / "speed.svg").is_file()
@@ -255,7 +257,7 @@ def test_the_plot_draws_medians_over_contexts_in_order(tmp_path: Path, monkeypat
 def test_matplotlib_is_loaded_for_a_plot_only_and_without_a_display(tiny: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 assert cli.main(sys.argv[1:]) == 0
 print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """

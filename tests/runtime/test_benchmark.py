@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from satchel.runtime.bench import benchmark
-from satchel.runtime.bench.benchmark import (
+from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.rows import Rows, rows_agree
+from satchel.runtime.tools.bench import benchmark
+from satchel.runtime.tools.bench.benchmark import (
     Figures,
     Run,
     Workload,
@@ -18,9 +21,6 @@ from satchel.runtime.bench.benchmark import (
     timed_run,
     warm_up,
 )
-from satchel.runtime.engine import Engine
-from satchel.runtime.errors import PromptError
-from satchel.runtime.rows import Rows, rows_agree
 
 
 @pytest.fixture

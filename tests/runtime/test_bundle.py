@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
-from satchel.runtime import bundle as bundle_module
-from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.bundle import reader as bundle_module
+from satchel.runtime.bundle.manifest import FileRecord, Specialized
+from satchel.runtime.bundle.reader import Bundle, open_bundle
 from satchel.runtime.errors import BundleError
-from satchel.runtime.manifest import FileRecord, Specialized
 
 
 @pytest.fixture

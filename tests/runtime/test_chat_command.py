@@ -24,13 +24,13 @@ import pytest
 from support.chat_bundle import END, write_chat_bundle
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime import cli
-from satchel.runtime.chat.conversation import Answer, Conversation, checkpoint_options
+from satchel.runtime.cli import main as cli
+from satchel.runtime.generation.conversation import Answer, Conversation, checkpoint_options
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
 
-COMMAND = [sys.executable, "-m", "satchel.runtime.cli", "chat"]
+COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main", "chat"]
 PATIENCE = 60.0  # seconds
 SHORT = ("--max-new-tokens", "12")
 READY, CTRL_C = "^> ", "\x03"

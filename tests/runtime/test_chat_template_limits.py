@@ -16,10 +16,10 @@ import pytest
 from support.chat_templates import LLAMA2, SPECIAL, TURNS
 
 from satchel.runtime.errors import PromptError
-from satchel.runtime.templates import render_process
-from satchel.runtime.templates.chat_template import ChatTemplate
-from satchel.runtime.templates.limits import OUTPUT_BYTES
-from satchel.runtime.templates.render_process import TemplateProcess
+from satchel.runtime.generation.templates import render_process
+from satchel.runtime.generation.templates.chat_template import ChatTemplate
+from satchel.runtime.generation.templates.limits import OUTPUT_BYTES
+from satchel.runtime.generation.templates.render_process import TemplateProcess
 
 SLOW, BIG, MEMORY = "took longer than 2 s: ", "gives more than 1 MB of text: ", "needs more than 512 MiB of memory: "
 FORBIDDEN = "does what the sandbox forbids at line 1: "
@@ -183,9 +183,9 @@ def test_threads_share_a_template_and_each_gets_its_own_text() -> None:
 
 
 def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render_process, "_WORKER", "satchel.runtime.templates.nothing")
+    monkeypatch.setattr(render_process, "_WORKER", "satchel.runtime.generation.templates.nothing")
     with pytest.raises(
-        PromptError, match=r"does not start: find out why with `.* -m satchel\.runtime\.templates\.nothing`"
+        PromptError, match=r"does not start: find out why with `.* -m satchel\.runtime\.generation\.templates\.nothing`"
     ):
         ChatTemplate("").render(TURNS)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
@@ -209,7 +209,7 @@ def test_the_child_ends_with_the_program_that_uses_it() -> None:
     for last_line in ("", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"):
         code = f"""
 import os, signal
-from satchel.runtime.templates.chat_template import ChatTemplate
+from satchel.runtime.generation.templates.chat_template import ChatTemplate
 template = ChatTemplate("x")
 template.start()
 print(template._process._child.pid, flush=True)
@@ -223,7 +223,7 @@ print(template._process._child.pid, flush=True)
 def test_a_fork_renders_with_a_child_of_its_own() -> None:
     code = """
 import os
-from satchel.runtime.templates.chat_template import ChatTemplate
+from satchel.runtime.generation.templates.chat_template import ChatTemplate
 template = ChatTemplate("{{ messages[0].content }}")
 def render(text):
     return template.render([{"role": "user", "content": text}])
@@ -243,7 +243,7 @@ def test_what_prints_in_the_child_does_not_mix_with_its_replies() -> None:
     code = """
 import os
 from jinja2.filters import FILTERS
-from satchel.runtime.templates import render_worker
+from satchel.runtime.generation.templates import render_worker
 FILTERS["noisy"] = lambda text: (print("noise"), os.write(1, b"noise"), text)[2]
 render_worker.main()
 """
@@ -254,7 +254,7 @@ render_worker.main()
 
 
 def test_a_child_without_a_parent_to_stop_it_runs_out_of_processor_time() -> None:
-    code = "from satchel.runtime.templates import render_worker as w; w._CPU_SECONDS = 0; w.main()"
+    code = "from satchel.runtime.generation.templates import render_worker as w; w._CPU_SECONDS = 0; w.main()"
     requests = [{"template": FOREVER}, {"variables": {}}]
     lines = "".join(json.dumps(request) + "\n" for request in requests)
     done = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=30)
@@ -262,7 +262,8 @@ def test_a_child_without_a_parent_to_stop_it_runs_out_of_processor_time() -> Non
 
 
 def test_the_child_loads_little() -> None:
-    code = "import sys, satchel.runtime.templates.render_worker; print(*{name.split('.')[0] for name in sys.modules})"
+    worker = "satchel.runtime.generation.templates.render_worker"
+    code = f"import sys, {worker}; print(*{{name.split('.')[0] for name in sys.modules}})"
     loaded = set(run_python(code).stdout.split())
     assert "jinja2" in loaded
     assert loaded.isdisjoint(["numpy", "onnxruntime", "tokenizers", "sentencepiece", "subprocess"])

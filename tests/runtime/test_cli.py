@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 from satchel.runtime.generation.generator import Generator
 
-COMMAND = [sys.executable, "-m", "satchel.runtime.cli"]
+COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main"]
 
 
 def satchel(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

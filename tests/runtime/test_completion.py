@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from satchel.export.config import KV_CACHES, PRECISIONS
-from satchel.runtime import cli
-from satchel.runtime.commands.completion import SHELLS
+from satchel.runtime.cli import main as cli
+from satchel.runtime.cli.completion import SHELLS
 
 EXPORTER_ONLY = ["torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf"]
 
@@ -34,7 +34,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({[*EXPORTER_ONLY, "numpy", "onnxruntime"]!r}))
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 sys.exit(cli.main(["completion", sys.argv[1]]))
 """
     for shell in SHELLS:
@@ -144,5 +144,7 @@ def test_an_unknown_shell_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixt
 
 
 def test_only_the_command_itself_imports_the_library(tiny: Path) -> None:
-    code = "import sys; from satchel.runtime import cli; cli.main(sys.argv[1:]); print('shtab' in sys.modules)"
+    code = (
+        "import sys; from satchel.runtime.cli import main as cli; cli.main(sys.argv[1:]); print('shtab' in sys.modules)"
+    )
     assert shell_output(sys.executable, "-c", code, "inspect", tiny)[-1] == "False"

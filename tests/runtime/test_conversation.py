@@ -14,15 +14,15 @@ import pytest
 from support.chat_bundle import CONTEXT, END, START, write_chat_bundle
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.chat.conversation import Conversation, chat_ids, checkpoint_options
-from satchel.runtime.engine import Engine
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.state import State
+from satchel.runtime.generation.conversation import Conversation, chat_ids, checkpoint_options
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.state_file import SavedState, write_state
-from satchel.runtime.stepping.state import State
-from satchel.runtime.templates.chat_template import ChatTemplate
+from satchel.runtime.generation.session_file import SavedState, write_state
+from satchel.runtime.generation.templates.chat_template import ChatTemplate
 
 SHORT = GenerationOptions(max_new_tokens=12)
 SYSTEM = "be brief"

@@ -13,11 +13,12 @@ from support.custom_ops import LIBRARY
 from support.tiny_bundle import read_manifest, write_manifest
 from support.tiny_custom_bundle import digest, write_custom_bundle
 
-from satchel.runtime import Custom, Engine, Generator, cli, open_bundle
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.custom import check_libraries
+from satchel.runtime import Custom, Engine, Generator, open_bundle
+from satchel.runtime.bundle.manifest import NamedFile
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
-from satchel.runtime.manifest import NamedFile
+from satchel.runtime.ort.custom_ops import check_libraries
 
 Capture = pytest.CaptureFixture[str]
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]

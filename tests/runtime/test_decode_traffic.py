@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_bundle import HIDDEN, KV_HEADS, LAYERS, VOCABULARY
 
-from satchel.runtime.bench.decode_traffic import weight_bytes
-from satchel.runtime.bundle import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle, open_bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 FLOAT = 4  # bytes
 SIZES = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.INT8: 1}

@@ -11,11 +11,11 @@ import pytest
 from numpy.testing import assert_allclose
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_manifest
 
-from satchel.runtime.bundle import open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import PromptError
-from satchel.runtime.kv_cache import position_bytes
-from satchel.runtime.stepping.spans import chunks
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.kv_cache import position_bytes
+from satchel.runtime.execution.spans import chunks
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40)
 TOLERANCE = 1e-5
@@ -212,7 +212,7 @@ def test_the_memory_of_a_released_cache_serves_the_next_one(engine: Engine) -> N
 
 
 def test_large_memory_goes_back_to_the_system(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("satchel.runtime.stepping.dynamic.MOST_SPARE", 1000)
+    monkeypatch.setattr("satchel.runtime.execution.dynamic.MOST_SPARE", 1000)
     cache = engine.new_cache(20)
     engine.release(cache)
     assert engine.new_cache(20).memory is not cache.memory

@@ -12,10 +12,10 @@ from support.custom_ops import LIBRARY
 from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle, write_manifest
 from support.tiny_custom_bundle import write_custom_bundle
 
-from satchel.runtime import cli
-from satchel.runtime.engine import Engine
-from satchel.runtime.proof.fidelity import cut_windows, evaluate, text_ids
-from satchel.runtime.tokenizer import Tokenizer
+from satchel.runtime.cli import main as cli
+from satchel.runtime.evaluation.fidelity import cut_windows, evaluate, text_ids
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.generation.tokenizer import Tokenizer
 
 WORDS = "the cat sat on the mat and looked at the other cat, which sat elsewhere. " * 4
 SMALL = ["--windows", "2", "--window-tokens", "30", "--skip", "6", "--threads", "1"]
@@ -119,7 +119,7 @@ def test_wrong_input_is_one_line_before_a_model_is_opened(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a graph was opened")
 
-    monkeypatch.setattr("satchel.runtime.session._open", never)
+    monkeypatch.setattr("satchel.runtime.ort.session._open", never)
     places = {"TINY": tiny, "TEXT": text, "LATIN": tmp_path / "latin.txt", "SHORT": tmp_path / "short.txt"}
     places["LATIN"].write_bytes("caf\xe9".encode("latin-1"))
     places["SHORT"].write_text("the cat")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from support.tiny_bundle import VOCABULARY
 
-from satchel.runtime.certificate import PhaseFidelity
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.certificate import PhaseFidelity
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.proof import fidelity
-from satchel.runtime.proof.fidelity import cut_windows, evaluate, text_ids
-from satchel.runtime.tokenizer import Tokenizer
+from satchel.runtime.evaluation import fidelity
+from satchel.runtime.evaluation.fidelity import cut_windows, evaluate, text_ids
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.generation.tokenizer import Tokenizer
 
 LENGTH, SKIP = 24, 5
 RNG = np.random.default_rng(3)

@@ -13,7 +13,7 @@ from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.sampling.greedy import greedy
+from satchel.runtime.generation.sampling.greedy import greedy
 
 PROMPT = "the cat sat on the mat"
 PROMPT_IDS = [5, 80, 199, 12]

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
 
-from satchel.runtime import rows as rows_module
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.manifest import LayerPrecision
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.generation import continuation
+from satchel.runtime.execution import rows as rows_module
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.state import State
+from satchel.runtime.generation import sequence as continuation
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.manifest import LayerPrecision
-from satchel.runtime.stepping.state import State
 
 LENGTHS = (5, 1, 17, 9, 30, 2, 11)
 PREFIX = list(range(100, 120))
@@ -166,14 +166,14 @@ def test_one_that_fails_does_not_touch_the_others(fresh: Generator) -> None:
 def test_logits_that_are_not_finite_end_one_row(fresh: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request(prompt, GenerationOptions(max_new_tokens=6)) for prompt in PROMPTS]
     expected = alone(fresh, requests)
-    take = continuation.Continuation.take_from
+    take = continuation.ActiveSequence.take_from
 
-    def spoiled(self: continuation.Continuation, state: State) -> str:
+    def spoiled(self: continuation.ActiveSequence, state: State) -> str:
         if len(self.prompt) == LENGTHS[2] and len(self.token_ids) == 3:
             state.logits[11] = np.nan
         return take(self, state)
 
-    monkeypatch.setattr(continuation.Continuation, "take_from", spoiled)
+    monkeypatch.setattr(continuation.ActiveSequence, "take_from", spoiled)
     kept = Generator.open(fresh.engine.bundle.folder, threads=1)
     found = together(kept, requests, 4)
     assert isinstance(found[2], BundleError)

@@ -1,4 +1,4 @@
-"""Graphs may point at files of their bundle only, from their own initialisers only, and inside those files."""
+"""Graphs may point at files of their bundle only, from their own initializers only, and inside those files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from satchel.runtime.bundle.external_data import check_external_data
 from satchel.runtime.errors import BundleError
-from satchel.runtime.integrity.graph_data import check_external_data
 
 SIZES = {"weights.bin": 100, "sub/more.bin": 8}
 
@@ -72,7 +72,7 @@ def test_a_key_that_comes_twice_is_refused() -> None:
         check_external_data(model([tensor]), SIZES, "graph")
 
 
-def test_data_of_anything_but_an_initialiser_is_refused() -> None:
+def test_data_of_anything_but_an_initializer_is_refused() -> None:
     inner = helper.make_graph([constant(GOOD)], "inner", [], [])
     loop = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
     tensors = helper.make_node("Constant", [], ["c"])
@@ -88,11 +88,11 @@ def test_data_of_anything_but_an_initialiser_is_refused() -> None:
         sparse.SerializeToString(),
         function.SerializeToString(),
     ):
-        with pytest.raises(BundleError, match="has data outside that belongs to no initialiser of its own"):
+        with pytest.raises(BundleError, match="has data outside that belongs to no initializer of its own"):
             check_external_data(content, SIZES, "graph")
 
 
-def test_two_initialisers_of_one_name_are_both_looked_at() -> None:
+def test_two_initializers_of_one_name_are_both_looked_at() -> None:
     for pair in ([GOOD, outside(location="/etc/passwd")], [outside(location="/etc/passwd"), GOOD]):
         with pytest.raises(BundleError):
             check_external_data(model(pair), SIZES, "graph")

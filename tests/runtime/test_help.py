@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
 WITHOUT_JSON = {"completion"}  # what it prints is for a shell
 WIDEST = 120

@@ -51,7 +51,7 @@ print(len(names))
     assert int(run_python(code)) > 10
 
 
-@pytest.mark.parametrize("module", ["satchel.runtime", "satchel.runtime.cli", "satchel.runtime.manifest"])
+@pytest.mark.parametrize("module", ["satchel.runtime", "satchel.runtime.cli.main", "satchel.runtime.bundle.manifest"])
 def test_a_light_module_loads_neither_numpy_nor_onnx_runtime(module: str) -> None:
     loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
     assert "numpy" not in loaded
@@ -80,6 +80,6 @@ def test_the_package_offers_each_name_that_it_declares() -> None:
 def test_onnx_runtime_writes_no_identifier_into_the_users_cache(tiny: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", "satchel.runtime.cli", "run", str(tiny), "the cat", "--max-new-tokens", "2"]
+    command = [sys.executable, "-m", "satchel.runtime.cli.main", "run", str(tiny), "the cat", "--max-new-tokens", "2"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert [path.name for path in cache.iterdir()] == ["satchel"]

@@ -19,10 +19,11 @@ from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 from support.tiny_custom_bundle import digest, write_custom_bundle
 from support.tiny_static_bundle import write_static_bundle
 
-from satchel.runtime import bundle as bundle_module
-from satchel.runtime import cli, strict_json
-from satchel.runtime.engine import Engine
-from satchel.runtime.proof.certify import make_certificate
+from satchel.runtime.bundle import reader as bundle_module
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.cli import main as cli
+from satchel.runtime.evaluation.certify import make_certificate
+from satchel.runtime.execution.engine import Engine
 
 LAYERS = {
     **{f"model.layers.{i}.mlp.up": {"bits": 4, "block": 32, "symmetric": False} for i in range(5)},
@@ -183,7 +184,7 @@ def test_the_page_has_every_layer_and_refusal_and_loads_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "page.html"]
 
 
-def test_specialised_graphs_are_named_with_their_machine(
+def test_specialized_graphs_are_named_with_their_machine(
     changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {name: {"bytes": 1_500_000, "sha256": "0" * 64} for name in ("fast/prefill.onnx", "fast/decode.onnx")}
@@ -197,7 +198,7 @@ def test_specialised_graphs_are_named_with_their_machine(
     code, out, err = ran(capsys, folder)
     assert (code, err) == (0, "")
     assert [
-        "specialised",
+        "specialized",
         "for ONNX Runtime 1.2.3, cpu, Abacus: int8 weights for prefill, weights in blocks for decode, plain attention, "
         "3.0 MB more",
     ] in rows(out)
@@ -313,10 +314,10 @@ def test_the_files_are_not_read(
 
 
 def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
-    code = "import sys; from satchel.runtime import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
+    code = "import sys; from satchel.runtime.cli import main as cli; cli.main(sys.argv[1:]); print(*sys.modules)"
     command = [sys.executable, "-c", code, "inspect", str(tiny)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
-    assert "satchel.runtime.inspection.inspection" in loaded
+    assert "satchel.runtime.tools.inspection.inspection" in loaded
     assert {"numpy", "onnxruntime", "jinja2"}.isdisjoint(loaded)
 
 

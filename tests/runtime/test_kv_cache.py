@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.tiny_bundle import cache_layers
 
+from satchel.runtime.bundle.manifest import CacheLayer, CacheSpec
 from satchel.runtime.errors import PromptError
-from satchel.runtime.kv_cache import KVCache, position_bytes
-from satchel.runtime.manifest import CacheLayer, CacheSpec
-from satchel.runtime.memory import pss_mib
+from satchel.runtime.execution.kv_cache import KVCache, position_bytes
+from satchel.runtime.util.memory import pss_mib
 
 SPEC = CacheSpec(mode="shared", dtype="float32", layers=cache_layers())
 

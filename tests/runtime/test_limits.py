@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from satchel.runtime.integrity.limits import LIMITS
+from satchel.runtime.bundle.limits import LIMITS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "bundle-format.md"
 

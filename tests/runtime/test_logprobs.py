@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.sampling.logprobs import TokenLogprob, log_probabilities, prompt_log_probabilities
+from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities, prompt_log_probabilities
 
 VOCABULARY = 300
 LOGITS = np.random.default_rng(2).normal(0, 4, (5, VOCABULARY)).astype(np.float32)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from support.tiny_bundle import read_manifest
 
+from satchel.runtime.bundle.digest import manifest_digest
+from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import BundleError
-from satchel.runtime.integrity.digest import manifest_digest
-from satchel.runtime.manifest import Manifest
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from support.tiny_native_bundle import placed
 
 from satchel.runtime.errors import BundleError
-from satchel.runtime.specializing import native
-from satchel.runtime.specializing.native import NATIVE_NAME, make_native
+from satchel.runtime.optimize import native
+from satchel.runtime.optimize.native import NATIVE_NAME, make_native
 
 TYPES = {(8, True): TensorProto.INT8, (8, False): TensorProto.UINT8, (4, True): TensorProto.INT4}
 TYPES |= {(4, False): TensorProto.UINT4}

@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from satchel.runtime.onnx_wire import External, external_data, map_external_data
+from satchel.runtime.bundle.onnx_wire import External, external_data, map_external_data
 
 
 def model(entries: External, value: float = 1.0) -> onnx.ModelProto:
-    """A graph with an initialiser of its own data and one whose data lies elsewhere."""
+    """A graph with an initializer of its own data and one whose data lies elsewhere."""
     inside = helper.make_tensor("inside", TensorProto.FLOAT, [2], [value, -2.0])
     outside = TensorProto(name="outside", data_type=TensorProto.FLOAT, dims=[300])
     outside.data_location = TensorProto.EXTERNAL

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from satchel.runtime.errors import SatchelError
-from satchel.runtime.profiling.ort_profile import AFTER, BEFORE, Place, place_kernels, read_runs
+from satchel.runtime.tools.profiling.ort_profile import AFTER, BEFORE, Place, place_kernels, read_runs
 
 # A decode step of two layers as the profiler shows it, with the layer of each node.
 STEP = [
@@ -38,7 +38,7 @@ def places(names: list[str], layers: int = 2) -> list[int | str]:
     return [place.layer for place in place_kernels(names, layers)]
 
 
-def test_a_node_without_a_layer_in_its_name_has_that_of_its_neighbours() -> None:
+def test_a_node_without_a_layer_in_its_name_has_that_of_its_neighbors() -> None:
     names = [name for name, _ in STEP]
     found = place_kernels(names, 2)
     assert [place.layer for place in found] == [layer for _, layer in STEP]

@@ -18,12 +18,12 @@ from support.packed import MISSING, run_packed
 from support.tiny_bundle import read_manifest
 from support.tiny_custom_bundle import write_custom_bundle
 
-from satchel.runtime import cli
-from satchel.runtime.bundle import open_bundle
-from satchel.runtime.custom import Custom
+from satchel.runtime.bundle.archive.pack import pack, unpack
+from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.storage.pack import pack, unpack
+from satchel.runtime.ort.custom_ops import Custom
 
 Capture = pytest.CaptureFixture[str]
 
@@ -79,7 +79,7 @@ def test_other_zip_readers_read_it(packed: Path, chatty: Path) -> None:
         assert file.testzip() is None
         assert file.read("bundle/weights.bin") == (chatty / "weights.bin").read_bytes()
         names = set(file.namelist())
-    assert {"__main__.py", "satchel/__init__.py", "satchel/runtime/inspection/inspection.html.jinja"} <= names
+    assert {"__main__.py", "satchel/__init__.py", "satchel/runtime/tools/inspection/inspection.html.jinja"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".c", ".h", ".so", "/"))]
     assert packed.read_bytes().startswith(b"#!/usr/bin/env python3\n")
     assert packed.stat().st_mode & stat.S_IXUSR
@@ -166,8 +166,8 @@ print(sum(sys.argv[1] in line for line in open("/proc/self/maps")))
     assert int(done.stdout) > 0
 
 
-def test_specialised_parts_stay_behind_and_the_digest_with_them(chatty: Path, tmp_path: Path) -> None:
-    from satchel.runtime.specializing.specialize import specialize
+def test_specialized_parts_stay_behind_and_the_digest_with_them(chatty: Path, tmp_path: Path) -> None:
+    from satchel.runtime.optimize.specialize import specialize
 
     copy = Path(shutil.copytree(chatty, tmp_path / "copy"))
     specialize(open_bundle(copy), threads=1)
@@ -178,7 +178,7 @@ def test_specialised_parts_stay_behind_and_the_digest_with_them(chatty: Path, tm
     assert not [name for name in bundle.packed or () if "specialized" in name]
 
 
-def test_specialising_a_packed_bundle_says_to_unpack_it(packed: Path, capsys: Capture) -> None:
+def test_specializing_a_packed_bundle_says_to_unpack_it(packed: Path, capsys: Capture) -> None:
     assert cli.main(["specialize", str(packed)]) == 2
     assert capsys.readouterr().err.endswith("is packed in one file, and this needs a folder: satchel unpack it first\n")
     assert packed.parent.joinpath("model.pyz").is_file()

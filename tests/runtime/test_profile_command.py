@@ -14,11 +14,11 @@ import onnx
 import pytest
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime import cli
-from satchel.runtime.profiling import profiling
-from satchel.runtime.profiling.ort_profile import Kernel, Run, read_runs
-from satchel.runtime.profiling.profiling import PREFILL_PASSES, Recording, summarize
-from satchel.runtime.stepping import dynamic
+from satchel.runtime.cli import main as cli
+from satchel.runtime.execution import dynamic
+from satchel.runtime.tools.profiling import profiling
+from satchel.runtime.tools.profiling.ort_profile import Kernel, Run, read_runs
+from satchel.runtime.tools.profiling.profiling import PREFILL_PASSES, Recording, summarize
 
 PROMPT, NEW, CHUNK = 20, 6, 8
 CHUNKS = 3  # of 8, 8 and 4 tokens

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 
-from satchel.runtime import cli, progress, strict_json
-from satchel.runtime.bench import bandwidth
-from satchel.runtime.bench.bandwidth import Bandwidth
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.cli import main as cli
+from satchel.runtime.evaluation.certify import make_certificate
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation import generator as generator_module
-from satchel.runtime.progress import Waiting, progress_bar, waiting
-from satchel.runtime.proof.certify import make_certificate
+from satchel.runtime.tools.bench import bandwidth
+from satchel.runtime.tools.bench.bandwidth import Bandwidth
+from satchel.runtime.util import progress
+from satchel.runtime.util.progress import Waiting, progress_bar, waiting
 
 WORDS = "the cat sat on the mat and looked at the other cat, which sat elsewhere. " * 4
 

@@ -12,14 +12,14 @@ from support.tiny_bundle import read_manifest, write_manifest
 from support.tiny_cuda_bundle import TOP, write_cuda_bundle
 from support.tiny_static_bundle import write_static_bundle
 
-from satchel.runtime import cli
-from satchel.runtime.bundle import open_bundle
-from satchel.runtime.commands import provider_flags
-from satchel.runtime.devices.placement import RECORD, strayed_nodes
-from satchel.runtime.devices.providers import CPU, PROVIDERS, ProviderChoice
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.cli import main as cli
+from satchel.runtime.cli import provider_flags
 from satchel.runtime.errors import BundleError, PromptError, ProviderError
-from satchel.runtime.manifest import Manifest
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.placement import RECORD, strayed_nodes
+from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice
 
 BOTH = "both of them, or neither"
 RUNNING = ("run", "chat", "eval", "verify", "bench", "profile")

@@ -11,12 +11,13 @@ import pytest
 from support.run_command import PROMPT, Capture, run, run_json
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime import cli, progress
-from satchel.runtime.commands import run_flags
-from satchel.runtime.defaults import PREFIX_MIB
-from satchel.runtime.engine import Engine
+from satchel.runtime.cli import main as cli
+from satchel.runtime.cli import run_flags
 from satchel.runtime.errors import BundleError
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.util import progress
+from satchel.runtime.util.defaults import PREFIX_MIB
 
 
 @pytest.fixture(scope="module")

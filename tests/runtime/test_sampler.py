@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.sampling import sampler as module
-from satchel.runtime.sampling.options import SamplingOptions
-from satchel.runtime.sampling.sampler import Sampler, check_finite, draw
+from satchel.runtime.generation.sampling import sampler as module
+from satchel.runtime.generation.sampling.options import SamplingOptions
+from satchel.runtime.generation.sampling.sampler import Sampler, check_finite, draw
 
 VOCABULARY = 12
 END = 3

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as theirs
 
 from satchel.runtime.errors import PromptError
-from satchel.runtime.sampling import filters
-from satchel.runtime.sampling.options import TRANSFORMERS_TOP_K, SamplingOptions
+from satchel.runtime.generation.sampling import filters
+from satchel.runtime.generation.sampling.options import TRANSFORMERS_TOP_K, SamplingOptions
 
 VOCABULARY = 500
 PROMPT_TOKENS = 30

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.sampling.options import (
+from satchel.runtime.generation.sampling.options import (
     SamplingOptions,
     add_flags,
     from_generation_config,
     from_mapping,
     given_in,
 )
-from satchel.runtime.sampling.table import OPTIONS
+from satchel.runtime.generation.sampling.table import OPTIONS
 
 INF, NAN = math.inf, math.nan
 
@@ -306,6 +306,6 @@ def test_asking_for_greedy_turns_off_what_a_checkpoint_draws_with() -> None:
 
 
 def test_importing_the_options_loads_no_numpy() -> None:
-    code = "import sys, satchel.runtime.sampling.options; print('numpy' in sys.modules)"
+    code = "import sys, satchel.runtime.generation.sampling.options; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

@@ -13,11 +13,11 @@ import jsonschema
 import pytest
 from support.tiny_bundle import read_manifest
 
-from satchel.runtime.bundle import open_bundle
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.bundle.schema import NARROWER, as_text, manifest_schema
 from satchel.runtime.errors import BundleError
-from satchel.runtime.integrity.schema import NARROWER, as_text, manifest_schema
-from satchel.runtime.manifest import Manifest
-from satchel.runtime.specializing.specialize import specialize
+from satchel.runtime.optimize.specialize import specialize
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
 
@@ -30,7 +30,7 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def test_the_file_is_what_the_dataclasses_say() -> None:
-    remedy = "make it again: python -m satchel.runtime.integrity.schema > docs/manifest.schema.json"
+    remedy = "make it again: python -m satchel.runtime.bundle.schema > docs/manifest.schema.json"
     assert SCHEMA.read_text(encoding="utf-8") == as_text(), remedy
 
 

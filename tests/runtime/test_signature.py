@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from support.full_disk import largest_file
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime import bundle as bundle_module
-from satchel.runtime import cli
-from satchel.runtime.bundle import open_bundle
+from satchel.runtime.bundle import reader as bundle_module
+from satchel.runtime.bundle.archive.pack import pack, unpack
+from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.bundle.signature import new_key_pair
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.integrity.signature import new_key_pair
-from satchel.runtime.storage.pack import pack, unpack
 
 Capture = pytest.CaptureFixture[str]
 
@@ -129,8 +129,8 @@ def test_all_files_are_hashed_whatever_is_remembered(signed: Path, keys: Path, m
     assert sorted(hashed) == sorted(read_manifest(signed)["files"])
 
 
-def test_specialised_graphs_stay_unused_and_the_signature_valid(signed: Path, keys: Path) -> None:
-    from satchel.runtime.specializing.specialize import specialize
+def test_specialized_graphs_stay_unused_and_the_signature_valid(signed: Path, keys: Path) -> None:
+    from satchel.runtime.optimize.specialize import specialize
 
     specialize(open_bundle(signed), threads=1)
     assert open_bundle(signed).specialized is not None
@@ -238,7 +238,7 @@ def test_every_command_that_opens_a_bundle_checks(tiny: Path, keys: Path, tmp_pa
         assert (out, err.count("\n")) == ("", 1)
 
 
-def test_specialising_on_the_way_does_not_go_with_a_signature(signed: Path, keys: Path, capsys: Capture) -> None:
+def test_specializing_on_the_way_does_not_go_with_a_signature(signed: Path, keys: Path, capsys: Capture) -> None:
     arguments = ["run", str(signed), "the cat", "--specialize", "--require-signature", str(keys / "maker.pub")]
     assert cli.main(arguments) == 2
     assert "--specialize with --require-signature" in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(signed: Path, keys: Pat
 
 
 def test_without_cryptography_it_says_what_to_install(signed: Path, keys: Path) -> None:
-    code = "import sys; sys.modules['cryptography'] = None; from satchel.runtime import cli; sys.exit(cli.main())"
+    code = "import sys; sys.modules['cryptography'] = None; from satchel.runtime.cli.main import main; sys.exit(main())"
     for arguments in (
         ["run", str(signed), "the cat", "--require-signature", str(keys / "maker.pub")],
         ["sign", str(signed), "--key", str(keys / "maker.pem")],

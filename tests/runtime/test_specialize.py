@@ -1,4 +1,4 @@
-"""Specialised bundles: the same logits from mapped weights, where they fit; the portable graphs everywhere else."""
+"""Specialized bundles: the same logits from mapped weights, where they fit; the portable graphs everywhere else."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import pytest
 from support.specialized import IDS, change, files, logits
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
-from satchel.runtime import bundle as bundle_module
-from satchel.runtime import cli, onnx_wire, session
-from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle import reader as bundle_module
+from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
-from satchel.runtime.session import SessionSettings
-from satchel.runtime.specializing import specialize, trials
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.optimize import specialize, trials
+from satchel.runtime.ort import session
+from satchel.runtime.ort.session import SessionSettings
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_the_logits_are_the_same(made: Path) -> None:
     np.testing.assert_allclose(logits(bundle), logits(Bundle(made, bundle.manifest)), rtol=0, atol=1e-5)
 
 
-def test_sessions_open_the_specialised_graphs(made: Path) -> None:
+def test_sessions_open_the_specialized_graphs(made: Path) -> None:
     bundle = open_bundle(made)
     Engine.open(bundle, threads=1)
     for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
@@ -102,7 +104,7 @@ def test_removing_it_leaves_the_bundle_as_it_was(folder: Path) -> None:
 )
 def test_elsewhere_the_portable_graphs_run(made: Path, values: dict[str, Any], reason: str) -> None:
     change(made, **values)
-    with pytest.warns(SatchelWarning, match=f"the portable graphs run, since it was specialised {reason}"):
+    with pytest.warns(SatchelWarning, match=f"the portable graphs run, since it was specialized {reason}"):
         bundle = open_bundle(made)
     assert bundle.specialized is None
     assert np.isfinite(logits(bundle)).all()
@@ -170,12 +172,12 @@ def test_run_makes_a_bundle_ready_once(folder: Path, capsys: pytest.CaptureFixtu
     arguments = ["run", str(folder), "cat", "--specialize", "--max-new-tokens", "2", "--threads", "1"]
     assert cli.main(arguments) == 0
     first = capsys.readouterr()
-    assert "optimising prefill" in first.err
+    assert "optimizing prefill" in first.err
     assert open_bundle(folder).specialized is not None
     assert cli.main(arguments) == 0
     second = capsys.readouterr()
     assert second.out == first.out
-    assert "optimising" not in second.err
+    assert "optimizing" not in second.err
 
 
 def test_graphs_that_differ_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +201,7 @@ def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     before = files(folder)
-    for step in ("save_optimised", "check", "_write_manifest"):
+    for step in ("save_optimized", "check", "_write_manifest"):
         monkeypatch.setattr(specialize, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             specialize.specialize(open_bundle(folder), threads=1)

@@ -1,4 +1,4 @@
-"""Bundles specialised for satchel's own kernels: made, checked, chosen, run, and left where they do not fit."""
+"""Bundles specialized for satchel's own kernels: made, checked, chosen, run, and left where they do not fit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from support.specialized import change, files, logits
 from support.tiny_bundle import read_manifest, write_bundle
 from support.tiny_native_bundle import write_native_bundle
 
-from satchel.runtime import bundle as bundle_module
-from satchel.runtime import cli, onnx_wire
-from satchel.runtime.bench.decode_traffic import weight_bytes
-from satchel.runtime.bundle import Bundle, open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle import reader as bundle_module
+from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.kernels import library
-from satchel.runtime.specializing import specialize, trials
+from satchel.runtime.optimize import specialize, trials
+from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_step_reads_the_native_graphs_weights(made: Path) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("kernels", "said"), [("own", "the specialised graphs differ"), ("auto", "satchel's own kernels are left out: ")]
+    ("kernels", "said"), [("own", "the specialized graphs differ"), ("auto", "satchel's own kernels are left out: ")]
 )
 def test_wrong_logits_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, said: str) -> None:
     shutil.rmtree(folder)
@@ -138,9 +139,9 @@ def test_wrong_logits_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("why", "reason"),
     [
-        ("off", r"satchel's own kernels, for which it was specialised, are switched off \(SATCHEL_KERNELS=off\)"),
-        ("missing", "satchel's own kernels, for which it was specialised, are not built"),
-        ("version", "it was specialised for version 0 of satchel's kernels and this is"),
+        ("off", r"satchel's own kernels, for which it was specialized, are switched off \(SATCHEL_KERNELS=off\)"),
+        ("missing", "satchel's own kernels, for which it was specialized, are not built"),
+        ("version", "it was specialized for version 0 of satchel's kernels and this is"),
     ],
 )
 def test_elsewhere_the_portable_graphs_run(made: Path, monkeypatch: pytest.MonkeyPatch, why: str, reason: str) -> None:

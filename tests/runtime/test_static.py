@@ -14,18 +14,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
-from satchel.runtime.bundle import open_bundle
-from satchel.runtime.devices.device_memory import HostMemory
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.experimental.device_memory import HostMemory
+from satchel.runtime.execution.experimental.static_inputs import HIDDEN, fill_mask
+from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
+from satchel.runtime.execution.kv_cache import KVCache
+from satchel.runtime.execution.rows import Rows
+from satchel.runtime.execution.spans import covering, padded_spans
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.kv_cache import KVCache
-from satchel.runtime.manifest import Manifest
-from satchel.runtime.rows import Rows
-from satchel.runtime.stepping.spans import covering, padded_spans
-from satchel.runtime.stepping.static_inputs import HIDDEN, fill_mask
-from satchel.runtime.swapped_cache import SwappedCache
 
 IDS = np.random.default_rng(5).integers(3, VOCABULARY, 45)
 TOLERANCE = 1e-5

@@ -26,13 +26,14 @@ from support.tiny_bundle import (
 )
 from support.tiny_static_bundle import write_static_bundle
 
-from satchel.runtime import cli, strict_json
-from satchel.runtime.bench.decode_traffic import weight_bytes
-from satchel.runtime.bundle import open_bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
-from satchel.runtime.proof.certify import make_certificate
-from satchel.runtime.proof.selftest import selftest
+from satchel.runtime.evaluation.certify import make_certificate
+from satchel.runtime.evaluation.selftest import selftest
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 CONTEXT = 256
 OPTIONS: dict[str, Any] = {
@@ -133,7 +134,7 @@ def test_inspect_names_every_graph_and_both_caches(static: Path, capsys: pytest.
 
 def test_specialize_refuses(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["specialize", str(static)]) == 2
-    assert "its graphs are static, for cann: there is nothing to specialise" in capsys.readouterr().err
+    assert "its graphs are static, for cann: there is nothing to specialize" in capsys.readouterr().err
 
 
 def test_the_bytes_of_a_step_are_those_of_all_parts(static: Path, dynamic: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from satchel.runtime.strict_json import StrictJsonError, from_json, to_json
+from satchel.runtime.bundle.strict_json import StrictJsonError, from_json, to_json
 
 
 @dataclasses.dataclass(frozen=True)

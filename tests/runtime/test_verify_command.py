@@ -14,10 +14,11 @@ import onnxruntime
 import pytest
 from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 
-from satchel.runtime import cli, strict_json
-from satchel.runtime.engine import Engine
-from satchel.runtime.processor import processor_name
-from satchel.runtime.proof.certify import make_certificate
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.cli import main as cli
+from satchel.runtime.evaluation.certify import make_certificate
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.util.cpu import processor_name
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from satchel.runtime.bundle.archive.packed import packed_files
+from satchel.runtime.bundle.archive.span import Span
+from satchel.runtime.bundle.archive.zip_reader import read_directory
+from satchel.runtime.bundle.archive.zip_writer import Entry, Placed, lay_out, zip_parts
 from satchel.runtime.errors import BundleError
-from satchel.runtime.storage.packed import packed_files
-from satchel.runtime.storage.span import Span
-from satchel.runtime.storage.zip_reader import read_directory
-from satchel.runtime.storage.zip_writer import Entry, Placed, lay_out, zip_parts
 
 PREFIX = b"#!/usr/bin/env python3\n"
 ENTRIES = [Entry("__main__.py", b"main"), Entry("bundle/ä", b"umlaut", 64), Entry("bundle/empty", b"", 4096)]

@@ -181,7 +181,7 @@ def write_gguf(
     tokenizer: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a GGUF file; `types` names tensors to quantise, `tokenizer` adds a byte-level vocabulary."""
+    """Write a GGUF file; `types` names tensors to quantize, `tokenizer` adds a byte-level vocabulary."""
     writer = gguf.GGUFWriter(path, architecture)
     if tokenizer:
         _add_vocabulary(writer)

@@ -1,12 +1,12 @@
-"""Rounds small arrays to quantised weights, the plain way."""
+"""Rounds small arrays to quantized weights, the plain way."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from satchel.graphs.quantized import QuantizedWeight
-from satchel.graphs.recipe import Scheme
-from satchel.graphs.rounding import fit_grid
+from satchel.graphs.quant.quantized import QuantizedWeight
+from satchel.graphs.quant.recipe import Scheme
+from satchel.graphs.quant.rounding import fit_grid
 
 
 def rounded(

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.runtime.manifest import CacheLayer, Manifest
+from satchel.runtime.bundle.manifest import CacheLayer, Manifest
 
 Values = dict[str, NDArray[np.generic]]
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime_extensions
 
-from satchel.graphs.contract import PassResult, Report, graph_pass
-from satchel.graphs.values import Builder, nodes, replace
+from satchel.graphs.ir.contract import PassResult, Report, graph_pass
+from satchel.graphs.ir.values import Builder, nodes, replace
 
 LIBRARY = Path(onnxruntime_extensions.get_library_path())
 DOMAIN = "ai.onnx.contrib"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
-SATCHEL = [sys.executable, "-m", "satchel.runtime.cli"]
+SATCHEL = [sys.executable, "-m", "satchel.runtime.cli.main"]
 
 
 @dataclass(frozen=True)

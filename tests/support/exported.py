@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from support.families import FAMILIES, VOCABULARY, Family, Model, logits_of, reference, save
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import Engine
-from satchel.runtime.manifest import Manifest
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.engine import Engine
 
 PROMPT, CHUNK, STEPS = 20, 9, 40
 """Tokens of the long prompt, tokens fed at a time (neither divides the other, both beyond the window), decode steps."""

@@ -62,8 +62,8 @@ def build(family: Family, seed: int | None = None) -> Model:
     one = 0.0 if family.model_type.startswith("gemma") else 1.0  # Gemma's norms scale by 1 + weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = one if _is_norm(name) and name.endswith("weight") else 0.0
-            parameter.copy_(centre + family.deviation * torch.randn_like(parameter))
+            center = one if _is_norm(name) and name.endswith("weight") else 0.0
+            parameter.copy_(center + family.deviation * torch.randn_like(parameter))
     return model
 
 
@@ -159,7 +159,7 @@ def unscaled_embeddings(model: Model) -> None:
     model.get_input_embeddings().embed_scale.fill_(1.0)
 
 
-def uncentred(model: Model) -> None:
+def uncentered(model: Model) -> None:
     """Norms that leave the mean in, as root-mean-square norms do."""
     for module in model.modules():
         if type(module).__name__.endswith("LayerNorm"):
@@ -296,7 +296,7 @@ FAMILIES: dict[str, Family] = {
         {"logit_scale": 0.25, "use_qk_norm": True, "pad_token_id": 0},
         {
             "feed-forward beside attention": sequential,
-            "centred norms": uncentred,
+            "centered norms": uncentered,
             "norms of queries and keys": {"use_qk_norm": False},
             "scaled logits": {"logit_scale": 1.0},
             "rotation": unrotated,

@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from satchel.graphs.contract import GraphPass, PassResult, Report
-from satchel.graphs.verify import signature, verify
-from satchel.graphs.weights import from_array
+from satchel.graphs.ir.contract import GraphPass, PassResult, Report
+from satchel.graphs.ir.verify import signature, verify
+from satchel.graphs.ir.weights import from_array
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -57,7 +57,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def serialised(model: ir.Model) -> bytes:
+def serialized(model: ir.Model) -> bytes:
     """Every byte of the model, weights and order included."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
@@ -74,11 +74,11 @@ def the(model: ir.Model, op_type: str) -> ir.Node:
 
 
 def session(model: ir.Model) -> ort.InferenceSession:
-    """The model in ONNX Runtime on one thread, kept from optimising."""
+    """The model in ONNX Runtime on one thread, kept from optimizing."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(serialised(model), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
 
 
 def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -98,14 +98,14 @@ def _edit(graph_pass: GraphPass, model: ir.Model) -> tuple[ir.Model, Report]:
 
 def untouched(graph_pass: GraphPass, model: ir.Model) -> list[str]:
     """Check that the pass leaves the model alone, to the last byte; returns the reasons that it gave."""
-    before = serialised(model)
+    before = serialized(model)
     result = graph_pass(model)
     assert result.count == 0, f"{graph_pass.name} counted {result.count}: {operators(result.model)}"
     assert result.model is model
-    assert serialised(model) == before
+    assert serialized(model) == before
     edited, report = _edit(graph_pass, model)
     assert report.count == 0
-    assert serialised(edited) == before, "a count of zero must mean that the edit in place changed nothing either"
+    assert serialized(edited) == before, "a count of zero must mean that the edit in place changed nothing either"
     return [refusal.reason for refusal in result.refusals]
 
 
@@ -113,12 +113,12 @@ def fired(graph_pass: GraphPass, model: ir.Model, count: int, keeps_signature: b
     """Check that the pass changes the model `count` times, and what every pass owes: the given model unaltered, a valid
     graph, inputs and outputs kept, and nothing left to do for a second run.
     """
-    before = serialised(model)
+    before = serialized(model)
     result = graph_pass(model)
-    assert serialised(model) == before, f"{graph_pass.name} altered the model that it was given"
+    assert serialized(model) == before, f"{graph_pass.name} altered the model that it was given"
     assert result.count == count, f"{graph_pass.name} counted {result.count}: {result.refusals}"
     assert result.model is not model
-    assert serialised(result.model) != before
+    assert serialized(result.model) != before
     verify(result.model)
     if keeps_signature:
         assert signature(result.model) == signature(model)

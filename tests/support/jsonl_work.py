@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
 Row = dict[str, Any]
-COMMAND = [sys.executable, "-m", "satchel.runtime.cli"]
+COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main"]
 
 
 class Work:

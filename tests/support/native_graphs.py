@@ -1,4 +1,4 @@
-"""Small graphs whose products are satchel's own, for the passes that fold their neighbours into them."""
+"""Small graphs whose products are satchel's own, for the passes that fold their neighbors into them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 from support.codes import rounded
-from support.graphs import build, normal, serialised, the
+from support.graphs import build, normal, serialized, the
 from support.native_ops import run_reference
 
-from satchel.graphs.passes.insert_linear import insert_linear
-from satchel.graphs.quantized import QuantizedWeight
+from satchel.graphs.passes.native.insert_linear import insert_linear
+from satchel.graphs.quant.quantized import QuantizedWeight
 
 INPUTS, OUTPUTS = 64, 40
 NAME = "layer.weight.T"
@@ -37,7 +37,7 @@ def attributes_of(model: ir.Model) -> dict[str, object]:
 def same_by_reference(before: ir.Model, after: ir.Model, feeds: Mapping[str, np.ndarray]) -> None:
     """Check that both graphs give the same numbers: within 1e-5 of the largest of each output."""
     wanted, found = run_reference(before, feeds), run_reference(after, feeds)
-    assert serialised(before) != serialised(after)
+    assert serialized(before) != serialized(after)
     for name, array in wanted.items():
         assert np.ptp(array) > 0, f"{name} is constant and would show no mistake"
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max(), err_msg=name)

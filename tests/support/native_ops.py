@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from support.graphs import serialised, softmax
+from support.graphs import serialized, softmax
 
 Array = np.ndarray[Any, Any]
 Optional = Array | None
@@ -185,7 +185,7 @@ OPERATORS = [SkipLayerNormalization, Linear, TableLinear, Attention, GatherBlock
 
 def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The outputs of a graph by ONNX's reference implementation, and the operators above."""
-    proto = onnx.load_from_string(serialised(model)) if isinstance(model, ir.Model) else model
+    proto = onnx.load_from_string(serialized(model)) if isinstance(model, ir.Model) else model
     for index, node in enumerate(proto.graph.node):  # an output without a name would become each input without one
         node.output[:] = [name or f"unused.{index}.{place}" for place, name in enumerate(node.output)]
     evaluator = ReferenceEvaluator(proto, new_ops=OPERATORS)

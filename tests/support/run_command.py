@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
 Capture = pytest.CaptureFixture[str]
 PROMPT = "the cat sat"

@@ -1,4 +1,4 @@
-"""What tests of specialised bundles look at and change, whichever kernels these are for."""
+"""What tests of specialized bundles look at and change, whichever kernels these are for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.engine import Engine
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.engine import Engine
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY
 
-from satchel.runtime.bundle import Bundle
-from satchel.runtime.generation.prefix_store import Prefix
-from satchel.runtime.generation.state_file import SavedState
-from satchel.runtime.kv_cache import KVCache
-from satchel.runtime.manifest import CacheLayer, CacheSpec
+from satchel.runtime.bundle.manifest import CacheLayer, CacheSpec
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.kv_cache import KVCache
+from satchel.runtime.generation.prefix_cache import Prefix
+from satchel.runtime.generation.session_file import SavedState
 
 TOKENS = 5
 MESSAGES = ({"role": "user", "content": "Grüße 猫 \ud800\n"}, {"role": "assistant", "content": None, "n": [1, 2.5]})

@@ -12,19 +12,19 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.export.bundle_writer import write_bundle
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.compile import check_logits, lower, open_source, trace_source
 from satchel.export.config import ExportConfig
 from satchel.export.stages import Stages
-from satchel.export.static_graphs import lower_static
-from satchel.graphs.cut import INLINE_LIMIT
-from satchel.graphs.pipeline import Step
-from satchel.graphs.quantized import Quantised
-from satchel.graphs.static import Lengths
-from satchel.graphs.targets import TARGETS, Target, cann_steps
-from satchel.runtime.graph_contract import DTYPE_BYTES
-from satchel.runtime.manifest import GraphSpec, Manifest, StaticGraph
+from satchel.export.writing.bundle_writer import write_bundle
+from satchel.export.writing.static_graphs import lower_static
+from satchel.graphs.analysis.cut import INLINE_LIMIT
+from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.quant.quantized import Quantized
+from satchel.graphs.targets.static import Lengths
+from satchel.graphs.targets.targets import TARGETS, Target, cann_steps
+from satchel.runtime.bundle.contract import DTYPE_BYTES
+from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph
 
 HIDDEN = -30000.0
 """What stands in a mask where a token does not see a position."""
@@ -58,8 +58,8 @@ def write_static(checkpoint: Path | Lowered, config: ExportConfig, limit: int = 
 def in_float32() -> dict[str, Target]:
     """The targets, cann without the pass that rounds: the form of its graphs can be held to float32's precision."""
 
-    def steps(lengths: Lengths, quantised: Quantised | None, custom: tuple[Step, ...]) -> tuple[Step, ...]:
-        return tuple(step for step in cann_steps(lengths, quantised, custom) if step.name != "compute_float16")
+    def steps(lengths: Lengths, quantized: Quantized | None, custom: tuple[Step, ...]) -> tuple[Step, ...]:
+        return tuple(step for step in cann_steps(lengths, quantized, custom) if step.name != "compute_float16")
 
     return {**TARGETS, "cann": dataclasses.replace(TARGETS["cann"], static=steps)}
 
@@ -86,7 +86,7 @@ def session(folder: Path, part: GraphSpec, saved: Path | None = None) -> ort.Inf
     return ort.InferenceSession(folder / part.file, options, providers=["CPUExecutionProvider"])
 
 
-def optimised(folder: Path, part: GraphSpec, place: Path) -> onnx.ModelProto:
+def optimized(folder: Path, part: GraphSpec, place: Path) -> onnx.ModelProto:
     """The graph that a provider sees: after level BASIC, with the manifest's entries."""
     file = place / f"{part.file}.saved.onnx"
     session(folder, part, file)

@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from support.tiny_tokenizers import byte_level_json
 
-from satchel.runtime.integrity.digest import manifest_digest
-from satchel.runtime.manifest import (
+from satchel.runtime.bundle.digest import manifest_digest
+from satchel.runtime.bundle.manifest import (
     CacheLayer,
     CacheSpec,
     FileRecord,

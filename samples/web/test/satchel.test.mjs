@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Bundle, checkManifest, chunks, largest, openBundle } from "../satchel.js";
-import { TextStream, allNumerals, checkTokenizer, openTokenizer } from "../tokenizer.js";
+import { IncrementalDetokenizer, allNumerals, checkTokenizer, openTokenizer } from "../tokenizer.js";
 
 const LAYER = { kv_heads: 2, key_dim: 3, value_dim: 5, past_key: "pk", past_value: "pv", present_key: "k", present_value: "v" };
 const MANIFEST = {
@@ -144,7 +144,7 @@ test("digits are all numerals", () => {
 
 test("text comes in whole characters", () => {
   const bytes = new TextEncoder().encode("aé");
-  const stream = new TextStream((ids) => new TextDecoder().decode(Uint8Array.from(ids)));
+  const stream = new IncrementalDetokenizer((ids) => new TextDecoder().decode(Uint8Array.from(ids)));
   assert.deepEqual([...bytes].map((byte) => stream.push(byte)), ["a", "", "é"]);
   assert.equal(stream.push(bytes[1]), "");
   assert.equal(stream.end(), "\uFFFD");

@@ -16,7 +16,7 @@ from support.custom_ops import LIBRARY
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from support.tiny_custom_bundle import write_custom_bundle
 
-from satchel.runtime import cli
+from satchel.runtime.cli import main as cli
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -115,7 +115,7 @@ def test_the_graph_is_judged_as_it_is_handed_over(run: Run, bundle: Path) -> Non
     put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.disable_quant_qdq": "1"})
     _, output, _ = run(bundle, "--provider", "cann", "--json")
     graph = graph_of(output, "decode")
-    assert graph["optimised"]
+    assert graph["optimized"]
     assert (graph["nodes"], graph["taken"]) == (1, 1)
     assert (graph["refused"], graph["findings"]) == ({}, [])
     assert graph["settled"] == {"C04": 1}
@@ -141,7 +141,7 @@ def test_an_operator_that_the_cpu_has_to_expand_is_whole_for_other_providers(
     put_graph(bundle, "decode", model)
     _, output, _ = run(bundle, "--provider", provider, "--json")
     graph = graph_of(output, "decode")
-    assert graph["optimised"]
+    assert graph["optimized"]
     assert graph["nodes"] == nodes
     if provider != "cpu":
         assert [place["rule"] for place in graph["findings"]] == []
@@ -163,7 +163,7 @@ def test_a_graph_that_does_not_open_is_judged_as_its_file_is(run: Run, bundle: P
     code, output, _ = run(bundle, "--provider", "cpu", "--json")
     graph = graph_of(output, "decode")
     assert code == 1
-    assert not graph["optimised"]
+    assert not graph["optimized"]
     assert "NoSuchOperator" in graph["note"]
     assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P01", "odd")]
 

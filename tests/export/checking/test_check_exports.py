@@ -16,7 +16,7 @@ from satchel.export.checking.report import as_text
 from satchel.export.checking.tables import provider_of
 from satchel.export.config import STATIC_TARGETS, TARGETS
 from satchel.graphs.providers.rules import RULES
-from satchel.runtime.bundle import survey_bundle
+from satchel.runtime.bundle.reader import survey_bundle
 
 
 def bundle_for(target: str, place: Path, places: pytest.TempPathFactory) -> Path:
@@ -38,7 +38,7 @@ def test_an_export_is_clean_for_its_provider(
     assert (result.errors, result.warnings) == (0, 0), as_text(result, strict=True)
     assert len(result.graphs) == 3
     for graph in result.graphs:
-        assert graph.optimised, graph.note
+        assert graph.optimized, graph.note
         assert graph.taken + graph.host == graph.nodes > 20
     json.dumps(result.to_json())
 

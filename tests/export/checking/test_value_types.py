@@ -11,7 +11,7 @@ from satchel.export.checking.installed_kernels import cpu_kernels
 from satchel.export.checking.value_types import INLINE, typed_model
 from satchel.graphs.providers.findings import GraphView
 from satchel.graphs.providers.kernels import Match
-from satchel.runtime.session import ORT_ERRORS
+from satchel.runtime.ort.session import ORT_ERRORS
 
 CONTRIB = """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
 g (float16[1, 2] x, float16[2] scale) => (y) {

@@ -1,0 +1,62 @@
+"""`satchel check`: tells which nodes of a bundle an execution provider takes, before anything ships."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HTML_OPTION = "--html"
+
+EXAMPLE = """\
+example:
+  satchel check out/smollm2-cann --provider cann
+  satchel check out/smollm2-cuda --provider cuda --ort-version 1.24.4 --strict --html check.html"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.description = (
+        "Check the graphs of a bundle for an execution provider: which nodes it takes, which not and why, rule by "
+        "rule. Nothing is run, and the provider need not be here. Exits with 1 where something would fail or fall back "
+        "to the CPU."
+    )
+    parser.epilog = EXAMPLE
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("--provider", metavar="NAME", required=True, help="cann, cuda or cpu")
+    parser.add_argument(
+        "--ort-version",
+        metavar="V",
+        help="the ONNX Runtime that it will run in (default: 1.24.4 for cann, the newest known for cuda)",
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument(HTML_OPTION, metavar="FILE", type=Path, help="also write a page with every place")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, and print a report or one JSON object. Returns 1 where the bundle is not ready."""
+    from satchel.runtime.bundle.atomic_write import atomic_write, check_target
+    from satchel.runtime.bundle.reader import open_bundle, survey_bundle
+    from satchel.runtime.util.progress import waiting
+
+    if args.require_signature is None:
+        bundle = survey_bundle(args.bundle)
+    else:
+        bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
+    if args.html is not None:
+        check_target(args.html, HTML_OPTION)
+    with waiting("checking the graphs", shown=not args.quiet):
+        from satchel.export.checking.check import check_bundle
+        from satchel.export.checking.report import as_page, as_text, is_ready
+        from satchel.export.checking.tables import provider_of
+
+        result = check_bundle(bundle, provider_of(args.provider, args.ort_version))
+        if args.html is not None:
+            atomic_write(args.html, as_page(result, args.strict), HTML_OPTION)
+    ready = is_ready(result, args.strict)
+    if args.json:
+        print(json.dumps({"ready": ready, **result.to_json()}))
+    else:
+        print(as_text(result, args.strict))
+    return 0 if ready else 1

@@ -1,0 +1,74 @@
+"""`satchel sensitivity`: measures which layers lose most by few bits, and writes a recipe that keeps them at 8."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from satchel.export.config import FLOAT_PRECISIONS, PRECISIONS
+from satchel.runtime.util.progress import waiting
+
+EXAMPLE = """\
+example:
+  satchel sensitivity model.gguf --precision int4 --bits 6.3 -o mixed.toml
+  satchel export model.gguf -o bundle --precision int4 --recipe mixed.toml"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.description = (
+        "Find the layers of a model that lose most when their weights are rounded to few bits: round each one alone, "
+        "and measure what becomes of the model's predictions. Then write a recipe for satchel export in which those "
+        "keep 8 bits."
+    )
+    parser.epilog = EXAMPLE
+    quantized = [p for p in PRECISIONS if p not in FLOAT_PRECISIONS]
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a GGUF file, or file.py:factory"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the recipe to write (default: none)")
+    parser.add_argument("--precision", metavar="P", default="int4", help=f"of {', '.join(quantized)} (%(default)s)")
+    parser.add_argument("--recipe", metavar="FILE", help="the recipe to start from (default: the precision's own)")
+    parser.add_argument("--bits", metavar="N", type=float, help="bits per weight that the whole model may have")
+    parser.add_argument("--text", metavar="TEXT", type=Path, help="the text to measure on (default: one that ships)")
+    parser.add_argument("--windows", metavar="N", type=int, default=4, help="windows of 256 tokens (%(default)s)")
+    parser.add_argument("--tokenizer", metavar="PATH", type=Path, help="the tokenizer of the checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace a recipe that is there already")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command. Raises ExportError for what the user has to mend."""
+    from satchel.export.errors import ExportError
+
+    if (args.output is None) != (args.bits is None):
+        raise ExportError("--bits and --output belong together: the budget decides what the recipe says")
+    if args.output is not None and args.output.exists() and not args.force:
+        raise ExportError(f"{args.output} is there already: choose another name, or replace it with --force")
+    with waiting("loading torch and transformers", shown=not args.quiet):
+        from satchel.export.find_sensitive import Search, find_sensitive
+
+    search = Search(
+        precision=args.precision, recipe=args.recipe, bits=args.bits, text=args.text, windows=args.windows,
+        tokenizer=args.tokenizer,
+    )  # fmt: skip
+    result = find_sensitive(args.checkpoint, search, progress=not args.quiet)
+    if args.output is not None:
+        stage = args.output.with_name(f".{args.output.name}.partial")
+        stage.write_text(result.recipe, encoding="utf-8")
+        stage.replace(args.output)
+    if args.json:
+        print(json.dumps(result.as_json()))
+        return 0
+    for layer in sorted(result.layers, key=lambda s: s.kl / s.weights, reverse=True):
+        mark = "8 bits" if layer in result.raised else ""
+        print(f"{layer.kl:10.5f}  {layer.weights / 1e6:8.2f} M  {', '.join(layer.layers)}  {mark}".rstrip())
+    if args.output is not None:
+        print(
+            f"{args.output}: {len(result.raised)} of {len(result.layers)} products at 8 bits, "
+            f"{result.bits:.2f} bits per weight",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,158 @@
+"""The texts that an export reads a model with: one to calibrate on, one to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.errors import ExportError
+from satchel.export.writing.publish import fresh
+from satchel.graphs.quant.recipe import Recipe
+from satchel.runtime.bundle.certificate import EvaluatedText, Window
+from satchel.runtime.evaluation.fidelity import text_ids
+from satchel.runtime.generation.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+
+FOLDER = Path(__file__).resolve().parent / "corpora"
+CALIBRATION = FOLDER / "calibration.txt"
+"""What is calibrated on where the user names nothing: stories, letters, articles, talks, code, nine languages."""
+
+CERTIFICATE = FOLDER / "certificate.txt"
+"""What is measured on where the user names nothing; no part of it is in the calibration text."""
+
+CALIBRATION_WINDOWS = 48
+"""Windows of a longer text that are used, spread over all of it: more of them made no difference."""
+
+CERTIFICATE_WINDOWS = 8
+"""Windows that a certificate is measured on, from the text's start."""
+
+FLOAT_CERTIFICATE_WINDOWS = 4
+"""As many in float, where nothing was rounded and more windows say no more."""
+
+FEWEST = 8
+"""Windows that a calibration text must have; fewer say too little about a layer's inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Windows of token ids, [windows, tokens], all of one length.
+
+    Attributes:
+        calibration: None where nothing is calibrated.
+        certificate: None without a certificate.
+        measured: What `certificate` was cut from; None for random ids.
+    """
+
+    calibration: NDArray[np.int64] | None
+    certificate: NDArray[np.int64] | None
+    measured: EvaluatedText | None
+
+
+def open_texts(
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    recipe: Recipe | None,
+    folder: Path,
+    option: str = "--certificate-text",
+) -> Texts:
+    """Read and tokenize the texts of an export; a model without a tokenizer gets random ids.
+
+    `folder` takes the tokenizer's file while it is loaded; `option` is what the user calls the text to measure on.
+
+    Raises:
+        ExportError: A text that the user named cannot be read or is too short, or there is no tokenizer for it.
+    """
+    length = min(Window.LENGTH, config.context(checkpoint.max_context))
+    tokenizer = _tokenizer(checkpoint, folder)
+    calibration = certificate = measured = None
+    if _calibrates(config, recipe):
+        ids, _ = _ids(tokenizer, checkpoint, config.calibrate, CALIBRATION, "--calibrate")
+        calibration = _spread(_windows(ids, length, FEWEST, config.calibrate, "--calibrate"), CALIBRATION_WINDOWS)
+    if config.certificate:
+        ids, measured = _ids(tokenizer, checkpoint, config.certificate_text, CERTIFICATE, option)
+        windows = _windows(ids, length, 1, config.certificate_text, option)
+        certificate = windows[: certificate_windows(config)]
+    return Texts(calibration, certificate, measured)
+
+
+def calibration_file(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> Path | None:
+    """The text that an export calibrates on; None where it does not, or takes random ids."""
+    if checkpoint.tokenizer is None or not _calibrates(config, recipe):
+        return None
+    return CALIBRATION if config.calibrate is None else config.calibrate
+
+
+def certificate_file(checkpoint: Checkpoint, config: ExportConfig) -> Path | None:
+    """The text that a bundle is measured on; None where it is not, or on random ids."""
+    if checkpoint.tokenizer is None or not config.certificate:
+        return None
+    return CERTIFICATE if config.certificate_text is None else config.certificate_text
+
+
+def _calibrates(config: ExportConfig, recipe: Recipe | None) -> bool:
+    return config.calibrate is not None or (recipe is not None and (recipe.needs_calibration() or config.int8_cache))
+
+
+def certificate_windows(config: ExportConfig) -> int:
+    """How many windows of the text a bundle of this precision is measured on."""
+    return CERTIFICATE_WINDOWS if config.quantized else FLOAT_CERTIFICATE_WINDOWS
+
+
+def _tokenizer(checkpoint: Checkpoint, folder: Path) -> Tokenizer | None:
+    files = checkpoint.tokenizer
+    if files is None:
+        return None
+    path = files.file
+    if isinstance(path, bytes):
+        path = fresh(folder, "tokenizer") / "tokenizer.json"
+        path.write_bytes(files.file)  # type: ignore[arg-type]
+    return JsonTokenizer(path) if files.kind == "tokenizer.json" else SentencePieceTokenizer(path, files.add_bos)
+
+
+def _ids(
+    tokenizer: Tokenizer | None, checkpoint: Checkpoint, chosen: Path | None, shipped: Path, option: str
+) -> tuple[NDArray[np.int64], EvaluatedText | None]:
+    if tokenizer is None:
+        if chosen is not None:
+            raise ExportError(
+                f"{option} {chosen}: {checkpoint.name} has no tokenizer to read it with: give --tokenizer"
+            )
+        return np.random.default_rng(0).integers(0, checkpoint.vocab_size, 16 * Window.LENGTH), None
+    path = shipped if chosen is None else chosen
+    content = _read(path, option)
+    ids = text_ids(tokenizer, content.decode("utf-8"))
+    text = EvaluatedText(path.name, hashlib.sha256(content).hexdigest(), len(ids))
+    return np.asarray(ids, np.int64), text
+
+
+def _read(path: Path, option: str) -> bytes:
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise ExportError(f"{option} {path}: cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{option} {path}: not UTF-8 at byte {error.start}: give a text in UTF-8") from None
+    if not text.strip():
+        raise ExportError(f"{option} {path}: is empty: give a text of some pages")
+    return content
+
+
+def _windows(ids: NDArray[np.int64], length: int, fewest: int, chosen: Path | None, option: str) -> NDArray[np.int64]:
+    if chosen is not None and len(ids) < fewest * length:
+        raise ExportError(
+            f"{option} {chosen}: has {len(ids)} tokens and {fewest * length} are needed: give a longer text"
+        )
+    return ids[: len(ids) // length * length].reshape(-1, length)
+
+
+def _spread(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    if len(windows) <= count:
+        return windows
+    spread: NDArray[np.int64] = windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+    return spread

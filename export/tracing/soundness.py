@@ -1,0 +1,178 @@
+"""Checks that a traced graph is a decoder that a KV cache can serve; what is not is refused by name."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import onnx_ir as ir
+
+from satchel.export.errors import ExportError
+from satchel.graphs import signature
+from satchel.graphs.ir.values import INTERNAL, constant, nodes, rank, weight
+
+EACH_ELEMENT = frozenset(
+    """
+    Abs Add And Cast CastLike Ceil Clip Cos Div Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid
+    HardSwish Identity IsNaN LeakyRelu Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or Pow Reciprocal Relu Round
+    Sigmoid Sign Sin Softplus Softsign Sqrt Sub Swish Tan Tanh Where Xor
+    """.split()  # noqa: SIM905
+)
+MOVES = frozenset(
+    """
+    ConstantOfShape Constant Shape Squeeze Tile Transpose Unsqueeze
+    """.split()  # noqa: SIM905
+)
+ALONG_AN_AXIS = frozenset(("Concat", "Gather", "Slice", "Split"))
+RESHAPES = frozenset(("Flatten", "Reshape"))
+LAST_AXIS = frozenset(
+    """
+    ArgMax GatherElements LayerNormalization LogSoftmax OneHot ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceSum ReduceSumSquare RMSNormalization ScatterElements Softmax TopK
+    """.split()  # noqa: SIM905
+)
+LENGTH_ARITHMETIC = frozenset(
+    ("Add", "Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
+)
+PRODUCTS = frozenset(("MatMul", "Gemm"))
+
+
+def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
+    """Check that tokens meet in attention only, once in each layer, and that nothing else reads the padding mask.
+
+    Args:
+        model: The traced and normalized graph, with its internal Attention operators.
+        name: What to call the model in messages.
+        layers: How many attention layers the configuration promises, if it does.
+
+    Raises:
+        ExportError: One of these does not hold.
+    """
+    found = sorted(int(n.attributes["layer"].value) for n in nodes(model, "Attention", INTERNAL))
+    expected = list(range(len(found) if layers is None else layers))
+    if found != expected or not found:
+        raise ExportError(
+            f"{name}: {len(found)} attention layers were traced (indices {found}) where {len(expected)} are expected: "
+            "the model has attention code or layers of its own kind (recurrent, linear, shared), "
+            "which satchel does not support"
+        )
+    if _reads_values(signature.graph_input(model, signature.ATTENTION_MASK)):
+        raise ExportError(
+            f"{name}: the model computes with the padding mask outside its attention, which satchel does not support"
+        )
+    for node in model.graph:
+        reason = _mixes_tokens(node)
+        if reason:
+            raise ExportError(
+                f"{name}: {reason} (node {node.name}); a model in which tokens meet outside its attention cannot be "
+                "cached, so it is not exported"
+            )
+
+
+def _mixes_tokens(node: ir.Node) -> str | None:
+    """Why this node may let one token see another, or None."""
+    kind = node.op_type
+    if kind == "Cast" and node.domain == "" and _to_float(node) and _is_length(node.inputs[0]):
+        return "a length is used as a number"
+    if node.domain == INTERNAL or kind in EACH_ELEMENT:
+        return None
+    if node.domain != "":
+        return f"the operator {node.domain}::{kind} is not known"
+    if kind in RESHAPES:
+        return None if _keeps_tokens_apart(node) else f"{kind} joins or divides tokens"
+    if kind in ALONG_AN_AXIS:
+        return _moves_tokens(node)
+    if kind in MOVES:
+        return None
+    if kind in PRODUCTS:
+        fixed = weight(node.inputs[1]) is not None or constant(node.inputs[1]) is not None
+        return None if fixed else f"{kind} multiplies two computed tensors"
+    if kind in LAST_AXIS:
+        return None if _on_last_axis(node) else f"{kind} works across another axis than the channels"
+    return f"the operator {kind} may work across tokens"
+
+
+def _moves_tokens(node: ir.Node) -> str | None:
+    """Slices, splits, joins and look-ups along the axis of the tokens change which token a row is."""
+    data = node.inputs[0]
+    alike = (*node.outputs, *node.inputs) if node.op_type == "Concat" else (data,)
+    ndim = next((n for n in map(rank, alike) if n is not None), None)
+    if ndim is not None and ndim <= 1:
+        return None  # shapes are computed with such vectors; a row of tokens has the batch in front of it
+    if node.op_type == "Slice":
+        axes = constant(node.inputs[3]) if len(node.inputs) > 3 else None
+        cut = [] if axes is None else [int(a) for a in axes]
+    else:
+        cut = [int(node.attributes["axis"].value) if "axis" in node.attributes else 0]
+    if not cut or ndim is None:
+        return f"{node.op_type} is along an axis that is not known"
+    # Joined channels are a number; where tokens are joined, the result's axis has a name.
+    if not all(_is_fixed(node.outputs[0] if node.op_type == "Concat" else data, axis) for axis in cut):
+        return f"{node.op_type} is along the axis of the tokens"
+    return None
+
+
+def _keeps_tokens_apart(node: ir.Node) -> bool:
+    """True if one token's channels, what follows the last axis of unknown size, are as many after as before."""
+    before, after = (_channels(v) for v in (node.inputs[0], node.outputs[0]))
+    return rank(node.inputs[0]) == 0 or (before is not None and before == after)
+
+
+def _channels(value: ir.Value | None) -> int | None:
+    """The product of the dimensions after the last one that is not a number."""
+    if value is None or value.shape is None:
+        return None
+    fixed = list(itertools.takewhile(lambda d: isinstance(d, int), reversed(value.shape.dims)))
+    return math.prod(d for d in fixed if isinstance(d, int))
+
+
+def _is_fixed(value: ir.Value | None, axis: int) -> bool:
+    return value is not None and value.shape is not None and isinstance(value.shape[axis], int)
+
+
+def _on_last_axis(node: ir.Node) -> bool:
+    ndim = rank(node.inputs[0])
+    last = (-1,) if ndim is None else (-1, ndim - 1)
+    if not _is_fixed(node.inputs[0], -1):
+        return False
+    if node.op_type.startswith("Reduce"):
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        return axes is not None and axes.size == 1 and int(axes.reshape(())) in last
+    if "axis" not in node.attributes:
+        return node.op_type not in ("ArgMax", "GatherElements", "ScatterElements")
+    return int(node.attributes["axis"].value) in last
+
+
+def _reads_values(mask: ir.Value) -> bool:
+    """True if anything but the number of rows of the padding mask is used."""
+    return any(
+        use.node.op_type != "Shape"
+        or {name: use.node.attributes[name].value for name in use.node.attributes}
+        not in ({"start": 0, "end": 1}, {"end": 1})
+        for use in mask.uses()
+    )
+
+
+def _to_float(cast: ir.Node) -> bool:
+    return ir.DataType(int(cast.attributes["to"].value)).is_floating_point()
+
+
+def _batch_only(shape: ir.Node) -> bool:
+    start, end = (shape.attributes[n].value if n in shape.attributes else None for n in ("start", "end"))
+    return (start or 0) == 0 and end == 1
+
+
+def _is_length(value: ir.Value | None) -> bool:
+    """Whether the value comes from the shape of a tensor, more than its batch size, by arithmetic on lengths alone."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        maker = value.producer() if value is not None else None
+        if maker is None or id(maker) in seen:
+            continue
+        seen.add(id(maker))
+        if maker.op_type == "Shape" and not _batch_only(maker):
+            return True
+        if maker.op_type in LENGTH_ARITHMETIC:
+            waiting.extend(maker.inputs)
+    return False

@@ -1,0 +1,221 @@
+"""A module on meta tensors -> one ONNX graph in standard operators and two internal ones.
+
+The graph maps `input_ids` and `position_ids` [batch, sequence] to `logits` [batch, sequence, vocabulary] for the new
+tokens only. What depends on earlier tokens stands in it as `satchel::Attention`, once per layer; the graph passes give
+that operator its KV cache later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from satchel.export.errors import ExportError
+from satchel.export.tracing import torch_ops
+from satchel.export.tracing.rotary_tables import tables_for_rotary
+from satchel.export.tracing.stand_ins import register_implementations
+from satchel.graphs import signature
+
+OPSET = 24
+"""The version of ONNX's standard operators in the graph: the first with TensorScatter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a trace gives.
+
+    Attributes:
+        model: The graph; its initializers have no values yet.
+        constants: The values of those that no checkpoint holds, by name.
+    """
+
+    model: ir.Model
+    constants: dict[str, np.ndarray]
+
+
+def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = False) -> Trace:
+    """Trace `module` for any batch and sequence length.
+
+    Args:
+        module: Parameters on the meta device (or real); non-persistent buffers real, on the CPU.
+        name: What to call the model in messages.
+        capacity: Number of positions for which rotary tables are made; scaling rules that depend on the length
+            (longrope, dynamic) see this one.
+        protocol: True for a module of the user's own, whose forward takes the attention function as an argument.
+
+    Raises:
+        ExportError: The model does something that a decoder with a KV cache cannot express, or that torch cannot trace.
+    """
+    register_implementations()
+    wrapper: torch.nn.Module = _ProtocolWrapper(module) if protocol else _ModelWrapper(module, name)
+    # Three tensors, not one three times: the tracer takes the same tensor for the same input.
+    device = next((p.device for p in module.parameters()), torch.device("meta"))
+    examples = tuple(torch.zeros(2, length, dtype=torch.int64, device=device) for length in (7, 7, 11))
+    batch, sequence, total = (torch.export.Dim(n) for n in (signature.BATCH, signature.SEQUENCE, signature.TOTAL))
+    dims = ({0: batch, 1: sequence}, {0: batch, 1: sequence}, {0: batch, 1: total})
+    # A user's own rotary module is traced as it is: only transformers' classes are known to give tables.
+    tables = contextlib.nullcontext() if protocol else tables_for_rotary(module, capacity)
+    with _quiet(), tables, _buffers_on(device, module) as values, torch.no_grad():
+        try:
+            program = torch.export.export(wrapper, examples, dynamic_shapes=dims, strict=False)
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET,
+                custom_translation_table=torch_ops.TRANSLATIONS,
+            )
+        except ExportError:
+            raise
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            NotImplementedError,
+            AssertionError,
+            LookupError,
+            ArithmeticError,
+            torch.onnx.OnnxExporterError,
+        ) as error:
+            raise ExportError(f"{name}: torch cannot trace this model: {_root_cause(error)}") from error
+    if onnx_program is None:
+        raise ExportError(f"{name}: torch gave no graph for this model")
+    model = onnx_program.model
+    for value, wanted in zip(
+        model.graph.inputs, (signature.INPUT_IDS, signature.POSITION_IDS, signature.ATTENTION_MASK), strict=True
+    ):
+        value.name = wanted
+    model.graph.outputs[0].name = signature.LOGITS
+    _name_dimensions(model)
+    return Trace(model, dict(values))
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    """Call the tracer's symbols by what they are, wherever they stand."""
+    ids, _, mask = (value.shape for value in model.graph.inputs)
+    if ids is None or mask is None:
+        return
+    names = {_symbol(ids[0]): signature.BATCH, _symbol(ids[1]): signature.SEQUENCE, _symbol(mask[1]): signature.TOTAL}
+    for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [d if isinstance(d, int) else names.get(_symbol(d), d.value) for d in value.shape.dims]
+            )
+
+
+def _symbol(dim: int | ir.SymbolicDim) -> str:
+    return str(dim if isinstance(dim, int) else dim.value)
+
+
+class _ModelWrapper(torch.nn.Module):
+    """Calls a `transformers` model with explicit positions and without a cache of its own."""
+
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        super().__init__()
+        if "position_ids" not in inspect.signature(module.forward).parameters:
+            raise ExportError(
+                f"{name}: this model takes no position_ids, so its positions cannot follow a KV cache; "
+                "satchel does not support it"
+            )
+        self.module = module
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        # The mask keeps transformers from guessing packed sequences out of position_ids; no graph may use it.
+        result = self.module(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        )
+        logits: torch.Tensor = result.logits
+        return logits
+
+
+class _ProtocolWrapper(torch.nn.Module):
+    """Calls a module of the user's own with the attention function that the protocol promises."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        layers = iter(range(1 << 30))
+
+        def attention(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+            scale: float | None = None, window: int | None = None, softcap: float | None = None,
+        ) -> torch.Tensor:  # fmt: skip
+            if scale == 0 or (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+                raise ExportError(
+                    f"attention got scale={scale}, window={window}, softcap={softcap}: scale must not be 0, "
+                    "window at least 1 and softcap above 0, or None for none of it"
+                )
+            scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+            out = torch.ops.satchel.attention(query, key, value, next(layers), scale, window or 0, softcap or 0.0)
+            spread: torch.Tensor = out.transpose(1, 2)
+            return spread
+
+        logits: torch.Tensor = self.module(input_ids, position_ids, attention)
+        return logits
+
+
+@contextlib.contextmanager
+def _buffers_on(device: torch.device, module: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
+    """Put real buffers where the parameters are for the time of the trace.
+
+    Yields their values by name, to be given back to the graph.
+    """
+    real = {name: b for name, b in module.named_buffers() if b.device.type != "meta"}
+    places = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in real}
+    try:
+        for name, (part, leaf) in places.items():
+            part._buffers[leaf] = real[name].to(device)
+        floats = {name: b.float() if b.dtype == torch.bfloat16 else b for name, b in real.items()}
+        yield {name: b.detach().numpy() for name, b in floats.items()}
+    finally:
+        for name, (part, leaf) in places.items():
+            part._buffers[leaf] = real[name]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's own chatter off the user's terminal; its errors come back as exceptions."""
+    loggers = [
+        logging.getLogger(n)
+        for n in ("torch.onnx", "torch.export", "onnxscript", "torch.onnx._internal.exporter._registration")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost exception's first line, with the line of the model's code that raised it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frame, place = error.__traceback__, ""
+    while frame is not None:
+        if "modeling_" in frame.tb_frame.f_code.co_filename or "torch" not in frame.tb_frame.f_code.co_filename:
+            place = f" ({frame.tb_frame.f_code.co_filename.rpartition('/')[2]}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else 'no message'}{place}"

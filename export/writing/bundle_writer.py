@@ -1,0 +1,187 @@
+"""Writes a bundle's files into a folder: one weight file, three graphs that point into it, and what travels along."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.writing.describe import describe, tokenizer_spec
+from satchel.export.writing.genai_config import genai_config
+from satchel.graphs.ir.values import weight
+from satchel.graphs.ir.weights import LazyWeight, stored
+from satchel.graphs.quant.quantized import BLOCKS, EXPANDED, MADE, PANELS, Quantized
+from satchel.graphs.targets.static import table_of
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
+from satchel.runtime.optimize.blocks import BLOCKS_NAME
+from satchel.runtime.optimize.expand import EXPANDED_NAME
+from satchel.runtime.optimize.native import NATIVE_NAME
+
+WEIGHTS_NAME = "weights.bin"
+PAGE, LINE = 4096, 64
+"""Bytes at whose multiples a weight starts: a memory page for a large one, so that it can be mapped by itself; a cache
+line for one that is smaller than `LARGE`.
+"""
+
+LARGE = 1 << 20
+
+FILES: Mapping[object, str] = {
+    None: WEIGHTS_NAME,
+    EXPANDED: EXPANDED_NAME,
+    BLOCKS: BLOCKS_NAME,
+    PANELS: NATIVE_NAME,
+}
+"""Where a weight lies by its mark MADE; weights without it alone are in the bundle."""
+
+Advance = Callable[[int], None]
+
+
+def write_bundle(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    models: Mapping[str, ir.Model],
+    quantized: Quantized | None,
+    report: Sequence[dict[str, Any]],
+    progress: Callable[[int], AbstractContextManager[Advance]],
+) -> Manifest:
+    """Write all files of a bundle into an empty folder, the manifest last.
+
+    `progress(total)` gives a context that hears of the weight file's bytes as they are written.
+
+    Raises:
+        PassError: A weight cannot be stored in the precision.
+        OSError: The disk is full, or a file cannot be written.
+    """
+    places = lay_out(models.values())
+    with progress(sum(place.weight.nbytes for place in places.values() if place.file == WEIGHTS_NAME)) as advance:
+        files = {WEIGHTS_NAME: write_weights(folder, places, advance)}
+    for phase, model in models.items():
+        write_graph(folder, f"{phase}.onnx", model, places)
+    tokenizer = tokenizer_spec(checkpoint)
+    companions = dict(checkpoint.companions)
+    if checkpoint.tokenizer is not None and tokenizer is not None:
+        companions[tokenizer.file] = checkpoint.tokenizer.file
+    write_companions(folder, companions)
+    starts = {name: (place.file, place.offset) for name, place in places.items()}
+    manifest = describe(checkpoint, config, models, quantized, report, files, starts)
+    genai = genai_config(checkpoint, manifest)
+    if genai is not None:
+        write_json(folder / "genai_config.json", genai)
+    files |= {path.name: record(path) for path in sorted(folder.iterdir()) if path.name not in files}
+    manifest = dataclasses.replace(manifest, files=files)
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a weight lies in a file, in bytes."""
+
+    weight: LazyWeight
+    offset: int
+    file: str = WEIGHTS_NAME
+
+
+def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
+    """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes. So do
+    those that take rows of the same table as an input.
+
+    Weights that a device makes have theirs in files that no bundle has.
+
+    Raises:
+        ValueError: Two graphs have different weights of one name.
+    """
+    places: dict[str, Place] = {}
+    ends = dict.fromkeys(FILES.values(), 0)
+    for model in models:
+        found = (*map(weight, model.graph.initializers.values()), *map(table_of, model.graph.inputs))
+        for lazy in (lazy.base for lazy in found if lazy is not None):
+            there = places.get(lazy.name)
+            if there is not None:
+                if (there.weight.dims, there.weight.dtype) != (lazy.dims, lazy.dtype):
+                    raise ValueError(f"two weights are called {lazy.name}: {there.weight} and {lazy}")
+                continue
+            alignment = PAGE if lazy.nbytes >= LARGE else LINE
+            file = FILES[lazy.meta.get(MADE)]
+            offset = -(-ends[file] // alignment) * alignment
+            places[lazy.name] = Place(lazy, offset, file)
+            ends[file] = offset + lazy.nbytes
+    return places
+
+
+def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -> FileRecord:
+    """Write the weight file, block by block, and hash it on the way; `advance` hears of each block's bytes."""
+    digest, position = hashlib.sha256(), 0
+    with (folder / WEIGHTS_NAME).open("wb") as file:
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal position
+            file.write(data)
+            digest.update(data)
+            position += len(data)
+
+        for place in (place for place in places.values() if place.file == WEIGHTS_NAME):
+            put(bytes(place.offset - position))
+            for block in place.weight.blocks():
+                data = stored(block).data
+                put(data)
+                advance(len(data))
+    return FileRecord(position, digest.hexdigest())
+
+
+def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, Place]) -> None:
+    """Write one graph, its weights as external data in the weight file."""
+    model = model.clone()
+    for value in model.graph.initializers.values():
+        lazy = weight(value)
+        if lazy is None:
+            continue
+        value.const_value = ir.ExternalTensor(
+            places[lazy.base.name].file,
+            places[lazy.base.name].offset,
+            lazy.nbytes,
+            lazy.dtype,
+            shape=lazy.shape,
+            name=str(value.name),
+            base_dir=str(folder),
+        )
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.producer_name, model.producer_version = "satchel", None
+    ir.save(model, folder / name)
+
+
+def write_companions(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Copy or write further files under their names in the bundle."""
+    for name, content in files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_bytes(content)
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a JSON document for people and programs: indented, UTF-8, one newline at its end."""
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def record(path: Path) -> FileRecord:
+    """Size and hash of a small file."""
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

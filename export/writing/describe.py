@@ -1,0 +1,145 @@
+"""What the manifest says of a bundle: model facts, caches, graph signatures, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.writing.provenance import named_file, producer, provenance
+from satchel.export.writing.static_graphs import describe_static
+from satchel.export.writing.tensor_specs import tensor_specs
+from satchel.graphs import signature
+from satchel.graphs.quant.assign import layer_name
+from satchel.graphs.quant.quantized import Quantized
+from satchel.graphs.targets.native import NATIVE
+from satchel.graphs.targets.targets import DECODE_BLOCKS, PHASES, PLAIN, PREFILL_INT8, TARGETS, Session
+from satchel.runtime.bundle.manifest import (
+    CacheLayer,
+    CacheSpec,
+    CorpusEntry,
+    FileRecord,
+    Graphs,
+    GraphSpec,
+    LayerPrecision,
+    Manifest,
+    ModelFacts,
+    PlainGraphs,
+    Source,
+    StaticGraphs,
+    TokenizerSpec,
+)
+
+
+def describe(
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    models: Mapping[str, ir.Model],
+    quantized: Quantized | None,
+    report: Sequence[dict[str, Any]],
+    files: Mapping[str, FileRecord],
+    starts: Mapping[str, tuple[str, int]],
+) -> Manifest:
+    """The manifest of a bundle whose files are written; `starts` says where in them each weight begins."""
+    sessions, context = TARGETS[config.target].sessions(quantized), config.context(checkpoint.max_context)
+
+    def static(prefix: str = "") -> StaticGraphs | None:
+        return describe_static(models, sessions, config, context, starts, prefix) if config.static else None
+
+    facts = ModelFacts(
+        parameters=checkpoint.parameters,
+        vocab_size=checkpoint.vocab_size,
+        max_context=context,
+        bos_token_id=_possible(checkpoint, checkpoint.bos_token_id),
+        eos_token_ids=tuple(i for i in checkpoint.eos_token_ids if _possible(checkpoint, i) is not None),
+        pad_token_id=_possible(checkpoint, checkpoint.pad_token_id),
+    )
+    return Manifest(
+        producer=producer(),
+        source=Source(checkpoint.kind, checkpoint.name, checkpoint.model_type),
+        provenance=provenance(checkpoint, config),
+        target=config.target,
+        precision=config.precision,
+        recipe=None if quantized is None else quantized.recipe,
+        model=facts,
+        kv_cache=cache_spec(models, "swapped" if config.static else "shared"),
+        graphs=None if config.static else _graphs(models, sessions),
+        static=static(),
+        plain=PlainGraphs(_plain_graphs(models, sessions, config), static(PLAIN)) if config.passes else None,
+        custom_ops=tuple(named_file(path) for path in config.custom_ops),
+        layers=_layers(quantized),
+        tokenizer=tokenizer_spec(checkpoint),
+        passes=tuple(report),
+        files=dict(files),
+        certificate=None,
+        specialized=None,
+    )
+
+
+def _possible(checkpoint: Checkpoint, token: int | None) -> int | None:
+    """The id, or None where the logits do not reach it: some configs name a padding id that the model never had."""
+    return token if token is not None and token < checkpoint.vocab_size else None
+
+
+def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpec:
+    """The KV cache as the inputs of the graphs declare it."""
+    by_name = {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
+    layers = []
+    for index in range(sum(name.endswith(".key") for name in by_name)):
+        past, present = signature.past_names(index), signature.present_names(index)
+        (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
+        layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
+    return CacheSpec(mode, by_name[past[0]].dtype if layers else "float32", tuple(layers))
+
+
+def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
+    """The tokenizer's entry, with the name that its file has in the bundle."""
+    files = checkpoint.tokenizer
+    if files is None:
+        return None
+    name = "tokenizer.json" if files.kind == "tokenizer.json" else "tokenizer.model"
+    corpus = tuple(CorpusEntry(text, tuple(ids)) for text, ids in files.corpus)
+    return TokenizerSpec(files.kind, name, files.add_bos, corpus)
+
+
+def _layers(quantized: Quantized | None) -> dict[str, LayerPrecision]:
+    """How each quantized layer is stored; layers that are not named are in the precision's float."""
+    layers = {}
+    for name, weight in ({} if quantized is None else quantized.weights).items():
+        scheme, rule = weight.grid.scheme, quantized.rules[name]  # type: ignore[union-attr]
+        layers[layer_name(weight)] = LayerPrecision(
+            scheme.bits, scheme.block, scheme.symmetric, rule.prefill, rule.decode
+        )
+    return layers
+
+
+def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
+    custom = {phase: model for phase, model in models.items() if not phase.startswith(PLAIN)}
+    specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in custom.items()}
+    return Graphs(
+        **{phase: specs[phase] for phase in PHASES},
+        prefill_int8=specs.get(PREFILL_INT8), decode_blocks=specs.get(DECODE_BLOCKS), native=specs.get(NATIVE),
+    )  # fmt: skip
+
+
+def _plain_graphs(
+    models: Mapping[str, ir.Model], sessions: Mapping[str, Session], config: ExportConfig
+) -> Graphs | None:
+    """The graphs without passes of a user's own, of a target that takes any length."""
+    if config.static:
+        return None
+    specs = {phase: _graph_spec(f"{PLAIN}{phase}", models[f"{PLAIN}{phase}"], sessions[phase]) for phase in PHASES}
+    return Graphs(**specs, prefill_int8=None, decode_blocks=None, native=None)
+
+
+def _graph_spec(name: str, model: ir.Model, session: Session) -> GraphSpec:
+    return GraphSpec(
+        file=f"{name}.onnx",
+        session=dict(session.config),
+        session_of=session.of,
+        inputs=tensor_specs(model.graph.inputs),
+        outputs=tensor_specs(model.graph.outputs),
+    )

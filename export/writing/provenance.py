@@ -1,0 +1,82 @@
+"""What an export was made from and how, for the manifest: names and digests, never a path."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import ExportConfig
+from satchel.export.quantize.texts import calibration_file, certificate_file
+from satchel.export.recipes import recipe_file, recipe_of
+from satchel.export.user_passes import UserPass
+from satchel.runtime.bundle.hash_cache import sha256_of
+from satchel.runtime.bundle.manifest import FileRecord, NamedFile, Provenance
+from satchel.runtime.util.cpu import machine_cores, processor_features
+
+PACKAGES = (
+    "satchel", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors", "gguf",
+    "tokenizers", "sentencepiece",
+)  # fmt: skip
+"""Whose versions the manifest records."""
+
+SILENT = ("output", "force")
+"""Options that no byte of a bundle depends on."""
+
+
+def producer() -> dict[str, str]:
+    """The versions of Python and of the packages that an export uses."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
+    """What the bundle of a checkpoint was made from.
+
+    Raises:
+        OSError: A file that was read is there no more.
+    """
+    recipe = recipe_of(config)
+    files = {
+        "recipe": recipe_file(config),
+        "calibrate": calibration_file(checkpoint, config, recipe),
+        "certificate_text": certificate_file(checkpoint, config),
+    }
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
+    if config.tokenizer is not None and checkpoint.tokenizer is not None:
+        options["tokenizer"] = _tokenizer(config.tokenizer, checkpoint.tokenizer.file)
+    return Provenance(
+        options={name: _as_data(value) for name, value in options.items() if name not in SILENT},
+        source={path.name: FileRecord(path.stat().st_size, sha256(path)) for path in checkpoint.sources},
+        processor=processor_features(),
+        threads=machine_cores(),
+    )
+
+
+def named_file(path: Path) -> NamedFile:
+    """A file by its name and digest."""
+    return NamedFile(path.name, sha256(path))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hex digits."""
+    return sha256_of(path, lambda read: None)
+
+
+def _tokenizer(path: Path, file: Path | bytes) -> NamedFile:
+    content = file.read_bytes() if isinstance(file, Path) else file
+    return NamedFile(path.name, hashlib.sha256(content).hexdigest())
+
+
+def _as_data(value: Any) -> Any:
+    """An option as JSON has it."""
+    if isinstance(value, tuple):
+        return [_as_data(item) for item in value]
+    if isinstance(value, UserPass):
+        return {"name": value.name, "sha256": None if value.file is None else sha256(value.file)}
+    if isinstance(value, NamedFile):
+        return dataclasses.asdict(value)
+    return _as_data(named_file(value)) if isinstance(value, Path) else value

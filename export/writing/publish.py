@@ -1,0 +1,109 @@
+"""Files appear whole or not at all: a folder is made beside its place and moved there when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from satchel.export.errors import ExportError
+from satchel.runtime.bundle.manifest import MANIFEST_NAME
+
+
+def check_target(output: Path, force: bool) -> None:
+    """Check that a bundle may be written to `output`.
+
+    Raises:
+        ExportError: Something is there and `force` is off, or what is there is no bundle, or its parent is no folder.
+    """
+    parent = output.absolute().parent
+    if parent.exists() and not parent.is_dir():
+        raise ExportError(f"{parent} is not a folder: choose another place for the bundle")
+    if not output.exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
+        raise ExportError(
+            f"{output} is there and is not a bundle: choose another place (--force replaces bundles only)"
+        )
+    if not force:
+        raise ExportError(f"{output} is there already: choose another place, or replace it with --force")
+
+
+@contextlib.contextmanager
+def staged(output: Path, force: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
+
+    Where `output` is a link, what it leads to is replaced.
+
+    Raises:
+        ExportError: Something has come to be at `output` meanwhile, and `force` is off.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    stage = output.parent / f".{output.name}.partial-{os.getpid()}"
+    stage.mkdir()
+    try:
+        yield stage
+        old = output.parent / f".{output.name}.old-{os.getpid()}"
+        check_target(output, force)
+        if output.exists():
+            output.rename(old)
+        try:
+            stage.rename(output)
+        except BaseException:
+            if old.exists():
+                old.rename(output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """Yield an empty folder on the disk of `output` for what an export puts aside; it is removed at the end."""
+    output = output.resolve()
+    place = next(parent for parent in output.parents if parent.is_dir())
+    _remove_abandoned(place / output.name)
+    folder = place / f".{output.name}.scratch-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """An empty folder called `name` in `folder`."""
+    path = folder / name
+    path.mkdir(parents=True)
+    return path
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what an export that was killed left here, known by the process id in its name.
+
+    A bundle that it had moved away and not replaced yet comes back.
+    """
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*-*"):
+        kind, _, pid = path.name.removeprefix(f".{output.name}.").rpartition("-")
+        if kind not in ("partial", "scratch", "old") or not pid.isdigit() or _alive(int(pid)):
+            continue
+        if kind == "old" and not output.exists():
+            path.rename(output)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,104 @@
+"""Which nodes of a graph that computes in float16 have to compute in float32 all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from satchel.graphs import signature
+from satchel.graphs.analysis.element_types import Types
+from satchel.graphs.ir.values import nodes, producer, scalar
+
+MEANS = ("ReduceMean", "ReduceSumSquare", "ReduceL2")
+"""Reductions that only norms have: their sums of squares pass float16's largest where an entry passes 255."""
+ANGLES = ("Cos", "Sin")
+"""Of positions times frequencies: float16 has no odd numbers above 2,048."""
+ELEMENTWISE = {"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Sqrt", "Sub"}
+ON_THE_WAY_TO_ANGLES = ELEMENTWISE | {
+    "Concat", "Expand", "Gather", "MatMul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"
+}  # fmt: skip
+BEHIND_THE_HEAD = {"Add", "Div", "Mul", "Neg", "Reshape", "Squeeze", "Sub", "Tanh", "Unsqueeze"}
+
+
+def float32_islands(model: ir.Model, types: Types) -> set[ir.Node]:
+    """Nodes over float32 values that have to stay so: norms written as arithmetic, rotary angles, and what follows the
+    head's product on the way to the logits.
+
+    Norms in one operator are not among them: with float16 inputs they sum in float32 inside.
+    """
+    kept: set[ir.Node] = set()
+    for op_type in (*MEANS, "ReduceSum"):
+        for node in nodes(model, op_type):
+            if _is_float32(node, types) and (op_type != "ReduceSum" or _square(node.inputs[0]) is not None):
+                _keep_norm(node, kept)
+    for op_type in ANGLES:
+        for node in nodes(model, op_type):
+            if _is_float32(node, types):
+                _keep_backwards(node, ON_THE_WAY_TO_ANGLES, kept)
+    for output in model.graph.outputs:
+        if output.name == signature.LOGITS:
+            _keep_tail(output, kept)
+    _keep_casts(model, types, kept)
+    return kept
+
+
+def _is_float32(node: ir.Node, types: Types) -> bool:
+    return types.get(node.outputs[0]) == ir.DataType.FLOAT
+
+
+def _square(value: ir.Value | None) -> ir.Node | None:
+    """The node that squares, if that is how `value` is made."""
+    power = producer(value, "Pow")
+    if power is not None:
+        return power if scalar(power.inputs[1]) == 2 else None
+    product = producer(value, "Mul")
+    return product if product is not None and product.inputs[0] is product.inputs[1] else None
+
+
+def _keep_norm(mean: ir.Node, kept: set[ir.Node]) -> None:
+    """Keep a mean, the square in front of it, and what is done with it up to the tensor that it scales or shifts."""
+    square = _square(mean.inputs[0])
+    kept.update(node for node in (mean, square) if node is not None)
+    waiting = [mean.outputs[0]]
+    while waiting:
+        statistic = waiting.pop()
+        for use in statistic.uses():
+            node = use.node
+            if node.op_type not in ELEMENTWISE or node.domain != "":
+                continue
+            kept.add(node)
+            others = [v for v in node.inputs if v is not None and v is not statistic]
+            if all(v.is_initializer() or producer(v, "Constant") is not None for v in others):
+                waiting.append(node.outputs[0])
+
+
+def _keep_backwards(node: ir.Node, allowed: Iterable[str], kept: set[ir.Node]) -> None:
+    """Keep a node and all of these operators that make its input."""
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        kept.add(found)
+        makers = [v.producer() for v in found.inputs if v is not None]
+        waiting += [m for m in makers if m is not None and m not in kept and m.op_type in allowed and m.domain == ""]
+
+
+def _keep_tail(logits: ir.Value, kept: set[ir.Node]) -> None:
+    """Keep what works on the logits alone, back to the product that makes them."""
+    node = logits.producer()
+    while node is not None and node.domain == "" and node.op_type in BEHIND_THE_HEAD:
+        moving = [v for v in node.inputs if v is not None and not v.is_initializer()]
+        if len(moving) != 1 or len(moving[0].uses()) != 1:
+            return
+        kept.add(node)
+        node = moving[0].producer()
+
+
+def _keep_casts(model: ir.Model, types: Types, kept: set[ir.Node]) -> None:
+    """Keep casts to float32 and constants whose readers are all kept, and the cast that makes the logits."""
+    for node in (*nodes(model, "Cast"), *nodes(model, "Constant")):
+        output = node.outputs[0]
+        logits = output.is_graph_output() and output.name == signature.LOGITS
+        readers = output.consumers()
+        if _is_float32(node, types) and (logits or (readers and all(reader in kept for reader in readers))):
+            kept.add(node)

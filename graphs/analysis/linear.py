@@ -1,0 +1,68 @@
+"""satchel's own operator for products, `satchel::Linear`: its inputs and attributes, and how passes change a node.
+
+It computes, in this order: the norm of x, the Hadamard matrix, x rounded to int8, the product with codes, the bias, the
+gate, the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from satchel.graphs.ir.values import INTERNAL, Builder, nodes, only_user, producer
+
+X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, GAIN = range(7)
+"""The operator's inputs."""
+
+
+def own_product(
+    builder: Builder,
+    op_type: str,
+    reads: Sequence[ir.Value | None],
+    name: str,
+    like: ir.Value,
+    sizes: Mapping[str, int],
+) -> ir.Value:
+    """The result of a new product by one of satchel's own operators, in dtype and shape like another's."""
+    node = builder.node(op_type, reads, name, INTERNAL)
+    for key, size in sizes.items():
+        node.attributes.add(ir.AttrInt64(key, size))
+    result = node.outputs[0]
+    result.shape, result.type = like.shape, like.type
+    return result
+
+
+def linears(model: ir.Model) -> Iterator[ir.Node]:
+    """The model's Linear nodes."""
+    return nodes(model, "Linear", INTERNAL)
+
+
+def linear(value: ir.Value | None) -> ir.Node | None:
+    """The Linear that makes `value`."""
+    return producer(value, "Linear", INTERNAL)
+
+
+def unfinished(value: ir.Value | None) -> ir.Node | None:
+    """The Linear that makes `value` for one reader alone, if nothing is added to its product yet but a bias."""
+    node = linear(value)
+    if node is None or only_user(node.outputs[0]) is None or given(node, RESIDUAL) or node.attributes.get("gate"):
+        return None
+    return node
+
+
+def given(node: ir.Node, index: int) -> bool:
+    """Whether the node has that input."""
+    return index < len(node.inputs) and node.inputs[index] is not None
+
+
+def give(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Let the node take an input that it has not yet."""
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+
+
+def width(node: ir.Node) -> tuple[int, int]:
+    """(inputs, outputs) of a Linear, of the product itself."""
+    return node.attributes.get_int("inputs", 0), node.attributes.get_int("outputs", 0)

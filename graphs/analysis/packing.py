@@ -1,0 +1,98 @@
+"""Joins products over the same input into one: what pack_qkv and pack_gate_up share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs.ir.contract import Refused
+from satchel.graphs.ir.values import Builder, last_dim, only_user, producer, rank, replace, weight
+from satchel.graphs.ir.weights import LazyWeight, concatenated
+from satchel.graphs.quant.assign import LAYERS, RULE, layers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """x @ matrix (+ bias), with constant matrix [in, out] and bias [out]; `value` is the result."""
+
+    x: ir.Value
+    matrix: LazyWeight
+    bias: LazyWeight | None
+    value: ir.Value
+
+    @property
+    def width(self) -> int:
+        return self.matrix.dims[1]
+
+
+def product(value: ir.Value | None) -> Product | None:
+    """The product with constant weights that makes `value`, or None."""
+    if value is None:
+        return None
+    add = producer(value, "Add")
+    if add is not None:
+        for index, operand in enumerate(add.inputs):
+            inner, bias = producer(operand, "MatMul"), add.inputs[1 - index]
+            if (
+                inner is not None
+                and weight(bias) is not None
+                and rank(bias) == 1
+                and only_user(inner.outputs[0]) is add
+            ):
+                found = product(inner.outputs[0])
+                whole = found is not None and last_dim(bias) == found.width
+                return dataclasses.replace(found, bias=weight(bias), value=value) if found and whole else None
+        return None
+    node = producer(value, "MatMul")
+    matrix = weight(node.inputs[1]) if node is not None else None
+    if node is None or matrix is None or len(matrix.dims) != 2 or node.inputs[0] is None:
+        return None
+    return Product(node.inputs[0], matrix, None, value)
+
+
+def pack(model: ir.Model, products: Sequence[Product], name: str, before: ir.Node) -> None:
+    """Replace `products` by one product and a Split of its result.
+
+    Raises:
+        Refused: The products have different inputs, only some have a bias, or a recipe stores them differently.
+    """
+    first = products[0]
+    if any(p.matrix.meta.get(RULE) != first.matrix.meta.get(RULE) for p in products):
+        raise Refused("the recipe has different rules for the products")
+    if any(p.x is not first.x for p in products):
+        raise Refused("the products do not read the same input")
+    biases = [p.bias for p in products if p.bias is not None]
+    if biases and len(biases) != len(products):
+        raise Refused("some of the products have a bias and some have none")
+    path = ".".join([*_common_parts([p.matrix.name for p in products]), name])
+    if f"{path}.weight.T" in model.graph.initializers:
+        raise Refused(f"{path}.weight.T is there already: the layers share their weights")
+    builder = Builder(model, before)
+    joined = concatenated([p.matrix for p in products], 1, f"{path}.weight.T")
+    joined.meta[LAYERS] = tuple(layer for p in products for layer in layers_of(p.matrix))
+    matrix = builder.initializer(joined)
+    packed = builder.value("MatMul", [first.x, matrix], path)
+    widths = [p.width for p in products]
+    shape = ir.Shape([*list(first.value.shape or ())[:-1], sum(widths)]) if first.value.shape is not None else None
+    packed.shape, packed.type = shape, first.value.type
+    if biases:
+        bias = builder.initializer(concatenated(biases, 0, f"{path}.bias"))
+        packed = builder.value("Add", [packed, bias], f"{path}.biased", packed)
+    sizes = builder.constant(np.asarray(widths, np.int64), "split." + "_".join(map(str, widths)))
+    split = builder.node("Split", [packed, sizes], f"{path}.split", outputs=len(products), axis=-1)
+    for old, new in zip(products, split.outputs, strict=True):
+        new.shape, new.type = old.value.shape, old.value.type
+        replace(old.value, new)
+
+
+def _common_parts(names: Sequence[str]) -> list[str]:
+    """The parts between dots that all names begin with."""
+    parts = []
+    for same in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(same)) > 1:
+            break
+        parts.append(same[0])
+    return parts

@@ -1,0 +1,186 @@
+"""The internal Attention operator -> com.microsoft GroupQueryAttention over a shared KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs import signature
+from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.values import (
+    INTERNAL,
+    MICROSOFT,
+    Builder,
+    attributes,
+    dims,
+    heads_of,
+    last_dim,
+    nodes,
+    producer,
+    replace,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A matched attention layer.
+
+    Attributes:
+        query, key, value: [batch, heads, new, head_dim]; before their rotation, where the operator does it.
+        rotary: The rotation's tables, where the operator does it.
+        interleaved: Which channels rotate together.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    rotary: tuple[ir.Value, ir.Value] | None
+    interleaved: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@graph_pass
+def fuse_attention(model: ir.Model, report: Report) -> None:
+    """Give each attention layer its KV cache and lower it to GroupQueryAttention.
+
+    The rotation goes inside where query and key share it.
+
+    before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention(layer, scale, window, softcap) ->
+            [batch, new, heads, head_dim]
+    after:  query, key, value [batch, new, heads * head_dim], past_key_values.N -> GroupQueryAttention -> Reshape ->
+            [batch, new, heads, head_dim]
+                                                                             \\-> present.N
+    refuses when: keys and values differ in width, the width is no multiple of 8, the heads do not divide, or a size is
+    not known. expand_attention takes those layers.
+    """
+    for node in nodes(model, "Attention", INTERNAL):
+        try:
+            options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
+            if not options["scale"]:
+                raise Refused("GroupQueryAttention takes a scale of 0 for none given")
+            layer = _match(model, node, report)
+        except Refused as refusal:
+            report.refuse(node, str(refusal))
+            continue
+        _rewrite(model, node, layer, options)
+        report.count += 1
+
+
+def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
+    query, key, value = (v for v in node.inputs if v is not None)
+    (heads, head_dim), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, (query, key, value))
+    if key_dim != value_dim:
+        raise Refused(f"keys are {key_dim} wide and values {value_dim}: GroupQueryAttention wants them alike")
+    if heads % kv_heads or kv_heads != value_heads:
+        raise Refused(f"{heads} query heads cannot be shared out over {kv_heads} key and {value_heads} value heads")
+    if head_dim % 8:
+        raise Refused(f"heads are {head_dim} channels wide: GroupQueryAttention wants a multiple of 8")
+    layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim)
+    try:
+        return _with_rotation(model, layer)
+    except Refused as refusal:
+        report.refuse(node, f"its rotation stays outside: {refusal}")
+        return layer
+
+
+def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
+    """Move the rotation into the operator if query and key have the same one, by the graph's own positions.
+
+    Raises:
+        Refused: The operator has no kernel for this width.
+    """
+    first, second = producer(layer.query, "RotaryEmbedding"), producer(layer.key, "RotaryEmbedding")
+    if first is None or second is None or len(first.inputs) < 4:
+        return layer
+    positions = signature.graph_input(model, signature.POSITION_IDS)
+    if list(first.inputs[1:]) != list(second.inputs[1:]) or first.inputs[3] is not positions:
+        return layer
+    options = [attributes(n, interleaved=0, rotary_embedding_dim=0, num_heads=0) for n in (first, second)]
+    query, key, cos, sin = first.inputs[0], second.inputs[0], first.inputs[1], first.inputs[2]
+    if options[0] != options[1] or query is None or key is None or cos is None or sin is None:
+        return layer
+    half = last_dim(cos)
+    if layer.head_dim % 16 or half is None or half % 8:
+        raise Refused(
+            "GroupQueryAttention rotates heads and parts of heads of multiples of 16 channels, "
+            f"not {2 * (half or 0)} of {layer.head_dim}"
+        )
+    return dataclasses.replace(
+        layer, query=query, key=key, rotary=(cos, sin), interleaved=bool(options[0]["interleaved"])
+    )
+
+
+def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, Any]) -> None:
+    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
+    flat = [
+        _flat(builder, value, f"{name}.{part}")
+        for part, value in (("query", layer.query), ("key", layer.key), ("value", layer.value))
+    ]  # fmt: skip
+    past = signature.add_cache(model, index, (layer.kv_heads, layer.head_dim, layer.head_dim))
+    lengths = _lengths(model)
+    fused = builder.node(
+        "GroupQueryAttention", [*flat, *past, *lengths, *(layer.rotary or ())], name, MICROSOFT, outputs=3,
+        num_heads=layer.heads, kv_num_heads=layer.kv_heads, scale=options["scale"], softcap=options["softcap"] or None,
+        local_window_size=options["window"] or None, do_rotary=int(layer.rotary is not None),
+        rotary_interleaved=int(layer.interleaved) if layer.rotary else None,
+    )  # fmt: skip
+    output = node.outputs[0]
+    fused.outputs[0].shape = ir.Shape([*list(output.shape or ())[:2], layer.heads * layer.head_dim])
+    fused.outputs[0].type = output.type
+    shape = builder.constant(
+        np.asarray([0, 0, layer.heads, layer.head_dim], np.int64), f"shape.0_0_{layer.heads}_{layer.head_dim}"
+    )
+    replace(output, builder.value("Reshape", [fused.outputs[0], shape], f"{name}.heads", output))
+    signature.add_present(model, index, (fused.outputs[1], fused.outputs[2]), past)
+
+
+def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
+    """[batch, heads, new, head_dim] -> [batch, new, heads * head_dim].
+
+    What spread the heads is taken back where it is there.
+    """
+    transpose = producer(value, "Transpose")
+    if (
+        transpose is not None
+        and transpose.attributes.get_ints("perm") == (0, 2, 1, 3)
+        and transpose.inputs[0] is not None
+    ):
+        spread = transpose.inputs[0]
+    else:
+        spread = builder.value("Transpose", [value], f"{name}.by_token", perm=[0, 2, 1, 3])
+        batch, heads, new, head_dim = dims(value) or []
+        spread.shape, spread.type = ir.Shape([batch, new, heads, head_dim]), value.type
+    batch, _, new, _ = dims(value) or []
+    width = math.prod(heads_of(value))
+    reshape = producer(spread, "Reshape")
+    if reshape is not None and dims(reshape.inputs[0]) == [batch, new, width]:
+        flat = reshape.inputs[0]
+        if flat is not None:
+            return flat
+    shape = builder.constant(np.asarray([0, 0, width], np.int64), f"shape.0_0_{width}")
+    flat = builder.value("Reshape", [spread, shape], f"{name}.flat")
+    flat.shape, flat.type = ir.Shape([batch, new, width]), value.type
+    return flat
+
+
+def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
+    """(index of each row's last token [batch], length of the mask), both int32; made once, at the graph's start."""
+    for node in model.graph:
+        if node.name == "total_sequence_length":
+            before = next(n for n in model.graph if n.name == "seqlens_k")
+            return before.outputs[0], node.outputs[0]
+    builder = Builder(model, next(iter(model.graph)))
+    mask = signature.graph_input(model, signature.ATTENTION_MASK)
+    axis, one = builder.constant(np.asarray([1], np.int64), "axis.1"), builder.constant(np.asarray(1, np.int64), "one")
+    count = builder.value("ReduceSum", [mask, axis], "mask.count", keepdims=0)
+    last = builder.value("Sub", [count, one], "mask.last")
+    seqlens = builder.value("Cast", [last], "seqlens_k", to=ir.DataType.INT32)
+    size = builder.value("Shape", [mask], "mask.shape")
+    total = builder.value("Gather", [size, one], "mask.total", axis=0)
+    return seqlens, builder.value("Cast", [total], "total_sequence_length", to=ir.DataType.INT32)

@@ -1,0 +1,67 @@
+"""The internal Experts operator -> com.microsoft MoE."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, attributes, last_dim, nodes, replace, weight
+from satchel.graphs.ir.weights import LazyWeight, marked_like
+
+
+@graph_pass
+def lower_experts(model: ir.Model, report: Report) -> None:
+    """Lower each mixture of experts to ONNX Runtime's MoE operator.
+
+    before: hidden, index, weights -> satchel::Experts(gate_up, down) -> y
+    after:  ScatterElements(-inf, index, Log(weights)) -> router;  hidden, router -> MoE(gate_up interleaved, down) ->
+            Mul(sum of weights) -> y
+    MoE makes its weights itself, by softmax over the router's row, the best k of it, and scaling these to 1. Fed with
+    the logarithm of the weights that the model
+    chose, and minus infinity elsewhere, it comes back to these weights divided by their sum.
+    refuses when: the expert weights are not constants, k is not known, or an attribute is not known.
+    """
+    for node in nodes(model, "Experts", INTERNAL):
+        try:
+            attributes(node)
+            gate_up, k = weight(node.inputs[3]), last_dim(node.inputs[1])
+            if gate_up is None or weight(node.inputs[4]) is None or k is None:
+                raise Refused("the expert weights are not constants, or the number of experts per token is not known")
+        except Refused as refusal:
+            report.refuse(node, str(refusal))
+            continue
+        _lower(model, node, gate_up, k)
+        report.count += 1
+
+
+def _lower(model: ir.Model, node: ir.Node, gate_up: LazyWeight, k: int) -> None:
+    hidden, index, weights = node.inputs[:3]
+    builder, name, experts = Builder(model, node), str(node.name), gate_up.dims[0]
+    tokens = builder.value("Shape", [index], f"{name}.tokens", end=1)
+    count = builder.constant(np.asarray([experts], np.int64), f"experts.{experts}")
+    shape = builder.value("Concat", [tokens, count], f"{name}.router_shape", axis=0)
+    low = builder.constant(np.asarray([[-1e30]], np.float32), "router.lowest")
+    empty = builder.value("Expand", [low, shape], f"{name}.router_empty")
+    logs = builder.value("Log", [weights], f"{name}.log_weights", weights)
+    router = builder.value("ScatterElements", [empty, index, logs], f"{name}.router", axis=1)
+    gate_up_value = builder.initializer(_interleaved(gate_up))
+    mixed = builder.value(
+        "MoE", [hidden, router, gate_up_value, None, node.inputs[4]], f"{name}.moe", node.outputs[0], MICROSOFT,
+        k=k, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
+        normalize_routing_weights=1,
+    )  # fmt: skip
+    axis = builder.constant(np.asarray([-1], np.int64), "axis.last")
+    total = builder.value("ReduceSum", [weights, axis], f"{name}.weight_sum", keepdims=1)
+    replace(node.outputs[0], builder.value("Mul", [mixed, total], f"{name}.scaled", node.outputs[0]))
+
+
+def _interleaved(gate_up: LazyWeight) -> LazyWeight:
+    """The order that MoE reads: [experts, gates then ups, hidden] -> [experts, gate, up, gate, up, ..., hidden]."""
+    _, rows, hidden = gate_up.dims
+
+    def read(start: int, stop: int) -> np.ndarray:
+        block = gate_up.rows(start, stop).reshape(stop - start, 2, rows // 2, hidden)
+        return block.swapaxes(1, 2).reshape(stop - start, rows, hidden)
+
+    return marked_like(LazyWeight(f"{gate_up.name}.interleaved", gate_up.dims, gate_up.dtype, read), gate_up)

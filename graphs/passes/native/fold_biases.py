@@ -1,0 +1,32 @@
+"""Biases go into satchel's own products."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from satchel.graphs.analysis.linear import BIAS, give, given, unfinished, width
+from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.values import dims, nodes, replace, weight
+
+
+@graph_pass
+def fold_biases(model: ir.Model, report: Report) -> None:
+    """Let a product add its own bias.
+
+    before: x -> satchel::Linear -> Add(bias) -> y
+    after:  x -> satchel::Linear(bias) -> y
+    refuses when: what is added is a weight of another shape than [outputs]. A product that something else reads, or
+    that adds something already, is left alone (silently).
+    """
+    for add in nodes(model, "Add"):
+        for value, bias in (add.inputs, reversed(add.inputs)):
+            product = unfinished(value)
+            if product is None or bias is None or weight(bias) is None or given(product, BIAS):
+                continue
+            if dims(bias) != [width(product)[1]] or bias.dtype != ir.DataType.FLOAT:
+                report.refuse(add, "what it adds is not one number for each output")
+                continue
+            give(product, BIAS, bias)
+            replace(add.outputs[0], product.outputs[0])
+            report.count += 1
+            break

@@ -1,0 +1,50 @@
+"""Products over codes become satchel's own operator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from satchel.graphs.analysis.linear import own_product
+from satchel.graphs.ir.contract import GraphPass, Report, graph_pass
+from satchel.graphs.ir.values import Builder, last_dim, replace
+from satchel.graphs.quant.quantized import QuantizedWeight, quantized_products
+
+
+def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
+    """Multiply by codes in panels, with the input rounded to int8: each row as a whole, or block by block as the codes.
+
+    The panels are made on the device (QuantizedWeight.panels).
+
+    before: x -> MatMul(W) -> y
+    after:  x -> satchel::Linear(panels, scales, zero points) -> y
+    refuses when: the codes have a form that the operator does not take (QuantizedWeight.fits_panels), or x is not as
+    wide as they are. Weights that are not among those given are left alone (silently).
+
+    Args:
+        weights: What is stored for a float weight, by the weight's name.
+    """
+
+    def edit(model: ir.Model, report: Report) -> None:
+        for node, quantized in quantized_products(model, weights):
+            if not quantized.fits_panels():
+                report.refuse(node, "its codes have a form that the operator does not take")
+            elif last_dim(node.inputs[0]) != quantized.codes.shape[1]:
+                report.refuse(node, "its input is not known to be as wide as its codes")
+            else:
+                _rewrite(model, node, quantized)
+                report.count += 1
+
+    return dataclasses.replace(graph_pass(edit), name="insert_linear", doc=insert_linear.__doc__ or "")
+
+
+def _rewrite(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    builder, (outputs, inputs), scheme = Builder(model, node), quantized.codes.shape, quantized.grid.scheme
+    panels = [None if lazy is None else builder.shared(lazy) for lazy in quantized.panels()]
+    while panels[-1] is None:
+        panels.pop()
+    sizes = {"inputs": inputs, "outputs": outputs, "bits": scheme.bits, "block": scheme.block or 0}
+    product = own_product(builder, "Linear", [node.inputs[0], *panels], f"{node.name}.linear", node.outputs[0], sizes)
+    replace(node.outputs[0], product)

@@ -1,0 +1,121 @@
+"""Puts QuantizeLinear and DequantizeLinear around products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs.ir.contract import GraphPass, Report
+from satchel.graphs.ir.sweep import sweep
+from satchel.graphs.ir.values import MICROSOFT, Builder, replace
+from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight, quantized_products
+
+LEVELS = 127
+"""Steps of an int8 activation on each side of zero."""
+
+SMALLEST = 1e-10
+"""A row's largest magnitude counts as this much at least, so that a row of zeros stays zeros."""
+
+
+def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str, str]) -> GraphPass:
+    """A pass that quantizes products.
+
+    Args:
+        weights: What is stored for a float weight, by the weight's name.
+        activations: By the same names, how the product takes its input: "float", "token" or "tensor", or "expanded" or
+            "blocks".
+
+    before: x -> MatMul(W) -> y
+    after:  "float":  Wq -> DequantizeLinear -> W';  x -> MatMul(W') -> y
+            "token":  s = Max(ReduceMax(x), -ReduceMin(x), tiny) for each token;  x -> Div(s) -> QuantizeLinear(1/127)
+                      -> DequantizeLinear -> MatMul(DequantizeLinear(Wq)) -> Mul(s) -> y
+            "expanded": as "token", over int8 weights with a scale per output that the device makes of Wq
+            "tensor": x -> DynamicQuantizeLinear -> MatMulInteger(Wq) -> Cast -> Mul(scales) -> y
+            "blocks": x -> MatMulNBits(Wb) -> y, which rounds x block by block, over Wb that the device makes of Wq
+    refuses when: the weight is not among those given (silently).
+    """
+
+    def edit(model: ir.Model, report: Report) -> None:
+        for node, quantized in quantized_products(model, weights):
+            INSERT[activations[quantized.name]](model, node, quantized)
+            report.count += 1
+        if report.count:
+            sweep(model.graph)
+
+    return GraphPass("insert_qdq", edit, insert_qdq.__doc__ or "")
+
+
+def _float(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    node.replace_input_with(1, _dequantized(Builder(model, node), quantized, str(node.name)))
+
+
+def _token(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    builder = Builder(model, node)
+    _multiply_tokens(builder, node, _dequantized(builder, quantized, str(node.name)))
+
+
+def _expanded(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    builder = Builder(model, node)
+    codes, scales = (builder.shared(lazy) for lazy in quantized.expanded())
+    matrix = builder.value("DequantizeLinear", [codes, scales], f"{node.name}.matrix", axis=1)
+    matrix.type, matrix.shape = ir.TensorType(ir.DataType.FLOAT), codes.shape
+    _multiply_tokens(builder, node, matrix)
+
+
+def _multiply_tokens(builder: Builder, node: ir.Node, matrix: ir.Value) -> None:
+    """Replace a product by one of `matrix` with the input's rows in int8, each with its own scale."""
+    name, x = str(node.name), node.inputs[0]
+    axis = builder.constant(np.asarray([-1], np.int64), "axis.last")
+    tiny = builder.constant(np.asarray(SMALLEST, np.float32), "smallest")
+    step = builder.constant(np.asarray(1 / LEVELS, np.float32), "int8_step")
+    zero = builder.constant(np.asarray(128, np.uint8), "uint8_zero")
+    low = builder.value("Neg", [builder.value("ReduceMin", [x, axis], f"{name}.min", keepdims=1)], f"{name}.neg_min")
+    high = builder.value("ReduceMax", [x, axis], f"{name}.max", keepdims=1)
+    scale = builder.value("Max", [low, high, tiny], f"{name}.row_scale")
+    even = builder.value("Div", [x, scale], f"{name}.row_scaled", x)
+    codes = builder.value("QuantizeLinear", [even, step, zero], f"{name}.quantized")
+    rounded = builder.value("DequantizeLinear", [codes, step, zero], f"{name}.dequantized", x)
+    result = node.outputs[0]
+    product = builder.value("MatMul", [rounded, matrix], f"{name}.product", result)
+    replace(result, builder.value("Mul", [product, scale], f"{name}.rescaled", result))
+
+
+def _tensor(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    builder, name, result = Builder(model, node), str(node.name), node.outputs[0]
+    codes, scales = (builder.shared(lazy) for lazy in quantized.columns()[:2])
+    dynamic = builder.node("DynamicQuantizeLinear", [node.inputs[0]], f"{name}.quantized", outputs=3)
+    quantized_x, x_scale, x_zero = dynamic.outputs
+    whole = builder.value("MatMulInteger", [quantized_x, codes, x_zero], f"{name}.integer")
+    product = builder.value("Cast", [whole], f"{name}.float", result, to=ir.DataType.FLOAT)
+    scale = builder.value("Mul", [x_scale, scales], f"{name}.scale")
+    replace(result, builder.value("Mul", [product, scale], f"{name}.rescaled", result))
+
+
+def _blocks(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+    builder, result = Builder(model, node), node.outputs[0]
+    lazy, lazy_scales = quantized.blocked()
+    codes, scales = builder.shared(lazy), builder.shared(lazy_scales)
+    outputs, inputs = quantized.codes.shape
+    product = builder.value(
+        "MatMulNBits", [node.inputs[0], codes, scales], f"{node.name}.by_blocks", result, MICROSOFT,
+        bits=8, block_size=lazy.dims[2], K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
+    )  # fmt: skip
+    replace(result, product)
+
+
+def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
+    """The weight in float for the product `name`: layers that share a weight have one such node each."""
+    codes, scales, zero_points = (None if lazy is None else builder.shared(lazy) for lazy in quantized.columns())
+    block = quantized.grid.scheme.block
+    where: dict[str, Any] = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+    inputs = [v for v in (codes, scales, zero_points) if v is not None]
+    value = builder.value("DequantizeLinear", inputs, f"{name}.matrix", **where)
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    value.shape = codes.shape if codes is not None else None
+    return value
+
+
+INSERT = {"float": _float, "token": _token, "tensor": _tensor, "expanded": _expanded, "blocks": _blocks}

@@ -1,0 +1,94 @@
+"""Embedding tables as codes, which a tied head reads too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
+from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, replace, weight
+from satchel.graphs.ir.weights import LazyWeight, reshaped
+from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight
+
+
+def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: int = INT8_PRODUCTS) -> GraphPass:
+    """Look up rows of codes, and let a tied head multiply by the same codes.
+
+    Both operators read the same bytes, each in a shape of its own. An id outside the table, an error to Gather, gives
+    a row of zeros here: whoever feeds the graph has to check the ids.
+
+    before: ids -> Gather(W) ...  x -> FusedMatMul(W, transB) -> logits
+    after:  ids -> GatherBlockQuantized(codes, scales) ...  x -> MatMulNBits(codes, scales) -> logits
+    refuses when: the codes have another shape than the table or no blocks, whose size both operators want as a power of
+    two; something else reads the table; the lookup is not along its first axis; or the product has other attributes
+    than transB.
+
+    Args:
+        weights: Quantized weights by the name of the float initializer, tables [vocabulary, hidden]. Those that nothing
+            looks up are left alone.
+        accuracy_level: How the head's product takes its input: rounded to 8 bits block by block, or 0, as it is.
+    """
+
+    def edit(model: ir.Model, report: Report) -> None:
+        for table in list(model.graph.initializers.values()):
+            quantized = weights.get(str(table.name))
+            readers = [use.node for use in table.uses()]
+            lazy = weight(table)
+            if quantized is None or lazy is None or not any(node.op_type == "Gather" for node in readers):
+                continue
+            try:
+                _check(table, lazy, quantized)
+            except Refused as refusal:
+                report.refuse(readers[0], str(refusal))
+                continue
+            _rewrite(model, readers, quantized, accuracy_level)
+            report.count += 1
+
+    return dataclasses.replace(graph_pass(edit), name="quantize_embeddings", doc=quantize_embeddings.__doc__ or "")
+
+
+def _check(table: ir.Value, lazy: LazyWeight, quantized: QuantizedWeight) -> None:
+    """Raise Refused where one of the table's readers cannot read codes: then none does, as floats are there anyway."""
+    if lazy.dims != quantized.codes.shape:
+        raise Refused(f"{table.name} is rounded to codes of another shape")
+    if quantized.grid.scheme.block is None:
+        raise Refused(f"{table.name} has a scale for each row: its operators want blocks")
+    if table.is_graph_output():
+        raise Refused(f"{table.name} is an output of the graph")
+    for use in table.uses():
+        node, place = use.node, (use.node.domain, use.node.op_type, use.idx)
+        if place == ("", "Gather", 0):
+            if attributes(node, axis=0)["axis"] not in (0, -2):
+                raise Refused("the lookup is not along the table's first axis")
+        elif place == (MICROSOFT, "FusedMatMul", 1):
+            if attributes(node, transB=0)["transB"] != 1:
+                raise Refused("the product is with the table as it is, not transposed")
+        else:
+            raise Refused(f"{table.name} is read by {node.name} ({node.op_type}), too")
+
+
+def _rewrite(model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight, accuracy_level: int) -> None:
+    scheme, (outputs, inputs) = quantized.grid.scheme, quantized.codes.shape
+    codes, scales, points = quantized.rows()
+    whole = Builder(model)
+    grid = [whole.initializer(scales), None if points is None else whole.initializer(points)]
+    by_row = whole.initializer(codes)
+    by_block: ir.Value | None = None
+    for node in readers:
+        builder, (first, second), like = Builder(model, node), node.inputs, node.outputs[0]
+        if node.op_type == "Gather":
+            new = builder.value(
+                "GatherBlockQuantized", [by_row, second, *grid], f"{node.name}.codes", like, MICROSOFT,
+                bits=scheme.bits, block_size=scheme.block, gather_axis=0, quantize_axis=1,
+            )  # fmt: skip
+        else:
+            if by_block is None:
+                shape = (outputs, scales.dims[1], codes.dims[1] // scales.dims[1])
+                by_block = whole.initializer(reshaped(codes, shape, f"{codes.name}.blocks"))
+            new = builder.value(
+                "MatMulNBits", [first, by_block, *grid], f"{node.name}.codes", like, MICROSOFT,
+                bits=scheme.bits, block_size=scheme.block, K=inputs, N=outputs, accuracy_level=accuracy_level or None,
+            )  # fmt: skip
+        replace(like, new)

@@ -1,0 +1,125 @@
+"""Mixtures of experts over quantized weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
+from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, nodes, replace, weight
+from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows, reshaped
+from satchel.graphs.quant.quantized import QuantizedWeight
+from satchel.graphs.quant.recipe import Scheme
+
+Parts = tuple[LazyWeight, LazyWeight, LazyWeight | None]
+"""Codes, scales and zero points."""
+FIRST, SECOND = 2, 4
+"""Which inputs of MoE are its two stacks of matrices."""
+INT8_PRODUCTS = 4
+"""The `accuracy_level` at which the kernel rounds activations to 8 bits, block by block, where there are blocks."""
+
+
+def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
+    """Let a mixture of experts read its matrices as codes.
+
+    before: hidden, router -> MoE(gate_up, down) -> y
+    after:  hidden, router -> QMoE(codes and scales of gate_up, of down) -> y
+    The attributes are MoE's. A stack [experts, outputs, inputs] is quantized as one weight [experts * outputs, inputs].
+    refuses when: only one of the two stacks is quantized; their bits, blocks or symmetry differ, for which the kernel
+    has one setting; the codes are of another shape than the stack; four-bit rows do not end on a whole byte; there are
+    biases or a third stack; weights are not scaled to a sum of 1 per token; or an attribute is not known.
+
+    Args:
+        weights: Quantized weights by the name of the float initializer, as MoE reads it: gates and ups interleaved.
+    """
+
+    def edit(model: ir.Model, report: Report) -> None:
+        for node in nodes(model, "MoE", MICROSOFT):
+            stacks = [weight(node.inputs[i]) for i in (FIRST, SECOND)]
+            first, second = (None if stack is None else weights.get(stack.name) for stack in stacks)
+            if first is None and second is None:
+                continue
+            try:
+                if first is None or second is None:
+                    raise Refused("only one of its two stacks of matrices is quantized")
+                _check(node, first, second)
+                kept = _attributes(node)
+                parts = [_stack(quantized, stack) for quantized, stack in zip((first, second), stacks, strict=True)]
+            except Refused as refusal:
+                report.refuse(node, str(refusal))
+                continue
+            _rewrite(model, node, first.grid.scheme, parts, kept)
+            report.count += 1
+
+    return dataclasses.replace(graph_pass(edit), name="quantize_experts", doc=quantize_experts.__doc__ or "")
+
+
+def _check(node: ir.Node, first: QuantizedWeight, second: QuantizedWeight) -> None:
+    """Raise Refused where the kernel has no such mixture over codes."""
+    if first.grid.scheme != second.grid.scheme:
+        raise Refused(f"its stacks of matrices are stored as {first.grid.scheme} and {second.grid.scheme}")
+    if any(value is not None for i, value in enumerate(node.inputs) if i > 1 and i not in (FIRST, SECOND)):
+        raise Refused("it has biases or a third stack of matrices")
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    """The node's own attributes, which the operator over codes has under the same names and with the same defaults.
+
+    Raises:
+        Refused: It has one that is not known to be the same.
+    """
+    known = attributes(
+        node, k=None, activation_type=None, activation_alpha=None, activation_beta=None, swiglu_fusion=None,
+        swiglu_limit=None, normalize_routing_weights=None,
+    )  # fmt: skip
+    if known["normalize_routing_weights"] != 1:
+        raise Refused("the weights of its experts are not scaled to a sum of 1, as the operator over codes always does")
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _stack(quantized: QuantizedWeight, stack: LazyWeight | None) -> Parts:
+    """Codes [experts, outputs, inputs * bits / 8], scales [experts, outputs, blocks] and packed zero points.
+
+    With one scale per output there is no axis for blocks, and zero points are packed along the outputs.
+
+    Raises:
+        Refused: The codes do not belong to the stack, or their rows do not end on a whole byte.
+    """
+    grid, bits = quantized.grid, quantized.grid.scheme.bits
+    if stack is None or len(stack.dims) != 3 or quantized.codes.shape != (math.prod(stack.dims[:2]), stack.dims[2]):
+        raise Refused(f"{quantized.name} is rounded to codes of another shape")
+    experts, outputs, inputs = stack.dims
+    if inputs * bits % 8:
+        raise Refused(f"{quantized.name} has {inputs} inputs of {bits} bits, which are no whole bytes")
+    codes, scales, points = quantized.rows()
+    per_output = grid.scheme.block is None
+    if per_output and grid.zero_points is not None:
+        packed = pack_rows(grid.zero_points.reshape(experts, outputs), bits)
+        points = from_array(f"{quantized.name}.output_zero_points", packed, computed=True)
+    elif points is not None:
+        points = reshaped(points, (experts, outputs, points.dims[1]), f"{points.name}.stacked")
+    blocks = () if per_output else (scales.dims[1],)
+    return (
+        reshaped(codes, (experts, outputs, codes.dims[1]), f"{codes.name}.stacked"),
+        reshaped(scales, (experts, outputs, *blocks), f"{scales.name}.stacked"),
+        points,
+    )
+
+
+def _rewrite(model: ir.Model, node: ir.Node, scheme: Scheme, parts: Sequence[Parts], kept: Mapping[str, Any]) -> None:
+    builder = Builder(model, node)
+    (codes_1, scales_1, points_1), (codes_2, scales_2, points_2) = (
+        [None if part is None else builder.shared(part) for part in stack] for stack in parts
+    )
+    inputs = [*node.inputs[:2], codes_1, scales_1, None, codes_2, scales_2]
+    if points_1 is not None:
+        inputs += [None, None, None, None, points_1, points_2]
+    mixed = builder.value(
+        "QMoE", inputs, f"{node.name}.codes", node.outputs[0], MICROSOFT, **kept, quant_type="int",
+        expert_weight_bits=scheme.bits, block_size=scheme.block, accuracy_level=INT8_PRODUCTS,
+    )  # fmt: skip
+    replace(node.outputs[0], mixed)

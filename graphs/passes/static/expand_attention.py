@@ -1,0 +1,106 @@
+"""The internal Attention operator -> standard operators over a shared KV cache, where nothing fused will do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs import signature
+from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.values import INTERNAL, Builder, attributes, heads_of, nodes, replace
+
+
+@graph_pass
+def expand_attention(model: ir.Model, report: Report) -> None:
+    """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention.
+
+    Causality and the window become a boolean mask.
+
+    before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention -> [batch, new, heads, value_dim]
+    after:  key, value, past_key_values.N -> TensorScatter at the first new position -> present.N
+            query, present.N, mask [batch, 1, new, capacity] -> Attention(scale, softcap) -> Transpose -> [batch, new,
+            heads, value_dim]
+    refuses when: the number or width of the heads is not known, the heads do not divide, or an attribute is not known.
+    Such a model cannot be exported.
+    """
+    for node in nodes(model, "Attention", INTERNAL):
+        try:
+            options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
+            (heads, _), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, node.inputs)
+            if heads % kv_heads or kv_heads != value_heads:
+                raise Refused(
+                    f"{heads} query heads cannot be shared out over {kv_heads} key, {value_heads} value heads"
+                )
+        except Refused as refusal:
+            report.refuse(node, str(refusal))
+            continue
+        _rewrite(model, node, options, (kv_heads, key_dim, value_dim))
+        report.count += 1
+
+
+def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+    index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
+    query, key, value = node.inputs
+    past = signature.add_cache(model, index, sizes)
+    first = _first_positions(model)
+    present = tuple(
+        builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
+        for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
+    )
+    mask = _mask(model, node, int(options["window"]))
+    mixed = builder.value(
+        "Attention", [query, *present, mask], name, scale=options["scale"], softcap=options["softcap"]
+    )
+    replace(
+        node.outputs[0], builder.value("Transpose", [mixed], f"{name}.by_token", node.outputs[0], perm=[0, 2, 1, 3])
+    )
+    signature.add_present(model, index, (present[0], present[1]), past)
+
+
+def _named(model: ir.Model, name: str) -> ir.Value | None:
+    return next((n.outputs[0] for n in model.graph if n.name == name), None)
+
+
+def _first_positions(model: ir.Model) -> ir.Value:
+    """The position of each row's first new token [batch], made once at the graph's start."""
+    there = _named(model, "cache.first")
+    if there is not None:
+        return there
+    builder = Builder(model, next(iter(model.graph)))
+    zero = builder.constant(np.asarray(0, np.int64), "zero")
+    return builder.value("Gather", [signature.graph_input(model, signature.POSITION_IDS), zero], "cache.first", axis=1)
+
+
+def _mask(model: ir.Model, before: ir.Node, window: int) -> ir.Value:
+    """Which cached positions each new token sees: [batch, 1, new, capacity] bool, made once per window."""
+    name = f"mask.window_{window}"
+    there = _named(model, name)
+    if there is not None:
+        return there
+    builder = Builder(model, before)
+    past = next(v for v in model.graph.inputs if str(v.name).startswith("past_key_values."))
+    queries = builder.value(
+        "Unsqueeze",
+        [
+            signature.graph_input(model, signature.POSITION_IDS),
+            builder.constant(np.asarray([1, 3], np.int64), "axes.1_3"),
+        ],
+        f"{name}.queries",
+    )  # [batch, 1, new, 1]
+    capacity = builder.value(
+        "Gather",
+        [builder.value("Shape", [past], f"{name}.shape"), builder.constant(np.asarray(2, np.int64), "two")],
+        f"{name}.capacity",
+        axis=0,
+    )
+    zero, one = builder.constant(np.asarray(0, np.int64), "zero"), builder.constant(np.asarray(1, np.int64), "one")
+    keys = builder.value("Range", [zero, capacity, one], f"{name}.keys")
+    if not window:
+        return builder.value("LessOrEqual", [keys, queries], name)
+    causal = builder.value("LessOrEqual", [keys, queries], f"{name}.causal")
+    reach = builder.value(
+        "Sub", [queries, builder.constant(np.asarray(window, np.int64), f"window.{window}")], f"{name}.reach"
+    )
+    return builder.value("And", [causal, builder.value("Greater", [keys, reach], f"{name}.near")], name)

@@ -1,0 +1,69 @@
+"""Look-ups by position become inputs."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from satchel.graphs import signature
+from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.values import attributes, constant, dims, nodes, producer, replace, weight
+from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.targets.static import TABLE, static_input
+
+
+@graph_pass
+def hoist_position_gathers(model: ir.Model, report: Report) -> None:
+    """Take the rows of position tables as inputs, so that the graph knows no positions.
+
+    The input carries its table, as the mark TABLE: one row for each position of the cache.
+
+    before: Gather(table [positions, width], position_ids) -> [1, tokens, width]      (or position_ids + constant)
+    after:  <table>.rows (input) [1, tokens, width]
+    refuses when: the positions look up something other than rows of a table of rank 2, the table has fewer rows than
+    the cache has positions, or shapes are not numbers.
+    """
+    for node in nodes(model, "Gather"):
+        table, index = node.inputs[:2]
+        lazy, offset = weight(table), _offset(model, index)
+        if lazy is None or offset is None:
+            continue
+        try:
+            rows = _input(model, node, lazy, offset)
+        except Refused as refusal:
+            report.refuse(node, str(refusal))
+            continue
+        replace(node.outputs[0], rows)
+        report.count += 1
+
+
+def _offset(model: ir.Model, index: ir.Value | None) -> int | None:
+    """What is added to the token's position; None where `index` does not come from positions."""
+    if index is None:
+        return None
+    if signature.is_positions(index):
+        return 0
+    add = producer(index, "Add")
+    if add is None:
+        return None
+    for value, other in (add.inputs, reversed(add.inputs)):
+        known = constant(other)
+        if value is not None and signature.is_positions(value) and known is not None and known.size == 1:
+            return int(known.reshape(()))
+    return None
+
+
+def _input(model: ir.Model, node: ir.Node, lazy: LazyWeight, offset: int) -> ir.Value:
+    match dims(node.outputs[0]), lazy.dims:
+        case [1, int(tokens), int(width)], (int(), int()) if attributes(node, axis=0)["axis"] == 0:
+            capacity = signature.capacity(model)
+        case _:
+            raise Refused("what positions look up is not [1, tokens, width] out of [positions, width]")
+    if capacity is None or offset < 0 or offset + capacity > lazy.dims[0]:
+        raise Refused(f"the table {lazy.name} has {lazy.dims[0]} rows, too few for {capacity} positions")
+    value = static_input(model, f"{lazy.name}.rows", lazy.dtype, (1, tokens, width))
+    name = f"{lazy.name}.by_position"
+    rows = LazyWeight(
+        name, (capacity, width), lazy.dtype, lambda a, b: lazy.rows(offset + a, offset + b), computed=lazy.computed
+    )
+    value.meta[TABLE] = rows
+    return value

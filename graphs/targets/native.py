@@ -1,0 +1,57 @@
+"""The graph of satchel's own operators, which serves prefill and decode: what it is made by, and for which models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.passes.float16.store_linear_float16 import store_linear_float16
+from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.native.fold_biases import fold_biases
+from satchel.graphs.passes.native.fold_gates import fold_gates
+from satchel.graphs.passes.native.fold_hadamards import fold_hadamards
+from satchel.graphs.passes.native.fold_norms import fold_norms
+from satchel.graphs.passes.native.fold_residuals import fold_residuals
+from satchel.graphs.passes.native.insert_linear import insert_linear
+from satchel.graphs.passes.native.lower_attention_native import lower_attention_native
+from satchel.graphs.passes.native.lower_embedding_matmul import lower_embedding_matmul
+from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
+from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddings
+from satchel.graphs.passes.quantize.quantize_experts import quantize_experts
+from satchel.graphs.quant.quantized import Quantized, quantized_products
+
+NATIVE = "native"
+"""A graph of bundles with quantized weights: prefill and decode in one, by satchel's own operators, over weights in the
+order in which these read them, made when the bundle is specialized for a processor that the operators are built for."""
+
+
+def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[Step, ...]:
+    """The passes that put satchel's own operators into the graph. A product takes in what stands around it, from the
+    inside out.
+
+    Args:
+        quantized: The model's weights.
+        activations: By the name of a weight, how the products that the operator refuses take their
+            input: the names of insert_qdq's forms.
+    """
+    weights = quantized.weights
+    return (
+        Step(quantize_embeddings(weights), after=("slice_last_logits",)),
+        Step(quantize_experts(weights)),
+        Step(insert_linear(weights)),
+        Step(insert_qdq(weights, activations), after=("insert_linear",)),  # what the operator does not take
+        Step(fold_biases, after=("insert_linear",)),
+        Step(fold_gates(weights), after=("insert_linear", "fold_biases")),
+        Step(fold_hadamards, after=("insert_linear",)),
+        Step(fold_norms, after=("insert_linear", "fold_hadamards")),  # a norm comes before the matrix
+        Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
+        Step(lower_attention_native),
+        Step(lower_embedding_matmul, after=("quantize_embeddings",)),
+        Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what products have not taken in
+        Step(store_linear_float16),
+    )
+
+
+def has_linear(quantized: Quantized) -> bool:
+    """Whether one of the model's products is by codes that satchel's own operator takes."""
+    return any(weight.fits_panels() for _, weight in quantized_products(quantized.model, quantized.weights))

@@ -1,0 +1,386 @@
+"""Which passes run for which target, in which order: data, checked by a test without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.passes.cache.derive_positions import derive_positions
+from satchel.graphs.passes.cache.drop_inputs import drop_inputs
+from satchel.graphs.passes.cache.full_length_mask import full_length_mask
+from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
+from satchel.graphs.passes.cache.single_token import single_token
+from satchel.graphs.passes.float16.compute_float16 import compute_float16
+from satchel.graphs.passes.float16.store_float16 import store_float16
+from satchel.graphs.passes.float16.store_linear_float16 import store_linear_float16
+from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
+from satchel.graphs.passes.fuse.fuse_norms import fuse_norms
+from satchel.graphs.passes.fuse.fuse_rotary import fuse_rotary
+from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.fuse.lower_experts import lower_experts
+from satchel.graphs.passes.fuse.pack_gate_up import pack_gate_up
+from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
+from satchel.graphs.passes.logits.add_top_k import add_top_k
+from satchel.graphs.passes.logits.share_tied_head import share_tied_head
+from satchel.graphs.passes.logits.slice_final_logits import slice_final_logits
+from satchel.graphs.passes.logits.slice_last_logits import slice_last_logits
+from satchel.graphs.passes.logits.stream_tied_head import stream_tied_head
+from satchel.graphs.passes.logits.take_last_token import take_last_token
+from satchel.graphs.passes.normalize.decompose_norms import decompose_norms
+from satchel.graphs.passes.normalize.fold_constants import fold_constants
+from satchel.graphs.passes.normalize.import_opset import import_opset
+from satchel.graphs.passes.normalize.lower_opset import lower_opset
+from satchel.graphs.passes.normalize.name_projections import name_projections
+from satchel.graphs.passes.normalize.normalize_gemm import normalize_gemm
+from satchel.graphs.passes.normalize.normalize_lookups import normalize_lookups
+from satchel.graphs.passes.normalize.normalize_splits import normalize_splits
+from satchel.graphs.passes.normalize.remove_dead import remove_dead
+from satchel.graphs.passes.normalize.remove_duplicates import remove_duplicates
+from satchel.graphs.passes.normalize.remove_identity import remove_identity
+from satchel.graphs.passes.normalize.sanitize_names import sanitize_names
+from satchel.graphs.passes.normalize.simplify_shapes import simplify_shapes
+from satchel.graphs.passes.normalize.sink_transposes import sink_transposes
+from satchel.graphs.passes.normalize.unsqueeze_biases import unsqueeze_biases
+from satchel.graphs.passes.quantize.equalize import equalize
+from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
+from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
+from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddings
+from satchel.graphs.passes.quantize.quantize_experts import quantize_experts
+from satchel.graphs.passes.quantize.quantize_folded import quantize_folded
+from satchel.graphs.passes.quantize.quantize_linear import quantize_linear
+from satchel.graphs.passes.quantize.rotate_residual import rotate_residual
+from satchel.graphs.passes.quantize.rotate_values import rotate_values
+from satchel.graphs.passes.static.expand_attention import expand_attention
+from satchel.graphs.passes.static.fix_shapes import fix_shapes
+from satchel.graphs.passes.static.hoist_position_gathers import hoist_position_gathers
+from satchel.graphs.passes.static.lower_attention_static import lower_attention_static
+from satchel.graphs.passes.static.transpose_tied_head import transpose_tied_head
+from satchel.graphs.quant.quantized import Quantized
+from satchel.graphs.quant.recipe import Recipe, Rule
+from satchel.graphs.targets.native import NATIVE, has_linear, native_steps
+from satchel.graphs.targets.static import Lengths
+
+PHASES = ("prefill", "decode", "score")
+"""The graphs of every bundle."""
+
+PREFILL_INT8 = "prefill_int8"
+"""A graph of bundles with products in 4 bits: prefill over int8 weights that are made of these when the bundle is
+specialized. Prefill is bound by arithmetic, and int8 products are the fastest there are."""
+
+DECODE_BLOCKS = "decode_blocks"
+"""A graph of bundles whose decode takes activations in int8: decode over the same weights in blocks, made when such a
+bundle is specialized. Some processors multiply one row by blocks faster."""
+
+PLAIN = "plain_"
+"""Graphs without passes of a user's own are called by this and their phase."""
+
+DECODE = (Step(single_token), Step(fuse_skip_norms))
+
+NORMALIZE = (
+    Step(fold_constants),
+    Step(simplify_shapes),
+    Step(remove_identity, after=("simplify_shapes",)),  # a shape made constant shows whether a Reshape does anything
+    Step(normalize_gemm, after=("remove_identity",)),
+    Step(normalize_lookups, after=("remove_identity",)),  # the index comes through an Expand that changes nothing
+    Step(normalize_splits, after=("fold_constants",)),
+    Step(remove_duplicates),
+    Step(remove_dead),
+)
+"""Spelling variants of the tracer end here: later passes see constants as initializers and shapes as numbers."""
+
+FUSE = (
+    Step(name_projections, after=("fold_constants",)),
+    Step(
+        fuse_norms, after=("remove_duplicates",)
+    ),  # the same norm traced twice would hide that its parts have one reader
+    Step(sink_transposes, after=("fuse_norms",)),
+    Step(fuse_rotary, after=("remove_duplicates",)),
+    Step(fuse_attention, after=("fuse_rotary",), changes_signature=True),  # takes the rotation in
+    Step(expand_attention, after=("fuse_attention",), changes_signature=True),  # what the fused operator refused
+    Step(lower_experts),
+    Step(
+        derive_positions, after=("fuse_attention", "expand_attention"), changes_signature=True
+    ),  # both look for the input
+    Step(remove_identity, after=("fuse_attention",)),
+    Step(pack_qkv, after=("fuse_attention", "name_projections")),
+    Step(pack_gate_up, after=("name_projections",)),
+    Step(share_tied_head, after=("fold_constants",)),
+)
+
+FUSE_STANDARD = (
+    Step(name_projections, after=("fold_constants",)),
+    Step(fuse_norms, after=("remove_duplicates",)),
+    Step(sink_transposes, after=("fuse_norms",)),
+    Step(expand_attention, after=("fold_constants",), changes_signature=True),
+    Step(derive_positions, after=("expand_attention",), changes_signature=True),
+    Step(remove_identity, after=("expand_attention",)),
+    Step(share_tied_head, after=("fold_constants",)),
+)
+"""For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
+FUSE_CUDA = tuple(step for step in FUSE if step.name != "expand_attention")
+"""A layer that GroupQueryAttention does not take has no form here: TensorScatter came to this device's kernels late."""
+
+PREFILL = (
+    Step(slice_last_logits),
+    Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
+)
+
+PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
+    "prefill": PREFILL,
+    PREFILL_INT8: PREFILL,
+    "decode": DECODE,
+    DECODE_BLOCKS: DECODE,
+    NATIVE: (Step(slice_last_logits),),
+    "score": (Step(fuse_skip_norms),),
+}
+
+PREFILL_CUDA = (
+    Step(slice_final_logits),
+    Step(fuse_skip_norms, after=("slice_final_logits",)),
+)
+DECODE_CUDA = (*DECODE, Step(full_length_mask))
+"""In steps of unchanging shapes that wait for nothing on the host: such as a CUDA graph can replay."""
+
+STREAM = (Step(stream_tied_head, after=("slice_last_logits", "single_token")),)
+"""For a head that is the embedding table in float; a score graph has too many tokens for it."""
+
+FINISH = (Step(remove_duplicates), Step(remove_dead))
+
+CUDA_OPSET = 23
+"""The newest version for which ONNX Runtime 1.24 to 1.31 have a CUDA kernel of all that graphs here consist of. TopK,
+Unsqueeze and Squeeze have none for 24 in 1.24."""
+
+
+FINISH_CUDA = (
+    *FINISH,
+    Step(compute_float16),
+    Step(import_opset(CUDA_OPSET)),
+)
+
+ROTATE = (Step(rotate_residual), Step(rotate_values))
+"""Outliers are spread over all channels of the residual stream and of each value head."""
+
+
+def even_out(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]) -> tuple[Step, ...]:
+    """The passes that a recipe asks for in front of its down projections; `statistics` are those of equalize."""
+    smooth = (Step(equalize(statistics)),) if "smooth" in recipe.transforms else ()
+    if "hadamard" not in recipe.transforms:
+        return smooth
+    # The Hadamard matrix hides what smoothing looks for.
+    return (*smooth, Step(insert_hadamard(recipe.hadamard_block), after=("equalize",)))
+
+
+def quantize_steps(phase: str, quantized: Quantized) -> tuple[Step, ...]:
+    """The passes that put quantized weights and caches into the graph of a phase."""
+    if phase == NATIVE:
+        return native_steps(quantized, {name: rule.prefill for name, rule in quantized.rules.items()})
+    weights = quantized.weights
+    activations = {name: ACTIVATIONS[phase](rule) for name, rule in quantized.rules.items()}
+    steps = (
+        Step(quantize_embeddings(weights), after=("slice_last_logits",)),  # the slice looks for the plain head
+        Step(quantize_experts(weights)),
+        Step(insert_qdq(weights, activations)),
+        Step(store_linear_float16),
+    )
+    if quantized.kv_scales:
+        return (*steps, Step(quantize_kv_cache(quantized.kv_scales, "decode" if phase == DECODE_BLOCKS else phase)))
+    return steps
+
+
+def quantize_cuda(phase: str, quantized: Quantized) -> tuple[Step, ...]:
+    """The same for a device that multiplies float16 by codes, and whose attention reads and writes an int8 cache in all
+    phases.
+    """
+    weights = quantized.weights
+    steps = (
+        Step(quantize_embeddings(weights, accuracy_level=0), after=("slice_final_logits",)),
+        Step(quantize_linear(weights, quantized.rules), after=("quantize_embeddings",)),
+    )
+    return (*steps, Step(quantize_kv_cache(quantized.kv_scales, "decode"))) if quantized.kv_scales else steps
+
+
+def finish_cpu(phase: str, precision: str) -> tuple[Step, ...]:
+    """What runs last on the graph of a phase: weights in float16 are cast in front of their readers."""
+    return (*FINISH, Step(store_float16, after=("remove_dead",))) if precision == "fp16" else FINISH
+
+
+def finish_cuda(phase: str, precision: str) -> tuple[Step, ...]:
+    """The same for a device that computes in float16 whatever the weights are."""
+    top = (Step(add_top_k, after=("compute_float16",), changes_signature=True),) if phase != "score" else ()
+    return (*FINISH_CUDA, *top)
+
+
+def _expandable(rule: Rule) -> bool:
+    """Whether a rule's products gain by int8 weights: a head, which a rule of its own has, sees one token at a time."""
+    return rule.prefill == "float" and "linear" in rule.kinds
+
+
+ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
+    "prefill": lambda rule: rule.prefill,
+    "decode": lambda rule: rule.decode,
+    "score": lambda rule: rule.prefill,
+    PREFILL_INT8: lambda rule: "expanded" if _expandable(rule) else rule.prefill,
+    DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else "blocks",
+}
+"""How a rule's products take their input in a phase: the names of insert_qdq's forms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How the runner opens a graph.
+
+    Attributes:
+        config: Session configuration entries.
+        of: The phase whose session runs this phase too, where their kernels and weights are the same; None for a
+            session of its own.
+    """
+
+    config: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    of: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The passes of one target.
+
+    Attributes:
+        normalize: Run first; what they leave is checked for soundness.
+        fuse: Run once on the normalized graph.
+        phases: Run on a copy for each phase.
+        sessions: How the runner opens each phase's graph.
+        stream: Run on a float graph whose head takes one row.
+        quantize: What puts quantized weights and caches into the graph of a phase.
+        finish: What runs last on the graph of a phase in a precision.
+        static: For a device that compiles each shape anew: what runs after the phase's own steps to make a graph for
+            these lengths, with passes of a user's own in their place. None where shapes vary.
+    """
+
+    normalize: tuple[Step, ...]
+    fuse: tuple[Step, ...]
+    phases: Mapping[str, tuple[Step, ...]]
+    sessions: Callable[[Quantized | None], Mapping[str, Session]]
+    stream: tuple[Step, ...] = STREAM
+    quantize: Callable[[str, Quantized], tuple[Step, ...]] = quantize_steps
+    finish: Callable[[str, str], tuple[Step, ...]] = finish_cpu
+    static: Callable[[Lengths, Quantized | None, tuple[Step, ...]], tuple[Step, ...]] | None = None
+
+    def static_steps(
+        self, phase: str, lengths: Lengths, quantized: Quantized | None, custom: tuple[Step, ...] = ()
+    ) -> tuple[Step, ...]:
+        """All passes for one static graph, after those that the phases share; `custom` are those of a user's own.
+
+        Raises:
+            ValueError: The target's graphs are not static.
+        """
+        if self.static is None:
+            raise ValueError("this target's graphs have dimensions that vary")
+        return (*self.phases[phase], *self.static(lengths, quantized, custom))
+
+    def graphs(self, quantized: Quantized | None) -> tuple[str, ...]:
+        """The names of a bundle's graphs."""
+        rules = {} if quantized is None else quantized.rules
+        products = [name for name, rule in rules.items() if _expandable(rule)]
+        small = quantized is not None and any(quantized.weights[name].grid.scheme.bits == 4 for name in products)
+        whole = any(rule.decode != "float" for rule in rules.values())
+        native = quantized is not None and not quantized.kv_scales and has_linear(quantized)
+        further = {PREFILL_INT8: small, DECODE_BLOCKS: whole, NATIVE: native}
+        return (*PHASES, *(name for name, there in further.items() if there and name in self.phases))
+
+    def steps(
+        self, phase: str, precision: str, quantized: Quantized | None, custom: tuple[Step, ...] = ()
+    ) -> tuple[Step, ...]:
+        """All passes for one phase, after those that the phases share; `custom` are those of a user's own."""
+        rounded = quantized is not None and bool(quantized.weights)
+        quantize = () if quantized is None else self.quantize(phase, quantized)
+        stream = self.stream if phase != "score" and not rounded else ()
+        return (*self.phases[phase], *stream, *quantize, *custom, *self.finish(phase, precision))
+
+
+def cpu_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
+    """Where both phases have the same kernels, one session packs the weights once for both.
+
+    Scoring is rare, and in float reads the weights as they are mapped.
+    """
+    if quantized is None:
+        return {
+            "prefill": Session(),
+            "decode": Session(of="prefill"),
+            "score": Session({"session.disable_prepacking": "1"}),
+        }
+    if not quantized.weights:  # an int8 cache alone
+        return {"prefill": Session(), "decode": Session(), "score": Session({"session.disable_prepacking": "1"})}
+    same = not quantized.kv_scales and all(rule.prefill == rule.decode for rule in quantized.rules.values())
+    # Int8 activations inside the kernel: without them a step of one token takes 50 times as long.
+    config = {"session.qdq_matmulnbits_accuracy_level": "4"}
+    return {
+        "prefill": Session(config),
+        "decode": Session(config, of="prefill" if same else None),
+        "score": Session(config),
+        PREFILL_INT8: Session(config),
+        DECODE_BLOCKS: Session(config),
+        NATIVE: Session(config),
+    }
+
+
+def cuda_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
+    """One session for both phases, so that the device holds the weights once."""
+    return {"prefill": Session(), "decode": Session(of="prefill"), "score": Session()}
+
+
+def cann_steps(lengths: Lengths, quantized: Quantized | None, custom: tuple[Step, ...] = ()) -> tuple[Step, ...]:
+    """From the graph of a phase to one of operator set 17 in float16 for these lengths.
+
+    Passes of a user's own see what is in set 17, and in float32: what they add is turned to float16 with the rest.
+    """
+    codes = () if quantized is None else (Step(quantize_folded(quantized.weights, quantized.rules)),)
+    return (
+        Step(fix_shapes(lengths), changes_signature=True),
+        Step(lower_attention_static, after=("fix_shapes",), changes_signature=True),
+        Step(hoist_position_gathers, after=("fix_shapes",), changes_signature=True),
+        Step(take_last_token, after=("fix_shapes", "slice_last_logits"), changes_signature=True),
+        Step(
+            drop_inputs,
+            after=("lower_attention_static", "hoist_position_gathers", "take_last_token"),
+            changes_signature=True,
+        ),
+        Step(transpose_tied_head, after=("fix_shapes",)),
+        Step(decompose_norms),
+        Step(unsqueeze_biases, after=("fix_shapes",)),
+        Step(lower_opset, after=("lower_attention_static", "transpose_tied_head", "decompose_norms")),
+        *custom,
+        Step(compute_float16, after=("decompose_norms", "lower_opset"), changes_signature=True),  # sees what norms sum
+        *codes,  # the codes stand for weights in float16
+        *FINISH,
+        Step(sanitize_names, changes_signature=True),
+    )
+
+
+def cann_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
+    """Codes are folded into float16 weights when a session loads a graph: the device has no operator for them."""
+    config = {} if quantized is None else {"session.disable_quant_qdq": "1"}
+    return {phase: Session(config) for phase in PHASES}
+
+
+TARGETS: Mapping[str, Target] = {
+    "cpu": Target(normalize=NORMALIZE, fuse=FUSE, phases=PHASE_STEPS, sessions=cpu_sessions),
+    "cuda": Target(
+        normalize=NORMALIZE,
+        fuse=FUSE_CUDA,
+        phases={"prefill": PREFILL_CUDA, "decode": DECODE_CUDA, "score": (Step(fuse_skip_norms),)},
+        sessions=cuda_sessions,
+        stream=(),
+        quantize=quantize_cuda,
+        finish=finish_cuda,
+    ),
+    "cann": Target(
+        normalize=NORMALIZE,
+        fuse=FUSE_STANDARD,
+        phases={"prefill": (Step(slice_last_logits),), "decode": (), "score": ()},
+        sessions=cann_sessions,
+        static=cann_steps,
+    ),
+}

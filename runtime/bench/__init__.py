@@ -1,1 +1,0 @@
-"""Measures how fast a bundle runs and what memory it takes."""

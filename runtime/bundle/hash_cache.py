@@ -1,0 +1,96 @@
+"""SHA-256 of files, and a memory of the files already hashed, so that a bundle is read in full only once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from satchel.runtime.bundle.archive.span import Span
+
+READ_SIZE = 1 << 20  # bytes
+
+Identity = list[int]
+
+
+def file_identity(path: Path) -> Identity:
+    """Size in bytes, inode and modification time in nanoseconds: what tells that a file is still the same."""
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns]
+
+
+def sha256_of(path: Path, advance: Callable[[int], object], offset: int = 0, length: int | None = None) -> str:
+    """The SHA-256 of a file, or of `length` bytes at `offset` of it, as hex digits.
+
+    `advance` is told the bytes read after each part. Raises OSError.
+    """
+    import hashlib  # it loads a library of 3 MiB, which a bundle that was hashed before does not need
+
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(offset)
+        rest = file.seek(0, os.SEEK_END) - offset if length is None else length
+        file.seek(offset)
+        while rest > 0 and (part := file.read(min(READ_SIZE, rest))):
+            digest.update(part)
+            rest -= len(part)
+            advance(len(part))
+    return digest.hexdigest()
+
+
+class HashCache:
+    """Hashes by path and file identity, kept in `$XDG_CACHE_HOME/satchel/hashes.json` (or under `~/.cache`).
+
+    A path with a `part` is for what lies in that file: a span of a packed bundle, or a manifest's digest. A memory that
+    cannot be read or written only means that files are hashed again.
+    """
+
+    def __init__(self, entries: dict[str, tuple[Identity, str]]) -> None:
+        self._entries = entries
+
+    @classmethod
+    def load(cls) -> HashCache:
+        """Read the memory; one that is missing or damaged is empty."""
+        try:
+            entries = json.loads(_memory_file().read_text(encoding="utf-8"))
+            return cls({path: (identity, digest) for path, (identity, digest) in entries.items()})
+        except (OSError, ValueError, TypeError, AttributeError):
+            return cls({})
+
+    def recall(self, path: Path, part: str = "") -> str | None:
+        """The SHA-256 that was found for this very file, or None if it is new or has changed."""
+        identity, digest = self._entries.get(_key(path, part), (None, None))
+        return digest if identity == file_identity(path) else None
+
+    def remember(self, path: Path, identity: Identity, digest: str, part: str = "") -> None:
+        """Note the SHA-256 of a file whose identity was taken before it was hashed."""
+        self._entries[_key(path, part)] = (identity, digest)
+
+    def save(self) -> None:
+        """Write the memory whole, leaving out files that are gone."""
+        entries = {key: entry for key, entry in self._entries.items() if os.path.exists(key.partition(_PART)[0])}
+        target = _memory_file()
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        with contextlib.suppress(OSError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(entries), encoding="utf-8")
+            part.replace(target)
+
+
+def part_of(span: Span) -> str:
+    """What tells a span of a file from others of it: nothing for one that is the whole file."""
+    return "" if span.whole else f"{span.offset}+{span.length}"
+
+
+_PART = "\0"  # in no path
+
+
+def _key(path: Path, part: str) -> str:
+    return f"{path.resolve()}{_PART}{part}" if part else str(path.resolve())
+
+
+def _memory_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "satchel" / "hashes.json"

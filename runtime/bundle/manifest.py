@@ -1,0 +1,361 @@
+"""manifest.json: everything that the runner knows about a bundle, as data. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.certificate import Certificate
+from satchel.runtime.bundle.checks import check_manifest
+from satchel.runtime.bundle.contract import FULL_MASK, FURTHER, TOP_IDS
+from satchel.runtime.bundle.digest import manifest_digest
+from satchel.runtime.bundle.errors import BundleError
+from satchel.runtime.bundle.manifest_limits import check_limits
+from satchel.runtime.bundle.manifest_text import check_digest, parse_document, read_bytes
+from satchel.runtime.manifest_versions import upgraded
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the bundle was made from: the kind of checkpoint, its file or folder name, and its `model_type`."""
+
+    kind: str
+    name: str
+    model_type: str
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file that is not in the bundle: its name without its folder, and its SHA-256 (64 lower-case hex digits)."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an export read, how it was asked to go about it, and where: all that decides a bundle's bytes.
+
+    `options` are those of the export by their names in Python, opaque to the runner; a file among them is its name and
+    SHA-256. `source` has the files of the checkpoint that were read; none for a module that was handed over in Python.
+    `processor` is the architecture and the extensions that kernels choose by, `threads` the parts that sums were cut
+    into.
+    """
+
+    options: dict[str, Any]
+    source: dict[str, FileRecord]
+    processor: tuple[str, ...]
+    threads: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Counts and special token ids of the model. `max_context` is in positions, `vocab_size` the logits' width."""
+
+    parameters: int
+    vocab_size: int
+    max_context: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """One layer's key and value buffers, [batch, kv_heads, capacity, key_dim or value_dim], and their graph names."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The KV cache.
+
+    Mode "shared": one buffer is bound as past and as present, and the graph writes in place. Mode "swapped": past and
+    present are two buffers, which change places after each step.
+    """
+
+    mode: str
+    dtype: str
+    layers: tuple[CacheLayer, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output; each dimension is a size or the name of a dimension that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its file in the bundle, session configuration entries for ONNX Runtime, and its signature.
+
+    `session_of` names the graph whose session runs this phase too, so that weights are in memory once; None means a
+    session of its own. The prefill graph takes any number of tokens, and so can run the decode phase.
+    """
+
+    file: str
+    session: dict[str, str]
+    session_of: str | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def top_tokens(self) -> int:
+        """How many of the most likely tokens the graph itself chooses, as `TOP_OUTPUTS`; 0 for none."""
+        found = [tensor.shape[-1] for tensor in self.outputs if tensor.name == TOP_IDS]
+        return found[0] if found and isinstance(found[0], int) else 0
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits.
+
+    Three more read weights that no bundle holds, and that `satchel specialize` makes. `prefill_int8` is prefill over
+    int8 weights made of those in 4 bits; None where a bundle has no products in 4 bits. `decode_blocks` is decode over
+    the same int8 numbers in blocks of inputs; None where decode takes no activations in int8. `native` is for satchel's
+    own kernels, over weights in panels of outputs: it runs prefill and decode; None where there is nothing for them.
+    """
+
+    prefill: GraphSpec
+    decode: GraphSpec
+    score: GraphSpec
+    prefill_int8: GraphSpec | None
+    decode_blocks: GraphSpec | None
+    native: GraphSpec | None = None
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A static graph's input that has one row for each new token, taken from a table by the token's position.
+
+    The table, such as the cosines of a rotary embedding, is [positions, width] of `dtype` at `offset` of `file`,
+    little-endian, row by row; the input `input` is [1, tokens, width].
+    """
+
+    input: str
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StaticGraph:
+    """A graph for exactly `tokens` new tokens, as parts that run one after the other.
+
+    A part's outputs that are no output of the whole are inputs of later parts, under the same name.
+    """
+
+    tokens: int
+    parts: tuple[GraphSpec, ...]
+
+
+@dataclass(frozen=True)
+class StaticGraphs:
+    """Graphs in which every shape is a number, for devices that compile each shape anew.
+
+    `capacity` is the length of the cache. `masks` are the inputs, by name, that say which positions each new token
+    sees, with the window of their layers, 0 for none. `prefill` are graphs for chunks of several lengths, the shortest
+    first; `score` gives the logits of all tokens of a chunk.
+    """
+
+    capacity: int
+    masks: dict[str, int]
+    tables: tuple[TableSpec, ...]
+    prefill: tuple[StaticGraph, ...]
+    decode: StaticGraph
+    score: StaticGraph
+
+
+@dataclass(frozen=True)
+class PlainGraphs:
+    """The graphs as they are without the passes of a user's own, over the same weights: `graphs` or `static`."""
+
+    graphs: Graphs | None
+    static: StaticGraphs | None
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """How one layer's weights are stored, and how its product takes its input in each phase.
+
+    `bits` is 8 or 4; `block` the number of inputs that share a scale, None for one scale per output channel;
+    `symmetric` is False where there are zero points. Activations are "float", or int8 with a scale per "token" or
+    "tensor".
+    """
+
+    bits: int
+    block: int | None
+    symmetric: bool
+    prefill_activations: str
+    decode_activations: str
+
+
+@dataclass(frozen=True)
+class CorpusEntry:
+    """A text and the token ids, special tokens included, that the checkpoint's own tokenizer made of it at export."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The tokenizer's kind and file. `add_bos` is for "sentencepiece"; tokenizer.json adds its own special tokens."""
+
+    kind: str
+    file: str
+    add_bos: bool
+    corpus: tuple[CorpusEntry, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size in bytes and the SHA-256 (64 lower-case hex digits) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Specialized:
+    """Graphs and packed weights that `satchel specialize` made for one kind of machine.
+
+    They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
+    are the same; `processor` is its name, for people. `int8_prefill` tells that prefill runs over int8 weights made of
+    those in 4 bits, `decode_blocks` that decode runs over int8 weights in blocks, and `tiled_attention` which of two
+    attention kernels was faster. `graphs` are file names by phase, of prefill alone where its session runs decode, too;
+    `files` lists all files. `native` tells that both phases run on satchel's own kernels, of version `kernels`.
+    """
+
+    onnxruntime: str
+    provider: str
+    processor: str
+    features: tuple[str, ...]
+    int8_prefill: bool
+    decode_blocks: bool
+    tiled_attention: bool
+    graphs: dict[str, str]
+    files: dict[str, FileRecord]
+    native: bool = False
+    kernels: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner.
+
+    `recipe` is the name of the recipe that quantized it, None where nothing is quantized.
+    `layers` names every layer whose weights are quantized; all others are in float.
+    A bundle has either `graphs`, whose shapes vary, or `static` ones.
+    `plain` is for a bundle that passes of a user's own had a part in, and `custom_ops` are the libraries whose
+    operators its graphs need; those of `plain` need none.
+    `provenance` is None for a bundle of version 1.
+    `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
+    """
+
+    FORMAT: ClassVar[str] = "satchel-bundle"
+    VERSION: ClassVar[int] = 2
+
+    producer: dict[str, str]
+    source: Source
+    provenance: Provenance | None
+    target: str
+    precision: str
+    recipe: str | None
+    model: ModelFacts
+    kv_cache: CacheSpec
+    graphs: Graphs | None
+    static: StaticGraphs | None
+    plain: PlainGraphs | None
+    custom_ops: tuple[NamedFile, ...]
+    layers: dict[str, LayerPrecision]
+    tokenizer: TokenizerSpec | None
+    passes: tuple[dict[str, Any], ...]
+    files: dict[str, FileRecord]
+    certificate: Certificate | None
+    specialized: Specialized | None
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read and check a manifest file. Raises BundleError naming the file, the key and what to do."""
+        document = parse_document(read_bytes(path), str(path))
+        check_digest(document, cls.VERSION, str(path))
+        return cls.from_json(document, str(path))
+
+    @classmethod
+    def from_json(cls, document: Any, name: str = MANIFEST_NAME) -> Manifest:
+        """Check a parsed manifest and build it; `name` is the file that messages name. Raises BundleError."""
+        if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
+            raise BundleError(f"{name}: not a satchel manifest ('format' is not '{cls.FORMAT}'): give a satchel bundle")
+        document = upgraded(document, cls.VERSION, name)
+        fields = {key: value for key, value in document.items() if key not in ("format", "version", "digest")}
+        try:
+            manifest: Manifest = strict_json.from_json(cls, fields)
+            check_limits(manifest)
+            check_manifest(manifest)
+        except strict_json.StrictJsonError as error:
+            raise BundleError(f"{name}: {error}: export the bundle again with this satchel") from None
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, with its digest; `from_json` of it gives an equal manifest."""
+        body: dict[str, Any] = strict_json.to_json(self)
+        document = {"format": self.FORMAT, "version": self.VERSION, "digest": None, **body}
+        return {**document, "digest": manifest_digest(document)}
+
+    @property
+    def has_fixed_mask(self) -> bool:
+        """Whether the decode graph takes a mask of the cache's whole length, so that its shapes never change."""
+        inputs = () if self.graphs is None else self.graphs.decode.inputs
+        return any(tensor.name == "attention_mask" and tensor.shape[-1:] == (FULL_MASK,) for tensor in inputs)
+
+    def without_custom(self) -> Manifest:
+        """The manifest of the plain graphs alone. Raises BundleError where there are none."""
+        if self.plain is None:
+            raise BundleError("this bundle has no graphs without passes and operators of a user's own")
+        plain = dataclasses.replace(
+            self, graphs=self.plain.graphs, static=self.plain.static, plain=None, custom_ops=(), specialized=None
+        )
+        return dataclasses.replace(plain, files=_needed(self, plain))
+
+    def graph(self, phase: str) -> GraphSpec:
+        """The graph of a phase, or one of `FURTHER`. Raises BundleError where there is none."""
+        if self.graphs is None:
+            raise BundleError(f"this bundle has static graphs for {self.target}, and none for {phase} of any length")
+        spec: GraphSpec | None = getattr(self.graphs, phase)
+        if spec is None:
+            raise BundleError(f"this bundle has no graph for {phase}: {FURTHER[phase]}")
+        return spec
+
+
+def _graph_files(manifest: Manifest) -> set[str]:
+    """The files of all graphs that a manifest has beside those of `plain`."""
+    files: set[str] = set()
+    if manifest.graphs is not None:
+        files |= {spec.file for spec in vars(manifest.graphs).values() if spec is not None}
+    if manifest.static is not None:
+        graphs = (*manifest.static.prefill, manifest.static.decode, manifest.static.score)
+        files |= {part.file for graph in graphs for part in graph.parts}
+    return files
+
+
+def _needed(manifest: Manifest, plain: Manifest) -> dict[str, FileRecord]:
+    """The files of a bundle without those of its custom graphs alone."""
+    left_out = _graph_files(manifest) - _graph_files(plain)
+    return {name: record for name, record in manifest.files.items() if name not in left_out}

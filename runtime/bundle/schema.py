@@ -1,0 +1,117 @@
+"""The JSON Schema of a manifest, made of the dataclasses that read it: `python -m satchel.runtime.bundle.schema`.
+
+It says what is there and of which type; that names and counts fit together, only the reader checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from typing import Any
+
+from satchel.runtime.bundle.contract import CACHE_MODES, DTYPES, TOKENIZER_KINDS
+from satchel.runtime.bundle.limits import LIMITS
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.strict_json import required
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+SIMPLE: dict[Any, dict[str, Any]] = {
+    str: {"type": "string"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    bool: {"type": "boolean"},
+    types.NoneType: {"type": "null"},
+    Any: {},
+}
+
+HEX_256 = {"pattern": "^[0-9a-f]{64}$"}
+SIZE = {"minimum": 1, "maximum": LIMITS["kv_cache sizes"].most}
+
+NARROWER: dict[str, dict[str, Any]] = {
+    "CacheSpec.mode": {"enum": list(CACHE_MODES)},
+    "CacheSpec.dtype": {"enum": list(DTYPES)},
+    "CacheSpec.layers": {"maxItems": LIMITS["kv_cache.layers"].most},
+    "CacheLayer.kv_heads": SIZE,
+    "CacheLayer.key_dim": SIZE,
+    "CacheLayer.value_dim": SIZE,
+    "FileRecord.bytes": {"minimum": 0, "maximum": LIMITS["bytes of a file"].most},
+    "FileRecord.sha256": HEX_256,
+    "NamedFile.sha256": HEX_256,
+    "GraphSpec.session_of": {"enum": ["prefill", None]},
+    "Manifest.files": {"maxProperties": LIMITS["files"].most},
+    "ModelFacts.parameters": {"minimum": 1, "maximum": LIMITS["model.parameters"].most},
+    "ModelFacts.vocab_size": {"minimum": 1, "maximum": LIMITS["model.vocab_size"].most},
+    "ModelFacts.max_context": {"minimum": 1, "maximum": LIMITS["model.max_context"].most},
+    "ModelFacts.eos_token_ids": {"maxItems": LIMITS["model.eos_token_ids"].most},
+    "TensorSpec.dtype": {"enum": list(DTYPES)},
+    "TokenizerSpec.kind": {"enum": list(TOKENIZER_KINDS)},
+    "TokenizerSpec.corpus": {"maxItems": LIMITS["tokenizer.corpus"].most},
+}
+"""What the types do not say, by class and field."""
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The schema of a manifest of the present version, as plain JSON values."""
+    definitions: dict[str, Any] = {}
+    body = _object(Manifest, definitions)
+    first = {
+        "format": {"const": Manifest.FORMAT},
+        "version": {"const": Manifest.VERSION},
+        "digest": {"type": "string", **HEX_256},
+    }
+    return {
+        "$schema": DIALECT,
+        "title": f"Manifest of a satchel bundle, version {Manifest.VERSION}",
+        **body,
+        "properties": {**first, **body["properties"]},
+        "required": [*first, *body["required"]],
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _object(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    properties = {
+        name: _schema(hints[name], definitions) | NARROWER.get(f"{kind.__name__}.{name}", {}) for name in names
+    }
+    description = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+    return {
+        "description": description,
+        "type": "object",
+        "properties": properties,
+        "required": list(required(kind)),
+        "additionalProperties": False,
+    }
+
+
+def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    if kind in SIMPLE:
+        return dict(SIMPLE[kind])
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return {"type": "array", "items": _schema(arguments[0], definitions)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
+    if origin is types.UnionType:
+        return {"anyOf": [_schema(argument, definitions) for argument in arguments]}
+    if not dataclasses.is_dataclass(kind):
+        raise TypeError(f"no schema for {kind}")
+    name = typing.cast(type, kind).__name__
+    if name not in definitions:
+        definitions[name] = {}  # it is in the making
+        definitions[name] = _object(typing.cast(type, kind), definitions)
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def as_text() -> str:
+    """The schema as it is in `docs/manifest.schema.json`."""
+    return json.dumps(manifest_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_text())

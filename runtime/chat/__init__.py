@@ -1,1 +1,0 @@
-"""Chat: conversations in the form of the checkpoint's own template."""

@@ -1,0 +1,246 @@
+"""`satchel chat`: a conversation with a model on a terminal, or line by line from a file or another program."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from satchel.runtime.cli import custom_flags, provider_flags
+from satchel.runtime.cli.chat_turns import read_turns, typed_turns
+from satchel.runtime.errors import PromptError, SatchelError
+from satchel.runtime.generation import options as generation_options
+from satchel.runtime.util.progress import progress_bar
+from satchel.runtime.util.terminal import printable
+
+if TYPE_CHECKING:
+    from satchel.runtime.generation.conversation import Answer, Conversation
+    from satchel.runtime.generation.result import Generation
+    from satchel.runtime.util.progress import Bar
+
+HELP = """\
+/reset [TEXT]   forget the conversation; with TEXT as its new system prompt
+/history        show the conversation
+/save FILE      write the conversation with its keys and values to a file
+/load FILE      go on with a saved conversation
+/help           this list
+/exit           leave; so does Ctrl-D
+A line that ends with \\ goes on in the next one. // at the beginning of a line sends a / there.
+Ctrl-C ends an answer. One that has no text yet is dropped, with its question."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `satchel chat`."""
+    parser.description = (
+        "Talk with a model, in the form of its own chat template. Sampling starts from the checkpoint's "
+        "generation_config.json. Without a terminal each line of standard input is a turn; /help lists the commands."
+    )
+    parser.epilog = 'example:\n  satchel chat out/smollm2-int8 --system "Answer in one sentence."'
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument("--tools", metavar="FILE", type=Path, help="a JSON list of function schemas for the template")
+    parser.add_argument(
+        "--template-argument",
+        metavar="NAME=JSON",
+        action="append",
+        default=[],
+        help="a further variable of the template, such as enable_thinking=false; may be given several times",
+    )
+    parser.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template in place of the bundle's")
+    parser.add_argument("--load-state", metavar="FILE", type=Path, help="go on with a saved conversation")
+    parser.add_argument(
+        "--max-context", metavar="N", type=int, help="positions of the conversation (default: the bundle's)"
+    )
+    parser.add_argument(
+        "--prefix-memory",
+        metavar="MIB",
+        type=int,
+        help="memory for keys and values between turns (default: what the whole context takes)",
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    custom_flags.add_flags(parser)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print one JSON object on one line for each answer, with "error" where a line failed',
+    )
+    generation_options.add_flags(parser)
+    provider_flags.add_flags(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer one turn after the other until the input ends. Returns 0, or 1 where a turn of a file failed."""
+    conversation = _open(args)
+    interactive = sys.stdin.isatty() and not args.json
+    failed = False
+    try:
+        if args.load_state is not None:
+            conversation.load_state(args.load_state, progress=not args.quiet)
+        if interactive and not args.quiet:
+            print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
+        for line in typed_turns() if interactive else read_turns():
+            try:
+                if line.startswith("/") and line.split(maxsplit=1)[0] == "/exit":
+                    break
+                _turn(conversation, line, args)
+            except SatchelError as error:
+                print(f"satchel: error: {error}", file=sys.stderr)
+                if args.json:
+                    print(json.dumps({"error": str(error)}, ensure_ascii=False), flush=True)
+                failed = not interactive
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                print(file=sys.stderr)
+    finally:
+        conversation.close()
+    return 1 if failed else 0
+
+
+def _turn(conversation: Conversation, line: str, args: argparse.Namespace) -> None:
+    if line.startswith("/") and not line.startswith("//"):
+        _command(conversation, line, progress=not args.quiet)
+    else:
+        _answer(conversation, line.removeprefix("/") if line.startswith("//") else line, args)
+
+
+def _open(args: argparse.Namespace) -> Conversation:
+    from satchel.runtime.execution.kv_cache import position_bytes
+    from satchel.runtime.generation.conversation import Conversation, checkpoint_options
+    from satchel.runtime.generation.generator import Generator
+    from satchel.runtime.generation.prefix_cache import PrefixCache
+    from satchel.runtime.generation.templates.chat_template import ChatTemplate, special_tokens
+    from satchel.runtime.ort import session
+
+    given = generation_options.given_in(args)
+    if args.logprobs is not None and not args.json:
+        raise PromptError("--logprobs: is for --json: give that too, or leave it out")
+    if args.system is not None and args.load_state is not None:
+        raise PromptError("--system with --load-state: a saved conversation has its own: leave one of them out")
+    tools, arguments = _tools(args.tools), _template_arguments(args.template_argument)
+    template = None if args.chat_template is None else _read(args.chat_template, "--chat-template")
+    choice = provider_flags.choice_of(args)
+    session.share_thread_pool(args.threads)
+    generator = Generator.open(
+        args.bundle,
+        provider=choice,
+        threads=args.threads,
+        max_context=args.max_context,
+        prefix_mib=args.prefix_memory or 0,  # without it, the store below takes the place of this one
+        verbose=args.verbose,
+        progress=not args.quiet,
+        custom=custom_flags.custom_of(args),
+        require_signature=args.require_signature,
+    )
+    if args.prefix_memory is None:
+        spec = generator.engine.bundle.manifest.kv_cache
+        generator.store = PrefixCache(spec, generator.max_context * position_bytes(spec))
+    if template is not None:
+        special = special_tokens(generator.engine.bundle, generator.tokenizer)
+        generator.template = ChatTemplate(template, special)
+    options = checkpoint_options(generator, given)
+    options.check_all(generator.engine.vocabulary)
+    return Conversation(generator, system=args.system, tools=tools, arguments=arguments, options=options)
+
+
+def _answer(conversation: Conversation, text: str, args: argparse.Namespace) -> None:
+    """Ask, and print the answer as it comes."""
+    answer = conversation.ask(text, progress=lambda count: bar.update(count))  # which happens as pieces are taken
+    with progress_bar(answer.prompt_tokens, "reading", " tokens", shown=not args.quiet) as bar:
+        if args.json:
+            print(_as_json(answer.result(), conversation), flush=True)
+            return
+        result = _print_pieces(answer, bar, interruptible=sys.stdin.isatty())
+    if not args.quiet:
+        print(_figures(result), file=sys.stderr)
+
+
+def _as_json(result: Generation, conversation: Conversation) -> str:
+    from satchel.runtime.cli.generation_json import single_json
+
+    return json.dumps(single_json(result, conversation.generator.need_tokenizer()), ensure_ascii=False)
+
+
+def _print_pieces(answer: Answer, bar: Bar, interruptible: bool) -> Generation:
+    """Print an answer. Where it is interruptible, Ctrl-C ends it, and what there is of it is kept."""
+    try:
+        with answer:
+            for piece in answer:
+                bar.close()
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+        bar.close()
+        print("".join(answer), end=" ...")  # with what was held back
+    finally:
+        print(flush=True)
+    return answer.result()
+
+
+def _figures(result: Generation) -> str:
+    reused = f" ({result.reused_tokens} of them kept)" if result.reused_tokens else ""
+    return (
+        f"[prompt {result.prompt_tokens} tokens{reused}, new {result.new_tokens} at {result.decode_speed:.1f} tokens/s "
+        f"({result.finish_reason})]"
+    )
+
+
+def _command(conversation: Conversation, line: str, progress: bool) -> None:
+    """Carry out a line that begins with a slash. Raises SatchelError."""
+    name, *words = line.split(maxsplit=1)
+    rest = words[0].strip() if words else ""
+    if name == "/help":
+        print(HELP, file=sys.stderr)
+    elif name == "/reset":
+        conversation.reset(rest or None)
+        print("the conversation begins anew", file=sys.stderr)
+    elif name == "/history":
+        for message in conversation.messages:
+            print(f"{printable(str(message['role']))}: {message.get('content')}", file=sys.stderr)
+    elif name in ("/save", "/load") and not rest:
+        raise PromptError(f"{name}: name a file, such as {name} talk.state")
+    elif name == "/save":
+        count = conversation.save_state(rest, option=name, progress=progress)
+        print(f"{rest}: {count} tokens saved", file=sys.stderr)
+    elif name == "/load":
+        conversation.load_state(rest, progress=progress)
+        print(f"{rest}: {len(conversation.messages)} messages loaded", file=sys.stderr)
+    else:
+        raise PromptError(f"{printable(name)}: no such command: /help lists them, // sends a /")
+
+
+def _tools(path: Path | None) -> list[dict[str, Any]] | None:
+    if path is None:
+        return None
+    try:
+        tools = json.loads(_read(path, "--tools"))
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"--tools {path}: not valid JSON ({error}): correct it") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise PromptError(f"--tools {path}: must hold a list of objects: put the schemas into [ ]")
+    return tools
+
+
+def _template_arguments(pairs: list[str]) -> dict[str, Any]:
+    arguments = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            arguments[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            equals = ""
+        if not equals or not name.isidentifier():
+            raise PromptError(f"--template-argument {pair}: must be NAME=JSON, such as enable_thinking=false")
+    return arguments
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"{option} {path}: cannot be read ({error.strerror}): name another file") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"{option} {path}: not UTF-8 text: convert it to UTF-8") from None

@@ -1,0 +1,44 @@
+"""The flags of passes and operators of a user's own, for all commands that run a bundle. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from satchel.runtime.ort.custom_ops import Custom
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --custom-ops, --no-custom-ops and --no-custom-passes."""
+    add_library_flag(parser)
+    parser.add_argument(
+        "--no-custom-ops", dest="custom_operators", action="store_false", help="run the graphs that need no library"
+    )
+    parser.add_argument(
+        "--no-custom-passes",
+        dest="custom_passes",
+        action="store_false",
+        help="run the graphs without what export --pass did",
+    )
+
+
+def add_library_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --custom-ops alone."""
+    parser.add_argument(
+        "--custom-ops",
+        metavar="LIBRARY",
+        type=Path,
+        action="append",
+        help="the shared library with the operators that the bundle was made with; may be given several times",
+    )
+
+
+def custom_of(args: argparse.Namespace) -> Custom:
+    """What the flags say."""
+    from satchel.runtime.ort.custom_ops import Custom
+
+    return Custom(
+        tuple(args.custom_ops or ()), getattr(args, "custom_operators", True), getattr(args, "custom_passes", True)
+    )

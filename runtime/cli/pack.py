@@ -1,0 +1,50 @@
+"""`satchel pack`: puts a bundle and the runner into one file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `satchel pack`."""
+    parser.description = (
+        "Put a bundle and satchel's runner into one file. python FILE 'prompt' runs it wherever numpy, onnxruntime and "
+        "a tokenizer library are; every command takes it as BUNDLE. Weights are not compressed, and are mapped from "
+        "the file. What satchel specialize made stays behind: it is for one kind of machine."
+    )
+    parser.epilog = "example:\n  satchel pack out/smollm2-int8 -o smollm2.pyz"
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
+    parser.add_argument("--output", "-o", metavar="FILE", type=Path, required=True, help="the file to write (.pyz)")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Pack, and print the file's size, or one JSON object."""
+    import os
+    import warnings
+
+    from satchel.runtime.bundle.archive.pack import pack
+    from satchel.runtime.bundle.atomic_write import check_target
+    from satchel.runtime.bundle.reader import open_bundle, survey_bundle
+    from satchel.runtime.errors import SatchelError, SatchelWarning
+    from satchel.runtime.util.progress import waiting
+
+    check_target(args.output, "--output")
+    if os.path.lexists(args.output) and not args.force:
+        raise SatchelError(f"--output {args.output}: is there already: name another file, or replace it with --force")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SatchelWarning)  # about specialized graphs, which stay behind
+        bundle = open_bundle(
+            args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None
+        )
+    with waiting("packing", shown=not args.quiet):
+        pack(bundle, args.output)
+    size, digest = args.output.stat().st_size, survey_bundle(args.output).digest
+    if args.json:
+        print(json.dumps({"bundle": args.bundle, "output": str(args.output), "bytes": size, "digest": digest}))
+    elif not args.quiet:
+        print(f"{args.output}: {size / 1e6:,.1f} MB, digest {digest or 'none'}")
+    return 0

@@ -1,0 +1,44 @@
+"""The flags of all commands that run a bundle: on which execution provider, and how. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+
+from satchel.runtime.errors import PromptError
+from satchel.runtime.ort.providers import PROVIDERS, ProviderChoice
+from satchel.runtime.util.defaults import PROVIDER
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --provider, --provider-option and --strict."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--provider", default=PROVIDER, help=f"execution provider: {', '.join(PROVIDERS)} (default %(default)s)"
+    )
+    group.add_argument(
+        "--provider-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of the provider, such as device_id=1; may be given several times",
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="refuse to run where part of a graph would run on another provider"
+    )
+
+
+def choice_of(args: argparse.Namespace) -> ProviderChoice:
+    """What a parsed command line chose.
+
+    Raises PromptError for an option that is no KEY=VALUE or has two values, ProviderError for what is not known.
+    """
+    options: dict[str, str] = {}
+    for given in args.provider_option:
+        key, equals, value = given.partition("=")
+        if not equals or not key:
+            raise PromptError(f"--provider-option {given}: must be KEY=VALUE, such as device_id=1")
+        if options.setdefault(key, value) != value:
+            raise PromptError(f"--provider-option {key}: has the values {options[key]} and {value}: give one of them")
+    choice = ProviderChoice(args.provider, options, args.strict)
+    choice.check()
+    return choice

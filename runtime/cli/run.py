@@ -1,0 +1,193 @@
+"""`satchel run`: continues a prompt, and prints only what is generated; or many prompts, from JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from satchel.runtime.cli import custom_flags, provider_flags, run_flags
+from satchel.runtime.errors import PromptError, SatchelError, SatchelWarning
+from satchel.runtime.generation.options import given_in
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from satchel.runtime.generation.generator import Generator
+    from satchel.runtime.generation.result import Generation
+
+    Ids = NDArray[np.int64]
+
+MIB = 1 << 20
+
+configure = run_flags.configure
+
+
+def main(args: argparse.Namespace) -> int:
+    """Generate and print; one line of figures goes to standard error."""
+    run_flags.check(args)
+    options = given_in(args)
+    if args.input is not None:
+        from satchel.runtime.cli import answers
+
+        return answers.main(args, options, lambda: _open(args))
+    if args.save_state is not None:
+        from satchel.runtime.bundle.atomic_write import check_target
+
+        check_target(args.save_state, "--save-state")
+    prompt = _read_standard_input() if args.prompt is None else args.prompt
+    generator = _open(args)
+    if args.load_state is not None:
+        generator.load_state(args.load_state, progress=not args.quiet)
+    ids = generator.encode(prompt)
+    if args.samples is None and args.beams is None:
+        result = _run_single(args, generator, ids, options)
+        if args.save_state is not None:
+            _save_state(args, generator, [*ids.tolist(), *result.token_ids])
+    else:
+        _run_several(args, generator, ids, options)
+    return 0
+
+
+def _open(args: argparse.Namespace) -> Generator:
+    from satchel.runtime.generation.generator import Generator
+    from satchel.runtime.ort import session
+
+    choice = provider_flags.choice_of(args)
+    session.share_thread_pool(args.threads)
+    if args.specialize and args.require_signature is not None:
+        raise SatchelError("--specialize with --require-signature: no signature covers what it makes: leave one out")
+    if args.specialize:
+        _specialize(args)
+    return Generator.open(
+        args.bundle,
+        provider=choice,
+        threads=args.threads,
+        max_context=args.max_context,
+        prefix_mib=run_flags.prefix_mib(args),
+        verbose=args.verbose,
+        progress=not args.quiet,
+        custom=custom_flags.custom_of(args),
+        require_signature=args.require_signature,
+    )
+
+
+def _specialize(args: argparse.Namespace) -> None:
+    from satchel.runtime.optimize.specialize import specialize_if_needed
+    from satchel.runtime.util.progress import stage_printer
+
+    shown = not args.quiet
+    specialize_if_needed(
+        args.bundle,
+        threads=args.threads,
+        progress=stage_printer(shown=shown),
+        shown=shown,
+        custom=custom_flags.custom_of(args),
+    )
+
+
+def _run_single(args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any]) -> Generation:
+    from satchel.runtime.cli.generation_json import single_json
+    from satchel.runtime.util.progress import progress_bar
+
+    with (
+        progress_bar(len(ids), "reading the prompt", " tokens", shown=not args.quiet) as bar,
+        generator.stream(ids, progress=_until(len(ids), bar), **options) as stream,
+    ):
+        if args.json:
+            result = stream.result()
+            bar.close()
+            _print_json(args, generator, ids, single_json(result, generator.need_tokenizer()))
+            return result
+        try:
+            for piece in stream:
+                bar.close()
+                print(piece, end="", flush=True)
+        finally:
+            bar.close()
+            print(flush=True)
+        result = stream.result()
+    if not args.quiet:
+        print(_figures([result], result.decode_speed), file=sys.stderr)
+    return result
+
+
+def _save_state(args: argparse.Namespace, generator: Generator, ids: list[int]) -> None:
+    saved = generator.save_state(args.save_state, ids, progress=not args.quiet)
+    if saved < len(ids) - 1:  # the last token was never fed
+        warnings.warn(
+            f"--save-state {args.save_state}: only the first {saved} of {len(ids)} tokens are saved: "
+            "raise --prefix-memory to save all",
+            SatchelWarning,
+            stacklevel=2,
+        )
+
+
+def _run_several(args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any]) -> None:
+    from satchel.runtime.cli.generation_json import decode_speed, several_json
+    from satchel.runtime.util.progress import waiting
+
+    with waiting("generating", shown=not args.quiet):
+        if args.samples is not None:
+            results = generator.samples(ids, args.samples, **options)
+        else:
+            search = {"early_stopping": args.early_stopping}
+            if args.length_penalty is not None:
+                search["length_penalty"] = args.length_penalty
+            results = generator.beam_search(ids, args.beams, **search, **options)
+    if args.json:
+        _print_json(args, generator, ids, several_json(results, generator.need_tokenizer()))
+        return
+    print("\n\n".join(result.text for result in results), flush=True)
+    if not args.quiet:
+        print(_figures(results, decode_speed(results)), file=sys.stderr)
+
+
+def _print_json(args: argparse.Namespace, generator: Generator, ids: Ids, document: dict[str, Any]) -> None:
+    from satchel.runtime.cli.generation_json import logprobs_json
+    from satchel.runtime.util.progress import waiting
+
+    if args.prompt_logprobs:
+        with waiting("scoring the prompt", shown=not args.quiet):
+            entries = generator.prompt_logprobs(ids, args.logprobs or 0)
+        document["prompt_logprobs"] = logprobs_json(ids.tolist(), entries, generator.need_tokenizer())
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def _until(total: int, bar: Any) -> Callable[[int], None]:
+    """What moves a bar, and clears it once it is full: more may have to be waited for, but not this."""
+    done = 0
+
+    def update(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(count)
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
+
+
+def _figures(results: Sequence[Generation], speed: float) -> str:
+    first = results[0]
+    reused = f", {first.reused_tokens} reused" if first.reused_tokens else ""
+    reasons = Counter(result.finish_reason for result in results)
+    ends = ", ".join(reason if len(results) == 1 else f"{reason} {count}" for reason, count in reasons.items())
+    texts = "" if len(results) == 1 else f" in {len(results)} texts"
+    return (
+        f"prompt {first.prompt_tokens} tokens at {first.prefill_speed:.1f} tokens/s{reused}, "
+        f"new {sum(result.new_tokens for result in results)} tokens{texts} at {speed:.1f} tokens/s ({ends}), "
+        f"KV cache {sum(result.kv_bytes for result in results) / MIB:.1f} MiB"
+    )

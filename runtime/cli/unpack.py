@@ -1,0 +1,32 @@
+"""`satchel unpack`: makes a folder of a packed bundle again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `satchel unpack`."""
+    parser.description = "Write the bundle that a packed file holds into a new folder, byte for byte as it was packed."
+    parser.epilog = "example:\n  satchel unpack smollm2.pyz -o out/smollm2"
+    parser.add_argument("bundle", metavar="BUNDLE", help="a file made by satchel pack")
+    parser.add_argument("--output", "-o", metavar="FOLDER", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Unpack, and print the folder's name."""
+    from satchel.runtime.bundle.archive.pack import unpack
+    from satchel.runtime.bundle.reader import open_bundle
+    from satchel.runtime.util.progress import waiting
+
+    bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None)
+    with waiting("unpacking", shown=not args.quiet):
+        unpack(bundle, args.output)
+    if args.json:
+        print(json.dumps({"bundle": args.bundle, "output": str(args.output), "digest": bundle.digest}))
+    elif not args.quiet:
+        print(f"{args.output}: {len(bundle.packed or ())} files, digest {bundle.digest or 'none'}")
+    return 0

@@ -1,0 +1,248 @@
+"""Makes the certificate of a bundle, and replays it on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.certificate import (
+    Certificate,
+    EvaluatedText,
+    GoldenPosition,
+    GoldenPrompt,
+    Margin,
+    PhaseFidelity,
+    Window,
+)
+from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.evaluation.fidelity import Reference, evaluate, log_softmax
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.state import Logits
+from satchel.runtime.generation.sampling.greedy import greedy
+from satchel.runtime.util.cpu import processor_name
+from satchel.runtime.util.defaults import PROVIDER
+
+NEW_TOKENS = 16  # of a golden prompt's continuation
+TOP = 16  # most likely ids of a golden position
+DECIMALS = 4  # of the logits that are recorded
+DIGITS, SMALLEST = 5, 9
+"""Figures are rounded to so many significant digits, and to so many decimals: what is beyond is the order of sums."""
+
+MARGIN = Margin(kl_relative=0.5, kl_absolute=0.005, logit=0.5)
+"""Wide enough for another machine's kernels, too narrow for a form that is worse.
+
+Measured on SmolLM2-135M: the same float kernels in another order move a KL by 1e-11 and a logit by 1e-4. int8 kernels
+that round activations, against those that do not, over the same weights: a prompt's KL is 0.0038 in place of 0.0008
+with int8 weights, 1.1 times as large with int4 weights, and logits move by 0.29 in the root mean square. A greedy
+token falls the other way by more than `logit` on both sides only if a gap swings by twice that, almost three times its
+usual change.
+"""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a bundle makes of a golden prompt here: its mean KL, its greedy continuation and that one's gaps."""
+
+    kl: float
+    greedy_ids: tuple[int, ...]
+    gaps: tuple[float, ...]
+
+
+def make_certificate(
+    engine: Engine,
+    reference: Reference,
+    text: EvaluatedText | None,
+    windows: Sequence[NDArray[np.int64]],
+    prompts: Sequence[tuple[int, int, int]],
+    *,
+    skip: int = Window.SKIP,
+    decode_windows: int | None = None,
+    provider: str = PROVIDER,
+    margin: Margin = MARGIN,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> Certificate:
+    """Measure a bundle against its reference, and record what must be found again.
+
+    Args:
+        engine: The bundle's engine, on the provider of that name.
+        text: What `windows` were cut from; None for ids that are no text.
+        prompts: The golden prompts: the index of a window, how many tokens from its start are the prompt, and how
+            many after them are its continuation.
+        decode_windows: How many of the windows decode's figures use; None for all.
+        progress: Called with the number of tokens of each window that is done.
+
+    Raises:
+        PromptError: There is no prompt, one is not within its window, or a window does not fit the bundle.
+        SatchelError: The reference has another vocabulary, or logits that are not finite.
+        BundleError: The bundle's logits are not finite.
+    """
+    _check_prompts(prompts, windows)
+    fidelity = evaluate(engine, windows, reference, skip=skip, decode_windows=decode_windows, progress=progress)
+    golden = [_golden_prompt(engine, reference, windows[index], count, new) for index, count, new in prompts]
+    return Certificate(
+        text=text,
+        windows=len(windows),
+        decode_windows=len(windows) if decode_windows is None else min(decode_windows, len(windows)),
+        window_tokens=max(len(window) for window in windows),
+        skip=skip,
+        prefill=_rounded_figures(fidelity.prefill),
+        decode=_rounded_figures(fidelity.decode),
+        onnxruntime=ort.__version__,
+        provider=provider,
+        processor=processor_name(),
+        margin=margin,
+        prompts=tuple(golden),
+        speed=None,
+    )
+
+
+def check_certificate(engine: Engine, certificate: Certificate) -> list[str]:
+    """Replay the golden prompts. Returns a line for each thing that moved beyond the margins; none if all holds.
+
+    Raises BundleError when a graph fails.
+    """
+    return moved(certificate, [replay(engine, prompt) for prompt in certificate.prompts])
+
+
+def replay(engine: Engine, prompt: GoldenPrompt) -> Replay:
+    """Feed a golden prompt and its continuation, then continue it greedily instead. Raises BundleError."""
+    kl = _teacher_forced_kl(engine, prompt.ids, prompt.continuation, prompt.positions)
+    greedy_ids, gaps = _greedy(engine, prompt.ids, len(prompt.greedy_ids))
+    return Replay(kl, greedy_ids, gaps)
+
+
+def moved(certificate: Certificate, replays: Sequence[Replay]) -> list[str]:
+    """What differs between a certificate and the replays of its prompts by more than its margins, a line each."""
+    lines = []
+    for number, (prompt, found) in enumerate(zip(certificate.prompts, replays, strict=True), start=1):
+        lines += _moved_kl(f"prompt {number}", prompt.kl, found.kl, certificate.margin)
+        lines += _moved_tokens(f"prompt {number}", prompt, found, certificate.margin)
+    recorded, mean = mean_kl(certificate.prompts), mean_kl(replays)
+    return lines + _moved_kl("all prompts", recorded, mean, certificate.margin)
+
+
+def mean_kl(prompts: Sequence[GoldenPrompt] | Sequence[Replay]) -> float:
+    """The mean of the prompts' KL."""
+    return float(np.mean([prompt.kl for prompt in prompts]))
+
+
+def golden_position(logits: NDArray[np.float32], top: int = TOP) -> GoldenPosition:
+    """The `top` most likely ids of logits [vocabulary], or all but one where there are fewer, and all others as one."""
+    order = np.argsort(-logits, kind="stable")
+    best, rest = order[: min(top, len(order) - 1)], order[min(top, len(order) - 1) :]
+    return GoldenPosition(
+        ids=tuple(int(token) for token in best),
+        logits=tuple(round(float(logits[token]), DECIMALS) for token in best),
+        rest=round(float(_log_sum_exp(logits[rest])), DECIMALS),
+    )
+
+
+def golden_kl(position: GoldenPosition, logits: NDArray[np.float32]) -> float:
+    """KL(reference || logits) over the position's ids and all other tokens as one class, in nats.
+
+    Merging classes never raises a KL, so this is at most that over the whole vocabulary. Raises BundleError for logits
+    that are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise BundleError("the bundle's logits are not finite: export it again, in another precision")
+    ids = list(position.ids)
+    others = np.delete(logits, ids)
+    theirs = log_softmax(np.array([*position.logits, position.rest]))
+    ours = log_softmax(np.array([*logits[ids].astype(np.float64), _log_sum_exp(others)]))
+    return max(float((np.exp(theirs) * (theirs - ours)).sum()), 0.0)
+
+
+def _check_prompts(prompts: Sequence[tuple[int, int, int]], windows: Sequence[NDArray[np.int64]]) -> None:
+    if not prompts:
+        raise PromptError("a certificate needs at least one golden prompt: give some")
+    for index, count, new in prompts:
+        if not (0 <= index < len(windows) and count > 0 < new and count + new <= len(windows[index])):
+            raise PromptError(f"a golden prompt of {count} + {new} tokens is not in window {index}: give a smaller one")
+
+
+def _golden_prompt(
+    engine: Engine, reference: Reference, window: NDArray[np.int64], count: int, new: int
+) -> GoldenPrompt:
+    ids, continuation = (tuple(int(token) for token in part) for part in np.split(window[: count + new], [count]))
+    positions = tuple(golden_position(row) for row in reference(window)[count - 1 : count + new - 1])
+    greedy_ids, gaps = _greedy(engine, ids, new)
+    return GoldenPrompt(
+        ids=ids,
+        continuation=continuation,
+        positions=positions,
+        kl=_rounded(_teacher_forced_kl(engine, ids, continuation, positions)),
+        greedy_ids=greedy_ids,
+        gaps=tuple(_rounded(gap) for gap in gaps),
+    )
+
+
+def _teacher_forced_kl(
+    engine: Engine, ids: Sequence[int], continuation: Sequence[int], positions: Sequence[GoldenPosition]
+) -> float:
+    """The mean KL over a prompt's last position, through prefill, and those of its continuation, through decode."""
+    state = engine.new_state(len(ids) + len(continuation) - 1)
+    divergences = [golden_kl(positions[0], engine.prefill(state, ids))]
+    for token, position in zip(continuation, positions[1:], strict=False):  # the last token has no position after it
+        divergences.append(golden_kl(position, engine.decode(state, token)))
+    return float(np.mean(divergences))
+
+
+def _greedy(engine: Engine, ids: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The greedy continuation that no end token stops, and the difference of the two best logits at each step."""
+    state = engine.new_state(len(ids) + count - 1)
+    tokens, gaps = [], []
+    logits = engine.prefill(state, ids)
+    for step in range(count):
+        tokens.append(greedy(logits))
+        gaps.append(_gap(logits))
+        if step + 1 < count:
+            logits = engine.decode(state, tokens[-1])
+    return tuple(tokens), tuple(gaps)
+
+
+def _gap(logits: Logits) -> float:
+    if len(logits) < 2:
+        return 0.0
+    second, best = np.partition(logits, -2)[-2:]
+    return float(best) - float(second)
+
+
+def _rounded(figure: float) -> float:
+    return round(float(f"{figure:.{DIGITS}g}"), SMALLEST)
+
+
+def _rounded_figures(figures: PhaseFidelity) -> PhaseFidelity:
+    rounded = {name: None if value is None else _rounded(value) for name, value in vars(figures).items()}
+    return PhaseFidelity(**rounded)  # type: ignore[arg-type]
+
+
+def _log_sum_exp(logits: NDArray[np.float32]) -> float:
+    largest = float(logits.max())
+    return largest + float(np.log(np.exp(logits.astype(np.float64) - largest).sum()))
+
+
+def _moved_kl(name: str, recorded: float, found: float, margin: Margin) -> list[str]:
+    allowed = recorded * (1 + margin.kl_relative) + margin.kl_absolute
+    if found <= allowed:
+        return []
+    return [f"{name}: KL {found:.5f} where {recorded:.5f} was recorded and {allowed:.5f} is allowed"]
+
+
+def _moved_tokens(name: str, prompt: GoldenPrompt, found: Replay, margin: Margin) -> list[str]:
+    steps = zip(prompt.greedy_ids, found.greedy_ids, prompt.gaps, found.gaps, strict=True)
+    for step, (recorded, token, recorded_gap, gap) in enumerate(steps, start=1):
+        if recorded == token:
+            continue
+        # From here on the two continue different texts, so what follows cannot be compared.
+        if min(recorded_gap, gap) < margin.logit:
+            return []
+        return [
+            f"{name}: new token {step} is {token} (by {gap:.2f} logits) "
+            f"where {recorded} (by {recorded_gap:.2f}) was recorded"
+        ]
+    return []

@@ -1,0 +1,198 @@
+"""How close a bundle's predictions are to a reference's, over windows of a text, for prefill and decode apart.
+
+The text is tokenized without special tokens and cut into consecutive windows; in each, the predictions of all
+positions but the first few count. A window is scored on its own: nothing is seen of the one before.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.certificate import PhaseFidelity, Window
+from satchel.runtime.errors import BundleError, PromptError, SatchelError
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.state import Logits
+from satchel.runtime.generation.tokenizer import Tokenizer
+
+Ids = NDArray[np.int64]
+Reference = Callable[[Ids], NDArray[np.float32]]
+"""Token ids [sequence] -> the logits of every position, [sequence, vocabulary]."""
+
+
+VALUES_AT_ONCE = 1 << 20
+"""Logits that are worked on in float64 at a time: 8 MiB an intermediate result."""
+
+LARGEST_LOSS = 700.0
+"""Nats, of which the exponential is still a finite float64: a mean loss above it counts as this."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The figures of the score and prefill graphs, and those of the decode graph after a prefill."""
+
+    prefill: PhaseFidelity
+    decode: PhaseFidelity
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text without the special tokens that the tokenizer adds around it.
+
+    Those are what it makes of the empty text: as much of that as the ids begin with, and the rest at their end.
+    """
+    ids, special = tokenizer.encode(text), tokenizer.encode("")
+    before = next((i for i, token in enumerate(special) if i >= len(ids) or ids[i] != token), len(special))
+    after = len(special) - before
+    return ids[before : len(ids) - after]
+
+
+def cut_windows(ids: Sequence[int], length: int = Window.LENGTH, count: int = Window.WINDOWS) -> list[Ids]:
+    """The first `count` consecutive windows of `length` ids. What is left over at the end is dropped, unless it is all
+    there is."""
+    whole = np.asarray(ids, np.int64)
+    windows = [whole[start : start + length] for start in range(0, len(whole) - length + 1, length)]
+    return windows[:count] or [whole]
+
+
+def check_windows(windows: Sequence[Ids], skip: int) -> None:
+    """Raise PromptError for a window in which no position has a token after it to predict."""
+    shortest = min((len(window) for window in windows), default=0)
+    if shortest < skip + 2:
+        raise PromptError(
+            f"a window of {shortest} tokens is too short when {skip} are skipped: give at least {skip + 2} tokens"
+        )
+
+
+def evaluate(
+    engine: Engine,
+    windows: Sequence[Ids],
+    reference: Reference | None,
+    *,
+    skip: int = Window.SKIP,
+    decode_windows: int | None = None,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> Fidelity:
+    """Compare a bundle's predictions with a reference's, position by position.
+
+    Prefill: the score graph's logits from position `skip` on, and prefill's own for a window's last position. Decode:
+    a window's first half goes through prefill and each token of the second through decode; the second half counts.
+    The divergence is KL(reference || bundle) over the whole vocabulary, in float64. A position's loss is that of the
+    token after it, so a window's last position has none. The logits of one window are in memory at a time, the
+    reference's and the bundle's.
+
+    Args:
+        windows: Token ids, each at least `skip` + 2 of them.
+        reference: Gives the logits to compare with; None measures perplexity alone.
+        skip: Positions at the start of each window that do not count.
+        decode_windows: How many of the windows decode's figures use; None for all.
+        progress: Called with the number of tokens of each window that is done.
+
+    Raises:
+        PromptError: A window is too short or too long, or an id is outside the vocabulary.
+        SatchelError: The reference has another vocabulary, or logits that are not finite.
+        BundleError: The bundle's logits are not finite.
+    """
+    check_windows(windows, skip)
+    if decode_windows is not None and decode_windows < 1:
+        raise PromptError(f"decode cannot be measured on {decode_windows} windows: give at least 1")
+    prefill, decode = _Figures("score and prefill graphs"), _Figures("decode graph")
+    for index, window in enumerate(windows):
+        expected = None if reference is None else _checked(reference(window), window, engine)
+        _compare_prefill(engine, window, expected, skip, prefill)
+        if decode_windows is None or index < decode_windows:
+            _compare_decode(engine, window, expected, skip, decode)
+        progress(len(window))
+    return Fidelity(prefill.summary(), decode.summary())
+
+
+def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Log-probabilities along the last axis, computed in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+class _Figures:
+    """What is kept of each position of one phase: four floats."""
+
+    def __init__(self, graphs: str) -> None:
+        self._graphs = graphs
+        self._divergences, self._agreements = array("d"), array("d")
+        self._losses, self._reference_losses = array("d"), array("d")
+
+    def add(self, logits: Logits, expected: NDArray[np.float32] | None, following: Ids) -> None:
+        """Take in positions: logits [positions, vocabulary] and, for all or all but the last, the id that follows."""
+        step = max(1, VALUES_AT_ONCE // logits.shape[1])
+        for start in range(0, len(logits), step):
+            rows, targets = slice(start, start + step), following[start : start + step]
+            if not np.isfinite(logits[rows]).all():
+                raise BundleError(f"the logits of the {self._graphs} are not finite: export in another precision")
+            ours = log_softmax(logits[rows])
+            self._losses.extend(_losses(ours, targets))
+            if expected is None:
+                continue
+            theirs = log_softmax(expected[rows])
+            self._reference_losses.extend(_losses(theirs, targets))
+            self._agreements.extend(ours.argmax(-1) == theirs.argmax(-1))
+            self._divergences.extend((np.exp(theirs) * (theirs - ours)).sum(-1))
+
+    def summary(self) -> PhaseFidelity:
+        perplexity = _perplexity(self._losses)
+        if not self._divergences:
+            return PhaseFidelity(None, None, None, None, perplexity, None)
+        divergences = np.maximum(self._divergences, 0)  # below 0 by rounding only
+        return PhaseFidelity(
+            kl_mean=float(divergences.mean()),
+            kl_median=float(np.median(divergences)),
+            kl_p90=float(np.quantile(divergences, 0.9)),
+            top1=float(np.mean(self._agreements)),
+            perplexity=perplexity,
+            reference_perplexity=_perplexity(self._reference_losses),
+        )
+
+
+def _compare_prefill(
+    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures
+) -> None:
+    logits = engine.score(window)
+    logits[-1] = engine.prefill(engine.new_state(len(window)), window)
+    figures.add(logits[skip:], None if expected is None else expected[skip:], window[skip + 1 :])
+
+
+def _compare_decode(
+    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures
+) -> None:
+    half = len(window) // 2
+    state = engine.new_state(len(window))
+    engine.prefill(state, window[:half])
+    for position in range(half, len(window)):
+        logits, row = engine.decode(state, int(window[position])), slice(position, position + 1)
+        if position >= skip:
+            figures.add(logits[None], None if expected is None else expected[row], window[position + 1 : position + 2])
+
+
+def _checked(logits: NDArray[np.float32], window: Ids, engine: Engine) -> NDArray[np.float32]:
+    wanted = (len(window), engine.vocabulary)
+    if logits.shape != wanted:
+        raise SatchelError(
+            f"the reference's logits are {list(logits.shape)} where the bundle's are {list(wanted)}: "
+            "give the checkpoint that the bundle was made from, or a bundle of it"
+        )
+    if not all(np.isfinite(row).all() for row in logits):
+        raise SatchelError("the reference's logits are not finite: give another reference, or check its weights")
+    return logits
+
+
+def _losses(log_probabilities: NDArray[np.float64], targets: Ids) -> NDArray[np.float64]:
+    losses: NDArray[np.float64] = -log_probabilities[np.arange(len(targets)), targets]
+    return losses
+
+
+def _perplexity(losses: array[float]) -> float:
+    return float(np.exp(min(float(np.mean(losses)), LARGEST_LOSS)))

@@ -1,0 +1,151 @@
+"""Runs a bundle before it is published: `python -m satchel.runtime.evaluation.selftest FOLDER [LIBRARY ...]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import BundleError, SatchelError
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.ort.custom_ops import Custom, choose
+from satchel.runtime.ort.session import SessionSettings, open_session
+
+Cache = dict[str, NDArray[np.float32]]
+Ids = NDArray[np.int64]
+Compared = tuple[str, NDArray[np.float32], NDArray[np.float32]]
+"""A phase, its logits, and those of the prefill graph for the same tokens."""
+
+TOKENS = 6
+
+TOLERANCE = 1e-3
+"""Between the same logits by two ways through the graphs, relative to the largest."""
+
+HALF_TOLERANCE = 2e-2
+"""The same for graphs that compute in float16, whose numbers have 11 bits."""
+
+ROUNDED_TOLERANCE = 0.5
+"""The same where phases round activations or caches differently, of the root mean squares: a router may choose another
+expert for a token by that, and a wrong graph is further off. The certificate measures the rest.
+"""
+
+SPARE = 2
+"""Positions of the cache that stay free where the mask covers all of it."""
+
+
+def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
+    """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
+
+    The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
+    score graph. One graph is open at a time, with as little memory as will do; of static ones all are.
+
+    Raises:
+        BundleError: They do not, or the logits are not finite.
+    """
+    bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
+    _check_graphs(choose(bundle, Custom(libraries)))
+    if bundle.manifest.plain is not None:
+        _check_graphs(choose(bundle, Custom(passes=False)))
+    if bundle.manifest.tokenizer is not None:
+        Tokenizer.open(bundle)  # checks itself against the recorded corpus
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    folder = bundle.folder
+    compared = _compared_dynamic(bundle) if bundle.manifest.static is None else _compared_static(bundle)
+    rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
+    exact = HALF_TOLERANCE if bundle.manifest.kv_cache.dtype == "float16" else TOLERANCE
+    for name, logits, whole in compared:
+        if not np.isfinite(logits).all() or not np.isfinite(whole).all():
+            raise BundleError(f"{folder}: the logits of the {name} graph are not finite: export in another precision")
+        size = _root_mean_square if rounded else _largest
+        error = size(logits - whole) / max(size(whole), 1e-30)
+        if error > (ROUNDED_TOLERANCE if rounded else exact):
+            raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
+
+
+def _compared_dynamic(bundle: Bundle) -> list[Compared]:
+    length = min(TOKENS, bundle.manifest.model.max_context)
+    ids = _ids(bundle.manifest, length)[None]
+    # A mask of the whole cache is to be longer than the tokens, as it will be in use.
+    fixed = bundle.manifest.has_fixed_mask
+    empty = _empty_cache(bundle.manifest, min(length + SPARE, bundle.manifest.model.max_context) if fixed else length)
+    whole, _ = _run(bundle, "prefill", ids, 0, empty)
+    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty) if length > 1 else (whole, empty)
+    decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, cache)
+    score, _ = _run(bundle, "score", ids, 0, empty)
+    return [("decode", decode, whole), ("score", score, whole)]
+
+
+def _compared_static(bundle: Bundle) -> list[Compared]:
+    """Each prefill graph, on as many tokens as it takes, with score; and decode, after those but the last, with it."""
+    engine = Engine(bundle, SessionSettings(lean=True))
+    compared: list[Compared] = []
+    for graph in bundle.manifest.static.prefill if bundle.manifest.static else ():
+        ids = _ids(bundle.manifest, graph.tokens)
+        whole = engine.prefill(engine.new_state(len(ids)), ids, graph.tokens).copy()
+        compared.append(("score", engine.score(ids)[-1], whole))
+    ids = _ids(bundle.manifest, min(TOKENS, engine.max_context))
+    whole = engine.prefill(engine.new_state(len(ids)), ids).copy()
+    state = engine.new_state(len(ids))
+    if len(ids) > 1:
+        engine.prefill(state, ids[:-1])
+    return [*compared, ("decode", engine.decode(state, int(ids[-1])), whole)]
+
+
+def _ids(manifest: Manifest, count: int) -> Ids:
+    return np.asarray([(7 * i + 1) % manifest.model.vocab_size for i in range(count)], np.int64)
+
+
+def _largest(values: NDArray[np.float32]) -> float:
+    return float(np.abs(values).max())
+
+
+def _root_mean_square(values: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
+    cache = {}
+    for layer in manifest.kv_cache.layers:
+        for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim)):
+            cache[name] = np.zeros((1, layer.kv_heads, capacity, width), manifest.kv_cache.dtype)
+    return cache
+
+
+def _run(
+    bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
+) -> tuple[NDArray[np.float32], Cache]:
+    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence], `past` positions being there."""
+    session = open_session(bundle, phase, SessionSettings(lean=True))
+    end = past + ids.shape[1]
+    whole = phase == "decode" and bundle.manifest.has_fixed_mask
+    mask = np.zeros((1, next(iter(cache.values())).shape[2] if whole else end), np.int64)
+    mask[:, :end] = 1
+    names = [output.name for output in session.get_outputs()]
+    values = dict(zip(names, session.run(None, {"input_ids": ids, "attention_mask": mask, **cache}), strict=True))
+    layers = bundle.manifest.kv_cache.layers
+    pairs = [
+        (n, p)
+        for layer in layers
+        for n, p in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
+    ]
+    return values["logits"][0, -1], {name: values[present] for name, present in pairs}
+
+
+def main() -> int:
+    try:
+        selftest(Path(sys.argv[1]), tuple(map(Path, sys.argv[2:])))
+    except SatchelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

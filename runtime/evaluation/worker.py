@@ -1,0 +1,105 @@
+"""Certifies a bundle that has just been written.
+
+    python -m satchel.runtime.evaluation.worker BUNDLE FOLDER TEXT [LIBRARY ...]
+
+FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON
+what the windows were cut from; a LIBRARY has operators that the bundle needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.certificate import Certificate, EvaluatedText, Speed, Window
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.evaluation.certify import NEW_TOKENS, make_certificate
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.custom_ops import Custom, choose
+from satchel.runtime.ort.session import SessionSettings, default_threads, share_thread_pool
+from satchel.runtime.tools.bench.benchmark import LOWEST_ID, Workload, measure
+from satchel.runtime.util.cpu import machine_cores
+
+WINDOWS, REFERENCE, RESULT = "windows.npy", "reference-{}.npy", "certificate.json"
+
+PROMPTS = 6
+"""Windows whose beginnings become golden prompts."""
+
+PROMPT_TOKENS = 32
+SPEED_TOKENS = (256, 64)
+"""Tokens of the prompt and new ones for the speeds that are recorded."""
+
+LARGEST_PACKED = 1 << 30
+"""Bytes of a float bundle up to which its weights are packed, as for a user: faster, but a second copy in memory."""
+
+FLOAT_DECODE_WINDOWS = 1
+"""In float, decode runs the kernels of prefill: one window will do."""
+
+
+def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tuple[Path, ...] = ()) -> Certificate:
+    """Measure a bundle against the logits in `work`. Raises SatchelError."""
+    bundle = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
+    manifest = bundle.manifest
+    windows = list(np.load(work / WINDOWS))
+    places = {window.tobytes(): index for index, window in enumerate(windows)}
+
+    def reference(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(np.load(work / REFERENCE.format(places[ids.tobytes()])), np.float32)
+
+    quantized = bool(manifest.layers)
+    # Quantized weights that are not packed run in other kernels, whose figures would not be the user's.
+    lean = not quantized and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
+    # The figures must not hang on the CPUs that this process is bound to.
+    engine = Engine(bundle, SessionSettings(threads=machine_cores(), lean=lean))
+    length = len(windows[0])
+    prompt = min(PROMPT_TOKENS, length // 2)
+    certificate = make_certificate(
+        engine,
+        reference,
+        text,
+        windows,
+        [(index, prompt, min(NEW_TOKENS, length - prompt)) for index in range(min(PROMPTS, len(windows)))],
+        skip=min(Window.SKIP, length // 8),
+        decode_windows=None if quantized else FLOAT_DECODE_WINDOWS,
+    )
+    if lean or manifest.target != "cpu":  # how fast the CPU is says nothing of another device
+        return certificate
+    if default_threads() != machine_cores():
+        engine = Engine(bundle, SessionSettings())
+    return dataclasses.replace(certificate, speed=_speed(engine, manifest))
+
+
+def _speed(engine: Engine, manifest: Manifest) -> Speed | None:
+    """The speed on this machine; None for a context or a vocabulary too small to tell."""
+    prompt, new = SPEED_TOKENS
+    if prompt + new > manifest.model.max_context or manifest.model.vocab_size <= LOWEST_ID:
+        return None
+    figures = measure(engine, Workload(prompt, new, manifest.model.vocab_size), load=0.0)
+    return Speed(prompt, new, default_threads(), round(figures.prefill, 1), round(figures.decode, 1))
+
+
+def main() -> int:
+    try:
+        text = json.loads(sys.argv[3])
+        described = None if text is None else strict_json.from_json(EvaluatedText, text)
+        if default_threads() == machine_cores():  # else speed is measured in other threads than all the rest
+            share_thread_pool()
+        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])))
+    except SatchelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    document = json.dumps(strict_json.to_json(certificate))
+    (Path(sys.argv[2]) / RESULT).write_text(document, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Graphs for any number of tokens on a CUDA device, whose decode step is captured as a CUDA graph.
+
+A step of decode has one shape and one set of addresses: one token, a mask of the cache's whole length, the cache in
+place. What it gives stays on the device until somebody reads it: the most likely tokens, where the graph chooses them
+itself, or all logits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import onnxruntime as ort
+
+from satchel.runtime.bundle.contract import TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.experimental.device_memory import memory_of
+from satchel.runtime.execution.experimental.slots import NOT_CAPTURED, DeviceCache, Slots, run_options
+from satchel.runtime.execution.kv_cache import Cache
+from satchel.runtime.execution.spans import PREFILL_CHUNK, chunks
+from satchel.runtime.execution.state import Best, Graphs, Ids, Logits, State
+from satchel.runtime.ort.binding import bind_output, run_bound
+from satchel.runtime.ort.providers import CUDA_GRAPH
+from satchel.runtime.ort.session import SessionSettings, open_both, open_session
+
+
+class CapturedState(State):
+    """A state in a slot of the device."""
+
+    def __init__(
+        self,
+        cache: DeviceCache,
+        logits: Logits,
+        sessions: tuple[ort.InferenceSession, ort.InferenceSession],
+        *,
+        fixed_mask: bool,
+        top_tokens: int,
+    ) -> None:
+        super().__init__(cache, logits)
+        self._slot = slot = cache.slot
+        self._sessions = sessions
+        self._fixed_mask, self._top_tokens = fixed_mask, top_tokens
+        self._read = True  # whether `_logits` are those of the last step
+        self._stepped = False
+        self._uncaptured = run_options(NOT_CAPTURED)
+        self._prefill_binding, self._decode_binding = (slot.bind_cache(session) for session in sessions)
+        for binding in (self._prefill_binding, self._decode_binding):
+            for name, result in slot.results.items():
+                result.bind(binding, name)
+        slot.token.bind(self._decode_binding, "input_ids")
+        if fixed_mask:
+            slot.mask.bind(self._decode_binding, "attention_mask")
+
+    @property
+    def logits(self) -> Logits:
+        """Those of the last token fed, [vocabulary] float32; copied from the device when they are first asked for."""
+        if not self._read:
+            self._logits[:] = self._slot.results["logits"].read()[0, 0]
+            self._read = True
+        return self._logits
+
+    def best(self, count: int) -> Best | None:
+        """The tokens that the graph chose, where it has outputs for `count` of them and the last step was of this."""
+        if not self._stepped or count > self._top_tokens:
+            return None
+        ids, logits = (self._slot.results[name].read()[0, 0] for name in (TOP_IDS, TOP_LOGITS))
+        return Best(ids, logits)
+
+    def hold(self, other: State, start: int = 0) -> None:
+        super().hold(other, start)
+        self._read, self._stepped = True, False
+
+    def feed(self, tokens: Ids) -> None:
+        cache, binding = self._cache, self._prefill_binding
+        cache.require(len(tokens))
+        binding.bind_cpu_input("input_ids", tokens[None])
+        binding.bind_cpu_input("attention_mask", np.ones((1, cache.length + len(tokens)), np.int64))
+        self._run(self._sessions[0], binding, self._uncaptured, len(tokens))
+
+    def step(self, token: int) -> None:
+        cache, slot, binding = self._cache, self._slot, self._decode_binding
+        cache.require(1)
+        slot.token.array[0, 0] = token
+        slot.token.send(binding, "input_ids")
+        if self._fixed_mask:
+            slot.mask.array[0, : cache.length + 1] = 1
+            slot.mask.array[0, cache.length + 1 :] = 0
+            slot.mask.send(binding, "attention_mask")
+        else:
+            binding.bind_cpu_input("attention_mask", np.ones((1, cache.length + 1), np.int64))
+        self._run(self._sessions[1], binding, slot.run_options, 1)
+
+    def _run(self, session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions, count: int) -> None:
+        run_bound(session, binding, f"at position {self._cache.length}", options)
+        self._cache.advance(count)
+        self._read, self._stepped = False, True
+
+
+class CapturedGraphs(Graphs[DeviceCache]):
+    """The prefill, decode and score graphs of `manifest.graphs` on a CUDA device."""
+
+    def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
+        """Open prefill and decode, in one session where the manifest says so. Raises BundleError and ProviderError."""
+        self._bundle, self._settings = bundle, settings
+        self._sessions = open_both(bundle, settings)
+        captures = settings.provider.session_options(bundle.manifest)[CUDA_GRAPH] == "1"
+        self._slots = Slots(bundle.manifest, memory_of(settings.provider), captures)
+        self._score: ort.InferenceSession | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+        """That of prefill and that of decode: the same one twice where both phases share it."""
+        return self._sessions
+
+    def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
+        return self._sessions[1:] if count is None else self._sessions[:1]
+
+    def new_cache(self, capacity: int, rows: int = 1) -> DeviceCache:
+        if rows != 1:
+            raise ValueError("a slot has one row")
+        return self._slots.take(capacity)
+
+    def release(self, cache: Cache) -> None:
+        if isinstance(cache, DeviceCache):
+            cache.free()
+
+    def state(self, cache: DeviceCache, logits: Logits) -> CapturedState:
+        manifest = self._bundle.manifest
+        return CapturedState(
+            cache,
+            logits,
+            self._sessions,
+            fixed_mask=manifest.has_fixed_mask,
+            top_tokens=manifest.graph("decode").top_tokens,
+        )
+
+    def spans(self, count: int, chunk: int | None) -> Iterator[slice]:
+        return chunks(count, chunk or PREFILL_CHUNK)
+
+    def score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+        with self._lock:
+            if self._score is None:
+                self._score = open_session(self._bundle, "score", self._settings)
+            session = self._score
+        cache = self.new_cache(len(tokens))
+        binding, options = cache.slot.bind_cache(session), run_options(NOT_CAPTURED)
+        for span in self.spans(len(tokens), chunk):
+            part, rows = tokens[span], logits[span]
+            binding.bind_cpu_input("input_ids", part[None])
+            binding.bind_cpu_input("attention_mask", np.ones((1, span.stop), np.int64))
+            bind_output(binding, "logits", rows, (1, *rows.shape))
+            run_bound(session, binding, f"at position {cache.length}", options)
+            cache.advance(len(part))

@@ -1,0 +1,203 @@
+"""Graphs in which every shape is a number, over two sets of cache buffers that change places at each run.
+
+Devices that compile each shape anew want it so: each part of each graph sees one shape of each input, always.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+
+from satchel.runtime.bundle.manifest import GraphSpec, StaticGraph, TensorSpec
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.experimental.device_memory import Buffer, Feed, Memory, Result, memory_of
+from satchel.runtime.execution.experimental.om_cache import Workplace
+from satchel.runtime.execution.experimental.static_inputs import StaticInputs
+from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
+from satchel.runtime.execution.kv_cache import Cache
+from satchel.runtime.execution.spans import covering, padded_spans
+from satchel.runtime.execution.state import Graphs, Ids, Logits, State
+from satchel.runtime.ort.binding import run_bound
+from satchel.runtime.ort.session import SessionSettings, open_part
+
+LOGITS = "logits"
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """One static graph, opened: the sessions of its parts, which run one after the other."""
+
+    graph: StaticGraph
+    sessions: tuple[ort.InferenceSession, ...]
+
+
+class _Bound:
+    """What one state has for one chain: its inputs, what its parts hand on, and their bindings for each side."""
+
+    def __init__(self, chain: Chain, cache: SwappedCache, memory: Memory, logits: Logits) -> None:
+        self.feeds: dict[str, Feed] = {}
+        self._chain, self._cache = chain, cache
+        self._version = cache.version
+        self._bindings: dict[int, list[ort.IOBinding]] = {}
+        self._handed: dict[str, Buffer] = {}
+        self._logits: Result | None = None
+        for part in chain.graph.parts:
+            for tensor in part.inputs:
+                if tensor.name not in cache.inputs() | self._handed | self.feeds:
+                    self.feeds[tensor.name] = memory.feed(_numbers(tensor), tensor.dtype)
+            for tensor in part.outputs:
+                if tensor.name == LOGITS:
+                    self._logits = memory.result(logits.reshape(_numbers(tensor)))
+                elif tensor.name not in cache.outputs():
+                    self._handed[tensor.name] = memory.buffer(_numbers(tensor), tensor.dtype)
+
+    def bindings(self) -> list[ort.IOBinding]:
+        """A binding for each part, as the cache's sides lie."""
+        cache = self._cache
+        if self._version != cache.version:
+            self._version, self._bindings = cache.version, {}
+        if cache.side not in self._bindings:
+            pairs = zip(self._chain.graph.parts, self._chain.sessions, strict=True)
+            self._bindings[cache.side] = [self._bind(part, session.io_binding()) for part, session in pairs]
+        return self._bindings[cache.side]
+
+    def _bind(self, part: GraphSpec, binding: ort.IOBinding) -> ort.IOBinding:
+        inputs, outputs = self._handed | self._cache.inputs(), self._handed | self._cache.outputs()
+        for tensor in part.inputs:
+            if tensor.name in self.feeds:
+                self.feeds[tensor.name].bind(binding, tensor.name)
+            else:
+                inputs[tensor.name].bind_input(binding, tensor.name)
+        for tensor in part.outputs:
+            if tensor.name == LOGITS and self._logits is not None:
+                self._logits.bind(binding, tensor.name)
+            else:
+                outputs[tensor.name].bind_output(binding, tensor.name)
+        return binding
+
+
+class StaticState(State):
+    """A state over a swapped cache. Bindings are made for each graph when it first runs, and kept."""
+
+    def __init__(self, graphs: StaticGraphs, cache: SwappedCache, logits: Logits) -> None:
+        super().__init__(cache, logits)
+        self._swapped = cache
+        self._graphs = graphs
+        self._bound: dict[Chain, _Bound] = {}
+
+    def feed(self, tokens: Ids) -> None:
+        self.run(self._graphs.prefill_for(len(tokens)), tokens, self._logits)
+
+    def step(self, token: int) -> None:
+        self.run(self._graphs.decode, np.array([token], np.int64), self._logits)
+
+    def run(self, chain: Chain, tokens: Ids, logits: Logits) -> None:
+        """Run a chain on as many tokens as it takes, or fewer, and count them in the cache.
+
+        `logits` is the buffer for its logits, the same one at every run of this chain.
+        """
+        cache = self._swapped
+        cache.require(len(tokens))
+        bound = self._bound.get(chain)
+        if bound is None:
+            bound = self._bound[chain] = _Bound(chain, cache, self._graphs.memory, logits)
+        self._graphs.inputs.fill({name: feed.array for name, feed in bound.feeds.items()}, tokens, cache.length)
+        with self._graphs.workplace.first_run(chain):
+            for part, session, binding in zip(chain.graph.parts, chain.sessions, bound.bindings(), strict=True):
+                for tensor in part.inputs:
+                    if tensor.name in bound.feeds:
+                        bound.feeds[tensor.name].send(binding, tensor.name)
+                run_bound(session, binding, f"at position {cache.length}")
+        cache.swap(len(tokens))
+
+
+class StaticGraphs(Graphs[SwappedCache]):
+    """The static graphs of a bundle, on the CPU or on a device."""
+
+    def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
+        """Open prefill and decode. Raises BundleError and ProviderError."""
+        static = bundle.manifest.static
+        if static is None:
+            raise ValueError("there are no static graphs")
+        # The working directory may be another one while graphs are opened.
+        self._bundle = bundle.absolute()
+        self._static, self._settings = static, settings
+        self.memory = memory_of(settings.provider)
+        self.inputs = StaticInputs(bundle, static)
+        self.workplace = Workplace.of(bundle, settings.provider)
+        self._prefill = [self._open(f"prefill[{index}]", graph) for index, graph in enumerate(static.prefill)]
+        self.decode = self._open("decode", static.decode)
+        self._score: Chain | None = None
+        self._lock = threading.Lock()
+        self._spare: SwappedCache | None = None
+
+    @property
+    def sessions(self) -> tuple[ort.InferenceSession, ...]:
+        """Those of prefill's graphs, the shortest first, part by part, and of decode."""
+        return tuple(session for chain in (*self._prefill, self.decode) for session in chain.sessions)
+
+    def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
+        return (self.decode if count is None else self.prefill_for(count)).sessions
+
+    def prefill_for(self, count: int) -> Chain:
+        """The shortest prefill graph that holds `count` tokens."""
+        return self._prefill[covering(count, self._lengths)]
+
+    def new_cache(self, capacity: int, rows: int = 1) -> SwappedCache:
+        if rows != 1:
+            raise ValueError("static graphs take one row")
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.reopen(capacity)
+            return spare
+        manifest = self._bundle.manifest
+        return SwappedCache(manifest.kv_cache, self.memory, self._static.capacity, capacity, manifest.model.max_context)
+
+    def release(self, cache: Cache) -> None:
+        """Keep one cache for the next: each has the full capacity, so that any will do."""
+        if isinstance(cache, SwappedCache):
+            with self._lock:
+                self._spare = cache
+
+    def state(self, cache: SwappedCache, logits: Logits) -> StaticState:
+        return StaticState(self, cache, logits)
+
+    def spans(self, count: int, chunk: int | None) -> Iterator[slice]:
+        return padded_spans(count, chunk, self._lengths)
+
+    def score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+        chain = self._score_chain()
+        state = self.state(self.new_cache(len(tokens)), logits[0])
+        rows = np.zeros((chain.graph.tokens, logits.shape[1]), np.float32)
+        for span in padded_spans(len(tokens), chunk, [chain.graph.tokens]):
+            state.run(chain, tokens[span], rows)
+            logits[span] = rows[: span.stop - span.start]
+        self.release(state.cache)
+
+    @property
+    def _lengths(self) -> Sequence[int]:
+        return [graph.tokens for graph in self._static.prefill]
+
+    def _score_chain(self) -> Chain:
+        with self._lock:
+            if self._score is None:
+                self._score = self._open("score", self._static.score)
+            return self._score
+
+    def _open(self, key: str, graph: StaticGraph) -> Chain:
+        with self.workplace.entered():
+            sessions = [
+                open_part(self._bundle, part, f"static.{key}.parts[{index}]", self._settings)
+                for index, part in enumerate(graph.parts)
+            ]
+        return Chain(graph, tuple(sessions))
+
+
+def _numbers(tensor: TensorSpec) -> tuple[int, ...]:
+    """Its shape whose sizes are numbers, as the manifest's check has made sure."""
+    return tuple(size for size in tensor.shape if isinstance(size, int))

@@ -1,0 +1,90 @@
+"""A KV cache of two sets of buffers that change places at each step, in the memory of any device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.manifest import CacheSpec
+from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.experimental.device_memory import Buffer, Memory
+from satchel.runtime.execution.kv_cache import Cache
+
+Buffers = dict[str, Buffer]
+
+
+class SwappedCache(Cache):
+    """Keys and values of one sequence for graphs that read all of past and write all of present.
+
+    Both have `size` positions, whatever the `capacity` that is allowed. `side` is the number of the set, 0 or 1, that
+    holds what is known; `version` changes when a buffer moved in memory, so that bindings to it are old.
+    """
+
+    def __init__(self, spec: CacheSpec, memory: Memory, size: int, capacity: int, limit: int) -> None:
+        """Allocate both sets; `limit` is the bundle's most positions, for messages. Raises PromptError."""
+        super().__init__(capacity, limit)
+        self.size = size
+        self.side = 0
+        self.version = 0
+        self._memory = memory
+        self._names: dict[str, str] = {}
+        self._sets: tuple[Buffers, Buffers] = ({}, {})
+        try:
+            for layer in spec.layers:
+                for past, present, width in (
+                    (layer.past_key, layer.present_key, layer.key_dim),
+                    (layer.past_value, layer.present_value, layer.value_dim),
+                ):
+                    self._names[past] = present
+                    for buffers in self._sets:
+                        buffers[past] = memory.buffer((1, layer.kv_heads, size, width), spec.dtype)
+        except MemoryError:
+            raise PromptError(
+                f"there is not enough memory for two KV caches of {size} positions: export with a smaller --max-context"
+            ) from None
+
+    @property
+    def past(self) -> Mapping[str, NDArray[Any]]:
+        """What is known, by past input: on the CPU the buffers themselves, from a device copies."""
+        return {name: buffer.read() for name, buffer in self._sets[self.side].items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The size of both sets in bytes."""
+        return sum(buffer.nbytes for buffers in self._sets for buffer in buffers.values())
+
+    def inputs(self) -> Buffers:
+        """The buffers that hold what is known, by past input."""
+        return self._sets[self.side]
+
+    def outputs(self) -> Buffers:
+        """The buffers that the next step writes, by present output."""
+        return {self._names[past]: buffer for past, buffer in self._sets[1 - self.side].items()}
+
+    def swap(self, count: int) -> None:
+        """Count `count` positions that a step has just written into the other set, which is the one known now."""
+        self.advance(count)
+        self.side = 1 - self.side
+
+    def reopen(self, capacity: int) -> None:
+        """Be an empty cache of that capacity."""
+        self.capacity = capacity
+        self.clear()
+
+    def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
+        """Hold the first `count` positions of `other`, as `Cache.copy_from`; a device gets whole buffers."""
+        self._length = 0
+        self.require(count)
+        theirs = other.past
+        for name, buffer in self._sets[self.side].items():
+            values = buffer.read()
+            if not values.flags.writeable:
+                values = np.array(values)
+            values[:, :, start:count] = theirs[name][:, :, start:count]
+            buffer.write(values)
+        if not self._memory.keeps_addresses:
+            self.version += 1
+        self._length = count

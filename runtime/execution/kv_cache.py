@@ -1,0 +1,140 @@
+"""The KV cache: buffers allocated once at their full capacity, and the one owner of their length."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.manifest import CacheSpec
+from satchel.runtime.errors import PromptError
+
+
+class Cache(ABC):
+    """Keys and values of one sequence, or of several of one length, for every layer, and how many positions they take.
+
+    The buffers are allocated once, for `capacity` positions or more, and never grow.
+    """
+
+    def __init__(self, capacity: int, limit: int, rows: int = 1) -> None:
+        """An empty cache; `limit` is the bundle's most positions, for messages."""
+        self.capacity = capacity
+        self.rows = rows
+        self._limit = limit
+        self._length = 0
+
+    @property
+    @abstractmethod
+    def past(self) -> Mapping[str, NDArray[Any]]:
+        """What each past input of a graph holds, by its name: [rows, kv_heads, positions, head_dim]."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The size of all buffers in bytes, each counted once."""
+
+    @abstractmethod
+    def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
+        """Hold the first `count` positions of `other`, a cache of as many rows, of which `start` are here already.
+
+        Raises PromptError where they do not fit.
+        """
+
+    @property
+    def length(self) -> int:
+        """The number of positions that hold keys and values."""
+        return self._length
+
+    def require(self, count: int) -> None:
+        """Raise PromptError unless `count` further positions fit."""
+        if self._length + count > self.capacity:
+            raise PromptError(
+                f"the context is full: {self._length} + {count} tokens do not fit {self.capacity} positions: "
+                f"raise --max-context (this bundle allows up to {self._limit}) or shorten the prompt"
+            )
+
+    def advance(self, count: int) -> None:
+        """Count `count` positions that a graph has just written. Raises PromptError beyond the capacity."""
+        self.require(count)
+        self._length += count
+
+    def clear(self) -> None:
+        """Hold nothing: the next position to be written is the first."""
+        self._length = 0
+
+
+class KVCache(Cache):
+    """Keys and values in memory of the CPU that a graph reads and writes in place.
+
+    `past` (by graph input) and `present` (by graph output) name the same arrays, [rows, kv_heads, capacity, head_dim],
+    so nothing is copied between steps. They lie in one anonymous mapping: pages that were never written cost no memory,
+    and all of it goes back to the system with the cache.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, capacity: int, limit: int, rows: int = 1, memory: mmap.mmap | None = None
+    ) -> None:
+        """Allocate `capacity` positions for each of `rows` sequences; `limit` is the bundle's most, for messages.
+
+        `memory` of another cache, which nobody uses any more, serves in place of new memory where it is large enough.
+        """
+        super().__init__(capacity, limit, rows)
+        self._past: dict[str, NDArray[Any]] = {}
+        self.present: dict[str, NDArray[Any]] = {}
+        dtype = np.dtype(spec.dtype)
+        positions = [rows * capacity * layer.kv_heads * dtype.itemsize for layer in spec.layers]
+        total = sum(p * (layer.key_dim + layer.value_dim) for p, layer in zip(positions, spec.layers, strict=True))
+        if memory is None or len(memory) < total:
+            try:
+                memory = mmap.mmap(-1, max(total, 1))
+            except (OSError, OverflowError, ValueError):
+                raise PromptError(
+                    f"there is not enough memory for a KV cache of {capacity} positions: lower --max-context"
+                ) from None
+        self.memory, offset = memory, 0
+        for layer in spec.layers:
+            for past, present, width in (
+                (layer.past_key, layer.present_key, layer.key_dim),
+                (layer.past_value, layer.present_value, layer.value_dim),
+            ):
+                buffer: NDArray[Any] = np.ndarray((rows, layer.kv_heads, capacity, width), dtype, memory, offset)
+                offset += buffer.nbytes
+                self._past[past] = self.present[present] = buffer
+
+    @property
+    def past(self) -> dict[str, NDArray[Any]]:
+        """The buffers themselves, by graph input."""
+        return self._past
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all buffers in bytes, each counted once."""
+        return sum(buffer.nbytes for buffer in self._past.values())
+
+    def row(self, index: int) -> Self:
+        """A cache of one sequence, empty and with a length of its own, in the memory of row `index` of this one."""
+        row = copy.copy(self)
+        row.rows, row._length = 1, 0
+        row._past = {name: buffer[index : index + 1] for name, buffer in self._past.items()}
+        row.present = {name: buffer[index : index + 1] for name, buffer in self.present.items()}
+        return row
+
+    def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
+        """Hold the first `count` positions of `other`, as `Cache.copy_from`."""
+        self._length = 0
+        self.require(count)
+        theirs = other.past
+        for name, buffer in self._past.items():
+            buffer[:, :, start:count] = theirs[name][:, :, start:count]
+        self._length = count
+
+
+def position_bytes(spec: CacheSpec) -> int:
+    """The bytes that the keys and values of one position of one sequence take, all layers together."""
+    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in spec.layers)
+    return numbers * np.dtype(spec.dtype).itemsize

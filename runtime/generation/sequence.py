@@ -1,0 +1,169 @@
+"""One request in the making: it takes logits, chooses tokens, gives text, and knows when it has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.errors import PromptError, SatchelError
+from satchel.runtime.execution.state import Logits, State
+from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
+from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities
+from satchel.runtime.generation.sampling.sampler import Sampler
+from satchel.runtime.generation.stop_strings import StopStrings
+
+Choose = Callable[[Logits], int]
+Callback = Callable[[str], object]
+
+
+@dataclass
+class Timing:
+    """Seconds spent on the prompt, until its first token was chosen, and on further tokens, and how many steps those
+    took. The steps of a batch count whole for each of its rows.
+    """
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+
+
+class ActiveSequence:
+    """The new tokens and the text of one prompt, whoever runs the graphs.
+
+    `take` is called with the logits of the prompt's last token, and then with those of each token taken, until
+    `finish_reason` is set: "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context), "time"
+    (the time limit), "callback" (the callback said so), "closed" (closed before its end) or "error". The last new token
+    need not be fed, so k new tokens after p prompt tokens take p + k - 1 positions: a prompt that fills the context
+    exactly still gets one token. An end token is no part of `token_ids`.
+    """
+
+    def __init__(
+        self,
+        prompt: NDArray[np.int64],
+        options: GenerationOptions,
+        limit: int,
+        choose: Choose | Sampler,
+        end_tokens: Collection[int],
+        text: IncrementalDetokenizer | None,
+        callback: Callback | None = None,
+    ) -> None:
+        """`choose` is a sampler, or picks a token from logits.
+
+        `limit` is the most tokens, `text` decodes them, `callback` gets each piece and ends all by a true value.
+        """
+        self.prompt = prompt
+        self.options = options
+        self.limit = limit
+        self.token_ids: list[int] = []
+        self.pieces: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None if limit else "length"
+        self.error: SatchelError | None = None
+        self.reused_tokens = 0
+        self.timing = Timing()
+        self._sampler = choose if isinstance(choose, Sampler) else None
+        self._choose = choose.choose if isinstance(choose, Sampler) else choose
+        self._end_tokens = end_tokens
+        self._text = text
+        self._stops = StopStrings(options.stop)
+        self._callback = callback
+        self._deadline: float | None = None
+
+    @property
+    def positions(self) -> int:
+        """The positions of KV cache that this takes at most."""
+        return len(self.prompt) + max(self.limit - 1, 0)
+
+    @property
+    def fed(self) -> NDArray[np.int64]:
+        """The prompt and the new tokens: what a cache of this holds begins with them."""
+        return np.concatenate([self.prompt, np.asarray(self.token_ids, np.int64)])
+
+    def begin(self) -> None:
+        """Start the clock of the time limit."""
+        if self.options.time_limit is not None:
+            self._deadline = time.monotonic() + self.options.time_limit
+
+    def check_time(self) -> None:
+        """End with "time" when the time limit is over."""
+        if self._deadline is not None and self.finish_reason is None and time.monotonic() >= self._deadline:
+            self._end("time")
+
+    def take(self, logits: Logits) -> str:
+        """Choose the next token of logits [vocabulary]. Returns the text that may be shown now, often empty.
+
+        Raises what choosing raises, and PromptError for a choice outside the vocabulary; this has then ended.
+        """
+        return self._take(lambda: (self._checked(logits), logits))
+
+    def take_from(self, state: State) -> str:
+        """As `take`, of what the last step left in a state; its logits are not read where its best tokens will do."""
+        return self._take(lambda: self._chosen_from(state))
+
+    def close(self, reason: str = "closed") -> None:
+        """End this before its end; afterwards nothing changes it. Text that was held back is shown."""
+        if self.finish_reason is None:
+            self._end(reason)
+
+    def fail(self, error: SatchelError) -> None:
+        """End this by an error that the user can mend."""
+        self.error, self.finish_reason = error, "error"
+
+    def _take(self, choose: Callable[[], tuple[int, Logits | None]]) -> str:
+        shown = len(self.pieces)
+        try:
+            self._add(*choose())
+        except Exception:  # nothing right can follow; an interrupt is none of these, and leaves this to be closed
+            self.finish_reason = "error"
+            raise
+        return "".join(self.pieces[shown:])
+
+    def _checked(self, logits: Logits) -> int:
+        token = int(self._choose(logits))
+        if not 0 <= token < len(logits):
+            raise PromptError(f"token id {token} was chosen, outside the vocabulary of {len(logits)} ids")
+        return token
+
+    def _chosen_from(self, state: State) -> tuple[int, Logits | None]:
+        """The token, and the logits where they had to be read."""
+        if self._sampler is not None and self.options.logprobs is None:
+            token = self._sampler.choose_best(state.best)
+            if token is not None:
+                return token, None
+        return self._checked(state.logits), state.logits
+
+    def _add(self, token: int, logits: Logits | None) -> None:
+        if token in self._end_tokens:
+            self._end("stop")
+            return
+        if logits is not None and self.options.logprobs is not None:
+            self.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
+        self.token_ids.append(token)
+        piece, found = self._stops.add(self._text.add(token)) if self._text else ("", False)
+        unwanted = self._show(piece)
+        if found:
+            self.finish_reason = "stop"
+        elif unwanted:
+            self._end("callback")
+        elif len(self.token_ids) == self.limit:
+            self._end("length")
+        else:
+            self.check_time()
+
+    def _end(self, reason: str) -> None:
+        self.finish_reason = reason
+        if self._text and self.token_ids:  # without a token, all that is held back is the prompt's
+            piece, found = self._stops.add(self._text.finish())
+            self._show(piece if found else piece + self._stops.finish())
+
+    def _show(self, piece: str) -> bool:
+        """Add a piece to the text. Returns whether the callback wants an end."""
+        if not piece:
+            return False
+        self.pieces.append(piece)
+        return bool(self._callback and self._callback(piece))

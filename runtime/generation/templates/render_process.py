@@ -1,0 +1,202 @@
+"""The child process in which one chat template is compiled and rendered, and what its failures are called."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.templates.limits import MEMORY_BYTES, OUTPUT_BYTES, SECONDS
+from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.terminal import printable
+
+_WORKER = "satchel.runtime.generation.templates.render_worker"
+_START_SECONDS = 30.0  # for Python to start on a busy machine: nothing of the template runs in this time
+_LONGEST_REPLY = 8 * OUTPUT_BYTES  # a byte of text is 6 characters of ASCII JSON at most
+_LONGEST_REASON = 300  # characters of what an error says
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "TZDIR")  # the child gets no other variables of ours
+_REMEDY = "give another template with --chat-template FILE"
+_FAILURES = {
+    "syntax": "the chat template cannot be read{where}: {reason}: " + _REMEDY,
+    "refused": "the chat template refuses these messages: {reason}",
+    "forbidden": "the chat template does what the sandbox forbids{where}: {reason}: " + _REMEDY,
+    "failed": "the chat template fails{where}: {reason}: change the messages, or " + _REMEDY,
+    "size": f"the chat template gives more than {OUTPUT_BYTES / 1e6:g} MB of text: shorten the messages, or {_REMEDY}",
+    "memory": f"the chat template needs more than {MEMORY_BYTES >> 20} MiB of memory: {_REMEDY}",
+}
+_UNUSABLE_AFTER = ("size", "memory")  # after these the child holds memory that it may not be able to give back
+
+
+class _Late(Exception):
+    """The child did not answer in time."""
+
+
+class _Ended(Exception):
+    """The child is gone, or says what it should not."""
+
+
+class TemplateProcess:
+    """A child that has compiled `source`. It serves one thread at a time, in the process that started it."""
+
+    def __init__(self, source: str) -> None:
+        """Start the child and compile. Raises PromptError if either fails, in one line that says why."""
+        if importlib.util.find_spec("jinja2") is None:
+            raise PromptError("chat templates need the package jinja2, which is not installed: pip install jinja2")
+        request = request_line({"template": source})
+        self._child = _start()
+        self._end = weakref.finalize(self, _end, self._child)  # at the interpreter's exit at the latest
+        self._idle = False
+        try:
+            self._receive(time.monotonic() + _START_SECONDS)
+            self._idle = True
+            self._ask(request)
+        except (_Late, _Ended):
+            self.close()
+            raise PromptError(
+                "the process that renders chat templates does not start: "
+                f"find out why with `{sys.executable} -m {_WORKER}`"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def usable(self) -> bool:
+        """Whether the child can render: it lives and waits for a request. In a fork of this process it never can."""
+        return self._idle and self._child.poll() is None
+
+    def render(self, request: bytes) -> str:
+        """The text that the template gives for `request_line({"variables": ...})`.
+
+        Raises PromptError, in one line that says why. See `usable` for whether the child survived it.
+        """
+        return str(self._ask(request).get("text"))
+
+    def close(self) -> None:
+        """End the child and wait for it."""
+        self._end()
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        self._idle = False  # and stays so where this is interrupted: the reply must not be taken for the next one
+        deadline = time.monotonic() + SECONDS
+        try:
+            self._send(request, deadline)
+            reply = self._receive(deadline)
+        except _Late:
+            raise PromptError(f"the chat template took longer than {SECONDS:g} s: {_REMEDY}") from None
+        except _Ended:
+            self.close()
+            status = self._child.returncode
+            how = f"signal {-status}" if status < 0 else f"exit code {status}"
+            raise PromptError(f"the chat template ended the process that renders it ({how}): {_REMEDY}") from None
+        kind = reply.get("error")
+        self._idle = kind not in _UNUSABLE_AFTER
+        if kind is not None:
+            raise PromptError(_explain(reply))
+        return reply
+
+    def _send(self, line: bytes, deadline: float) -> None:
+        pipe = _descriptor(self._child.stdin)
+        rest = memoryview(line)
+        while rest:
+            _wait(pipe, select.POLLOUT, deadline)
+            try:
+                rest = rest[os.write(pipe, rest) :]
+            except BrokenPipeError:
+                raise _Ended from None
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        pipe = _descriptor(self._child.stdout)
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            _wait(pipe, select.POLLIN, deadline)
+            block = os.read(pipe, 1 << 20)
+            line += block
+            if not block or len(line) > _LONGEST_REPLY:
+                raise _Ended
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            raise _Ended from None
+        if not isinstance(reply, dict) or reply.get("error") not in (None, *_FAILURES):
+            raise _Ended
+        return reply
+
+
+def request_line(request: Mapping[str, Any]) -> bytes:
+    """A request as the child reads it. Raises PromptError where something in it is no JSON value."""
+    try:
+        return json.dumps(request, default=_plain).encode("ascii") + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(
+            f"what the chat template is given cannot be written as JSON ({_one_line(str(error))}): "
+            "use text, numbers, lists and objects in messages, tools and arguments"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def _start() -> subprocess.Popen[bytes]:
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-B", "-m", _WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
+            env={**environment, "PYTHONPATH": python_path()},
+            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+        )
+    except OSError as error:
+        raise PromptError(
+            f"no process can be started to render the chat template ({error.strerror}): close other programs"
+        ) from None
+    os.set_blocking(_descriptor(child.stdin), False)
+    return child
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+    child.kill()  # does nothing in a fork of the process that started the child: there it counts as ended
+    child.wait()
+
+
+def _descriptor(pipe: Any) -> int:
+    return int(pipe.fileno())
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise _Late
+
+
+def _explain(reply: Mapping[str, Any]) -> str:
+    line = reply.get("line")
+    where = f" at line {line}" if isinstance(line, int) else ""
+    reason = _one_line(str(reply.get("text")))
+    if reply["error"] != "refused":  # what the template itself says stays as it is
+        reason = reason.removesuffix(".")
+    return _FAILURES[reply["error"]].format(where=where, reason=reason)
+
+
+def _one_line(text: str) -> str:
+    short = printable(" ".join(text.split()))
+    return short if len(short) <= _LONGEST_REASON else f"{short[:_LONGEST_REASON]} ..."

@@ -1,0 +1,251 @@
+"""Text to token ids and back, with the tokenizer that a bundle carries."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from satchel.runtime.bundle.manifest import TokenizerSpec
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import BundleError, PromptError
+
+if TYPE_CHECKING:
+    import sentencepiece
+
+# Appended to a SentencePiece model, these bytes are `normalizer_spec { add_dummy_prefix: false }`: in the protobuf
+# encoding a message that comes twice is merged, and the later value counts.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Tokenizer(ABC):
+    """What both kinds of tokenizer have in common. Threads may share one."""
+
+    @staticmethod
+    def open(bundle: Bundle) -> Tokenizer:
+        """The bundle's tokenizer, checked: the texts in the manifest must give the ids recorded at export.
+
+        A library of another version that splits text otherwise would quietly spoil every answer. Raises BundleError for
+        that, for a file that the library cannot read, and for a bundle without a tokenizer.
+        """
+        spec = bundle.manifest.tokenizer
+        if spec is None:
+            raise BundleError(f"{bundle.folder}: has no tokenizer: use token ids, or export it again with --tokenizer")
+        path = bundle.folder / spec.file
+        tokenizer = _load(spec, bundle.read(spec.file), path)
+        for entry in spec.corpus:
+            if tokenizer.encode(entry.text) != list(entry.ids):
+                raise BundleError(
+                    f"{path}: encodes {entry.text[:40]!r} otherwise than the checkpoint's tokenizer did at export: "
+                    "export the bundle again, or install the tokenizer library that its manifest names"
+                )
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that the bundle's tokenizer adds: those of the original tokenizer.
+
+        Raises PromptError for text that is not Unicode (lone surrogates, as from undecodable command line bytes), and
+        BundleError where the library fails over what the tokenizer's file says.
+        """
+        _check_unicode(text)
+        with _library_errors():
+            return self._encode(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a text that a chat template rendered: nothing is added to it.
+
+        A special token that the text spells out, such as "<s>", becomes its id. Raises as `encode`.
+        """
+        _check_unicode(text)
+        with _library_errors():
+            return self._encode_rendered(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids. Special tokens are left out, and bytes that are not UTF-8 become U+FFFD.
+
+        Raises BundleError as `encode`.
+        """
+        with _library_errors():
+            return self._decode([token for token in ids if not self.is_hidden(token)])
+
+    def text_of(self, token: int) -> str:
+        """The text that one token adds inside a longer text, with its leading space; empty for a special token.
+
+        Bytes that are no whole character become U+FFFD, so the texts of several tokens do not always join to `decode`.
+        """
+        if self.is_hidden(token):
+            return ""
+        # Alone, a token would lose its leading space.
+        with _library_errors():
+            before = self._decode(self._some_text)
+            text = self._decode([*self._some_text, token])
+            return text[len(before) :] if text.startswith(before) else self._decode([token])
+
+    def special_token(self, text: str) -> int | None:
+        """The id of the special token that is written as `text`; None where there is none."""
+        ids = self.encode_rendered(text)
+        found = len(ids) == 1 and self.is_hidden(ids[0]) and self.token_text(ids[0]) == text
+        return ids[0] if found else None
+
+    @cached_property
+    def _some_text(self) -> list[int]:
+        return [token for token in self._encode_rendered("a") if not self.is_hidden(token)]
+
+    @abstractmethod
+    def token_text(self, token: int) -> str | None:
+        """How the vocabulary writes a token, such as "</s>" or "▁the"; None for an id that it does not have."""
+
+    @abstractmethod
+    def is_hidden(self, token: int) -> bool:
+        """Whether a token has no text: a special token, or an id that the tokenizer does not know."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_rendered(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, ids: Sequence[int]) -> str: ...
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, through the tokenizers library; its post-processor adds the special tokens."""
+
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """`content` is that of the file; None reads it."""
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes() if content is None else content)
+        except BaseException as error:
+            if not _from_tokenizers(error):
+                raise
+            raise _unreadable(path, "tokenizers", tokenizers.__version__, error) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, entry in added.items() if entry.special)
+
+    def is_hidden(self, token: int) -> bool:
+        return token in self._special or self.token_text(token) is None
+
+    def token_text(self, token: int) -> str | None:
+        found: str | None = self._tokenizer.id_to_token(token) if token >= 0 else None
+        return found
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; BOS is added here, where the bundle says so."""
+
+    def __init__(self, path: Path, add_bos: bool, content: bytes | None = None) -> None:
+        """`content` is that of the file; None reads it."""
+        import sentencepiece
+
+        try:
+            model = path.read_bytes() if content is None else content
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)  # the constructor takes no bytes for no model
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last where a piece in a message is no text
+            raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
+        self._size = self._processor.get_piece_size()
+        self._add_bos = add_bos
+
+    def is_hidden(self, token: int) -> bool:
+        return not 0 <= token < self._size or self._processor.is_control(token)
+
+    def token_text(self, token: int) -> str | None:
+        return str(self._processor.id_to_piece(token)) if 0 <= token < self._size else None
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text, out_type=int, add_bos=self._add_bos)
+        return ids
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        # The space that SentencePiece puts in front of a text belongs to the first one only, not to what follows a
+        # special token.
+        ids: list[int] = []
+        start = 0
+        for special in self._special_pieces.finditer(text):
+            ids += self._encode_part(text[start : special.start()], at_start=start == 0)
+            ids.append(self._processor.piece_to_id(special.group()))
+            start = special.end()
+        return ids + self._encode_part(text[start:], at_start=start == 0)
+
+    def _encode_part(self, text: str, at_start: bool) -> list[int]:
+        processor = self._processor if at_start else self._without_prefix
+        ids: list[int] = processor.encode(text, out_type=int)
+        return ids
+
+    @cached_property
+    def _special_pieces(self) -> re.Pattern[str]:
+        """Finds the pieces that text alone never gives: control pieces, and that of unknown text."""
+        processor = self._processor
+        special = (i for i in range(self._size) if processor.is_control(i) or processor.is_unknown(i))
+        longest_first = sorted((str(processor.id_to_piece(i)) for i in special), key=len, reverse=True)
+        return re.compile("|".join(re.escape(piece) for piece in longest_first))
+
+    @cached_property
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        import sentencepiece
+
+        model = self._processor.serialized_model_proto() + _NO_DUMMY_PREFIX
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode(list(ids)))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Make an error that a tokenizer library raises over text or ids, since its file is no good, one of ours."""
+    try:
+        yield
+    except BaseException as error:
+        if not _from_tokenizers(error) and type(error) not in (RuntimeError, UnicodeDecodeError):  # sentencepiece
+            raise
+        reason = " ".join(str(error).split())
+        raise BundleError(f"the bundle's tokenizer fails ({reason}): export the bundle again") from None
+
+
+def _from_tokenizers(error: BaseException) -> bool:
+    """Whether the tokenizers library raised this over a file: it has no errors of its own.
+
+    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, for what it did not foresee.
+    """
+    return type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"
+
+
+def _unreadable(path: Path, library: str, version: str, error: BaseException) -> BundleError:
+    return BundleError(
+        f"{path}: {library} {version} cannot read it ({' '.join(str(error).split())}): "
+        "export the bundle again, or install the version that its manifest names"
+    )
+
+
+def _load(spec: TokenizerSpec, content: bytes, path: Path) -> Tokenizer:
+    if spec.kind == "sentencepiece":
+        return SentencePieceTokenizer(path, spec.add_bos, content)
+    return JsonTokenizer(path, content)

@@ -1,1 +1,0 @@
-"""Shows what is in a bundle without running it."""

@@ -1,0 +1,385 @@
+"""Makes a bundle's graphs ready for this machine: optimized, with weights as its kernels want them, mapped at load.
+
+ONNX Runtime optimizes each graph and saves it with the weights that its kernels have packed. What the two phases have
+in common, and what `weights.bin` holds already, is stored once. The portable graphs stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle.external_data import check_external_data
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.reader import DEFAULT_CUSTOM, Bundle, open_bundle, survey_bundle
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
+from satchel.runtime.kernels import library
+from satchel.runtime.optimize.blocks import BLOCKS_NAME, make_blocks
+from satchel.runtime.optimize.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.optimize.forms import NATIVE, PREFIX, Form, Made, described, token_of
+from satchel.runtime.optimize.native import NATIVE_NAME, make_native
+from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
+from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
+from satchel.runtime.ort.custom_ops import Custom
+from satchel.runtime.ort.session import SessionSettings, save_optimized
+
+INLINE_BYTES = 1024
+"""Constants smaller than this stay in the graph."""
+
+DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
+INT8_DISK_FACTOR = 4
+"""The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
+int8 weights made of those in 4 bits: what a graph was optimized from and to, and the files in the making. For satchel's
+own kernels it is as for "stored".
+"""
+
+MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
+    "prefill_int8": (EXPANDED_NAME, expand_weights),
+    "decode_blocks": (BLOCKS_NAME, make_blocks),
+    "native": (NATIVE_NAME, make_native),
+}
+"""Graphs whose weights no bundle holds: the file in which they say that these are, and what makes it."""
+
+LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks", "native": "for satchel's own kernels"}
+
+
+def _silent(_: str) -> None:
+    """Hears of what happens, and says nothing."""
+
+
+def specialize(
+    bundle: Bundle,
+    *,
+    int8_prefill: bool = False,
+    decode: str = "auto",
+    kernels: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[str], Any] = _silent,
+    say: Callable[[str], Any] = _silent,
+) -> Manifest:
+    """Write graphs and packed weights for this machine into a bundle's folder, and name them in its manifest.
+
+    What an earlier call left is replaced. The files are checked against the portable graphs before the manifest, which
+    is written last, names them; until then, and after any failure, the bundle is what it was.
+
+    Args:
+        int8_prefill: Make int8 weights of those in 4 bits, for prefill alone: a faster prefill for more memory.
+        decode: What decode multiplies by: "stored", the weights as they are; "blocks", the same numbers in blocks of
+            inputs, which it has for itself; "auto", that of both which is faster here, blocks only by a margin. Where a
+            bundle has no graph for blocks, or both phases share a session, "auto" is "stored".
+        kernels: "own", satchel's own, in one graph for both phases; "onnxruntime"; or "auto", satchel's own where they
+            can be had and are faster than ONNX Runtime's over weights as they are stored, unless `int8_prefill` or
+            `decode` asks for a form of those.
+        threads: CPU threads for the work; None for one per physical core.
+        progress: Hears the name of each stage as it begins.
+        say: Hears what was found out.
+
+    Returns:
+        The bundle's manifest as it is now.
+
+    Raises:
+        SatchelError: The folder cannot be written, the disk has no room, or the results differ; or the bundle has no
+            weights of the kind asked for, or what is made of them loses more than its certificate allows. With "auto"
+            blocks, or satchel's own kernels, that differ or lose too much are left out, with a SatchelWarning.
+        BundleError: A graph does not load.
+    """
+    folder, settings = bundle.folder, SessionSettings(threads=threads)
+    if not bundle.whole:
+        raise BundleError(f"{folder}: only its graphs with a user's own operators are specialized: give --custom-ops")
+    portable = replace(bundle, specialized=None)
+    own = _own_kernels(portable, kernels, chosen=int8_prefill or decode != "auto")
+    forms = _forms(portable, int8_prefill, decode)
+    old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
+    with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
+        progress("reading the weights")
+        known: Places = {}
+        for name in _weight_files(portable):
+            known |= stored_places(portable, name)
+        written: set[str] = set()
+
+        def make(wanted: list[Form]) -> list[Bundle]:
+            _check_room(portable, scratch, _disk_factor(wanted))
+            made = _make(portable, wanted, known, settings, scratch, progress)
+            files = {name: path for _, paths in made for name, path in paths.items()}
+            written.update(files)
+            placed.enter_context(_placed(folder, files, keep=old))
+            progress("checking")
+            return [replace(bundle, specialized=specialized) for specialized, _ in made]
+
+        native = None
+        if own:
+            [native] = make([NATIVE])
+            if not _is_right(portable, native, settings, needed=kernels == "own"):
+                native = None
+        if native is not None and kernels == "own":
+            chosen = native.specialized
+        else:
+            found = make(forms if native is None else forms[:1])
+            kept = _choose(portable, found, settings, progress, say)
+            progress("timing attention")
+            chosen = fastest(kept, native, settings, say)
+        manifest = replace(bundle.manifest, specialized=chosen)
+        _write_manifest(folder, manifest, scratch)
+    for name in (old | written) - set(manifest.specialized.files if manifest.specialized else ()):
+        (folder / name).unlink(missing_ok=True)
+    return manifest
+
+
+def _is_right(portable: Bundle, native: Bundle, settings: SessionSettings, *, needed: bool) -> bool:
+    """Whether satchel's own kernels give the right logits. Where not, a SatchelWarning, or SatchelError if `needed`."""
+    try:
+        check(portable, native, settings)
+    except SatchelError as error:
+        if needed:
+            raise
+        warnings.warn(f"satchel's own kernels are left out: {error}", SatchelWarning, stacklevel=3)
+        return False
+    return True
+
+
+def _own_kernels(portable: Bundle, kernels: str, *, chosen: bool) -> bool:
+    """Whether graphs for satchel's own kernels are to be made; `chosen`: a form of ONNX Runtime's was asked for.
+
+    Raises SatchelError where they are asked for and cannot be had.
+    """
+    graphs = portable.manifest.graphs
+    if kernels != "own":
+        offered = graphs is not None and graphs.native is not None
+        return kernels == "auto" and not chosen and offered and library.reason() is None
+    if chosen:
+        raise SatchelError(
+            "--kernels own does not go with --prefill int8, --decode stored or --decode blocks, which are for those of "
+            "ONNX Runtime: leave one of them out"
+        )
+    reason = library.reason()
+    if reason is not None:
+        raise SatchelError(f"--kernels own: satchel's own kernels {reason}: leave it out")
+    portable.graph_path("native")
+    return True
+
+
+def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[Form]:
+    """The forms to make, the one to keep unless another is faster first. Raises BundleError without such a graph."""
+    graphs = portable.manifest.graphs
+    if graphs is None:
+        raise BundleError(
+            f"{portable.folder}: its graphs are static, for {portable.manifest.target}: there is nothing to specialize"
+        )
+    # Where both phases share a session, the bundle was made to take little memory.
+    offered = graphs.decode_blocks is not None and graphs.decode.session_of is None
+    if decode == "blocks" or (decode == "auto" and offered):
+        portable.graph_path("decode_blocks")
+        ways = ["decode_blocks"] if decode == "blocks" else ["decode", "decode_blocks"]
+    else:
+        ways = ["decode"]
+    prefill = "prefill_int8" if int8_prefill else "prefill"
+    portable.graph_path(prefill)
+    forms = []
+    for way in ways:
+        together = way == "decode" and prefill == "prefill" and graphs.decode.session_of is not None
+        forms.append(Form({"prefill": prefill} if together else {"prefill": prefill, "decode": way}))
+    return forms
+
+
+def _make(
+    portable: Bundle,
+    forms: list[Form],
+    known: Places,
+    settings: SessionSettings,
+    scratch: Path,
+    progress: Callable[[str], Any],
+) -> list[Made]:
+    """Make the files of each form in the scratch folder: its manifest entry, and where they lie by their names.
+
+    `known` is where the bundle has what need not be written again.
+    """
+    saved: dict[str, Path] = {}
+    made = []
+    for number, form in enumerate(forms):
+        token = token_of(portable, form)
+        place = scratch / token
+        place.mkdir()
+        files = {f"{PREFIX}{token}.bin": place / "data"}
+        graphs = {phase: f"{PREFIX}{token}-{phase}.onnx" for phase in form.sources}
+        later = {source for other in forms[number + 1 :] for source in other.sources.values()}
+        with (place / "data").open("wb") as file:
+            store = Store(file, f"{PREFIX}{token}.bin", dict(known))
+            for phase, source in form.sources.items():
+                if source not in saved:
+                    progress(f"optimizing {LABELS.get(source, source)}")
+                    saved[source] = scratch / f"{source}.onnx"
+                    with _complete(portable, source, scratch) as graph:
+                        save_optimized(portable, source, graph, settings, saved[source], INLINE_BYTES)
+                files[graphs[phase]] = place / f"{phase}.onnx"
+                relocate(saved[source], files[graphs[phase]], store)
+                if source not in later:
+                    saved[source].with_suffix(".data").unlink(missing_ok=True)
+        made.append((described(form, graphs, files), files))
+    return made
+
+
+def _choose(
+    portable: Bundle,
+    found: list[Bundle],
+    settings: SessionSettings,
+    progress: Callable[[str], Any],
+    say: Callable[[str], Any],
+) -> Bundle:
+    """Check the forms, time decode where there are two, and return the one to keep.
+
+    Raises SatchelError where the first is not right; a second one is then left out.
+    """
+    first, *others = found
+    check(portable, first, settings)
+    kept = first
+    for other in others:
+        try:
+            check(portable, other, settings)
+        except SatchelError as error:
+            warnings.warn(f"decode runs over weights as they are stored: {error}", SatchelWarning, stacklevel=3)
+            continue
+        progress("timing decode")
+        stored, blocks = step_seconds([first, other], settings)
+        if blocks < stored * ENOUGH_FASTER:
+            kept = other
+        say(
+            f"a step of decode takes {1e3 * stored:.1f} ms over weights as they are stored and {1e3 * blocks:.1f} ms "
+            f"over weights in blocks: {'blocks' if kept is other else 'stored ones'} are kept"
+        )
+    return kept
+
+
+def specialize_if_needed(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Callable[[str], Any],
+    shown: bool = False,
+    custom: Custom = DEFAULT_CUSTOM,
+) -> None:
+    """Specialize the bundle at `path` unless it is ready for this machine. Where that fails, warn and leave it.
+
+    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. The graphs
+    that run where passes or operators of a user's own are switched off stay as they are. Raises
+    BundleError for a bundle that cannot be opened.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SatchelWarning)
+        bundle = open_bundle(path, progress=shown, custom=custom)
+    if bundle.specialized is not None or not (custom.passes and custom.operators):
+        return
+    try:
+        specialize(bundle, threads=threads, progress=progress)
+    except SatchelError as error:
+        warnings.warn(str(error), SatchelWarning, stacklevel=2)
+
+
+def remove(bundle: Bundle) -> Manifest:
+    """Take what `specialize` added out of a bundle again. Returns the manifest. Raises SatchelError."""
+    bundle = bundle if bundle.whole else survey_bundle(bundle.folder)  # whose manifest is the one to be written
+    specialized = bundle.manifest.specialized
+    manifest = replace(bundle.manifest, specialized=None)
+    if specialized is None:
+        return manifest
+    with _scratch(bundle.folder) as scratch:
+        _write_manifest(bundle.folder, manifest, scratch)
+    for name in specialized.files:
+        (bundle.folder / name).unlink(missing_ok=True)
+    return manifest
+
+
+@contextlib.contextmanager
+def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
+    """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
+    path = bundle.graph_path(source)
+    model, sizes = path.read_bytes(), {file: record.bytes for file, record in bundle.manifest.files.items()}
+    if source not in MADE:
+        check_external_data(model, sizes, str(path))
+        yield path
+        return
+    name, make = MADE[source]
+    weights, graph = scratch / name, scratch.with_suffix(".onnx")
+    make(bundle, weights)
+    check_external_data(model, {**sizes, name: weights.stat().st_size}, str(path))
+
+    def moved(entries: onnx_wire.External) -> onnx_wire.External:
+        return {**entries, "location": f"{scratch.name}/{name}"} if entries["location"] == name else entries
+
+    try:
+        graph.write_bytes(onnx_wire.map_external_data(model, moved))
+        yield graph
+    finally:
+        graph.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    try:
+        path = Path(tempfile.mkdtemp(prefix=".specialize-", dir=folder))
+    except OSError as error:
+        raise SatchelError(
+            f"{folder}: cannot be written ({error.strerror}): the portable graphs run as they are; "
+            "copy the bundle to a place of your own to specialize it"
+        ) from None
+    try:
+        yield path
+    except OSError as error:
+        raise SatchelError(
+            f"{folder}: cannot be written ({error.strerror}): nothing was changed; free space and try again"
+        ) from None
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _placed(folder: Path, made: dict[str, Path], keep: set[str]) -> Iterator[None]:
+    """Move files to their names in the folder; they are taken away again if the block fails."""
+    try:
+        for name, path in made.items():
+            path.replace(folder / name)
+        yield
+    except BaseException:
+        for name in made.keys() - keep:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
+    path = scratch / MANIFEST_NAME
+    path.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copymode(folder / MANIFEST_NAME, path)
+    path.replace(folder / MANIFEST_NAME)
+
+
+def _disk_factor(forms: list[Form]) -> int:
+    kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
+    return DISK_FACTORS[kind] + (INT8_DISK_FACTOR if forms[0].int8 else 0)
+
+
+def _check_room(bundle: Bundle, scratch: Path, factor: int) -> None:
+    needed = factor * sum(bundle.manifest.files[name].bytes for name in _weight_files(bundle))
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        raise SatchelError(
+            f"{bundle.folder}: specializing takes up to {needed >> 20:,} MiB while it works and {free >> 20:,} MiB are "
+            "free: free some space"
+        )
+
+
+def _weight_files(bundle: Bundle) -> list[str]:
+    """The files in which the portable graphs keep their data."""
+    names = {
+        entries.get("location", "")
+        for phase in ("prefill", "decode")  # no other graph has others
+        for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes())
+    }
+    return sorted(name for name in names if name in bundle.manifest.files)

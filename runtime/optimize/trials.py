@@ -1,0 +1,159 @@
+"""Whether specialized graphs give the right logits, and which of two kernels is faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.manifest import Specialized
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.evaluation.certify import check_certificate
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.session import SessionSettings
+
+TIMED_TOKENS, TIMED_RUNS = 512, 5
+FEWEST_RUNS, TIMED_SECONDS = 3, 10
+TIMED_PROMPT, TIMED_STEPS, TIMED_ROUNDS = 16, 8, 4
+NEW_TOKENS = 128
+"""Satchel's own kernels are compared by the time for `TIMED_TOKENS` of a prompt and so many new tokens."""
+
+ENOUGH_FASTER = 0.95
+"""What takes more memory, attention without tiles or decode by blocks, must take less than this share of the time."""
+
+CHECKED_TOKENS = 8
+TOLERANCE = 1e-3
+"""Between logits of the specialized and the portable graphs, of the largest one: the kernels are the same."""
+
+ROUNDED_TOLERANCE = 0.5
+"""The same where weights or activations are rounded otherwise: enough to notice a wrong graph; the certificate tells
+the rest.
+"""
+
+
+def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> None:
+    """Raise SatchelError unless what the specialized graphs give is right."""
+    certificate, made = portable.manifest.certificate, specialized.specialized
+    if made is None:
+        raise ValueError("there are no specialized graphs")
+    prefill = ROUNDED_TOLERANCE if made.int8_prefill or made.native else TOLERANCE
+    # Decode reads the cache that prefill leaves.
+    decode = ROUNDED_TOLERANCE if made.decode_blocks else prefill
+    compare(portable, specialized, settings, (prefill, decode))
+    if decode > TOLERANCE and certificate is not None:
+        lines = check_certificate(Engine(specialized, settings), certificate)
+        if lines:
+            forms = {"int8 weights for prefill": made.int8_prefill, "weights in blocks for decode": made.decode_blocks}
+            forms["satchel's own kernels"] = made.native
+            flags = {"--prefill stored": made.int8_prefill, "--decode stored": made.decode_blocks}
+            flags["--kernels onnxruntime"] = made.native
+            raise SatchelError(
+                f"{portable.folder}: with {_those(forms)} it loses more than the certificate allows ({lines[0]}): "
+                f"nothing was changed; specialize it with {_those(flags)}"
+            )
+
+
+def _those(choices: Mapping[str, bool]) -> str:
+    return " and ".join(name for name, chosen in choices.items() if chosen)
+
+
+def compare(portable: Bundle, specialized: Bundle, settings: SessionSettings, tolerances: tuple[float, float]) -> None:
+    """Raise SatchelError unless both give the same logits for some tokens, by prefill and by decode.
+
+    `tolerances` are those of the two phases, shares of the largest logit.
+    """
+    expected, found = (_logits(bundle, settings) for bundle in (portable, specialized))
+    for wanted, given, tolerance in zip(expected, found, tolerances, strict=False):  # a context of 1 has no decode
+        error = float(np.abs(given - wanted).max() / max(float(np.abs(wanted).max()), 1e-30))
+        if not error <= tolerance:
+            raise SatchelError(
+                f"{portable.folder}: the specialized graphs differ from the portable ones by {error:.2g} of the "
+                "logits: nothing was changed; report this processor and ONNX Runtime to satchel"
+            )
+
+
+def fastest(
+    tiled: Bundle, native: Bundle | None, settings: SessionSettings, say: Callable[[str], object]
+) -> Specialized:
+    """The fastest of what ONNX Runtime's kernels give, with either of its attentions, and satchel's own kernels.
+
+    Those take the place of ONNX Runtime's where they need less time for both phases together. `say` hears of it.
+    """
+    made = tiled.specialized
+    if made is None:
+        raise ValueError("there are no specialized graphs")
+    plain = replace(tiled, specialized=replace(made, tiled_attention=False))
+    taken = prefill_seconds([tiled, plain, *([] if native is None else [native])], settings)
+    is_plain = taken[1] < taken[0] * ENOUGH_FASTER
+    kept = plain if is_plain else tiled
+    if native is not None:
+        prefills = taken[is_plain], taken[2]
+        steps = step_seconds([kept, native], settings)
+        theirs, own = (prefill + NEW_TOKENS * step for prefill, step in zip(prefills, steps, strict=True))
+        name = "ONNX Runtime's" if theirs <= own else "satchel's own"
+        theirs_ms, own_ms = (
+            f"{1e3 * prefill:.0f} and {1e3 * step:.1f} ms" for prefill, step in zip(prefills, steps, strict=True)
+        )
+        say(
+            f"prefill and a step of decode take {theirs_ms} with ONNX Runtime's kernels, and {own_ms} with satchel's "
+            f"own: {name} are kept"
+        )
+        kept = kept if theirs <= own else native
+    if kept.specialized is None:
+        raise ValueError("there are no specialized graphs")
+    return kept.specialized
+
+
+def prefill_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:
+    """How long prefill takes with each bundle: medians of runs in turn, fewer ones where they take long."""
+    model = bundles[0].manifest.model
+    length = min(TIMED_TOKENS, model.max_context)
+    ids = [(7 * i + 1) % model.vocab_size for i in range(length)]
+    engines = [Engine(bundle, settings) for bundle in bundles]
+    times: list[list[float]] = [[] for _ in engines]
+    begin = time.perf_counter()
+    for run in range(TIMED_RUNS):
+        if run >= FEWEST_RUNS and time.perf_counter() - begin > TIMED_SECONDS:
+            break
+        for engine, taken in zip(engines, times, strict=True):
+            state = engine.new_state(length)
+            start = time.perf_counter()
+            engine.prefill(state, ids)
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) for taken in times]
+
+
+def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:
+    engine = Engine(bundle, settings)
+    count = max(min(CHECKED_TOKENS, engine.max_context - 1), 1)
+    ids = [(7 * i + 1) % engine.vocabulary for i in range(count)]
+    state = engine.new_state(min(count + 1, engine.max_context))
+    logits = [engine.prefill(state, ids).copy()]
+    if state.cache.capacity > count:
+        logits.append(engine.decode(state, ids[0]).copy())
+    return np.stack(logits)
+
+
+def step_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:
+    """How long one step of decode takes with each bundle, after a short prompt: medians of steps in turn."""
+    model = bundles[0].manifest.model
+    prompt = min(TIMED_PROMPT, max(model.max_context // 2, 1))
+    room = model.max_context - prompt
+    rounds, steps = min(TIMED_ROUNDS, room), min(TIMED_STEPS, max(room // TIMED_ROUNDS, 1))
+    ids = [(7 * i + 1) % model.vocab_size for i in range(prompt + rounds * steps)]
+    engines = [Engine(bundle, settings) for bundle in bundles]
+    states = [engine.new_state(len(ids)) for engine in engines]
+    times: list[list[float]] = [[] for _ in engines]
+    for engine, state in zip(engines, states, strict=True):
+        engine.prefill(state, ids[:prompt])
+    for first in range(prompt, len(ids), steps):
+        for engine, state, taken in zip(engines, states, times, strict=True):
+            for token in ids[first : first + steps]:
+                start = time.perf_counter()
+                engine.decode(state, token)
+                taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) if taken else 0.0 for taken in times]

@@ -1,0 +1,114 @@
+"""Passes and operators of a user's own: which of a bundle's graphs run, and over which libraries.
+
+A bundle never carries or loads native code: whoever runs it names the library, and its digest must be the recorded one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from satchel.runtime.bundle.hash_cache import sha256_of
+from satchel.runtime.bundle.manifest import NamedFile
+from satchel.runtime.errors import BundleError, SatchelWarning
+
+if TYPE_CHECKING:
+    from satchel.runtime.bundle.reader import Bundle
+
+
+@dataclasses.dataclass(frozen=True)
+class Custom:
+    """What of a user's own is to run.
+
+    Attributes:
+        libraries: Shared libraries with the operators that a bundle's graphs need.
+        operators: False for the graphs that need none.
+        passes: False for the graphs without passes of a user's own.
+    """
+
+    libraries: tuple[Path, ...] = ()
+    operators: bool = True
+    passes: bool = True
+
+
+def choose(bundle: Bundle, custom: Custom) -> Bundle:
+    """The bundle with the graphs that are to run, and with the libraries that they need.
+
+    Where libraries are needed and none is named, the plain graphs run, with a SatchelWarning that says so.
+
+    Raises:
+        BundleError: A library is missing or another one than the recorded, is not needed, or the bundle has no such
+            graphs.
+    """
+    needed, folder = bundle.manifest.custom_ops, bundle.folder
+    if not (custom.operators and custom.passes):
+        flag = "--no-custom-ops" if custom.passes else "--no-custom-passes"
+        if custom.libraries:
+            raise BundleError(f"--custom-ops does not go with {flag}: leave one of them out")
+        if custom.passes and not needed:
+            raise BundleError(f"{folder}: needs no operators of a library: leave {flag} out")
+        if not custom.passes and bundle.manifest.plain is None and not needed:
+            raise BundleError(f"{folder}: was exported without --pass: leave {flag} out")
+        return _plain(bundle)
+    if custom.libraries:
+        check_libraries(custom.libraries, needed, str(folder))
+        return dataclasses.replace(bundle, custom_ops=tuple(path.resolve() for path in custom.libraries))
+    if not needed:
+        return bundle
+    chosen = _plain(bundle)
+    warnings.warn(
+        f"{folder}: the plain graphs run, without passes of a user's own, since these need the operators of "
+        f"{_names(needed)}: give it with --custom-ops, or say --no-custom-ops",
+        SatchelWarning,
+        stacklevel=4,
+    )
+    return chosen
+
+
+def check_libraries(libraries: Sequence[Path], needed: Sequence[NamedFile], bundle: str) -> None:
+    """Check that the libraries are those that a bundle needs, by their digests.
+
+    Raises:
+        BundleError: One is missing, or is not among the needed, or a needed one is not named.
+    """
+    if not needed:
+        raise BundleError(f"{bundle}: needs no operators of a library: leave --custom-ops out")
+    left = list(needed)
+    for library in libraries:
+        digest = digest_of(library)
+        matching = next((file for file in left if file.sha256 == digest), None)
+        if matching is None:
+            wanted = ", ".join(f"{file.name} with {file.sha256}" for file in left) or "no further one"
+            raise BundleError(
+                f"--custom-ops {library}: its SHA-256 is {digest}, and {bundle} was made with {wanted}: give that one, "
+                "or export again"
+            )
+        left.remove(matching)
+    if left:
+        raise BundleError(f"{bundle}: needs the operators of {_names(left)} too: give another --custom-ops")
+
+
+def digest_of(library: Path) -> str:
+    """The SHA-256 of a library, as 64 hex digits. Raises BundleError where it cannot be read."""
+    try:
+        return sha256_of(library, lambda read: None)
+    except OSError as error:
+        raise BundleError(
+            f"--custom-ops {library}: cannot be read ({error.strerror}): give a shared library with operators"
+        ) from None
+
+
+def _plain(bundle: Bundle) -> Bundle:
+    if bundle.manifest.plain is None:
+        raise BundleError(
+            f"{bundle.folder}: needs the operators of {_names(bundle.manifest.custom_ops)}, and has no graphs without "
+            "them: give the library with --custom-ops"
+        )
+    return dataclasses.replace(bundle, manifest=bundle.manifest.without_custom(), specialized=None, whole=False)
+
+
+def _names(files: Sequence[NamedFile]) -> str:
+    return ", ".join(f"{file.name} (SHA-256 {file.sha256[:12]}...)" for file in files)

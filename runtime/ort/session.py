@@ -1,0 +1,397 @@
+"""Opens ONNX Runtime sessions for a bundle's graphs: providers, threads, options and the check of the signature."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import BundleError, SatchelError
+from satchel.runtime.kernels import library
+from satchel.runtime.ort.custom_ops import digest_of
+from satchel.runtime.ort.graph_file import graph_file
+from satchel.runtime.ort.placement import RECORD, check_placement
+from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.ort.weights_in_memory import hand_over_weights
+from satchel.runtime.util.memory import release_freed, use_one_arena
+
+# dtype in the manifest -> type of a graph input or output in ONNX Runtime.
+TENSOR_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+    "bool": "tensor(bool)",
+}
+
+# The only session configuration entries that a manifest may set: none of them names a file.
+ALLOWED_CONFIG = (
+    "session.disable_prepacking",
+    "session.disable_quant_qdq",
+    "session.enable_quant_qdq_cleanup",
+    "session.qdq_matmulnbits_accuracy_level",
+    "session.qdq_matmulnbits_block_size",
+    "session.use_device_allocator_for_initializers",
+    "session.use_env_allocators",
+    "mlas.enable_gemm_fastmath_arm64_bfloat16",
+)
+
+# ONNX Runtime's exceptions have no base class of their own; one that names what is no UTF-8 becomes another error.
+ORT_ERRORS = (
+    RuntimeError,
+    UnicodeDecodeError,
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+LOG_VERBOSE, LOG_FATAL = 0, 4
+
+PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+
+_weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
+"""The memory that a session was given its weights in; it must stay as long as the session."""
+
+_process_pool: int | None = None
+"""Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What the user chooses about sessions.
+
+    `threads` None means one per physical core that this process may use. `lean` keeps weights as they are stored and
+    frees each result when it is read: the memory in use does not grow with the model, but every run expands float16
+    weights anew. `profile` makes each session write a profile of its runs when `Engine.end_profiling` is called, into
+    a file whose path begins with it.
+    """
+
+    provider: ProviderChoice = CPU
+    threads: int | None = None
+    verbose: bool = False
+    lean: bool = False
+    profile: Path | None = None
+
+
+def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
+    """Open the graph of `phase` ("prefill", "decode" or "score").
+
+    Raises ProviderError for a provider that is unknown or not on this machine, and BundleError when the graph does not
+    load, or has other inputs and outputs than the manifest says.
+    """
+    _check_provider(bundle, settings)
+    made = _specialized(bundle, settings)
+    own = made is not None and made.native and phase in made.graphs
+    graph = bundle.manifest.graph("native" if own else phase)
+    name, options = graph.file, _session_options(bundle, "native" if own else phase, settings)
+    if made is not None and phase in made.graphs:
+        name = made.graphs[phase]
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
+    session = _open(bundle, name, options, settings)
+    _check_signature(bundle, graph, session)
+    return session
+
+
+def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettings) -> ort.InferenceSession:
+    """Open one part of a static graph; `key` is its place in the manifest. Raises what `open_session` does."""
+    _check_provider(bundle, settings)
+    options = _basic_options(settings, key)
+    _add_entries(options, _entries(part, settings), f"{bundle.folder / MANIFEST_NAME}: {key}")
+    _register(options, bundle.custom_ops)
+    session = _open(bundle, part.file, options, settings)
+    _check_signature(bundle, part, session)
+    _check_shapes(bundle, part, session)
+    return session
+
+
+def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """Open prefill and decode side by side, or in one session where the manifest or the specialized graphs say so.
+
+    Raises ProviderError and BundleError.
+    """
+    phases = ("prefill",) if _in_one_session(bundle, settings) else ("prefill", "decode")
+    made = _specialized(bundle, settings)
+    tiled = made is None or made.tiled_attention
+    with _attention(tiled), concurrent.futures.ThreadPoolExecutor(len(phases)) as threads:
+        sessions = list(threads.map(lambda phase: open_session(bundle, phase, settings), phases))
+    release_freed()
+    return sessions[0], sessions[-1]
+
+
+def _in_one_session(bundle: Bundle, settings: SessionSettings) -> bool:
+    made = _specialized(bundle, settings)
+    return bundle.manifest.graph("decode").session_of == "prefill" if made is None else "decode" not in made.graphs
+
+
+@contextlib.contextmanager
+def _attention(tiled: bool) -> Iterator[None]:
+    """Choose between ONNX Runtime's kernels for attention over many tokens: by tiles, or one row of scores at a time.
+
+    Sessions read this variable of the environment when they are opened, and there is no other way to say it. One that
+    the user has set stays.
+    """
+    if tiled or PLAIN_ATTENTION in os.environ:
+        yield
+        return
+    os.environ[PLAIN_ATTENTION] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[PLAIN_ATTENTION]
+
+
+def _specialized(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
+    """The graphs that were made for this machine, where these sessions are to use them."""
+    made = bundle.specialized
+    return made if made is not None and made.provider == settings.provider.name and not settings.lean else None
+
+
+def save_optimized(
+    bundle: Bundle, phase: str, graph: Path, settings: SessionSettings, path: Path, inline_bytes: int
+) -> None:
+    """Write a graph as ONNX Runtime optimizes it for this processor, with the session entries of `phase`, to `path`.
+
+    Constants of `inline_bytes` or more, and the weights that kernels have packed, go beside it into a file with the
+    suffix ".data". Raises ProviderError and BundleError.
+    """
+    options = _session_options(bundle, phase, settings)
+    options.optimized_model_filepath = str(path)
+    for key, value in (
+        ("session.optimized_model_external_initializers_file_name", path.with_suffix(".data").name),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", str(inline_bytes)),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(key, value)
+    _check_provider(bundle, settings)
+    _started(graph, options, settings.provider, bundle.manifest, [], graph)
+
+
+def share_thread_pool(threads: int | None = None) -> None:
+    """Let all sessions of this process, those of both phases first of all, run on one pool of `threads` threads.
+
+    For programs in which nobody but satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime
+    refuses sessions with threads of their own in this process. Must come before the first session; None means one
+    thread per physical core. Raises SatchelError when the process has a pool of another size.
+    """
+    global _process_pool
+    wanted = default_threads() if threads is None else threads
+    if _process_pool is None:
+        _check_threads(wanted)
+        use_one_arena()
+        ort.set_global_thread_pool_sizes(wanted, 1)
+        _process_pool = wanted
+    elif threads is not None and threads != _process_pool:
+        raise SatchelError(
+            f"--threads {threads}: this process shares one pool of {_process_pool} threads: ask for {_process_pool}"
+        )
+
+
+def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings) -> ort.InferenceSession:
+    """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
+    disabled = ["ConstantFolding"] if settings.lean else []
+    path, choice = bundle.folder / name, settings.provider
+    weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
+    session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    _weights[session] = weights
+    check_placement(session, choice, path)
+    return session
+
+
+def _started(
+    graph: Path | bytes,
+    options: ort.SessionOptions,
+    choice: ProviderChoice,
+    manifest: Manifest,
+    disabled: list[str],
+    name: Path,
+) -> ort.InferenceSession:
+    provider = PROVIDERS[choice.name].ort_name, choice.session_options(manifest)
+    try:
+        session = ort.InferenceSession(
+            graph, options, providers=[provider], disabled_optimizers=disabled, enable_fallback=0
+        )
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{name}: ONNX Runtime {ort.__version__} cannot load it ({reason}): "
+            "export the bundle again, or use the ONNX Runtime named in its manifest"
+        ) from None
+    return session
+
+
+def default_threads() -> int:
+    """The number of physical cores among the CPUs that this process may use; of logical CPUs off Linux."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text(encoding="ascii") if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
+    options = _basic_options(settings, phase)
+    if _in_one_session(bundle, settings):  # two are opened side by side, on a thread each
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
+    entries = _entries(bundle.manifest.graph(phase), settings)
+    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
+    _register(options, bundle.custom_ops)
+    if phase == "native":
+        _register_own(options)
+    return options
+
+
+def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
+    """Threads, logs, profile and provider; `name` of the graph goes into the profile's name."""
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
+    if _process_pool is not None:
+        share_thread_pool(settings.threads)  # complains about another number
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
+        options.inter_op_num_threads = 1
+        _check_threads(options.intra_op_num_threads)
+        if options.intra_op_num_threads > default_threads():  # who waits must leave the CPU to who works
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that spin on when a run ends take the cores from the other phase's session.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    if settings.profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{settings.profile}-{name}"
+    if settings.provider.name != "cpu":
+        options.add_session_config_entry(RECORD, "1")
+    if PROVIDERS[settings.provider.name].whole_graphs:
+        # Folding of constants comes before the provider sees the graph; further rewriting would only hinder it.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if settings.lean:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.enable_cpu_mem_arena = False
+        # The default order runs all that depends on weights alone first, and keeps it.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    return options
+
+
+def _entries(graph: GraphSpec, settings: SessionSettings) -> dict[str, str]:
+    """The session configuration entries of a graph."""
+    return graph.session | ({"session.disable_prepacking": "1"} if settings.lean else {})
+
+
+def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
+    """Options with a manifest's session entries and one thread, for who opens a graph and does not run it.
+
+    `where` names the graph in messages. Raises BundleError for an entry that is not for a bundle to set.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_FATAL
+    if _process_pool is not None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    _add_entries(options, entries, where)
+    return options
+
+
+def _add_entries(options: ort.SessionOptions, entries: Mapping[str, str], where: str) -> None:
+    for key, value in entries.items():
+        if key not in ALLOWED_CONFIG:
+            raise BundleError(
+                f"{where}.session: '{key}' is not for a bundle to set: "
+                f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
+            )
+        options.add_session_config_entry(key, value)
+
+
+def check_loads(libraries: Sequence[Path]) -> None:
+    """Check that ONNX Runtime loads these libraries of operators. Raises BundleError."""
+    _register(ort.SessionOptions(), libraries)
+
+
+def _register(options: ort.SessionOptions, libraries: Sequence[Path]) -> None:
+    for path in libraries:
+        digest_of(path)  # a clearer word where there is none
+        try:
+            options.register_custom_ops_library(str(path.resolve()))
+        except ORT_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(
+                f"--custom-ops {path}: ONNX Runtime cannot load it ({reason}): give a shared library with operators"
+            ) from None
+
+
+def _register_own(options: ort.SessionOptions) -> None:
+    """Let a session have satchel's own operators. Raises BundleError."""
+    path = library.library()
+    if path is None:
+        raise BundleError(f"satchel's own kernels {library.reason()}: specialize the bundle again")
+    try:
+        options.register_custom_ops_library(str(path))
+    except ORT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}): install satchel again, or set "
+            f"{library.SWITCH}={library.OFF}"
+        ) from None
+
+
+def _check_threads(threads: int) -> None:
+    if threads < 1:
+        raise SatchelError(f"--threads {threads}: there must be at least 1 thread")
+
+
+def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
+    settings.provider.check()
+    check_target(settings.provider, bundle.manifest.target)
+    check_installed(settings.provider, ort.get_available_providers())
+
+
+def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
+    path = bundle.folder / graph.file
+    try:
+        sides = (
+            ("inputs", graph.inputs, {(tensor.name, tensor.type) for tensor in session.get_inputs()}),
+            ("outputs", graph.outputs, {(tensor.name, tensor.type) for tensor in session.get_outputs()}),
+        )
+    except UnicodeDecodeError:
+        raise BundleError(f"{path}: a name in it is no UTF-8: export the bundle again") from None
+    for side, declared, found in sides:
+        differing = sorted(_declared_types(declared) ^ found)
+        if differing:
+            raise BundleError(
+                f"{path}: its {side} are not those of the manifest "
+                f"(first difference: {' '.join(differing[0])}): export the bundle again"
+            )
+
+
+def _check_shapes(bundle: Bundle, part: GraphSpec, session: ort.InferenceSession) -> None:
+    found = {tensor.name: list(tensor.shape) for tensor in (*session.get_inputs(), *session.get_outputs())}
+    for tensor in (*part.inputs, *part.outputs):
+        if found[tensor.name] != list(tensor.shape):
+            raise BundleError(
+                f"{bundle.folder / part.file}: {tensor.name} is {found[tensor.name]} where the manifest says "
+                f"{list(tensor.shape)}: export the bundle again"
+            )
+
+
+def _declared_types(tensors: tuple[TensorSpec, ...]) -> set[tuple[str, str]]:
+    return {(tensor.name, TENSOR_TYPES[tensor.dtype]) for tensor in tensors}

@@ -1,0 +1,52 @@
+"""Gives a session its weights as memory, so that the graph that a provider gets has them inside."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import BundleError
+
+NUMPY_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16}
+"""TensorProto.DataType -> numpy, of what a bundle stores in whole bytes."""
+
+
+def hand_over_weights(bundle: Bundle, name: str, options: ort.SessionOptions) -> list[NDArray[np.generic]]:
+    """Tell `options` where in memory the weights of the graph file `name` are: mapped from the bundle.
+
+    Otherwise ONNX Runtime hands on to a provider that compiles whole graphs where the weights lie, as a relative path,
+    and not the weights.
+
+    Returns:
+        The mapped weights; they must be kept for as long as the session.
+
+    Raises:
+        BundleError: A weight does not lie in its file, or has a type that has no counterpart in numpy.
+    """
+    where = str(bundle.folder / name)
+    try:
+        tensors = list(onnx_wire.external_tensors(bundle.read(name)).values())
+        arrays = [_mapped(bundle, tensor) for tensor in tensors]
+    except (ValueError, KeyError, OSError) as error:
+        raise BundleError(f"{where}: its weights cannot be mapped ({error}): copy or export the bundle again") from None
+    if tensors:
+        options.add_external_initializers(
+            [tensor.name for tensor in tensors], [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        )
+    return arrays
+
+
+def _mapped(bundle: Bundle, tensor: onnx_wire.Tensor) -> NDArray[np.generic]:
+    if tensor.dtype not in NUMPY_TYPES:
+        raise ValueError(f"{tensor.name} is of type {tensor.dtype}")
+    dtype = np.dtype(NUMPY_TYPES[tensor.dtype])
+    span, offset = bundle.span(tensor.place["location"]), int(tensor.place.get("offset", "0"))
+    length = int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
+    if offset < 0 or offset + length > span.length:
+        raise ValueError(f"{tensor.name} goes beyond its file")
+    # Copy on write: ONNX Runtime takes writable arrays only, and writes to none.
+    whole = np.memmap(span.path, np.uint8, mode="c", offset=span.offset + offset, shape=(length,))
+    return whole.view(dtype).reshape(tensor.dims)

@@ -1,1 +1,0 @@
-"""Makes a bundle ready for the machine that it lies on."""

@@ -1,0 +1,99 @@
+"""How many bytes a decode step has to read: the weights that it multiplies by, and the KV cache so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from satchel.runtime.bundle.onnx_wire import MODEL_GRAPH, Tensor, all_tensors, external_tensors, fields, numbers
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.errors import BundleError
+
+# Field numbers of onnx.proto3.
+GRAPH_NODE = 1
+NODE_INPUT, NODE_OPERATOR, NODE_ATTRIBUTE = 1, 4, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INT = 1, 3
+TYPE_FLOAT16 = 10
+
+# These take a row or a position out of a table: of an embedding or of rotary angles.
+LOOKED_UP = ("Gather", "GatherND", "GatherBlockQuantized", "GroupQueryAttention", "Attention", "RotaryEmbedding")
+# These read `k` of the experts that their weights [experts, ...] hold.
+EXPERTS = ("MoE", "QMoE")
+FLOAT16_EXPANDED = 2
+"""Float16 weights are float32 in memory: they are expanded at load."""
+
+
+@dataclass
+class _Node:
+    operator: str = ""
+    inputs: list[str] = field(default_factory=list)
+    attributes: dict[str, int] = field(default_factory=dict)
+
+
+def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
+    """The bytes of weights that one decode step of `rows` sequences multiplies by, in the form in which decode runs.
+
+    Of a static graph all parts count.
+
+    Tables that are only looked up are left out; a table that is the head's matrix as well counts once. Float16 weights
+    count as the float32 that they are in memory. Of experts, as many count as the rows can choose at most. Raises
+    BundleError when the decode graph cannot be read.
+    """
+    static = bundle.manifest.static
+    if static is not None:
+        return sum(_graph_bytes(bundle, part.file, rows, all_tensors) for part in static.decode.parts)
+    made = bundle.specialized
+    native, blocks = made is not None and made.native, made is not None and made.decode_blocks
+    form = "native" if native else "decode_blocks" if blocks else "decode"
+    return _graph_bytes(bundle, bundle.manifest.graph(form).file, rows, external_tensors)
+
+
+def cache_positions(bundle: Bundle, length: float) -> float:
+    """How many positions of the cache a decode step at this length reads: a static graph always reads all of it."""
+    static = bundle.manifest.static
+    return length if static is None else static.capacity
+
+
+def _graph_bytes(bundle: Bundle, file: str, rows: int, weights: Callable[[bytes], dict[str, Tensor]]) -> int:
+    """`weights` finds those of the initializers that are weights: static graphs may have theirs inside."""
+    try:
+        model = bundle.read(file)
+        tensors, nodes = weights(model), _nodes(model)
+    except ValueError as error:
+        raise BundleError(f"{bundle.folder / file}: cannot be read ({error}): export the bundle again") from None
+    read: dict[tuple[str, ...], float] = {}
+    for node in nodes:
+        for name in node.inputs:
+            tensor = tensors.get(name)
+            if tensor is None or node.operator in LOOKED_UP:
+                continue
+            key = (tensor.place.get("location", ""), tensor.place.get("offset", "0")) if tensor.place else (name,)
+            size = tensor.nbytes * _factor(node, tensor, rows)
+            read[key] = max(read.get(key, 0), size)
+    return round(sum(read.values()))
+
+
+def _factor(node: _Node, tensor: Tensor, rows: int) -> float:
+    if node.operator in EXPERTS and tensor.dims:
+        return min(1.0, node.attributes.get("k", 1) * rows / tensor.dims[0])
+    return FLOAT16_EXPANDED if node.operator == "Cast" and tensor.dtype == TYPE_FLOAT16 else 1.0
+
+
+def _nodes(model: bytes) -> list[_Node]:
+    """The main graph's nodes. Raises ValueError."""
+    graphs = [graph for number, graph, _ in fields(model) if number == MODEL_GRAPH]
+    return [_node(body) for graph in graphs for kind, body, _ in fields(graph) if kind == GRAPH_NODE]
+
+
+def _node(message: bytes) -> _Node:
+    node = _Node()
+    for number, content, _ in fields(message):
+        if number == NODE_INPUT:
+            node.inputs.append(content.decode())
+        elif number == NODE_OPERATOR:
+            node.operator = content.decode()
+        elif number == NODE_ATTRIBUTE:
+            values = {part: (inner, raw) for part, inner, raw in fields(content)}
+            if ATTRIBUTE_INT in values:
+                node.attributes[values[ATTRIBUTE_NAME][0].decode()] = next(numbers(*values[ATTRIBUTE_INT]))
+    return node

@@ -1,0 +1,347 @@
+"""An inspection as titled tables, for a terminal or for a page of its own."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from satchel.runtime.bundle.certificate import Certificate, PhaseFidelity
+from satchel.runtime.bundle.manifest import LayerPrecision
+from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
+from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
+from satchel.runtime.util.terminal import columns, printable
+
+TEMPLATE = "inspection.html.jinja"
+MB, MIB = 1e6, 1 << 20
+WIDEST_BITS = 8  # of a quantized weight
+WRAP = 96  # columns
+
+FIGURES: tuple[tuple[str, Callable[[PhaseFidelity], float | None], str], ...] = (
+    ("KL mean", lambda figures: figures.kl_mean, ".5f"),
+    ("KL median", lambda figures: figures.kl_median, ".5f"),
+    ("KL p90", lambda figures: figures.kl_p90, ".5f"),
+    ("top-1", lambda figures: figures.top1, ".4f"),
+    ("perplexity", lambda figures: figures.perplexity, ".6g"),
+    ("reference's", lambda figures: figures.reference_perplexity, ".6g"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table. `header` is empty where the first column names the rows; `right` are columns of numbers.
+
+    All cells are escaped for reading already. `note` stands under the table.
+    """
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    header: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A part of a whole, or a number within its range: `share` is from 0 to 1."""
+
+    name: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class BitsGrid:
+    """Bits per weight by layer: for each layer's number a cell per kind of weight, None where it is in float."""
+
+    kinds: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[Bar | None, ...]], ...]
+
+
+def as_text(inspection: Inspection) -> str:
+    """The inspection for a terminal: equal layers and equal refusals in one line."""
+    lines = [printable(inspection.bundle)]
+    tables = [
+        _overview(inspection), _files(inspection), _cache(inspection), _grouped_layers(inspection),
+        _graphs(inspection), _pass_counts(inspection), _grouped_refusals(inspection),
+    ]  # fmt: skip
+    for table in [*tables, *_certificate(inspection), *_provenance(inspection)]:
+        rows = [table.header, *table.rows] if table.header else list(table.rows)
+        lines += ["", table.title, *(f"  {line}" for line in columns(rows, table.right))]
+        lines += [f"  {table.note}"] if table.note else []
+    return "\n".join(lines)
+
+
+def as_page(inspection: Inspection) -> str:
+    """The inspection as one HTML page that loads nothing: every layer, every pass and every refusal."""
+    from jinja2 import Environment
+
+    template = resources.files("satchel.runtime.tools.inspection").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    biggest = max(inspection.bytes, 1)
+    sizes = [Bar(printable(name), _megabytes(size), size / biggest) for name, size in inspection.files.items()]
+    page = environment.from_string(template).render(
+        name=printable(inspection.bundle),
+        overview=_overview(inspection),
+        files=_files(inspection),
+        sizes=sizes,
+        grid=_bits_grid(inspection.layers),
+        tables=[
+            _cache(inspection), _all_layers(inspection), _graphs(inspection),
+            *_certificate(inspection), *_provenance(inspection), _all_passes(inspection), _all_refusals(inspection),
+        ],
+    )  # fmt: skip
+    return page.lstrip()
+
+
+def _overview(found: Inspection) -> Table:
+    model = found.model
+    rows = [
+        ("source", f"{found.source.name} ({found.source.kind}, {found.source.model_type})"),
+        ("target", found.target),
+        ("precision", found.precision + (f", by recipe {found.recipe}" if found.recipe else "")),
+        ("parameters", f"{model.parameters:,}"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("context", f"{model.max_context:,} positions"),
+        ("layers", _shapes(found)),
+        ("tokenizer", found.tokenizer or "none"),
+        ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in found.producer.items())),
+    ]
+    if found.custom_ops:
+        rows.append(("needs", ", ".join(f"{file.name}, SHA-256 {file.sha256}" for file in found.custom_ops)))
+    if found.specialized:
+        machine = found.specialized
+        prefill = "int8 weights for prefill, " if machine.int8_prefill else ""
+        decode = "weights in blocks for decode, " if machine.decode_blocks else ""
+        attention = "tiled attention" if machine.tiled_attention else "plain attention"
+        form = "satchel's own kernels" if machine.native else f"{prefill}{decode}{attention}"
+        rows.append(
+            (
+                "specialized",
+                f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: "
+                f"{form}, {_megabytes(sum(machine.files.values()))} more",
+            )
+        )
+    return Table("Bundle", _clean(rows))
+
+
+def _shapes(found: Inspection) -> str:
+    parts = []
+    for shape in found.kv_cache.shapes:
+        width = str(shape.key_dim)
+        if shape.value_dim != shape.key_dim:
+            width = f"{shape.key_dim} (keys) and {shape.value_dim} (values)"
+        parts.append(f"{shape.layers} with {shape.kv_heads} KV heads of {width}")
+    return "; ".join(parts) or "none"
+
+
+def _files(found: Inspection) -> Table:
+    whole = max(found.bytes, 1)
+    rows = [(name, f"{size:,}", f"{size / whole:.1%}") for name, size in found.files.items()]
+    rows.append(("all", f"{found.bytes:,}", ""))
+    note = "" if found.bits_per_weight is None else f"; {found.bits_per_weight:.2f} bits per weight"
+    return Table("Files", _clean(rows), ("file", "bytes", "share"), (1, 2), _megabytes(found.bytes) + note)
+
+
+def _cache(found: Inspection) -> Table:
+    cache, context = found.kv_cache, found.model.max_context
+    rows = [
+        ("numbers", f"{cache.dtype}, written in place" if cache.mode == "shared" else f"{cache.dtype}, {cache.mode}"),
+        ("a token", f"{cache.bytes_per_token:,} bytes"),
+        (f"{context:,} tokens", f"{cache.bytes_at_full_context / MIB:,.1f} MiB"),
+    ]
+    return Table("KV cache", _clean(rows))
+
+
+def _grouped_layers(found: Inspection) -> Table:
+    groups: dict[tuple[str, LayerPrecision], list[str]] = defaultdict(list)
+    for name, precision in found.layers.items():
+        groups[pattern_of(name), precision].append(name)
+    patterns = Counter(pattern for pattern, _ in groups)
+    rows = []
+    for (pattern, precision), names in groups.items():
+        where = f"x {len(names)}" if len(names) > 1 else ""
+        if patterns[pattern] > 1:
+            where += f" (layers {_ranges(layer_of(name) for name in names)})"
+        rows.append((pattern, describe(precision), where.strip()))
+    rows.append(("all other weights" if rows else "all weights", found.float_weights, ""))
+    return Table("Weights", _clean(rows))
+
+
+def _all_layers(found: Inspection) -> Table:
+    rows = [
+        (
+            name,
+            str(layer.bits),
+            "output" if layer.block is None else str(layer.block),
+            "no" if layer.symmetric else "yes",
+            layer.prefill_activations,
+            layer.decode_activations,
+        )
+        for name, layer in found.layers.items()
+    ]
+    header = ("weight", "bits", "block", "zero points", "activations in prefill", "in decode")
+    rest = f"All {'other ' if rows else ''}weights: {found.float_weights}."
+    return Table("Weights", _clean(rows), header if rows else (), (1, 2), rest)
+
+
+def describe(precision: LayerPrecision) -> str:
+    """How a weight is stored and its product fed, in words."""
+    scale = "a scale per output" if precision.block is None else f"blocks of {precision.block}"
+    zero = "symmetric" if precision.symmetric else "with zero points"
+    prefill, decode = precision.prefill_activations, precision.decode_activations
+    fed = "float activations" if prefill == "float" else f"int8 activations per {prefill}"
+    if decode != prefill:
+        fed += ", in decode " + ("float" if decode == "float" else f"per {decode}")
+    return f"{precision.bits} bits, {scale}, {zero}, {fed}"
+
+
+def _ranges(layers: Iterable[int | None]) -> str:
+    """Numbers as "0-3, 7"."""
+    spans: list[list[int]] = []
+    for number in sorted({layer for layer in layers if layer is not None}):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _bits_grid(layers: dict[str, LayerPrecision]) -> BitsGrid:
+    bits = {
+        (layer_of(name), pattern_of(name)): Bar(
+            name, str(layer.bits), min(max(layer.bits, 0), WIDEST_BITS) / WIDEST_BITS
+        )
+        for name, layer in layers.items()
+    }
+    kinds = tuple(dict.fromkeys(pattern for number, pattern in bits if number is not None))
+    numbers = sorted({number for number, _ in bits if number is not None})
+    rows = tuple((number, tuple(bits.get((number, kind)) for kind in kinds)) for number in numbers)
+    return BitsGrid(tuple(map(printable, kinds)), rows)
+
+
+def _graphs(found: Inspection) -> Table:
+    rows = []
+    for phase, graph in found.graphs.items():
+        session = f"that of {graph.session_of}" if graph.session_of else "its own"
+        settings = ", ".join(f"{key} = {value}" for key, value in graph.session.items()) or "none"
+        rows.append((phase, graph.file, session, settings))
+    return Table("Graphs", _clean(rows), ("phase", "file", "session", "settings"))
+
+
+def _pass_counts(found: Inspection) -> Table:
+    by_graph: dict[str, list[str]] = defaultdict(list)
+    for done in found.passes:
+        by_graph[done.graph] += [f"{done.name} {done.count:,}"] if done.count else []
+    rows = []
+    for graph, parts in by_graph.items():
+        first, *more = textwrap.wrap(", ".join(parts) or "nothing", WRAP)
+        rows += [(graph, first), *(("", line) for line in more)]
+    return Table("What passes changed", _clean(rows) or (("nothing is recorded",),))
+
+
+def _all_passes(found: Inspection) -> Table:
+    rows = [(done.graph, done.name, f"{done.count:,}", f"{len(done.refusals):,}") for done in found.passes]
+    header = ("graph", "pass", "changes", "refusals")
+    return Table("What passes changed", _clean(rows), header if rows else (), (2, 3))
+
+
+def _refusals(found: Inspection) -> list[tuple[PassFacts, str, str]]:
+    return [(done, refused.node, refused.reason) for done in found.passes for refused in done.refusals]
+
+
+def _grouped_refusals(found: Inspection) -> Table:
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for done, node, reason in _refusals(found):
+        groups[done.graph, done.name, reason].append(node)
+    rows = []
+    for (graph, name, reason), nodes in groups.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        rows.append((graph, name, nodes[0] + more, reason))
+    return Table("What passes refused", _clean(rows) or (("nothing",),))
+
+
+def _all_refusals(found: Inspection) -> Table:
+    rows = [(done.graph, done.name, node, reason) for done, node, reason in _refusals(found)]
+    header = ("graph", "pass", "node", "reason")
+    return Table("What passes refused", _clean(rows) or (("nothing",),), header if rows else ())
+
+
+def _certificate(found: Inspection) -> list[Table]:
+    certificate = found.certificate
+    if certificate is None:
+        return [Table("Certificate", (("none: nobody measured this bundle",),))]
+    figures = []
+    for label, of, form in FIGURES:
+        values = (of(certificate.prefill), of(certificate.decode))
+        figures.append((label, *("" if value is None else f"{value:{form}}" for value in values)))
+    return [
+        Table("Certificate", _clean(_measured(certificate))),
+        Table("Against the float model", _clean(figures), ("", "prefill", "decode"), (1, 2)),
+    ]
+
+
+def _measured(certificate: Certificate) -> list[tuple[str, str]]:
+    text, margin, speed = certificate.text, certificate.margin, certificate.speed
+    windows = f"{certificate.windows} windows of {certificate.window_tokens} tokens"
+    if certificate.decode_windows != certificate.windows:
+        windows += f" ({certificate.decode_windows} in decode)"
+    rows = [
+        ("text", "random ids" if text is None else f"{text.name}, {text.tokens:,} tokens, SHA-256 {text.sha256}"),
+        ("measured on", f"{windows}, the first {certificate.skip} of each not counted"),
+        ("where", f"ONNX Runtime {certificate.onnxruntime}, {certificate.provider}, {certificate.processor}"),
+        ("golden prompts", str(len(certificate.prompts))),
+        (
+            "margin",
+            f"KL x {1 + margin.kl_relative:g} + {margin.kl_absolute:g} nats; "
+            f"another token where two logits are less than {margin.logit:g} apart",
+        ),
+    ]
+    if speed is not None:
+        rows.append(
+            (
+                "speed",
+                f"prefill {speed.prefill:,.0f} and decode {speed.decode:,.0f} tokens/s "
+                f"({speed.prompt_tokens} and {speed.new_tokens} tokens, {speed.threads} threads)",
+            )
+        )
+    return rows
+
+
+def _provenance(found: Inspection) -> list[Table]:
+    provenance = found.provenance
+    if provenance is None:
+        return [Table("Made by", (("nothing is recorded",),))]
+    made = [(name, text) for name, value in provenance.options.items() if (text := _option(value))]
+    made += [("processor", ", ".join(provenance.processor)), ("threads", str(provenance.threads))]
+    files = [(name, f"{record.bytes:,}", record.sha256) for name, record in provenance.source.items()]
+    header = ("file", "bytes", "SHA-256") if files else ()
+    return [
+        Table("Made by", _clean(made)),
+        Table("Made from", _clean(files) or (("a module in memory",),), header, (1,)),
+    ]
+
+
+def _option(value: Any) -> str:
+    """An option of the export in words; empty where it was not used."""
+    if isinstance(value, list):
+        return "; ".join(map(_option, value))
+    if isinstance(value, dict):
+        digest = value.get("sha256")
+        return f"{value.get('name')}" + (f", SHA-256 {digest}" if digest else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / MB:,.1f} MB"
+
+
+def _clean(rows: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The rows as they may be shown: names and reasons come out of the bundle."""
+    return tuple(tuple(map(printable, row)) for row in rows)

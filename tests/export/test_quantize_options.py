@@ -1,0 +1,206 @@
+"""The options of quantizing: what cannot be is one line with exit code 2, before the model is traced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.checkpoints import save_tiny
+from support.export_command import export, refused
+from support.tiny_bundle import read_manifest
+
+from satchel.export import ExportConfig, ExportError
+from satchel.export.compile import open_source
+from satchel.export.config import FLOAT_PRECISIONS, PRECISIONS
+from satchel.export.recipes import check_recipe, load_recipe, recipe_of, shipped
+
+Options = Callable[[Path], tuple[str | Path, ...]]
+
+
+@pytest.fixture
+def _not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before the long part of the work."""
+    monkeypatch.setattr("satchel.export.compile.trace_source", lambda *_: pytest.fail("the model was traced"))
+
+
+def recipe(text: str) -> Options:
+    """The options for a recipe of one's own with int4."""
+
+    def options(folder: Path) -> tuple[str | Path, ...]:
+        (folder / "mine.toml").write_text(text)
+        return ("--precision", "int4", "--recipe", folder / "mine.toml")
+
+    return options
+
+
+def calibration(content: bytes, *more: str) -> Options:
+    """The options for a calibration text of one's own with int4."""
+
+    def options(folder: Path) -> tuple[str | Path, ...]:
+        (folder / "text.txt").write_bytes(content)
+        return ("--precision", "int4", "--calibrate", folder / "text.txt", *more)
+
+    return options
+
+
+def plain(*options: str) -> Options:
+    return lambda folder: options
+
+
+LINEAR = '[[rule]]\nkinds = ["linear"]\nbits = 4\n'
+CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
+    "unknown precision": (plain("--precision", "int3"), ("--precision int3 is not known", "int8 or int4")),
+    "unknown cache": (plain("--kv-cache", "int4"), ("--kv-cache int4 is not known", "choose float or int8")),
+    "a recipe with fp32": (
+        plain("--precision", "fp32", "--recipe", "int4"),
+        ("--recipe does not go with --precision fp32", "choose one of a16w8"),
+    ),
+    "a recipe without a precision": (plain("--recipe", "int4"), ("--recipe does not go with --precision fp32",)),
+    "an absent recipe": (
+        plain("--precision", "int4", "--recipe", "nowhere.toml"),
+        ("--recipe nowhere.toml: cannot be read", "give a TOML file, or a16w4, a16w8, a16w8-channel, a8w8, int4"),
+    ),
+    "a recipe that is no TOML": (recipe("[[rule"), ("mine.toml: not valid TOML",)),
+    "an empty recipe": (recipe(""), ("mine.toml: there is no [[rule]]",)),
+    "three bits": (recipe("[[rule]]\nbits = 3"), ("mine.toml: rule 1: bits 3: choose 4, 8",)),
+    "an unknown layer": (
+        recipe(f'[[rule]]\nlayers = ["*.c_fc"]\nbits = 8\n{LINEAR}'),
+        ("recipe mine: rule 1: no layer of the model is called *.c_fc", "the layers are lm_head, model."),
+    ),
+    "a block that does not divide a layer's inputs": (
+        recipe(f"{LINEAR}blocks = [64]"),
+        ("recipe mine: model.layers.0.mlp.down_proj: 96 inputs cannot be cut into blocks of 64", "choose a block"),
+    ),
+    "a block that does not divide an embedding's width": (
+        recipe('[[rule]]\nkinds = ["embedding"]\nbits = 8\nblocks = [128]'),
+        ("recipe mine: model.embed_tokens: 64 inputs cannot be cut into blocks of 128",),
+    ),
+    "an absent calibration text": (
+        plain("--precision", "int4", "--calibrate", "nowhere.txt"),
+        ("--calibrate nowhere.txt: cannot be read (No such file", "give a text file"),
+    ),
+    "a folder as calibration text": (
+        lambda folder: ("--precision", "int4", "--calibrate", folder),
+        ("--calibrate", "cannot be read (Is a directory)"),
+    ),
+    "an empty calibration text": (calibration(b" \n"), ("text.txt: is empty: give a text of some pages",)),
+    "a tiny calibration text": (
+        calibration(b"a few words, and no more"),
+        ("--calibrate", "text.txt: has ", "tokens and 1024 are needed: give a longer text"),
+    ),
+    "a calibration text that is not UTF-8": (
+        calibration(b"caf\xe9" * 2000),
+        ("text.txt: not UTF-8 at byte 3: give a text in UTF-8",),
+    ),
+    "calibrating floats": (
+        calibration(b"words " * 5000, "--precision", "fp32"),
+        ("--calibrate: there is nothing to calibrate with --precision fp32: leave it out",),
+    ),
+    "a text for no certificate": (
+        plain("--no-certificate", "--certificate-text", "text.txt"),
+        ("--certificate-text does not go with --no-certificate",),
+    ),
+    "an absent text for the certificate": (
+        plain("--certificate-text", "nowhere.txt"),
+        ("--certificate-text nowhere.txt: cannot be read",),
+    ),
+    "too short a text for the certificate": (
+        lambda folder: ("--certificate-text", short(folder)),
+        ("--certificate-text", "tokens and 128 are needed"),
+    ),
+}
+
+
+def short(folder: Path) -> Path:
+    path = folder / "short.txt"
+    path.write_text("a few words")
+    return path
+
+
+@pytest.mark.usefixtures("_not_traced")
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_option_is_one_line(
+    case: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, says = CASES[case]
+    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "bundle", *options(tmp_path), says=says)
+
+
+@pytest.mark.usefixtures("_not_traced")
+@pytest.mark.parametrize("option", ["--calibrate", "--certificate-text"])
+def test_a_text_needs_a_tokenizer(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = save_tiny(tmp_path / "mute"), tmp_path / "text.txt"
+    text.write_text("words " * 5000)
+    arguments = (source, "-o", tmp_path / "bundle", "--precision", "int4", option, text)
+    refused(capsys, tmp_path, *arguments, says=(option, "mute has no tokenizer to read it with: give --tokenizer"))
+
+
+@pytest.mark.usefixtures("_not_traced")
+def test_a_refused_text_leaves_no_folder_for_the_bundle_either(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--precision", "int4", "--calibrate", "nowhere.txt")
+    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "new" / "bundle", *options, says=("nowhere.txt",))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "int4"}, {"kv_cache": "int8"}, {"precision": "fp16", "kv_cache": "int8"}]
+)
+def test_what_can_be_calibrated_may_be(changes: dict[str, str], tmp_path: Path) -> None:
+    assert ExportConfig(tmp_path, calibrate=tmp_path / "text.txt", **changes).calibrate is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in FLOAT_PRECISIONS])
+def test_each_quantized_precision_has_a_recipe_that_ships(precision: str, tmp_path: Path) -> None:
+    recipe = recipe_of(ExportConfig(tmp_path, precision=precision))
+    assert recipe is not None
+    assert recipe.name == precision
+    assert precision in shipped()
+
+
+@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_recipes_that_ship_suit_every_family(name: str, family: str, tmp_path: Path) -> None:
+    check_recipe(load_recipe(name), open_source(save_tiny(tmp_path / family, family), ExportConfig(tmp_path)))
+
+
+@pytest.mark.parametrize("precision", FLOAT_PRECISIONS)
+def test_floats_have_no_recipe_unless_the_cache_has_one(precision: str, tmp_path: Path) -> None:
+    assert recipe_of(ExportConfig(tmp_path, precision=precision)) is None
+    recipe = recipe_of(ExportConfig(tmp_path, precision=precision, kv_cache="int8"))
+    assert recipe is not None
+    assert recipe.rules == ()
+
+
+def test_a_file_comes_before_a_recipe_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("int4").write_text("[[rule]]\nbits = 8")
+    assert load_recipe("int4").rules[0].bits == 8
+
+
+def test_a_recipe_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"# caf\xe9")
+    with pytest.raises(ExportError, match=r"mine\.toml: not UTF-8 at byte 5: give a TOML file"):
+        load_recipe(tmp_path / "mine.toml")
+
+
+def test_a_recipe_by_its_name_is_taken(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--precision", "int4", "--recipe", "a16w8", "--no-certificate", "--json", "--quiet")
+    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", *arguments)
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert (facts["precision"], facts["kl"]) == ("int4", None)
+    assert 8 < facts["bits_per_weight"] < 9.5
+    assert read_manifest(tmp_path / "bundle")["precision"] == "int4"
+
+
+def test_a_head_that_a_block_does_not_divide_is_refused_too(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = recipe('[[rule]]\nkinds = ["head"]\nbits = 8\nblocks = [128]')(tmp_path)
+    says = ("lm_head: 64 inputs cannot be cut into blocks of 128",)
+    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "bundle", *options, says=says)

@@ -1,0 +1,117 @@
+"""lower_attention_native: GroupQueryAttention becomes satchel's own operator, with the same inputs and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+from support.attention_graphs import BATCH, TOTAL, Cached, Layer
+from support.graphs import fired, operators, serialized, tag, the, untouched
+from support.native_ops import OPERATORS
+
+from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
+from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
+from satchel.graphs.passes.native.lower_attention_native import lower_attention_native
+from satchel.graphs.quant.quantized import KVScales
+
+LAYERS = {
+    "plain": Layer(),
+    "window": Layer(window=4),
+    "softcap": Layer(softcap=0.7),
+    "rotation": Layer(rotary=16),
+    "all at once": Layer(width=32, value_width=32, rotary=16, pairs=True, window=4, softcap=0.7, scale=0.9),
+}
+ALL = LAYERS["all at once"]
+
+
+class ByReference:
+    """A session of ONNX's reference implementation."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.evaluator = ReferenceEvaluator(onnx.load_from_string(serialized(model)), new_ops=OPERATORS)
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        found: list[np.ndarray] = self.evaluator.run(list(outputs), dict(feeds))
+        return found
+
+
+def fused(layer: Layer) -> ir.Model:
+    return fuse_attention(layer.graph()).model
+
+
+def native(layer: Layer) -> tuple[Cached, Cached]:
+    """The layer by ONNX Runtime, and by the reference of satchel's own operator."""
+    before = fused(layer)
+    after = fired(lower_attention_native, before, 1).model
+    assert operators(after)["satchel::Attention"] == 1
+    old, new = Cached(before, 1), Cached(before, 1)
+    new.session = ByReference(after)  # type: ignore[assignment]
+    return old, new
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("chunks", [(), (5, 9), (TOTAL - 1,)], ids=["at once", "in chunks", "one token last"])
+def test_the_numbers_and_the_cache_are_the_same(name: str, chunks: tuple[int, ...]) -> None:
+    layer = LAYERS[name]
+    old, new = native(layer)
+    wanted, found = (cached.feed_chunks(layer.tokens(), *chunks) for cached in (old, new))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    for buffer, array in old.cache.items():
+        np.testing.assert_allclose(new.cache[buffer], array, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_different_lengths_see_their_own_tokens() -> None:
+    old, new = Cached(fused(ALL), BATCH), Cached(fused(ALL), BATCH)
+    new.session = ByReference(lower_attention_native(fused(ALL)).model)  # type: ignore[assignment]
+    tokens = {name: array[:, :1] for name, array in ALL.tokens(BATCH).items()}
+    for cache in (old.cache, new.cache):
+        for index, name in enumerate(cache):
+            cache[name] = np.random.default_rng(index).standard_normal(cache[name].shape).astype(np.float32)
+    np.testing.assert_allclose(new.feed(tokens, [7, 3]), old.feed(tokens, [7, 3]), rtol=1e-4, atol=1e-5)
+
+
+def test_every_attribute_is_written_out() -> None:
+    node = the(lower_attention_native(fused(LAYERS["plain"])).model, "Attention")
+    found = {name: attribute.value for name, attribute in node.attributes.items()}
+    assert found == {
+        "num_heads": 6, "kv_num_heads": 2, "scale": pytest.approx(0.31), "softcap": 0.0, "local_window_size": -1,
+        "do_rotary": 0, "rotary_interleaved": 0,
+    }  # fmt: skip
+
+
+def test_a_cache_of_codes_is_refused() -> None:
+    scales = KVScales(*(np.ones((2, 16), np.float32),) * 2)
+    codes = quantize_kv_cache({3: scales}, "decode")(fused(LAYERS["plain"])).model
+    (reason,) = untouched(lower_attention_native, codes)
+    assert "attribute" in reason
+
+
+def test_a_cache_of_another_type_is_refused() -> None:
+    model = fused(LAYERS["plain"])
+    for value in the(model, "GroupQueryAttention").inputs[3:5]:
+        value.type = ir.TensorType(ir.DataType.FLOAT16)  # type: ignore[union-attr]
+    assert untouched(lower_attention_native, model) == ["its cache is not in float32"]
+
+
+def test_a_further_input_is_refused() -> None:
+    model = fused(LAYERS["plain"])
+    node = the(model, "GroupQueryAttention")
+    node.resize_inputs(11)
+    node.replace_input_with(10, node.inputs[0])
+    assert untouched(lower_attention_native, model) == ["GroupQueryAttention has an input that the operator has not"]
+
+
+def test_an_attribute_that_is_not_known_is_refused() -> None:
+    (reason,) = untouched(
+        lower_attention_native, tag(fused(LAYERS["plain"]), "GroupQueryAttention", "smooth_softmax", 1)
+    )
+    assert "smooth_softmax" in reason
+
+
+def test_no_scale_is_refused() -> None:
+    model = tag(fused(LAYERS["plain"]), "GroupQueryAttention", "scale", 0.0)
+    assert untouched(lower_attention_native, model) == ["GroupQueryAttention has no scale of its own"]

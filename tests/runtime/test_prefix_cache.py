@@ -1,0 +1,212 @@
+"""What was seen is kept up to a limit, found again by what it has in common, and never another's numbers."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from satchel.runtime.bundle.manifest import CacheLayer, CacheSpec
+from satchel.runtime.execution.kv_cache import KVCache, position_bytes
+from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
+
+SPEC = CacheSpec(
+    "shared", "float32", (CacheLayer(2, 4, 2, "pk0", "pv0", "k0", "v0"), CacheLayer(1, 2, 4, "pk1", "pv1", "k1", "v1"))
+)
+NOTHING = (0, None)
+
+
+def store_of(positions: int) -> PrefixCache:
+    return PrefixCache(SPEC, positions * position_bytes(SPEC))
+
+
+def array(ids: str) -> np.ndarray:
+    """Letters as ids."""
+    return np.array([ord(letter) for letter in ids], np.int64)
+
+
+def cache_of(ids: str, room: int = 2) -> KVCache:
+    """A cache whose numbers tell which ids it holds: each position has its id, and what came before as a fraction."""
+    cache = KVCache(SPEC, len(ids) + room, 1000)
+    for name, buffer in cache.past.items():
+        buffer[:] = np.nan
+        for i, letter in enumerate(ids):
+            buffer[:, :, i] = ord(letter) + (hash_of(ids[:i]) + len(name)) / 1e4
+    cache.advance(len(ids))
+    return cache
+
+
+def hash_of(ids: str) -> int:
+    return sum((i + 1) * ord(letter) for i, letter in enumerate(ids)) % 997
+
+
+def holds(cache: KVCache | None, ids: str) -> bool:
+    """Whether a cache begins with what `cache_of(ids)` has."""
+    expected = cache_of(ids)
+    return cache is not None and all(
+        np.array_equal(buffer[:, :, : len(ids)], expected.past[name][:, :, : len(ids)])
+        for name, buffer in cache.past.items()
+    )
+
+
+def keep(store: PrefixCache, ids: str) -> None:
+    store.keep(array(ids), cache_of(ids))
+
+
+def known(store: PrefixCache, ids: str) -> int:
+    """How many of the first ids the store has, without using them: on a copy of its list."""
+    return max((common_length(prefix.ids, array(ids)) for prefix in store._prefixes), default=0)
+
+
+def test_the_longest_beginning_in_common_is_found() -> None:
+    store = store_of(100)
+    for ids in ("abcd", "abXYZ", "q"):
+        keep(store, ids)
+    for ids, count, owner in (("abcdef", 4, "abcd"), ("abX", 3, "abXYZ"), ("abX?", 3, "abXYZ"), ("abc", 3, "abcd")):
+        found, cache = store.longest(array(ids))
+        assert found == count
+        assert holds(cache, owner)
+    assert store.longest(array("zab")) == NOTHING
+    assert store.longest(array("")) == NOTHING
+    assert store.positions == 10
+
+
+def test_a_copy_is_kept_of_what_the_cache_holds_and_no_more() -> None:
+    store, cache = store_of(100), cache_of("abc")
+    ids = array("abcdef")
+    store.keep(ids, cache)
+    ids[:] = 0
+    for buffer in cache.past.values():
+        buffer[:] = 0
+    count, kept = store.longest(array("abcdef"))
+    assert count == 3
+    assert holds(kept, "abc")
+    assert kept.capacity == kept.length == 3
+
+
+def test_a_longer_prefix_takes_the_place_of_those_that_it_begins_with() -> None:
+    store = store_of(100)
+    for ids in ("ab", "abcd", "abX", "abcdef"):
+        keep(store, ids)
+    assert store.positions == len("abX") + len("abcdef")
+    assert holds(store.longest(array("abcdef"))[1], "abcdef")
+
+
+def test_what_a_longer_prefix_has_is_not_kept_again() -> None:
+    store = store_of(100)
+    keep(store, "abcdef")
+    keep(store, "abc")
+    keep(store, "abcdef")
+    store.put(Prefix(array("ab"), cache_of("ab")))
+    assert store.positions == 6
+
+
+def test_those_that_were_not_used_for_longest_go_first() -> None:
+    store = store_of(9)
+    for ids in ("aaa", "bbb", "ccc"):
+        keep(store, ids)
+    assert store.longest(array("a"))[0] == 1  # used, so b is the oldest now
+    keep(store, "dd")
+    assert [known(store, letter * 3) for letter in "abcd"] == [3, 0, 3, 2]
+    keep(store, "cc")  # used: c has it
+    keep(store, "eeeee")
+    assert [known(store, letter * 3) for letter in "abcde"] == [0, 0, 3, 0, 3]
+    assert store.positions == 8
+
+
+def test_among_equals_the_one_that_was_used_last_is_found_and_used() -> None:
+    store = store_of(6)
+    keep(store, "abX")
+    keep(store, "abY")
+    assert holds(store.longest(array("ab"))[1], "abY")
+    keep(store, "Z")
+    assert [known(store, ids) for ids in ("abX", "abY")] == [2, 3]
+
+
+def test_the_limit_is_in_whole_positions() -> None:
+    assert position_bytes(SPEC) == (2 * (4 + 2) + 1 * (2 + 4)) * 4
+    store = PrefixCache(SPEC, 5 * position_bytes(SPEC) - 1)
+    assert store.most == 4
+    keep(store, "abc")
+    keep(store, "xyz")
+    assert store.positions == 3
+
+
+def test_of_what_is_larger_than_the_limit_the_beginning_is_kept() -> None:
+    store = store_of(4)
+    keep(store, "xy")
+    keep(store, "abcdefgh")
+    count, cache = store.longest(array("abcdefgh"))
+    assert (count, store.positions) == (4, 4)
+    assert holds(cache, "abcd")
+
+
+def test_a_prefix_that_is_too_large_leaves_the_others() -> None:
+    store = store_of(4)
+    keep(store, "xy")
+    store.put(Prefix(array("abcde"), cache_of("abcde")))
+    assert (known(store, "xy"), known(store, "abcde")) == (2, 0)
+
+
+@pytest.mark.parametrize("limit", [0, 1, -5])
+def test_a_store_of_nothing_keeps_nothing(limit: int) -> None:
+    store = PrefixCache(SPEC, limit)
+    keep(store, "abc")
+    store.put(Prefix(array("a"), cache_of("a")))
+    assert (store.most, store.positions) == (0, 0)
+    assert store.longest(array("abc")) == NOTHING
+
+
+def test_an_empty_cache_is_not_kept() -> None:
+    store = store_of(10)
+    store.keep(array("abc"), KVCache(SPEC, 3, 3))
+    assert store.longest(array("abc")) == NOTHING
+
+
+def test_a_cache_that_was_found_stays_whole_when_its_prefix_goes() -> None:
+    store = store_of(4)
+    keep(store, "abc")
+    cache = store.longest(array("abc"))[1]
+    keep(store, "wxyz")
+    assert known(store, "abc") == 0
+    assert holds(cache, "abc")
+
+
+def test_room_is_made_before_a_copy_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(6)
+    keep(store, "aaaa")
+    before = []
+    copy_from = KVCache.copy_from
+    monkeypatch.setattr(
+        KVCache, "copy_from", lambda self, *rest: before.append(store.positions) or copy_from(self, *rest)
+    )
+    keep(store, "bbbb")
+    keep(store, "bbbbcc")
+    assert before == [0, 0]
+
+
+def test_threads_find_only_what_is_theirs_and_stay_under_the_limit() -> None:
+    store = store_of(40)
+
+    def work(seed: int) -> bool:
+        rng, right = random.Random(seed), True
+        for _ in range(150):
+            ids = "".join(rng.choices("ab", k=rng.randint(1, 12)))
+            if rng.random() < 0.5:
+                keep(store, ids)
+            count, cache = store.longest(array(ids))
+            right &= not count or holds(cache, ids[:count])
+            right &= store.positions <= 40
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "length"), [("", "", 0), ("abc", "abc", 3), ("abc", "abd", 2), ("abc", "ab", 2), ("x", "y", 0)]
+)
+def test_the_common_length_ends_at_the_first_difference(left: str, right: str, length: int) -> None:
+    assert common_length(array(left), array(right)) == common_length(array(right), array(left)) == length

@@ -1,0 +1,393 @@
+"""Every way in which a generation ends, and what has been shown, counted and kept by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.execution.state import State
+from satchel.runtime.generation import sequence as continuation
+from satchel.runtime.generation.generator import Generator
+from satchel.runtime.generation.stream import TokenStream
+
+PROMPT = [5, 80, 199, 12]
+END = 2  # </s>
+
+
+class Clock:
+    """Stands in for the module `time`, and goes on only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def go(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(continuation, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def fresh(tiny: Path) -> Generator:
+    """A generator that has seen nothing yet."""
+    return Generator.open(tiny, threads=1)
+
+
+def spelled(generator: Generator, text: str) -> list[int]:
+    """A token for each byte of a text."""
+    vocabulary = generator.tokenizer._tokenizer.get_vocab()
+    letters = generator.tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [vocabulary[letter] for word, _ in letters for letter in word]
+
+
+def choosing(tokens: Iterable[int], then: Callable[[], object] = lambda: None) -> Callable[[np.ndarray], int]:
+    """Chooses these tokens, whatever the logits; `then` is called once they are used up, and id 3 chosen."""
+    waiting = iter(tokens)
+
+    def choose(logits: np.ndarray) -> int:
+        token = next(waiting, None)
+        if token is None:
+            then()
+            return 3
+        return token
+
+    return choose
+
+
+def write(generator: Generator, text: str, *more: int, count: int = 40, **options: object) -> TokenStream:
+    """A stream that writes a text, byte by byte, and then the tokens `more`."""
+    tokens = [*spelled(generator, text), *more]
+    return generator.stream(PROMPT, min(count, len(tokens)), choose=choosing(tokens), **options)
+
+
+def test_an_end_token_ends_it_and_is_neither_shown_nor_counted(tmp_path: Path) -> None:
+    ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=(END,)), threads=1)
+    result = write(ending, "one", END, 9, logprobs=0).result()
+    assert (result.text, result.finish_reason, result.new_tokens) == ("one", "stop", 3)
+    assert len(result.logprobs) == 3
+    assert result.decode_steps == 3
+
+
+def test_a_stop_string_that_is_split_over_tokens_is_not_shown_but_counted(generator: Generator) -> None:
+    stream = write(generator, "one END two", stop="END", logprobs=0)
+    assert "".join(stream) == "one "
+    result = stream.result()
+    assert (result.text, result.finish_reason) == ("one ", "stop")
+    assert list(result.token_ids) == spelled(generator, "one END")
+    assert [entry.token for entry in result.logprobs] == list(result.token_ids)
+
+
+def test_a_stop_string_inside_a_token_cuts_its_text(generator: Generator) -> None:
+    (token,) = generator.tokenizer.encode_rendered(" the")
+    assert generator.tokenizer.decode([token]) == " the"
+    result = write(generator, "one", token, 9, stop=("h", "x")).result()
+    assert (result.text, result.finish_reason) == ("one t", "stop")
+    assert result.token_ids[-1] == token
+
+
+def test_a_special_token_can_be_a_stop_string(generator: Generator) -> None:
+    assert write(generator, "one", END, *spelled(generator, "two")).result().text == "onetwo"
+    result = write(generator, "one", END, *spelled(generator, "two"), stop=("zzz", "</s>")).result()
+    assert (result.text, result.finish_reason, result.new_tokens) == ("one", "stop", 3)
+
+
+def test_length_ends_it_and_what_was_held_back_is_shown(generator: Generator) -> None:
+    stream = write(generator, "one END", count=6, stop="END")
+    assert list(stream) == ["o", "n", "e", " ", "EN"]
+    assert (stream.result().text, stream.result().finish_reason) == ("one EN", "length")
+
+
+def test_the_bytes_of_a_character_that_never_came_whole_are_shown_at_the_end(generator: Generator) -> None:
+    result = write(generator, "a猫", count=3).result()
+    assert result.text == "a\ufffd"
+    assert result.finish_reason == "length"
+    assert write(generator, "a猫").result().text == "a猫"
+
+
+def test_a_stop_string_is_found_in_the_bytes_that_never_came_whole(generator: Generator) -> None:
+    assert write(generator, "a猫", count=3, stop="\ufffd").result().text == "a"
+
+
+def test_an_end_token_shows_what_was_held_back(generator: Generator) -> None:
+    result = write(generator, "one EN", END, stop=("END", "</s>")).result()
+    assert (result.text, result.finish_reason) == ("one EN", "stop")
+
+
+def test_the_time_limit_ends_it_between_tokens(generator: Generator, clock: Clock) -> None:
+    tokens = spelled(generator, "one ENDED")
+    choose = choosing(tokens[:6], then=lambda: clock.go(5))
+    result = generator.generate(PROMPT, 20, choose=choose, stop="ENDS", time_limit=4.5)
+    assert (result.finish_reason, result.new_tokens) == ("time", 7)
+    assert result.text == "one EN" + generator.tokenizer.decode([3])
+
+
+def test_the_time_that_a_reader_takes_counts(generator: Generator, clock: Clock) -> None:
+    stream = write(generator, "one", time_limit=4.5)
+    clock.go(1000)  # it begins with the prompt
+    assert next(stream) == "o"
+    clock.go(4.4)
+    assert next(stream) == "n"
+    clock.go(0.1)
+    assert list(stream) == ["e"]
+    assert stream.result().finish_reason == "length"
+    stream = write(generator, "once", time_limit=4.5)
+    next(stream)
+    clock.go(4.5)
+    assert list(stream) == ["n"]
+    assert stream.result().finish_reason == "time"
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "roomy", max_context=1000)
+
+
+def test_the_time_limit_ends_it_while_the_prompt_is_fed(roomy: Path, clock: Clock) -> None:
+    generator = Generator.open(roomy, threads=1)
+    fed: list[int] = []
+
+    def progress(count: int) -> None:
+        fed.append(count)
+        clock.go(5)
+
+    prompt = np.random.default_rng(0).integers(3, 300, 600)  # it ends inside a character
+    with generator.stream(prompt, 5, time_limit=8, progress=progress) as stream:
+        assert list(stream) == []
+    result = stream.result()
+    assert fed == [256, 256]
+    assert (result.finish_reason, result.token_ids, result.text) == ("time", (), "")
+    assert generator.generate(prompt, 2).reused_tokens == 512
+    with generator.stream(prompt, 2, progress=fed.append) as stream:
+        assert stream.result().reused_tokens == 598
+    assert fed[2:] == [598, 2]
+
+
+def test_the_callback_gets_each_piece_and_ends_it_by_a_true_value(generator: Generator) -> None:
+    heard: list[str] = []
+
+    def callback(piece: str) -> bool:
+        heard.append(piece)
+        return piece == "e"
+
+    stream = write(generator, "one two", callback=callback)
+    assert list(stream) == heard == ["o", "n", "e"]
+    assert stream.result().finish_reason == "callback"
+    assert stream.result().new_tokens == 3
+
+
+def test_the_callback_hears_what_was_held_back_too(generator: Generator) -> None:
+    heard: list[str] = []
+    result = write(generator, "oEE", stop="EEx", callback=lambda piece: heard.append(piece) or piece == "oEE").result()
+    assert "".join(heard) == result.text == "oEE"
+    (cat,) = generator.tokenizer.encode_rendered(" cat")
+    heard.clear()
+    result = write(generator, "x", cat, *spelled(generator, "y"), stop="tz", callback=heard.append).result()
+    assert heard == ["x", " ca", "ty"]
+    heard.clear()
+    stream = write(generator, "x", cat, 9, stop="tz", callback=lambda piece: heard.append(piece) or piece == " ca")
+    assert "".join(stream) == "".join(heard) == "x cat"
+    assert stream.result().finish_reason == "callback"
+
+
+def test_a_callback_that_fails_ends_it(fresh: Generator) -> None:
+    def callback(piece: str) -> None:
+        if piece == "e":
+            raise ValueError("no more")
+
+    for count in (40, 3):  # also where it fails at the end
+        stream = write(fresh, "one two", count=count, callback=callback)
+        with pytest.raises(ValueError, match="no more"):
+            stream.result()
+        assert stream.result().finish_reason == "error"
+    assert fresh.store.positions == 0
+
+
+def test_closing_it_shows_what_was_held_back_and_keeps_what_is_known(fresh: Generator) -> None:
+    with write(fresh, "oENDLESS", stop="ENDS") as stream:
+        assert next(stream) == "o"
+        stream._step(stream._state)
+        stream._step(stream._state)
+    assert list(stream) == ["EN"]
+    stream.close()
+    result = stream.result()
+    assert (result.text, result.finish_reason, result.new_tokens) == ("oEN", "closed", 3)
+    assert fresh.store.positions == len(PROMPT) + 2  # the last token was not fed
+    assert fresh.generate([*PROMPT, *result.token_ids, 7], 1).reused_tokens == len(PROMPT) + 2
+
+
+def test_a_stream_that_was_never_read_can_be_closed(fresh: Generator) -> None:
+    stream = fresh.stream(PROMPT, 4)
+    stream.close()
+    assert list(stream) == []
+    result = stream.result()
+    assert (result.finish_reason, result.new_tokens, result.prefill_seconds) == ("closed", 0, 0)
+    assert fresh.store.positions == 0
+
+
+def test_an_ended_continuation_stays_as_it_is(generator: Generator) -> None:
+    stream = write(generator, "one EN", stop="END")
+    first = stream.result()
+    stream._continuation.close("time")
+    stream._continuation.check_time()
+    stream.close()
+    assert stream.result() == first
+    assert first.finish_reason == "length"
+
+
+def test_after_an_error_there_is_no_more_and_nothing_is_kept(fresh: Generator) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    stream = fresh.stream(PROMPT, 9, choose=choosing(spelled(fresh, "oneEN"), then=fail), stop="END")
+    with pytest.raises(ZeroDivisionError):
+        list(stream)
+    assert list(stream) == []
+    result = stream.result()
+    assert (result.text, result.finish_reason, result.new_tokens) == ("one", "error", 5)
+    assert fresh.store.positions == 0
+
+
+@pytest.mark.parametrize("where", ["decode", "choose"])
+def test_an_interrupt_closes_it_and_keeps_what_is_known(
+    fresh: Generator, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    plain = fresh.engine.step
+
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    tokens = spelled(fresh, "one")
+    stream = fresh.stream(PROMPT, 9, choose=choosing(tokens, then=interrupt if where == "choose" else list))
+    for _ in tokens:
+        next(stream)
+    if where == "decode":
+        monkeypatch.setattr(fresh.engine, "step", lambda *all: plain(*all) or interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    monkeypatch.undo()
+    result = stream.result()
+    assert (result.text, result.finish_reason, list(result.token_ids)) == ("one", "closed", tokens)
+    follow = [*PROMPT, *tokens, 9]
+    assert fresh.store.longest(np.array(follow))[0] == len(PROMPT) + 3
+    known = fresh.generate(follow, 4)
+    assert known.token_ids == Generator.open(fresh.engine.bundle.folder, threads=1).generate(follow, 4).token_ids
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)
+
+
+def test_log_probabilities_line_up_with_the_tokens(generator: Generator) -> None:
+    result = generator.generate(PROMPT, 8, logprobs=3, temperature=1.5, seed=3)
+    ids = [*PROMPT, *result.token_ids]
+    expected = log_softmax(generator.engine.score(ids))[len(PROMPT) - 1 : -1]
+    assert result.new_tokens == len(result.logprobs) == 8
+    for row, token, entry in zip(expected, result.token_ids, result.logprobs, strict=True):
+        best = np.argsort(-row, kind="stable")[:3]
+        assert entry.token == token
+        assert [top for top, _ in entry.top] == best.tolist()
+        np.testing.assert_allclose([entry.logprob, *(p for _, p in entry.top)], row[[token, *best]], atol=1e-4)
+    assert generator.generate(PROMPT, 2).logprobs is None
+
+
+def test_no_end_token_comes_before_the_least_number_of_tokens(tmp_path: Path, generator: Generator) -> None:
+    first, _, third = generator.generate(PROMPT, 3).token_ids
+    ends = (first, third, 2)
+    ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=ends), threads=1)
+    assert ending.generate(PROMPT, 9).finish_reason == "stop"
+    assert ending.generate(PROMPT, 9).new_tokens == 0
+    result = ending.generate(PROMPT, 9, min_new_tokens=4)
+    ids = list(PROMPT)
+    for _ in range(4):
+        logits = generator.engine.score(ids)[-1].copy()
+        logits[list(ends)] = -np.inf
+        ids.append(int(logits.argmax()))
+    assert list(result.token_ids[:4]) == ids[len(PROMPT) :]
+
+
+def test_a_special_token_that_stops_is_banned_like_an_end_token(generator: Generator) -> None:
+    wanted = {END: 1e6}
+    plain = generator.generate(PROMPT, 3, logit_bias=wanted, stop="</s>")
+    assert (plain.finish_reason, plain.new_tokens) == ("stop", 0)
+    result = generator.generate(PROMPT, 6, min_new_tokens=2, logit_bias=wanted, stop="</s>")
+    assert (result.finish_reason, result.new_tokens) == ("stop", 2)
+    assert result.token_ids == generator.generate(PROMPT, 2).token_ids
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 1}])
+@pytest.mark.parametrize(
+    ("value", "step", "message"),
+    [
+        (np.nan, 3, r"the logits of step 3 are not finite \(NaN at token 7\)"),
+        (np.inf, 1, r"the logits of step 1 are not finite \(\+inf at token 7\)"),
+        (np.nan, 0, r"the logits of step 0 are not finite \(NaN at token 7\)"),
+    ],
+)
+def test_logits_that_are_not_finite_stop_it_with_the_step_named(
+    fresh: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, float],
+    value: float,
+    step: int,
+    message: str,
+) -> None:
+    for name, after in (("feed", 0), ("step", len(PROMPT) + step - 1)):
+        plain = getattr(fresh.engine, name)
+
+        def spoiled(state: State, ids: object, plain: Callable[..., None] = plain, after: int = after) -> None:
+            at = state.cache.length
+            plain(state, ids)
+            if at == after:
+                state.logits[7] = value
+
+        if (name == "feed") == (step == 0):
+            monkeypatch.setattr(fresh.engine, name, spoiled)
+    stream = fresh.stream(PROMPT, 9, **options)
+    with pytest.raises(BundleError, match=message):
+        stream.result()
+    assert (stream.result().finish_reason, stream.result().new_tokens) == ("error", step)
+    assert fresh.store.positions == 0
+
+
+def test_wrong_options_of_the_end_are_refused(generator: Generator) -> None:
+    wrong: Iterator[tuple[dict[str, object], str]] = iter(
+        [
+            ({"stop": ""}, "--stop: must be text, at least one character"),
+            ({"stop": ["a", 3]}, "--stop: must be text"),
+            ({"time_limit": 0}, "--time-limit 0: must be seconds, above 0"),
+            ({"time_limit": float("nan")}, "--time-limit nan: must be seconds"),
+            ({"logprobs": 101}, "--logprobs 101: must be from 0 to 100"),
+            ({"logprobs": True}, "--logprobs True: must be"),
+            ({"max_new_tokens": 2.0}, r"--max-new-tokens 2.0: must be 0 or more"),
+            ({"max_new_tokens": 2, "min_new_tokens": 3}, "--min-new-tokens 3: is more than --max-new-tokens 2"),
+        ]
+    )
+    for options, message in wrong:
+        with pytest.raises(PromptError, match=message):
+            generator.stream(PROMPT, **options)
+    with pytest.raises(TypeError, match="stopp"):
+        generator.stream(PROMPT, stopp="a")
+
+
+def test_numbers_of_numpy_are_numbers(generator: Generator) -> None:
+    result = generator.generate(PROMPT, np.int64(3), time_limit=np.float32(60), logprobs=np.int64(1))
+    assert (result.new_tokens, len(result.logprobs[0].top)) == (3, 1)
+
+
+def test_stop_strings_need_a_tokenizer(tmp_path: Path) -> None:
+    bare = Generator.open(write_bundle(tmp_path / "bare", tokenizer_kind=None), threads=1)
+    with pytest.raises(PromptError, match="no tokenizer"):
+        bare.generate(PROMPT, 5, stop="a")

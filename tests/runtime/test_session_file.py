@@ -1,0 +1,207 @@
+"""A conversation goes into a file and comes out equal, and a generator goes on with it as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.full_disk import largest_file
+from support.states import DETAILS, MESSAGES, OTHER_SPEC, TOKENS, bundle_with, make_state, same
+from support.tiny_bundle import HEAD_DIM, KV_HEADS, LAYERS
+
+from satchel.runtime.bundle.manifest import CacheSpec
+from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.errors import PromptError, SatchelError
+from satchel.runtime.execution.kv_cache import KVCache
+from satchel.runtime.generation import session_file as state_file
+from satchel.runtime.generation.generator import Generator
+from satchel.runtime.generation.prefix_cache import Prefix
+from satchel.runtime.generation.session_file import SavedState, read_state, write_state
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Path) -> Bundle:
+    return open_bundle(tiny)
+
+
+@pytest.fixture(scope="module")
+def state(bundle: Bundle) -> SavedState:
+    return make_state(bundle.manifest.kv_cache)
+
+
+@pytest.mark.parametrize("spec", [None, OTHER_SPEC], ids=["float32", "int8"])
+@pytest.mark.parametrize("room", [1, 20], ids=["tight", "roomy"])
+def test_a_state_comes_back_as_it_was(tmp_path: Path, bundle: Bundle, spec: CacheSpec | None, room: int) -> None:
+    bundle = bundle_with(bundle, spec)
+    state = make_state(bundle.manifest.kv_cache, room)
+    path = tmp_path / "talk.state"
+    for _ in range(2):
+        write_state(path, bundle.fingerprint, state)
+        found = read_state(str(path), bundle)
+        assert same(found, state)
+    assert found.prefix.cache.capacity == TOKENS
+    assert found.prefix.ids.dtype == np.int64
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_laid_out_as_documented(tmp_path: Path, bundle: Bundle, state: SavedState) -> None:
+    write_state(tmp_path / "talk.state", bundle.fingerprint, state)
+    magic, line, payload = (tmp_path / "talk.state").read_bytes().split(b"\n", 2)
+    assert magic == b"satchel-state " + hashlib.sha256(line + b"\n").hexdigest().encode()
+    assert json.loads(line) == {
+        "version": 1,
+        "fingerprint": bundle.fingerprint,
+        "tokens": TOKENS,
+        "dtype": "float32",
+        "layers": [[KV_HEADS, HEAD_DIM, HEAD_DIM]] * LAYERS,
+        "payload_bytes": len(payload),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
+        "messages": list(MESSAGES),
+        "details": DETAILS,
+    }
+    assert len(payload) == TOKENS * (8 + LAYERS * 2 * KV_HEADS * HEAD_DIM * 4)
+    assert [int.from_bytes(payload[8 * i : 8 * i + 8], "little") for i in range(TOKENS)] == state.prefix.ids.tolist()
+    numbers = np.frombuffer(payload, "<f4", offset=8 * TOKENS).reshape(LAYERS, 2, KV_HEADS, TOKENS, HEAD_DIM)
+    for layer in range(LAYERS):
+        for side, name in enumerate(("key", "value")):
+            buffer = state.prefix.cache.past[f"past_key_values.{layer}.{name}"]
+            np.testing.assert_array_equal(numbers[layer, side], buffer[0, :, :TOKENS])
+
+
+def test_generation_goes_on_in_another_generator_as_if_it_had_not_stopped(tiny: Path, tmp_path: Path) -> None:
+    prompt, turn = [5, 80, 199, 12], [7, 7, 300]
+    first = Generator.open(tiny, threads=1)
+    answer = list(first.generate(prompt, 12).token_ids)
+    saved = first.save_state(tmp_path / "talk.state", prompt + answer, messages=MESSAGES, details=DETAILS)
+    assert saved == len(prompt + answer) - 1  # the last token was never fed
+    second = Generator.open(tiny, threads=1)
+    state = second.load_state(tmp_path / "talk.state")
+    assert state.prefix.ids.tolist() == (prompt + answer)[:saved]
+    assert (state.messages, state.details) == (MESSAGES, DETAILS)
+    whole = prompt + answer + turn
+    found = second.generate(whole, 15)
+    wanted = Generator.open(tiny, threads=1).generate(whole, 15)
+    assert (found.reused_tokens, wanted.reused_tokens) == (saved, 0)
+    assert found.token_ids == wanted.token_ids
+    again = Generator.open(tiny, threads=1)
+    again.load_state(tmp_path / "talk.state")
+    result = again.generate(whole[:saved], 1)
+    assert result.reused_tokens == saved - 2
+    assert result.token_ids == (answer[-1],)
+
+
+def test_only_the_common_beginning_is_saved(tiny: Path, tmp_path: Path, bundle: Bundle) -> None:
+    generator = Generator.open(tiny, threads=1)
+    generator.generate([5, 80, 199, 12], 5)
+    assert generator.save_state(tmp_path / "talk.state", [5, 80, 13, 12, 40]) == 2
+    assert read_state(tmp_path / "talk.state", bundle).prefix.ids.tolist() == [5, 80]
+    text = "the cat sat"
+    generator.generate(text, 5)
+    assert generator.save_state(tmp_path / "talk.state", text) == len(generator.encode(text))
+
+
+def test_what_is_not_kept_cannot_be_saved(tiny: Path, tmp_path: Path) -> None:
+    generator = Generator.open(tiny, threads=1)
+    generator.generate([5, 80], 2)
+    forgetful = Generator.open(tiny, threads=1, prefix_mib=0)
+    forgetful.generate([6], 2)
+    for holder in (generator, forgetful):
+        with pytest.raises(PromptError, match=r"nothing of this is kept: generate first, or raise --prefix-memory"):
+            holder.save_state(tmp_path / "talk.state", [6, 80])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_that_the_generator_has_no_room_for_is_refused_before_it_is_read(
+    tiny: Path, tmp_path: Path, bundle: Bundle, state: SavedState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talk.state"
+    write_state(path, bundle.fingerprint, state)
+    exact = Generator.open(tiny, threads=1, max_context=TOKENS)
+    exact.load_state(path)
+    assert exact.store.positions == TOKENS
+    monkeypatch.setattr(state_file, "KVCache", None)
+    small, forgetful = (Generator.open(tiny, threads=1, **o) for o in ({"max_context": TOKENS - 1}, {"prefix_mib": 0}))
+    with pytest.raises(PromptError, match=r"talk\.state: has 5 tokens but the context holds 4: raise --max-context to"):
+        small.load_state(path)
+    with pytest.raises(PromptError, match=r"has 5 tokens but the prefix memory holds 0: raise --prefix-memory to 1"):
+        forgetful.load_state(path)
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(tmp_path: Path, bundle: Bundle, state: SavedState) -> None:
+    path = tmp_path / "talk.state"
+    write_state(path, bundle.fingerprint, state)
+    before = path.read_bytes()
+    later = make_state(bundle.manifest.kv_cache, seed=1)
+    with (
+        largest_file(2000),
+        pytest.raises(SatchelError, match=r"^--save-state .*talk\.state: cannot be written \(.*\): name another file$"),
+    ):
+        write_state(path, bundle.fingerprint, later)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_the_state_that_was_there(
+    tmp_path: Path, bundle: Bundle, state: SavedState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talk.state"
+    write_state(path, bundle.fingerprint, state)
+    before = path.read_bytes()
+    original: Callable[..., Iterator[memoryview]] = state_file._payload
+    calls: list[bool] = []
+
+    def interrupted(*arguments: Any) -> Iterator[memoryview]:
+        calls.append(True)
+        for number, part in enumerate(original(*arguments)):
+            if len(calls) == 3 and number == 4:  # in the third walk the payload is written
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(state_file, "_payload", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_state(path, bundle.fingerprint, make_state(bundle.manifest.kv_cache, seed=1))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_to_is_named_with_its_option(
+    tmp_path: Path, bundle: Bundle, state: SavedState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SatchelError, match=r"^/save .*/none/talk\.state: there is no folder"):
+        write_state(tmp_path / "none" / "talk.state", bundle.fingerprint, state, "/save")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(SatchelError, match=r"^--save-state .*: its folder cannot be written to"):
+        write_state(tmp_path / "talk.state", bundle.fingerprint, state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_that_are_no_json_are_refused(tmp_path: Path, bundle: Bundle, state: SavedState) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    wrong = ({"a": b"bytes"}, {"a": float("inf")}, {"a": nested}, "text")
+    for message in wrong:
+        with pytest.raises(PromptError, match=r"talk\.state: messages and details cannot be written as JSON"):
+            write_state(tmp_path / "talk.state", bundle.fingerprint, dataclasses.replace(state, messages=(message,)))
+    with pytest.raises(PromptError, match=r"messages and details take \d+ bytes, more than 4194304: save fewer"):
+        write_state(
+            tmp_path / "talk.state", bundle.fingerprint, dataclasses.replace(state, details={"a": "猫" * 700_000})
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_without_keys_and_values_are_refused(tmp_path: Path, bundle: Bundle) -> None:
+    spec = bundle.manifest.kv_cache
+    rows, short = KVCache(spec, 4, 4, rows=2), KVCache(spec, 4, 4)
+    rows.advance(4)
+    short.advance(1)
+    for ids, cache in ((np.arange(4), rows), (np.arange(2), short), (np.arange(0), short)):
+        with pytest.raises(PromptError, match="no keys and values for these tokens"):
+            write_state(tmp_path / "talk.state", bundle.fingerprint, SavedState(Prefix(ids, cache)))
