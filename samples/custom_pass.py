@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import own_module
+from new_path import new_path
 
 from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import Builder, nodes, only_user, replace
@@ -61,12 +62,12 @@ def main(bundle: Path) -> None:
     from satchel.export import ExportConfig, export_bundle
 
     library = Path(onnxruntime_extensions.get_library_path())
-    bundle.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = bundle.parent / "own-tokenizer.json"
+    tokenizer = new_path(new_path(bundle).with_name(f"{bundle.name}-tokenizer.json"))
     own_module.make_tokenizer().save(str(tokenizer))
-    config = ExportConfig(bundle, tokenizer=tokenizer, passes=(cut_negatives,), custom_ops=(library,), force=True)
+    config = ExportConfig(bundle, tokenizer=tokenizer, passes=(cut_negatives,), custom_ops=(library,))
     manifest = export_bundle(own_module.build(), config)
     counts = [f"{done['graph']} {done['count']}" for done in manifest.passes if "cut_negatives" in done["pass"]]
+    print(f"wrote {bundle} and {tokenizer}")
     print(f"passes: {', '.join(counts)}")
 
     logits = []

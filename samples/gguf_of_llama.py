@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from new_path import new_path
 from safetensors import safe_open
 
 NAMES = {
@@ -89,7 +90,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--type", choices=["Q8_0", "Q4_0"], default="Q8_0")
     options = parser.parse_args()
-    write(options.checkpoint, options.output, gguf.GGMLQuantizationType[options.type])
+    write(options.checkpoint, new_path(options.output), gguf.GGMLQuantizationType[options.type])
+    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from new_path import new_path
 from tokenizers import decoders, models, pre_tokenizers
 
 HEAD_DIM = 64
@@ -114,7 +115,7 @@ def main() -> None:
     tensors = shapes(args.layers, args.hidden, inner, args.vocabulary)
     parts = shards(tensors, args.shard_bytes)
     names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    args.folder.mkdir(parents=True)
+    new_path(args.folder).mkdir()
     rng = np.random.default_rng(0)
     for name, part in zip(names, parts, strict=True):
         write_shard(args.folder / name, part, rng)

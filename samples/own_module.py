@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from new_path import new_path
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from satchel.export import ModuleFacts
@@ -147,6 +148,8 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python samples/own_module.py TOKENIZER.json")
-    path = Path(sys.argv[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = new_path(Path(sys.argv[1]))
     make_tokenizer().save(str(path))
+    print(
+        f"wrote {path}, a tokenizer with {VOCABULARY} entries"
+    )

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from new_path import new_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    new_path(args.output)
     path: Path = args.checkpoint
     where = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
     model = AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1])
@@ -74,7 +76,7 @@ def main() -> None:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(args.output)
     AutoTokenizer.from_pretrained(where[0], **where[1]).save_pretrained(args.output)
-    print(f"{args.output}: logits differ by {error:.1e} of the largest")
+    print(f"wrote {args.output}: logits differ by {error:.1e} of the largest")
 
 
 if __name__ == "__main__":

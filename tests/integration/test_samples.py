@@ -36,6 +36,15 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.parametrize("name", ["own_module.py", "custom_pass.py"])
+def test_a_sample_does_not_write_over_what_it_is_given(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text("precious")
+    done = sample(name, path)
+    assert (done.returncode, path.read_text(), list(tmp_path.iterdir())) == (2, "precious", [path])
+    assert str(path) in done.stderr
+
+
 def test_the_own_module_says_what_it_has_learnt(own: Path) -> None:
     done = satchel("run", own, "A gull sat", "--max-new-tokens", "12", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
@@ -51,7 +60,8 @@ def test_every_layer_of_the_own_module_is_fused(own: Path) -> None:
 def test_a_pass_of_ones_own_runs_over_a_library_and_is_switched_off(tmp_path: Path) -> None:
     done = sample("custom_pass.py", tmp_path / "custom")
     assert done.returncode == 0, done.stderr
-    counts, custom, plain, change = done.stdout.splitlines()
+    wrote, counts, custom, plain, change = done.stdout.splitlines()
+    assert str(tmp_path / "custom") in wrote
     assert counts == "passes: prefill 4, decode 4, score 4"
     assert custom.startswith("with the pass:    ' on the lid.")
     assert plain.startswith("without the pass: ' on the lid.")
