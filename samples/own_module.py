@@ -150,6 +150,4 @@ if __name__ == "__main__":
         sys.exit("usage: python samples/own_module.py TOKENIZER.json")
     path = new_path(Path(sys.argv[1]))
     make_tokenizer().save(str(path))
-    print(
-        f"wrote {path}, a tokenizer with {VOCABULARY} entries"
-    )
+    print(f"wrote {path}, a tokenizer with {VOCABULARY} entries")
