@@ -32,7 +32,6 @@ from satchel.export.writing.bundle_writer import write_bundle
 from satchel.export.writing.certify import certify
 from satchel.export.writing.publish import check_target, scratch, staged
 from satchel.export.writing.static_graphs import lower_static
-from satchel.graphs import signature
 from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.contract import PassError
 from satchel.graphs.ir.pipeline import Step
@@ -40,7 +39,8 @@ from satchel.graphs.ir.values import INTERNAL, nodes
 from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
-from satchel.graphs.targets.targets import PHASES, PLAIN, TARGETS
+from satchel.graphs.targets.targets import PLAIN, TARGETS
+from satchel.runtime.bundle.contract import LOGITS, PHASES
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.ort.session import check_loads
 
@@ -194,7 +194,7 @@ def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None
     """
     name = checkpoint.name
     outputs = ((key.removeprefix(PLAIN), value) for key, model in models.items() for value in model.graph.outputs)
-    for shape in (v.shape for key, v in outputs if v.name == signature.LOGITS and not key.startswith("score")):
+    for shape in (v.shape for key, v in outputs if v.name == LOGITS and not key.startswith("score")):
         if shape is None or len(shape) != 3 or shape[1] != 1:
             raise ExportError(
                 f"{name}: what makes its logits does not work on each token alone, which satchel does not support"

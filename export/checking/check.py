@@ -17,8 +17,8 @@ from satchel.export.checking.tables import Provider
 from satchel.export.checking.value_types import typed_model
 from satchel.graphs.ir.values import INTERNAL
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Finding, GraphView, Rule
-from satchel.graphs.targets.native import NATIVE
 from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.contract import NATIVE
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
 from satchel.runtime.bundle.reader import Bundle
 

@@ -16,10 +16,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.graphs import signature
 from satchel.graphs.analysis.segments import Segment, build, split
 from satchel.graphs.ir.values import dims
 from satchel.graphs.ir.weights import LazyWeight
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.ort.session import default_threads
 from satchel.runtime.util.cpu import machine_cores
 
@@ -64,8 +64,8 @@ class Flow:
         self._keep = keep
         self._values: dict[str, list[Path | NDArray[Any]]] = {}
         ids = windows.reshape(self.batches, batch, self.length)
-        self._values[signature.INPUT_IDS] = list(ids)
-        self._values[signature.ATTENTION_MASK] = list(np.ones_like(ids))
+        self._values[INPUT_IDS] = list(ids)
+        self._values[ATTENTION_MASK] = list(np.ones_like(ids))
         self._inputs = {str(v.name): v for v in model.graph.inputs}
         self._head: Segment | None = None
 
@@ -86,11 +86,11 @@ class Flow:
             progress: Hears of each piece that is done.
             first: The piece to begin with, where a flow that keeps what lies between has come by before.
         """
-        segments = split(self.model, [signature.LOGITS, *observed])
+        segments = split(self.model, [LOGITS, *observed])
         self._head = segments.pop() if segments[-1].weights else None
         for index, segment in list(enumerate(segments))[first:]:
             later = {name for other in segments[index + 1 :] for name in other.reads}
-            later |= set(self._head.reads if self._head else ()) | {signature.LOGITS}
+            later |= set(self._head.reads if self._head else ()) | {LOGITS}
             weights = {} if not segment.weights else self._weights(segment, visit)
             self._run(segment, weights, later, observe, observed)
             for name in [name for name in self._values if name not in later and not self._keep]:
@@ -105,14 +105,14 @@ class Flow:
 
     def pieces(self) -> list[str]:
         """The names of the nodes at which the pieces begin, the head left out."""
-        return [str(segment.head.name) for segment in split(self.model, [signature.LOGITS])[:-1]]
+        return [str(segment.head.name) for segment in split(self.model, [LOGITS])[:-1]]
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """The logits of one batch of windows, [batch, length, vocabulary] float32, after `run`."""
         if self._head is None:
-            return np.asarray(self._load(self._values[signature.LOGITS][index]), np.float32)
+            return np.asarray(self._load(self._values[LOGITS][index]), np.float32)
         weights = {name: self._materialized(name, lazy) for name, lazy in self._head.weights.items()}
-        (logits,) = self._session(self._head, index).run([signature.LOGITS], self._feeds(self._head, index) | weights)
+        (logits,) = self._session(self._head, index).run([LOGITS], self._feeds(self._head, index) | weights)
         return np.asarray(logits, np.float32)
 
     def _weights(self, segment: Segment, visit: Visit) -> dict[str, NDArray[Any]]:

@@ -18,7 +18,6 @@ from satchel.export.quantize.flow import Flow, Inputs
 from satchel.export.quantize.gptq import round_with_feedback
 from satchel.export.quantize.kv_scales import kv_scales
 from satchel.export.writing.publish import fresh
-from satchel.graphs import signature
 from satchel.graphs.analysis.channels import gated_input
 from satchel.graphs.analysis.segments import split
 from satchel.graphs.ir import pipeline
@@ -31,6 +30,7 @@ from satchel.graphs.quant.quantized import KVScales, Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
 from satchel.graphs.targets.targets import ROTATE, even_out
+from satchel.runtime.bundle.contract import LOGITS, past_names, present_names
 
 Progress = Callable[[int], Any]
 
@@ -169,7 +169,7 @@ def _observe(
         largest = np.abs(array).max(axis=(0, 2))
         maxima[name] = np.maximum(maxima[name], largest) if name in maxima else largest
 
-    caches = [str(v.name) for v in model.graph.outputs if v.name != signature.LOGITS] if int8_cache else []
+    caches = [str(v.name) for v in model.graph.outputs if v.name != LOGITS] if int8_cache else []
     flow = Flow(model, _batched(windows), fresh(folder, "observe"), batch=BATCH)
     flow.run(visit, observe, caches, progress)
     return statistics, maxima
@@ -300,8 +300,8 @@ def _caches_fit(model: ir.Model) -> None:
 
 
 def _cache_scales(model: ir.Model, layer: int, maxima: Mapping[str, NDArray[np.float32]]) -> KVScales:
-    key, value = signature.present_names(layer)
-    past = signature.past_names(layer)[0]
+    key, value = present_names(layer)
+    past = past_names(layer)[0]
     attention = next(n for n in nodes(model, "GroupQueryAttention", MICROSOFT) if n.inputs[3].name == past)  # type: ignore[union-attr]
     rotation = _rotation(attention)
     if rotation is None:  # any two channels of a head may turn into each other

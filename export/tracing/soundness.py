@@ -8,8 +8,9 @@ import math
 import onnx_ir as ir
 
 from satchel.export.errors import ExportError
-from satchel.graphs import signature
+from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import INTERNAL, constant, nodes, rank, weight
+from satchel.runtime.bundle.contract import ATTENTION_MASK
 
 EACH_ELEMENT = frozenset(
     """
@@ -56,7 +57,7 @@ def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
             "the model has attention code or layers of its own kind (recurrent, linear, shared), "
             "which satchel does not support"
         )
-    if _reads_values(signature.graph_input(model, signature.ATTENTION_MASK)):
+    if _reads_values(graph_input(model, ATTENTION_MASK)):
         raise ExportError(
             f"{name}: the model computes with the padding mask outside its attention, which satchel does not support"
         )

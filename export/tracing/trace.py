@@ -23,7 +23,7 @@ from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
 from satchel.export.tracing.rotary_tables import tables_for_rotary
 from satchel.export.tracing.stand_ins import register_implementations
-from satchel.graphs import signature
+from satchel.runtime.bundle.contract import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, POSITION_IDS, SEQUENCE, TOTAL
 
 OPSET = 24
 """The version of ONNX's standard operators in the graph: the first with TensorScatter."""
@@ -60,7 +60,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     # Three tensors, not one three times: the tracer takes the same tensor for the same input.
     device = next((p.device for p in module.parameters()), torch.device("meta"))
     examples = tuple(torch.zeros(2, length, dtype=torch.int64, device=device) for length in (7, 7, 11))
-    batch, sequence, total = (torch.export.Dim(n) for n in (signature.BATCH, signature.SEQUENCE, signature.TOTAL))
+    batch, sequence, total = (torch.export.Dim(n) for n in (BATCH, SEQUENCE, TOTAL))
     dims = ({0: batch, 1: sequence}, {0: batch, 1: sequence}, {0: batch, 1: total})
     # A user's own rotary module is traced as it is: only transformers' classes are known to give tables.
     tables = contextlib.nullcontext() if protocol else tables_for_rotary(module, capacity)
@@ -92,11 +92,9 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     if onnx_program is None:
         raise ExportError(f"{name}: torch gave no graph for this model")
     model = onnx_program.model
-    for value, wanted in zip(
-        model.graph.inputs, (signature.INPUT_IDS, signature.POSITION_IDS, signature.ATTENTION_MASK), strict=True
-    ):
+    for value, wanted in zip(model.graph.inputs, (INPUT_IDS, POSITION_IDS, ATTENTION_MASK), strict=True):
         value.name = wanted
-    model.graph.outputs[0].name = signature.LOGITS
+    model.graph.outputs[0].name = LOGITS
     _name_dimensions(model)
     return Trace(model, dict(values))
 
@@ -106,7 +104,7 @@ def _name_dimensions(model: ir.Model) -> None:
     ids, _, mask = (value.shape for value in model.graph.inputs)
     if ids is None or mask is None:
         return
-    names = {_symbol(ids[0]): signature.BATCH, _symbol(ids[1]): signature.SEQUENCE, _symbol(mask[1]): signature.TOTAL}
+    names = {_symbol(ids[0]): BATCH, _symbol(ids[1]): SEQUENCE, _symbol(mask[1]): TOTAL}
     for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape(

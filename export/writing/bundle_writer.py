@@ -17,16 +17,16 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.writing.describe import describe, tokenizer_spec
 from satchel.export.writing.genai_config import genai_config
+from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
 from satchel.graphs.ir.weights import LazyWeight, stored
 from satchel.graphs.quant.quantized import BLOCKS, EXPANDED, MADE, PANELS, Quantized
-from satchel.graphs.targets.static import table_of
+from satchel.runtime.bundle.contract import WEIGHTS_NAME
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
 from satchel.runtime.optimize.blocks import BLOCKS_NAME
 from satchel.runtime.optimize.expand import EXPANDED_NAME
 from satchel.runtime.optimize.native import NATIVE_NAME
 
-WEIGHTS_NAME = "weights.bin"
 PAGE, LINE = 4096, 64
 """Bytes at whose multiples a weight starts: a memory page for a large one, so that it can be mapped by itself; a cache
 line for one that is smaller than `LARGE`.

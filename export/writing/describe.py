@@ -12,11 +12,10 @@ from satchel.export.config import ExportConfig
 from satchel.export.writing.provenance import named_file, producer, provenance
 from satchel.export.writing.static_graphs import describe_static
 from satchel.export.writing.tensor_specs import tensor_specs
-from satchel.graphs import signature
 from satchel.graphs.quant.assign import layer_name
 from satchel.graphs.quant.quantized import Quantized
-from satchel.graphs.targets.native import NATIVE
-from satchel.graphs.targets.targets import DECODE_BLOCKS, PHASES, PLAIN, PREFILL_INT8, TARGETS, Session
+from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
+from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8, past_names, present_names
 from satchel.runtime.bundle.manifest import (
     CacheLayer,
     CacheSpec,
@@ -89,7 +88,7 @@ def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpe
     by_name = {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
     layers = []
     for index in range(sum(name.endswith(".key") for name in by_name)):
-        past, present = signature.past_names(index), signature.present_names(index)
+        past, present = past_names(index), present_names(index)
         (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
         layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
     return CacheSpec(mode, by_name[past[0]].dtype if layers else "float32", tuple(layers))

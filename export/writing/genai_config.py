@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from satchel.export.checkpoint import Checkpoint
-from satchel.graphs.signature import ATTENTION_MASK, INPUT_IDS, LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.bundle.manifest import GraphSpec, Manifest
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from satchel.runtime.bundle.contract import WEIGHTS_NAME
 from satchel.runtime.bundle.manifest import Manifest
-
-WEIGHTS = "weights.bin"
 
 
 def report(manifest: Manifest) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def report(manifest: Manifest) -> dict[str, Any]:
         "precision": manifest.precision,
         "parameters": parameters,
         "bytes": sum(file.bytes for file in manifest.files.values()),
-        "bits_per_weight": 8 * manifest.files[WEIGHTS].bytes / parameters,
+        "bits_per_weight": 8 * manifest.files[WEIGHTS_NAME].bytes / parameters,
         "kl": None, "decode_kl": None, "top1": None, "perplexity_change": None, "prefill": None, "decode": None,
     }  # fmt: skip
     if certificate is None:

@@ -12,14 +12,15 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.user_passes import standard_only
-from satchel.export.writing.tensor_specs import DTYPE_NAMES, tensor_specs
+from satchel.export.writing.tensor_specs import tensor_specs
 from satchel.graphs.analysis.cut import INLINE_LIMIT, CutError, cut
 from satchel.graphs.ir import pipeline
+from satchel.graphs.ir.inputs import WINDOW, Lengths, table_of
 from satchel.graphs.ir.pipeline import Done, Step
 from satchel.graphs.passes.normalize.lower_opset import OPSET
 from satchel.graphs.quant.quantized import Quantized
-from satchel.graphs.targets.static import WINDOW, Lengths, table_of
 from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
+from satchel.runtime.bundle.dtypes import BY_ONNX
 from satchel.runtime.bundle.manifest import GraphSpec, StaticGraph, StaticGraphs, TableSpec
 
 FATAL = (
@@ -159,4 +160,4 @@ def _tables(inputs: Iterable[ir.Value], starts: Mapping[str, tuple[str, int]]) -
         table = table_of(value)
         if table is not None:
             file, offset = starts[table.name]
-            yield TableSpec(str(value.name), file, offset, DTYPE_NAMES[table.dtype], table.dims)
+            yield TableSpec(str(value.name), file, offset, BY_ONNX[table.dtype.value].name, table.dims)

@@ -7,15 +7,8 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from satchel.export.errors import ExportError
+from satchel.runtime.bundle.dtypes import BY_ONNX, DTYPES
 from satchel.runtime.bundle.manifest import TensorSpec
-
-DTYPE_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.INT8: "int8",
-    ir.DataType.BOOL: "bool",
-}
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
@@ -26,11 +19,12 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     """
     specs = []
     for value in values:
-        if value.shape is None or value.dtype not in DTYPE_NAMES:
+        dtype = None if value.dtype is None else BY_ONNX.get(value.dtype.value)
+        if value.shape is None or dtype is None or dtype.name not in DTYPES:
             raise ExportError(
                 f"the graph's {value.name} has no shape or an unexpected type {value.dtype}: "
                 "report this model to satchel"
             )
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
-        specs.append(TensorSpec(str(value.name), DTYPE_NAMES[value.dtype], shape))
+        specs.append(TensorSpec(str(value.name), dtype.name, shape))
     return tuple(specs)

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.analysis.element_types import Types
 from satchel.graphs.ir.values import nodes, producer, scalar
+from satchel.runtime.bundle.contract import LOGITS
 
 MEANS = ("ReduceMean", "ReduceSumSquare", "ReduceL2")
 """Reductions that only norms have: their sums of squares pass float16's largest where an entry passes 255."""
@@ -37,7 +37,7 @@ def float32_islands(model: ir.Model, types: Types) -> set[ir.Node]:
             if _is_float32(node, types):
                 _keep_backwards(node, ON_THE_WAY_TO_ANGLES, kept)
     for output in model.graph.outputs:
-        if output.name == signature.LOGITS:
+        if output.name == LOGITS:
             _keep_tail(output, kept)
     _keep_casts(model, types, kept)
     return kept
@@ -98,7 +98,7 @@ def _keep_casts(model: ir.Model, types: Types, kept: set[ir.Node]) -> None:
     """Keep casts to float32 and constants whose readers are all kept, and the cast that makes the logits."""
     for node in (*nodes(model, "Cast"), *nodes(model, "Constant")):
         output = node.outputs[0]
-        logits = output.is_graph_output() and output.name == signature.LOGITS
+        logits = output.is_graph_output() and output.name == LOGITS
         readers = output.consumers()
         if _is_float32(node, types) and (logits or (readers and all(reader in kept for reader in readers))):
             kept.add(node)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import GraphPass, Report
 from satchel.graphs.ir.values import INTERNAL, weight
 from satchel.graphs.ir.weights import LazyWeight
 from satchel.graphs.quant.quantized import QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, Rule
+from satchel.runtime.bundle.contract import LOGITS
 
 RULE = "rule"
 """The mark: the rule, where one matched."""
@@ -78,7 +78,7 @@ def _layers(model: ir.Model) -> Iterator[tuple[LazyWeight, str]]:
 
 def _head(model: ir.Model) -> ir.Node | None:
     """The last product in front of the logits."""
-    (value,) = [v for v in model.graph.outputs if v.name == signature.LOGITS]
+    (value,) = [v for v in model.graph.outputs if v.name == LOGITS]
     while (node := value.producer()) is not None:
         if node.op_type == "MatMul":
             return node

@@ -14,15 +14,7 @@ from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows
 from satchel.graphs.quant.panels import MIDDLE, PANEL, TOGETHER, pack_panels, panel_outputs
 from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.quant.rounding import Grid
-
-CODE_TYPES = {
-    (8, True): ir.DataType.INT8,
-    (8, False): ir.DataType.UINT8,
-    (4, True): ir.DataType.INT4,
-    (4, False): ir.DataType.UINT4,
-}
-"""(bits, symmetric) -> dtype of the codes as DequantizeLinear reads them."""
-
+from satchel.runtime.bundle.dtypes import QUANTIZED
 
 MADE = "made"
 """Mark of weights that no bundle holds and a device makes of those that it does: EXPANDED, BLOCKS or PANELS."""
@@ -72,7 +64,7 @@ class QuantizedWeight:
         Where each output has one scale, scales and zero points are [outputs], for axis 1.
         """
         scheme, grid = self.grid.scheme, self.grid
-        dtype = CODE_TYPES[scheme.bits, grid.zero_points is None]
+        dtype = code_type(grid)
         outputs, inputs = self.codes.shape
         codes = LazyWeight(
             f"{self.name}.codes", (inputs, outputs), dtype,
@@ -218,6 +210,11 @@ class QuantizedWeight:
             return codes, scales, None
         points = pack_rows(grid.zero_points, bits)
         return codes, scales, from_array(f"{self.name}.row_zero_points", points, computed=True)
+
+
+def code_type(grid: Grid) -> ir.DataType:
+    """The type of a grid's quantized values as DequantizeLinear reads them."""
+    return ir.DataType(QUANTIZED[grid.scheme.bits, grid.zero_points is None].onnx)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,6 @@ from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddin
 from satchel.graphs.passes.quantize.quantize_experts import quantize_experts
 from satchel.graphs.quant.quantized import Quantized, quantized_products
 
-NATIVE = "native"
-"""A graph of bundles with quantized weights: prefill and decode in one, by satchel's own operators, over weights in the
-order in which these read them, made when the bundle is specialized for a processor that the operators are built for."""
-
 
 def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[Step, ...]:
     """The passes that put satchel's own operators into the graph. A product takes in what stands around it, from the

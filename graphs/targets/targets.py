@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.passes.cache.derive_positions import derive_positions
 from satchel.graphs.passes.cache.drop_inputs import drop_inputs
@@ -61,19 +62,8 @@ from satchel.graphs.passes.static.lower_attention_static import lower_attention_
 from satchel.graphs.passes.static.transpose_tied_head import transpose_tied_head
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
-from satchel.graphs.targets.native import NATIVE, has_linear, native_steps
-from satchel.graphs.targets.static import Lengths
-
-PHASES = ("prefill", "decode", "score")
-"""The graphs of every bundle."""
-
-PREFILL_INT8 = "prefill_int8"
-"""A graph of bundles with products in 4 bits: prefill over int8 weights that are made of these when the bundle is
-specialized. Prefill is bound by arithmetic, and int8 products are the fastest there are."""
-
-DECODE_BLOCKS = "decode_blocks"
-"""A graph of bundles whose decode takes activations in int8: decode over the same weights in blocks, made when such a
-bundle is specialized. Some processors multiply one row by blocks faster."""
+from satchel.graphs.targets.native import has_linear, native_steps
+from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8
 
 PLAIN = "plain_"
 """Graphs without passes of a user's own are called by this and their phase."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from satchel.runtime.bundle.certificate import check_values
 from satchel.runtime.bundle.contract import (
+    ATTENTION_MASK,
     CACHE_MODES,
-    DTYPE_BYTES,
-    DTYPES,
     FURTHER,
+    INPUT_IDS,
+    LOGITS,
     PHASES,
     STATIC_INPUTS,
     TOKENIZER_KINDS,
     TOP_IDS,
     TOP_OUTPUTS,
 )
+from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
@@ -91,10 +94,10 @@ def _check_graph(manifest: Manifest, phase: str) -> None:
     shareable = (None, "prefill") if phase == "decode" else (None,)
     _check(graph.session_of in shareable, f"{key}.session_of", graph.session_of, f"one of {shareable}")
     layers = manifest.kv_cache.layers
-    wanted = {"input_ids", "attention_mask", *(name for layer in layers for name in (layer.past_key, layer.past_value))}
+    wanted = {INPUT_IDS, ATTENTION_MASK, *(name for layer in layers for name in (layer.past_key, layer.past_value))}
     found = {tensor.name for tensor in graph.inputs}
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
-    wanted = {"logits", *(name for layer in layers for name in (layer.present_key, layer.present_value))}
+    wanted = {LOGITS, *(name for layer in layers for name in (layer.present_key, layer.present_value))}
     chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
     found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
     _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
@@ -126,7 +129,7 @@ def _check_static(manifest: Manifest, static: StaticGraphs) -> None:
         _check(fits, f"{where}.shape", table.shape, "[positions, width] with a row for each position of the cache")
         _check(table.file in manifest.files, f"{where}.file", table.file, "listed in 'files'")
         size = manifest.files[table.file].bytes
-        start, end = table.offset, table.offset + math.prod(table.shape) * DTYPE_BYTES[table.dtype]
+        start, end = table.offset, table.offset + math.prod(table.shape) * DTYPES[table.dtype].nbytes
         _check(0 <= start < end <= size, f"{where}.offset", start, "within the file")
     lengths = [graph.tokens for graph in static.prefill]
     rising = bool(lengths) and lengths[0] >= 1 and all(a < b for a, b in itertools.pairwise(lengths))
@@ -161,13 +164,13 @@ def _check_static_graph(manifest: Manifest, key: str, graph: StaticGraph) -> Non
     tables = set() if static is None else {table.input for table in static.tables}
     masks = set() if static is None else set(static.masks)
     unknown = fed - past - tables - masks - STATIC_INPUTS
-    wanted = past | {"input_ids"}
+    wanted = past | {INPUT_IDS}
     _check(not unknown and wanted <= fed, f"{key}.inputs", sorted(unknown or wanted - fed), "the contract's names")
-    wanted = present | {"logits"}
+    wanted = present | {LOGITS}
     _check(wanted <= made, f"{key}.outputs", sorted(wanted - made), "the contract's names and those of kv_cache")
 
 
-def _check_one_of(value: str, key: str, known: tuple[str, ...]) -> None:
+def _check_one_of(value: str, key: str, known: Iterable[str]) -> None:
     _check(value in known, key, value, f"one of {', '.join(known)}")
 
 

@@ -1,31 +1,68 @@
-"""Names and forms that all bundles share: graphs, what they take and give beside a model's own caches, types, modes."""
+"""The contract of a bundle's graphs: their names, and the names and dimensions of their inputs and outputs.
+
+The exporter writes graphs by it, and the runner feeds them by it. Most names are those that onnxruntime-genai's
+configuration has by default, so that other runners can run the graphs too.
+"""
 
 from __future__ import annotations
 
 PHASES = ("prefill", "decode", "score")
+"""The graphs of every bundle."""
+
+PREFILL_INT8 = "prefill_int8"
+"""A graph of bundles with linear layers in 4 bits: prefill over int8 weights, which are made from these when the bundle
+is specialized. Prefill is compute-bound, and int8 matmuls are the fastest there are."""
+
+DECODE_BLOCKS = "decode_blocks"
+"""A graph of bundles whose decode takes int8 activations: decode over the same weights in groups, made when the bundle
+is specialized. Some processors multiply one row by groups faster."""
+
+NATIVE = "native"
+"""A graph for satchel's own kernels, for prefill and decode."""
+
 FURTHER = {
-    "prefill_int8": "its products are not in 4 bits",
-    "decode_blocks": "its decode takes no int8 activations",
-    "native": "it was exported without one for satchel's own kernels",
+    PREFILL_INT8: "its linear layers are not in 4 bits",
+    DECODE_BLOCKS: "its decode takes no int8 activations",
+    NATIVE: "it was exported without one for satchel's own kernels",
 }
-"""Graphs that not every bundle has, and why one has them not."""
+"""Optional graphs, and why a bundle has none."""
 
-CACHE_MODES = ("shared", "swapped")
-DTYPE_BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
-DTYPES = tuple(DTYPE_BYTES)
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
+"""`input_ids` [batch, sequence] int64 and `attention_mask` [batch, total or capacity] int64. `position_ids` exists only
+while a graph is traced: the exported graphs derive positions from the mask."""
 
-STATIC_INPUTS = frozenset({"input_ids", "cache_rows", "cache_index", "last_token"})
-"""What a static graph may take besides caches, masks and rows of tables. `input_ids` [1, tokens] int64, padded with any
-id; `cache_rows` [1, 1, capacity, 1] bool, the positions that the new tokens are written to; `cache_index` [capacity]
-int64, which new token goes there, any elsewhere (where tokens > 1); `last_token` [1] int64, the index of the last token
-that is no padding (where tokens > 1 and only its logits are wanted)."""
+LOGITS = "logits"
+"""[batch, 1, vocabulary] float32 of the last token, or [batch, sequence, vocabulary] of a score graph."""
 
 TOP_IDS, TOP_LOGITS = TOP_OUTPUTS = ("top_ids", "top_logits")
-"""What a graph may give beside its logits, both or neither: its most likely tokens, the most likely first, as ids int64
-and logits float32, both [batch, 1, k]."""
+"""Optional outputs, both or neither: the most likely tokens, the most likely first, as ids int64 and logits float32,
+both [batch, 1, k]."""
 
-FULL_MASK = "capacity"
-"""The length of an `attention_mask` that covers the whole cache, with ones for the tokens that are there and zeros
-behind them; any other name stands for a mask that ends with the last token."""
+BATCH, SEQUENCE, TOTAL, CAPACITY = "batch", "sequence", "total", "capacity"
+"""Names of dynamic dimensions: sequences, new tokens, tokens so far with the new ones, and positions of the cache. An
+`attention_mask` of length `CAPACITY` covers the whole cache, with ones for the tokens so far and zeros after them; one
+of length `TOTAL` ends with the last token."""
+
+CACHE_MODES = ("shared", "swapped")
+
+CACHE_ROWS, CACHE_INDEX, LAST_TOKEN = "cache_rows", "cache_index", "last_token"
+STATIC_INPUTS = frozenset({INPUT_IDS, CACHE_ROWS, CACHE_INDEX, LAST_TOKEN})
+"""What a static graph may take besides caches, masks and rows of lookup tables. `input_ids` [1, tokens] int64, padded
+with any id; `cache_rows` [1, 1, capacity, 1] bool, the positions that the new tokens are written to; `cache_index`
+[capacity] int64, which new token goes there, any elsewhere (where tokens > 1); `last_token` [1] int64, the index of the
+last token that is not padding (where tokens > 1 and only its logits are wanted)."""
 
 TOKENIZER_KINDS = ("tokenizer.json", "sentencepiece")
+
+WEIGHTS_NAME = "weights.bin"
+"""The file that holds the weights of a bundle's graphs."""
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """Names of one layer's KV cache inputs: key, value; [batch, kv_heads, capacity, head_dim]."""
+    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    """Names of one layer's KV cache outputs: key, value; shaped like the inputs."""
+    return f"present.{layer}.key", f"present.{layer}.value"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.checks import check_manifest
-from satchel.runtime.bundle.contract import FULL_MASK, FURTHER, TOP_IDS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, FURTHER, TOP_IDS
 from satchel.runtime.bundle.digest import manifest_digest
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.manifest_limits import check_limits
@@ -323,7 +323,7 @@ class Manifest:
     def has_fixed_mask(self) -> bool:
         """Whether the decode graph takes a mask of the cache's whole length, so that its shapes never change."""
         inputs = () if self.graphs is None else self.graphs.decode.inputs
-        return any(tensor.name == "attention_mask" and tensor.shape[-1:] == (FULL_MASK,) for tensor in inputs)
+        return any(tensor.name == ATTENTION_MASK and tensor.shape[-1:] == (CAPACITY,) for tensor in inputs)
 
     def without_custom(self) -> Manifest:
         """The manifest of the plain graphs alone. Raises BundleError where there are none."""

@@ -12,7 +12,8 @@ import types
 import typing
 from typing import Any
 
-from satchel.runtime.bundle.contract import CACHE_MODES, DTYPES, TOKENIZER_KINDS
+from satchel.runtime.bundle.contract import CACHE_MODES, TOKENIZER_KINDS
+from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.strict_json import required

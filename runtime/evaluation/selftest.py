@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
@@ -128,14 +129,14 @@ def _run(
     mask = np.zeros((1, next(iter(cache.values())).shape[2] if whole else end), np.int64)
     mask[:, :end] = 1
     names = [output.name for output in session.get_outputs()]
-    values = dict(zip(names, session.run(None, {"input_ids": ids, "attention_mask": mask, **cache}), strict=True))
+    values = dict(zip(names, session.run(None, {INPUT_IDS: ids, ATTENTION_MASK: mask, **cache}), strict=True))
     layers = bundle.manifest.kv_cache.layers
     pairs = [
         (n, p)
         for layer in layers
         for n, p in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
     ]
-    return values["logits"][0, -1], {name: values[present] for name, present in pairs}
+    return values[LOGITS][0, -1], {name: values[present] for name, present in pairs}
 
 
 def main() -> int:

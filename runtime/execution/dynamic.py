@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnxruntime as ort
 
-from satchel.runtime.bundle.contract import TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.kv_cache import Cache, KVCache
@@ -41,13 +41,13 @@ class DynamicState(State):
         bindings = []
         for session in sessions:
             binding = bind_cache(session, cache)
-            bind_output(binding, "logits", logits, (1, 1, len(logits)))
+            bind_output(binding, LOGITS, logits, (1, 1, len(logits)))
             if self._best is not None:
                 bind_output(binding, TOP_IDS, self._best.ids, (1, 1, count))
                 bind_output(binding, TOP_LOGITS, self._best.logits, (1, 1, count))
             bindings.append(binding)
         self._prefill_binding, self._decode_binding = bindings
-        bind_input(self._decode_binding, "input_ids", self._token, (1, 1))
+        bind_input(self._decode_binding, INPUT_IDS, self._token, (1, 1))
         self._fixed_mask = np.zeros(cache.capacity, np.int64) if manifest.has_fixed_mask else None
 
     def best(self, count: int) -> Best | None:
@@ -60,7 +60,7 @@ class DynamicState(State):
             self._best.ids[:], self._best.logits[:] = theirs
 
     def feed(self, tokens: Ids) -> None:
-        bind_input(self._prefill_binding, "input_ids", tokens, (1, len(tokens)))
+        bind_input(self._prefill_binding, INPUT_IDS, tokens, (1, len(tokens)))
         run_step(self._sessions[0], self._prefill_binding, self._cache, len(tokens), self._mask_pointer)
 
     def step(self, token: int) -> None:
@@ -72,7 +72,7 @@ class DynamicState(State):
         cache.require(1)
         self._fixed_mask[: cache.length + 1] = 1
         self._fixed_mask[cache.length + 1 :] = 0
-        bind_input(self._decode_binding, "attention_mask", self._fixed_mask, (1, cache.capacity))
+        bind_input(self._decode_binding, ATTENTION_MASK, self._fixed_mask, (1, cache.capacity))
         run_bound(self._sessions[1], self._decode_binding, f"at position {cache.length}")
         cache.advance(1)
 
@@ -133,8 +133,8 @@ class DynamicGraphs(Graphs[KVCache]):
         binding, mask = bind_cache(session, cache), np.ones(len(tokens), np.int64)
         for span in self.spans(len(tokens), chunk):
             part, rows = tokens[span], logits[span]
-            bind_input(binding, "input_ids", part, (1, len(part)))
-            bind_output(binding, "logits", rows, (1, *rows.shape))
+            bind_input(binding, INPUT_IDS, part, (1, len(part)))
+            bind_output(binding, LOGITS, rows, (1, *rows.shape))
             run_step(session, binding, cache, len(part), mask.ctypes.data)
 
     def _score_session(self) -> ort.InferenceSession:
@@ -150,6 +150,6 @@ def run_step(session: ort.InferenceSession, binding: ort.IOBinding, cache: Cache
     `mask` is the address of as many ones (int64) as the cache has positions.
     """
     cache.require(count)
-    binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, cache.length + count), mask)
+    binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, cache.length + count), mask)
     run_bound(session, binding, f"at position {cache.length}")
     cache.advance(count)

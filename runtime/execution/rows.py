@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.kv_cache import KVCache
@@ -116,15 +117,15 @@ class Rows:
         mask = self._mask[: count * longest].reshape(count, longest)
         np.less(np.arange(longest), totals[:, None], out=mask, casting="unsafe")
         binding = self._bindings.get(count) or self._bind(cache, count)
-        bind_input(binding, "attention_mask", mask, mask.shape)
+        bind_input(binding, ATTENTION_MASK, mask, mask.shape)
         run_bound(self._decode, binding, f"with {count} sequences")
         for state in states:
             state.cache.advance(1)
 
     def _bind(self, cache: KVCache, count: int) -> ort.IOBinding:
         binding = bind_cache(self._decode, cache, count)
-        bind_input(binding, "input_ids", self._tokens, (count, 1))
-        bind_output(binding, "logits", self._logits, (count, 1, self._engine.vocabulary))
+        bind_input(binding, INPUT_IDS, self._tokens, (count, 1))
+        bind_output(binding, LOGITS, self._logits, (count, 1, self._engine.vocabulary))
         self._bindings[count] = binding
         return binding
 

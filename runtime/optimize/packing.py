@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle.contract import PHASES
 from satchel.runtime.bundle.reader import Bundle
-
-PHASES = ("prefill", "decode", "score")
 
 PAGE, PAGED_FROM = 4096, 1 << 20
 CACHE_LINE = 64

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.runtime.bundle.dtypes import QUANTIZED
 from satchel.runtime.bundle.onnx_wire import Tensor
 
 CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 """Ends of the names of a stored weight's parts."""
 
-# numbers of TensorProto.DataType -> bits, and whether codes are signed.
-CODE_TYPES = {2: (8, False), 3: (8, True), 21: (4, False), 22: (4, True)}
+CODE_TYPES = {dtype.onnx: form for form, dtype in QUANTIZED.items()}
+"""Number in TensorProto.DataType -> bits, and whether codes are signed."""
 
 Integers = NDArray[np.integer[Any]]
 

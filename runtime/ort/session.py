@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
@@ -25,17 +26,6 @@ from satchel.runtime.ort.placement import RECORD, check_placement
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
 from satchel.runtime.ort.weights_in_memory import hand_over_weights
 from satchel.runtime.util.memory import release_freed, use_one_arena
-
-# dtype in the manifest -> type of a graph input or output in ONNX Runtime.
-TENSOR_TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
-    "int8": "tensor(int8)",
-    "uint8": "tensor(uint8)",
-    "bool": "tensor(bool)",
-}
 
 # The only session configuration entries that a manifest may set: none of them names a file.
 ALLOWED_CONFIG = (
@@ -394,4 +384,4 @@ def _check_shapes(bundle: Bundle, part: GraphSpec, session: ort.InferenceSession
 
 
 def _declared_types(tensors: tuple[TensorSpec, ...]) -> set[tuple[str, str]]:
-    return {(tensor.name, TENSOR_TYPES[tensor.dtype]) for tensor in tensors}
+    return {(tensor.name, DTYPES[tensor.dtype].tensor) for tensor in tensors}

@@ -7,11 +7,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle.dtypes import BY_ONNX
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
-
-NUMPY_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16}
-"""TensorProto.DataType -> numpy, of what a bundle stores in whole bytes."""
 
 
 def hand_over_weights(bundle: Bundle, name: str, options: ort.SessionOptions) -> list[NDArray[np.generic]]:
@@ -40,9 +38,10 @@ def hand_over_weights(bundle: Bundle, name: str, options: ort.SessionOptions) ->
 
 
 def _mapped(bundle: Bundle, tensor: onnx_wire.Tensor) -> NDArray[np.generic]:
-    if tensor.dtype not in NUMPY_TYPES:
+    known = BY_ONNX.get(tensor.dtype)
+    if known is None or not known.nbytes:
         raise ValueError(f"{tensor.name} is of type {tensor.dtype}")
-    dtype = np.dtype(NUMPY_TYPES[tensor.dtype])
+    dtype = np.dtype(known.name)
     span, offset = bundle.span(tensor.place["location"]), int(tensor.place.get("offset", "0"))
     length = int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
     if offset < 0 or offset + length > span.length:

@@ -18,8 +18,8 @@ from satchel.export.compile import lower, open_source, trace_source
 from satchel.export.quantize import flow as flow_module
 from satchel.export.quantize.flow import Flow, Inputs
 from satchel.export.writing.publish import fresh
-from satchel.graphs import signature
 from satchel.graphs.ir.values import weight
+from satchel.runtime.bundle.contract import LOGITS, present_names
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.engine import Engine
 
@@ -166,7 +166,7 @@ def test_a_branch_goes_on_from_the_middle_and_leaves_its_flow_alone(
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_caches_are_observed_batch_by_batch(batch: int, common: ir.Model, tmp_path: Path) -> None:
-    caches = [str(v.name) for v in common.graph.outputs if v.name != signature.LOGITS]
+    caches = [str(v.name) for v in common.graph.outputs if v.name != LOGITS]
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in caches}
     flow = Flow(common, WINDOWS, tmp_path, batch=batch)
     flow.run(observe=lambda name, array: found[name].append(array), observed=caches)
@@ -175,7 +175,7 @@ def test_caches_are_observed_batch_by_batch(batch: int, common: ir.Model, tmp_pa
         cache = model(torch.from_numpy(WINDOWS), use_cache=True).past_key_values
     for layer in range(2):
         for name, wanted in zip(
-            signature.present_names(layer), (cache.layers[layer].keys, cache.layers[layer].values), strict=True
+            present_names(layer), (cache.layers[layer].keys, cache.layers[layer].values), strict=True
         ):
             assert len(found[name]) == len(WINDOWS) // batch
             np.testing.assert_allclose(np.concatenate(found[name]), wanted.numpy(), rtol=1e-3, atol=1e-4)

@@ -33,8 +33,8 @@ from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Rule, Scheme
 from satchel.graphs.quant.rounding import Grid
-from satchel.graphs.targets.native import NATIVE
 from satchel.graphs.targets.targets import FUSE, NORMALIZE, TARGETS
+from satchel.runtime.bundle.contract import NATIVE
 from satchel.runtime.bundle.reader import Bundle, open_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.execution.engine import Engine

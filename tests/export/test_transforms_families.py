@@ -24,7 +24,8 @@ from satchel.graphs.passes.quantize.equalize import equalize
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.passes.quantize.rotate_residual import rotate_residual
 from satchel.graphs.passes.quantize.rotate_values import rotate_values
-from satchel.graphs.targets.targets import FUSE, NORMALIZE, PHASE_STEPS, PHASES
+from satchel.graphs.targets.targets import FUSE, NORMALIZE, PHASE_STEPS
+from satchel.runtime.bundle.contract import PHASES
 
 TOLERANCE = 1e-5
 """Largest allowed difference between logits, as a part of the largest logit."""

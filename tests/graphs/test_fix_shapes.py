@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from support.graphs import build, fired, normal, run, same_numbers, the, untouched
 
+from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.values import constant, dims
 from satchel.graphs.passes.static.fix_shapes import fix_shapes
-from satchel.graphs.targets.static import Lengths
 
 FIX = fix_shapes(Lengths(tokens=5, capacity=9))
 TEXT = """(float[batch,sequence,6] x, float[batch,2,capacity,3] past) => (float[batch,sequence,2,3] y, float[batch,2,capacity,3] z)

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from support.graphs import build, fired, normal, run, untouched
 
+from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.passes.static.hoist_position_gathers import hoist_position_gathers
-from satchel.graphs.targets.static import table_of
 
 TABLE = normal(3, 12, 4)
 TEXT = """(int64[1,3] position_ids, float[1,2,9,4] "past_key_values.0.key") => (float[1,3,4] y, float[1,2,9,4] z)

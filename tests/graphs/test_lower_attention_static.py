@@ -8,11 +8,11 @@ import pytest
 from support.attention_graphs import TOTAL, Layer
 from support.graphs import fired, operators, session, tag, the, untouched
 
+from satchel.graphs.ir.inputs import WINDOW, Lengths
 from satchel.graphs.passes.cache.drop_inputs import drop_inputs
 from satchel.graphs.passes.static.expand_attention import expand_attention
 from satchel.graphs.passes.static.fix_shapes import fix_shapes
 from satchel.graphs.passes.static.lower_attention_static import lower_attention_static
-from satchel.graphs.targets.static import WINDOW, Lengths
 
 CAPACITY = TOTAL + 3
 LAYERS = {

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 from support.graphs import build, fired, normal, operators, run, untouched
 
+from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.passes.cache.drop_inputs import drop_inputs
 from satchel.graphs.passes.logits.slice_last_logits import slice_last_logits
 from satchel.graphs.passes.logits.take_last_token import take_last_token
 from satchel.graphs.passes.static.fix_shapes import fix_shapes
-from satchel.graphs.targets.static import Lengths
 
 WEIGHT = normal(2, 6, 11)
 TEXT = """(int64[batch,sequence] input_ids, int64[batch,total] attention_mask, float[batch,sequence,6] x)

@@ -51,7 +51,10 @@ print(len(names))
     assert int(run_python(code)) > 10
 
 
-@pytest.mark.parametrize("module", ["satchel.runtime", "satchel.runtime.cli.main", "satchel.runtime.bundle.manifest"])
+@pytest.mark.parametrize(
+    "module",
+    ["satchel.runtime", "satchel.runtime.cli.main", "satchel.runtime.bundle.manifest", "satchel.runtime.bundle.dtypes"],
+)
 def test_a_light_module_loads_neither_numpy_nor_onnx_runtime(module: str) -> None:
     loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
     assert "numpy" not in loaded

@@ -19,11 +19,11 @@ from satchel.export.stages import Stages
 from satchel.export.writing.bundle_writer import write_bundle
 from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.cut import INLINE_LIMIT
+from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.quant.quantized import Quantized
-from satchel.graphs.targets.static import Lengths
 from satchel.graphs.targets.targets import TARGETS, Target, cann_steps
-from satchel.runtime.bundle.contract import DTYPE_BYTES
+from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph
 
 HIDDEN = -30000.0
@@ -120,7 +120,7 @@ class Stepper:
 
     def _table(self, table: object) -> NDArray[np.generic]:
         file, offset, dtype, shape = table.file, table.offset, table.dtype, table.shape  # type: ignore[attr-defined]
-        data = (self.folder / file).read_bytes()[offset : offset + int(np.prod(shape)) * DTYPE_BYTES[dtype]]
+        data = (self.folder / file).read_bytes()[offset : offset + int(np.prod(shape)) * DTYPES[dtype].nbytes]
         return np.frombuffer(data, dtype).reshape(shape)
 
     def reset(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.inputs import POSITIONS, graph_input, set_token_shapes
 from satchel.graphs.ir.values import Builder
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 
 
 @graph_pass
@@ -20,12 +21,12 @@ def derive_positions(model: ir.Model, report: Report) -> None:
     any length.
     refuses when: never; without the input there is nothing to do.
     """
-    positions = next((v for v in model.graph.inputs if v.name == signature.POSITION_IDS), None)
+    positions = next((v for v in model.graph.inputs if v.name == POSITION_IDS), None)
     if positions is None:
         return
     if positions.uses():
         builder = Builder(model, next(iter(model.graph)))
-        ids, mask = (signature.graph_input(model, n) for n in (signature.INPUT_IDS, signature.ATTENTION_MASK))
+        ids, mask = (graph_input(model, n) for n in (INPUT_IDS, ATTENTION_MASK))
         zero, one = builder.constant(np.asarray(0, np.int64), "zero"), builder.constant(np.asarray(1, np.int64), "one")
         axis = builder.constant(np.asarray([1], np.int64), "axis.1")
         count = builder.value("ReduceSum", [mask, axis], "positions.count", keepdims=1)  # [batch, 1]
@@ -35,8 +36,8 @@ def derive_positions(model: ir.Model, report: Report) -> None:
         new = builder.value("ReduceSum", [each, axis], "positions.new", keepdims=1)
         first = builder.value("Max", [builder.value("Sub", [count, new], "positions.past"), zero], "positions.first")
         steps = builder.value("CumSum", [each, one], "positions.steps", exclusive=1)
-        derived = builder.value("Add", [first, steps], signature.POSITIONS, positions)  # [batch, sequence]
+        derived = builder.value("Add", [first, steps], POSITIONS, positions)  # [batch, sequence]
         ir.convenience.replace_all_uses_with(positions, derived)
     model.graph.inputs.remove(positions)
-    signature.set_token_shapes(model)
+    set_token_shapes(model)
     report.count += 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.runtime.bundle.contract import ATTENTION_MASK, POSITION_IDS
 
 
 @graph_pass
@@ -21,6 +21,6 @@ def drop_inputs(model: ir.Model, report: Report) -> None:
         if not value.uses() and not value.is_graph_output():
             model.graph.inputs.remove(value)
             report.count += 1
-        elif value.name in (signature.ATTENTION_MASK, signature.POSITION_IDS) and value.uses():
+        elif value.name in (ATTENTION_MASK, POSITION_IDS) and value.uses():
             reader = next(iter(value.uses())).node
             report.refuse(reader, f"{value.name} is used in another way than to mask attention and to look up tables")

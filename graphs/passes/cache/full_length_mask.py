@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import dims
+from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY
 
 
 @graph_pass
@@ -18,9 +19,9 @@ def full_length_mask(model: ir.Model, report: Report) -> None:
     after:  attention_mask [batch, capacity]
     refuses when: the mask's length is fixed already, or has that name (silently).
     """
-    mask = signature.graph_input(model, signature.ATTENTION_MASK)
+    mask = graph_input(model, ATTENTION_MASK)
     batch, length = dims(mask) or (None, None)
-    if not isinstance(length, str) or length == signature.CAPACITY:
+    if not isinstance(length, str) or length == CAPACITY:
         return
-    mask.shape = ir.Shape([batch, signature.CAPACITY])
+    mask.shape = ir.Shape([batch, CAPACITY])
     report.count += 1

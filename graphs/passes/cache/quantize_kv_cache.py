@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
+from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, dims, heads_of, nodes
 from satchel.graphs.quant.quantized import KVScales
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, TOTAL, past_names
 
 PAST, SCALES, KNOWN_INPUTS = 3, 12, 9
 """Where GroupQueryAttention takes past key and value and their scales, and how many inputs this pass understands."""
@@ -81,7 +82,7 @@ def _layer(node: ir.Node) -> int | None:
         return None
     names = tuple(str(v.name) for v in past)
     number = names[0].split(".")[1] if "." in names[0] else ""
-    if not number.isdecimal() or names != signature.past_names(int(number)):
+    if not number.isdecimal() or names != past_names(int(number)):
         raise Refused(f"its cache is called {names[0]} and {names[1]}")
     return int(number)
 
@@ -148,7 +149,7 @@ def _attend_in_float(model: ir.Model, node: ir.Node, layer: int, scales: KVScale
         node.replace_input_with(PAST + index, before.value("Mul", [wide, factor], f"{name}.past"))
 
         output, present.name = present.name, f"{name}.present"  # float, and all of it: past and new
-        present.shape = ir.Shape([batch, heads, signature.TOTAL, width])
+        present.shape = ir.Shape([batch, heads, TOTAL, width])
         each = after.constant(np.asarray([1, heads, 1, 1], np.int64), f"shape.1_{heads}_1_1")
         where = after.value("Expand", [written.new, each], f"{name}.where")
         new = after.value("GatherND", [present, where], f"{name}.new", batch_dims=2)
@@ -164,7 +165,7 @@ def _attend_in_float(model: ir.Model, node: ir.Node, layer: int, scales: KVScale
 def _written(model: ir.Model) -> Written:
     """Which positions are there and which are new, at the graph's start. Rows may be padded in a first prompt."""
     builder = Builder(model, next(iter(model.graph)))
-    ids, mask = (signature.graph_input(model, n) for n in (signature.INPUT_IDS, signature.ATTENTION_MASK))
+    ids, mask = (graph_input(model, n) for n in (INPUT_IDS, ATTENTION_MASK))
     zero, one = (builder.constant(np.asarray(i, np.int64), n) for i, n in ((0, "zero"), (1, "one")))
     axis, spread = (
         builder.constant(np.asarray(a, np.int64), n) for a, n in (([1], "axis.1"), ([1, 2, 3], "axes.1_2_3"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import dims
+from satchel.runtime.bundle.contract import INPUT_IDS
 
 
 @graph_pass
@@ -17,7 +18,7 @@ def single_token(model: ir.Model, report: Report) -> None:
     after:  input_ids [batch, 1]             x [batch, 1, hidden]
     refuses when: the sequence is fixed already, or has no name (silently).
     """
-    _, name = dims(signature.graph_input(model, signature.INPUT_IDS)) or (None, None)
+    _, name = dims(graph_input(model, INPUT_IDS)) or (None, None)
     if not isinstance(name, str):
         return
     for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:

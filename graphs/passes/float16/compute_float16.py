@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.analysis.element_types import element_types
 from satchel.graphs.analysis.float32_islands import float32_islands
 from satchel.graphs.ir.contract import PassError, Report, graph_pass
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import MICROSOFT, Builder, replace, weight
 from satchel.graphs.passes.float16.store_float16 import halved
+from satchel.runtime.bundle.contract import LOGITS
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 ADVICE = "the target computes in float16: export with --target cpu"
@@ -56,7 +56,7 @@ class _Half:
                 raise PassError(f"{node.name} ({node.op_type}) takes activations in 8 bits, which float16 does not")
             self._node(node)
         for output in list(self.model.graph.outputs):
-            if output.name == signature.LOGITS and self.types[output] == HALF:
+            if output.name == LOGITS and self.types[output] == HALF:
                 self._widen_logits(output)
         if self.report.count:
             self._say_types()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.inputs import add_cache, add_present, graph_input
 from satchel.graphs.ir.values import (
     INTERNAL,
     MICROSOFT,
@@ -23,6 +23,7 @@ from satchel.graphs.ir.values import (
     producer,
     replace,
 )
+from satchel.runtime.bundle.contract import ATTENTION_MASK, POSITION_IDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
     first, second = producer(layer.query, "RotaryEmbedding"), producer(layer.key, "RotaryEmbedding")
     if first is None or second is None or len(first.inputs) < 4:
         return layer
-    positions = signature.graph_input(model, signature.POSITION_IDS)
+    positions = graph_input(model, POSITION_IDS)
     if list(first.inputs[1:]) != list(second.inputs[1:]) or first.inputs[3] is not positions:
         return layer
     options = [attributes(n, interleaved=0, rotary_embedding_dim=0, num_heads=0) for n in (first, second)]
@@ -122,7 +123,7 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
         _flat(builder, value, f"{name}.{part}")
         for part, value in (("query", layer.query), ("key", layer.key), ("value", layer.value))
     ]  # fmt: skip
-    past = signature.add_cache(model, index, (layer.kv_heads, layer.head_dim, layer.head_dim))
+    past = add_cache(model, index, (layer.kv_heads, layer.head_dim, layer.head_dim))
     lengths = _lengths(model)
     fused = builder.node(
         "GroupQueryAttention", [*flat, *past, *lengths, *(layer.rotary or ())], name, MICROSOFT, outputs=3,
@@ -137,7 +138,7 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
         np.asarray([0, 0, layer.heads, layer.head_dim], np.int64), f"shape.0_0_{layer.heads}_{layer.head_dim}"
     )
     replace(output, builder.value("Reshape", [fused.outputs[0], shape], f"{name}.heads", output))
-    signature.add_present(model, index, (fused.outputs[1], fused.outputs[2]), past)
+    add_present(model, index, (fused.outputs[1], fused.outputs[2]), past)
 
 
 def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
@@ -176,7 +177,7 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
             before = next(n for n in model.graph if n.name == "seqlens_k")
             return before.outputs[0], node.outputs[0]
     builder = Builder(model, next(iter(model.graph)))
-    mask = signature.graph_input(model, signature.ATTENTION_MASK)
+    mask = graph_input(model, ATTENTION_MASK)
     axis, one = builder.constant(np.asarray([1], np.int64), "axis.1"), builder.constant(np.asarray(1, np.int64), "one")
     count = builder.value("ReduceSum", [mask, axis], "mask.count", keepdims=0)
     last = builder.value("Sub", [count, one], "mask.last")

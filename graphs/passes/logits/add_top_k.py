@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import Builder, last_dim, rank
+from satchel.runtime.bundle.contract import LOGITS, TOP_IDS, TOP_LOGITS
 
 TOP = 64
 """How many tokens are handed out. Greedy search takes one; top-k sampling is rarely asked for more."""
@@ -22,18 +22,16 @@ def add_top_k(model: ir.Model, report: Report) -> None:
     refuses when: the logits are of more than one token, their width is not known, or the outputs are there (silently).
     """
     names = {value.name for value in model.graph.outputs}
-    (logits,) = [value for value in model.graph.outputs if value.name == signature.LOGITS]
+    (logits,) = [value for value in model.graph.outputs if value.name == LOGITS]
     vocabulary = last_dim(logits)
-    if signature.TOP_IDS in names or vocabulary is None or rank(logits) != 3 or logits.shape[1] != 1:  # type: ignore[index]
+    if TOP_IDS in names or vocabulary is None or rank(logits) != 3 or logits.shape[1] != 1:  # type: ignore[index]
         return
     k = min(TOP, vocabulary)
     builder = Builder(model)
     count = builder.constant(np.asarray([k], np.int64), f"top.{k}")
-    node = builder.node("TopK", [logits, count], signature.TOP_LOGITS, outputs=2, axis=-1, largest=1, sorted=1)
+    node = builder.node("TopK", [logits, count], TOP_LOGITS, outputs=2, axis=-1, largest=1, sorted=1)
     shape = [*list(logits.shape or ())[:2], k]
-    for output, name, dtype in zip(
-        node.outputs, (signature.TOP_LOGITS, signature.TOP_IDS), (logits.dtype, ir.DataType.INT64), strict=True
-    ):
+    for output, name, dtype in zip(node.outputs, (TOP_LOGITS, TOP_IDS), (logits.dtype, ir.DataType.INT64), strict=True):
         output.name, output.shape = name, ir.Shape(shape)
         output.type = None if dtype is None else ir.TensorType(dtype)
         model.graph.outputs.append(output)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import MICROSOFT, Builder, constant, only_user, rank, weight
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 
 ROW_WISE_UNARY = {"Tanh", "Cast", "Neg", "Sigmoid", "Erf", "Identity"}
 ROW_WISE_WITH_CONSTANT = {"Add", "Sub", "Mul", "Div", "MatMul", "RMSNormalization", "LayerNormalization"}
@@ -31,7 +32,7 @@ def slice_tokens(model: ir.Model, report: Report, gather: Callable[[ir.Model, ir
     """Let `gather(model, before, x)` take one token of x [batch, sequence, hidden], as far ahead of the logits as can
     be.
     """
-    (logits,) = [v for v in model.graph.outputs if v.name == signature.LOGITS]
+    (logits,) = [v for v in model.graph.outputs if v.name == LOGITS]
     chain: list[ir.Node] = []
     value = logits
     while (node := _row_wise(value)) is not None and (value is logits or only_user(value) is not None):
@@ -78,7 +79,7 @@ def _data_input(node: ir.Node) -> int:
 def _gather(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
     """[batch, sequence, n] -> [batch, 1, n]: row min(sum(mask), sequence) - 1 of each."""
     builder = Builder(model, before)
-    ids, mask = (signature.graph_input(model, n) for n in (signature.INPUT_IDS, signature.ATTENTION_MASK))
+    ids, mask = (graph_input(model, n) for n in (INPUT_IDS, ATTENTION_MASK))
     one, axis = builder.constant(np.asarray(1, np.int64), "one"), builder.constant(np.asarray([1], np.int64), "axis.1")
     count = builder.value("ReduceSum", [mask, axis], f"{NAME}.count", keepdims=1)  # [batch, 1]
     new = builder.value("Gather", [builder.value("Shape", [ids], f"{NAME}.shape"), one], f"{NAME}.new", axis=0)

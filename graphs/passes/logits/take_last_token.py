@@ -5,9 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.inputs import static_input
 from satchel.graphs.ir.values import Builder, dims, nodes, producer, replace
 from satchel.graphs.passes.logits.slice_last_logits import NAME
-from satchel.graphs.targets.static import LAST_TOKEN, static_input
+from satchel.runtime.bundle.contract import LAST_TOKEN
 
 
 @graph_pass

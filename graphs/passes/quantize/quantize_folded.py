@@ -10,7 +10,7 @@ import onnx_ir as ir
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
 from satchel.graphs.ir.values import Builder, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, from_array
-from satchel.graphs.quant.quantized import CODE_TYPES, QuantizedWeight
+from satchel.graphs.quant.quantized import QuantizedWeight, code_type
 from satchel.graphs.quant.recipe import Rule
 
 
@@ -79,7 +79,7 @@ def _store(model: ir.Model, value: ir.Value, quantized: QuantizedWeight) -> None
 def _rows(quantized: QuantizedWeight) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
     """Codes [outputs, inputs], scales and zero points [outputs], for DequantizeLinear along axis 0."""
     grid = quantized.grid
-    dtype = CODE_TYPES[grid.scheme.bits, grid.zero_points is None]
+    dtype = code_type(grid)
 
     codes = LazyWeight(
         f"{quantized.name}.codes_by_row", quantized.codes.shape, dtype,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.analysis.channels import marked
 from satchel.graphs.analysis.residual import EXPERT_INPUT, Norm, find_residual, vector
 from satchel.graphs.analysis.rotations import rotation
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import Builder, last_dim, nodes, only_user, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, from_array, left_multiplied, right_multiplied, scaled
+from satchel.runtime.bundle.contract import INPUT_IDS
 
 MARK = "rotated"
 
@@ -29,7 +30,7 @@ def rotate_residual(model: ir.Model, report: Report) -> None:
     product; or a weight is read elsewhere too. A lookup that is rotated already is left alone (silently).
     Source: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024; QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
-    ids = signature.graph_input(model, signature.INPUT_IDS)
+    ids = graph_input(model, INPUT_IDS)
     for lookup in nodes(model, "Gather"):
         if lookup.inputs[1] is not ids or marked(lookup.inputs[0], MARK):
             continue

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.inputs import add_cache, add_present, graph_input
 from satchel.graphs.ir.values import INTERNAL, Builder, attributes, heads_of, nodes, replace
+from satchel.runtime.bundle.contract import POSITION_IDS
 
 
 @graph_pass
@@ -43,7 +44,7 @@ def expand_attention(model: ir.Model, report: Report) -> None:
 def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
     query, key, value = node.inputs
-    past = signature.add_cache(model, index, sizes)
+    past = add_cache(model, index, sizes)
     first = _first_positions(model)
     present = tuple(
         builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
@@ -56,7 +57,7 @@ def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tup
     replace(
         node.outputs[0], builder.value("Transpose", [mixed], f"{name}.by_token", node.outputs[0], perm=[0, 2, 1, 3])
     )
-    signature.add_present(model, index, (present[0], present[1]), past)
+    add_present(model, index, (present[0], present[1]), past)
 
 
 def _named(model: ir.Model, name: str) -> ir.Value | None:
@@ -70,7 +71,7 @@ def _first_positions(model: ir.Model) -> ir.Value:
         return there
     builder = Builder(model, next(iter(model.graph)))
     zero = builder.constant(np.asarray(0, np.int64), "zero")
-    return builder.value("Gather", [signature.graph_input(model, signature.POSITION_IDS), zero], "cache.first", axis=1)
+    return builder.value("Gather", [graph_input(model, POSITION_IDS), zero], "cache.first", axis=1)
 
 
 def _mask(model: ir.Model, before: ir.Node, window: int) -> ir.Value:
@@ -84,7 +85,7 @@ def _mask(model: ir.Model, before: ir.Node, window: int) -> ir.Value:
     queries = builder.value(
         "Unsqueeze",
         [
-            signature.graph_input(model, signature.POSITION_IDS),
+            graph_input(model, POSITION_IDS),
             builder.constant(np.asarray([1, 3], np.int64), "axes.1_3"),
         ],
         f"{name}.queries",

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import GraphPass, Report
+from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import Builder, constant, dims, nodes
-from satchel.graphs.targets.static import Lengths
+from satchel.runtime.bundle.contract import BATCH, CAPACITY, SEQUENCE, TOTAL
 
 
 def fix_shapes(lengths: Lengths) -> GraphPass:
@@ -26,10 +26,10 @@ def fix_shapes(lengths: Lengths) -> GraphPass:
         lengths: What stands for sequence and capacity.
     """
     numbers = {
-        signature.BATCH: 1,
-        signature.SEQUENCE: lengths.tokens,
-        signature.TOTAL: lengths.capacity,
-        signature.CAPACITY: lengths.capacity,
+        BATCH: 1,
+        SEQUENCE: lengths.tokens,
+        TOTAL: lengths.capacity,
+        CAPACITY: lengths.capacity,
     }
 
     def edit(model: ir.Model, report: Report) -> None:

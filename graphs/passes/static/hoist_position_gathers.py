@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs import signature
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.inputs import TABLE, cache_capacity, is_positions, static_input
 from satchel.graphs.ir.values import attributes, constant, dims, nodes, producer, replace, weight
 from satchel.graphs.ir.weights import LazyWeight
-from satchel.graphs.targets.static import TABLE, static_input
 
 
 @graph_pass
@@ -40,14 +39,14 @@ def _offset(model: ir.Model, index: ir.Value | None) -> int | None:
     """What is added to the token's position; None where `index` does not come from positions."""
     if index is None:
         return None
-    if signature.is_positions(index):
+    if is_positions(index):
         return 0
     add = producer(index, "Add")
     if add is None:
         return None
     for value, other in (add.inputs, reversed(add.inputs)):
         known = constant(other)
-        if value is not None and signature.is_positions(value) and known is not None and known.size == 1:
+        if value is not None and is_positions(value) and known is not None and known.size == 1:
             return int(known.reshape(()))
     return None
 
@@ -55,7 +54,7 @@ def _offset(model: ir.Model, index: ir.Value | None) -> int | None:
 def _input(model: ir.Model, node: ir.Node, lazy: LazyWeight, offset: int) -> ir.Value:
     match dims(node.outputs[0]), lazy.dims:
         case [1, int(tokens), int(width)], (int(), int()) if attributes(node, axis=0)["axis"] == 0:
-            capacity = signature.capacity(model)
+            capacity = cache_capacity(model)
         case _:
             raise Refused("what positions look up is not [1, tokens, width] out of [positions, width]")
     if capacity is None or offset < 0 or offset + capacity > lazy.dims[0]:

@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.inputs import WINDOW, static_input
 from satchel.graphs.ir.values import Builder, attributes, dims, nodes, producer, replace, scalar
-from satchel.graphs.targets.static import CACHE_INDEX, CACHE_ROWS, WINDOW, static_input
+from satchel.runtime.bundle.contract import CACHE_INDEX, CACHE_ROWS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnxruntime as ort
 
-from satchel.runtime.bundle.contract import TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.experimental.device_memory import memory_of
 from satchel.runtime.execution.experimental.slots import NOT_CAPTURED, DeviceCache, Slots, run_options
@@ -48,15 +48,15 @@ class CapturedState(State):
         for binding in (self._prefill_binding, self._decode_binding):
             for name, result in slot.results.items():
                 result.bind(binding, name)
-        slot.token.bind(self._decode_binding, "input_ids")
+        slot.token.bind(self._decode_binding, INPUT_IDS)
         if fixed_mask:
-            slot.mask.bind(self._decode_binding, "attention_mask")
+            slot.mask.bind(self._decode_binding, ATTENTION_MASK)
 
     @property
     def logits(self) -> Logits:
         """Those of the last token fed, [vocabulary] float32; copied from the device when they are first asked for."""
         if not self._read:
-            self._logits[:] = self._slot.results["logits"].read()[0, 0]
+            self._logits[:] = self._slot.results[LOGITS].read()[0, 0]
             self._read = True
         return self._logits
 
@@ -74,21 +74,21 @@ class CapturedState(State):
     def feed(self, tokens: Ids) -> None:
         cache, binding = self._cache, self._prefill_binding
         cache.require(len(tokens))
-        binding.bind_cpu_input("input_ids", tokens[None])
-        binding.bind_cpu_input("attention_mask", np.ones((1, cache.length + len(tokens)), np.int64))
+        binding.bind_cpu_input(INPUT_IDS, tokens[None])
+        binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, cache.length + len(tokens)), np.int64))
         self._run(self._sessions[0], binding, self._uncaptured, len(tokens))
 
     def step(self, token: int) -> None:
         cache, slot, binding = self._cache, self._slot, self._decode_binding
         cache.require(1)
         slot.token.array[0, 0] = token
-        slot.token.send(binding, "input_ids")
+        slot.token.send(binding, INPUT_IDS)
         if self._fixed_mask:
             slot.mask.array[0, : cache.length + 1] = 1
             slot.mask.array[0, cache.length + 1 :] = 0
-            slot.mask.send(binding, "attention_mask")
+            slot.mask.send(binding, ATTENTION_MASK)
         else:
-            binding.bind_cpu_input("attention_mask", np.ones((1, cache.length + 1), np.int64))
+            binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, cache.length + 1), np.int64))
         self._run(self._sessions[1], binding, slot.run_options, 1)
 
     def _run(self, session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions, count: int) -> None:
@@ -148,8 +148,8 @@ class CapturedGraphs(Graphs[DeviceCache]):
         binding, options = cache.slot.bind_cache(session), run_options(NOT_CAPTURED)
         for span in self.spans(len(tokens), chunk):
             part, rows = tokens[span], logits[span]
-            binding.bind_cpu_input("input_ids", part[None])
-            binding.bind_cpu_input("attention_mask", np.ones((1, span.stop), np.int64))
-            bind_output(binding, "logits", rows, (1, *rows.shape))
+            binding.bind_cpu_input(INPUT_IDS, part[None])
+            binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, span.stop), np.int64))
+            bind_output(binding, LOGITS, rows, (1, *rows.shape))
             run_bound(session, binding, f"at position {cache.length}", options)
             cache.advance(len(part))

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.contract import TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.contract import LOGITS, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.experimental.device_memory import Buffer, Memory
@@ -46,7 +46,7 @@ class Slot:
                 self.present[present] = past
         self.token = memory.feed((1, 1), "int64")
         self.mask = memory.feed((1, capacity), "int64")
-        self.results = {"logits": memory.result(np.zeros((1, 1, manifest.model.vocab_size), np.float32))}
+        self.results = {LOGITS: memory.result(np.zeros((1, 1, manifest.model.vocab_size), np.float32))}
         if chosen := manifest.graph("decode").top_tokens:
             self.results[TOP_IDS] = memory.result(np.zeros((1, 1, chosen), np.int64))
             self.results[TOP_LOGITS] = memory.result(np.zeros((1, 1, chosen), np.float32))

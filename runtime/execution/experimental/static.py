@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
+from satchel.runtime.bundle.contract import LOGITS
 from satchel.runtime.bundle.manifest import GraphSpec, StaticGraph, TensorSpec
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.experimental.device_memory import Buffer, Feed, Memory, Result, memory_of
@@ -23,8 +24,6 @@ from satchel.runtime.execution.spans import covering, padded_spans
 from satchel.runtime.execution.state import Graphs, Ids, Logits, State
 from satchel.runtime.ort.binding import run_bound
 from satchel.runtime.ort.session import SessionSettings, open_part
-
-LOGITS = "logits"
 
 
 @dataclass(frozen=True, eq=False)

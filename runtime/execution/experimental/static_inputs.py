@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.runtime.bundle.contract import CACHE_INDEX, CACHE_ROWS, INPUT_IDS
 from satchel.runtime.bundle.manifest import StaticGraphs, TableSpec
 from satchel.runtime.bundle.reader import Bundle
 
@@ -33,17 +34,17 @@ class StaticInputs:
         """Write the inputs of a run of `tokens` [count] from position `start` on into `arrays`, by name."""
         count = len(tokens)
         for name, array in arrays.items():
-            if name == "input_ids":
+            if name == INPUT_IDS:
                 array[0, :count], array[0, count:] = tokens, 0
             elif name in self._masks:
                 fill_mask(array, count, start, self._masks[name])
             elif name in self._tables:
                 rows = self._tables[name][start : start + count]
                 array[0, :count], array[0, count:] = rows, rows[0]
-            elif name == "cache_rows":
+            elif name == CACHE_ROWS:
                 array[...] = False
                 array[0, 0, start : start + count, 0] = True
-            elif name == "cache_index":
+            elif name == CACHE_INDEX:
                 array[...] = 0
                 array[start : start + count] = np.arange(count)
             else:  # last_token, the only other one that a manifest may have

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from satchel.runtime.bundle.dtypes import FLOAT16
 from satchel.runtime.bundle.onnx_wire import MODEL_GRAPH, Tensor, all_tensors, external_tensors, fields, numbers
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
@@ -13,7 +14,6 @@ from satchel.runtime.errors import BundleError
 GRAPH_NODE = 1
 NODE_INPUT, NODE_OPERATOR, NODE_ATTRIBUTE = 1, 4, 5
 ATTRIBUTE_NAME, ATTRIBUTE_INT = 1, 3
-TYPE_FLOAT16 = 10
 
 # These take a row or a position out of a table: of an embedding or of rotary angles.
 LOOKED_UP = ("Gather", "GatherND", "GatherBlockQuantized", "GroupQueryAttention", "Attention", "RotaryEmbedding")
@@ -76,7 +76,7 @@ def _graph_bytes(bundle: Bundle, file: str, rows: int, weights: Callable[[bytes]
 def _factor(node: _Node, tensor: Tensor, rows: int) -> float:
     if node.operator in EXPERTS and tensor.dims:
         return min(1.0, node.attributes.get("k", 1) * rows / tensor.dims[0])
-    return FLOAT16_EXPANDED if node.operator == "Cast" and tensor.dtype == TYPE_FLOAT16 else 1.0
+    return FLOAT16_EXPANDED if node.operator == "Cast" and tensor.dtype == FLOAT16.onnx else 1.0
 
 
 def _nodes(model: bytes) -> list[_Node]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
-from satchel.runtime.bundle.contract import PHASES
+from satchel.runtime.bundle.contract import PHASES, WEIGHTS_NAME
+from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.manifest import (
     MANIFEST_NAME,
     CacheSpec,
@@ -23,9 +24,7 @@ from satchel.runtime.bundle.manifest import (
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 
-WEIGHTS_NAME = "weights.bin"
 LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
-BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 FLOAT16_TARGETS = ("cuda", "cann")
@@ -177,7 +176,7 @@ def _cache_facts(spec: CacheSpec, max_context: int) -> CacheFacts:
     forms = Counter((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers)
     shapes = tuple(CacheShape(count, *form) for form, count in forms.items())
     numbers = sum(shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
-    size = numbers * BYTES[spec.dtype] * (2 if spec.mode == "swapped" else 1)
+    size = numbers * DTYPES[spec.dtype].nbytes * (2 if spec.mode == "swapped" else 1)
     return CacheFacts(spec.mode, spec.dtype, shapes, size, size * max_context)
 
 

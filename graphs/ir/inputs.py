@@ -1,0 +1,119 @@
+"""Finds and adds inputs and outputs of a model's graph by the contract that all bundles follow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from satchel.graphs.ir.weights import LazyWeight, cast
+from satchel.runtime.bundle.contract import (
+    ATTENTION_MASK,
+    BATCH,
+    CAPACITY,
+    INPUT_IDS,
+    POSITION_IDS,
+    SEQUENCE,
+    TOTAL,
+    past_names,
+    present_names,
+)
+
+POSITIONS = "positions"
+"""The value that derive_positions puts in the place of the input `position_ids`."""
+
+TABLE = "table"
+"""Mark (`meta`) of an input that takes one row of a lookup table for each token: the table, a `LazyWeight`."""
+
+WINDOW = "window"
+"""Mark (`meta`) of an attention mask: the sliding window of the layers that read it, 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """The numbers that stand for the dimensions `sequence` and `capacity` in a graph of static shapes."""
+
+    tokens: int
+    capacity: int
+
+
+def graph_input(model: ir.Model, name: str) -> ir.Value:
+    """The graph input of that name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    for value in model.graph.inputs:
+        if value.name == name:
+            return value
+    raise KeyError(name)
+
+
+def static_input(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    """The graph input of that name, added if it does not exist yet.
+
+    Raises:
+        ValueError: It exists with another type or shape.
+    """
+    for value in model.graph.inputs:
+        if value.name == name:
+            if value.dtype != dtype or value.shape is None or value.shape.dims != shape:
+                raise ValueError(f"an input called {name} exists already: {value.dtype} {value.shape}")
+            return value
+    value = ir.val(name, dtype, ir.Shape(shape))
+    model.graph.inputs.append(value)
+    return value
+
+
+def add_cache(model: ir.Model, layer: int, sizes: tuple[int, int, int]) -> tuple[ir.Value, ir.Value]:
+    """Add one layer's KV cache to the graph's inputs: two of [batch, kv_heads, capacity, head_dim], for `sizes` =
+    (kv_heads, key_dim, value_dim).
+    """
+    kv_heads, *widths = sizes
+    made = []
+    for name, width in zip(past_names(layer), widths, strict=True):
+        value = ir.val(name, ir.DataType.FLOAT, ir.Shape([BATCH, kv_heads, CAPACITY, width]))
+        model.graph.inputs.append(value)
+        made.append(value)
+    return made[0], made[1]
+
+
+def add_present(
+    model: ir.Model, layer: int, values: tuple[ir.Value, ir.Value], like: tuple[ir.Value, ir.Value]
+) -> None:
+    """Make `values` the graph's outputs for one layer's KV cache, with the shapes of its inputs."""
+    for name, value, past in zip(present_names(layer), values, like, strict=True):
+        value.name, value.shape, value.type = name, past.shape, past.type
+        model.graph.outputs.append(value)
+
+
+def set_token_shapes(model: ir.Model) -> None:
+    """Name the dimensions of `input_ids` and `attention_mask`."""
+    graph_input(model, INPUT_IDS).shape = ir.Shape([BATCH, SEQUENCE])
+    graph_input(model, ATTENTION_MASK).shape = ir.Shape([BATCH, TOTAL])
+
+
+def is_positions(value: ir.Value) -> bool:
+    """Whether a value is the new tokens' positions: the input, or what derive_positions replaced it by."""
+    if value.is_graph_input():
+        return value.name == POSITION_IDS
+    node = value.producer()
+    return node is not None and node.name == POSITIONS
+
+
+def cache_capacity(model: ir.Model) -> int | None:
+    """The length of the KV cache where it is a number, None where it is a name."""
+    prefix = past_names(0)[0].split(".")[0] + "."
+    sizes = {v.shape[2] for v in model.graph.inputs if str(v.name).startswith(prefix) and v.shape}
+    (size,) = sizes if len(sizes) == 1 else (None,)
+    return size if isinstance(size, int) else None
+
+
+def table_of(value: ir.Value) -> LazyWeight | None:
+    """The lookup table whose rows an input takes, in the input's type, or None."""
+    found = value.meta.get(TABLE)
+    if not isinstance(found, LazyWeight) or value.dtype is None:
+        return None
+    if found.dtype == value.dtype:
+        return found
+    return cast(found, value.dtype, f"{found.name}.{value.dtype.name.lower()}")
