@@ -1,13 +1,13 @@
-/* The part of ONNX Runtime's C interface that a library of operators needs. Its wheel brings no headers, so the places
- * of functions in its table are written down here; they never change, since functions are only added at the end.
- */
+/* The part of ONNX Runtime's C API that a custom operator library needs. No package brings the official header, so this
+ * file has the function indices of the OrtApi vtable. They never change, because functions are only appended;
+ * tests/runtime/test_kernels_abi.py calls each of them. */
 #ifndef SATCHEL_ABI_H
 #define SATCHEL_ABI_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ORT_API_VERSION = 20 }; /* the first that has all of the functions below is 18 */
+enum { ORT_API_VERSION = 20 }; /* 18 is the first with all functions below */
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtValue OrtValue;
@@ -56,11 +56,11 @@ typedef struct OrtCustomOp {
     void (*release_aliases)(int *, int *);
 } OrtCustomOp;
 
-/* ORT(api, name)(arguments) calls a function of the table by the place and the type given here. */
-#define ORT(api, name) ((ORT_##name##_TYPE)(api)->functions[ORT_##name##_PLACE])
+/* ORT(api, name)(arguments) calls a function by the index and type below. */
+#define ORT(api, name) ((ORT_##name##_TYPE)(api)->functions[ORT_##name##_INDEX])
 
-#define ORT_FUNCTION(name, place, result, ...)  \
-    enum { ORT_##name##_PLACE = place };        \
+#define ORT_FUNCTION(name, index, result, ...)  \
+    enum { ORT_##name##_INDEX = index };        \
     typedef result (*ORT_##name##_TYPE)(__VA_ARGS__)
 
 ORT_FUNCTION(CreateStatus, 0, OrtStatus *, int code, const char *message);

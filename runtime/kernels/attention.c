@@ -9,22 +9,22 @@ static const char *check_sizes(const AttentionCall *call)
 {
     if (call->batch < 1 || call->tokens < 1 || call->heads < 1 || call->kv_heads < 1 || call->head_dim < 1)
         return "satchel:Attention: a size of the query is zero";
-    if (call->head_dim > MOST_HEAD_DIM)
-        return "satchel:Attention: heads are wider than 512 channels";
+    if (call->head_dim > MAX_HEAD_DIM)
+        return "satchel:Attention: the head size exceeds 512";
     if (call->heads % call->kv_heads)
-        return "satchel:Attention: the query heads cannot be shared out over the key heads";
+        return "satchel:Attention: the number of query heads is not a multiple of the key heads";
     if (!call->key != !call->value)
-        return "satchel:Attention: key and value must both be there, or both be in the query";
+        return "satchel:Attention: give both key and value, or pack both into the query";
     if (call->past_capacity < 0 || call->capacity < 1)
         return "satchel:Attention: the cache has no positions";
     if (call->past_capacity > 0 && (!call->past_key || !call->past_value))
-        return "satchel:Attention: the past is not there";
+        return "satchel:Attention: the past is missing";
     if (!call->cos != !call->sin)
-        return "satchel:Attention: cos and sin must both be there, or both be absent";
+        return "satchel:Attention: give both cos and sin, or neither";
     if (call->cos && (call->rotary_half < 1 || 2 * call->rotary_half > call->head_dim || call->rotary_rows < 1))
-        return "satchel:Attention: the rotation's tables do not fit the heads";
+        return "satchel:Attention: the rotary tables do not fit the head size";
     if (!isfinite(call->scale) || !isfinite(call->softcap) || call->softcap < 0)
-        return "satchel:Attention: scale and softcap must be finite numbers, and softcap not below zero";
+        return "satchel:Attention: scale and softcap must be finite, and softcap not negative";
     return NULL;
 }
 
@@ -35,7 +35,7 @@ static const char *check_positions(const AttentionCall *call)
     if (call->total > call->capacity)
         return "satchel:Attention: total_sequence_length is beyond the cache's capacity";
     if (call->tokens > 1 && call->tokens != call->total && call->batch != 1)
-        return "satchel:Attention: several new tokens over a past need a batch of one";
+        return "satchel:Attention: several new tokens with a past need batch size 1";
     for (int64_t row = 0; row < call->batch; row++) {
         if (call->seqlens_k[row] < 0 || call->seqlens_k[row] >= call->total)
             return "satchel:Attention: seqlens_k is not within total_sequence_length";
@@ -45,7 +45,7 @@ static const char *check_positions(const AttentionCall *call)
         if (past > call->past_capacity)
             return "satchel:Attention: seqlens_k is beyond the past's capacity";
         if (call->cos && past + call->tokens > call->rotary_rows)
-            return "satchel:Attention: a position is beyond the rotation's tables";
+            return "satchel:Attention: a position is beyond the rotary tables";
     }
     return NULL;
 }
@@ -87,7 +87,7 @@ static void copy_side(const AttentionCall *call, const float *past, float *prese
     memset(to + end * call->head_dim, 0, (size_t)(call->capacity - end) * bytes);
 }
 
-/* The past of one row and key head into the present, and zeros behind it, where they are not the same memory. */
+/* Copies the past of one row and key head to the present, followed by zeros, unless they share memory. */
 static void copy_past(void *data, size_t index)
 {
     const AttentionCall *call = data;
@@ -95,13 +95,12 @@ static void copy_past(void *data, size_t index)
     copy_side(call, call->past_value, call->present_value, index);
 }
 
-void attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel)
+const char *attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel)
 {
     AttentionPlan plan = make_plan(call, scratch);
     if (call->past_key != call->present_key || call->past_value != call->present_value)
         parallel_for(parallel, (size_t)(call->batch * call->kv_heads), copy_past, (void *)call);
     if (call->tokens == 1)
-        decode_run(&plan, parallel);
-    else
-        prefill_run(&plan, parallel);
+        return decode_run(&plan, parallel), NULL;
+    return prefill_run(&plan, parallel);
 }

@@ -1,4 +1,4 @@
-/* The arithmetic of satchel:Attention: causal, with grouped heads, a rotation and a KV cache written in place. */
+/* satchel:Attention without ONNX Runtime: causal, grouped heads, rotary embedding, KV cache written in place. */
 #ifndef SATCHEL_ATTENTION_H
 #define SATCHEL_ATTENTION_H
 
@@ -20,23 +20,23 @@ typedef struct {
     float *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
     float *present_value;
     int64_t capacity;
-    const int32_t *seqlens_k; /* [batch]: tokens there after this step, less one */
-    int32_t total;            /* equal to tokens: nothing is there before this step, in no row */
+    const int32_t *seqlens_k; /* [batch]: tokens in the cache after this step, minus one */
+    int32_t total;            /* equal to tokens: the cache was empty in all rows */
     const float *cos, *sin;   /* [rotary_rows, rotary_half]; NULL: no rotation */
     int64_t rotary_rows, rotary_half;
     int interleaved;  /* channels 2i and 2i + 1 rotate together, not i and i + rotary_half */
     float scale;      /* 0: 1 / sqrt(head_dim) */
     float softcap;    /* 0: none */
-    int64_t window;   /* a token sees itself and window - 1 before it; below 1: all before it */
+    int64_t window;   /* a token attends to itself and window - 1 before it; below 1: to all before it */
     float *out;       /* [batch, tokens, heads * head_dim] */
 } AttentionCall;
 
-/* NULL, or what does not fit, as a constant text; the present and the output are not looked at. `scratch` is set to the
+/* Returns NULL, or a constant string that says what is wrong; does not read the present or the output. Sets `scratch` to the
  * bytes that attention_run needs. */
 const char *attention_check(const AttentionCall *call, size_t *scratch);
 
-/* Runs a step that attention_check let pass. `scratch` is aligned to 64 bytes. The numbers do not depend on how many
- * threads run the tasks, and a row of a batch gets those that it gets alone. */
-void attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel);
+/* Runs a step that attention_check accepted. `scratch` is aligned to 64 bytes. Results do not depend on the number of
+ * threads, and are batch-invariant. Returns NULL, or an error as a constant string. */
+const char *attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel);
 
 #endif

@@ -6,15 +6,15 @@
 #include "attention_internal.h"
 #include "exponential.h"
 
-/* One token in each row of the batch. The keys that it sees are cut into ranges; a task takes one range of one key
- * head for all its query heads, and leaves their maximum, the sum of their powers and the weighted values. These are
- * merged in the order of the ranges (as in Flash-Decoding). The cut depends on the number of keys alone. */
-enum { ROWS = 4, MOST_RANGE = 512, ALONE = 1 << 15 };
+/* Attention of one token per row of the batch. Its keys are split into ranges. A task takes one range of one key head
+ * for all its query heads, and stores their maximum, the sum of exponentials and the weighted values. These are merged
+ * in the order of the ranges (as in Flash-Decoding). The split depends on the number of keys only. */
+enum { ROWS = 4, MAX_RANGE = 512, ALONE = 1 << 15 };
 
 /* Keys in a range. Short ranges give work to more threads, long ones are read from memory faster. */
 static int64_t range_of(int64_t keys)
 {
-    int64_t most = keys <= 4096 ? 256 : MOST_RANGE, ranges = max64(keys < 128 ? 1 : 2, (keys + most - 1) / most);
+    int64_t most = keys <= 4096 ? 256 : MAX_RANGE, ranges = max64(keys < 128 ? 1 : 2, (keys + most - 1) / most);
     return ((keys + ranges - 1) / ranges + LANES - 1) / LANES * LANES;
 }
 
@@ -65,7 +65,7 @@ INLINE __m512 sum_lanes(const __m512 v[16])
 
 /* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
  * Their values are fetched on the way, so that memory is never idle. */
-INLINE void score_keys(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
+INLINE void decode_scores(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
                        float *scores, const int rows)
 {
     const int step = rows == 1 ? 16 : 4;
@@ -95,11 +95,11 @@ INLINE void score_keys(const float *query, const float *keys, const float *value
             continue;
         }
         _mm_storeu_ps(scores + key, _mm512_castps512_ps128(sums));
-        _mm_storeu_ps(scores + MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(scores + MAX_RANGE + key, _mm512_extractf32x4_ps(sums, 1));
         if (rows > 2)
-            _mm_storeu_ps(scores + 2 * MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 2));
+            _mm_storeu_ps(scores + 2 * MAX_RANGE + key, _mm512_extractf32x4_ps(sums, 2));
         if (rows > 3)
-            _mm_storeu_ps(scores + 3 * MOST_RANGE + key, _mm512_extractf32x4_ps(sums, 3));
+            _mm_storeu_ps(scores + 3 * MAX_RANGE + key, _mm512_extractf32x4_ps(sums, 3));
     }
 }
 
@@ -109,14 +109,14 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
     const __m512 none = _mm512_set1_ps(-INFINITY);
     __m512 most = none, sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < count; key += LANES) {
-        __m512 score = _mm512_loadu_ps(scores + key);
+        __m512 score = _mm512_maskz_loadu_ps(lanes(count - key), scores + key);
         if (cap > 0)
             score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
         score = _mm512_mask_blend_ps(lanes(count - key), none, score);
         _mm512_storeu_ps(scores + key, score);
         most = _mm512_max_ps(most, score);
     }
-    *maximum = fmaxf(_mm512_reduce_max_ps(most), -0x1p+126f); /* finite: minus infinity less itself is no number */
+    *maximum = fmaxf(_mm512_reduce_max_ps(most), -0x1p+126f); /* finite: infinity minus infinity is NaN */
     most = _mm512_set1_ps(*maximum);
     for (int64_t key = 0; key < count; key += LANES) {
         __m512 power = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(scores + key), most));
@@ -127,7 +127,7 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
 }
 
 /* out[rows][columns] = scores * values, for up to 4 vectors of columns. */
-INLINE void add_columns(const float *scores, const float *values, int64_t count, int64_t head_dim, __mmask16 tail,
+INLINE void decode_values(const float *scores, const float *values, int64_t count, int64_t head_dim, __mmask16 tail,
                         float *out, const int rows, const int vectors)
 {
     __m512 sum[ROWS][4];
@@ -143,7 +143,7 @@ INLINE void add_columns(const float *scores, const float *values, int64_t count,
             x[c] = _mm512_maskz_loadu_ps(c == vectors - 1 ? tail : 0xffff, values + key * head_dim + c * LANES);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            __m512 score = _mm512_set1_ps(scores[r * MOST_RANGE + key]);
+            __m512 score = _mm512_set1_ps(scores[r * MAX_RANGE + key]);
             UNROLL
             for (int c = 0; c < vectors; c++)
                 sum[r][c] = _mm512_fmadd_ps(score, x[c], sum[r][c]);
@@ -159,19 +159,19 @@ INLINE void add_columns(const float *scores, const float *values, int64_t count,
 INLINE void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
                    float cap, float *out, float *maximum, float *total, const int rows)
 {
-    float scores[ROWS * MOST_RANGE];
-    score_keys(query, keys, values, count, head_dim, scores, rows);
+    float scores[ROWS * MAX_RANGE];
+    decode_scores(query, keys, values, count, head_dim, scores, rows);
     for (int r = 0; r < rows; r++)
-        softmax(scores + r * MOST_RANGE, count, cap, maximum + r, total + r);
+        softmax(scores + r * MAX_RANGE, count, cap, maximum + r, total + r);
     for (int64_t column = 0; column < head_dim; column += 4 * LANES) {
         int64_t left = min64(head_dim - column, 4 * LANES), vectors = (left + LANES - 1) / LANES;
         __mmask16 tail = lanes(left - (vectors - 1) * LANES);
         const float *value = values + column;
         switch (vectors) {
-            case 1: add_columns(scores, value, count, head_dim, tail, out + column, rows, 1); break;
-            case 2: add_columns(scores, value, count, head_dim, tail, out + column, rows, 2); break;
-            case 3: add_columns(scores, value, count, head_dim, tail, out + column, rows, 3); break;
-            default: add_columns(scores, value, count, head_dim, tail, out + column, rows, 4);
+            case 1: decode_values(scores, value, count, head_dim, tail, out + column, rows, 1); break;
+            case 2: decode_values(scores, value, count, head_dim, tail, out + column, rows, 2); break;
+            case 3: decode_values(scores, value, count, head_dim, tail, out + column, rows, 3); break;
+            default: decode_values(scores, value, count, head_dim, tail, out + column, rows, 4);
         }
     }
 }

@@ -1,4 +1,4 @@
-/* What the files of the attention share. */
+/* Shared by the attention files. */
 #ifndef SATCHEL_ATTENTION_INTERNAL_H
 #define SATCHEL_ATTENTION_INTERNAL_H
 
@@ -6,16 +6,16 @@
 
 #include "attention.h"
 
-enum { MOST_HEAD_DIM = 512 }; /* bounds what a task keeps on its stack */
+enum { MAX_HEAD_DIM = 512 }; /* bounds the scratch memory of a tile */
 
-/* A call with what follows from it. */
+/* A call, and values derived from it. */
 typedef struct {
     const AttentionCall *call;
     int64_t group;                 /* query heads to a key head */
     const float *key, *value;      /* of the first token */
     int64_t query_width, kv_width; /* floats from a token to the next */
-    float query_scale;             /* on queries, so that scores are powers of two; with a cap: fractions of the cap */
-    float cap;                     /* softcap as a power of two; 0: none */
+    float query_scale;             /* on queries: scores are exponents of two, or fractions of the softcap */
+    float cap;                     /* softcap in exponents of two; 0: none */
     char *scratch;
 } AttentionPlan;
 
@@ -28,7 +28,7 @@ static inline int64_t past_tokens(const AttentionCall *call, int64_t row)
     return call->tokens == call->total ? 0 : (int64_t)call->seqlens_k[row] + 1 - call->tokens;
 }
 
-/* First key that the token at `position` sees. */
+/* First key that the token at `position` attends to. */
 static inline int64_t first_key(const AttentionCall *call, int64_t position)
 {
     return call->window > 0 ? max64(0, position + 1 - call->window) : 0;
@@ -56,7 +56,7 @@ void rotate_head(const AttentionCall *call, const float *head, int64_t position,
 /* Writes the new tokens from..to of a row and key head to the cache. */
 void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);
 
-void prefill_run(const AttentionPlan *plan, const Parallel *parallel);
+const char *prefill_run(const AttentionPlan *plan, const Parallel *parallel);
 size_t decode_scratch(const AttentionCall *call);
 void decode_run(const AttentionPlan *plan, const Parallel *parallel);
 

@@ -1,62 +1,63 @@
-/* satchel:Attention: what com.microsoft:GroupQueryAttention computes, over a KV cache in float32. */
+/* satchel:Attention: com.microsoft:GroupQueryAttention over a float32 KV cache. */
 #include <stdlib.h>
 
 #include "attention.h"
 #include "operator.h"
+#include "scratch.h"
 
-enum { MOST_HEADS = 1 << 16 };
+enum { MAX_HEADS = 1 << 16 };
 
 typedef struct {
     int64_t heads, kv_heads, window;
     float scale, softcap;
     bool rotates, interleaved;
-} AttentionForm;
+} AttentionParams;
 
 static void *create(Create *create)
 {
-    AttentionForm *form = calloc(1, sizeof *form);
-    if (form == NULL) {
+    AttentionParams *params = calloc(1, sizeof *params);
+    if (params == NULL) {
         create->error = "satchel:Attention: out of memory";
         return NULL;
     }
-    form->heads = attribute(create, "num_heads", 0);
-    form->kv_heads = attribute(create, "kv_num_heads", 0);
-    form->window = attribute(create, "local_window_size", -1);
-    form->scale = attribute_float(create, "scale", 0);
-    form->softcap = attribute_float(create, "softcap", 0);
-    form->rotates = attribute(create, "do_rotary", 0) != 0;
-    form->interleaved = attribute(create, "rotary_interleaved", 0) != 0;
-    if (form->kv_heads >= 1 && form->heads >= form->kv_heads && form->heads <= MOST_HEADS
-        && form->heads % form->kv_heads == 0)
-        return form;
-    free(form);
-    create->error = "satchel:Attention: the heads of its attributes do not go together";
+    params->heads = attribute(create, "num_heads", 0);
+    params->kv_heads = attribute(create, "kv_num_heads", 0);
+    params->window = attribute(create, "local_window_size", -1);
+    params->scale = attribute_float(create, "scale", 0);
+    params->softcap = attribute_float(create, "softcap", 0);
+    params->rotates = attribute(create, "do_rotary", 0) != 0;
+    params->interleaved = attribute(create, "rotary_interleaved", 0) != 0;
+    if (params->kv_heads >= 1 && params->heads >= params->kv_heads && params->heads <= MAX_HEADS
+        && params->heads % params->kv_heads == 0)
+        return params;
+    free(params);
+    create->error = "satchel:Attention: num_heads and kv_num_heads do not fit together";
     return NULL;
 }
 
-static bool read_new_tokens(const AttentionForm *form, Run *run, AttentionCall *call)
+static bool read_new_tokens(const AttentionParams *params, Run *run, AttentionCall *call)
 {
     Tensor query, key, value;
     if (!input(run, 0, ORT_FLOAT, &query) || !input(run, 1, ORT_FLOAT, &key) || !input(run, 2, ORT_FLOAT, &value))
         return false;
     const bool packed = key.data == NULL && value.data == NULL;
-    const int64_t heads = form->heads + (packed ? 2 * form->kv_heads : 0);
+    const int64_t heads = params->heads + (packed ? 2 * params->kv_heads : 0);
     if (query.rank != 3 || query.dims[2] < heads || query.dims[2] % heads)
         return fail(run, "satchel:Attention: the query is not [batch, tokens, heads * channels]");
     call->batch = query.dims[0], call->tokens = query.dims[1], call->head_dim = query.dims[2] / heads;
-    const int64_t dims[] = {call->batch, call->tokens, form->kv_heads * call->head_dim};
+    const int64_t dims[] = {call->batch, call->tokens, params->kv_heads * call->head_dim};
     if (!packed && (!has_dims(&key, 3, dims) || !has_dims(&value, 3, dims)))
         return fail(run, "satchel:Attention: key and value do not have the shape that goes with the query's");
     call->query = query.data, call->key = key.data, call->value = value.data;
     return true;
 }
 
-static bool read_past(const AttentionForm *form, Run *run, AttentionCall *call)
+static bool read_past(const AttentionParams *params, Run *run, AttentionCall *call)
 {
     Tensor key, value;
     if (!input(run, 3, ORT_FLOAT, &key) || !input(run, 4, ORT_FLOAT, &value))
         return false;
-    const int64_t dims[] = {call->batch, form->kv_heads, key.dims[2], call->head_dim};
+    const int64_t dims[] = {call->batch, params->kv_heads, key.dims[2], call->head_dim};
     if (!has_dims(&key, 4, dims) || !has_dims(&value, 4, dims))
         return fail(run, "satchel:Attention: the past is not [batch, kv_heads, capacity, head_dim]");
     call->past_key = key.data, call->past_value = value.data, call->past_capacity = dims[2];
@@ -87,11 +88,11 @@ static bool read_rotation(Run *run, AttentionCall *call)
 
 static bool run(const void *kernel, Run *run)
 {
-    const AttentionForm *form = kernel;
-    AttentionCall call = {.heads = form->heads, .kv_heads = form->kv_heads, .window = form->window,
-                          .scale = form->scale, .softcap = form->softcap, .interleaved = form->interleaved};
-    if (!read_new_tokens(form, run, &call) || !read_past(form, run, &call) || !read_lengths(run, &call)
-        || (form->rotates && !read_rotation(run, &call)))
+    const AttentionParams *params = kernel;
+    AttentionCall call = {.heads = params->heads, .kv_heads = params->kv_heads, .window = params->window,
+                          .scale = params->scale, .softcap = params->softcap, .interleaved = params->interleaved};
+    if (!read_new_tokens(params, run, &call) || !read_past(params, run, &call) || !read_lengths(run, &call)
+        || (params->rotates && !read_rotation(run, &call)))
         return false;
     call.capacity = call.past_capacity > call.total ? call.past_capacity : call.total;
     size_t bytes;
@@ -106,11 +107,11 @@ static bool run(const void *kernel, Run *run)
     if (call.past_capacity != call.capacity
         && (call.past_key == call.present_key || call.past_value == call.present_value))
         return fail(run, "satchel:Attention: past and present share memory and differ in capacity");
-    void *memory = bytes > 0 ? scratch(bytes) : NULL;
+    void *memory = bytes > 0 ? thread_scratch(bytes) : NULL;
     if (bytes > 0 && memory == NULL)
         return fail(run, "satchel:Attention: out of memory");
-    attention_run(&call, memory, &run->parallel);
-    return true;
+    error = attention_run(&call, memory, &run->parallel);
+    return error == NULL || fail(run, error);
 }
 
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,

@@ -1,24 +1,27 @@
 #include "vectors.h"
 
 #include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "attention_internal.h"
 #include "exponential.h"
+#include "scratch.h"
 
-/* Many tokens. A task takes TILE query rows of one key head (rows: token by token, its heads beside each other) over
+/* Attention of many tokens. A task takes TILE query rows of one key head (rows: token by token, its heads beside each other) over
  * blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so that
- * keys and values are read as they lie: scores are [keys][rows], softmax goes along a vector's lanes, and both
+ * keys and values are read in place: scores are [keys][rows], softmax goes along a vector's lanes, and both
  * products are register tiles of 6 broadcast floats by up to 4 vectors.
- * Blocks start at multiples of BLOCK from the cache's start, so a row's numbers do not depend on the rows beside it. */
+ * Blocks start at multiples of BLOCK from the cache's start, so the result of a row does not depend on the other rows. */
 enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64, ENOUGH_TASKS = 16 };
 
 typedef struct {
-    float query[MOST_HEAD_DIM * TILE];               /* [head_dim][rows], rotated and scaled */
-    float scores[BLOCK * TILE];                      /* [keys][rows] */
-    float sums[(TILE + BROADCASTS) * MOST_HEAD_DIM]; /* [rows][head_dim] */
-    float factor[TILE + LANES];                      /* what the block's maximum does to the sums so far */
-    int32_t first[TILE], last[TILE];                 /* the keys that a row sees: first <= key < last */
+    float query[MAX_HEAD_DIM * TILE];               /* [head_dim][rows], rotated and scaled */
+    float scores[BLOCK * TILE + LANES];              /* [keys][rows]; the last rows of a product read past the last key */
+    float sums[(TILE + BROADCASTS) * MAX_HEAD_DIM];  /* [rows][head_dim] */
+    float factor[TILE + LANES];                      /* rescales the sums so far to the new maximum */
+    int32_t first[TILE], last[TILE];                 /* the keys that a row attends to: first <= key < last */
     __m512 maximum[VECTORS], total[VECTORS];
 } Tile;
 
@@ -84,7 +87,7 @@ INLINE void value_tile(const float *scores, const float *values, int64_t keys, i
             _mm512_mask_storeu_ps(sums + r * head_dim + c * LANES, c == count - 1 ? tail : 0xffff, sum[r][c]);
 }
 
-static void score_keys(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count)
+static void prefill_scores(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count)
 {
     switch (count) {
         case 1: score_tile(keys, query, head_dim, scores, 1); break;
@@ -94,7 +97,7 @@ static void score_keys(const float *const *keys, const float *query, int64_t hea
     }
 }
 
-INLINE void add_columns(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
+INLINE void prefill_values(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
                         float *sums, const int rows)
 {
     for (int64_t column = 0; column < head_dim; column += VECTORS * LANES) {
@@ -114,12 +117,12 @@ INLINE void add_columns(const float *scores, const float *values, int64_t keys, 
 
 static void add_six(const float *s, const float *v, int64_t keys, int64_t head_dim, const float *f, float *sums)
 {
-    add_columns(s, v, keys, head_dim, f, sums, 6);
+    prefill_values(s, v, keys, head_dim, f, sums, 6);
 }
 
 static void add_four(const float *s, const float *v, int64_t keys, int64_t head_dim, const float *f, float *sums)
 {
-    add_columns(s, v, keys, head_dim, f, sums, 4);
+    prefill_values(s, v, keys, head_dim, f, sums, 4);
 }
 
 /* 16 rows of 16 floats, `stride` apart, to columns, TILE apart. */
@@ -239,7 +242,7 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
         for (int k = 0; k < BROADCASTS; k++)
             at[k] = keys + min64(key + k, end - 1) * head_dim;
         float *scores = tile->scores + (key - start) * TILE + low * LANES;
-        score_keys(at, tile->query + low * LANES, head_dim, scores, high - low);
+        prefill_scores(at, tile->query + low * LANES, head_dim, scores, high - low);
     }
     for (int v = 0; v < used; v++)
         softmax_vector(tile, v, start, end, from[v], to[v], plan->cap);
@@ -258,45 +261,51 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
 typedef struct {
     const AttentionPlan *plan;
     int64_t rows, height; /* query rows of a key head, and those of a tile */
+    atomic_bool failed;   /* a thread had no scratch memory */
 } Prefill;
 
 static int64_t tiles_of(const Prefill *prefill) { return (prefill->rows + prefill->height - 1) / prefill->height; }
 
 static void attend_tile(void *data, size_t index)
 {
-    const Prefill *prefill = data;
+    Prefill *prefill = data;
     const AttentionPlan *plan = prefill->plan;
     const AttentionCall *call = plan->call;
     int64_t pairs = call->batch * call->kv_heads, head_dim = call->head_dim;
     int64_t start = (tiles_of(prefill) - 1 - (int64_t)index / pairs) * prefill->height; /* longest first */
     int64_t row = (int64_t)index % pairs / call->kv_heads, kv_head = (int64_t)index % pairs % call->kv_heads;
     int count = (int)min64(prefill->height, prefill->rows - start);
-    _Alignas(64) Tile tile;
-    load_queries(plan, &tile, row, kv_head, start, count);
-    memset(tile.sums, 0, (size_t)((TILE + BROADCASTS) * head_dim) * sizeof(float));
-    memset(tile.factor, 0, sizeof(tile.factor));
+    Tile *tile = thread_scratch(sizeof *tile); /* some 300 KB: too much for the stack of a musl thread */
+    if (tile == NULL) {
+        atomic_store(&prefill->failed, true);
+        return;
+    }
+    load_queries(plan, tile, row, kv_head, start, count);
+    memset(tile->sums, 0, (size_t)((TILE + BROADCASTS) * head_dim) * sizeof(float));
+    memset(tile->factor, 0, sizeof tile->factor);
+    memset(tile->scores, 0, sizeof tile->scores); /* rows past the last one are computed, and not stored */
     for (int v = 0; v < VECTORS; v++) {
-        tile.maximum[v] = _mm512_set1_ps(-0x1p+126f); /* finite: minus infinity less itself is no number */
-        tile.total[v] = _mm512_setzero_ps();
+        tile->maximum[v] = _mm512_set1_ps(-0x1p+126f); /* finite: infinity minus infinity is NaN */
+        tile->total[v] = _mm512_setzero_ps();
     }
     const float *keys = cache_of(call, call->present_key, row, kv_head);
     const float *values = cache_of(call, call->present_value, row, kv_head);
-    int64_t end = tile.last[count - 1];
-    for (int64_t key = tile.first[0]; key < end;) {
+    int64_t end = tile->last[count - 1];
+    for (int64_t key = tile->first[0]; key < end;) {
         int64_t next = min64(end, key / BLOCK * BLOCK + BLOCK);
-        attend_block(plan, &tile, keys, values, key, next, count);
+        attend_block(plan, tile, keys, values, key, next, count);
         key = next;
     }
     float totals[TILE];
     for (int v = 0; v < VECTORS; v++)
-        _mm512_storeu_ps(totals + v * LANES, tile.total[v]);
+        _mm512_storeu_ps(totals + v * LANES, tile->total[v]);
     for (int r = 0; r < count; r++) {
         int64_t token = (start + r) / plan->group, head = kv_head * plan->group + (start + r) % plan->group;
         float *out = out_of(call, row, token, head);
         const __m512 share = _mm512_set1_ps(1.0f / totals[r]);
         for (int64_t d = 0; d < head_dim; d += LANES) {
             __mmask16 mask = lanes(head_dim - d);
-            __m512 sum = _mm512_maskz_loadu_ps(mask, tile.sums + r * head_dim + d);
+            __m512 sum = _mm512_maskz_loadu_ps(mask, tile->sums + r * head_dim + d);
             _mm512_mask_storeu_ps(out + d, mask, _mm512_mul_ps(sum, share));
         }
     }
@@ -311,7 +320,7 @@ static void append_task(void *data, size_t index)
     append_tokens(plan, pair / call->kv_heads, pair % call->kv_heads, from, min64(call->tokens, from + APPENDED));
 }
 
-void prefill_run(const AttentionPlan *plan, const Parallel *parallel)
+const char *prefill_run(const AttentionPlan *plan, const Parallel *parallel)
 {
     const AttentionCall *call = plan->call;
     int64_t pairs = call->batch * call->kv_heads;
@@ -320,4 +329,5 @@ void prefill_run(const AttentionPlan *plan, const Parallel *parallel)
     int64_t parts = (call->tokens + APPENDED - 1) / APPENDED;
     parallel_for(parallel, (size_t)(pairs * parts), append_task, (void *)plan);
     parallel_for(parallel, (size_t)(pairs * tiles_of(&prefill)), attend_tile, &prefill);
+    return atomic_load(&prefill.failed) ? "satchel:Attention: out of memory" : NULL;
 }

@@ -1,12 +1,10 @@
-/* Registers satchel's operators with a session of ONNX Runtime (docs/kernels.md). */
+/* Registers satchel's custom operators with an ONNX Runtime session (docs/kernels.md). */
 #include <limits.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "operator.h"
-
-enum { ALIGNMENT = 64, ATTRIBUTE_BYTES = 32 };
 
 static const Operator *operator_of(const OrtCustomOp *op) { return (const Operator *)op; }
 
@@ -16,7 +14,7 @@ typedef struct {
     void *own;
 } Kernel;
 
-static OrtStatus *failed(const OrtApi *api, const char *error)
+static OrtStatus *make_error(const OrtApi *api, const char *error)
 {
     return ORT(api, CreateStatus)(ORT_INVALID_ARGUMENT, error ? error : "satchel: an operator failed");
 }
@@ -46,11 +44,11 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
     Kernel *kernel = malloc(sizeof *kernel);
     Create create = {api, info, NULL};
     if (kernel == NULL)
-        return failed(api, "satchel: out of memory");
+        return make_error(api, "satchel: out of memory");
     *kernel = (Kernel){api, operator_of(op), operator_of(op)->create(&create)};
     if (kernel->own == NULL) {
         free(kernel);
-        return failed(api, create.error);
+        return make_error(api, create.error);
     }
     *made = kernel;
     return NULL;
@@ -65,7 +63,7 @@ static void destroy(void *kernel)
 static void run_in(const Run *run, size_t tasks, size_t batches, void (*task)(void *, size_t), void *data)
 {
     OrtStatus *status = ORT(run->api, KernelContext_ParallelFor)(run->context, task, tasks, batches, data);
-    if (status != NULL) { /* a context without threads */
+    if (status != NULL) { /* the context has no thread pool */
         ORT(run->api, ReleaseStatus)(status);
         for (size_t i = 0; i < tasks; i++)
             task(data, i);
@@ -79,14 +77,14 @@ static void run_tasks(void *pool, size_t tasks, void (*task)(void *, size_t), vo
 
 static void run_ranges(void *pool, size_t tasks, void (*task)(void *, size_t), void *data)
 {
-    run_in(pool, tasks, 0, task, data); /* 0: a batch for each thread */
+    run_in(pool, tasks, 0, task, data); /* 0: one batch per thread */
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context)
 {
-    const Kernel *made = kernel;
-    Run run = {made->api, context, NULL, {&run, run_tasks}, {&run, run_ranges}};
-    return made->operator->run(made->own, &run) ? NULL : failed(made->api, run.error);
+    const Kernel *this_kernel = kernel;
+    Run run = {this_kernel->api, context, NULL, {&run, run_tasks}, {&run, run_ranges}};
+    return this_kernel->operator->run(this_kernel->own, &run) ? NULL : make_error(this_kernel->api, run.error);
 }
 
 bool fail(Run *run, const char *error)
@@ -95,8 +93,8 @@ bool fail(Run *run, const char *error)
     return false;
 }
 
-/* Whether a call succeeded; what it says otherwise is replaced by `error`. */
-static bool good(Run *run, OrtStatus *status, const char *error)
+/* Returns whether a call succeeded. Replaces its message by `error` if it failed. */
+static bool check(Run *run, OrtStatus *status, const char *error)
 {
     if (status == NULL)
         return true;
@@ -109,12 +107,12 @@ static bool describe(Run *run, const OrtValue *value, Tensor *tensor)
     static const char *unreadable = "satchel: a tensor cannot be read";
     const OrtApi *api = run->api;
     OrtTensorInfo *info;
-    if (!good(run, ORT(api, GetTensorTypeAndShape)(value, &info), unreadable))
+    if (!check(run, ORT(api, GetTensorTypeAndShape)(value, &info), unreadable))
         return false;
-    bool fits = good(run, ORT(api, GetTensorElementType)(info, &tensor->type), unreadable)
-        && good(run, ORT(api, GetDimensionsCount)(info, &tensor->rank), unreadable)
+    bool fits = check(run, ORT(api, GetTensorElementType)(info, &tensor->type), unreadable)
+        && check(run, ORT(api, GetDimensionsCount)(info, &tensor->rank), unreadable)
         && (tensor->rank <= MAX_RANK || fail(run, "satchel: a tensor has too many dimensions"))
-        && good(run, ORT(api, GetDimensions)(info, tensor->dims, tensor->rank), unreadable);
+        && check(run, ORT(api, GetDimensions)(info, tensor->dims, tensor->rank), unreadable);
     ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
     tensor->count = 1;
     for (size_t i = 0; fits && i < tensor->rank; i++)
@@ -126,21 +124,21 @@ bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor)
 {
     const OrtApi *api = run->api;
     const OrtValue *value = NULL;
-    size_t given;
+    size_t count;
     memset(tensor, 0, sizeof *tensor);
-    if (!good(run, ORT(api, KernelContext_GetInputCount)(run->context, &given), "satchel: inputs cannot be counted"))
+    if (!check(run, ORT(api, KernelContext_GetInputCount)(run->context, &count), "satchel: inputs cannot be counted"))
         return false;
-    if (index >= given)
+    if (index >= count)
         return true;
-    if (!good(run, ORT(api, KernelContext_GetInput)(run->context, index, &value), "satchel: an input cannot be read"))
+    if (!check(run, ORT(api, KernelContext_GetInput)(run->context, index, &value), "satchel: an input cannot be read"))
         return false;
     if (value == NULL)
         return true;
     if (!describe(run, value, tensor))
         return false;
     if (tensor->type != type)
-        return fail(run, "satchel: an input has another type than its operator takes");
-    return good(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data), "satchel: an input has no data");
+        return fail(run, "satchel: an input has the wrong element type");
+    return check(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data), "satchel: an input has no data");
 }
 
 bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data)
@@ -148,11 +146,11 @@ bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **da
     const OrtApi *api = run->api;
     OrtValue *value = NULL;
     OrtStatus *status = ORT(api, KernelContext_GetOutput)(run->context, index, dims, rank, &value);
-    if (!good(run, status, "satchel: an output does not have the shape of what is bound to it"))
+    if (!check(run, status, "satchel: the shape of an output differs from the bound buffer"))
         return false;
     if (value == NULL)
-        return fail(run, "satchel: an output is not there");
-    return good(run, ORT(api, GetTensorMutableData)(value, (void **)data), "satchel: an output has no data");
+        return fail(run, "satchel: an output is missing");
+    return check(run, ORT(api, GetTensorMutableData)(value, (void **)data), "satchel: an output has no data");
 }
 
 bool has_dims(const Tensor *tensor, size_t rank, const int64_t *dims)
@@ -160,29 +158,29 @@ bool has_dims(const Tensor *tensor, size_t rank, const int64_t *dims)
     return tensor->rank == rank && memcmp(tensor->dims, dims, rank * sizeof *dims) == 0;
 }
 
-int64_t attribute(Create *create, const char *name, int64_t otherwise)
+int64_t attribute(Create *create, const char *name, int64_t fallback)
 {
     int64_t value;
     OrtStatus *status = ORT(create->api, KernelInfoGetAttribute_int64)(create->info, name, &value);
     if (status == NULL)
         return value;
     ORT(create->api, ReleaseStatus)(status);
-    return otherwise;
+    return fallback;
 }
 
-float attribute_float(Create *create, const char *name, float otherwise)
+float attribute_float(Create *create, const char *name, float fallback)
 {
     float value;
     OrtStatus *status = ORT(create->api, KernelInfoGetAttribute_float)(create->info, name, &value);
     if (status == NULL)
         return value;
     ORT(create->api, ReleaseStatus)(status);
-    return otherwise;
+    return fallback;
 }
 
 bool attribute_text(Create *create, const char *name, char *text, size_t size)
 {
-    size_t length = 0; /* asked for first: with the end it is one more than the text has */
+    size_t length = 0; /* queried first; includes the terminating zero */
     OrtStatus *status = ORT(create->api, KernelInfoGetAttribute_string)(create->info, name, NULL, &length);
     text[0] = 0;
     if (status != NULL) {
@@ -198,40 +196,12 @@ bool attribute_text(Create *create, const char *name, char *text, size_t size)
     return false;
 }
 
-typedef struct {
-    size_t bytes;
-    _Alignas(ALIGNMENT) unsigned char memory[];
-} Scratch;
-
-static pthread_key_t scratch_key;
-static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
-static bool scratch_made;
-
-static void make_scratch_key(void) { scratch_made = pthread_key_create(&scratch_key, free) == 0; }
-
-void *scratch(size_t bytes)
-{
-    pthread_once(&scratch_once, make_scratch_key);
-    if (!scratch_made)
-        return NULL;
-    Scratch *kept = pthread_getspecific(scratch_key);
-    if (kept != NULL && kept->bytes >= bytes)
-        return kept->memory;
-    size_t whole = (sizeof(Scratch) + bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    Scratch *made = whole > bytes ? aligned_alloc(ALIGNMENT, whole) : NULL;
-    if (made == NULL)
-        return NULL;
-    free(kept);
-    made->bytes = bytes;
-    pthread_setspecific(scratch_key, made);
-    return made->memory;
-}
-
 static bool can_run(void)
 {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2")
+        && __builtin_cpu_supports("fma");
 #else
     return false;
 #endif
@@ -259,17 +229,19 @@ static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *op
     return ORT(api, CustomOpDomain_Add)(domain, &operator->op);
 }
 
-/* The entry that ONNX Runtime looks for in a library of operators. The domain lives as long as the process. */
+/* The entry point that ONNX Runtime calls in a custom operator library. The domain lives as long as the process. */
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
 {
     static OrtCustomOpDomain *domain;
     static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
     const OrtApi *api = base->get_api(ORT_API_VERSION);
     OrtStatus *status = NULL;
-    if (api == NULL) /* an ONNX Runtime of before; without its functions nothing can be said of it */
-        return NULL;
+    if (api == NULL) { /* an older ONNX Runtime: report it through the first version of the interface */
+        const OrtApi *oldest = base->get_api(1);
+        return oldest == NULL ? NULL : make_error(oldest, "satchel: this ONNX Runtime is too old for satchel's kernels");
+    }
     if (!can_run())
-        return failed(api, "satchel: this processor has no AVX-512 VNNI");
+        return make_error(api, "satchel: this processor has no AVX-512 VNNI");
     pthread_mutex_lock(&making);
     if (domain == NULL) {
         OrtCustomOpDomain *made;

@@ -21,7 +21,7 @@ SWITCH, OFF = "SATCHEL_KERNELS", "off"
 """A variable of the environment, and the value with which satchel does without its own operators."""
 
 ARCHITECTURES = ("x86_64", "AMD64")
-EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c")
+EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma")
 """What the operators are compiled for; extensions as Linux spells them."""
 
 

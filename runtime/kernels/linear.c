@@ -6,24 +6,24 @@
 
 #include "exponential.h"
 #include "linear.h"
-#include "operator.h"
+#include "scratch.h"
 
 enum {
     TILE_ROWS = 6,          /* with 4 panels: 24 sums, 4 weights and 1 activation in 32 registers */
     CHANNEL_PANELS = 4,
-    BLOCK_PANELS = 2,       /* each has a sum of its block and one of all blocks */
-    ROUNDED_ROWS = 8,       /* rows of a task that rounds activations */
-    MULTIPLIED_ROWS = 96,   /* rows of a task that multiplies: they stay in the cache of a core */
+    BLOCK_PANELS = 2,       /* each has one sum per block and one over all blocks */
+    QUANTIZED_ROWS = 8,       /* rows of a task that quantizes activations */
+    MULTIPLIED_ROWS = 96,   /* rows of a task that multiplies: they fit in the cache of a core */
 };
 
 typedef struct {
-    const LinearForm *form;
+    const LinearParams *params;
     const LinearCall *call;
-    int8_t *codes;   /* [rows, code_bytes]; these rows are those of codes */
+    int8_t *activations;   /* [rows, row_bytes] */
     float *scales;   /* [rows, row_scales] */
     int32_t *sums;   /* the same */
-    float *room;     /* [row tasks, code_bytes] */
-    int64_t rows;    /* of codes: one for each row of the call, or two that are added */
+    float *scratch;     /* [row tasks, row_bytes] */
+    int64_t rows;    /* quantized rows: one or two (`twice`) per row of the call */
     bool twice;
     int64_t width;   /* panels of a task */
     size_t groups;   /* tasks that cover the panels */
@@ -48,7 +48,7 @@ INLINE __m512 erf16(__m512 x)
     return _mm512_or_ps(r, _mm512_and_ps(sign, x));
 }
 
-/* The activations as their papers and frameworks spell them. */
+/* Activation functions, defined as in their papers. */
 INLINE __m512 activate(Gate gate, __m512 x)
 {
     const __m512 one = _mm512_set1_ps(1.f);
@@ -66,7 +66,7 @@ INLINE __m512 activate(Gate gate, __m512 x)
     return _mm512_div_ps(x, _mm512_add_ps(one, exp_less(x)));
 }
 
-/* Store what a row has for the outputs from 16 * column on, out of `count`. */
+/* Stores 16 outputs of a row, starting at 16 * column, out of `count`. */
 INLINE void put(const Work *work, int64_t row, int64_t column, int64_t count, __m512 value)
 {
     const int64_t first = column * LANES;
@@ -83,12 +83,12 @@ INLINE __m512 bias(const Work *work, int64_t first, int64_t end)
     return values == NULL ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes(end - first), values + first);
 }
 
-/* Turn the products of a tile into outputs; a gate's panels come in pairs. With `twice` rows are pairs to be added. */
+/* Turns the sums of a tile into outputs. Gate panels come in pairs. With `twice`, pairs of rows are added. */
 INLINE void finish(const int rows, const int width, const bool twice, const Work *work, int64_t row, int64_t panel,
                    __m512 (*product)[CHANNEL_PANELS])
 {
-    const LinearForm *form = work->form;
-    const int64_t count = half_outputs(form);
+    const LinearParams *params = work->params;
+    const int64_t count = half_outputs(params);
     const int each = twice ? 2 : 1;
     if (twice)
         UNROLL
@@ -96,14 +96,14 @@ INLINE void finish(const int rows, const int width, const bool twice, const Work
             UNROLL
             for (int p = 0; p < width; p++)
                 product[r / 2][p] = _mm512_add_ps(product[r][p], product[r + 1][p]);
-    if (form->gate != GATE_NONE) {
+    if (params->gate != GATE_NONE) {
         UNROLL
         for (int p = 0; p + 1 < width; p += 2) {
             const int64_t column = (panel + p) / 2;
             const __m512 low = bias(work, column * LANES, count), high = bias(work, count + column * LANES, 2 * count);
             UNROLL
             for (int r = 0; r < rows / each; r++) {
-                __m512 gate = activate(form->gate, _mm512_add_ps(product[r][p], low));
+                __m512 gate = activate(params->gate, _mm512_add_ps(product[r][p], low));
                 put(work, row / each + r, column, count, _mm512_mul_ps(gate, _mm512_add_ps(product[r][p + 1], high)));
             }
         }
@@ -118,7 +118,7 @@ INLINE void finish(const int rows, const int width, const bool twice, const Work
     }
 }
 
-/* The sums of a tile have a name each, since compilers keep arrays of them in memory: SUM(row, panel). */
+/* Each sum of a tile is a variable of its own, SUM(row, panel): compilers keep arrays of them in memory. */
 #define SUM(r, p) sum_##r##_##p
 #define SUMS(r) __m512i SUM(r, 0) = zero, SUM(r, 1) = zero, SUM(r, 2) = zero, SUM(r, 3) = zero
 #define ADD(r, p, weights) \
@@ -150,16 +150,15 @@ INLINE void finish(const int rows, const int width, const bool twice, const Work
             sums[r][2] = SUM(r, 2), sums[r][3] = SUM(r, 3); \
     }
 
-INLINE __m512i four_inputs(const int8_t *codes)
+INLINE __m512i four_inputs(const int8_t *values)
 {
     int32_t four;
-    memcpy(&four, codes, sizeof four);
+    memcpy(&four, values, sizeof four);
     return _mm512_set1_epi32(four);
 }
 
-/* Whole sums over the inputs from `from` to `end` of a tile: rows of codes `stride` apart, panels `apart`. With `pairs`
- * 8 inputs are taken at a time, of at most 2 panels; a row alone has two sums then, so as not to wait for the last one.
- */
+/* Integer sums of a tile over inputs `from` to `end`: rows are `stride` bytes apart, panels `apart`. With `pairs` each
+ * step takes 8 inputs of at most 2 panels; a single row then has two sums, so that steps do not wait for each other. */
 INLINE void add_products(const int rows, const int width, const int bits, const bool pairs, const int8_t *a, int64_t stride,
                          const uint8_t *b, int64_t apart, int64_t from, int64_t end, __m512i (*sums)[CHANNEL_PANELS])
 {
@@ -202,19 +201,18 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
     KEEP(0) KEEP(1) KEEP(2) KEEP(3) KEEP(4) KEEP(5)
 }
 
-/* One tile: `rows` rows times `width` panels. Weights are unsigned, so what their zero points add, times the sum of
- * the activations, is taken off each block's sum. All sums of a block are whole numbers, and blocks are added in their
- * order: a row gets the same whatever tile it is in.
- */
+/* One tile: `rows` rows times `width` panels. Weights are unsigned: the zero point times the sum of the activations is
+ * subtracted from each block's sum. Sums of a block are integers, and blocks are added in order, so the result of a row
+ * does not depend on the tile. */
 INLINE void tile(const int rows, const int width, const int bits, const bool channel, const bool twice, const Work *work,
                  int64_t row, int64_t panel)
 {
-    const LinearForm *form = work->form;
+    const LinearParams *params = work->params;
     const LinearCall *call = work->call;
-    const int64_t blocks = channel ? 1 : row_scales(&form->form), stride = panel_bytes(form);
-    const int64_t inputs = channel ? (form->form.inputs + 3) / 4 * 4 : form->form.block;
-    const uint8_t *b = call->codes + panel * stride;
-    const int8_t *a = work->codes + row * code_bytes(&form->form);
+    const int64_t blocks = channel ? 1 : row_scales(&params->row), stride = panel_bytes(params);
+    const int64_t inputs = channel ? (params->row.inputs + 3) / 4 * 4 : params->row.block;
+    const uint8_t *b = call->weights + panel * stride;
+    const int8_t *a = work->activations + row * row_bytes(&params->row);
     __m512 product[TILE_ROWS][CHANNEL_PANELS];
     UNROLL
     for (int r = 0; r < rows; r++)
@@ -223,7 +221,7 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
             product[r][p] = _mm512_setzero_ps();
     for (int64_t block = 0; block < blocks; block++) {
         __m512i sum[TILE_ROWS][CHANNEL_PANELS];
-        add_products(rows, width, bits, bits == 4 || (rows == 1 && !channel), a, code_bytes(&form->form), b, stride,
+        add_products(rows, width, bits, bits == 4 || (rows == 1 && !channel), a, row_bytes(&params->row), b, stride,
                      block * inputs, (block + 1) * inputs, sum);
         UNROLL
         for (int p = 0; p < width; p++) {
@@ -248,7 +246,7 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
     finish(rows, width, twice, work, row, panel, product);
 }
 
-/* All rows from `row` to `end` times `width` panels, as tiles of a few sizes. */
+/* Rows `row` to `end` times `width` panels, in tiles of a few sizes. */
 INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const Work *work, int64_t row,
                   int64_t end, int64_t panel)
 {
@@ -279,20 +277,20 @@ STRIP(eight_1, 1, 8, false, false)
 STRIP(four_2, 2, 4, false, false)
 STRIP(four_1, 1, 4, false, false)
 
-/* By how the weights and the rows are rounded: strips of 4 panels, NULL where sums would not fit, of 2 and of 1. */
+/* For each quantization: strips of 4 panels (NULL if the sums do not fit in registers), 2 and 1. */
 static Strip *const CHANNEL[] = {channel_4, channel_2, channel_1}, *const TWICE[] = {twice_4, twice_2, twice_1};
 static Strip *const EIGHT[] = {NULL, eight_2, eight_1}, *const FOUR[] = {NULL, four_2, four_1};
 
 static void multiply(void *data, size_t index)
 {
     const Work *work = data;
-    const LinearForm *form = work->form;
-    const int64_t whole = panels(form), group = (int64_t)(index % work->groups), part = (int64_t)(index / work->groups);
+    const LinearParams *params = work->params;
+    const int64_t whole = panels(params), group = (int64_t)(index % work->groups), part = (int64_t)(index / work->groups);
     const int64_t row = part * MULTIPLIED_ROWS;
     const int64_t end = row + MULTIPLIED_ROWS < work->rows ? row + MULTIPLIED_ROWS : work->rows;
     int64_t panel = group * work->width;
     const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
-    Strip *const *strips = work->twice ? TWICE : form->form.block == 0 ? CHANNEL : form->bits == 8 ? EIGHT : FOUR;
+    Strip *const *strips = work->twice ? TWICE : params->row.block == 0 ? CHANNEL : params->bits == 8 ? EIGHT : FOUR;
     for (; strips[0] != NULL && panel + 4 <= stop; panel += 4)
         strips[0](work, row, end, panel);
     for (; panel + 2 <= stop; panel += 2)
@@ -301,39 +299,39 @@ static void multiply(void *data, size_t index)
         strips[2](work, row, end, panel);
 }
 
-static void round_rows(void *data, size_t index)
+static void quantize_rows(void *data, size_t index)
 {
     const Work *work = data;
-    const RowForm *form = &work->form->form;
+    const RowParams *params = &work->params->row;
     const LinearCall *call = work->call;
-    const int64_t first = (int64_t)index * ROUNDED_ROWS, scales = row_scales(form), stride = code_bytes(form);
-    for (int64_t r = first; r < first + ROUNDED_ROWS && r < call->rows; r++) {
+    const int64_t first = (int64_t)index * QUANTIZED_ROWS, scales = row_scales(params), stride = row_bytes(params);
+    for (int64_t r = first; r < first + QUANTIZED_ROWS && r < call->rows; r++) {
         const int64_t at = work->twice ? 2 * r : r;
-        (work->twice ? round_row_twice : round_row)(
-            form, call->x + r * form->inputs, call->gain, work->room + (int64_t)index * stride, work->codes + at * stride,
+        (work->twice ? quantize_row_twice : quantize_row)(
+            params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride, work->activations + at * stride,
             work->scales + at * scales, work->sums + at * scales);
     }
 }
 
-const char *linear_run(const LinearForm *form, const LinearCall *call, const Parallel *parallel)
+const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
 {
-    const int64_t stride = code_bytes(&form->form), scales = row_scales(&form->form);
-    const bool twice = call->single && form->form.block == 0;
+    const int64_t stride = row_bytes(&params->row), scales = row_scales(&params->row);
+    const bool twice = call->single && params->row.block == 0;
     const int64_t rows = call->rows * (twice ? 2 : 1);
-    const size_t tasks = (size_t)((call->rows + ROUNDED_ROWS - 1) / ROUNDED_ROWS);
+    const size_t tasks = (size_t)((call->rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS);
     const size_t parts = (size_t)((rows + MULTIPLIED_ROWS - 1) / MULTIPLIED_ROWS);
-    const size_t room = tasks * (size_t)stride * sizeof(float), codes = (size_t)(rows * stride);
+    const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), activation_bytes = (size_t)(rows * stride);
     if (rows == 0)
         return NULL;
-    uint8_t *memory = scratch(room + codes + (size_t)(rows * scales) * 8);
+    uint8_t *memory = thread_scratch(scratch_bytes + activation_bytes + (size_t)(rows * scales) * 8);
     if (memory == NULL)
         return "satchel:Linear: out of memory";
-    float *row_scale = (float *)(memory + room + codes);
-    Work work = {.form = form, .call = call, .codes = (int8_t *)(memory + room), .scales = row_scale,
-                 .sums = (int32_t *)(row_scale + rows * scales), .room = (float *)memory, .rows = rows, .twice = twice};
-    work.width = form->form.block == 0 && call->rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
-    work.groups = (size_t)((panels(form) + work.width - 1) / work.width);
-    parallel_for(parallel, tasks, round_rows, &work);
+    float *row_scale = (float *)(memory + scratch_bytes + activation_bytes);
+    Work work = {.params = params, .call = call, .activations = (int8_t *)(memory + scratch_bytes), .scales = row_scale,
+                 .sums = (int32_t *)(row_scale + rows * scales), .scratch = (float *)memory, .rows = rows, .twice = twice};
+    work.width = params->row.block == 0 && call->rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
+    work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
+    parallel_for(parallel, tasks, quantize_rows, &work);
     parallel_for(parallel, work.groups * parts, multiply, &work);
     return NULL;
 }

@@ -1,4 +1,4 @@
-/* Products of int8 activations with weights of 8 or 4 bits in panels of 16 outputs (docs/kernels.md). */
+/* Linear layers: int8 activations, 8-bit or 4-bit weights in panels of 16 outputs (docs/kernels.md). */
 #ifndef SATCHEL_LINEAR_H
 #define SATCHEL_LINEAR_H
 
@@ -11,34 +11,34 @@
 typedef enum { GATE_NONE, GATE_SILU, GATE_GELU, GATE_GELU_TANH, GATE_RELU } Gate;
 
 typedef struct {
-    RowForm form; /* of the activations; its block is that of the weights */
+    RowParams row; /* of the activations; weights have the same block */
     int64_t outputs;
     int bits;
     Gate gate;
-} LinearForm;
+} LinearParams;
 
 typedef struct {
     int64_t rows;
     bool single;                /* each row is the only new token of its sequence */
     const float *x;             /* [rows, inputs] */
-    const uint8_t *codes;       /* [panels, panel_bytes] */
+    const uint8_t *weights;       /* [panels, panel_bytes] */
     const float *scales;        /* [panels, blocks, 16] */
     const uint8_t *zero_points; /* the same, or NULL */
     const float *bias;          /* [outputs], or NULL */
     const float *residual;      /* as y, or NULL */
-    const float *gain;          /* [inputs], or NULL */
+    const float *norm_weight;          /* [inputs], or NULL */
     float *y;                   /* [rows, outputs], or half of them with a gate */
 } LinearCall;
 
-static inline int64_t half_outputs(const LinearForm *form) { return form->gate ? form->outputs / 2 : form->outputs; }
-static inline int64_t panels(const LinearForm *form) { return (half_outputs(form) + 15) / 16 * (form->gate ? 2 : 1); }
+static inline int64_t half_outputs(const LinearParams *params) { return params->gate ? params->outputs / 2 : params->outputs; }
+static inline int64_t panels(const LinearParams *params) { return (half_outputs(params) + 15) / 16 * (params->gate ? 2 : 1); }
 
-static inline int64_t panel_bytes(const LinearForm *form)
+static inline int64_t panel_bytes(const LinearParams *params)
 {
-    return form->bits == 4 ? form->form.inputs * 8 : (form->form.inputs + 3) / 4 * 64;
+    return params->bits == 4 ? params->row.inputs * 8 : (params->row.inputs + 3) / 4 * 64;
 }
 
-/* Returns NULL, or what went wrong. */
-const char *linear_run(const LinearForm *form, const LinearCall *call, const Parallel *parallel);
+/* Returns NULL, or an error as a constant string. */
+const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel);
 
 #endif

@@ -1,86 +1,91 @@
-/* satchel:Linear: reads what a node has, checks it, and multiplies. */
+/* satchel:Linear: reads and checks the attributes and inputs of a node, and runs it. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "linear.h"
 #include "operator.h"
 
-enum { LARGEST = 1 << 24 };
+enum {
+    MAX_SIZE = 1 << 24,
+    /* Sums of int32 stay exact: 128 * 127 * inputs, or 255 * 127 * block with zero points, is below 2^31. */
+    MAX_CHANNEL_INPUTS = 1 << 17,
+    MAX_BLOCK = 1 << 16,
+};
 
 static const char *const GATES[] = {"", "silu", "gelu", "gelu_tanh", "relu"};
 
-static bool is_gate(LinearForm *form, const char *text)
+static bool is_gate(LinearParams *params, const char *text)
 {
     for (int i = 0; i < 5; i++)
         if (strcmp(text, GATES[i]) == 0) {
-            form->gate = (Gate)i;
+            params->gate = (Gate)i;
             return true;
         }
     return false;
 }
 
-static bool good_form(const LinearForm *form)
+static bool valid_params(const LinearParams *params)
 {
-    const RowForm *row = &form->form;
-    const int64_t k = row->inputs, n = form->outputs, block = row->block, mixed = row->hadamard;
-    return k >= 1 && k <= LARGEST && n >= 1 && n <= LARGEST && (form->bits == 8 || form->bits == 4)
-        && (block == 0 ? form->bits == 8 : block >= 8 && k % block == 0 && block % 8 == 0)
+    const RowParams *row = &params->row;
+    const int64_t k = row->inputs, n = params->outputs, block = row->block, mixed = row->hadamard;
+    return k >= 1 && k <= MAX_SIZE && n >= 1 && n <= MAX_SIZE && (params->bits == 8 || params->bits == 4)
+        && (block == 0 ? params->bits == 8 && k <= MAX_CHANNEL_INPUTS : block >= 8 && block <= MAX_BLOCK && k % block == 0 && block % 8 == 0)
         && (mixed == 0 || (mixed >= 2 && (mixed & (mixed - 1)) == 0 && k % mixed == 0))
-        && (form->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
+        && (params->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
 }
 
 static void *create(Create *create)
 {
     char text[16];
-    LinearForm form = {0};
-    form.form.inputs = attribute(create, "inputs", 0);
-    form.form.block = attribute(create, "block", 0);
-    form.form.hadamard = attribute(create, "hadamard", 0);
-    form.form.epsilon = attribute_float(create, "epsilon", 0);
-    form.outputs = attribute(create, "outputs", 0);
-    form.bits = (int)attribute(create, "bits", 8);
-    if (!attribute_text(create, "gate", text, sizeof text) || !is_gate(&form, text) || !good_form(&form)) {
-        create->error = "satchel:Linear: its attributes do not go together";
+    LinearParams params = {0};
+    params.row.inputs = attribute(create, "inputs", 0);
+    params.row.block = attribute(create, "block", 0);
+    params.row.hadamard = attribute(create, "hadamard", 0);
+    params.row.epsilon = attribute_float(create, "epsilon", 0);
+    params.outputs = attribute(create, "outputs", 0);
+    params.bits = (int)attribute(create, "bits", 8);
+    if (!attribute_text(create, "gate", text, sizeof text) || !is_gate(&params, text) || !valid_params(&params)) {
+        create->error = "satchel:Linear: invalid combination of attributes";
         return NULL;
     }
-    LinearForm *kernel = malloc(sizeof *kernel);
+    LinearParams *kernel = malloc(sizeof *kernel);
     if (kernel == NULL)
         create->error = "satchel:Linear: out of memory";
     else
-        *kernel = form;
+        *kernel = params;
     return kernel;
 }
 
-static bool fits(const LinearForm *form, const Tensor *codes, const Tensor *scales, const Tensor *zero_points, const Tensor *bias, const Tensor *gain)
+static bool fits(const LinearParams *params, const Tensor *weights, const Tensor *scales, const Tensor *zero_points, const Tensor *bias, const Tensor *norm_weight)
 {
-    const int64_t whole[] = {panels(form), panel_bytes(form)}, blocks[] = {panels(form), row_scales(&form->form), 16};
-    return has_dims(codes, 2, whole) && has_dims(scales, 3, blocks)
-        && (zero_points->data == NULL || (form->form.block && has_dims(zero_points, 3, blocks)))
-        && (bias->data == NULL || has_dims(bias, 1, &form->outputs))
-        && (gain->data == NULL || has_dims(gain, 1, &form->form.inputs));
+    const int64_t whole[] = {panels(params), panel_bytes(params)}, blocks[] = {panels(params), row_scales(&params->row), 16};
+    return has_dims(weights, 2, whole) && has_dims(scales, 3, blocks)
+        && (zero_points->data == NULL || (params->row.block && has_dims(zero_points, 3, blocks)))
+        && (bias->data == NULL || has_dims(bias, 1, &params->outputs))
+        && (norm_weight->data == NULL || has_dims(norm_weight, 1, &params->row.inputs));
 }
 
 static bool run(const void *kernel, Run *run)
 {
-    const LinearForm *form = kernel;
-    Tensor x, codes, scales, zero_points, bias, residual, gain;
-    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &codes) || !input(run, 2, ORT_FLOAT, &scales)
+    const LinearParams *params = kernel;
+    Tensor x, weights, scales, zero_points, bias, residual, norm_weight;
+    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_FLOAT, &scales)
         || !input(run, 3, ORT_UINT8, &zero_points) || !input(run, 4, ORT_FLOAT, &bias)
-        || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &gain))
+        || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &norm_weight))
         return false;
-    if (x.rank == 0 || x.dims[x.rank - 1] != form->form.inputs)
-        return fail(run, "satchel:Linear: its input does not have the width that the node says");
-    if (!fits(form, &codes, &scales, &zero_points, &bias, &gain))
-        return fail(run, "satchel:Linear: a weight does not have the shape that the node says");
-    const int64_t rows = x.count / form->form.inputs;
+    if (x.rank == 0 || x.dims[x.rank - 1] != params->row.inputs)
+        return fail(run, "satchel:Linear: the input width differs from attribute inputs");
+    if (!fits(params, &weights, &scales, &zero_points, &bias, &norm_weight))
+        return fail(run, "satchel:Linear: a weight does not have the shape of the attributes");
+    const int64_t rows = x.count / params->row.inputs;
     const bool single = x.rank >= 2 && x.dims[x.rank - 2] == 1;
-    x.dims[x.rank - 1] = half_outputs(form);
+    x.dims[x.rank - 1] = half_outputs(params);
     if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
-        return fail(run, "satchel:Linear: what is to be added does not have the shape of the result");
-    LinearCall call = {rows, single, x.data, codes.data, scales.data, zero_points.data, bias.data, residual.data, gain.data, NULL};
+        return fail(run, "satchel:Linear: the residual does not have the shape of the output");
+    LinearCall call = {rows, single, x.data, weights.data, scales.data, zero_points.data, bias.data, residual.data, norm_weight.data, NULL};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
-    const char *error = linear_run(form, &call, rows == 1 ? &run->contiguous : &run->parallel);
+    const char *error = linear_run(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
     return error == NULL || fail(run, error);
 }
 

@@ -1,4 +1,4 @@
-/* What the operators of this library have in common: how one is described, and how it reads its tensors. */
+/* What the custom operators share: their description, and access to tensors and attributes. */
 #ifndef SATCHEL_OPERATOR_H
 #define SATCHEL_OPERATOR_H
 
@@ -11,7 +11,7 @@
 
 enum { MAX_RANK = 6 };
 
-/* A tensor whose data stay where they are; `data` NULL for an optional input that is not there. */
+/* A view of a tensor; `data` is NULL for an omitted optional input. */
 typedef struct {
     void *data;
     int64_t dims[MAX_RANK], count;
@@ -19,12 +19,12 @@ typedef struct {
     OrtElementType type;
 } Tensor;
 
-/* One run of an operator. A function that fails says why in `error`, a text that stays, and returns false. */
+/* One run of an operator. A function that fails sets `error` to a constant string and returns false. */
 typedef struct {
     const OrtApi *api;
     OrtKernelContext *context;
     const char *error;
-    Parallel parallel, contiguous; /* tasks one at a time to whoever is free; or as many threads, a range of tasks each */
+    Parallel parallel, contiguous; /* one task at a time to any free thread; or one range of tasks per thread */
 } Run;
 
 typedef struct {
@@ -34,29 +34,26 @@ typedef struct {
 } Create;
 
 typedef struct {
-    OrtCustomOp op; /* first, so that a pointer to it is one to the whole */
+    OrtCustomOp op; /* first member: ONNX Runtime passes a pointer to it */
     const char *name;
     size_t inputs, required, outputs;
     const OrtElementType *input_types;
-    void *(*create)(Create *create); /* NULL where it failed */
+    void *(*create)(Create *create); /* NULL on failure */
     bool (*run)(const void *kernel, Run *run);
 } Operator;
 
 extern Operator linear_operator, table_linear_operator, attention_operator;
 
-int64_t attribute(Create *create, const char *name, int64_t otherwise);
-float attribute_float(Create *create, const char *name, float otherwise);
-/* Whether the text of an attribute, "" where it is not there, fits into `size` bytes. */
+int64_t attribute(Create *create, const char *name, int64_t fallback);
+float attribute_float(Create *create, const char *name, float fallback);
+/* Copies a string attribute, "" if absent. Returns false if it does not fit into `size` bytes. */
 bool attribute_text(Create *create, const char *name, char *text, size_t size);
 
-/* Read an input of the given type; where it is not there `data` is NULL. */
+/* Reads an input of the given type; `data` is NULL if it is absent. */
 bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor);
-/* Make an output of type float32, or take the memory that the caller bound. */
+/* Allocates a float32 output, or gets the memory that the caller bound. */
 bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data);
 bool has_dims(const Tensor *tensor, size_t rank, const int64_t *dims);
 bool fail(Run *run, const char *error);
-
-/* Memory of the calling thread, 64-byte aligned, that stays until the thread ends or asks for more; NULL without room. */
-void *scratch(size_t bytes);
 
 #endif

@@ -1,4 +1,4 @@
-/* Work that is cut into tasks for the threads of a pool. */
+/* Runs tasks on a thread pool. */
 #ifndef SATCHEL_PARALLEL_H
 #define SATCHEL_PARALLEL_H
 

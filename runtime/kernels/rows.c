@@ -7,9 +7,9 @@
 #include "rows.h"
 
 #define LEVELS 127.f
-#define SMALLEST 1e-10f /* a row's largest magnitude counts as this much at least */
+#define SMALLEST 1e-10f /* lower bound of a row's largest magnitude */
 
-/* 1 / root of the mean square, as in Zhang and Sennrich, Root Mean Square Layer Normalization (2019). */
+/* 1 / root mean square:  Zhang and Sennrich, Root Mean Square Layer Normalization (2019). */
 static float inverse_rms(const float *x, int64_t count, float epsilon)
 {
     __m512 sum = _mm512_setzero_ps();
@@ -20,7 +20,7 @@ static float inverse_rms(const float *x, int64_t count, float epsilon)
     return 1 / sqrtf(_mm512_reduce_add_ps(sum) / (float)count + epsilon);
 }
 
-/* One stage within vectors: pairs that are `step` lanes apart become their sum and their difference. */
+/* One stage within a vector: pairs `step` lanes apart become their sum and difference. */
 INLINE __m512 butterfly(__m512 v, int step, __mmask16 upper)
 {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -28,10 +28,9 @@ INLINE __m512 butterfly(__m512 v, int step, __mmask16 upper)
     return _mm512_mask_sub_ps(_mm512_add_ps(v, other), upper, other, v);
 }
 
-/* The fast Walsh-Hadamard transform in the order of Sylvester's matrix, of `n` numbers at a time, / sqrt(n).
- * `x` has room for whole vectors; where n is below 16 a vector holds several runs.
- */
-static void mix(float *x, int64_t count, int64_t n)
+/* Fast Walsh-Hadamard transform in Sylvester order, `n` numbers at a time, divided by sqrt(n). `x` is padded to whole
+ * vectors; if n is below 16, a vector holds several transforms. */
+static void fwht(float *x, int64_t count, int64_t n)
 {
     const __m512 scale = _mm512_set1_ps(1 / sqrtf((float)n));
     for (int64_t i = 0; i < count; i += LANES) {
@@ -55,8 +54,8 @@ static void mix(float *x, int64_t count, int64_t n)
             }
 }
 
-/* Round `count` numbers with one scale; whole vectors are written unless `tight`. */
-static void round_run(const float *x, int64_t count, bool tight, int8_t *codes, float *scale, int32_t *sum)
+/* Quantizes `count` numbers with one scale. Writes whole vectors unless `tight`. */
+static void quantize_run(const float *x, int64_t count, bool tight, int8_t *quantized, float *scale, int32_t *sum)
 {
     const __m512 sign = _mm512_set1_ps(-0.f);
     __m512 largest = _mm512_setzero_ps();
@@ -72,64 +71,64 @@ static void round_run(const float *x, int64_t count, bool tight, int8_t *codes, 
     for (int64_t i = 0; i < count; i += LANES) {
         __m512 v = _mm512_maskz_loadu_ps(lanes(count - i), x + i);
         __m512 step = _mm512_mul_ps(v, factor);
-        __m512i code = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(step, step, _CMP_ORD_Q), step); /* NaN: 0 */
-        total = _mm512_add_epi32(total, code);
-        _mm512_mask_cvtsepi32_storeu_epi8(codes + i, tight ? lanes(count - i) : 0xffff, code);
+        __m512i value = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(step, step, _CMP_ORD_Q), step); /* NaN: 0 */
+        total = _mm512_add_epi32(total, value);
+        _mm512_mask_cvtsepi32_storeu_epi8(quantized + i, tight ? lanes(count - i) : 0xffff, value);
     }
     *scale = bad ? NAN : whole / LEVELS;
     *sum = _mm512_reduce_add_epi32(total);
 }
 
-/* The row as it is to be rounded: `x` itself, or what a norm and a Hadamard matrix make of it in `room`. */
-static const float *prepare_row(const RowForm *form, const float *x, const float *gain, float *room)
+/* Returns the row to quantize: `x` itself, or its norm and Hadamard transform in `scratch`. */
+static const float *prepare_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch)
 {
-    const int64_t count = form->inputs;
-    if (form->epsilon <= 0 && form->hadamard == 0)
+    const int64_t count = params->inputs;
+    if (params->epsilon <= 0 && params->hadamard == 0)
         return x;
-    const __m512 factor = _mm512_set1_ps(form->epsilon > 0 ? inverse_rms(x, count, form->epsilon) : 1);
+    const __m512 factor = _mm512_set1_ps(params->epsilon > 0 ? inverse_rms(x, count, params->epsilon) : 1);
     for (int64_t i = 0; i < count; i += LANES) {
         __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(count - i), x + i), factor);
-        if (gain != NULL)
-            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes(count - i), gain + i));
-        _mm512_storeu_ps(room + i, v);
+        if (norm_weight != NULL)
+            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes(count - i), norm_weight + i));
+        _mm512_storeu_ps(scratch + i, v);
     }
-    if (form->hadamard > 0)
-        mix(room, count, form->hadamard);
-    return room;
+    if (params->hadamard > 0)
+        fwht(scratch, count, params->hadamard);
+    return scratch;
 }
 
-/* Zeros behind `count` codes. */
-static void fill_up(const RowForm *form, int8_t *codes, int64_t count)
+/* Sets the padding after `count` values to zero. */
+static void fill_up(const RowParams *params, int8_t *quantized, int64_t count)
 {
-    memset(codes + count, 0, (size_t)(code_bytes(form) - count));
+    memset(quantized + count, 0, (size_t)(row_bytes(params) - count));
 }
 
 static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-void round_row(const RowForm *form, const float *x, const float *gain, float *room, int8_t *codes, float *scales, int32_t *sums)
+void quantize_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized, float *scales, int32_t *sums)
 {
-    const int64_t count = form->inputs, block = form->block;
-    x = prepare_row(form, x, gain, room);
+    const int64_t count = params->inputs, block = params->block;
+    x = prepare_row(params, x, norm_weight, scratch);
     if (block == 0)
-        round_run(x, count, false, codes, scales, sums);
+        quantize_run(x, count, false, quantized, scales, sums);
     else
         for (int64_t b = 0; b < count / block; b++)
-            round_run(x + b * block, block, true, codes + b * block, scales + b, sums + b);
-    fill_up(form, codes, block ? count : whole_vectors(count));
+            quantize_run(x + b * block, block, true, quantized + b * block, scales + b, sums + b);
+    fill_up(params, quantized, block ? count : whole_vectors(count));
 }
 
-void round_row_twice(const RowForm *form, const float *x, const float *gain, float *room, int8_t *codes, float *scales, int32_t *sums)
+void quantize_row_twice(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized, float *scales, int32_t *sums)
 {
-    const int64_t count = form->inputs;
-    x = prepare_row(form, x, gain, room);
-    round_run(x, count, false, codes, scales, sums);
-    fill_up(form, codes, whole_vectors(count));
+    const int64_t count = params->inputs;
+    x = prepare_row(params, x, norm_weight, scratch);
+    quantize_run(x, count, false, quantized, scales, sums);
+    fill_up(params, quantized, whole_vectors(count));
     const __m512 scale = _mm512_set1_ps(scales[0]);
     for (int64_t i = 0; i < count; i += LANES) {
-        __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i))));
-        _mm512_storeu_ps(room + i, _mm512_fnmadd_ps(code, scale, _mm512_maskz_loadu_ps(lanes(count - i), x + i)));
+        __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(quantized + i))));
+        _mm512_storeu_ps(scratch + i, _mm512_fnmadd_ps(value, scale, _mm512_maskz_loadu_ps(lanes(count - i), x + i)));
     }
-    codes += code_bytes(form);
-    round_run(room, count, false, codes, scales + 1, sums + 1);
-    fill_up(form, codes, whole_vectors(count));
+    quantized += row_bytes(params);
+    quantize_run(scratch, count, false, quantized, scales + 1, sums + 1);
+    fill_up(params, quantized, whole_vectors(count));
 }

@@ -1,28 +1,28 @@
-/* Rows of activations on their way to int8. */
+/* Quantization of activation rows to int8. */
 #ifndef SATCHEL_ROWS_H
 #define SATCHEL_ROWS_H
 
 #include <stdint.h>
 
-/* What is done to a row of `inputs` numbers before it is rounded. */
+/* How a row of `inputs` floats is transformed and quantized. */
 typedef struct {
     int64_t inputs, block; /* block 0: one scale for the row */
     float epsilon;         /* > 0: RMS norm first */
     int64_t hadamard;      /* > 0: then this many at a time times the Hadamard matrix / sqrt(hadamard) */
-} RowForm;
+} RowParams;
 
-/* Bytes of a row of codes: whole vectors, so that they can be written without a mask; what is beyond is zero. */
-static inline int64_t code_bytes(const RowForm *form) { return (form->inputs + 63) / 64 * 64; }
-static inline int64_t row_scales(const RowForm *form) { return form->block ? form->inputs / form->block : 1; }
+/* Bytes of a quantized row: whole vectors, so that they are written without a mask; padded with zeros. */
+static inline int64_t row_bytes(const RowParams *params) { return (params->inputs + 63) / 64 * 64; }
+static inline int64_t row_scales(const RowParams *params) { return params->block ? params->inputs / params->block : 1; }
 
-/* Round one row: codes [code_bytes] int8, and for each block of it a scale and the sum of its codes.
- * `gain` [inputs] or NULL; `room` [code_bytes] float. A row with a NaN gets scales that are NaN.
- */
-void round_row(const RowForm *form, const float *x, const float *gain, float *room, int8_t *codes, float *scales, int32_t *sums);
+/* Quantizes one row: int8 values [row_bytes], and for each block its scale and the sum of its values.
+ * `norm_weight` [inputs] or NULL; `scratch` [row_bytes] floats. A row with a NaN gets NaN scales. */
+void quantize_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized,
+                  float *scales, int32_t *sums);
 
-/* The same for a row with one scale, twice: what the first rounding has left is rounded as well. The second codes,
- * scale and sum come behind the first; the row is about the sum of both, to 1 part in 64,000 of its largest number.
- */
-void round_row_twice(const RowForm *form, const float *x, const float *gain, float *room, int8_t *codes, float *scales, int32_t *sums);
+/* Quantizes a row with one scale, and then its quantization error. The second values, scale and sum follow the first;
+ * their sum is within 1/64,000 of the row's largest magnitude. */
+void quantize_row_twice(const RowParams *params, const float *x, const float *norm_weight, float *scratch,
+                        int8_t *quantized, float *scales, int32_t *sums);
 
 #endif
