@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from satchel.export.errors import ExportError
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
+from satchel.runtime.bundle.scratch import abandoned, scratch_folder, sweep
 
 
 def check_target(output: Path, force: bool) -> None:
@@ -69,12 +69,8 @@ def scratch(output: Path) -> Iterator[Path]:
     output = output.resolve()
     place = next(parent for parent in output.parents if parent.is_dir())
     _remove_abandoned(place / output.name)
-    folder = place / f".{output.name}.scratch-{os.getpid()}"
-    folder.mkdir()
-    try:
+    with scratch_folder(place, f".{output.name}.scratch-") as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fresh(folder: Path, name: str) -> Path:
@@ -85,25 +81,10 @@ def fresh(folder: Path, name: str) -> Path:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove what an export that was killed left here, known by the process id in its name.
-
-    A bundle that it had moved away and not replaced yet comes back.
-    """
-    for path in output.parent.glob(f".{glob.escape(output.name)}.*-*"):
-        kind, _, pid = path.name.removeprefix(f".{output.name}.").rpartition("-")
-        if kind not in ("partial", "scratch", "old") or not pid.isdigit() or _alive(int(pid)):
-            continue
+    """Remove what an export that was killed left here. A bundle that it had moved away and not replaced comes back."""
+    for kind in ("partial", "scratch", "old"):
+        prefix = f".{output.name}.{kind}-"
         if kind == "old" and not output.exists():
-            path.rename(output)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            for path in abandoned(output.parent, prefix)[:1]:
+                path.rename(output)
+        sweep(output.parent, prefix)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from satchel.runtime.bundle.errors import SatchelError
+from satchel.runtime.bundle.scratch import sweep
 
 
 def check_target(path: Path, option: str) -> None:
@@ -37,6 +38,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], option: str) ->
     """
     check_target(path, option)
     target = path.resolve()
+    sweep(target.parent, ".satchel-")
     part_file = target.with_name(f".satchel-{os.getpid()}-{threading.get_ident()}.part")
     try:
         try:

@@ -20,6 +20,7 @@ from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.bundle.manifest_text import claimed_digest, parse_document, true_digest
 from satchel.runtime.bundle.names import equal_names
+from satchel.runtime.bundle.scratch import sweep
 from satchel.runtime.kernels import library
 from satchel.runtime.ort.custom_ops import Custom, choose
 from satchel.runtime.util.cpu import processor_features
@@ -28,6 +29,9 @@ from satchel.runtime.util.progress import progress_bar
 SIGNATURE_NAME = "signature.json"
 BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
 """Files of a bundle that its manifest cannot list, since they tell of it."""
+
+SCRATCH_PREFIX = ".specialize-"
+"""How the names of folders in a bundle begin in which it is being specialized."""
 
 DEFAULT_CUSTOM = Custom()
 
@@ -145,6 +149,8 @@ def open_bundle(
     """
     bundle, spans = _survey(Path(path), require_signature)
     folder, specialized = bundle.folder, bundle.manifest.specialized
+    if bundle.packed is None:
+        sweep(folder, SCRATCH_PREFIX)
     _check_hashes(folder, bundle.manifest.files, spans, progress, anew=require_signature is not None)
     if require_signature is None:
         usable = None if bundle.packed is not None else _usable(folder, specialized, progress)

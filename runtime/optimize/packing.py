@@ -91,12 +91,16 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     if not path.exists() or not path.stat().st_size:
         yield memoryview(b"")
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        try:
-            yield view
-        finally:
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    view = memoryview(content)
+    try:
+        yield view
+    finally:
+        # After an interrupt the traceback still holds parts of it: the mapping then ends with the last of them.
+        with contextlib.suppress(BufferError):
             view.release()
+            content.close()
 
 
 def _digest(data: memoryview) -> bytes:

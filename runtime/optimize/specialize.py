@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +18,8 @@ from typing import Any
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.external_data import check_external_data
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
-from satchel.runtime.bundle.reader import DEFAULT_CUSTOM, Bundle, open_bundle, survey_bundle
+from satchel.runtime.bundle.reader import DEFAULT_CUSTOM, SCRATCH_PREFIX, Bundle, open_bundle, survey_bundle
+from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
 from satchel.runtime.optimize.blocks import BLOCKS_NAME, make_blocks
@@ -323,21 +323,18 @@ def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
+    """A scratch folder in the bundle. Raises SatchelError where it, or anything in the block, cannot be written."""
+    path = None
     try:
-        path = Path(tempfile.mkdtemp(prefix=".specialize-", dir=folder))
+        with scratch_folder(folder, SCRATCH_PREFIX) as path:
+            yield path
     except OSError as error:
-        raise SatchelError(
-            f"{folder}: cannot be written ({error.strerror}): the portable graphs run as they are; "
-            "copy the bundle to a place of your own to specialize it"
-        ) from None
-    try:
-        yield path
-    except OSError as error:
-        raise SatchelError(
-            f"{folder}: cannot be written ({error.strerror}): nothing was changed; free space and try again"
-        ) from None
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+        advice = (
+            "the portable graphs run as they are; copy the bundle to a folder of yours to specialize it"
+            if path is None
+            else "nothing was changed; free space and try again"
+        )
+        raise SatchelError(f"{folder}: cannot be written ({error.strerror}): {advice}") from None
 
 
 @contextlib.contextmanager

@@ -6,8 +6,6 @@ import contextlib
 import importlib.machinery
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata, resources
@@ -21,6 +19,7 @@ from satchel.runtime.bundle.atomic_write import write_parts
 from satchel.runtime.bundle.errors import SatchelError
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
 from satchel.runtime.bundle.reader import BESIDE, Bundle
+from satchel.runtime.bundle.scratch import scratch_folder
 
 PREFIX = b"#!/usr/bin/env python3\n"
 
@@ -100,14 +99,11 @@ def unpack(bundle: Bundle, output: Path) -> None:
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
     """An empty folder beside `output` that becomes it when the block ends well, and is removed otherwise."""
-    place = Path(tempfile.mkdtemp(prefix=".satchel-unpack-", dir=output.absolute().parent))
-    try:
+    with scratch_folder(output.absolute().parent, ".satchel-unpack-") as place:
         stage = place / "bundle"
         stage.mkdir()
         yield stage
         stage.rename(output)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _without_specialized(bundle: Bundle, content: bytes) -> bytes:
