@@ -9,10 +9,15 @@ from setuptools import Extension, find_packages, setup
 
 FOLDERS = ("runtime", "graphs", "export")
 KERNELS = Path("runtime/kernels")
+ENTRY = "entry"  # runtime/entry is the package `satchel` itself: __init__ and __main__
 
 setup(
-    packages=[f"satchel.{name}" for top in FOLDERS for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))],
-    package_dir={f"satchel.{top}": top for top in FOLDERS},
+    packages=[
+        "satchel",
+        *(f"satchel.{top}" for top in FOLDERS),
+        *(f"satchel.{top}.{sub}" for top in FOLDERS for sub in find_packages(top, exclude=[ENTRY])),
+    ],
+    package_dir={"satchel": f"runtime/{ENTRY}", **{f"satchel.{top}": top for top in FOLDERS}},
     ext_modules=[
         Extension(
             "satchel.runtime.kernels._library",

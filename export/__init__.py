@@ -1,4 +1,4 @@
-"""Compiling a checkpoint into a bundle; needs `pip install 'satchel[export]'`. Importing it loads nothing yet."""
+"""Compiles a checkpoint into a bundle; needs the packages of the extra "export". Importing it loads none of them."""
 
 from __future__ import annotations
 

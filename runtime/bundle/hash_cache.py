@@ -91,6 +91,11 @@ def _key(path: Path, part: str) -> str:
     return f"{path.resolve()}{_PART}{part}" if part else str(path.resolve())
 
 
-def _memory_file() -> Path:
+def cache_folder() -> Path:
+    """The user's folder for what satchel can make again: `$XDG_CACHE_HOME/satchel`, or under `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "satchel" / "hashes.json"
+    return Path(base) / "satchel"
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "hashes.json"

@@ -179,6 +179,6 @@ def _cryptography() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
         raise SatchelError(
-            "signatures need the package cryptography, which is not installed: pip install 'satchel[sign]'"
+            "signatures need the package cryptography, which is not installed: pip install cryptography"
         ) from None
     return ed25519, serialization

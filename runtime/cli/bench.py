@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="write a plot of both speeds over --contexts as .png or .svg (default: 128 to 2048, as far as they fit; "
-        "needs satchel[plot])",
+        "needs matplotlib)",
     )
     parser.add_argument(
         "--bandwidth",

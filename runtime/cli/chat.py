@@ -12,6 +12,7 @@ from satchel.runtime.cli import custom_flags, provider_flags
 from satchel.runtime.cli.chat_turns import read_turns, typed_turns
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation import options as generation_options
+from satchel.runtime.util import interrupt
 from satchel.runtime.util.progress import progress_bar
 from satchel.runtime.util.terminal import printable
 
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 if not interactive:
                     raise
+                interrupt.forget()
                 print(file=sys.stderr)
     finally:
         conversation.close()
@@ -173,6 +175,7 @@ def _print_pieces(answer: Answer, bar: Bar, interruptible: bool) -> Generation:
     except KeyboardInterrupt:
         if not interruptible:
             raise
+        interrupt.forget()
         bar.close()
         print("".join(answer), end=" ...")  # with what was held back
     finally:

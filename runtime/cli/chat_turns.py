@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.util import interrupt
 
 PROMPT, MORE = "> ", "... "
 
@@ -47,6 +48,7 @@ def typed_turns() -> Iterator[str]:
             print("satchel: error: this is not UTF-8 text: set the terminal to UTF-8", file=sys.stderr)
             continue
         except KeyboardInterrupt:
+            interrupt.forget()
             print("\n/exit or Ctrl-D leaves", file=sys.stderr)
             lines = _Lines()
             continue

@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--reference",
         metavar="SOURCE",
         help="another bundle, whose libraries --custom-ops may name too, or a checkpoint as satchel export takes it "
-        "(needs satchel[export])",
+        "(needs torch and transformers)",
     )
     parser.add_argument(
         "--windows", metavar="N", type=int, default=Window.WINDOWS, help="windows to use at most (%(default)s)"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Collection, Sequence
@@ -14,17 +17,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
 from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.util import interrupt, requirements
 from satchel.runtime.util.terminal import printable
 
-EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
-
-# What `pip install 'satchel[export]'` brings: a missing one is the user's to install, not a fault.
-EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "threadpoolctl")
-
-# What satchel itself needs; a packed bundle comes to where some of it may be missing.
-RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "sentencepiece", "jinja2", "tqdm", "shtab")
-
-INSTALLED_BY = dict.fromkeys(EXPORT_PACKAGES, "'satchel[export]'") | {name: name for name in RUNTIME_PACKAGES}
+EXIT_INPUT = 2
 
 
 @dataclass(frozen=True)
@@ -37,33 +33,49 @@ class Command:
 
 
 COMMANDS = {
-    "export": Command("satchel.export.cli.export", "compile a checkpoint into a bundle (needs satchel[export])", False),
-    "sensitivity": Command(
-        "satchel.export.cli.sensitivity", "find the layers that need 8 bits (needs satchel[export])", False
-    ),
-    "check": Command(
-        "satchel.export.cli.check", "tell what an execution provider takes of a bundle (needs satchel[export])"
-    ),
-    "run": Command("satchel.runtime.cli.run", "continue a prompt, or many"),
-    "chat": Command("satchel.runtime.cli.chat", "talk with a model"),
-    "specialize": Command("satchel.runtime.cli.specialize", "make a bundle ready for this machine"),
-    "bench": Command("satchel.runtime.cli.bench", "measure the speed and memory of a bundle"),
-    "eval": Command("satchel.runtime.cli.eval", "measure how close a bundle is to a reference on a text"),
-    "inspect": Command("satchel.runtime.cli.inspect", "show what is in a bundle"),
-    "profile": Command("satchel.runtime.cli.profile", "show where the time of a bundle goes"),
-    "verify": Command("satchel.runtime.cli.verify", "replay what a bundle was certified for, on this machine"),
-    "pack": Command("satchel.runtime.cli.pack", "put a bundle and the runner into one file"),
-    "unpack": Command("satchel.runtime.cli.unpack", "make a folder of a packed bundle again"),
-    "sign": Command("satchel.runtime.cli.sign", "sign a bundle, or make a key (needs satchel[sign])", False),
-    "completion": Command("satchel.runtime.cli.completion", "let a shell complete commands, flags and paths", False),
+    "export": Command("satchel.export.cli.export", "compile a checkpoint into a bundle", False),
+    "sensitivity": Command("satchel.export.cli.sensitivity", "find the layers that need 8 bits", False),
+    "check": Command("satchel.export.cli.check", "check operator coverage for an execution provider"),
+    "run": Command("satchel.runtime.cli.run", "generate text from a prompt or a JSONL file"),
+    "chat": Command("satchel.runtime.cli.chat", "chat with a model"),
+    "specialize": Command("satchel.runtime.cli.specialize", "optimize a bundle for this machine"),
+    "bench": Command("satchel.runtime.cli.bench", "measure the speed and memory use of a bundle"),
+    "eval": Command("satchel.runtime.cli.eval", "measure accuracy against a reference on a text"),
+    "verify": Command("satchel.runtime.cli.verify", "verify accuracy against the recorded reference"),
+    "inspect": Command("satchel.runtime.cli.inspect", "show the contents of a bundle"),
+    "profile": Command("satchel.runtime.cli.profile", "show the time per operator, layer and node"),
+    "doctor": Command("satchel.runtime.cli.doctor", "check the installation, this machine and a bundle", False),
+    "pack": Command("satchel.runtime.cli.pack", "pack a bundle and the runner into one file"),
+    "unpack": Command("satchel.runtime.cli.unpack", "extract a packed bundle"),
+    "sign": Command("satchel.runtime.cli.sign", "sign a bundle, or create a key pair", False),
+    "completion": Command("satchel.runtime.cli.completion", "print a shell completion script", False),
 }
 
 
+PACKED_COMMANDS = ("run", "chat", "verify", "inspect", "bench", "profile", "doctor")
+"""Commands that a packed file takes as its first argument; without one it is `run`."""
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser that takes no abbreviated flags, and whose errors are one line with a suggestion."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"satchel: error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_INPUT, f"satchel: error: {printable(message)} (see {self.prog} --help)\n")
+
+    def flags(self) -> list[str]:
+        """All flags that this parser takes."""
+        return list(self._option_string_actions)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        name = "command" if isinstance(action, argparse._SubParsersAction) else argparse._get_action_name(action)
+        choices = f"choose one of {', '.join(known)}"
+        self.error(f"{name} {value}: unknown: {_did_you_mean(str(value), known) or choices}")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -93,52 +105,111 @@ def build_full_parser() -> Parser:
     return _build(COMMANDS)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """A command line as a namespace; what is wrong with it is one line, and exit code 2."""
+def subparsers(parser: Parser) -> dict[str, Parser]:
+    """The parsers of all subcommands, by name."""
+    (found,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def parse(arguments: Sequence[str], packed: str | None = None) -> argparse.Namespace:
+    """A command line as a namespace. What is wrong with it is one line, and exit code 2. `packed` as in `main`."""
     parser = build_parser(arguments)
+    if packed is not None:
+        _describe_packed(arguments[0], subparsers(parser)[arguments[0]], packed)
+    first = arguments[0] if arguments else ""
+    if first.startswith("-") and first.partition("=")[0] not in parser.flags():
+        parser.error(f"{first}: unknown before a command: satchel COMMAND {first}")
     args, rest = parser.parse_known_args(arguments)
     # argparse settles an optional PROMPT where the first flag comes, and then knows no place for one behind it.
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
         args.prompt = rest.pop()
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(subparsers(parser)[args.command], args, rest)
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line. Returns 0 (done), 1 (a check failed), 2 (wrong input; one line says what) or 130 (Ctrl-C)."""
+def main(arguments: Sequence[str] | None = None, packed: str | None = None) -> int:
+    """Run a command line. Returns 0 (done), 1 (a check failed), 2 (wrong input; one line says what) or 130 (Ctrl-C).
+
+    `packed` is the name of the packed file that is running, if BUNDLE is that file: help then leaves BUNDLE out.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        args = parse(arguments)
+        args = parse(arguments, packed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if args.quiet else "always", SatchelWarning)
             warnings.showwarning = _show_warning
             code: int = importlib.import_module(COMMANDS[args.command].module).main(args)
         sys.stdout.flush()
         return code
-    except SatchelError as error:
-        print(f"satchel: error: {printable(str(error))}", file=sys.stderr)  # names out of a bundle may be in it
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in INSTALLED_BY:
+    except BaseException as error:
+        if interrupt.came() or isinstance(error, KeyboardInterrupt):
+            print(interrupt.MESSAGE, end="", file=sys.stderr, flush=True)
+            if interrupt.came():
+                interrupt.end()
+            return interrupt.EXIT_INTERRUPTED
+        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
+            _drop_output()
+            return 0
+        message = _message_of(error)
+        if message is None:
             raise
-        print(f"satchel: error: {package} is not installed: pip install {INSTALLED_BY[package]}", file=sys.stderr)
-        return EXIT_INPUT
-    except KeyboardInterrupt:
-        print("satchel: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError) and error.errno != errno.ENOSPC:
-            raise
-        # The interpreter flushes standard output once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0  # whoever read the output has had enough
-        print("satchel: error: standard output cannot be written: the disk is full: free some space", file=sys.stderr)
-        return EXIT_INPUT
+        print(f"satchel: error: {printable(message)}", file=sys.stderr)  # names out of a bundle may be in it
+        return error.exit_code if isinstance(error, SatchelError) else EXIT_INPUT
+
+
+def _message_of(error: BaseException) -> str | None:
+    """The line that tells the user about an error; None for one that is a fault of the program."""
+    if isinstance(error, SatchelError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return requirements.not_installed(error.name or "")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _drop_output()
+        return f"{error.filename or 'standard output'}: cannot be written, the disk is full: free some space"
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename}: permission denied: check the file's permissions"
+    if isinstance(error, MemoryError):
+        return "out of memory: close other programs, or use a smaller model, context or precision"
+    return None
+
+
+def _drop_output() -> None:
+    """Let the interpreter flush standard output once more at its end, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> NoReturn:
+    """Exit for arguments that a command does not take, with what was probably meant."""
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        hint = _did_you_mean(flag, parser.flags())
+        parser.error(f"{flag}: {parser.prog} has no such flag" + (f": {hint}" if hint else ""))
+    if getattr(args, "prompt", None) is not None:
+        parser.error(f"the prompt is one argument: put it in quotes: {shlex.quote(' '.join((args.prompt, *rest)))}")
+    parser.error(f"{' '.join(rest)}: {parser.prog} takes no such argument")
+
+
+def _describe_packed(name: str, parser: Parser, file: str) -> None:
+    """Write the help of a command as that of a packed file, which is BUNDLE itself; without a command it is run."""
+    parser.prog = f"python {file}" if name == "run" else f"python {file} {name}"
+    for action in parser._actions:
+        if action.metavar in ("BUNDLE", "[BUNDLE]"):
+            action.help = argparse.SUPPRESS
+    parser.epilog = re.sub(rf"satchel {name} \S+", parser.prog, parser.epilog or "")
+    if name == "run":
+        parser.description = f"{file} is a language model and the program that runs it. {parser.description}"
+        others = "|".join(command for command in PACKED_COMMANDS if command != name)
+        parser.epilog += f"\n\nother commands:\n  python {file} {others} --help"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    begun = [each for each in known if len(word) > 3 and each.startswith(word)]
+    close = begun or difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _build(chosen: Collection[str]) -> Parser:
@@ -150,9 +221,9 @@ def _build(chosen: Collection[str]) -> Parser:
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
     _add_common(parser, default=False)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, formatter_class=HelpFormatter)
+        subparser = commands.add_parser(name, help=command.help)
         if name in chosen:
             importlib.import_module(command.module).configure(subparser)
             _add_common(subparser, default=argparse.SUPPRESS)
@@ -185,10 +256,10 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require-signature",
         metavar="KEY.pub",
-        help="refuse BUNDLE unless it is signed with the private key of this public key; hash all of its files, and "
-        "use no specialized graphs, which are not covered (needs satchel[sign])",
+        help="refuse a bundle that is not signed with the private key of this public key; hash all of its files, and "
+        "ignore specialized graphs, which a signature does not cover (needs cryptography)",
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.guarded(main))

@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Sign a bundle with an Ed25519 key: write signature.json beside its manifest, or into a packed file. "
         "--require-signature NAME.pub then makes every command refuse a bundle that is not signed with NAME.pem, or "
-        "was changed since. Needs satchel[sign]."
+        "was changed since. Needs cryptography."
     )
     parser.epilog = (
         "example:\n  satchel sign --new-key keys/maker\n  satchel sign out/smollm2-int8 --key keys/maker.pem\n"

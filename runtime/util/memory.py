@@ -9,6 +9,7 @@ from pathlib import Path
 from satchel.runtime.errors import SatchelError
 
 KIB_PER_MIB = 1024
+BYTES_PER_MIB = 1 << 20
 M_ARENA_MAX = -8  # of malloc.h
 
 
@@ -23,6 +24,12 @@ def pss_mib() -> float:
     Raises SatchelError off Linux.
     """
     return _field("/proc/self/smaps_rollup", "Pss:")
+
+
+def system_memory() -> tuple[int, int]:
+    """The machine's memory in bytes, total and available without swapping. Raises SatchelError off Linux."""
+    total, available = (round(_field("/proc/meminfo", name) * BYTES_PER_MIB) for name in ("MemTotal:", "MemAvailable:"))
+    return total, available
 
 
 def release_freed() -> None:

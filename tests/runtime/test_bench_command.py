@@ -205,7 +205,7 @@ def test_a_missing_matplotlib_is_told_before_any_work(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    expected = "satchel: error: --plot: matplotlib is not installed: pip install 'satchel[plot]'\n"
+    expected = "satchel: error: --plot: matplotlib is not installed: pip install 'matplotlib>=3.8'\n"
     assert bench("--contexts", "8", "--plot", tmp_path / "speed.svg") == (2, "", expected)
 
 

@@ -270,4 +270,4 @@ def test_without_cryptography_it_says_what_to_install(signed: Path, keys: Path) 
     ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 2
-        assert done.stderr.endswith("cryptography, which is not installed: pip install 'satchel[sign]'\n")
+        assert done.stderr.endswith("cryptography, which is not installed: pip install cryptography\n")

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     sys.exit(main(os.path.dirname(__file__), sys.argv[1:]))
 '''
 
-SKIPPED = ("__pycache__", "py.typed")
+SKIPPED = ("__pycache__", "py.typed", "entry")  # an editable install shows `satchel` itself as satchel.runtime.entry
 COMPILED = (".c", ".h", *importlib.machinery.EXTENSION_SUFFIXES)
 """Ends of the names of satchel's own kernels: a library is loaded from no archive, and is for one machine."""
 
@@ -117,7 +117,9 @@ def _without_specialized(bundle: Bundle, content: bytes) -> bytes:
 def _runner_entries() -> list[Entry]:
     """The program: its start, the runner's modules and data, and the version by which it knows itself."""
     version = metadata.version("satchel")
-    about = f"Metadata-Version: 2.1\nName: satchel\nVersion: {version}\n".encode("ascii")
+    needed = [line for line in metadata.requires("satchel") or () if "extra ==" not in line]
+    lines = ["Metadata-Version: 2.1", "Name: satchel", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needed)]
+    about = "".join(f"{line}\n" for line in lines).encode("ascii")
     return [
         Entry("__main__.py", MAIN),
         Entry("satchel/__init__.py", b'"""The part of satchel that runs bundles."""\n'),

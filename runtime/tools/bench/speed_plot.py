@@ -1,4 +1,4 @@
-"""Draws prefill and decode speed over the context. Needs matplotlib, which `pip install 'satchel[plot]'` brings."""
+"""Draws prefill and decode speed over the prompt length. Needs matplotlib, the extra "plot"."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from satchel.runtime.bundle.atomic_write import atomic_write, check_target
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.tools.bench.benchmark import Summary
+from satchel.runtime.util.requirements import install_command
 
 OPTION = "--plot"
 SUFFIXES = (".png", ".svg")
@@ -22,7 +23,7 @@ def check_plot(path: Path) -> None:
         raise SatchelError(f"{OPTION} {path}: must end in {' or '.join(SUFFIXES)}")
     check_target(path, OPTION)
     if importlib.util.find_spec("matplotlib") is None:
-        raise SatchelError(f"{OPTION}: matplotlib is not installed: pip install 'satchel[plot]'")
+        raise SatchelError(f"{OPTION}: matplotlib is not installed: {install_command('plot')}")
 
 
 def write_plot(path: Path, title: str, contexts: Sequence[int], summaries: Sequence[Summary]) -> None:

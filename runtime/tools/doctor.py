@@ -1,0 +1,177 @@
+"""Checks an installation, the machine and, where one is given, a bundle: what is here, and what will run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.util import cpu, requirements
+from satchel.runtime.util.memory import system_memory
+
+if TYPE_CHECKING:
+    from satchel.runtime.bundle.reader import Bundle
+
+TESTED_ONNXRUNTIME = ("1.25.0", "1.31.1")
+"""The oldest and the newest ONNX Runtime that satchel was tested with."""
+
+MB, GIB = 1e6, 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: its name, a sentence for people, the facts for programs, and whether it works."""
+
+    name: str
+    text: str
+    facts: dict[str, Any]
+    works: bool = True
+
+
+def examine(bundle: str | None = None) -> Iterator[Finding]:
+    """Look at one thing after the other. What is broken is a finding, not an error."""
+    yield _satchel()
+    yield _onnxruntime()
+    features = cpu.processor_features()
+    yield Finding(
+        "processor",
+        f"{cpu.processor_name()} ({features[0]}: {', '.join(features[1:]) or 'no known extensions'})",
+        {"name": cpu.processor_name(), "features": list(features)},
+    )
+    yield _threads()
+    yield _memory()
+    yield _kernels()
+    yield _extras()
+    yield _cache()
+    if bundle is not None:
+        yield from _bundle(bundle)
+
+
+def phases(bundle: Bundle) -> dict[str, str]:
+    """What computes prefill and decode of an opened bundle on this machine, in words."""
+    made = bundle.specialized
+    if made is None:
+        return dict.fromkeys(("prefill", "decode"), "portable graphs, ONNX Runtime's kernels")
+    if made.native:
+        return dict.fromkeys(("prefill", "decode"), "satchel's kernels")
+    return {
+        "prefill": "ONNX Runtime's kernels, weights " + ("as int8" if made.int8_prefill else "as stored"),
+        "decode": "ONNX Runtime's kernels, weights " + ("as int8 in blocks" if made.decode_blocks else "as stored"),
+    }
+
+
+def _satchel() -> Finding:
+    try:
+        version = metadata.version("satchel")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    missing = [each.name for each in requirements.missing(None)]
+    text = f"{version}, Python {platform.python_version()}"
+    if missing:
+        text += f"; missing: pip install {' '.join(missing)}"
+    return Finding("satchel", text, {"version": version, "python": platform.python_version(), "missing": missing})
+
+
+def _onnxruntime() -> Finding:
+    oldest, newest = TESTED_ONNXRUNTIME
+    try:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    except Exception as error:  # noqa: BLE001  # whatever keeps it from loading is what is to be told
+        text = f"does not load ({' '.join(str(error).split())}): pip install --force-reinstall onnxruntime"
+        return Finding("onnxruntime", text, {"version": None, "tested": False, "providers": []}, works=False)
+    version = onnxruntime.__version__
+    tested = _number(oldest) <= _number(version) <= _number(newest)
+    names = [name.removesuffix("ExecutionProvider") for name in providers]
+    text = f"{version} ({'within' if tested else 'outside'} the tested range, {oldest} to {newest})"
+    facts = {"version": version, "tested": tested, "tested_range": [oldest, newest], "providers": providers}
+    works = _number(version) >= _number(oldest)
+    return Finding("onnxruntime", f"{text}, providers: {', '.join(names)}", facts, works)
+
+
+def _threads() -> Finding:
+    from satchel.runtime.util.cpu import machine_cores
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = f"{machine_cores()} physical cores, {os.cpu_count()} logical CPUs, {usable} of them for this process"
+    return Finding("cores", text, {"cores": machine_cores(), "logical": os.cpu_count(), "usable": usable})
+
+
+def _memory() -> Finding:
+    try:
+        total, available = system_memory()
+    except SatchelError:
+        return Finding("memory", "unknown on this system", {"total": None, "available": None})
+    text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
+    return Finding("memory", text, {"total": total, "available": available})
+
+
+def _kernels() -> Finding:
+    from satchel.runtime.kernels import library
+
+    reason = library.reason()
+    text = "built, and run on this processor" if reason is None else f"not used: they {reason}"
+    return Finding("kernels", f"satchel's own: {text}", {"run": reason is None, "reason": reason})
+
+
+def _extras() -> Finding:
+    parts, facts = [], {}
+    for extra in requirements.EXTRAS:
+        facts[extra] = not requirements.missing(extra)
+        parts.append(f"{extra} installed" if facts[extra] else f"{extra}: {requirements.install_command(extra)}")
+    return Finding("extras", "; ".join(parts), facts)
+
+
+def _cache() -> Finding:
+    from satchel.runtime.bundle.hash_cache import cache_folder
+
+    folder = cache_folder()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    return Finding("cache", f"{folder}, {size / MB:,.1f} MB", {"folder": str(folder), "bytes": size})
+
+
+def _bundle(path: str) -> Iterator[Finding]:
+    from satchel.runtime.bundle.reader import open_bundle
+    from satchel.runtime.execution.kv_cache import position_bytes
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SatchelWarning)
+            bundle = open_bundle(path)
+    except SatchelError as error:
+        yield Finding("bundle", str(error), {"path": path, "error": str(error)}, works=False)
+        return
+    manifest = bundle.manifest
+    weights = sum(record.bytes for record in manifest.files.values())
+    cache = position_bytes(manifest.kv_cache) * manifest.model.max_context
+    facts: dict[str, Any] = {
+        "path": path, "target": manifest.target, "precision": manifest.precision, "bytes": weights,
+        "cache_bytes": cache, "max_context": manifest.model.max_context, "fits": None,
+    }  # fmt: skip
+    text = (
+        f"target {manifest.target}, precision {manifest.precision}, {weights / MB:,.1f} MB, and up to "
+        f"{cache / MB:,.1f} MB of KV cache"
+    )
+    available = _memory().facts["available"]
+    if available is not None:
+        facts["fits"] = weights + cache <= available
+        text += f": {'fits into' if facts['fits'] else 'more than'} the available memory"
+    yield Finding("bundle", text, facts)
+    runs, made = phases(bundle), bundle.specialized is not None
+    reason = "; ".join(str(warning.message) for warning in caught)
+    text = "specialized for this machine: " if made else "not specialized for this machine: "
+    text += f"prefill runs {runs['prefill']}; decode runs {runs['decode']}"
+    if reason or (not made and manifest.target == "cpu"):
+        text += f" ({reason or f'faster after: satchel specialize {path}'})"
+    yield Finding("speed", text, {"specialized": made, **runs, "reason": reason or None})
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

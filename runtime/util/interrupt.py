@@ -1,0 +1,96 @@
+"""Ctrl-C at any moment of a command ends it with exit code 130 and one line, and never with a traceback.
+
+Python's own handler raises KeyboardInterrupt wherever the program is. In the middle of an import or of cleaning up,
+that turns into another error (ImportError, BufferError), or is printed and lost. So the handler here also remembers
+that it was called: whatever error then reaches the top is the interrupt. A second Ctrl-C ends the process at once.
+Standard library only, and little of it: this is imported before anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+EXIT_INTERRUPTED = 130
+MESSAGE = "satchel: interrupted\n"
+AGAIN_AFTER = 0.01  # seconds; raised inside the hook, it would be lost once more
+
+_came = False
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command of a process that is satchel's own, and return its exit code; 130 after Ctrl-C.
+
+    Installs a handler for SIGINT, unless the parent process had it ignored, and hooks for errors that have no caller.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.excepthook = _at_top
+        sys.unraisablehook = _unraisable
+        threading.excepthook = _in_thread
+    code = command()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; shutting the interpreter down is not to be seen
+    return code
+
+
+def came() -> bool:
+    """Whether Ctrl-C was pressed, and is not forgotten."""
+    return _came
+
+
+def forget() -> None:
+    """Go on after a Ctrl-C that ended only a part of the work, such as an answer in a chat."""
+    global _came
+    _came = False
+
+
+def end() -> NoReturn:
+    """End the process after Ctrl-C. What can be flushed is; nothing else is waited for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    global _came
+    if _came:
+        _say()
+        os._exit(EXIT_INTERRUPTED)
+    _came = True
+    raise KeyboardInterrupt
+
+
+def _say() -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, MESSAGE.encode("ascii"))
+
+
+def _at_top(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if _came:
+        _say()
+        end()
+    sys.__excepthook__(kind, error, trace)
+
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Raise an interrupt again that was lost in a callback or a finalizer; say nothing else of a process that ends."""
+    global _came
+    if not _came:
+        sys.__unraisablehook__(unraisable)
+    elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _came = False
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
+
+
+def _in_thread(args: threading.ExceptHookArgs) -> None:
+    if not _came:
+        threading.__excepthook__(args)

@@ -1,0 +1,61 @@
+"""`satchel doctor` says what is installed, what the machine can do, and what runs of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from satchel.runtime.cli import main as cli
+from satchel.runtime.kernels import library
+from satchel.runtime.tools import doctor
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, dict[str, dict[str, object]]]:
+    code = cli.main(["doctor", *map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_it_says_what_is_here_in_ten_lines(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", str(tiny)]) == 0
+    out, err = capsys.readouterr()
+    assert (out.count("\n"), err) == (10, "")
+    assert onnxruntime.__version__ in out
+    assert f"satchel specialize {tiny}" in out
+
+
+def test_json_has_the_facts(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = facts(capsys, tiny)
+    assert (code, found["works"]) == (0, True)
+    assert found["onnxruntime"]["tested"] is True
+    assert found["kernels"]["run"] is (library.reason() is None)
+    assert (found["bundle"]["target"], found["bundle"]["fits"], found["speed"]["specialized"]) == ("cpu", True, False)
+
+
+def test_a_bundle_that_does_not_open_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = facts(capsys, tmp_path / "nowhere")
+    assert (code, found["works"]) == (1, False)
+    assert "nowhere" in found["bundle"]["error"]
+
+
+@pytest.mark.parametrize(("version", "tested", "code"), [("1.24.4", False, 1), ("1.99.0", False, 0)])
+def test_an_onnx_runtime_outside_the_tested_range_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str, tested: bool, code: int
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    assert facts(capsys)[0] == code
+    assert doctor._onnxruntime().facts["tested"] is tested
+
+
+def test_a_specialized_bundle_says_what_runs_each_phase(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    bundle = shutil.copytree(tiny, tmp_path / "bundle")
+    assert cli.main(["specialize", str(bundle), "--threads", "1", "--quiet"]) == 0
+    speed = facts(capsys, bundle)[1]["speed"]
+    assert speed["specialized"] is True
+    assert speed["prefill"] and speed["decode"]
