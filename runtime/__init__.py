@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle.manifest import Manifest
-    from satchel.runtime.bundle.reader import Bundle, open_bundle
+    from satchel.runtime.bundle.reader import Bundle
     from satchel.runtime.errors import BundleError, PromptError, ProviderError, SatchelError
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.execution.state import State
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from satchel.runtime.generation.result import Generation
     from satchel.runtime.generation.stream import TokenStream
     from satchel.runtime.ort.custom_ops import Custom
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.ort.providers import ProviderChoice
     from satchel.runtime.ort.session import share_thread_pool
 
@@ -50,7 +51,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Bundle": "bundle.reader",
-    "open_bundle": "bundle.reader",
+    "open_bundle": "ort.open_bundle",
     "Conversation": "generation.conversation",
     "Custom": "ort.custom_ops",
     "Engine": "execution.engine",

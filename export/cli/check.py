@@ -37,11 +37,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Check, and print a report or one JSON object. Returns 1 where the bundle is not ready."""
     from satchel.runtime.bundle.atomic_write import atomic_write, check_target
-    from satchel.runtime.bundle.reader import open_bundle, survey_bundle
+    from satchel.runtime.bundle.reader import read_bundle
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.progress import waiting
 
     if args.require_signature is None:
-        bundle = survey_bundle(args.bundle)
+        bundle = read_bundle(args.bundle)
     else:
         bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature)
     if args.html is not None:

@@ -1,4 +1,4 @@
-"""SHA-256 of files, and a memory of the files already hashed, so that a bundle is read in full only once."""
+"""SHA-256 of files, and a cache of the hashes, so that a bundle is read in full only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Identity = list[int]
 
 
 def file_identity(path: Path) -> Identity:
-    """Size in bytes, inode and modification time in nanoseconds: what tells that a file is still the same."""
+    """Size in bytes, inode and modification time in nanoseconds: they change when the file does."""
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_mtime_ns]
 
@@ -24,7 +24,7 @@ def file_identity(path: Path) -> Identity:
 def sha256_of(path: Path, advance: Callable[[int], object], offset: int = 0, length: int | None = None) -> str:
     """The SHA-256 of a file, or of `length` bytes at `offset` of it, as hex digits.
 
-    `advance` is told the bytes read after each part. Raises OSError.
+    `advance` is called with the number of bytes of each read. Raises OSError.
     """
     import hashlib  # it loads a library of 3 MiB, which a bundle that was hashed before does not need
 
@@ -43,8 +43,8 @@ def sha256_of(path: Path, advance: Callable[[int], object], offset: int = 0, len
 class HashCache:
     """Hashes by path and file identity, kept in `$XDG_CACHE_HOME/satchel/hashes.json` (or under `~/.cache`).
 
-    A path with a `part` is for what lies in that file: a span of a packed bundle, or a manifest's digest. A memory that
-    cannot be read or written only means that files are hashed again.
+    A path with a `part` is for what lies in that file: a span of a packed bundle, or a manifest's digest. Where it
+    cannot be read or written, files are hashed again.
     """
 
     def __init__(self, entries: dict[str, tuple[Identity, str]]) -> None:
@@ -52,26 +52,26 @@ class HashCache:
 
     @classmethod
     def load(cls) -> HashCache:
-        """Read the memory; one that is missing or damaged is empty."""
+        """Read the cache file; one that is missing or damaged gives an empty cache."""
         try:
-            entries = json.loads(_memory_file().read_text(encoding="utf-8"))
+            entries = json.loads(_cache_file().read_text(encoding="utf-8"))
             return cls({path: (identity, digest) for path, (identity, digest) in entries.items()})
         except (OSError, ValueError, TypeError, AttributeError):
             return cls({})
 
-    def recall(self, path: Path, part: str = "") -> str | None:
+    def get(self, path: Path, part: str = "") -> str | None:
         """The SHA-256 that was found for this very file, or None if it is new or has changed."""
         identity, digest = self._entries.get(_key(path, part), (None, None))
         return digest if identity == file_identity(path) else None
 
-    def remember(self, path: Path, identity: Identity, digest: str, part: str = "") -> None:
-        """Note the SHA-256 of a file whose identity was taken before it was hashed."""
+    def put(self, path: Path, identity: Identity, digest: str, part: str = "") -> None:
+        """Record the SHA-256 of a file whose identity was taken before it was hashed."""
         self._entries[_key(path, part)] = (identity, digest)
 
     def save(self) -> None:
-        """Write the memory whole, leaving out files that are gone."""
+        """Write the cache file atomically, without files that are gone."""
         entries = {key: entry for key, entry in self._entries.items() if os.path.exists(key.partition(_PART)[0])}
-        target = _memory_file()
+        target = _cache_file()
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class HashCache:
 
 
 def part_of(span: Span) -> str:
-    """What tells a span of a file from others of it: nothing for one that is the whole file."""
+    """The key of a span within its file; empty for the whole file."""
     return "" if span.whole else f"{span.offset}+{span.length}"
 
 
@@ -97,5 +97,5 @@ def cache_folder() -> Path:
     return Path(base) / "satchel"
 
 
-def _memory_file() -> Path:
+def _cache_file() -> Path:
     return cache_folder() / "hashes.json"

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.checks import check_manifest
 from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, FURTHER, TOP_IDS
-from satchel.runtime.bundle.digest import manifest_digest
+from satchel.runtime.bundle.digest import (
+    FORMAT,
+    VERSION,
+    check_digest,
+    check_version,
+    manifest_digest,
+    parse_manifest,
+    read_content,
+)
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.manifest_limits import check_limits
-from satchel.runtime.bundle.manifest_text import check_digest, parse_document, read_bytes
-from satchel.runtime.manifest_versions import upgraded
 
 MANIFEST_NAME = "manifest.json"
 
@@ -265,12 +271,8 @@ class Manifest:
     A bundle has either `graphs`, whose shapes vary, or `static` ones.
     `plain` is for a bundle that passes of a user's own had a part in, and `custom_ops` are the libraries whose
     operators its graphs need; those of `plain` need none.
-    `provenance` is None for a bundle of version 1.
     `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
     """
-
-    FORMAT: ClassVar[str] = "satchel-bundle"
-    VERSION: ClassVar[int] = 2
 
     producer: dict[str, str]
     source: Source
@@ -294,16 +296,14 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check a manifest file. Raises BundleError naming the file, the key and what to do."""
-        document = parse_document(read_bytes(path), str(path))
-        check_digest(document, cls.VERSION, str(path))
+        document = parse_manifest(read_content(path, str(path)), str(path))
+        check_digest(document, str(path))
         return cls.from_json(document, str(path))
 
     @classmethod
     def from_json(cls, document: Any, name: str = MANIFEST_NAME) -> Manifest:
         """Check a parsed manifest and build it; `name` is the file that messages name. Raises BundleError."""
-        if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
-            raise BundleError(f"{name}: not a satchel manifest ('format' is not '{cls.FORMAT}'): give a satchel bundle")
-        document = upgraded(document, cls.VERSION, name)
+        document = check_version(document, name)
         fields = {key: value for key, value in document.items() if key not in ("format", "version", "digest")}
         try:
             manifest: Manifest = strict_json.from_json(cls, fields)
@@ -316,7 +316,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, with its digest; `from_json` of it gives an equal manifest."""
         body: dict[str, Any] = strict_json.to_json(self)
-        document = {"format": self.FORMAT, "version": self.VERSION, "digest": None, **body}
+        document = {"format": FORMAT, "version": VERSION, "digest": None, **body}
         return {**document, "digest": manifest_digest(document)}
 
     @property

@@ -1,55 +1,61 @@
-"""A bundle on disk: its folder or file, its manifest, and files that are all there, inside it and undamaged."""
+"""Reads a bundle on disk, a folder or a packed file: its manifest, and whether its files are all there and undamaged.
+
+Nothing here depends on the machine: which graphs run is decided in `satchel.runtime.ort.open_bundle`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.archive.folder import folder_span
 from satchel.runtime.bundle.archive.packed import packed_files
 from satchel.runtime.bundle.archive.span import Span
-from satchel.runtime.bundle.errors import BundleError, SatchelWarning
+from satchel.runtime.bundle.digest import check_digest, claimed_digest, parse_manifest, read_content
+from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.hash_cache import HashCache, file_identity, part_of, sha256_of
-from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
-from satchel.runtime.bundle.manifest_text import claimed_digest, parse_document, true_digest
 from satchel.runtime.bundle.names import equal_names
-from satchel.runtime.bundle.scratch import sweep
-from satchel.runtime.kernels import library
-from satchel.runtime.ort.custom_ops import Custom, choose
-from satchel.runtime.util.cpu import processor_features
-from satchel.runtime.util.progress import progress_bar
 
 SIGNATURE_NAME = "signature.json"
 BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
-"""Files of a bundle that its manifest cannot list, since they tell of it."""
+"""Files of a bundle that its manifest cannot list: itself, and the signature over it."""
 
 SCRATCH_PREFIX = ".specialize-"
-"""How the names of folders in a bundle begin in which it is being specialized."""
+"""How the names of the folders in a bundle begin in which it is being specialized."""
 
-DEFAULT_CUSTOM = Custom()
+Meter = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+"""Shows how far hashing is: called with the bytes to hash, it yields what is called with the bytes of each read."""
+
+
+@contextlib.contextmanager
+def no_meter(_: int) -> Iterator[Callable[[int], object]]:
+    """A `Meter` that shows nothing."""
+    yield lambda _: None
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Make one with `open_bundle`, which checks what is on disk first.
+    """A bundle. `satchel.runtime.open_bundle` makes one that is checked and ready to run.
 
-    `folder` is the folder, or the packed file. `specialized` is what the manifest has for this very machine; None where
-    the portable graphs are to run. `digest` is that of the manifest as it is on disk; None where it has none. `packed`
-    says where the files lie in a packed bundle, None for a folder. `custom_ops` are the libraries that its graphs need.
-    `whole` is False where `manifest` is that of the plain graphs.
+    `folder` is the folder, or the packed file. `specialized` is set where the manifest has graphs for this machine, and
+    None where the portable graphs run. `digest` is the manifest's, empty where nothing was checked. `packed` says where the files of a packed bundle
+    lie, None for a folder. `custom_ops` are the operator libraries that its graphs need. `whole` is False where
+    `manifest` is reduced to the plain graphs.
     """
 
     folder: Path
     manifest: Manifest
     specialized: Specialized | None = None
-    digest: str | None = None
+    digest: str = ""
     packed: Mapping[str, Span] | None = None
     custom_ops: tuple[Path, ...] = ()
     whole: bool = True
@@ -67,7 +73,7 @@ class Bundle:
             return self.span(name).read()
         except OSError as error:
             raise BundleError(
-                f"{self.folder / name}: cannot be read ({error.strerror}): give yourself the right to"
+                f"{self.folder / name}: cannot be read ({error.strerror}): check its permissions"
             ) from None
 
     def path(self, name: str) -> Path:
@@ -115,7 +121,7 @@ class Bundle:
         That is the names and hashes of the manifest's files, the target, the precision and the cache's description.
         Specialized graphs and a certificate leave it as it is.
         """
-        import hashlib  # as in hash_memory
+        import hashlib  # as in hash_cache
 
         manifest = self.manifest
         facts = {
@@ -127,61 +133,13 @@ class Bundle:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def open_bundle(
-    path: str | Path,
-    *,
-    progress: bool = False,
-    require_signature: str | Path | None = None,
-    custom: Custom | None = DEFAULT_CUSTOM,
-) -> Bundle:
-    """Open a bundle, a folder or a packed file: read manifest.json, then check every file that it lists.
+def read_bundle(path: str | Path, *, require_signature: str | Path | None = None) -> Bundle:
+    """Read the manifest of a folder or a packed file. Its files are where they should be, and of the listed sizes.
 
-    Each file must lie inside the bundle and have the listed size and SHA-256. A file is hashed in full when it is first
-    seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
-    when hashing takes more than two seconds. `custom` says what of a user's own is to run; None leaves the
-    bundle as it is, for who runs nothing.
-
-    `require_signature` is the file of a public key: the bundle must be signed with its private key. All files are then
-    hashed, also those seen before, and specialized graphs are not used, which a signature does not cover.
-
-    Raises BundleError; warns with SatchelWarning where specialized graphs are there and do not fit this machine, are
-    damaged, or are not covered, and where the plain graphs run for want of a library.
+    Their contents are not read: `check_files` does. `require_signature` is the file of a public key that the manifest
+    must be signed for. Raises BundleError.
     """
-    bundle, spans = _survey(Path(path), require_signature)
-    folder, specialized = bundle.folder, bundle.manifest.specialized
-    if bundle.packed is None:
-        sweep(folder, SCRATCH_PREFIX)
-    _check_hashes(folder, bundle.manifest.files, spans, progress, anew=require_signature is not None)
-    if require_signature is None:
-        usable = None if bundle.packed is not None else _usable(folder, specialized, progress)
-        return _chosen(Bundle(folder, bundle.manifest, usable, bundle.digest, bundle.packed), custom)
-    if specialized is not None:
-        warnings.warn(
-            f"{folder}: the portable graphs run, since the signature does not cover those made on a device",
-            SatchelWarning,
-            stacklevel=2,
-        )
-    return _chosen(bundle, custom)
-
-
-def _chosen(bundle: Bundle, custom: Custom | None) -> Bundle:
-    return bundle if custom is None else choose(bundle, custom)
-
-
-def survey_bundle(path: str | Path) -> Bundle:
-    """As `open_bundle`, without reading the files: they are where they should be and of their size, no more.
-
-    For who wants to know what a bundle says of itself, and runs nothing. Raises BundleError.
-    """
-    return _survey(Path(path), None)[0]
-
-
-def is_bundle(path: str | Path) -> bool:
-    """Whether something that calls itself a bundle, or could be a packed one, is at `path`."""
-    return (Path(path) / MANIFEST_NAME).is_file() or (Path(path).is_file() and Path(path).suffix == ".pyz")
-
-
-def _survey(path: Path, key: str | Path | None) -> tuple[Bundle, dict[str, Span]]:
+    path = Path(path)
     packed = packed_files(path) if path.is_file() else None
     if packed is None:
         _check_folder(path)
@@ -191,16 +149,42 @@ def _survey(path: Path, key: str | Path | None) -> tuple[Bundle, dict[str, Span]
     else:
         raise BundleError(f"{path}: no {MANIFEST_NAME} in it: give a file made by satchel pack")
     name = str(path / MANIFEST_NAME)
-    document, digest = _read_manifest(manifest_span, name, anew=key is not None)
-    if key is not None:
+    document, digest = _read_manifest(manifest_span, name, anew=require_signature is not None)
+    if require_signature is not None:
         from satchel.runtime.bundle.signature import check_signature
 
-        check_signature(path, _signature(path, packed), digest, Path(key))
+        check_signature(path, _signature(path, packed), digest, Path(require_signature))
     manifest = Manifest.from_json(document, name)
     _check_names(name, manifest, packed)
-    spans = dict(packed or {name: folder_span(path, name) for name in manifest.files})
-    _check_sizes(path, manifest.files, spans)
-    return Bundle(path, manifest, None, digest, packed), spans
+    bundle = Bundle(path, manifest, None, digest, packed)
+    _check_sizes(path, manifest.files, _spans(bundle, manifest.files))
+    return bundle
+
+
+def check_files(bundle: Bundle, meter: Meter = no_meter, *, anew: bool = False) -> None:
+    """Compare every file that the manifest lists, those of specialized graphs apart, with its SHA-256.
+
+    A file that was hashed before and has not changed since is not read again, unless `anew`. Raises BundleError.
+    """
+    files = bundle.manifest.files
+    _check_hashes(bundle.folder, files, _spans(bundle, files), meter, anew)
+
+
+def with_specialized(bundle: Bundle, specialized: Specialized, meter: Meter = no_meter) -> Bundle:
+    """A bundle whose specialized graphs are used, once their files are checked. Raises BundleError."""
+    spans = {name: folder_span(bundle.folder, name) for name in specialized.files}
+    _check_sizes(bundle.folder, specialized.files, spans)
+    _check_hashes(bundle.folder, specialized.files, spans, meter)
+    return dataclasses.replace(bundle, specialized=specialized)
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether there is a bundle, or a file that could be a packed one, at `path`."""
+    return (Path(path) / MANIFEST_NAME).is_file() or (Path(path).is_file() and Path(path).suffix == ".pyz")
+
+
+def _spans(bundle: Bundle, files: Mapping[str, FileRecord]) -> Mapping[str, Span]:
+    return bundle.packed or {name: folder_span(bundle.folder, name) for name in files}
 
 
 def _check_folder(folder: Path) -> None:
@@ -212,25 +196,17 @@ def _check_folder(folder: Path) -> None:
         raise BundleError(f"{folder}: no {MANIFEST_NAME} in it: give a folder made by satchel export")
 
 
-def _read_manifest(span: Span, name: str, *, anew: bool) -> tuple[object, str | None]:
-    """The parsed manifest, and its digest, which is right: computed here, unless it is remembered and not `anew`."""
-    most = LIMITS["manifest.json bytes"].most
-    if span.length > most:
-        raise BundleError(f"{name}: more than the {most:,} bytes that a manifest may have: do not trust this bundle")
-    try:
-        seen = file_identity(span.path)
-        content = span.read()
-    except OSError as error:
-        raise BundleError(f"{name}: cannot be read ({error.strerror}): give yourself the right to") from None
-    document = parse_document(content, name)
-    claimed = claimed_digest(document, Manifest.VERSION, name)
-    if claimed is not None and isinstance(document, dict):
-        memory, part = HashCache.load(), f"digest of {part_of(span)}"
-        if anew or memory.recall(span.path, part) != claimed:
-            if true_digest(document, name) != claimed:
-                raise BundleError(f"{name}: damaged (its digest differs): copy the bundle again, or export it again")
-            memory.remember(span.path, seen, claimed, part)
-            memory.save()
+def _read_manifest(span: Span, name: str, *, anew: bool) -> tuple[dict[str, Any], str]:
+    """The parsed manifest and its digest, which is checked unless it was before and the file is the same."""
+    seen = file_identity(span.path)  # before it is read
+    content = read_content(span.path, name, span.offset, span.length)
+    document = parse_manifest(content, name)
+    claimed = claimed_digest(document, name)
+    cache, part = HashCache.load(), f"digest of {part_of(span)}"
+    if anew or cache.get(span.path, part) != claimed:
+        check_digest(document, name)
+        cache.put(span.path, seen, claimed, part)
+        cache.save()
     return document, claimed
 
 
@@ -238,47 +214,6 @@ def _signature(path: Path, packed: Mapping[str, Span] | None) -> Span | None:
     if packed is not None:
         return packed.get(SIGNATURE_NAME)
     return folder_span(path, SIGNATURE_NAME) if os.path.lexists(path / SIGNATURE_NAME) else None
-
-
-def _usable(folder: Path, specialized: Specialized | None, progress: bool) -> Specialized | None:
-    if specialized is None:
-        return None
-    reason = _misfit(specialized)
-    if reason is None:
-        try:
-            spans = {name: folder_span(folder, name) for name in specialized.files}
-            _check_sizes(folder, specialized.files, spans)
-            _check_hashes(folder, specialized.files, spans, progress)
-        except BundleError as error:
-            reason = str(error).partition(": copy the bundle")[0]
-    if reason is None:
-        return specialized
-    warnings.warn(
-        f"{folder}: the portable graphs run, since {reason}: satchel specialize makes it ready for this machine",
-        SatchelWarning,
-        stacklevel=3,
-    )
-    return None
-
-
-def _misfit(specialized: Specialized) -> str | None:
-    """Why specialized graphs are not for this machine, or None."""
-    import onnxruntime
-
-    if specialized.onnxruntime != onnxruntime.__version__:
-        return f"it was specialized for ONNX Runtime {specialized.onnxruntime} and this is {onnxruntime.__version__}"
-    if specialized.features != processor_features():
-        return f"it was specialized for another processor ({specialized.processor})"
-    if not specialized.native:
-        return None
-    reason = library.reason()
-    if reason is not None:
-        return f"satchel's own kernels, for which it was specialized, {reason}"
-    if specialized.kernels != library.VERSION:
-        return (
-            f"it was specialized for version {specialized.kernels} of satchel's kernels and this is {library.VERSION}"
-        )
-    return None
 
 
 def _check_names(name: str, manifest: Manifest, packed: Mapping[str, Span] | None) -> None:
@@ -306,30 +241,30 @@ def _check_sizes(folder: Path, files: Mapping[str, FileRecord], spans: Mapping[s
 
 
 def _check_hashes(
-    folder: Path, files: Mapping[str, FileRecord], spans: Mapping[str, Span], progress: bool, anew: bool = False
+    folder: Path, files: Mapping[str, FileRecord], spans: Mapping[str, Span], meter: Meter, anew: bool = False
 ) -> None:
-    """Compare the hash of each file; `anew` trusts no memory of earlier ones."""
-    memory = HashCache.load()
+    """Compare the hash of each file; `anew` ignores the hashes of earlier runs."""
+    cache = HashCache.load()
     unseen = [
         name
         for name, record in files.items()
-        if anew or memory.recall(spans[name].path, part_of(spans[name])) != record.sha256
+        if anew or cache.get(spans[name].path, part_of(spans[name])) != record.sha256
     ]
     if not unseen:
         return
-    with progress_bar(sum(files[name].bytes for name in unseen), "checking", "B", shown=progress) as bar:
+    with meter(sum(files[name].bytes for name in unseen)) as advance:
         for name in unseen:
             span = spans[name]
             seen = file_identity(span.path)
             try:
-                digest = sha256_of(span.path, bar.update, span.offset, span.length)
+                digest = sha256_of(span.path, advance, span.offset, span.length)
             except OSError as error:
                 raise BundleError(
-                    f"{folder / name}: cannot be read ({error.strerror}): give yourself the right to"
+                    f"{folder / name}: cannot be read ({error.strerror}): check its permissions"
                 ) from None
             if digest != files[name].sha256:
                 raise BundleError(
                     f"{folder / name}: damaged (its SHA-256 differs): copy the bundle again, or export it again"
                 )
-            memory.remember(span.path, seen, digest, part_of(span))
-    memory.save()
+            cache.put(span.path, seen, digest, part_of(span))
+    cache.save()

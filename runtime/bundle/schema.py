@@ -13,6 +13,7 @@ import typing
 from typing import Any
 
 from satchel.runtime.bundle.contract import CACHE_MODES, TOKENIZER_KINDS
+from satchel.runtime.bundle.digest import FORMAT, VERSION
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.manifest import Manifest
@@ -60,13 +61,13 @@ def manifest_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     body = _object(Manifest, definitions)
     first = {
-        "format": {"const": Manifest.FORMAT},
-        "version": {"const": Manifest.VERSION},
+        "format": {"const": FORMAT},
+        "version": {"const": VERSION},
         "digest": {"type": "string", **HEX_256},
     }
     return {
         "$schema": DIALECT,
-        "title": f"Manifest of a satchel bundle, version {Manifest.VERSION}",
+        "title": f"Manifest of a satchel bundle, version {VERSION}",
         **body,
         "properties": {**first, **body["properties"]},
         "required": [*first, *body["required"]],

@@ -50,7 +50,7 @@ def sign(digest: str, key: Path) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode("ascii")
 
 
-def check_signature(bundle: Path, signature: Span | None, digest: str | None, key: Path) -> None:
+def check_signature(bundle: Path, signature: Span | None, digest: str, key: Path) -> None:
     """Check that a bundle is signed by the private key of the public key in the PEM file `key`.
 
     `signature` is where signature.json lies, None where there is none; `digest` is that of the bundle's manifest.
@@ -58,9 +58,8 @@ def check_signature(bundle: Path, signature: Span | None, digest: str | None, ke
     signed, or by another key, or whose signature is not valid.
     """
     public = _public_key(key)
-    if signature is None or digest is None:
-        why = "is not signed" if digest is not None else "has no digest, and so no signature"
-        raise BundleError(f"{bundle}: {why}, and --require-signature {key} wants it to be: do not trust it")
+    if signature is None:
+        raise BundleError(f"{bundle}: is not signed, and --require-signature {key} wants it to be: do not trust it")
     found = _read_signature(bundle, signature)
     if found["public_key"] != public.public_bytes_raw().hex():
         raise BundleError(

@@ -79,9 +79,9 @@ def main(args: argparse.Namespace) -> int:
     """Measure, and print a small table or one JSON object."""
     started = time.perf_counter()  # before numpy and ONNX Runtime: their import is part of the load time
     contexts = _checked_contexts(args)
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.bench.benchmark import Workload, check_workload, summarize, warm_up
     from satchel.runtime.util.memory import peak_rss_mib, pss_mib
     from satchel.runtime.util.progress import waiting

@@ -67,11 +67,11 @@ def main(args: argparse.Namespace) -> int:
     _check_numbers(args)
     choice = provider_flags.choice_of(args)
     text = _read(args.text)
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.evaluation.fidelity import evaluate
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
     from satchel.runtime.ort.custom_ops import choose
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.progress import progress_bar, waiting
 
     shown = not args.quiet
@@ -142,13 +142,13 @@ def _shared_out(args: argparse.Namespace, manifest: Manifest) -> tuple[Custom, C
 
     One that neither was made with is the bundle's, which refuses it.
     """
-    from satchel.runtime.bundle.reader import is_bundle, survey_bundle
+    from satchel.runtime.bundle.reader import is_bundle, read_bundle
     from satchel.runtime.ort.custom_ops import Custom, digest_of
 
     given = custom_flags.custom_of(args)
     if args.reference is None or not given.libraries or not is_bundle(args.reference):
         return given, Custom()
-    other = {file.sha256 for file in survey_bundle(args.reference).manifest.custom_ops}
+    other = {file.sha256 for file in read_bundle(args.reference).manifest.custom_ops}
     own = {file.sha256 for file in manifest.custom_ops} if given.passes and given.operators else set()
     digests = {library: digest_of(library) for library in given.libraries}
     ours = tuple(library for library, digest in digests.items() if digest in own or digest not in other)
@@ -158,11 +158,11 @@ def _shared_out(args: argparse.Namespace, manifest: Manifest) -> tuple[Custom, C
 
 def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> None:
     """Refuse a reference bundle that cannot be compared, before any graph is opened."""
-    from satchel.runtime.bundle.reader import is_bundle, survey_bundle
+    from satchel.runtime.bundle.reader import is_bundle, read_bundle
 
     if source is None or not is_bundle(source):
         return
-    other = survey_bundle(source).manifest.model
+    other = read_bundle(source).manifest.model
     if other.vocab_size != manifest.model.vocab_size:
         raise BundleError(
             f"{source}: its vocabulary has {other.vocab_size} tokens where the bundle's has "
@@ -182,8 +182,8 @@ def _open_reference(args: argparse.Namespace, custom: Custom) -> Reference:
             from satchel.export.reference import open_reference
 
             return open_reference(args.reference)
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.execution.engine import Engine
+    from satchel.runtime.ort.open_bundle import open_bundle
 
     bundle = open_bundle(args.reference, progress=shown, custom=custom)
     with waiting(label, shown=shown):

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Inspect, and print tables or one JSON object.
 
-    Opens the bundle with `survey_bundle`: a file that is missing or cut short is an error, and gigabytes are not hashed
+    Opens the bundle with `read_bundle`: a file that is missing or cut short is an error, and gigabytes are not hashed
     to print a table.
     """
     from satchel.runtime.bundle.atomic_write import atomic_write
@@ -46,8 +46,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> Bundle:
-    from satchel.runtime.bundle.reader import open_bundle, survey_bundle
+    from satchel.runtime.bundle.reader import read_bundle
+    from satchel.runtime.ort.open_bundle import open_bundle
 
     if args.require_signature is None:
-        return survey_bundle(args.bundle)
+        return read_bundle(args.bundle)
     return open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None)

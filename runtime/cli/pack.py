@@ -26,10 +26,11 @@ def main(args: argparse.Namespace) -> int:
     import os
     import warnings
 
-    from satchel.runtime.bundle.archive.pack import pack
     from satchel.runtime.bundle.atomic_write import check_target
-    from satchel.runtime.bundle.reader import open_bundle, survey_bundle
+    from satchel.runtime.bundle.reader import read_bundle
     from satchel.runtime.errors import SatchelError, SatchelWarning
+    from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.tools.pack import pack
     from satchel.runtime.util.progress import waiting
 
     check_target(args.output, "--output")
@@ -42,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         )
     with waiting("packing", shown=not args.quiet):
         pack(bundle, args.output)
-    size, digest = args.output.stat().st_size, survey_bundle(args.output).digest
+    size, digest = args.output.stat().st_size, read_bundle(args.output).digest
     if args.json:
         print(json.dumps({"bundle": args.bundle, "output": str(args.output), "bytes": size, "digest": digest}))
     elif not args.quiet:

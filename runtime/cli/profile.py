@@ -42,8 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Profile, and print tables or one JSON object."""
     from satchel.runtime.bundle.atomic_write import atomic_write, check_target
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.ort import session
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.profiling.profiling import record, summarize, trace
     from satchel.runtime.util.progress import waiting
 

@@ -50,19 +50,18 @@ def _sign(args: argparse.Namespace) -> str:
     """Sign the bundle, and return its digest."""
     import warnings
 
-    from satchel.runtime.bundle.archive.pack import bundle_entries, write_packed
     from satchel.runtime.bundle.archive.packed import FOLDER
     from satchel.runtime.bundle.archive.zip_writer import PAGE, Entry
     from satchel.runtime.bundle.atomic_write import atomic_write
-    from satchel.runtime.bundle.reader import SIGNATURE_NAME, open_bundle
+    from satchel.runtime.bundle.reader import SIGNATURE_NAME
     from satchel.runtime.bundle.signature import sign
-    from satchel.runtime.errors import BundleError, SatchelWarning
+    from satchel.runtime.errors import SatchelWarning
+    from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.tools.pack import bundle_entries, write_packed
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # about specialized graphs, which no signature covers
         bundle = open_bundle(args.bundle, progress=not args.quiet, custom=None)
-    if bundle.digest is None:
-        raise BundleError(f"{bundle.folder}: of bundle version 1, which has no digest to sign: export it again")
     content = sign(bundle.digest, args.key)
     if bundle.packed is None:
         atomic_write(bundle.folder / SIGNATURE_NAME, content, SIGNATURE_NAME)

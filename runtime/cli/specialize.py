@@ -56,11 +56,11 @@ def main(args: argparse.Namespace) -> int:
     import warnings
 
     from satchel.runtime.bundle import strict_json
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.errors import SatchelWarning
     from satchel.runtime.optimize.blocks import blocks_bytes
     from satchel.runtime.optimize.specialize import remove, specialize
     from satchel.runtime.ort import session
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.progress import stage_printer
 
     started = time.perf_counter()

@@ -18,8 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Unpack, and print the folder's name."""
-    from satchel.runtime.bundle.archive.pack import unpack
-    from satchel.runtime.bundle.reader import open_bundle
+    from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.tools.pack import unpack
     from satchel.runtime.util.progress import waiting
 
     bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None)
@@ -28,5 +28,5 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"bundle": args.bundle, "output": str(args.output), "digest": bundle.digest}))
     elif not args.quiet:
-        print(f"{args.output}: {len(bundle.packed or ())} files, digest {bundle.digest or 'none'}")
+        print(f"{args.output}: {len(bundle.packed or ())} files, digest {bundle.digest}")
     return 0

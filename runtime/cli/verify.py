@@ -34,10 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Replay, and print recorded and found figures with the verdict, or one JSON object. Returns 0 or 1."""
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.evaluation.certify import moved, replay
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
+    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.progress import progress_bar, waiting
 
     choice, shown = provider_flags.choice_of(args), not args.quiet

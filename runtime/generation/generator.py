@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.reader import DEFAULT_CUSTOM, open_bundle
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.engine import Engine, TokenIds
 from satchel.runtime.execution.rows import Rows
@@ -32,7 +31,8 @@ from satchel.runtime.generation.session_file import SavedState, check_room, read
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.chat_template import ChatTemplate
 from satchel.runtime.generation.tokenizer import Tokenizer
-from satchel.runtime.ort.custom_ops import Custom
+from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
 from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
 from satchel.runtime.util.progress import waiting

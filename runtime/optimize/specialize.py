@@ -18,7 +18,7 @@ from typing import Any
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.external_data import check_external_data
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
-from satchel.runtime.bundle.reader import DEFAULT_CUSTOM, SCRATCH_PREFIX, Bundle, open_bundle, survey_bundle
+from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, read_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
@@ -28,7 +28,8 @@ from satchel.runtime.optimize.forms import NATIVE, PREFIX, Form, Made, described
 from satchel.runtime.optimize.native import NATIVE_NAME, make_native
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
 from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
-from satchel.runtime.ort.custom_ops import Custom
+from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.session import SessionSettings, save_optimized
 
 INLINE_BYTES = 1024
@@ -284,7 +285,7 @@ def specialize_if_needed(
 
 def remove(bundle: Bundle) -> Manifest:
     """Take what `specialize` added out of a bundle again. Returns the manifest. Raises SatchelError."""
-    bundle = bundle if bundle.whole else survey_bundle(bundle.folder)  # whose manifest is the one to be written
+    bundle = bundle if bundle.whole else read_bundle(bundle.folder)  # whose manifest is the one to be written
     specialized = bundle.manifest.specialized
     manifest = replace(bundle.manifest, specialized=None)
     if specialized is None:

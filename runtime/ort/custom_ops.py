@@ -34,6 +34,9 @@ class Custom:
     passes: bool = True
 
 
+DEFAULT_CUSTOM = Custom()
+
+
 def choose(bundle: Bundle, custom: Custom) -> Bundle:
     """The bundle with the graphs that are to run, and with the libraries that they need.
 
@@ -63,7 +66,7 @@ def choose(bundle: Bundle, custom: Custom) -> Bundle:
         f"{folder}: the plain graphs run, without passes of a user's own, since these need the operators of "
         f"{_names(needed)}: give it with --custom-ops, or say --no-custom-ops",
         SatchelWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     return chosen
 

@@ -16,12 +16,13 @@ from onnx import numpy_helper
 from support.checkpoints import save_tiny
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize import blocks, specialize, trials
 from satchel.runtime.optimize.blocks import BLOCKS_NAME, blocks_bytes, make_blocks
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 IDS = list(range(4, 28))

@@ -12,12 +12,13 @@ from support.checkpoints import save_tiny
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize import expand, trials
 from satchel.runtime.optimize.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.ort.open_bundle import open_bundle
 
 IDS = list(range(4, 28))
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}

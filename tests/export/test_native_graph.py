@@ -35,11 +35,12 @@ from satchel.graphs.quant.recipe import Rule, Scheme
 from satchel.graphs.quant.rounding import Grid
 from satchel.graphs.targets.targets import FUSE, NORMALIZE, TARGETS
 from satchel.runtime.bundle.contract import NATIVE
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize import native
 from satchel.runtime.optimize.native import NATIVE_NAME, make_native, native_bytes
+from satchel.runtime.ort.open_bundle import open_bundle
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}

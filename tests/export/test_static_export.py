@@ -15,10 +15,10 @@ from support.static_graphs import Lowered, Stepper, graphs_of, in_float32, lower
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.recipes import load_recipe
 from satchel.graphs.analysis.cut import INLINE_LIMIT
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.fidelity import log_softmax
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.open_bundle import open_bundle
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
 LENGTHS = (8,)

@@ -8,9 +8,9 @@ import pytest
 from support.chat_bundle import write_chat_bundle
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.ort.open_bundle import open_bundle
 
 
 @pytest.fixture(scope="session")

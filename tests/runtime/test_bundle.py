@@ -14,8 +14,9 @@ from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import reader as bundle_module
 from satchel.runtime.bundle.manifest import FileRecord, Specialized
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.ort.open_bundle import open_bundle
 
 
 @pytest.fixture
@@ -256,8 +257,8 @@ def test_a_digest_once_found_right_is_remembered_for_the_very_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    original = bundle_module.true_digest
-    monkeypatch.setattr(bundle_module, "true_digest", lambda *a: found.append(1) or original(*a))
+    original = bundle_module.check_digest
+    monkeypatch.setattr(bundle_module, "check_digest", lambda *a: found.append(1) or original(*a))
     digest = open_bundle(folder).digest
     assert open_bundle(folder).digest == digest == read_manifest(folder)["digest"]
     assert len(found) == 1
@@ -266,14 +267,7 @@ def test_a_digest_once_found_right_is_remembered_for_the_very_file(
     assert len(found) == 2
 
 
-def test_a_manifest_of_version_1_has_no_digest_and_opens(folder: Path) -> None:
-    document = read_manifest(folder)
-    del document["digest"], document["static"]
-    (folder / "manifest.json").write_text(json.dumps({**document, "version": 1}), encoding="utf-8")
-    assert open_bundle(folder).digest is None
-
-
-def test_a_manifest_of_version_2_must_have_a_digest(folder: Path) -> None:
+def test_a_manifest_must_have_a_digest(folder: Path) -> None:
     document = read_manifest(folder)
     for change in ({"digest": None}, {"digest": 1}):
         (folder / "manifest.json").write_text(json.dumps({**document, **change}), encoding="utf-8")

@@ -18,11 +18,11 @@ from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate, EvaluatedText, GoldenPosition, Margin
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.evaluation import certify
 from satchel.runtime.evaluation.certify import check_certificate, golden_kl, golden_position, make_certificate
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.open_bundle import open_bundle
 
 RNG = np.random.default_rng(5)
 WINDOWS = [RNG.integers(3, VOCABULARY, 20) for _ in range(2)]

@@ -16,10 +16,11 @@ from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.templates.chat_template import ChatTemplate, special_tokens
 from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.ort.open_bundle import open_bundle
 
 SMOLLM2 = "SATCHEL_SMOLLM2_GGUF"
 GGUF = Path(os.environ.get(SMOLLM2, Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"))

@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_bundle import HIDDEN, KV_HEADS, LAYERS, VOCABULARY
 
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 FLOAT = 4  # bytes

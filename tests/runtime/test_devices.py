@@ -16,13 +16,14 @@ from support.tiny_bundle import LAYERS, MAX_CONTEXT, VOCABULARY, read_manifest, 
 from support.tiny_cuda_bundle import write_cuda_bundle
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import ProviderError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.experimental.om_cache import om_folder
 from satchel.runtime.execution.experimental.slots import MOST_KEPT
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort import session
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
 
 IDS = np.random.default_rng(7).integers(3, VOCABULARY, 40)

@@ -11,11 +11,11 @@ import pytest
 from numpy.testing import assert_allclose
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_manifest
 
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.kv_cache import position_bytes
 from satchel.runtime.execution.spans import chunks
+from satchel.runtime.ort.open_bundle import open_bundle
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40)
 TOLERANCE = 1e-5

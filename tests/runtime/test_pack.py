@@ -18,12 +18,12 @@ from support.packed import MISSING, run_packed
 from support.tiny_bundle import read_manifest
 from support.tiny_custom_bundle import write_custom_bundle
 
-from satchel.runtime.bundle.archive.pack import pack, unpack
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.custom_ops import Custom
+from satchel.runtime.ort.open_bundle import open_bundle
+from satchel.runtime.tools.pack import pack, unpack
 
 Capture = pytest.CaptureFixture[str]
 

@@ -13,11 +13,11 @@ from support.tiny_cuda_bundle import TOP, write_cuda_bundle
 from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.cli import provider_flags
 from satchel.runtime.errors import BundleError, PromptError, ProviderError
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.placement import RECORD, strayed_nodes
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.rows import Rows, rows_agree
 from satchel.runtime.execution.state import State
+from satchel.runtime.ort.open_bundle import open_bundle
 
 LENGTHS = (13, 1, 7)
 

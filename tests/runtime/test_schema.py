@@ -14,10 +14,10 @@ import pytest
 from support.tiny_bundle import read_manifest
 
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.bundle.schema import NARROWER, as_text, manifest_schema
 from satchel.runtime.errors import BundleError
 from satchel.runtime.optimize.specialize import specialize
+from satchel.runtime.ort.open_bundle import open_bundle
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
 
@@ -47,17 +47,6 @@ def test_real_manifests_are_valid(validator: jsonschema.Draft202012Validator, ch
     document = read_manifest(folder)
     assert document["specialized"] is not None
     validator.validate(document)
-
-
-def test_a_real_manifest_of_version_1_is_read_and_then_valid(validator: jsonschema.Draft202012Validator) -> None:
-    """One that satchel wrote when 1 was the version, of SmolLM2 in int8, with its long lists cut."""
-    path = Path(__file__).parent / "data" / "manifest-1.json"
-    assert json.loads(path.read_text(encoding="utf-8"))["version"] == 1
-    manifest = Manifest.read(path)
-    assert (manifest.precision, manifest.static, len(manifest.kv_cache.layers)) == ("int8", None, 2)
-    assert manifest.certificate is not None
-    assert manifest.specialized is not None
-    validator.validate(manifest.to_json())
 
 
 def put(*path: Any, value: Any) -> Any:

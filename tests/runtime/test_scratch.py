@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.bundle.archive.pack import pack, unpack
+from satchel.runtime.tools.pack import pack, unpack
 from satchel.runtime.bundle.atomic_write import atomic_write
 from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.bundle.scratch import scratch_folder

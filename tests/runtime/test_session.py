@@ -13,11 +13,11 @@ import onnxruntime as ort
 import pytest
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import BundleError, ProviderError, SatchelError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort import session as session_module
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import Provider
 from satchel.runtime.ort.session import SessionSettings, default_threads, open_session
 

@@ -17,13 +17,14 @@ from support.states import DETAILS, MESSAGES, OTHER_SPEC, TOKENS, bundle_with, m
 from support.tiny_bundle import HEAD_DIM, KV_HEADS, LAYERS
 
 from satchel.runtime.bundle.manifest import CacheSpec
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.kv_cache import KVCache
 from satchel.runtime.generation import session_file as state_file
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.prefix_cache import Prefix
 from satchel.runtime.generation.session_file import SavedState, read_state, write_state
+from satchel.runtime.ort.open_bundle import open_bundle
 
 
 @pytest.fixture(scope="module")

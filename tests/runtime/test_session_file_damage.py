@@ -13,11 +13,12 @@ import pytest
 from support.states import TOKENS, bundle_with, join, make_state, same, split
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.execution.kv_cache import KVCache
 from satchel.runtime.generation import session_file as state_file
 from satchel.runtime.generation.session_file import SavedState, read_state, write_state
+from satchel.runtime.ort.open_bundle import open_bundle
 
 WRONG_HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"version": 2}, r"a state of version 2, but this satchel reads version 1: install the satchel"),

@@ -16,12 +16,12 @@ from support.full_disk import largest_file
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.runtime.bundle import reader as bundle_module
-from satchel.runtime.bundle.archive.pack import pack, unpack
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.bundle.signature import new_key_pair
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.ort.open_bundle import open_bundle
+from satchel.runtime.tools.pack import pack, unpack
 
 Capture = pytest.CaptureFixture[str]
 
@@ -153,15 +153,6 @@ def test_a_packed_bundle_keeps_its_signature_and_can_get_one(
     assert (tmp_path / "plain.pyz").read_bytes() == (tmp_path / "signed.pyz").read_bytes()
     unpack(open_bundle(tmp_path / "plain.pyz"), tmp_path / "again")
     assert (tmp_path / "again" / "signature.json").read_bytes() == (signed / "signature.json").read_bytes()
-
-
-def test_a_bundle_of_version_1_has_no_digest_to_sign(tiny: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
-    folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
-    document = read_manifest(folder)
-    del document["digest"], document["static"]
-    (folder / "manifest.json").write_text(json.dumps({**document, "version": 1}))
-    assert cli.main(["sign", str(folder), "--key", str(keys / "maker.pem")]) == 2
-    assert "of bundle version 1, which has no digest to sign: export it again" in capsys.readouterr().err
 
 
 def test_new_keys_are_for_their_owner_and_never_replaced(tmp_path: Path, capsys: Capture) -> None:

@@ -17,13 +17,13 @@ from support.specialized import IDS, change, files, logits
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import onnx_wire
-from satchel.runtime.bundle import reader as bundle_module
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize import specialize, trials
 from satchel.runtime.ort import session
+from satchel.runtime.ort.open_bundle import misfit, open_bundle
 from satchel.runtime.ort.session import SessionSettings
 
 
@@ -244,7 +244,7 @@ def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_bundle(made).specialized is not None
-    assert bundle_module._misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]
+    assert misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]
 
 
 def test_where_phases_share_a_session_there_is_one_graph(folder: Path) -> None:

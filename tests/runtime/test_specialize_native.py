@@ -14,13 +14,13 @@ from support.tiny_bundle import read_manifest, write_bundle
 from support.tiny_native_bundle import write_native_bundle
 
 from satchel.runtime.bundle import onnx_wire
-from satchel.runtime.bundle import reader as bundle_module
-from satchel.runtime.bundle.reader import Bundle, open_bundle
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.kernels import library
 from satchel.runtime.optimize import specialize, trials
+from satchel.runtime.ort.open_bundle import misfit, open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 
@@ -203,4 +203,4 @@ def test_a_library_that_does_not_load_is_named(made: Path, tmp_path: Path, monke
 
 @needs_kernels
 def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
-    assert bundle_module._misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]
+    assert misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]

@@ -15,7 +15,6 @@ from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bu
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.experimental.device_memory import HostMemory
@@ -26,6 +25,7 @@ from satchel.runtime.execution.rows import Rows
 from satchel.runtime.execution.spans import covering, padded_spans
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.ort.open_bundle import open_bundle
 
 IDS = np.random.default_rng(5).integers(3, VOCABULARY, 45)
 TOLERANCE = 1e-5

@@ -27,12 +27,12 @@ from support.tiny_bundle import (
 from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime.bundle import strict_json
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.evaluation.certify import make_certificate
 from satchel.runtime.evaluation.selftest import selftest
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 CONTEXT = 256

@@ -12,9 +12,9 @@ from support.tiny_tokenizers import byte_fallback_json, byte_level_json, sentenc
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from satchel.runtime.ort.open_bundle import open_bundle
 
 LLAMA2 = "SATCHEL_LLAMA2_TOKENIZER"
 needs_llama2 = pytest.mark.skipif(LLAMA2 not in os.environ, reason=f"{LLAMA2} does not name a Llama-2 tokenizer.model")

@@ -136,7 +136,7 @@ class Inspection:
 
 
 def inspect_bundle(bundle: Bundle) -> Inspection:
-    """Put together what the manifest of a bundle says; `survey_bundle` is enough to have one.
+    """Put together what the manifest of a bundle says; `read_bundle` is enough to have one.
 
     Raises BundleError when its list of passes is not of the form that an export writes, or a size cannot be.
     """

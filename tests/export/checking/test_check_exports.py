@@ -16,7 +16,7 @@ from satchel.export.checking.report import as_text
 from satchel.export.checking.tables import provider_of
 from satchel.export.config import STATIC_TARGETS, TARGETS
 from satchel.graphs.providers.rules import RULES
-from satchel.runtime.bundle.reader import survey_bundle
+from satchel.runtime.bundle.reader import read_bundle
 
 
 def bundle_for(target: str, place: Path, places: pytest.TempPathFactory) -> Path:
@@ -34,7 +34,7 @@ def bundle_for(target: str, place: Path, places: pytest.TempPathFactory) -> Path
 def test_an_export_is_clean_for_its_provider(
     target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    result = check_bundle(survey_bundle(bundle_for(target, tmp_path, tmp_path_factory)), provider_of(target))
+    result = check_bundle(read_bundle(bundle_for(target, tmp_path, tmp_path_factory)), provider_of(target))
     assert (result.errors, result.warnings) == (0, 0), as_text(result, strict=True)
     assert len(result.graphs) == 3
     for graph in result.graphs:
@@ -47,7 +47,7 @@ def test_the_parts_of_a_graph_that_was_cut_are_judged_each(tmp_path: Path) -> No
     family = FAMILIES["llama"]
     config = ExportConfig(tmp_path / "bundle", target="cann", max_context=family.context, certificate=False)
     write_static(save(family, tmp_path / "checkpoint"), config, limit=60_000)
-    result = check_bundle(survey_bundle(config.output), provider_of("cann"))
+    result = check_bundle(read_bundle(config.output), provider_of("cann"))
     names = [graph.graph for graph in result.graphs]
     assert {"decode, part 1", "decode, part 2", "score of 32 tokens, part 1"} <= set(names)
     assert len({graph.file for graph in result.graphs}) == len(names)

@@ -1,0 +1,88 @@
+"""Opens a bundle to run it: checks its files, and chooses the graphs for this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from satchel.runtime.bundle.manifest import Specialized
+from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, Meter, check_files, read_bundle, with_specialized
+from satchel.runtime.bundle.scratch import sweep
+from satchel.runtime.errors import BundleError, SatchelWarning
+from satchel.runtime.kernels import library
+from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom, choose
+from satchel.runtime.util.cpu import processor_features
+from satchel.runtime.util.progress import progress_bar
+
+
+def open_bundle(
+    path: str | Path,
+    *,
+    progress: bool = False,
+    require_signature: str | Path | None = None,
+    custom: Custom | None = DEFAULT_CUSTOM,
+) -> Bundle:
+    """Open a bundle, a folder or a packed file: read manifest.json, then check every file that it lists.
+
+    Each file must lie inside the bundle and have the listed size and SHA-256. A file is hashed in full when it is first
+    seen; the result is remembered by path, size, inode and modification time. `progress` shows a bar on standard error
+    when hashing takes more than two seconds. `custom` says which custom passes and operators run; None leaves the
+    bundle as it is, for callers that run nothing.
+
+    `require_signature` is the file of a public key: the bundle must be signed with its private key. All files are then
+    hashed, also those seen before, and specialized graphs are not used, which a signature does not cover.
+
+    Raises BundleError. Warns with SatchelWarning where specialized graphs do not fit this machine, are damaged or not
+    covered by the signature, and where the plain graphs run because a library is missing.
+    """
+    bundle, meter = read_bundle(path, require_signature=require_signature), _meter(shown=progress)
+    if bundle.packed is None:
+        sweep(bundle.folder, SCRATCH_PREFIX)
+    check_files(bundle, meter, anew=require_signature is not None)
+    specialized = bundle.manifest.specialized
+    reason = None
+    if specialized is not None and require_signature is not None:
+        reason = "the signature does not cover the specialized ones"
+    elif specialized is not None and bundle.packed is None:
+        reason = misfit(specialized)
+        if reason is None:
+            try:
+                bundle = with_specialized(bundle, specialized, meter)
+            except BundleError as error:
+                reason = str(error).partition(": copy the bundle")[0]
+        if reason is not None:
+            reason += ": satchel specialize makes it ready for this machine"
+    if reason is not None:
+        warnings.warn(f"{bundle.folder}: the portable graphs run, since {reason}", SatchelWarning, stacklevel=2)
+    return bundle if custom is None else choose(bundle, custom)
+
+
+def misfit(specialized: Specialized) -> str | None:
+    """Why specialized graphs are not for this machine, or None where they are."""
+    import onnxruntime
+
+    if specialized.onnxruntime != onnxruntime.__version__:
+        return f"it was specialized for ONNX Runtime {specialized.onnxruntime} and this is {onnxruntime.__version__}"
+    if specialized.features != processor_features():
+        return f"it was specialized for another processor ({specialized.processor})"
+    if not specialized.native:
+        return None
+    reason = library.reason()
+    if reason is not None:
+        return f"satchel's own kernels, for which it was specialized, {reason}"
+    if specialized.kernels != library.VERSION:
+        return (
+            f"it was specialized for version {specialized.kernels} of satchel's kernels and this is {library.VERSION}"
+        )
+    return None
+
+
+def _meter(*, shown: bool) -> Meter:
+    @contextlib.contextmanager
+    def meter(total: int) -> Iterator[Callable[[int], object]]:
+        with progress_bar(total, "checking", "B", shown=shown) as bar:
+            yield bar.update
+
+    return meter
