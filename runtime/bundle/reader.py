@@ -47,9 +47,9 @@ class Bundle:
     """A bundle. `satchel.runtime.open_bundle` makes one that is checked and ready to run.
 
     `folder` is the folder, or the packed file. `specialized` is set where the manifest has graphs for this machine, and
-    None where the portable graphs run. `digest` is the manifest's, empty where nothing was checked. `packed` says where the files of a packed bundle
-    lie, None for a folder. `custom_ops` are the operator libraries that its graphs need. `whole` is False where
-    `manifest` is reduced to the plain graphs.
+    None where the portable graphs run. `digest` is the manifest's, empty where it was not checked. `packed` says where
+    the files of a packed bundle lie, None for a folder. `custom_ops` are the operator libraries that its graphs need.
+    `whole` is False where `manifest` is reduced to the plain graphs.
     """
 
     folder: Path
