@@ -13,9 +13,9 @@ from support.tiny_bundle import write_bundle
 
 from satchel.runtime.tools.pack import pack, unpack
 from satchel.runtime.bundle.atomic_write import atomic_write
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.optimize import packing
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.util.child_path import python_path
 
 GONE = (1 << 22) + 1
@@ -23,7 +23,7 @@ GONE = (1 << 22) + 1
 
 STALLED = """
 import sys, time
-from satchel.runtime.bundle.reader import open_bundle
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.optimize import specialize
 
 def stall(*_):
