@@ -138,8 +138,8 @@ def _cache() -> Finding:
 
 
 def _bundle(path: str) -> Iterator[Finding]:
-    from satchel.runtime.bundle.reader import open_bundle
     from satchel.runtime.execution.kv_cache import position_bytes
+    from satchel.runtime.ort.open_bundle import open_bundle
 
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.tools.pack import pack, unpack
 from satchel.runtime.bundle.atomic_write import atomic_write
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.optimize import packing
 from satchel.runtime.ort.open_bundle import open_bundle
+from satchel.runtime.tools.pack import pack, unpack
 from satchel.runtime.util.child_path import python_path
 
 GONE = (1 << 22) + 1
