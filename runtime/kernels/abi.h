@@ -59,8 +59,8 @@ typedef struct OrtCustomOp {
 /* ORT(api, name)(arguments) calls a function by the index and type below. */
 #define ORT(api, name) ((ORT_##name##_TYPE)(api)->functions[ORT_##name##_INDEX])
 
-#define ORT_FUNCTION(name, index, result, ...)  \
-    enum { ORT_##name##_INDEX = index };        \
+#define ORT_FUNCTION(name, index, result, ...) \
+    enum { ORT_##name##_INDEX = index };       \
     typedef result (*ORT_##name##_TYPE)(__VA_ARGS__)
 
 ORT_FUNCTION(CreateStatus, 0, OrtStatus *, int code, const char *message);
@@ -77,9 +77,11 @@ ORT_FUNCTION(KernelInfoGetAttribute_int64, 86, OrtStatus *, const OrtKernelInfo 
 ORT_FUNCTION(KernelInfoGetAttribute_string, 87, OrtStatus *, const OrtKernelInfo *, const char *, char *, size_t *);
 ORT_FUNCTION(KernelContext_GetInputCount, 88, OrtStatus *, const OrtKernelContext *, size_t *);
 ORT_FUNCTION(KernelContext_GetInput, 90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **);
-ORT_FUNCTION(KernelContext_GetOutput, 91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **);
+ORT_FUNCTION(KernelContext_GetOutput, 91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t,
+             OrtValue **);
 ORT_FUNCTION(ReleaseStatus, 93, void, OrtStatus *);
 ORT_FUNCTION(ReleaseTensorTypeAndShapeInfo, 99, void, OrtTensorInfo *);
-ORT_FUNCTION(KernelContext_ParallelFor, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *);
+ORT_FUNCTION(KernelContext_ParallelFor, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t,
+             size_t, void *);
 
 #endif

@@ -24,15 +24,15 @@ typedef struct {
     int32_t total;            /* equal to tokens: the cache was empty in all rows */
     const float *cos, *sin;   /* [rotary_rows, rotary_half]; NULL: no rotation */
     int64_t rotary_rows, rotary_half;
-    int interleaved;  /* channels 2i and 2i + 1 rotate together, not i and i + rotary_half */
-    float scale;      /* 0: 1 / sqrt(head_dim) */
-    float softcap;    /* 0: none */
-    int64_t window;   /* a token attends to itself and window - 1 before it; below 1: to all before it */
-    float *out;       /* [batch, tokens, heads * head_dim] */
+    int interleaved; /* channels 2i and 2i + 1 rotate together, not i and i + rotary_half */
+    float scale;     /* 0: 1 / sqrt(head_dim) */
+    float softcap;   /* 0: none */
+    int64_t window;  /* a token attends to itself and window - 1 before it; below 1: to all before it */
+    float *out;      /* [batch, tokens, heads * head_dim] */
 } AttentionCall;
 
-/* Returns NULL, or a constant string that says what is wrong; does not read the present or the output. Sets `scratch` to the
- * bytes that attention_run needs. */
+/* Returns NULL, or a constant string that says what is wrong; does not read the present or the output. Sets `scratch`
+ * to the bytes that attention_run needs. */
 const char *attention_check(const AttentionCall *call, size_t *scratch);
 
 /* Runs a step that attention_check accepted. `scratch` is aligned to 64 bytes. Results do not depend on the number of

@@ -66,7 +66,7 @@ INLINE __m512 sum_lanes(const __m512 v[16])
 /* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
  * Their values are fetched on the way, so that memory is never idle. */
 INLINE void decode_scores(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
-                       float *scores, const int rows)
+                          float *scores, const int rows)
 {
     const int step = rows == 1 ? 16 : 4;
     for (int64_t key = 0; key < count; key += step) {
@@ -86,8 +86,8 @@ INLINE void decode_scores(const float *query, const float *keys, const float *va
                 _mm_prefetch(values + (at[k] - keys) + d, _MM_HINT_T1);
                 UNROLL
                 for (int r = 0; r < rows; r++)
-                    sum[r * 4 + k] =
-                        _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + r * head_dim + d), x, sum[r * 4 + k]);
+                    sum[r * 4 + k]
+                        = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + r * head_dim + d), x, sum[r * 4 + k]);
             }
         __m512 sums = sum_lanes(sum);
         if (rows == 1) {
@@ -128,7 +128,7 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
 
 /* out[rows][columns] = scores * values, for up to 4 vectors of columns. */
 INLINE void decode_values(const float *scores, const float *values, int64_t count, int64_t head_dim, __mmask16 tail,
-                        float *out, const int rows, const int vectors)
+                          float *out, const int rows, const int vectors)
 {
     __m512 sum[ROWS][4];
     UNROLL
@@ -168,19 +168,20 @@ INLINE void attend(const float *query, const float *keys, const float *values, i
         __mmask16 tail = lanes(left - (vectors - 1) * LANES);
         const float *value = values + column;
         switch (vectors) {
-            case 1: decode_values(scores, value, count, head_dim, tail, out + column, rows, 1); break;
-            case 2: decode_values(scores, value, count, head_dim, tail, out + column, rows, 2); break;
-            case 3: decode_values(scores, value, count, head_dim, tail, out + column, rows, 3); break;
-            default: decode_values(scores, value, count, head_dim, tail, out + column, rows, 4);
+        case 1: decode_values(scores, value, count, head_dim, tail, out + column, rows, 1); break;
+        case 2: decode_values(scores, value, count, head_dim, tail, out + column, rows, 2); break;
+        case 3: decode_values(scores, value, count, head_dim, tail, out + column, rows, 3); break;
+        default: decode_values(scores, value, count, head_dim, tail, out + column, rows, 4);
         }
     }
 }
 
 /* The same for each number of query heads that are done together. */
-#define ATTEND(name, rows)                                                                                             \
-    static void name(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,     \
-                     float cap, float *out, float *maximum, float *total) {                                            \
-        attend(query, keys, values, count, head_dim, cap, out, maximum, total, rows);                                  \
+#define ATTEND(name, rows)                                                                                        \
+    static void name(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, \
+                     float cap, float *out, float *maximum, float *total)                                         \
+    {                                                                                                             \
+        attend(query, keys, values, count, head_dim, cap, out, maximum, total, rows);                             \
     }
 ATTEND(attend_one, 1)
 ATTEND(attend_two, 2)
@@ -211,8 +212,11 @@ static void decode_task(void *data, size_t index)
     float *out = decode->partials + range * call->heads * (head_dim + 2), *maximum = out + call->heads * head_dim;
     for (int64_t head = 0; head < plan->group; head += ROWS) {
         int64_t rows = min64(plan->group - head, ROWS), at = first + head;
-        void (*run)(const float *, const float *, const float *, int64_t, int64_t, float, float *, float *, float *) =
-            rows == 1 ? attend_one : rows == 2 ? attend_two : rows == 3 ? attend_three : attend_four;
+        void (*run)(const float *, const float *, const float *, int64_t, int64_t, float, float *, float *, float *)
+            = rows == 1 ? attend_one
+            : rows == 2 ? attend_two
+            : rows == 3 ? attend_three
+                        : attend_four;
         run(query + head * head_dim, keys, values, count, head_dim, plan->cap, out + at * head_dim, maximum + at,
             maximum + call->heads + at);
     }

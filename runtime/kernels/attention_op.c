@@ -89,8 +89,12 @@ static bool read_rotation(Run *run, AttentionCall *call)
 static bool run(const void *kernel, Run *run)
 {
     const AttentionParams *params = kernel;
-    AttentionCall call = {.heads = params->heads, .kv_heads = params->kv_heads, .window = params->window,
-                          .scale = params->scale, .softcap = params->softcap, .interleaved = params->interleaved};
+    AttentionCall call = {.heads = params->heads,
+                          .kv_heads = params->kv_heads,
+                          .window = params->window,
+                          .scale = params->scale,
+                          .softcap = params->softcap,
+                          .interleaved = params->interleaved};
     if (!read_new_tokens(params, run, &call) || !read_past(params, run, &call) || !read_lengths(run, &call)
         || (params->rotates && !read_rotation(run, &call)))
         return false;
@@ -114,8 +118,8 @@ static bool run(const void *kernel, Run *run)
     return error == NULL || fail(run, error);
 }
 
-static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
-                                        ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT};
+static const OrtElementType INPUTS[]
+    = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT};
 
 Operator attention_operator = {
     .name = "Attention", .inputs = 9, .required = 1, .outputs = 3, .input_types = INPUTS, .create = create, .run = run};

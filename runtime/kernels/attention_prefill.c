@@ -9,19 +9,19 @@
 #include "exponential.h"
 #include "scratch.h"
 
-/* Attention of many tokens. A task takes TILE query rows of one key head (rows: token by token, its heads beside each other) over
- * blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so that
- * keys and values are read in place: scores are [keys][rows], softmax goes along a vector's lanes, and both
- * products are register tiles of 6 broadcast floats by up to 4 vectors.
- * Blocks start at multiples of BLOCK from the cache's start, so the result of a row does not depend on the other rows. */
+/* Attention of many tokens. A task takes TILE query rows of one key head (row by row: the heads of a token are adjacent)
+ * over blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so that
+ * keys and values are read in place: scores are [keys][rows], softmax runs along the lanes of a vector, and both products
+ * are register tiles of 6 broadcast floats by up to 4 vectors. Blocks start at multiples of BLOCK from the start of the
+ * cache, so the result of a row does not depend on the other rows. */
 enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64, ENOUGH_TASKS = 16 };
 
 typedef struct {
-    float query[MAX_HEAD_DIM * TILE];               /* [head_dim][rows], rotated and scaled */
-    float scores[BLOCK * TILE + LANES];              /* [keys][rows]; the last rows of a product read past the last key */
-    float sums[(TILE + BROADCASTS) * MAX_HEAD_DIM];  /* [rows][head_dim] */
-    float factor[TILE + LANES];                      /* rescales the sums so far to the new maximum */
-    int32_t first[TILE], last[TILE];                 /* the keys that a row attends to: first <= key < last */
+    float query[MAX_HEAD_DIM * TILE];   /* [head_dim][rows], rotated and scaled */
+    float scores[BLOCK * TILE + LANES]; /* [keys][rows]; the last rows of a product read past the last key */
+    float sums[(TILE + BROADCASTS) * MAX_HEAD_DIM]; /* [rows][head_dim] */
+    float factor[TILE + LANES];                     /* rescales the sums so far to the new maximum */
+    int32_t first[TILE], last[TILE];                /* the keys that a row attends to: first <= key < last */
     __m512 maximum[VECTORS], total[VECTORS];
 } Tile;
 
@@ -90,15 +90,15 @@ INLINE void value_tile(const float *scores, const float *values, int64_t keys, i
 static void prefill_scores(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count)
 {
     switch (count) {
-        case 1: score_tile(keys, query, head_dim, scores, 1); break;
-        case 2: score_tile(keys, query, head_dim, scores, 2); break;
-        case 3: score_tile(keys, query, head_dim, scores, 3); break;
-        default: score_tile(keys, query, head_dim, scores, 4);
+    case 1: score_tile(keys, query, head_dim, scores, 1); break;
+    case 2: score_tile(keys, query, head_dim, scores, 2); break;
+    case 3: score_tile(keys, query, head_dim, scores, 3); break;
+    default: score_tile(keys, query, head_dim, scores, 4);
     }
 }
 
-INLINE void prefill_values(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
-                        float *sums, const int rows)
+INLINE void prefill_values(const float *scores, const float *values, int64_t keys, int64_t head_dim,
+                           const float *factor, float *sums, const int rows)
 {
     for (int64_t column = 0; column < head_dim; column += VECTORS * LANES) {
         int64_t left = min64(head_dim - column, VECTORS * LANES);
@@ -107,10 +107,10 @@ INLINE void prefill_values(const float *scores, const float *values, int64_t key
         const float *value = values + column;
         float *sum = sums + column;
         switch (count) {
-            case 1: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 1); break;
-            case 2: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 2); break;
-            case 3: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 3); break;
-            default: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 4);
+        case 1: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 1); break;
+        case 2: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 2); break;
+        case 3: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 3); break;
+        default: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 4);
         }
     }
 }
@@ -325,7 +325,8 @@ const char *prefill_run(const AttentionPlan *plan, const Parallel *parallel)
     const AttentionCall *call = plan->call;
     int64_t pairs = call->batch * call->kv_heads;
     Prefill prefill = {.plan = plan, .rows = call->tokens * plan->group, .height = TILE};
-    while (prefill.height > LANES && pairs * tiles_of(&prefill) < ENOUGH_TASKS) prefill.height /= 2;
+    while (prefill.height > LANES && pairs * tiles_of(&prefill) < ENOUGH_TASKS)
+        prefill.height /= 2;
     int64_t parts = (call->tokens + APPENDED - 1) / APPENDED;
     parallel_for(parallel, (size_t)(pairs * parts), append_task, (void *)plan);
     parallel_for(parallel, (size_t)(pairs * tiles_of(&prefill)), attend_tile, &prefill);

@@ -138,7 +138,8 @@ bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor)
         return false;
     if (tensor->type != type)
         return fail(run, "satchel: an input has the wrong element type");
-    return check(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data), "satchel: an input has no data");
+    return check(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data),
+                 "satchel: an input has no data");
 }
 
 bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data)
@@ -238,7 +239,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     OrtStatus *status = NULL;
     if (api == NULL) { /* an older ONNX Runtime: report it through the first version of the interface */
         const OrtApi *oldest = base->get_api(1);
-        return oldest == NULL ? NULL : make_error(oldest, "satchel: this ONNX Runtime is too old for satchel's kernels");
+        return oldest == NULL ? NULL
+                              : make_error(oldest, "satchel: this ONNX Runtime is too old for satchel's kernels");
     }
     if (!can_run())
         return make_error(api, "satchel: this processor has no AVX-512 VNNI");

@@ -9,24 +9,24 @@
 #include "scratch.h"
 
 enum {
-    TILE_ROWS = 6,          /* with 4 panels: 24 sums, 4 weights and 1 activation in 32 registers */
+    TILE_ROWS = 6, /* with 4 panels: 24 sums, 4 weights and 1 activation in 32 registers */
     CHANNEL_PANELS = 4,
-    BLOCK_PANELS = 2,       /* each has one sum per block and one over all blocks */
-    QUANTIZED_ROWS = 8,       /* rows of a task that quantizes activations */
-    MULTIPLIED_ROWS = 96,   /* rows of a task that multiplies: they fit in the cache of a core */
+    BLOCK_PANELS = 2,     /* each has one sum per block and one over all blocks */
+    QUANTIZED_ROWS = 8,   /* rows of a task that quantizes activations */
+    MULTIPLIED_ROWS = 96, /* rows of a task that multiplies: they fit in the cache of a core */
 };
 
 typedef struct {
     const LinearParams *params;
     const LinearCall *call;
-    int8_t *activations;   /* [rows, row_bytes] */
-    float *scales;   /* [rows, row_scales] */
-    int32_t *sums;   /* the same */
-    float *scratch;     /* [row tasks, row_bytes] */
-    int64_t rows;    /* quantized rows: one or two (`twice`) per row of the call */
+    int8_t *activations; /* [rows, row_bytes] */
+    float *scales;       /* [rows, row_scales] */
+    int32_t *sums;       /* the same */
+    float *scratch;      /* [row tasks, row_bytes] */
+    int64_t rows;        /* quantized rows: one or two (`twice`) per row of the call */
     bool twice;
-    int64_t width;   /* panels of a task */
-    size_t groups;   /* tasks that cover the panels */
+    int64_t width; /* panels of a task */
+    size_t groups; /* tasks that cover the panels */
 } Work;
 
 /* exp(-x) */
@@ -141,12 +141,12 @@ INLINE void finish(const int rows, const int width, const bool twice, const Work
         ADD_ROW(4, at, weights) \
         ADD_ROW(5, at, weights) \
     } while (0)
-#define KEEP(r)                   \
-    if (r < rows) {               \
-        sums[r][0] = SUM(r, 0);   \
-        if (width > 1)            \
-            sums[r][1] = SUM(r, 1); \
-        if (width > 2)            \
+#define KEEP(r)                                             \
+    if (r < rows) {                                         \
+        sums[r][0] = SUM(r, 0);                             \
+        if (width > 1)                                      \
+            sums[r][1] = SUM(r, 1);                         \
+        if (width > 2)                                      \
             sums[r][2] = SUM(r, 2), sums[r][3] = SUM(r, 3); \
     }
 
@@ -159,8 +159,9 @@ INLINE __m512i four_inputs(const int8_t *values)
 
 /* Integer sums of a tile over inputs `from` to `end`: rows are `stride` bytes apart, panels `apart`. With `pairs` each
  * step takes 8 inputs of at most 2 panels; a single row then has two sums, so that steps do not wait for each other. */
-INLINE void add_products(const int rows, const int width, const int bits, const bool pairs, const int8_t *a, int64_t stride,
-                         const uint8_t *b, int64_t apart, int64_t from, int64_t end, __m512i (*sums)[CHANNEL_PANELS])
+INLINE void add_products(const int rows, const int width, const int bits, const bool pairs, const int8_t *a,
+                         int64_t stride, const uint8_t *b, int64_t apart, int64_t from, int64_t end,
+                         __m512i (*sums)[CHANNEL_PANELS])
 {
     const __m512i zero = _mm512_setzero_si512(), low_half = _mm512_set1_epi8(15);
     SUMS(0);
@@ -204,8 +205,8 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
 /* One tile: `rows` rows times `width` panels. Weights are unsigned: the zero point times the sum of the activations is
  * subtracted from each block's sum. Sums of a block are integers, and blocks are added in order, so the result of a row
  * does not depend on the tile. */
-INLINE void tile(const int rows, const int width, const int bits, const bool channel, const bool twice, const Work *work,
-                 int64_t row, int64_t panel)
+INLINE void tile(const int rows, const int width, const int bits, const bool channel, const bool twice,
+                 const Work *work, int64_t row, int64_t panel)
 {
     const LinearParams *params = work->params;
     const LinearCall *call = work->call;
@@ -236,7 +237,8 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
             for (int r = 0; r < rows; r++) {
                 const int64_t at = (row + r) * blocks + block;
                 const int32_t total = work->sums[at];
-                __m512i offset = own_zeros ? _mm512_mullo_epi32(zeros, _mm512_set1_epi32(total)) : _mm512_set1_epi32(middle * total);
+                __m512i offset = own_zeros ? _mm512_mullo_epi32(zeros, _mm512_set1_epi32(total))
+                                           : _mm512_set1_epi32(middle * total);
                 __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][p], offset));
                 __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(work->scales[at]));
                 product[r][p] = channel ? _mm512_mul_ps(whole, both) : _mm512_fmadd_ps(whole, both, product[r][p]);
@@ -261,10 +263,10 @@ INLINE void strip(const int width, const int bits, const bool channel, const boo
 
 typedef void Strip(const Work *work, int64_t row, int64_t end, int64_t panel);
 
-#define STRIP(name, width, bits, channel, twice)                                        \
-    static void name(const Work *work, int64_t row, int64_t end, int64_t panel)         \
-    {                                                                                   \
-        strip(width, bits, channel, twice, work, row, end, panel);                      \
+#define STRIP(name, width, bits, channel, twice)                                \
+    static void name(const Work *work, int64_t row, int64_t end, int64_t panel) \
+    {                                                                           \
+        strip(width, bits, channel, twice, work, row, end, panel);              \
     }
 STRIP(channel_4, 4, 8, true, false)
 STRIP(channel_2, 2, 8, true, false)
@@ -285,7 +287,8 @@ static void multiply(void *data, size_t index)
 {
     const Work *work = data;
     const LinearParams *params = work->params;
-    const int64_t whole = panels(params), group = (int64_t)(index % work->groups), part = (int64_t)(index / work->groups);
+    const int64_t whole = panels(params), group = (int64_t)(index % work->groups),
+                  part = (int64_t)(index / work->groups);
     const int64_t row = part * MULTIPLIED_ROWS;
     const int64_t end = row + MULTIPLIED_ROWS < work->rows ? row + MULTIPLIED_ROWS : work->rows;
     int64_t panel = group * work->width;
@@ -308,8 +311,8 @@ static void quantize_rows(void *data, size_t index)
     for (int64_t r = first; r < first + QUANTIZED_ROWS && r < call->rows; r++) {
         const int64_t at = work->twice ? 2 * r : r;
         (work->twice ? quantize_row_twice : quantize_row)(
-            params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride, work->activations + at * stride,
-            work->scales + at * scales, work->sums + at * scales);
+            params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride,
+            work->activations + at * stride, work->scales + at * scales, work->sums + at * scales);
     }
 }
 
@@ -327,8 +330,14 @@ const char *linear_run(const LinearParams *params, const LinearCall *call, const
     if (memory == NULL)
         return "satchel:Linear: out of memory";
     float *row_scale = (float *)(memory + scratch_bytes + activation_bytes);
-    Work work = {.params = params, .call = call, .activations = (int8_t *)(memory + scratch_bytes), .scales = row_scale,
-                 .sums = (int32_t *)(row_scale + rows * scales), .scratch = (float *)memory, .rows = rows, .twice = twice};
+    Work work = {.params = params,
+                 .call = call,
+                 .activations = (int8_t *)(memory + scratch_bytes),
+                 .scales = row_scale,
+                 .sums = (int32_t *)(row_scale + rows * scales),
+                 .scratch = (float *)memory,
+                 .rows = rows,
+                 .twice = twice};
     work.width = params->row.block == 0 && call->rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
     work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
     parallel_for(parallel, tasks, quantize_rows, &work);

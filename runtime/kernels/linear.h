@@ -21,17 +21,23 @@ typedef struct {
     int64_t rows;
     bool single;                /* each row is the only new token of its sequence */
     const float *x;             /* [rows, inputs] */
-    const uint8_t *weights;       /* [panels, panel_bytes] */
+    const uint8_t *weights;     /* [panels, panel_bytes] */
     const float *scales;        /* [panels, blocks, 16] */
     const uint8_t *zero_points; /* the same, or NULL */
     const float *bias;          /* [outputs], or NULL */
     const float *residual;      /* as y, or NULL */
-    const float *norm_weight;          /* [inputs], or NULL */
+    const float *norm_weight;   /* [inputs], or NULL */
     float *y;                   /* [rows, outputs], or half of them with a gate */
 } LinearCall;
 
-static inline int64_t half_outputs(const LinearParams *params) { return params->gate ? params->outputs / 2 : params->outputs; }
-static inline int64_t panels(const LinearParams *params) { return (half_outputs(params) + 15) / 16 * (params->gate ? 2 : 1); }
+static inline int64_t half_outputs(const LinearParams *params)
+{
+    return params->gate ? params->outputs / 2 : params->outputs;
+}
+static inline int64_t panels(const LinearParams *params)
+{
+    return (half_outputs(params) + 15) / 16 * (params->gate ? 2 : 1);
+}
 
 static inline int64_t panel_bytes(const LinearParams *params)
 {

@@ -29,7 +29,8 @@ static bool valid_params(const LinearParams *params)
     const RowParams *row = &params->row;
     const int64_t k = row->inputs, n = params->outputs, block = row->block, mixed = row->hadamard;
     return k >= 1 && k <= MAX_SIZE && n >= 1 && n <= MAX_SIZE && (params->bits == 8 || params->bits == 4)
-        && (block == 0 ? params->bits == 8 && k <= MAX_CHANNEL_INPUTS : block >= 8 && block <= MAX_BLOCK && k % block == 0 && block % 8 == 0)
+        && (block == 0 ? params->bits == 8 && k <= MAX_CHANNEL_INPUTS
+                       : block >= 8 && block <= MAX_BLOCK && k % block == 0 && block % 8 == 0)
         && (mixed == 0 || (mixed >= 2 && (mixed & (mixed - 1)) == 0 && k % mixed == 0))
         && (params->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
 }
@@ -56,9 +57,11 @@ static void *create(Create *create)
     return kernel;
 }
 
-static bool fits(const LinearParams *params, const Tensor *weights, const Tensor *scales, const Tensor *zero_points, const Tensor *bias, const Tensor *norm_weight)
+static bool fits(const LinearParams *params, const Tensor *weights, const Tensor *scales, const Tensor *zero_points,
+                 const Tensor *bias, const Tensor *norm_weight)
 {
-    const int64_t whole[] = {panels(params), panel_bytes(params)}, blocks[] = {panels(params), row_scales(&params->row), 16};
+    const int64_t whole[] = {panels(params), panel_bytes(params)},
+                  blocks[] = {panels(params), row_scales(&params->row), 16};
     return has_dims(weights, 2, whole) && has_dims(scales, 3, blocks)
         && (zero_points->data == NULL || (params->row.block && has_dims(zero_points, 3, blocks)))
         && (bias->data == NULL || has_dims(bias, 1, &params->outputs))
@@ -82,7 +85,8 @@ static bool run(const void *kernel, Run *run)
     x.dims[x.rank - 1] = half_outputs(params);
     if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
         return fail(run, "satchel:Linear: the residual does not have the shape of the output");
-    LinearCall call = {rows, single, x.data, weights.data, scales.data, zero_points.data, bias.data, residual.data, norm_weight.data, NULL};
+    LinearCall call = {rows,      single,        x.data,           weights.data, scales.data, zero_points.data,
+                       bias.data, residual.data, norm_weight.data, NULL};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
     const char *error = linear_run(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
@@ -91,5 +95,5 @@ static bool run(const void *kernel, Run *run)
 
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
 
-Operator linear_operator = {
-    .name = "Linear", .inputs = 7, .required = 3, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};
+Operator linear_operator
+    = {.name = "Linear", .inputs = 7, .required = 3, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};

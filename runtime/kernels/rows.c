@@ -105,7 +105,8 @@ static void fill_up(const RowParams *params, int8_t *quantized, int64_t count)
 
 static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-void quantize_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized, float *scales, int32_t *sums)
+void quantize_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized,
+                  float *scales, int32_t *sums)
 {
     const int64_t count = params->inputs, block = params->block;
     x = prepare_row(params, x, norm_weight, scratch);
@@ -117,7 +118,8 @@ void quantize_row(const RowParams *params, const float *x, const float *norm_wei
     fill_up(params, quantized, block ? count : whole_vectors(count));
 }
 
-void quantize_row_twice(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized, float *scales, int32_t *sums)
+void quantize_row_twice(const RowParams *params, const float *x, const float *norm_weight, float *scratch,
+                        int8_t *quantized, float *scales, int32_t *sums)
 {
     const int64_t count = params->inputs;
     x = prepare_row(params, x, norm_weight, scratch);

@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
     const TableParams *params;
     int64_t rows;
-    const uint8_t *weights;   /* [outputs, inputs] */
+    const uint8_t *weights; /* [outputs, inputs] */
     const float *scales;    /* [outputs, blocks] */
     float *y;               /* [rows, outputs] */
     const int8_t *rounded;  /* [rows, row_bytes] */
@@ -36,8 +36,8 @@ static void *create(Create *create)
     params->row.block = attribute(create, "block", 0);
     params->outputs = attribute(create, "outputs", 0);
     const int64_t k = params->row.inputs, block = params->row.block;
-    if (k >= 1 && k <= 1 << 24 && params->outputs >= 1 && params->outputs <= 1 << 24 && block >= 16 && (block & (block - 1)) == 0
-        && k % block == 0)
+    if (k >= 1 && k <= 1 << 24 && params->outputs >= 1 && params->outputs <= 1 << 24 && block >= 16
+        && (block & (block - 1)) == 0 && k % block == 0)
         return params;
     free(params);
     create->error = "satchel:TableLinear: invalid combination of attributes";
@@ -59,9 +59,11 @@ INLINE float dot(const TableWork *work, int64_t row, int64_t output)
     for (int64_t v = 0; v < vectors; v++) {
         const int64_t first = v * BYTES / block;
         __m512i w = _mm512_maskz_loadu_epi8(bytes(inputs - v * BYTES), weights + v * BYTES);
-        __m512i whole = _mm512_dpbusd_epi32(_mm512_load_si512(offsets + v * LANES), w, _mm512_load_si512(rounded + v * BYTES));
-        __m512 scale = block >= BYTES ? _mm512_set1_ps(scales[first])
-                                      : _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(lanes(blocks - first), scales + first));
+        __m512i whole
+            = _mm512_dpbusd_epi32(_mm512_load_si512(offsets + v * LANES), w, _mm512_load_si512(rounded + v * BYTES));
+        __m512 scale = block >= BYTES
+            ? _mm512_set1_ps(scales[first])
+            : _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(lanes(blocks - first), scales + first));
         scale = _mm512_mul_ps(scale, _mm512_load_ps(steps + v * LANES));
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, sum);
     }
@@ -118,7 +120,7 @@ static bool run(const void *kernel, Run *run)
     float *row_scale = scratch + stride;
     for (int64_t r = 0; r < rows; r++) {
         quantize_row(&params->row, (const float *)x.data + r * inputs, NULL, scratch, rounded + r * stride, row_scale,
-                  (int32_t *)(row_scale + blocks));
+                     (int32_t *)(row_scale + blocks));
         spread(&params->row, rounded + r * stride, row_scale, steps + r * stride / 4, offsets + r * stride / 4);
     }
     work.rounded = rounded, work.steps = steps, work.offsets = offsets;
@@ -128,5 +130,10 @@ static bool run(const void *kernel, Run *run)
 
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
 
-Operator table_linear_operator = {
-    .name = "TableLinear", .inputs = 3, .required = 3, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};
+Operator table_linear_operator = {.name = "TableLinear",
+                                  .inputs = 3,
+                                  .required = 3,
+                                  .outputs = 1,
+                                  .input_types = INPUTS,
+                                  .create = create,
+                                  .run = run};
