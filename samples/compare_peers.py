@@ -1,18 +1,18 @@
-"""satchel beside other runners on this machine: the same work, in turn, each in a fresh process.
+"""Benchmarks bundles against other engines on this machine: the same workload, interleaved, each in a fresh process.
 
     python samples/compare_peers.py --satchel int8=out/int8 --llama-bench llama.cpp/build/bin/llama-bench \\
         --gguf model-Q8_0.gguf --genai genai-int8/ --genai-python genai/bin/python
 
-Peers are what you have: llama.cpp's `llama-bench` with GGUF files, model folders of onnxruntime-genai, folders or GGUF
-files of OpenVINO GenAI. Name those that hold the same model at a like precision. The last two run under a Python that
-has them (`--genai-python`, `--openvino-python`).
+Engines: llama.cpp's `llama-bench` with GGUF files, model folders of onnxruntime-genai, folders or GGUF files of OpenVINO
+GenAI. Give models of the same weights and similar precision. The last two run in a Python that has them installed
+(`--genai-python`, `--openvino-python`).
 
-Work: batch 1, a prompt of random ids, then new tokens, the most likely one each; one short warm-up before. llama-bench
-decodes random ids instead, in a second process, from a context of the prompt's length on. `prefill` and `decode` are
-tokens per second, `load` is seconds from the runner's import to a model that is ready, `rss_mb` the peak resident
-memory in MiB as the system counts it. `-` is what a peer does not tell. Figures are medians over the rounds, and a
-ratio is the median of the ratios within each round, since a machine that is busy is so for both. A runner that fails is
-left out, with one line that says why, and the exit code is then 1.
+Workload: batch size 1, a prompt of random ids, then greedy new tokens, after a short warm-up. llama-bench decodes random
+ids instead, in a second process, from a context of the prompt's length. `prefill` and `decode` are tokens per second,
+`load` is seconds from the import of the engine to a ready model, `rss_mb` the peak resident memory in MiB. `-` means
+that the engine does not report the value. Figures are medians over the rounds; a ratio is the median of the ratios
+within each round, so that it holds on a busy machine. An engine that fails is skipped with one line that says why, and
+the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Work:
 
 
 def run(command: list[str]) -> tuple[str, float]:
-    """What a command prints, and its peak resident memory in MiB. Raises NotMeasuredError."""
+    """The output of a command, and its peak resident memory in MiB. Raises NotMeasuredError."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             process = subprocess.Popen(command, stdout=out, stderr=err)
@@ -203,7 +203,7 @@ def parse() -> argparse.Namespace:
     add("--openvino", action="append", default=[], metavar="PATH", help="a model of OpenVINO GenAI")
     add("--genai-python", default=sys.executable, metavar="PATH", help="a Python with onnxruntime-genai")
     add("--openvino-python", default=sys.executable, metavar="PATH", help="a Python with openvino-genai")
-    add("--rounds", type=int, default=5, help="how often each runs (%(default)s)")
+    add("--rounds", type=int, default=5, help="number of rounds (%(default)s)")
     add("--prompt-tokens", type=int, default=512, help="%(default)s")
     add("--new-tokens", type=int, default=128, help="%(default)s")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="%(default)s: all that this process may use")

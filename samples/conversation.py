@@ -8,7 +8,7 @@ from satchel.runtime import Conversation, Generator
 
 
 def main(bundle: str, questions: list[str]) -> None:
-    """Ask one question after the other, and print the answers as they come, each with what was fed for it."""
+    """Ask the questions one after another; print each answer as it comes, and how many tokens were prefilled for it."""
     talk = Conversation(Generator.open(bundle, threads=2), system="You answer in one short sentence.")
     for question in questions:
         print(f"> {question}")

@@ -1,16 +1,16 @@
-"""A graph pass of one's own with an operator from a library, exported, run, and switched off again.
+"""A graph pass of your own that uses an operator from a library: exported, run, and switched off.
 
     pip install onnxruntime-extensions
     python samples/custom_pass.py out/custom
 
-It compiles the model of own_module.py with the pass `cut_negatives` below, and prints
+It exports the model of own_module.py with the pass `cut_negatives` below, and prints
 
     passes: prefill 4, decode 4, score 4
     with the pass:    ' on the lid. Every m'
     without the pass: ' on the lid. Every m'
     largest change of a logit: 2.4
 
-The same by commands, where LIBRARY is what `onnxruntime_extensions.get_library_path()` gives:
+The same with commands, where LIBRARY is the path that `onnxruntime_extensions.get_library_path()` returns:
 
     satchel export samples/own_module.py:build -o out/custom --tokenizer out/own-tokenizer.json \\
         --pass samples/custom_pass.py:cut_negatives --custom-ops LIBRARY
@@ -38,7 +38,7 @@ PROMPT = "A gull sat"
 
 @graph_pass
 def cut_negatives(model: ir.Model, report: Report) -> None:
-    """Let a feed-forward layer's activation keep what is above zero only: its output is then sparse.
+    """Set negative outputs of an MLP's activation to zero.
 
     NegPos of onnxruntime-extensions splits numbers into those below zero and those above.
 

@@ -8,7 +8,7 @@ from satchel.runtime import Generator
 
 
 def main(bundle: str, prompt: str) -> None:
-    """Print a continuation piece by piece as it comes, and then what it cost."""
+    """Stream a continuation, then print its speed."""
     generator = Generator.open(bundle, threads=2)
     with generator.stream(prompt, max_new_tokens=48) as stream:
         for piece in stream:

@@ -1,10 +1,10 @@
-"""Writes the GGUF files that llama.cpp reads from a Llama checkpoint, to time it on the same shape.
+"""Writes a GGUF file from a Llama checkpoint, to benchmark llama.cpp on the same shape.
 
     python samples/gguf_of_llama.py out/llama-1b out/llama-1b-Q8_0.gguf --type Q8_0
     python samples/gguf_of_llama.py out/llama-1b out/llama-1b-Q4_0.gguf --type Q4_0
 
-For random weights (`samples/make_llama_1b.py`): the vocabulary is filled with made-up words, so speed is all that such
-a file can tell. Matrices are of the type that is asked for, the head of Q8_0, and norms of float32.
+For random weights (`samples/make_llama_1b.py`): the vocabulary is made up, so such a file is good for speed only.
+Matrices have the given type, the head is Q8_0, norms are float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in the order of GGUF, whose rotation turns neighbors."""
+    """Rows of a query or key projection in the order of GGUF, which rotates adjacent channels."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 

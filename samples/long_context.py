@@ -1,15 +1,15 @@
-"""How well a bundle keeps to another one far into a text.
+"""Compares a bundle with another one at long context.
 
     python samples/long_context.py out/int8 out/fp32 --text book.txt
 
-Made for bundles with an int8 KV cache beside the same model with a float one. Three comparisons over one long stretch
-of the text, as JSON on one line each:
+For a bundle with an int8 KV cache against the same model with a float cache. Three comparisons over one long part of
+the text, each as one line of JSON:
 
 - `decode`: all but the last tokens as a prompt, the last ones fed one by one. KL divergence from the reference's
-  predictions, and the share of positions where both think the same token most likely.
+  predictions, and the share of positions with the same most likely token.
 - `prefill`: the same, with the last ones fed in small chunks through the prefill graph; the end of each chunk counts.
 - `facts`: sentences are put at the beginning, and the beginning of each is repeated at the end. What both bundles write
-  next shows whether they still find it. A small model may miss some with a float cache, too.
+  next shows whether they still recall it. A small model may miss some with a float cache, too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes a checkpoint of random weights in the shape of a Llama of 1.1 billion parameters, to try large exports with.
+"""Writes a checkpoint of random weights in the shape of a Llama of 1.1 billion parameters, to test large exports.
 
     python samples/make_llama_1b.py out/llama-1b                       # 2.1 GiB of bfloat16 in five shards
-    python samples/make_llama_1b.py out/small --layers 2 --hidden 64   # the same in small
+    python samples/make_llama_1b.py out/small --layers 2 --hidden 64   # a small one
 
 Each weight is made and written a few rows at a time, so memory stays below 100 MiB whatever the size.
 """

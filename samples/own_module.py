@@ -1,15 +1,15 @@
-"""A decoder that is in no library, from a plain torch module to a bundle.
+"""Exports a decoder that is a plain torch module.
 
     python samples/own_module.py out/own-tokenizer.json
     satchel export samples/own_module.py:build -o out/own --tokenizer out/own-tokenizer.json
     satchel run out/own "The box" --max-new-tokens 40
 
 The first command writes the tokenizer. The second calls `build()`, which trains the model for a few seconds on the text
-below until it knows it by heart, and compiles it. The third needs neither torch nor this file.
+below until it has memorized it. The third needs neither torch nor this file.
 
-What makes the module exportable is only this: an attribute `satchel` with the facts that no weight tells, and a
+A module can be exported if it has an attribute `satchel` with the facts that weights do not tell, and a
 `forward(input_ids, position_ids, attention)` that calls `attention` once per layer on the new tokens' query, key and
-value. In training `attention` is torch's own; in an export it is satchel's, which gives the graph its KV cache.
+value. In training, `attention` is torch's; in an export it is satchel's, which adds the KV cache.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torc
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer learnt from the text: it can encode anything, and this text in few tokens."""
+    """A byte-level BPE tokenizer learned from the text: it can encode anything, and this text in few tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

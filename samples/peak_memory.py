@@ -2,8 +2,8 @@
 
     python samples/peak_memory.py satchel export out/llama-1b -o out/bundle
 
-Anonymous memory (RssAnon in /proc) is what the system cannot take back: pages of mapped files, such as a checkpoint's
-or a bundle's weights, are left out. It is read every 20 ms, so a shorter peak may be missed.
+Anonymous memory (RssAnon in /proc) is memory that the system cannot reclaim: pages of mapped files, such as the weights
+of a checkpoint or a bundle, do not count. It is read every 20 ms, so a shorter peak may be missed.
 """
 
 from __future__ import annotations

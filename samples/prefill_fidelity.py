@@ -1,11 +1,11 @@
-"""How near a bundle's prefill is to another one's, as the machine at hand runs it.
+"""Compares the prefill of two bundles, with the kernels that this machine uses.
 
     python samples/prefill_fidelity.py out/int8 out/fp32 --text book.txt
 
 `satchel eval` measures the score graph, which gives the logits of all positions at once; a specialized bundle may have
 other kernels for prefill, and these give the last position's only. Here each window of the text is prefilled two tokens
 at a time, and every second position counts: mean KL divergence from the reference's predictions, and the share of
-positions where both think the same token most likely, as JSON on one line.
+positions with the same most likely token, as JSON on one line.
 """
 
 from __future__ import annotations

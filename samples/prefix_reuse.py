@@ -1,4 +1,4 @@
-"""Times prompts that begin alike, with and without the keys and values of what was seen before.
+"""Times prompts with a shared prefix, with and without the prefix cache.
 
     python samples/prefix_reuse.py BUNDLE [--prompts 32] [--prefix 400] [--own 32] [--new-tokens 16] [--threads 2]
 

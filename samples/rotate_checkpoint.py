@@ -1,10 +1,10 @@
-"""Write a Llama checkpoint with its residual stream turned by a random orthogonal matrix: same model, other weights.
+"""Write a Llama checkpoint with its residual stream rotated by a random orthogonal matrix: same model, other weights.
 
     python samples/rotate_checkpoint.py CHECKPOINT OUTPUT [--seed 1]
 
-A checkpoint that came off a 4-bit grid flatters schemes that land on that grid again; turned, its weights lie on no
-grid. CHECKPOINT is a Hugging Face folder or a GGUF file of a Llama; OUTPUT becomes a folder. The gains of the norms
-move into the layers behind them, so a head that was tied to the embedding is on its own afterwards.
+A checkpoint whose weights come from a 4-bit grid flatters schemes that use the same grid; rotated, its weights are on no
+grid. CHECKPOINT is a Hugging Face folder or a GGUF file of a Llama; OUTPUT becomes a folder. The norm weights
+move into the layers behind them, so a tied head is untied afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def orthogonal(size: int, seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def rotate(model: LlamaForCausalLM, seed: int) -> None:
-    """Turn the residual stream of `model` in place; its logits stay the same but for rounding."""
+    """Rotate the residual stream of `model` in place; its logits stay the same but for rounding."""
     body, turn = model.model, orthogonal(model.config.hidden_size, seed)
 
     def read(linear: torch.nn.Linear, gain: torch.Tensor) -> None:

@@ -9,11 +9,11 @@
 #include "exponential.h"
 #include "scratch.h"
 
-/* Attention of many tokens. A task takes TILE query rows of one key head (row by row: the heads of a token are adjacent)
- * over blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so that
- * keys and values are read in place: scores are [keys][rows], softmax runs along the lanes of a vector, and both products
- * are register tiles of 6 broadcast floats by up to 4 vectors. Blocks start at multiples of BLOCK from the start of the
- * cache, so the result of a row does not depend on the other rows. */
+/* Attention of many tokens. A task takes TILE query rows of one key head (row by row; the heads of a token are adjacent)
+ * over blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so
+ * that keys and values are read in place: scores are [keys][rows], softmax runs along the lanes of a vector, and both
+ * products are register tiles of 6 broadcast floats by up to 4 vectors. Blocks start at multiples of BLOCK from the
+ * start of the cache, so the result of a row does not depend on the other rows. */
 enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64, ENOUGH_TASKS = 16 };
 
 typedef struct {

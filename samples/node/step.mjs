@@ -1,4 +1,4 @@
-// The graphs of a bundle in Node, by the steps of the README ("The graphs, for runners in other languages"):
+// The graphs of a bundle in Node, by the steps of docs/graph-contract.md:
 //
 //     npm ci --ignore-scripts        (the script of onnxruntime-node fetches libraries for CUDA, which this does not use)
 //     node step.mjs BUNDLE COUNT IDS
