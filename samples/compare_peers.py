@@ -3,11 +3,11 @@
     python samples/compare_peers.py --satchel int8=out/int8 --llama-bench llama.cpp/build/bin/llama-bench \\
         --gguf model-Q8_0.gguf --genai genai-int8/ --genai-python genai/bin/python
 
-Engines: llama.cpp's `llama-bench` with GGUF files, model folders of onnxruntime-genai, folders or GGUF files of OpenVINO
+Engines: llama.cpp's `llama-bench` with GGUF files, onnxruntime-genai model folders, folders or GGUF files of OpenVINO
 GenAI. Give models of the same weights and similar precision. The last two run in a Python that has them installed
 (`--genai-python`, `--openvino-python`).
 
-Workload: batch size 1, a prompt of random ids, then greedy new tokens, after a short warm-up. llama-bench decodes random
+Workload: batch size 1, a prompt of random ids, then greedy tokens, after a short warm-up. llama-bench decodes random
 ids instead, in a second process, from a context of the prompt's length. `prefill` and `decode` are tokens per second,
 `load` is seconds from the import of the engine to a ready model, `rss_mb` the peak resident memory in MiB. `-` means
 that the engine does not report the value. Figures are medians over the rounds; a ratio is the median of the ratios

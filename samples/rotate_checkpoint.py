@@ -2,7 +2,7 @@
 
     python samples/rotate_checkpoint.py CHECKPOINT OUTPUT [--seed 1]
 
-A checkpoint whose weights come from a 4-bit grid flatters schemes that use the same grid; rotated, its weights are on no
+A checkpoint whose weights lie on a 4-bit grid flatters schemes that use the same grid; rotated, its weights are on no
 grid. CHECKPOINT is a Hugging Face folder or a GGUF file of a Llama; OUTPUT becomes a folder. The norm weights
 move into the layers behind them, so a tied head is untied afterwards.
 """
