@@ -11,10 +11,9 @@ from satchel.runtime.cli.main import COMMANDS, HelpFormatter, Parser, build_full
 INTRODUCTION = """\
 # Command line
 
-`satchel COMMAND --help` says the same in a terminal. Flags cannot be abbreviated. Exit codes: 0 done, 1 a check failed, \
-2 wrong input
-(one line on standard error says what), 130 interrupted. Results go to standard output, everything else to standard
-error.
+`satchel COMMAND --help` says the same in a terminal. Flags cannot be abbreviated. Exit codes: 0 done, 1 a check failed,
+2 wrong input (one line on standard error says what), 130 interrupted. Results go to standard output, everything
+else to standard error.
 
 This page is generated from the parsers: `python -m satchel.runtime.cli.reference > docs/cli.md`.
 """
