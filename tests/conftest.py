@@ -1,18 +1,26 @@
-"""Makes `tests/support` importable, and keeps the runner's memory of hashes out of the home directory."""
+"""What holds for all tests: one thread for each worker, no home directory, and bundles that are made once for all."""
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a worker has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background lets their children ignore Ctrl-C, which some tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runner keeps hashes and bundles in the cache of the user otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -20,7 +28,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_pool() -> Iterator[None]:
-    """A command that runs inside the test process must not take ONNX Runtime's threads from all tests after it."""
+    """A command that runs inside the test process must not take ONNX Runtime's threads from all tests after it.
+
+    `test_commands_share_one_pool` runs a command in a process of its own, as users do.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("satchel.runtime.ort.session.share_thread_pool", lambda threads=None: None)
         yield

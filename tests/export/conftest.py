@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import save_tiny
+from support.shared import made_once
 
 from satchel.export import ExportConfig, export_bundle
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny", tokenizer=True)
+    return made_once(tmp_path_factory, "tiny-checkpoint", lambda folder: save_tiny(folder, tokenizer=True))
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(tiny_checkpoint, ExportConfig(bundle))
-    return bundle
+    def make(folder: Path) -> None:
+        export_bundle(tiny_checkpoint, ExportConfig(folder / "tiny"))
+
+    return made_once(tmp_path_factory, "tiny-bundle", make) / "tiny"
 
 
 @pytest.fixture(autouse=True)

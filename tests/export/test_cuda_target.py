@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.cuda_graphs import CudaGraphs
 from support.exported import CHUNK, PROMPT, difference, exported
-from support.families import FAMILIES, VOCABULARY, Family, build, save
+from support.families import FAMILIES, VOCABULARY, Family, build, by_family, save
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.recipes import recipe_of
@@ -51,7 +51,7 @@ def without_kernel(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_family(NAMES))
 def test_the_graphs_give_the_models_logits(name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     whole = exported(name, tmp_path_factory)
     folder, manifest = bundle(FAMILIES[name], tmp_path)

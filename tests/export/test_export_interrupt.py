@@ -33,8 +33,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stage", ["tracing", "writing"])
+@pytest.mark.parametrize(
+    ("stage", "sent"),
+    [
+        ("tracing", signal.SIGTERM), ("writing", signal.SIGINT),
+        pytest.param("tracing", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("writing", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_signal_ends_an_export_with_nothing_left(
     sent: signal.Signals, stage: str, large: Path, tmp_path: Path
 ) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.exported import CHUNK, PROMPT, Exported, difference, exported
-from support.families import FAMILIES, TOLERANCE, greedy, logits_of, reference
+from support.families import FAMILIES, QUICK, TOLERANCE, by_family, greedy, logits_of, reference
 
 NEW_TOKENS, GREEDY_PROMPT = 32, 8
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=by_family(FAMILIES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return exported(request.param, tmp_path_factory)
 
@@ -48,7 +48,10 @@ def test_greedy_tokens_are_those_of_transformers(family: Exported) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize(("name", "feature"), [(n, f) for n, family in FAMILIES.items() for f in family.features])
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    by_family([(n, f) for n, family in FAMILIES.items() for f in family.features], lambda case: case[0] in QUICK),
+)
 def test_the_comparison_would_notice_the_loss_of_a_feature(
     name: str, feature: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

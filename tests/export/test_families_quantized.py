@@ -42,6 +42,9 @@ CASES = (
     ("mixtral", "int4", "float"), ("qwen3_moe", "int8", "float"), ("gemma2", "a16w4", "float"),
     ("smollm3", "int8", "float"),
 )  # fmt: skip
+FIRST_CASES = {("llama", "int4"), ("llama", "fp32"), ("gpt2", "int8"), ("qwen3_moe", "int8"), ("gemma2", "a16w4")}
+"""One of each precision that has a form of its own; the other cases are slow tests."""
+PARAMETERS = [pytest.param(c, marks=() if c[:2] in FIRST_CASES else pytest.mark.slow) for c in CASES]
 RECIPE = """
 [[rule]]
 layers = ["model.layers.0.*"]
@@ -109,7 +112,7 @@ def measure(name: str, precision: str, kv_cache: str, place: Path, recipe: Path 
     return Case(family, precision, kv_cache, bundle, checkpoint, ids, expected, scored, stepped)
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=PARAMETERS, ids="-".join)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return measure(*request.param, tmp_path_factory.mktemp("quantized"))
 

@@ -31,10 +31,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "a8w8": {"precision": "a8w8"},
     "int8-cache": {"precision": "int4", "kv_cache": "int8"},
 }
+FIRST = ("int8", "int4")
+"""One in two sessions and one in one; the others are slow tests."""
 IN_ONE_SESSION = ("fp32", "fp16", "int4", "a8w8")
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=() if f in FIRST else pytest.mark.slow) for f in FORMS])
 def form(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -71,12 +71,14 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
     yield places / "first", places / "other" / "and_longer"
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_files(twice: tuple[Path, Path]) -> None:
     first, second = (digests(place / "bundle") for place in twice)
     assert "weights.bin" in first
     assert first == second
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_manifest_but_for_times(twice: tuple[Path, Path]) -> None:
     first, second = (json.loads((place / "bundle" / "manifest.json").read_text()) for place in twice)
     for manifest in (first, second):
@@ -90,6 +92,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_products_and_factors_do_not_hang_on_the_threads_of_the_process(twice: tuple[Path, Path]) -> None:
     """On a machine of two cores or more these very sums differ between one thread and two."""
     first, second = ((place / "products").read_text() for place in twice)

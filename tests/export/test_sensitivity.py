@@ -122,6 +122,7 @@ def test_the_recipe_that_is_written_raises_what_was_chosen(found: Written) -> No
     assert text.startswith("# As mine, with the layers in 8 bits")
 
 
+@pytest.mark.slow
 def test_the_exported_recipe_is_within_the_budget_and_closer_to_the_model(
     found: Written, wide: Path, recipe: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from support.exported import difference, stored_weights
-from support.families import FAMILIES, TOLERANCE, VOCABULARY, Family, logits_of, reference, save
+from support.families import FAMILIES, TOLERANCE, VOCABULARY, Family, by_family, logits_of, reference, save
 from support.static_graphs import Stepper, graphs_of, in_float32, lowered, optimized, write_static
 
 from satchel.export import ExportConfig, ExportError
@@ -49,7 +49,7 @@ class Case:
     expected: NDArray[np.float32]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=by_family(NAMES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, place = family_of(request.param), tmp_path_factory.mktemp(request.param)
     checkpoint = save(family, place / "checkpoint")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.exported import difference
-from support.families import FAMILIES, VOCABULARY, save
+from support.families import FAMILIES, VOCABULARY, by_family, save
 from support.graphs import run
 
 from satchel.export.checkpoint import open_checkpoint
@@ -63,7 +63,7 @@ class Transformed:
     done: list[Done]
 
 
-@pytest.fixture(scope="module", params=EXPECTED)
+@pytest.fixture(scope="module", params=by_family(EXPECTED))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transformed]:
     before = fused(request.param, tmp_path_factory)
     after, done = pipeline.run(before, transforms(before))

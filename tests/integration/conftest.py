@@ -13,6 +13,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from support.export_command import satchel
+from support.shared import made_once
 
 CHECKOUT = Path(__file__).parents[2]
 DEFAULT_GGUF = CHECKOUT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,10 +53,11 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("smollm2") / "fp32"
-    done = satchel("export", gguf, "-o", bundle)
-    assert done.returncode == 0, done.stderr
-    return bundle
+    def make(folder: Path) -> None:
+        done = satchel("export", gguf, "-o", folder / "fp32", "--precision", "fp32")
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "smollm2", make) / "fp32"
 
 
 @pytest.fixture(scope="session")

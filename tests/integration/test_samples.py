@@ -45,18 +45,21 @@ def test_a_sample_does_not_write_over_what_it_is_given(name: str, tmp_path: Path
     assert str(path) in done.stderr
 
 
+@pytest.mark.slow
 def test_the_own_module_says_what_it_has_learnt(own: Path) -> None:
     done = satchel("run", own, "A gull sat", "--max-new-tokens", "12", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(" on the lid.")
 
 
+@pytest.mark.slow
 def test_every_layer_of_the_own_module_is_fused(own: Path) -> None:
     passes = json.loads((own / "manifest.json").read_text())["passes"]
     counts = {entry["pass"]: entry["count"] for entry in passes if entry["graph"] == "common"}
     assert (counts["fuse_rotary"], counts["fuse_attention"], counts["expand_attention"]) == (8, 4, 0)
 
 
+@pytest.mark.slow
 def test_a_pass_of_ones_own_runs_over_a_library_and_is_switched_off(tmp_path: Path) -> None:
     done = sample("custom_pass.py", tmp_path / "custom")
     assert done.returncode == 0, done.stderr
@@ -68,6 +71,7 @@ def test_a_pass_of_ones_own_runs_over_a_library_and_is_switched_off(tmp_path: Pa
     assert 0.1 < float(change.removeprefix("largest change of a logit: ")) < 10
 
 
+@pytest.mark.slow
 def test_generate_prints_the_text_as_a_stream_and_then_its_cost(own: Path) -> None:
     done = sample("generate.py", own, "A gull sat")
     assert (done.returncode, done.stderr) == (0, "")
@@ -85,6 +89,7 @@ def test_prompts_that_begin_alike_are_prefilled_once(tmp_path: Path) -> None:
     assert same == "the same answers: 5 of 5"
 
 
+@pytest.mark.slow
 def test_the_large_checkpoint_is_a_llama_that_transformers_reads(tmp_path: Path) -> None:
     import torch
     import transformers

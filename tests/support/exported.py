@@ -10,10 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.families import FAMILIES, VOCABULARY, Family, Model, logits_of, reference, save
+from support.shared import made_once
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.execution.engine import Engine
 
 PROMPT, CHUNK, STEPS = 20, 9, 40
@@ -47,18 +48,21 @@ _EXPORTED: dict[str, Exported] = {}
 def exported(name: str, places: pytest.TempPathFactory) -> Exported:
     """The family of that name in `FAMILIES`, exported as fp32 on first use."""
     if name not in _EXPORTED:
-        _EXPORTED[name] = _export(FAMILIES[name], places.mktemp(name))
+        _EXPORTED[name] = _open(FAMILIES[name], made_once(places, name, lambda place: _export(FAMILIES[name], place)))
     return _EXPORTED[name]
 
 
-def _export(family: Family, place: Path) -> Exported:
+def _export(family: Family, place: Path) -> None:
     checkpoint, folder = save(family, place / "checkpoint"), place / "bundle"
-    manifest = export_bundle(checkpoint, ExportConfig(folder, max_context=family.context, certificate=False))
-    weights = stored_weights(checkpoint)
+    export_bundle(checkpoint, ExportConfig(folder, "fp32", max_context=family.context, certificate=False))
+
+
+def _open(family: Family, place: Path) -> Exported:
+    weights, bundle = stored_weights(place / "checkpoint"), open_bundle(place / "bundle")
     model = reference(family, weights)
     ids = np.random.default_rng(1).integers(3, VOCABULARY, PROMPT + STEPS)
-    engine = Engine.open(Bundle(folder, manifest), threads=1)
-    return Exported(family, folder, manifest, engine, weights, model, ids, logits_of(model, ids))
+    engine = Engine.open(bundle, threads=1)
+    return Exported(family, bundle.folder, bundle.manifest, engine, weights, model, ids, logits_of(model, ids))
 
 
 def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
+
+QUICK = {"llama", "gemma2", "cohere", "gpt2", "phi3_long", "granite", "smollm3", "stablelm", "qwen3_moe"}
+"""Families that together have each kind of norm, rotation, attention and layer; the others are slow tests."""
 
 Model = transformers.PreTrainedModel
 Without = Mapping[str, Any] | Callable[[Model], None]
@@ -48,6 +52,14 @@ class Family:
     context: int = 64
     seed: int = 0
     deviation: float = 0.2
+
+
+def by_family(cases: Iterable[Any], quick: Callable[[Any], bool] = QUICK.__contains__) -> list[Any]:
+    """Parameters of a test, marked as slow where `quick` is false; names of families as they are, or in tuples."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if quick(case) else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def config_of(family: Family, **changes: Any) -> transformers.PreTrainedConfig:
