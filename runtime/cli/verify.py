@@ -1,40 +1,41 @@
-"""`satchel verify`: replays on this machine what a bundle was certified for."""
+"""`satchel verify`: checks the certificate of a bundle on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from satchel.runtime.cli import custom_flags, provider_flags
 from satchel.runtime.errors import BundleError
 
 if TYPE_CHECKING:
-    from satchel.runtime.bundle.certificate import Certificate
+    from satchel.runtime.bundle.certificate import Certificate, GoldenPrompt
     from satchel.runtime.bundle.reader import Bundle
     from satchel.runtime.evaluation.certify import Replay
 
-EXIT_MOVED = 1
+EXIT_MISMATCH = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel verify`."""
     parser.description = (
-        "Check that a bundle still gives on this machine what was recorded when it was made: run the prompts of its "
-        "certificate again, and compare within the margins stated there. Exits with 1 if something moved."
+        "Check on this machine the accuracy that was recorded when the bundle was made: run the prompts of its "
+        "certificate again, and compare with the recorded figures within the margins stated there. Exits with 1 on a "
+        "mismatch."
     )
     parser.epilog = "example:\n  satchel verify out/smollm2-fp32 --threads 2"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("--threads", "-t", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Replay, and print recorded and found figures with the verdict, or one JSON object. Returns 0 or 1."""
-    from satchel.runtime.evaluation.certify import moved, replay
+    """Print recorded and measured figures with the verdict, or one JSON object. Returns 0 or 1."""
+    from satchel.runtime.evaluation.certify import mismatches, replay
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
     from satchel.runtime.ort.open_bundle import open_bundle
@@ -59,16 +60,16 @@ def main(args: argparse.Namespace) -> int:
             replays.append(replay(engine, prompt))
             bar.update(1)
     with waiting("checking the tokenizer", shown=shown):
-        lines = _moved_tokenizer(bundle) + moved(certificate, replays)
+        lines = _tokenizer_mismatch(bundle) + mismatches(certificate, replays)
     if args.json:
         print(json.dumps(_as_json(args, certificate, replays, lines), ensure_ascii=False))
     else:
         _show(certificate, replays, lines, args.provider)
-    return EXIT_MOVED if lines else 0
+    return EXIT_MISMATCH if lines else 0
 
 
-def _moved_tokenizer(bundle: Bundle) -> list[str]:
-    """What opening the tokenizer complains of: it encodes the texts recorded at export and compares their ids."""
+def _tokenizer_mismatch(bundle: Bundle) -> list[str]:
+    """The error of opening the tokenizer, which encodes the texts recorded at export and compares their ids."""
     from satchel.runtime.generation.tokenizer import Tokenizer
 
     if bundle.manifest.tokenizer is None:
@@ -90,19 +91,40 @@ def _show(certificate: Certificate, replays: Sequence[Replay], lines: Sequence[s
     print(f"here      ONNX Runtime {onnxruntime.__version__}, {provider}, {processor_name()}")
     print(f"{'':15}{'KL recorded':>12}{'KL found':>12}{'same tokens':>14}")
     for number, (prompt, found) in enumerate(zip(certificate.prompts, replays, strict=True), start=1):
-        same = f"{_same_tokens(prompt.greedy_ids, found.greedy_ids)} of {len(prompt.greedy_ids)}"
+        same = f"{_same_tokens(prompt, found)} of {len(prompt.greedy_ids)}"
         print(f"{f'prompt {number}':15}{prompt.kl:12.5f}{found.kl:12.5f}{same:>14}")
     print(f"{'all prompts':15}{mean_kl(certificate.prompts):12.5f}{mean_kl(replays):12.5f}")
+    for line in _explained(certificate, replays):
+        print(line)
     for line in lines:
-        print(f"moved: {line}")
+        print(f"MISMATCH {line}")
     if not lines:
-        print("holds")
+        print("OK")
 
 
-def _same_tokens(recorded: Sequence[int], found: Sequence[int]) -> int:
-    """How many greedy tokens are the recorded ones before the first that is not."""
-    pairs = zip(recorded, found, strict=True)
-    return next((step for step, (left, right) in enumerate(pairs) if left != right), len(recorded))
+def _explained(certificate: Certificate, replays: Sequence[Replay]) -> Iterator[str]:
+    """What the figures mean, and why texts that differ from the recorded ones may be within the certificate."""
+    from satchel.runtime.evaluation.certify import first_difference, gap_at, mean_kl
+    from satchel.runtime.util.kl import KL_MEANING, NEAR_TIES, grade, near_tie
+
+    kl = mean_kl(replays)
+    yield f"{KL_MEANING}. {kl:.5f} is {grade(kl)}."
+    ties = []
+    for number, (prompt, found) in enumerate(zip(certificate.prompts, replays, strict=True), start=1):
+        step = first_difference(prompt, found)
+        if step is not None and (gap := gap_at(prompt, found, step)) < certificate.margin.logit:
+            ties.append(near_tie(number, step + 1, gap, certificate.margin.logit))
+    yield from ties
+    if ties:
+        yield f"{NEAR_TIES}."
+
+
+def _same_tokens(prompt: GoldenPrompt, found: Replay) -> int:
+    """How many greedy tokens are the recorded ones, before the first that differs."""
+    from satchel.runtime.evaluation.certify import first_difference
+
+    step = first_difference(prompt, found)
+    return len(prompt.greedy_ids) if step is None else step
 
 
 def _as_json(
@@ -115,13 +137,13 @@ def _as_json(
 
     return {
         "bundle": args.bundle,
-        "holds": not lines,
-        "moved": list(lines),
+        "ok": not lines,
+        "mismatches": list(lines),
         "kl": {"recorded": mean_kl(certificate.prompts), "found": mean_kl(replays)},
         "prompts": [
             {
                 "kl": {"recorded": prompt.kl, "found": found.kl},
-                "same_tokens": _same_tokens(prompt.greedy_ids, found.greedy_ids),
+                "same_tokens": _same_tokens(prompt, found),
                 "new_tokens": len(prompt.greedy_ids),
             }
             for prompt, found in zip(certificate.prompts, replays, strict=True)

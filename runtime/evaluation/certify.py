@@ -1,4 +1,4 @@
-"""Makes the certificate of a bundle, and replays it on another machine."""
+"""Creates the certificate of a bundle, and checks it on another machine."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from satchel.runtime.generation.sampling.greedy import greedy
 from satchel.runtime.util.cpu import processor_name
 from satchel.runtime.util.defaults import PROVIDER
 
-NEW_TOKENS = 16  # of a golden prompt's continuation
-TOP = 16  # most likely ids of a golden position
-DECIMALS = 4  # of the logits that are recorded
+NEW_TOKENS = 16  # in the continuation of a golden prompt
+TOP = 16  # most likely ids recorded for a position
+DECIMALS = 4  # of recorded logits
 DIGITS, SMALLEST = 5, 9
-"""Figures are rounded to so many significant digits, and to so many decimals: what is beyond is the order of sums."""
+"""Significant digits, and at most so many decimals, of recorded figures: beyond that is only the order of sums."""
 
 MARGIN = Margin(kl_relative=0.5, kl_absolute=0.005, logit=0.5)
-"""Wide enough for another machine's kernels, too narrow for a form that is worse.
+"""Wide enough for the kernels of another machine, too narrow for less accurate arithmetic.
 
-Measured on SmolLM2-135M: the same float kernels in another order move a KL by 1e-11 and a logit by 1e-4. int8 kernels
-that round activations, against those that do not, over the same weights: a prompt's KL is 0.0038 in place of 0.0008
-with int8 weights, 1.1 times as large with int4 weights, and logits move by 0.29 in the root mean square. A greedy
-token falls the other way by more than `logit` on both sides only if a gap swings by twice that, almost three times its
-usual change.
+Measured on SmolLM2-135M: float kernels that sum in another order change a KL by 1e-11 and a logit by 1e-4. int8 kernels
+that quantize activations, compared with those that do not, on the same weights: the KL of a prompt is 0.0038 instead of
+0.0008 with int8 weights, 1.1 times as large with int4 weights, and the root mean square change of a logit is 0.29. A
+greedy token differs with a gap above `logit` on both sides only if the gap changes by twice that, almost three times
+its usual change.
 """
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a bundle makes of a golden prompt here: its mean KL, its greedy continuation and that one's gaps."""
+    """The results of a golden prompt on this machine: mean KL, greedy continuation, and its gaps as in the prompt."""
 
     kl: float
     greedy_ids: tuple[int, ...]
@@ -66,19 +66,19 @@ def make_certificate(
     margin: Margin = MARGIN,
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> Certificate:
-    """Measure a bundle against its reference, and record what must be found again.
+    """Measure a bundle against its reference, and record golden prompts that `check_certificate` replays.
 
     Args:
-        engine: The bundle's engine, on the provider of that name.
-        text: What `windows` were cut from; None for ids that are no text.
-        prompts: The golden prompts: the index of a window, how many tokens from its start are the prompt, and how
-            many after them are its continuation.
-        decode_windows: How many of the windows decode's figures use; None for all.
-        progress: Called with the number of tokens of each window that is done.
+        engine: The bundle's engine, on `provider`.
+        text: The text that `windows` were cut from; None for random ids.
+        prompts: The golden prompts: index of a window, number of its first tokens that are the prompt, and number of
+            tokens after those that are the continuation.
+        decode_windows: Number of windows that decode is measured on; None for all.
+        progress: Called with the number of tokens of each finished window.
 
     Raises:
-        PromptError: There is no prompt, one is not within its window, or a window does not fit the bundle.
-        SatchelError: The reference has another vocabulary, or logits that are not finite.
+        PromptError: There is no prompt, one exceeds its window, or a window does not fit the bundle.
+        SatchelError: The reference has another vocabulary, or its logits are not finite.
         BundleError: The bundle's logits are not finite.
     """
     _check_prompts(prompts, windows)
@@ -102,28 +102,39 @@ def make_certificate(
 
 
 def check_certificate(engine: Engine, certificate: Certificate) -> list[str]:
-    """Replay the golden prompts. Returns a line for each thing that moved beyond the margins; none if all holds.
+    """Replay the golden prompts. Returns a line for each figure outside its margin; an empty list if all match.
 
-    Raises BundleError when a graph fails.
+    Raises BundleError if a graph fails.
     """
-    return moved(certificate, [replay(engine, prompt) for prompt in certificate.prompts])
+    return mismatches(certificate, [replay(engine, prompt) for prompt in certificate.prompts])
 
 
 def replay(engine: Engine, prompt: GoldenPrompt) -> Replay:
-    """Feed a golden prompt and its continuation, then continue it greedily instead. Raises BundleError."""
+    """Measure the KL on a golden prompt and its continuation, then continue it greedily. Raises BundleError."""
     kl = _teacher_forced_kl(engine, prompt.ids, prompt.continuation, prompt.positions)
     greedy_ids, gaps = _greedy(engine, prompt.ids, len(prompt.greedy_ids))
     return Replay(kl, greedy_ids, gaps)
 
 
-def moved(certificate: Certificate, replays: Sequence[Replay]) -> list[str]:
-    """What differs between a certificate and the replays of its prompts by more than its margins, a line each."""
+def mismatches(certificate: Certificate, replays: Sequence[Replay]) -> list[str]:
+    """A line for each figure of the replays that is outside the certificate's margins."""
     lines = []
     for number, (prompt, found) in enumerate(zip(certificate.prompts, replays, strict=True), start=1):
-        lines += _moved_kl(f"prompt {number}", prompt.kl, found.kl, certificate.margin)
-        lines += _moved_tokens(f"prompt {number}", prompt, found, certificate.margin)
+        lines += _kl_mismatch(f"prompt {number}", prompt.kl, found.kl, certificate.margin)
+        lines += _token_mismatch(f"prompt {number}", prompt, found, certificate.margin)
     recorded, mean = mean_kl(certificate.prompts), mean_kl(replays)
-    return lines + _moved_kl("all prompts", recorded, mean, certificate.margin)
+    return lines + _kl_mismatch("all prompts", recorded, mean, certificate.margin)
+
+
+def first_difference(prompt: GoldenPrompt, found: Replay) -> int | None:
+    """The first position, from 0, at which the greedy tokens differ from the recorded ones; None if they are equal."""
+    pairs = zip(prompt.greedy_ids, found.greedy_ids, strict=True)
+    return next((step for step, (recorded, token) in enumerate(pairs) if recorded != token), None)
+
+
+def gap_at(prompt: GoldenPrompt, found: Replay, step: int) -> float:
+    """How far apart the two best logits were at a position: the smaller of the recorded and the found gap."""
+    return min(prompt.gaps[step], found.gaps[step])
 
 
 def mean_kl(prompts: Sequence[GoldenPrompt] | Sequence[Replay]) -> float:
@@ -132,7 +143,7 @@ def mean_kl(prompts: Sequence[GoldenPrompt] | Sequence[Replay]) -> float:
 
 
 def golden_position(logits: NDArray[np.float32], top: int = TOP) -> GoldenPosition:
-    """The `top` most likely ids of logits [vocabulary], or all but one where there are fewer, and all others as one."""
+    """The `top` most likely ids of logits [vocabulary], at most all but one, and all other ids as one class."""
     order = np.argsort(-logits, kind="stable")
     best, rest = order[: min(top, len(order) - 1)], order[min(top, len(order) - 1) :]
     return GoldenPosition(
@@ -184,7 +195,7 @@ def _golden_prompt(
 def _teacher_forced_kl(
     engine: Engine, ids: Sequence[int], continuation: Sequence[int], positions: Sequence[GoldenPosition]
 ) -> float:
-    """The mean KL over a prompt's last position, through prefill, and those of its continuation, through decode."""
+    """The mean KL over the last position of a prompt, by prefill, and the positions of its continuation, by decode."""
     state = engine.new_state(len(ids) + len(continuation) - 1)
     divergences = [golden_kl(positions[0], engine.prefill(state, ids))]
     for token, position in zip(continuation, positions[1:], strict=False):  # the last token has no position after it
@@ -193,7 +204,7 @@ def _teacher_forced_kl(
 
 
 def _greedy(engine: Engine, ids: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The greedy continuation that no end token stops, and the difference of the two best logits at each step."""
+    """The greedy continuation, ignoring EOS, and the difference of the two best logits at each step."""
     state = engine.new_state(len(ids) + count - 1)
     tokens, gaps = [], []
     logits = engine.prefill(state, ids)
@@ -226,23 +237,19 @@ def _log_sum_exp(logits: NDArray[np.float32]) -> float:
     return largest + float(np.log(np.exp(logits.astype(np.float64) - largest).sum()))
 
 
-def _moved_kl(name: str, recorded: float, found: float, margin: Margin) -> list[str]:
+def _kl_mismatch(name: str, recorded: float, found: float, margin: Margin) -> list[str]:
     allowed = recorded * (1 + margin.kl_relative) + margin.kl_absolute
     if found <= allowed:
         return []
     return [f"{name}: KL {found:.5f} where {recorded:.5f} was recorded and {allowed:.5f} is allowed"]
 
 
-def _moved_tokens(name: str, prompt: GoldenPrompt, found: Replay, margin: Margin) -> list[str]:
-    steps = zip(prompt.greedy_ids, found.greedy_ids, prompt.gaps, found.gaps, strict=True)
-    for step, (recorded, token, recorded_gap, gap) in enumerate(steps, start=1):
-        if recorded == token:
-            continue
-        # From here on the two continue different texts, so what follows cannot be compared.
-        if min(recorded_gap, gap) < margin.logit:
-            return []
-        return [
-            f"{name}: new token {step} is {token} (by {gap:.2f} logits) "
-            f"where {recorded} (by {recorded_gap:.2f}) was recorded"
-        ]
-    return []
+def _token_mismatch(name: str, prompt: GoldenPrompt, found: Replay, margin: Margin) -> list[str]:
+    """After the first difference the two continue different texts, so only that one is compared."""
+    step = first_difference(prompt, found)
+    if step is None or gap_at(prompt, found, step) < margin.logit:
+        return []
+    return [
+        f"{name}: new token {step + 1} is {found.greedy_ids[step]} (by {found.gaps[step]:.2f} logits) "
+        f"where {prompt.greedy_ids[step]} (by {prompt.gaps[step]:.2f}) was recorded"
+    ]

