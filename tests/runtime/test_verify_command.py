@@ -17,9 +17,9 @@ from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.certify import make_certificate
-from satchel.runtime.util.kl import KL_MEANING, NEAR_TIES, grade
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.util.cpu import processor_name
+from satchel.runtime.util.kl import KL_MEANING, NEAR_TIES, grade
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from satchel.runtime.bundle.certificate import Certificate, PhaseFidelity
 from satchel.runtime.bundle.manifest import LayerPrecision
 from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
+from satchel.runtime.util.kl import KL_MEANING, grade
 from satchel.runtime.util.terminal import columns, printable
 
 TEMPLATE = "inspection.html.jinja"
@@ -281,8 +282,13 @@ def _certificate(found: Inspection) -> list[Table]:
         figures.append((label, *("" if value is None else f"{value:{form}}" for value in values)))
     return [
         Table("Certificate", _clean(_measured(certificate))),
-        Table("Against the float model", _clean(figures), ("", "prefill", "decode"), (1, 2)),
+        Table("Against the float model", _clean(figures), ("", "prefill", "decode"), (1, 2), _meaning(certificate)),
     ]
+
+
+def _meaning(certificate: Certificate) -> str:
+    kl = certificate.prefill.kl_mean
+    return "" if kl is None else f"{KL_MEANING}. {kl:.5f} is {grade(kl)}."
 
 
 def _measured(certificate: Certificate) -> list[tuple[str, str]]:
