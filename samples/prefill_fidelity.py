@@ -19,7 +19,6 @@ import numpy as np
 from satchel.runtime import Engine, open_bundle
 from satchel.runtime.evaluation.fidelity import cut_windows, log_softmax, text_ids
 from satchel.runtime.generation.tokenizer import Tokenizer
-from satchel.runtime.ort.session import SessionSettings
 
 STEP = 2
 
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of a window")
     parser.add_argument("--skip", type=int, default=32, help="positions at a window's start that do not count")
     args = parser.parse_args()
-    found, wanted = (Engine(open_bundle(path), SessionSettings()) for path in (args.bundle, args.reference))
+    found, wanted = (Engine.open(open_bundle(path)) for path in (args.bundle, args.reference))
     text = args.text.read_text(encoding="utf-8")
     print(json.dumps(measure(found, wanted, text, args.tokens, args.windows, args.skip)))
 

@@ -228,7 +228,6 @@ def _shares(
 ) -> tuple[Bandwidth, list[dict[str, float]]]:
     """The machine's bandwidth, and of each workload the bytes that a step reads and the share it reaches by that."""
     from satchel.runtime.execution.kv_cache import position_bytes
-    from satchel.runtime.execution.rows import rows_agree
     from satchel.runtime.tools.bench.bandwidth import measure_in_child
     from satchel.runtime.tools.bench.decode_traffic import cache_positions, weight_bytes
     from satchel.runtime.util.progress import waiting
@@ -240,7 +239,7 @@ def _shares(
         positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean of what the steps attend to
         positions = cache_positions(bundle, positions)
         kept = positions * position_bytes(bundle.manifest.kv_cache) * workload.batch
-        runs = 1 if workload.batch == 1 or rows_agree(engine) else workload.batch
+        runs = 1 if workload.batch == 1 or engine.batch_invariant else workload.batch
         step = runs * weight_bytes(bundle, workload.batch // runs) + kept
         per_second = step * summary.median.decode / workload.batch
         shares.append({"bytes_per_step": round(step), "bandwidth_share": per_second / (found.gb_per_second * 1e9)})

@@ -12,7 +12,7 @@ from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.engine import open_engine
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.ort.custom_ops import Custom, choose
 from satchel.runtime.ort.session import SessionSettings, open_session
@@ -85,7 +85,7 @@ def _compared_dynamic(bundle: Bundle) -> list[Compared]:
 
 def _compared_static(bundle: Bundle) -> list[Compared]:
     """Each prefill graph, on as many tokens as it takes, with score; and decode, after those but the last, with it."""
-    engine = Engine(bundle, SessionSettings(lean=True))
+    engine = open_engine(bundle, SessionSettings(lean=True))
     compared: list[Compared] = []
     for graph in bundle.manifest.static.prefill if bundle.manifest.static else ():
         ids = _ids(bundle.manifest, graph.tokens)

@@ -22,7 +22,7 @@ from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.evaluation.certify import NEW_TOKENS, make_certificate
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.engine import Engine, open_engine
 from satchel.runtime.ort.custom_ops import Custom, choose
 from satchel.runtime.ort.session import SessionSettings, default_threads, share_thread_pool
 from satchel.runtime.tools.bench.benchmark import LOWEST_ID, Workload, measure
@@ -58,7 +58,7 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
     # Quantized weights that are not packed run in other kernels, whose figures would not be the user's.
     lean = not quantized and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
     # The figures must not hang on the CPUs that this process is bound to.
-    engine = Engine(bundle, SessionSettings(threads=machine_cores(), lean=lean))
+    engine = open_engine(bundle, SessionSettings(threads=machine_cores(), lean=lean))
     length = len(windows[0])
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
@@ -73,7 +73,7 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
     if lean or manifest.target != "cpu":  # how fast the CPU is says nothing of another device
         return certificate
     if default_threads() != machine_cores():
-        engine = Engine(bundle, SessionSettings())
+        engine = open_engine(bundle, SessionSettings())
     return dataclasses.replace(certificate, speed=_speed(engine, manifest))
 
 

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.manifest import CacheSpec
 from satchel.runtime.errors import PromptError
+from satchel.runtime.ort.binding import bind_input, bind_output
 
 
 class Cache(ABC):
@@ -116,12 +118,21 @@ class KVCache(Cache):
         """The size of all buffers in bytes, each counted once."""
         return sum(buffer.nbytes for buffer in self._past.values())
 
+    def bind(self, session: ort.InferenceSession, rows: slice = slice(None)) -> ort.IOBinding:
+        """A binding in which each buffer, of some rows, is past and present at once: the graph writes in place."""
+        binding = session.io_binding()
+        for bind, buffers in ((bind_input, self._past), (bind_output, self.present)):
+            for name, buffer in buffers.items():
+                part = buffer[rows]
+                bind(binding, name, part, part.shape)
+        return binding
+
     def row(self, index: int) -> Self:
-        """A cache of one sequence, empty and with a length of its own, in the memory of row `index` of this one."""
+        """An empty cache of one sequence, with its own length, in the memory of row `index` of this one."""
         row = copy.copy(self)
         row.rows, row._length = 1, 0
         row._past = {name: buffer[index : index + 1] for name, buffer in self._past.items()}
-        row.present = {name: buffer[index : index + 1] for name, buffer in self.present.items()}
+        row.present = dict(zip(self.present, row._past.values(), strict=True))
         return row
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:

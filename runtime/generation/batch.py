@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from satchel.runtime.errors import SatchelError
+from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.rows import Rows
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation.prefill import prefill
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache
@@ -15,7 +15,7 @@ from satchel.runtime.generation.sequence import ActiveSequence
 
 
 def run_batch(
-    engine: Engine, rows: Rows, continuations: Iterable[ActiveSequence], store: PrefixCache
+    engine: Engine, rows: Batch, continuations: Iterable[ActiveSequence], store: PrefixCache
 ) -> Iterator[ActiveSequence]:
     """Run continuations to their ends, up to `len(rows.states)` at a time, and give each when it has ended.
 
@@ -36,7 +36,7 @@ def run_batch(
 
 
 def run_samples(
-    engine: Engine, rows: Rows, continuations: Sequence[ActiveSequence], store: PrefixCache
+    engine: Engine, rows: Batch, continuations: Sequence[ActiveSequence], store: PrefixCache
 ) -> Iterator[ActiveSequence]:
     """Run continuations of one and the same prompt, which is prefilled once, to their ends. There is a row for each.
 
@@ -62,7 +62,7 @@ def run_samples(
 
 
 def _start(
-    engine: Engine, rows: Rows, continuation: ActiveSequence, active: Sequence[ActiveSequence], store: PrefixCache
+    engine: Engine, rows: Batch, continuation: ActiveSequence, active: Sequence[ActiveSequence], store: PrefixCache
 ) -> None:
     in_use = zip(active, rows.states, strict=False)
     live = [Prefix(beside.fed[: state.cache.length], state.cache) for beside, state in in_use]
@@ -75,11 +75,11 @@ def _start(
         continuation.fail(error)
 
 
-def _step(rows: Rows, active: Sequence[ActiveSequence]) -> None:
+def _step(rows: Batch, active: Sequence[ActiveSequence]) -> None:
     """Decode a token for every row; all of them have one to feed."""
     start = time.perf_counter()
-    states = rows.step([continuation.token_ids[-1] for continuation in active])
-    for continuation, state in zip(active, states, strict=True):
+    rows.decode([continuation.token_ids[-1] for continuation in active])
+    for continuation, state in zip(active, rows.states, strict=False):
         _take(continuation, state)
     seconds = time.perf_counter() - start
     for continuation in active:
@@ -94,7 +94,7 @@ def _take(continuation: ActiveSequence, state: State) -> None:
         continuation.fail(error)
 
 
-def _drop_ended(rows: Rows, active: list[ActiveSequence], store: PrefixCache) -> Iterator[ActiveSequence]:
+def _drop_ended(rows: Batch, active: list[ActiveSequence], store: PrefixCache) -> Iterator[ActiveSequence]:
     """Let the rows of continuations that have ended go, and give those; `active` has the order of the rows."""
     for row in reversed(range(len(active))):
         continuation = active[row]

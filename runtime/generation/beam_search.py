@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.rows import Rows
 from satchel.runtime.execution.state import Logits
 from satchel.runtime.generation.beam_settings import BeamSettings
 from satchel.runtime.generation.prefill import Progress, feed
@@ -73,7 +72,7 @@ class BeamSearch:
         self._engine, self._store = engine, store
         self._adjust, self._progress = adjust, progress
         beams, limit = settings.beams, settings.max_new_tokens
-        self._rows = Rows(engine, beams, len(prompt) + max(limit - 1, 0))
+        self._rows = engine.new_batch(beams, len(prompt) + max(limit - 1, 0))
         self._ends = frozenset(token for token in settings.end_tokens if 0 <= token < engine.vocabulary)
         self._ids = np.empty((beams, len(prompt) + limit), np.int64)  # what each row was fed, and its next token
         self._totals = np.zeros(beams)
@@ -110,8 +109,8 @@ class BeamSearch:
         while going_on:
             start = time.perf_counter()
             length = self._rows.states[0].cache.length
-            logits = self._rows.decode(self._ids[: len(self._rows), length].tolist())
-            going_on = self._step(logits, length - len(self.prompt) + 2)
+            self._rows.decode(self._ids[: len(self._rows), length])
+            going_on = self._step(self._rows.logits, length - len(self.prompt) + 2)
             self.timing.decode_seconds += time.perf_counter() - start
             self.timing.decode_steps += 1
         self._keep()

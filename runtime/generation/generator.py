@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.engine import Engine, TokenIds
-from satchel.runtime.execution.rows import Rows
 from satchel.runtime.generation.batch import run_batch, run_samples
 from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
@@ -155,7 +154,7 @@ class Generator:
             raise PromptError(f"--samples {count}: greedy samples are all the same: give a --temperature above 0")
         first = self._sampler(request.options, self.encode(prompt))
         group = [self.continuation(request, first.fork(row)) for row in range(count)]
-        rows = Rows(self.engine, count, group[0].positions)
+        rows = self.engine.new_batch(count, group[0].positions)
         if group[0].limit:
             for continuation in run_samples(self.engine, rows, group, self.store):
                 if continuation.error:
@@ -167,7 +166,7 @@ class Generator:
     ) -> list[Generation]:
         """Continue several prompts, up to `rows` of them at a time, each as `generate` would. Raises PromptError.
 
-        `together` is as for `Rows`: True may be faster, and may give other texts than `generate` does.
+        `together` True decodes all rows in one run: faster, and the texts may differ from those of `generate`.
         """
         found: list[Generation | None] = [None] * len(prompts)
         requests = [Request(prompt, GenerationOptions(**options)) for prompt in prompts]
@@ -182,8 +181,8 @@ class Generator:
     ) -> Iterator[tuple[int, Generation | SatchelError]]:
         """Run requests, up to `rows` of them at a time, and give each one's index and outcome as it ends.
 
-        A request that is wrong gives its error; the others run. `together` is as for `Rows`. Raises PromptError for
-        wrong `rows`, and where rows cannot run together.
+        A request that is wrong gives its error; the others run. `together` is as for `generate_batch`. Raises
+        PromptError for wrong `rows`, and where rows cannot run together.
         """
         continuations: list[ActiveSequence] = []
         indices: dict[int, int] = {}
@@ -198,7 +197,7 @@ class Generator:
         if not continuations:
             return
         capacity = max(continuation.positions for continuation in continuations)
-        table = Rows(self.engine, min(rows, len(continuations)), capacity, together=together)
+        table = self.engine.new_batch(min(rows, len(continuations)), capacity, force=bool(together))
         for continuation in run_batch(self.engine, table, continuations, self.store):
             kv_bytes = table.nbytes // len(table.states)
             yield indices[id(continuation)], continuation.error or Generation.of(continuation, kv_bytes)

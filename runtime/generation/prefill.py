@@ -74,7 +74,7 @@ def feed(
         progress(reused)
     rest = prompt[reused:]
     for span in engine.spans(len(rest)):
-        engine.feed(state, rest[span])
+        state.prefill(rest[span])
         progress(span.stop - span.start)
         if is_over():
             break

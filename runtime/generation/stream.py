@@ -81,7 +81,7 @@ class TokenStream:
             prefill(self._engine, state, continuation, self._store, progress=self._progress)
             return
         start = time.perf_counter()
-        self._engine.step(state, continuation.token_ids[-1])
+        state.decode(continuation.token_ids[-1])
         continuation.take_from(state)
         continuation.timing.decode_seconds += time.perf_counter() - start
         continuation.timing.decode_steps += 1

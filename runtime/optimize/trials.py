@@ -13,7 +13,7 @@ from satchel.runtime.bundle.manifest import Specialized
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.evaluation.certify import check_certificate
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.engine import open_engine
 from satchel.runtime.ort.session import SessionSettings
 
 TIMED_TOKENS, TIMED_RUNS = 512, 5
@@ -45,7 +45,7 @@ def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> N
     decode = ROUNDED_TOLERANCE if made.decode_blocks else prefill
     compare(portable, specialized, settings, (prefill, decode))
     if decode > TOLERANCE and certificate is not None:
-        lines = check_certificate(Engine(specialized, settings), certificate)
+        lines = check_certificate(open_engine(specialized, settings), certificate)
         if lines:
             forms = {"int8 weights for prefill": made.int8_prefill, "weights in blocks for decode": made.decode_blocks}
             forms["satchel's own kernels"] = made.native
@@ -113,7 +113,7 @@ def prefill_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> lis
     model = bundles[0].manifest.model
     length = min(TIMED_TOKENS, model.max_context)
     ids = [(7 * i + 1) % model.vocab_size for i in range(length)]
-    engines = [Engine(bundle, settings) for bundle in bundles]
+    engines = [open_engine(bundle, settings) for bundle in bundles]
     times: list[list[float]] = [[] for _ in engines]
     begin = time.perf_counter()
     for run in range(TIMED_RUNS):
@@ -128,7 +128,7 @@ def prefill_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> lis
 
 
 def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:
-    engine = Engine(bundle, settings)
+    engine = open_engine(bundle, settings)
     count = max(min(CHECKED_TOKENS, engine.max_context - 1), 1)
     ids = [(7 * i + 1) % engine.vocabulary for i in range(count)]
     state = engine.new_state(min(count + 1, engine.max_context))
@@ -145,7 +145,7 @@ def step_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[f
     room = model.max_context - prompt
     rounds, steps = min(TIMED_ROUNDS, room), min(TIMED_STEPS, max(room // TIMED_ROUNDS, 1))
     ids = [(7 * i + 1) % model.vocab_size for i in range(prompt + rounds * steps)]
-    engines = [Engine(bundle, settings) for bundle in bundles]
+    engines = [open_engine(bundle, settings) for bundle in bundles]
     states = [engine.new_state(len(ids)) for engine in engines]
     times: list[list[float]] = [[] for _ in engines]
     for engine, state in zip(engines, states, strict=True):

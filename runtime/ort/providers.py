@@ -32,6 +32,7 @@ class Provider:
         further: The other options that a user may set.
         on_cpu: Types of operators that ONNX Runtime gives to the CPU beside this provider, and rightly: arithmetic on
             shapes, which costs less there than the way to the device and back.
+        device_memory: Whether graphs work in memory of a device.
         whole_graphs: Whether it compiles a graph as a whole, after ONNX Runtime has folded its constants.
     """
 
@@ -41,6 +42,7 @@ class Provider:
     defaults: Mapping[str, str] = field(default_factory=dict)
     further: tuple[str, ...] = ()
     on_cpu: frozenset[str] = frozenset()
+    device_memory: bool = False
     whole_graphs: bool = False
 
     @property
@@ -77,6 +79,7 @@ PROVIDERS = {
             "use_ep_level_unified_stream",
         ),
         on_cpu=SHAPE_ARITHMETIC,
+        device_memory=True,
     ),
     "cann": Provider(
         ort_name="CANNExecutionProvider",
@@ -91,6 +94,7 @@ PROVIDERS = {
             "precision_mode": "must_keep_origin_dtype",  # by default norms in float32 would become float16
         },
         further=("dump_graphs", "npu_mem_limit", "op_select_impl_mode", "optypelist_for_implmode"),
+        device_memory=True,
         whole_graphs=True,
     ),
 }

@@ -13,9 +13,8 @@ import pytest
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
 from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.execution import rows as rows_module
+from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.rows import Rows
 from satchel.runtime.generation.beam_results import adjustment
 from satchel.runtime.generation.beam_search import BeamSearch, Hypothesis, highest_of
 from satchel.runtime.generation.beam_settings import BeamSettings, check_beams
@@ -136,7 +135,7 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_sequences(engine: Engine, 
 def test_rows_that_run_one_after_the_other_find_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = BeamSettings(4, NEW_TOKENS)
     expected = search(engine, settings).run()
-    monkeypatch.setattr(rows_module, "rows_agree", lambda engine: False)
+    monkeypatch.setattr(Engine, "batch_invariant", False)
     found = search(engine, settings).run()
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     np.testing.assert_allclose([each.score for each in found], [each.score for each in expected], rtol=1e-5)
@@ -144,16 +143,16 @@ def test_rows_that_run_one_after_the_other_find_the_same(engine: Engine, monkeyp
 
 def test_caches_are_copied_from_where_they_differ(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
-    copy = Rows.copy
+    copy = Batch.copy
 
-    def record(rows: Rows, source: int, target: int, start: int = 0) -> None:
+    def record(rows: Batch, source: int, target: int, start: int = 0) -> None:
         lengths = {rows.states[row].cache.length for row in (source, target)}
         layers = zip(*(rows.states[row].cache.past.values() for row in (source, target)), strict=True)
         same = all(np.array_equal(left[:, :, :start], right[:, :, :start]) for left, right in layers)
         copies.append((start, max(lengths), same))
         copy(rows, source, target, start)
 
-    monkeypatch.setattr(Rows, "copy", record)
+    monkeypatch.setattr(Batch, "copy", record)
     search(engine, BeamSettings(5, 20)).run()
     assert [start for start, *_ in copies[:4]] == [0] * 4
     assert len(copies) > 10
@@ -211,15 +210,14 @@ def test_penalties_change_log_probabilities(engine: Engine, reference: Reference
 
 
 def test_logits_that_are_not_finite_name_the_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = Rows.decode
+    decode = Batch.decode
 
-    def spoilt(rows: Rows, tokens: list[int]) -> np.ndarray:
-        logits = decode(rows, tokens)
+    def spoilt(rows: Batch, tokens: list[int]) -> None:
+        decode(rows, tokens)
         if rows.states[0].cache.length == len(PROMPT) + 3:
-            logits[1, 9] = np.nan
-        return logits
+            rows.logits[1, 9] = np.nan
 
-    monkeypatch.setattr(Rows, "decode", spoilt)
+    monkeypatch.setattr(Batch, "decode", spoilt)
     with pytest.raises(BundleError, match=r"logits of step 3 are not finite \(NaN at token 9\)"):
         search(engine, BeamSettings(3, 6)).run()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.rows import Rows, rows_agree
 from satchel.runtime.tools.bench import benchmark
 from satchel.runtime.tools.bench.benchmark import (
     Figures,
@@ -39,7 +39,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     watch(Engine, "prefill")
     watch(Engine, "decode")
-    watch(Rows, "decode")
+    watch(Batch, "decode")
     return steps
 
 
@@ -75,10 +75,10 @@ def test_runs_are_alike_and_each_starts_afresh(engine: Engine, fed: list[tuple[s
 
 def test_a_batch_decodes_what_each_row_would_alone(engine: Engine, fed: list[tuple[str, Any]]) -> None:
     workload = Workload(9, 5, 300, batch=3)
-    assert rows_agree(engine)  # tried once, beside what is watched here
+    assert engine.batch_invariant  # tried once, beside what is watched here
     fed.clear()
     warm_up(engine, workload)
-    assert [(name, ids.shape) for name, ids in fed] == [*[("Engine.prefill", (9,))] * 3, ("Rows.decode", (3,))]
+    assert [(name, ids.shape) for name, ids in fed] == [*[("Engine.prefill", (9,))] * 3, ("Batch.decode", (3,))]
     fed.clear()
     run = timed_run(engine, workload)
     prompts, steps = [ids for _, ids in fed[:3]], fed[3:]

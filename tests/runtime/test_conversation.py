@@ -15,7 +15,7 @@ from support.chat_bundle import CONTEXT, END, START, write_chat_bundle
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation.conversation import Conversation, chat_ids, checkpoint_options
 from satchel.runtime.generation.generator import Generator
@@ -86,8 +86,8 @@ def test_an_answer_continues_what_the_template_makes_of_the_messages(talk: Conve
 
 def test_a_turn_feeds_its_own_tokens_only(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[int] = []
-    feed = Engine.feed
-    monkeypatch.setattr(Engine, "feed", lambda self, state, ids: fed.append(len(ids)) or feed(self, state, ids))
+    prefill = CpuState.prefill
+    monkeypatch.setattr(CpuState, "prefill", lambda self, ids: fed.append(len(ids)) or prefill(self, ids))
     before = 0
     for question in (HELLO, "the cat", "and the dog"):
         result = say(talk, question)[0]
@@ -260,15 +260,15 @@ def test_an_empty_answer_that_the_model_gave_is_kept(talk: Conversation) -> None
 def test_an_answer_that_fails_is_not_kept(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     say(talk, HELLO)
     before = list(talk.messages), talk._ids.tolist(), talk._text
-    step, steps = talk.generator.engine.step, []
+    decode, steps = CpuState.decode, []
 
     def spoiled(state: State, token: int) -> None:
-        step(state, token)
+        decode(state, token)
         steps.append(1)
         if len(steps) == 4:
             state.logits[:] = np.nan
 
-    monkeypatch.setattr(talk.generator.engine, "step", spoiled)
+    monkeypatch.setattr(CpuState, "decode", spoiled)
     answer = talk.ask("the cat")
     with answer, pytest.raises(BundleError, match="the logits of step 4 are not finite"):
         list(answer)
@@ -298,8 +298,8 @@ def test_a_callback_that_fails_counts_as_a_failure(talk: Conversation) -> None:
 def test_an_interrupt_keeps_what_there_is(talk: Conversation, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     say(talk, HELLO)
     before = list(talk.messages)
-    name = "step" if after else "feed"
-    run, steps = getattr(talk.generator.engine, name), []
+    name = "decode" if after else "prefill"
+    run, steps = getattr(CpuState, name), []
 
     def interrupted(*arguments: Any) -> None:
         run(*arguments)
@@ -307,7 +307,7 @@ def test_an_interrupt_keeps_what_there_is(talk: Conversation, monkeypatch: pytes
         if len(steps) > after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(talk.generator.engine, name, interrupted)
+    monkeypatch.setattr(CpuState, name, interrupted)
     with pytest.raises(KeyboardInterrupt), talk.ask("the cat") as answer:
         list(answer)
     monkeypatch.undo()

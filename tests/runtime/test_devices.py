@@ -205,10 +205,10 @@ def test_decode_on_cuda_is_captured_once_for_each_set_of_addresses(cuda: Device,
     engine = Engine.open(open_bundle(write_cuda_bundle(tmp_path / "bundle")), "cuda")
     states = [engine.new_state(20 + i) for i in range(2)]
     for state in states:
-        engine.feed(state, IDS[:7])
+        state.prefill(IDS[:7])
     for token in (5, 6, 7):
         for state in states:
-            engine.step(state, token)
+            state.decode(token)
     prefill, decode = cuda.runs[:2], cuda.runs[2:]
     assert [run.graph for run in prefill] == ["-1", "-1"]
     assert [run.graph for run in decode] == ["1", "2"] * 3
@@ -230,10 +230,10 @@ def test_more_sequences_than_slots_run_uncaptured(cuda: Device, tmp_path: Path) 
     engine = Engine.open(open_bundle(write_cuda_bundle(tmp_path / "bundle")), "cuda")
     states = [engine.new_state(9) for _ in range(MOST_KEPT + 2)]
     for state in states:
-        engine.step(state, 5)
+        state.decode(5)
     assert [run.graph for run in cuda.runs] == [str(i + 1) for i in range(MOST_KEPT)] + ["-1", "-1"]
     del states, state
-    engine.step(engine.new_state(9), 5)
+    engine.new_state(9).decode(5)
     assert cuda.runs[-1].graph in {str(i + 1) for i in range(MOST_KEPT)}
 
 
@@ -295,11 +295,10 @@ def test_the_cpu_takes_the_best_tokens_of_the_graph_too(dynamic: Generator, tmp_
     generator = Generator.open(write_cuda_bundle(tmp_path / "bundle"), threads=1)
     check_texts(generator, dynamic)
     state = generator.engine.new_state(9)
-    generator.engine.feed(state, IDS[:4])
-    best = state.best(3)
-    assert best is not None
-    assert best.ids[0] == state.logits.argmax()
-    np.testing.assert_array_equal(best.logits, np.sort(state.logits)[::-1][: len(best.logits)])
+    state.prefill(IDS[:4])
+    ids, logits = state.best(3)
+    assert ids[0] == state.logits.argmax()
+    np.testing.assert_array_equal(logits, np.sort(state.logits)[::-1][: len(logits)])
     assert state.best(13) is None
 
 

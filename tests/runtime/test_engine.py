@@ -174,7 +174,7 @@ def test_one_session_serves_both_phases_where_the_manifest_says_so(tiny: Path, t
 
 @pytest.mark.parametrize("ids", [[1.9, 2.9], ["5"], [True], [[1, 2]], np.ones((1, 2), np.int64)])
 def test_ids_that_are_no_row_of_whole_numbers_are_refused(engine: Engine, ids: object) -> None:
-    with pytest.raises(PromptError, match="token ids must be whole numbers, one after the other: give a list"):
+    with pytest.raises(PromptError, match="token ids must be a flat list of integers"):
         engine.check_ids(ids)
 
 
@@ -212,7 +212,7 @@ def test_the_memory_of_a_released_cache_serves_the_next_one(engine: Engine) -> N
 
 
 def test_large_memory_goes_back_to_the_system(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("satchel.runtime.execution.dynamic.MOST_SPARE", 1000)
+    monkeypatch.setattr("satchel.runtime.execution.cpu.MAX_SPARE", 1000)
     cache = engine.new_cache(20)
     engine.release(cache)
     assert engine.new_cache(20).memory is not cache.memory

@@ -13,7 +13,8 @@ from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bu
 
 from satchel.runtime.bundle.manifest import LayerPrecision
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.execution import rows as rows_module
+from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation import sequence as continuation
@@ -58,16 +59,16 @@ def essence(result: Generation) -> tuple[object, ...]:
 
 @pytest.fixture
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of `Engine.feed` fed, but for the trial whether rows agree."""
+    """How many tokens each call of `State.prefill` fed, but for the trial whether rows agree."""
     counts: list[int] = []
-    monkeypatch.setattr(rows_module, "rows_agree", lambda engine: True)
-    feed = Engine.feed
+    monkeypatch.setattr(Engine, "batch_invariant", True)
+    prefill = CpuState.prefill
 
-    def counting(self: Engine, state: State, ids: np.ndarray, *more: int) -> None:
+    def counting(self: CpuState, ids: np.ndarray) -> None:
         counts.append(len(ids))
-        feed(self, state, ids, *more)
+        prefill(self, ids)
 
-    monkeypatch.setattr(Engine, "feed", counting)
+    monkeypatch.setattr(CpuState, "prefill", counting)
     return counts
 
 
@@ -229,9 +230,10 @@ def test_a_bundle_of_a_fixed_batch_runs_its_rows_in_turn(
 ) -> None:
     fixed = Generator.open(fixed_batch(tmp_path / "fixed"), threads=1, prefix_mib=0)
     steps: list[int] = []
-    step = fixed.engine.step
-    monkeypatch.setattr(fixed.engine, "step", lambda state, token: steps.append(token) or step(state, token))
-    found = fixed.generate_batch(PROMPTS, rows=3, max_new_tokens=6)
+    decode = CpuState.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuState, "decode", lambda state, token: steps.append(token) or decode(state, token))
+        found = fixed.generate_batch(PROMPTS, rows=3, max_new_tokens=6)
     assert [essence(result) for result in found] == [essence(fresh.generate(prompt, 6)) for prompt in PROMPTS]
     assert len(steps) == len(PROMPTS) * 5
     sampling = {"max_new_tokens": 6, "temperature": 1.5, "seed": 1}
@@ -293,7 +295,7 @@ def test_the_time_of_samples_begins_with_their_prompt(
     """Of 5 seconds the prompt takes 3 or 7, and so does each step."""
     now = [0.0]
     monkeypatch.setattr(continuation, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    for owner, name in ((fresh.engine, "feed"), (Generator.samples.__globals__["Rows"], "step")):
+    for owner, name in ((CpuState, "prefill"), (Batch, "decode")):
         plain = getattr(owner, name)
 
         def slow(*all: object, plain: Callable[..., object] = plain) -> object:

@@ -15,7 +15,7 @@ import pytest
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.runtime.cli import main as cli
-from satchel.runtime.execution import dynamic
+from satchel.runtime.execution import cpu
 from satchel.runtime.tools.profiling import profiling
 from satchel.runtime.tools.profiling.ort_profile import Kernel, Run, read_runs
 from satchel.runtime.tools.profiling.profiling import PREFILL_PASSES, Recording, summarize
@@ -56,7 +56,7 @@ def named(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic, "PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr(cpu, "PREFILL_CHUNK", CHUNK)
 
 
 def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

@@ -10,15 +10,16 @@ import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.rows import Rows, rows_agree
 from satchel.runtime.execution.state import State
 from satchel.runtime.ort.open_bundle import open_bundle
 
 LENGTHS = (13, 1, 7)
 
 
-def filled(engine: Engine, rows: Rows, lengths: tuple[int, ...] = LENGTHS) -> list[State]:
+def filled(engine: Engine, rows: Batch, lengths: tuple[int, ...] = LENGTHS) -> list[State]:
     """Prompts of these lengths in rows, and in states of their own; those."""
     rng, states = np.random.default_rng(3), []
     for length in lengths:
@@ -29,18 +30,19 @@ def filled(engine: Engine, rows: Rows, lengths: tuple[int, ...] = LENGTHS) -> li
     return states
 
 
-def check_steps(engine: Engine, rows: Rows, states: list[State], steps: int) -> None:
+def check_steps(engine: Engine, rows: Batch, states: list[State], steps: int) -> None:
     """Feed both the same tokens, and compare."""
     rng = np.random.default_rng(5)
     for tokens in rng.integers(0, engine.vocabulary, (steps, len(states))):
-        found = rows.decode(tokens.tolist())
+        rows.decode(tokens.tolist())
+        found = rows.logits
         assert found.shape == (len(states), engine.vocabulary)
         for logits, state, token in zip(found, states, tokens, strict=True):
             np.testing.assert_allclose(logits, engine.decode(state, int(token)), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_any_length_give_what_each_gives_alone(engine: Engine) -> None:
-    rows = Rows(engine, 3, 30)
+    rows = engine.new_batch(3, 30)
     states = filled(engine, rows)
     check_steps(engine, rows, states, 6)
     assert [state.cache.length for state in rows.states] == [length + 6 for length in LENGTHS]
@@ -48,7 +50,7 @@ def test_rows_of_any_length_give_what_each_gives_alone(engine: Engine) -> None:
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
 def test_a_row_that_is_dropped_leaves_the_others_as_they_are(engine: Engine, dropped: int) -> None:
-    rows = Rows(engine, 3, 30)
+    rows = engine.new_batch(3, 30)
     states = filled(engine, rows)
     check_steps(engine, rows, states, 2)
     rows.drop(dropped)
@@ -59,7 +61,7 @@ def test_a_row_that_is_dropped_leaves_the_others_as_they_are(engine: Engine, dro
 
 
 def test_a_row_is_free_again_for_another_prompt(engine: Engine) -> None:
-    rows = Rows(engine, 2, 30)
+    rows = engine.new_batch(2, 30)
     states = filled(engine, rows, (9, 4))
     rows.drop(0)
     rows.drop(0)
@@ -69,7 +71,7 @@ def test_a_row_is_free_again_for_another_prompt(engine: Engine) -> None:
 
 
 def test_a_copied_row_goes_its_own_way(engine: Engine) -> None:
-    rows = Rows(engine, 2, 30)
+    rows = engine.new_batch(2, 30)
     (state,) = filled(engine, rows, (9,))
     twin = engine.new_state(30)
     twin.cache.copy_from(state.cache, 9)
@@ -80,7 +82,7 @@ def test_a_copied_row_goes_its_own_way(engine: Engine) -> None:
 
 
 def test_a_copy_may_leave_out_what_is_there_already(engine: Engine) -> None:
-    rows = Rows(engine, 2, 30)
+    rows = engine.new_batch(2, 30)
     (state,) = filled(engine, rows, (5,))
     rows.add()
     rows.copy(0, 1)
@@ -96,7 +98,7 @@ def test_a_copy_may_leave_out_what_is_there_already(engine: Engine) -> None:
 
 
 def test_rows_that_are_full_say_so(engine: Engine) -> None:
-    rows = Rows(engine, 2, 4)
+    rows = engine.new_batch(2, 4)
     filled(engine, rows, (4, 2))
     assert rows.full
     with pytest.raises(PromptError, match=r"all 2 rows are in use"):
@@ -105,11 +107,11 @@ def test_rows_that_are_full_say_so(engine: Engine) -> None:
         rows.decode([1, 2])
     assert [state.cache.length for state in rows.states] == [4, 2]
     with pytest.raises(PromptError, match=r"--batch 0: must be 1 or more"):
-        Rows(engine, 0, 4)
+        engine.new_batch(0, 4)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(engine: Engine) -> None:
-    rows = Rows(engine, 2, 30)
+    rows = engine.new_batch(2, 30)
     filled(engine, rows, (4, 2))
     with pytest.raises(PromptError, match="token id 400 is outside the vocabulary"):
         rows.decode([1, 400])
@@ -123,25 +125,25 @@ def engine_of(folder: Path, change: Callable[[dict], None] = lambda document: No
 
 
 def test_rows_agree_where_the_graph_keeps_them_apart(engine: Engine) -> None:
-    assert rows_agree(engine)
+    assert engine.batch_invariant
 
 
 def test_rows_do_not_agree_where_one_changes_another(tmp_path: Path) -> None:
     mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
-    assert not rows_agree(mixed)
-    rows = Rows(mixed, 2, 30)
+    assert not mixed.batch_invariant
+    rows = mixed.new_batch(2, 30)
     check_steps(mixed, rows, filled(mixed, rows, (5, 9)), 3)  # so each is decoded alone
 
 
 def test_rounding_in_another_order_is_no_disagreement(tmp_path: Path) -> None:
-    assert rows_agree(engine_of(write_bundle(tmp_path / "rounded", rows_mix=1e-7)))
+    assert engine_of(write_bundle(tmp_path / "rounded", rows_mix=1e-7)).batch_invariant
 
 
 def test_rows_run_together_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
-    rows = Rows(mixed, 2, 30, together=True)
+    rows = mixed.new_batch(2, 30, force=True)
     filled(mixed, rows, (5, 9))
-    monkeypatch.setattr(mixed, "step", lambda state, token: pytest.fail("decoded alone"))
+    monkeypatch.setattr(CpuState, "decode", lambda state, token: pytest.fail("decoded alone"))
     rows.decode([1, 2])
 
 
@@ -151,19 +153,19 @@ def fix_rows(document: dict) -> None:
 
 def test_a_graph_of_fixed_rows_cannot_run_them_together(tmp_path: Path) -> None:
     fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
-    assert not rows_agree(fixed)
+    assert not fixed.batch_invariant
     with pytest.raises(PromptError, match="takes a fixed number of rows"):
-        Rows(fixed, 2, 30, together=True)
+        fixed.new_batch(2, 30, force=True)
 
 
 def test_rows_that_part_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
     alone: list[int] = []
-    step = fixed.step
-    monkeypatch.setattr(fixed, "step", lambda state, token: alone.append(token) or step(state, token))
-    rows = Rows(fixed, 3, 30)
+    decode = CpuState.decode
+    rows = fixed.new_batch(3, 30)
     for state, expected in zip(rows.states, filled(fixed, rows), strict=True):
         assert state.cache.length == expected.cache.length
-    found = rows.decode([7, 8, 9])
+    monkeypatch.setattr(CpuState, "decode", lambda state, token: alone.append(token) or decode(state, token))
+    rows.decode([7, 8, 9])
     assert alone == [7, 8, 9]
-    assert len({row.tobytes() for row in found}) == 3
+    assert len({row.tobytes() for row in rows.logits}) == 3

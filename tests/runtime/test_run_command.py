@@ -14,7 +14,7 @@ from support.tiny_bundle import write_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.cli import run_flags
 from satchel.runtime.errors import BundleError
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.util import progress
 from satchel.runtime.util.defaults import PREFIX_MIB
@@ -163,15 +163,15 @@ def test_memory_for_prefixes_is_there_where_it_can_be_of_use() -> None:
 
 
 def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, calls = Engine.step, []
+    decode, calls = CpuState.decode, []
 
-    def failing(self: Engine, *arguments: Any) -> Any:
+    def failing(self: CpuState, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 8:
             raise BundleError("no more")
-        return step(self, *arguments)
+        return decode(self, *arguments)
 
-    monkeypatch.setattr(Engine, "step", failing)
+    monkeypatch.setattr(CpuState, "decode", failing)
     assert run(tiny, "--max-new-tokens", 20) == 2
     out, err = capsys.readouterr()
     assert len(out) > 1
@@ -207,12 +207,12 @@ def test_the_bar_counts_the_prompt_and_is_gone_once_that_is_read(
         def flush(self) -> None:
             pass
 
-    def decoding(self: Engine, *arguments: Any) -> Any:
+    def decoding(self: CpuState, *arguments: Any) -> Any:
         events.append("decoding")
-        return step(self, *arguments)
+        return decode(self, *arguments)
 
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", decoding)
+    decode = CpuState.decode
+    monkeypatch.setattr(CpuState, "decode", decoding)
     monkeypatch.setattr(progress, "progress_bar", Bar)
     for flags, shown in ((["--max-new-tokens", 3], True), (["--quiet", "--json"], False)):
         events.clear()

@@ -10,6 +10,7 @@ import pytest
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation import sequence as continuation
 from satchel.runtime.generation.generator import Generator
@@ -263,7 +264,7 @@ def test_after_an_error_there_is_no_more_and_nothing_is_kept(fresh: Generator) -
 def test_an_interrupt_closes_it_and_keeps_what_is_known(
     fresh: Generator, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    plain = fresh.engine.step
+    plain = CpuState.decode
 
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
@@ -273,7 +274,7 @@ def test_an_interrupt_closes_it_and_keeps_what_is_known(
     for _ in tokens:
         next(stream)
     if where == "decode":
-        monkeypatch.setattr(fresh.engine, "step", lambda *all: plain(*all) or interrupt())
+        monkeypatch.setattr(CpuState, "decode", lambda *all: plain(*all) or interrupt())
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     monkeypatch.undo()
@@ -344,8 +345,8 @@ def test_logits_that_are_not_finite_stop_it_with_the_step_named(
     step: int,
     message: str,
 ) -> None:
-    for name, after in (("feed", 0), ("step", len(PROMPT) + step - 1)):
-        plain = getattr(fresh.engine, name)
+    for name, after in (("prefill", 0), ("decode", len(PROMPT) + step - 1)):
+        plain = getattr(CpuState, name)
 
         def spoiled(state: State, ids: object, plain: Callable[..., None] = plain, after: int = after) -> None:
             at = state.cache.length
@@ -353,8 +354,8 @@ def test_logits_that_are_not_finite_stop_it_with_the_step_named(
             if at == after:
                 state.logits[7] = value
 
-        if (name == "feed") == (step == 0):
-            monkeypatch.setattr(fresh.engine, name, spoiled)
+        if (name == "prefill") == (step == 0):
+            monkeypatch.setattr(CpuState, name, spoiled)
     stream = fresh.stream(PROMPT, 9, **options)
     with pytest.raises(BundleError, match=message):
         stream.result()

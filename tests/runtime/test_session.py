@@ -130,9 +130,9 @@ def test_a_graph_whose_weights_are_outside_the_bundle_is_refused(
 def test_the_score_graph_is_opened_on_first_use(folder: Path) -> None:
     engine = Engine.open(open_bundle(folder), threads=1)
     engine.prefill(engine.new_state(4), [5, 6])
-    assert engine._graphs._score is None
+    assert engine._score is None
     assert engine.score([5, 6]).shape == (2, engine.vocabulary)
-    assert engine._graphs._score is not None
+    assert engine._score is not None
 
 
 SHARED_POOL = """

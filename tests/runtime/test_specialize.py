@@ -20,7 +20,7 @@ from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.engine import Engine, open_engine
 from satchel.runtime.optimize import specialize, trials
 from satchel.runtime.ort import session
 from satchel.runtime.ort.open_bundle import misfit, open_bundle
@@ -74,7 +74,7 @@ def test_lean_sessions_run_the_portable_graphs(made: Path) -> None:
     bundle = open_bundle(made)
     for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
         (made / graph).write_bytes(b"\x08\x09")  # a model of IR version 9, and nothing in it
-    assert np.isfinite(Engine(bundle, SessionSettings(threads=1, lean=True)).score(IDS)).all()
+    assert np.isfinite(open_engine(bundle, SessionSettings(threads=1, lean=True)).score(IDS)).all()
 
 
 def test_doing_it_again_replaces_what_was_there(made: Path) -> None:

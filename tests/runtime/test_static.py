@@ -21,7 +21,6 @@ from satchel.runtime.execution.experimental.device_memory import HostMemory
 from satchel.runtime.execution.experimental.static_inputs import HIDDEN, fill_mask
 from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
 from satchel.runtime.execution.kv_cache import KVCache
-from satchel.runtime.execution.rows import Rows
 from satchel.runtime.execution.spans import covering, padded_spans
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import GenerationOptions
@@ -133,7 +132,7 @@ def test_batches_samples_and_beams_are_those_of_dynamic_graphs(dynamic: Generato
 
 def test_rows_cannot_be_asked_to_run_together(static: Generator) -> None:
     with pytest.raises(PromptError, match="takes a fixed number of rows"):
-        Rows(static.engine, 2, 9, together=True)
+        static.engine.new_batch(2, 9, force=True)
 
 
 def test_a_state_that_was_saved_is_loaded_again(folder: Path, static: Generator, tmp_path: Path) -> None:

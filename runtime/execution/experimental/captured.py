@@ -15,11 +15,13 @@ import onnxruntime as ort
 
 from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.experimental.device_memory import memory_of
 from satchel.runtime.execution.experimental.slots import NOT_CAPTURED, DeviceCache, Slots, run_options
 from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.execution.spans import PREFILL_CHUNK, chunks
-from satchel.runtime.execution.state import Best, Graphs, Ids, Logits, State
+from satchel.runtime.execution.state import Ids, Logits, State, TopTokens
 from satchel.runtime.ort.binding import bind_output, run_bound
 from satchel.runtime.ort.providers import CUDA_GRAPH
 from satchel.runtime.ort.session import SessionSettings, open_both, open_session
@@ -60,26 +62,26 @@ class CapturedState(State):
             self._read = True
         return self._logits
 
-    def best(self, count: int) -> Best | None:
+    def best(self, count: int) -> TopTokens | None:
         """The tokens that the graph chose, where it has outputs for `count` of them and the last step was of this."""
         if not self._stepped or count > self._top_tokens:
             return None
         ids, logits = (self._slot.results[name].read()[0, 0] for name in (TOP_IDS, TOP_LOGITS))
-        return Best(ids, logits)
+        return ids, logits
 
-    def hold(self, other: State, start: int = 0) -> None:
-        super().hold(other, start)
+    def copy_from(self, other: State, start: int = 0) -> None:
+        super().copy_from(other, start)
         self._read, self._stepped = True, False
 
-    def feed(self, tokens: Ids) -> None:
-        cache, binding = self._cache, self._prefill_binding
+    def prefill(self, tokens: Ids) -> None:
+        cache, binding = self.cache, self._prefill_binding
         cache.require(len(tokens))
         binding.bind_cpu_input(INPUT_IDS, tokens[None])
         binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, cache.length + len(tokens)), np.int64))
         self._run(self._sessions[0], binding, self._uncaptured, len(tokens))
 
-    def step(self, token: int) -> None:
-        cache, slot, binding = self._cache, self._slot, self._decode_binding
+    def decode(self, token: int) -> None:
+        cache, slot, binding = self.cache, self._slot, self._decode_binding
         cache.require(1)
         slot.token.array[0, 0] = token
         slot.token.send(binding, INPUT_IDS)
@@ -92,17 +94,17 @@ class CapturedState(State):
         self._run(self._sessions[1], binding, slot.run_options, 1)
 
     def _run(self, session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions, count: int) -> None:
-        run_bound(session, binding, f"at position {self._cache.length}", options)
-        self._cache.advance(count)
+        run_bound(session, binding, f"at position {self.cache.length}", options)
+        self.cache.advance(count)
         self._read, self._stepped = False, True
 
 
-class CapturedGraphs(Graphs[DeviceCache]):
+class CapturedEngine(Engine):
     """The prefill, decode and score graphs of `manifest.graphs` on a CUDA device."""
 
     def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
         """Open prefill and decode, in one session where the manifest says so. Raises BundleError and ProviderError."""
-        self._bundle, self._settings = bundle, settings
+        super().__init__(bundle, settings)
         self._sessions = open_both(bundle, settings)
         captures = settings.provider.session_options(bundle.manifest)[CUDA_GRAPH] == "1"
         self._slots = Slots(bundle.manifest, memory_of(settings.provider), captures)
@@ -117,39 +119,36 @@ class CapturedGraphs(Graphs[DeviceCache]):
     def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
         return self._sessions[1:] if count is None else self._sessions[:1]
 
-    def new_cache(self, capacity: int, rows: int = 1) -> DeviceCache:
-        if rows != 1:
-            raise ValueError("a slot has one row")
-        return self._slots.take(capacity)
-
     def release(self, cache: Cache) -> None:
         if isinstance(cache, DeviceCache):
             cache.free()
 
-    def state(self, cache: DeviceCache, logits: Logits) -> CapturedState:
-        manifest = self._bundle.manifest
-        return CapturedState(
-            cache,
-            logits,
-            self._sessions,
-            fixed_mask=manifest.has_fixed_mask,
-            top_tokens=manifest.graph("decode").top_tokens,
-        )
-
-    def spans(self, count: int, chunk: int | None) -> Iterator[slice]:
+    def spans(self, count: int, chunk: int | None = None) -> Iterator[slice]:
         return chunks(count, chunk or PREFILL_CHUNK)
 
-    def score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+    def _new_batch(self, rows: int, capacity: int, force: bool) -> Batch:
+        manifest, logits = self.bundle.manifest, np.zeros((rows, self.vocabulary), np.float32)
+        fixed, count = manifest.has_fixed_mask, manifest.graph("decode").top_tokens
+        states = [
+            CapturedState(self._slots.take(capacity), row, self._sessions, fixed_mask=fixed, top_tokens=count)
+            for row in logits
+        ]
+        return Batch(self, states, logits)
+
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
         with self._lock:
             if self._score is None:
-                self._score = open_session(self._bundle, "score", self._settings)
+                self._score = open_session(self.bundle, "score", self._settings)
             session = self._score
-        cache = self.new_cache(len(tokens))
-        binding, options = cache.slot.bind_cache(session), run_options(NOT_CAPTURED)
-        for span in self.spans(len(tokens), chunk):
-            part, rows = tokens[span], logits[span]
-            binding.bind_cpu_input(INPUT_IDS, part[None])
-            binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, span.stop), np.int64))
-            bind_output(binding, LOGITS, rows, (1, *rows.shape))
-            run_bound(session, binding, f"at position {cache.length}", options)
-            cache.advance(len(part))
+        cache = self._slots.take(len(tokens))
+        try:
+            binding, options = cache.slot.bind_cache(session), run_options(NOT_CAPTURED)
+            for span in self.spans(len(tokens), chunk):
+                part, rows = tokens[span], logits[span]
+                binding.bind_cpu_input(INPUT_IDS, part[None])
+                binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, span.stop), np.int64))
+                bind_output(binding, LOGITS, rows, (1, *rows.shape))
+                run_bound(session, binding, f"at position {cache.length}", options)
+                cache.advance(len(part))
+        finally:
+            self.release(cache)

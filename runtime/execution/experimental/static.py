@@ -15,13 +15,15 @@ import onnxruntime as ort
 from satchel.runtime.bundle.contract import LOGITS
 from satchel.runtime.bundle.manifest import GraphSpec, StaticGraph, TensorSpec
 from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.experimental.device_memory import Buffer, Feed, Memory, Result, memory_of
 from satchel.runtime.execution.experimental.om_cache import Workplace
 from satchel.runtime.execution.experimental.static_inputs import StaticInputs
 from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
 from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.execution.spans import covering, padded_spans
-from satchel.runtime.execution.state import Graphs, Ids, Logits, State
+from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.ort.binding import run_bound
 from satchel.runtime.ort.session import SessionSettings, open_part
 
@@ -82,17 +84,17 @@ class _Bound:
 class StaticState(State):
     """A state over a swapped cache. Bindings are made for each graph when it first runs, and kept."""
 
-    def __init__(self, graphs: StaticGraphs, cache: SwappedCache, logits: Logits) -> None:
+    def __init__(self, engine: StaticEngine, cache: SwappedCache, logits: Logits) -> None:
         super().__init__(cache, logits)
         self._swapped = cache
-        self._graphs = graphs
+        self._engine = engine
         self._bound: dict[Chain, _Bound] = {}
 
-    def feed(self, tokens: Ids) -> None:
-        self.run(self._graphs.prefill_for(len(tokens)), tokens, self._logits)
+    def prefill(self, tokens: Ids) -> None:
+        self.run(self._engine.prefill_for(len(tokens)), tokens, self._logits)
 
-    def step(self, token: int) -> None:
-        self.run(self._graphs.decode, np.array([token], np.int64), self._logits)
+    def decode(self, token: int) -> None:
+        self.run(self._engine.decode_chain, np.array([token], np.int64), self._logits)
 
     def run(self, chain: Chain, tokens: Ids, logits: Logits) -> None:
         """Run a chain on as many tokens as it takes, or fewer, and count them in the cache.
@@ -103,9 +105,9 @@ class StaticState(State):
         cache.require(len(tokens))
         bound = self._bound.get(chain)
         if bound is None:
-            bound = self._bound[chain] = _Bound(chain, cache, self._graphs.memory, logits)
-        self._graphs.inputs.fill({name: feed.array for name, feed in bound.feeds.items()}, tokens, cache.length)
-        with self._graphs.workplace.first_run(chain):
+            bound = self._bound[chain] = _Bound(chain, cache, self._engine.memory, logits)
+        self._engine.inputs.fill({name: feed.array for name, feed in bound.feeds.items()}, tokens, cache.length)
+        with self._engine.workplace.first_run(chain):
             for part, session, binding in zip(chain.graph.parts, chain.sessions, bound.bindings(), strict=True):
                 for tensor in part.inputs:
                     if tensor.name in bound.feeds:
@@ -114,7 +116,7 @@ class StaticState(State):
         cache.swap(len(tokens))
 
 
-class StaticGraphs(Graphs[SwappedCache]):
+class StaticEngine(Engine):
     """The static graphs of a bundle, on the CPU or on a device."""
 
     def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
@@ -123,13 +125,13 @@ class StaticGraphs(Graphs[SwappedCache]):
         if static is None:
             raise ValueError("there are no static graphs")
         # The working directory may be another one while graphs are opened.
-        self._bundle = bundle.absolute()
-        self._static, self._settings = static, settings
+        super().__init__(bundle.absolute(), settings)
+        self._static = static
         self.memory = memory_of(settings.provider)
         self.inputs = StaticInputs(bundle, static)
         self.workplace = Workplace.of(bundle, settings.provider)
         self._prefill = [self._open(f"prefill[{index}]", graph) for index, graph in enumerate(static.prefill)]
-        self.decode = self._open("decode", static.decode)
+        self.decode_chain = self._open("decode", static.decode)
         self._score: Chain | None = None
         self._lock = threading.Lock()
         self._spare: SwappedCache | None = None
@@ -137,25 +139,23 @@ class StaticGraphs(Graphs[SwappedCache]):
     @property
     def sessions(self) -> tuple[ort.InferenceSession, ...]:
         """Those of prefill's graphs, the shortest first, part by part, and of decode."""
-        return tuple(session for chain in (*self._prefill, self.decode) for session in chain.sessions)
+        return tuple(session for chain in (*self._prefill, self.decode_chain) for session in chain.sessions)
 
     def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
-        return (self.decode if count is None else self.prefill_for(count)).sessions
+        return (self.decode_chain if count is None else self.prefill_for(count)).sessions
 
     def prefill_for(self, count: int) -> Chain:
         """The shortest prefill graph that holds `count` tokens."""
         return self._prefill[covering(count, self._lengths)]
 
-    def new_cache(self, capacity: int, rows: int = 1) -> SwappedCache:
-        if rows != 1:
-            raise ValueError("static graphs take one row")
+    def _new_cache(self, capacity: int) -> SwappedCache:
         with self._lock:
             spare, self._spare = self._spare, None
         if spare is not None:
             spare.reopen(capacity)
             return spare
-        manifest = self._bundle.manifest
-        return SwappedCache(manifest.kv_cache, self.memory, self._static.capacity, capacity, manifest.model.max_context)
+        spec = self.bundle.manifest.kv_cache
+        return SwappedCache(spec, self.memory, self._static.capacity, capacity, self.max_context)
 
     def release(self, cache: Cache) -> None:
         """Keep one cache for the next: each has the full capacity, so that any will do."""
@@ -163,20 +163,23 @@ class StaticGraphs(Graphs[SwappedCache]):
             with self._lock:
                 self._spare = cache
 
-    def state(self, cache: SwappedCache, logits: Logits) -> StaticState:
-        return StaticState(self, cache, logits)
-
-    def spans(self, count: int, chunk: int | None) -> Iterator[slice]:
+    def spans(self, count: int, chunk: int | None = None) -> Iterator[slice]:
         return padded_spans(count, chunk, self._lengths)
 
-    def score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
-        chain = self._score_chain()
-        state = self.state(self.new_cache(len(tokens)), logits[0])
-        rows = np.zeros((chain.graph.tokens, logits.shape[1]), np.float32)
-        for span in padded_spans(len(tokens), chunk, [chain.graph.tokens]):
-            state.run(chain, tokens[span], rows)
-            logits[span] = rows[: span.stop - span.start]
-        self.release(state.cache)
+    def _new_batch(self, rows: int, capacity: int, force: bool) -> Batch:
+        logits = np.zeros((rows, self.vocabulary), np.float32)
+        return Batch(self, [StaticState(self, self._new_cache(capacity), row) for row in logits], logits)
+
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+        chain, cache = self._score_chain(), self._new_cache(len(tokens))
+        try:
+            state = StaticState(self, cache, logits[0])
+            rows = np.zeros((chain.graph.tokens, logits.shape[1]), np.float32)
+            for span in padded_spans(len(tokens), chunk, [chain.graph.tokens]):
+                state.run(chain, tokens[span], rows)
+                logits[span] = rows[: span.stop - span.start]
+        finally:
+            self.release(cache)
 
     @property
     def _lengths(self) -> Sequence[int]:
@@ -191,7 +194,7 @@ class StaticGraphs(Graphs[SwappedCache]):
     def _open(self, key: str, graph: StaticGraph) -> Chain:
         with self.workplace.entered():
             sessions = [
-                open_part(self._bundle, part, f"static.{key}.parts[{index}]", self._settings)
+                open_part(self.bundle, part, f"static.{key}.parts[{index}]", self._settings)
                 for index, part in enumerate(graph.parts)
             ]
         return Chain(graph, tuple(sessions))

@@ -9,10 +9,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.execution.state import Best
 from satchel.runtime.generation.sampling.filters import Row, adjusted, adjusts, narrowed
 from satchel.runtime.generation.sampling.finite import most_likely
 from satchel.runtime.generation.sampling.options import SamplingOptions
+
+Best = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""The most likely tokens, most likely first: ids [k] and logits [k]."""
 
 
 class Sampler:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.rows import Rows
 from satchel.runtime.generation.sampling.greedy import greedy
 from satchel.runtime.util.memory import peak_rss_mib, pss_mib
 
@@ -148,14 +148,20 @@ class _Sequences:
             self.prefill, self.decode = partial(engine.prefill, state), partial(engine.decode, state)
             self.choose = greedy
         else:
-            rows = Rows(engine, batch, capacity)
-            self.prefill, self.decode = partial(_prefill_rows, engine, rows), rows.decode
+            rows = engine.new_batch(batch, capacity)
+            self.prefill, self.decode = partial(_prefill_rows, engine, rows), partial(_decode_rows, rows)
             self.choose = _greedy_rows
 
 
-def _prefill_rows(engine: Engine, rows: Rows, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
+def _prefill_rows(engine: Engine, rows: Batch, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
     """Prefill prompts [rows, count], one after the other; the logits of each one's last token, [rows, vocabulary]."""
     return np.stack([engine.prefill(rows.add(), prompt) for prompt in prompts])
+
+
+def _decode_rows(rows: Batch, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Feed a token to each row; their logits, [rows, vocabulary]."""
+    rows.decode(tokens)
+    return rows.logits
 
 
 def _greedy_rows(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import PromptError, SatchelError
-from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.engine import Engine, open_engine
 from satchel.runtime.generation.sampling.greedy import greedy
 from satchel.runtime.ort.session import SessionSettings
 from satchel.runtime.tools.profiling.ort_profile import AFTER, BEFORE, Kernel, Place, Run, place_kernels, read_runs
@@ -107,7 +107,7 @@ def record(bundle: Bundle, settings: SessionSettings, prompt_tokens: int, new_to
     if prompt_tokens < 1 or new_tokens < 1:
         raise PromptError("--prompt-tokens and --new-tokens must be 1 or more")
     with tempfile.TemporaryDirectory(prefix="satchel-profile-") as folder:
-        engine = Engine(bundle, dataclasses.replace(settings, profile=Path(folder) / "session"))
+        engine = open_engine(bundle, dataclasses.replace(settings, profile=Path(folder) / "session"))
         history = _work(engine, prompt_tokens, new_tokens)
         recorded = _split(engine.end_profiling(), history)
     steps = {"prefill": PREFILL_PASSES, "decode": new_tokens}

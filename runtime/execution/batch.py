@@ -1,0 +1,111 @@
+"""Sequences of different lengths that are decoded together, and the check that this changes none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.state import Ids, Logits, State
+
+if TYPE_CHECKING:
+    from satchel.runtime.execution.engine import Engine
+
+TRIED_ROWS, TRIED_STEPS, TRIED_TOKENS = 3, 3, 8
+TOLERANCE = 1e-4
+"""Of the largest logit: above what sums in another order differ by, far below what other int8 activations do."""
+
+
+class Batch:
+    """Rows for several sequences, of which the first `len(self)` are in use. One sequence is a batch of one row.
+
+    Each prompt is prefilled by itself, into the state of its row; `decode` then feeds one token to every row in use:
+    here one row after another, in `CpuBatch` in one run. A batch belongs to one thread at a time.
+    """
+
+    def __init__(self, engine: Engine, states: Sequence[State], logits: Logits) -> None:
+        """`states` are the rows, whose logits lie in `logits` [rows, vocabulary]."""
+        self.states = states
+        self._engine = engine
+        self._logits = logits
+        self._used = 0
+
+    def __len__(self) -> int:
+        return self._used
+
+    @property
+    def full(self) -> bool:
+        """Whether every row is in use."""
+        return self._used == len(self.states)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all KV caches in bytes."""
+        return sum(state.cache.nbytes for state in self.states)
+
+    @property
+    def logits(self) -> Logits:
+        """Those of the rows in use, [rows in use, vocabulary] float32: a buffer that the next step overwrites."""
+        for state in self.states[: self._used]:
+            _ = state.logits  # a device copies them into the buffer now
+        return self._logits[: self._used]
+
+    def add(self) -> State:
+        """Clear the next free row and take it into use, ready for a prompt. Raises PromptError if there is none."""
+        if self.full:
+            raise PromptError(f"all {self._used} rows are in use: drop one first")
+        state = self.states[self._used]
+        state.cache.clear()
+        self._used += 1
+        return state
+
+    def drop(self, row: int) -> None:
+        """Free a row. The last one in use takes its place and its number."""
+        last = self._used - 1
+        if row != last:
+            self.copy(last, row)
+        self._used = last
+
+    def copy(self, source: int, target: int, start: int = 0) -> None:
+        """Copy row `source` to row `target`; the first `start` positions are the same already."""
+        self.states[target].copy_from(self.states[source], start)
+
+    def decode(self, tokens: Sequence[int] | Ids) -> None:
+        """Feed one token to each row in use; the states, and `logits`, have what follows.
+
+        Raises PromptError if a token is outside the vocabulary or a row's context is full.
+        """
+        self._decode(self._engine.check_ids(tokens))
+
+    def _decode(self, tokens: Ids) -> None:
+        for state, token in zip(self.states[: self._used], tokens.tolist(), strict=True):
+            state.decode(token)
+
+
+def rows_agree(engine: Engine) -> bool:
+    """Compare a few steps of rows decoded in one run with the same steps of each row alone.
+
+    They differ if the graph rounds the activations of all rows with one scale, or if a kernel sums in another order for
+    several rows: where activations are rounded to int8, the last bit makes a visible difference. Which kernels do so
+    depends on the processor, so only trying tells.
+    """
+    length = min(TRIED_TOKENS, engine.max_context - TRIED_STEPS)
+    if length < 1:
+        return False
+    ids = [(7 * i + 1) % engine.vocabulary for i in range(length + TRIED_ROWS + TRIED_STEPS)]
+    batch = engine.new_batch(TRIED_ROWS, length + TRIED_STEPS, force=True)
+    alone = [engine.new_state(length + TRIED_STEPS) for _ in range(TRIED_ROWS)]
+    for row, state in enumerate(alone):
+        prompt = ids[row : row + max(length - row, 1)]  # of different lengths
+        engine.prefill(batch.add(), prompt)
+        engine.prefill(state, prompt)
+    for step in range(TRIED_STEPS):
+        tokens = ids[length + step : length + step + TRIED_ROWS]
+        batch.decode(tokens)
+        for logits, state, token in zip(batch.logits, alone, tokens, strict=True):
+            expected = engine.decode(state, token)
+            if not np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max():
+                return False
+    return True

@@ -1,0 +1,209 @@
+"""The executor for the CPU: graphs for any number of rows and tokens, which write the KV cache in place."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.kv_cache import Cache, KVCache
+from satchel.runtime.execution.spans import PREFILL_CHUNK, chunks
+from satchel.runtime.execution.state import Ids, Logits, State, TopTokens
+from satchel.runtime.ort.binding import bind_input, bind_output, run_bound
+from satchel.runtime.ort.session import SessionSettings, open_both, open_session
+
+MAX_SPARE = 64 << 20  # bytes
+PREFILL, DECODE = 0, 1
+
+Sessions = tuple[ort.InferenceSession, ort.InferenceSession]
+
+
+class CpuEngine(Engine):
+    """The prefill, decode and score graphs of `manifest.graphs` on the CPU."""
+
+    def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
+        """Open prefill and decode, in one session if the manifest says so. Raises BundleError and ProviderError."""
+        super().__init__(bundle, settings)
+        self._sessions = open_both(bundle, settings)
+        self._score: ort.InferenceSession | None = None
+        self._score_lock = threading.Lock()
+        self._spare: mmap.mmap | None = None
+        self._spare_lock = threading.Lock()
+
+    @property
+    def sessions(self) -> Sessions:
+        """Those of prefill and of decode: the same one twice if both phases share it."""
+        return self._sessions
+
+    def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
+        return self._sessions[1:] if count is None else self._sessions[:1]
+
+    @property
+    def supports_batch(self) -> bool:
+        """False if the decode graph takes a fixed number of rows, or is made for a device: fixed mask, top tokens."""
+        manifest = self.bundle.manifest
+        decode = manifest.graph("decode")
+        fixed = any(isinstance(tensor.shape[0], int) for tensor in decode.inputs)
+        return not (fixed or manifest.has_fixed_mask or decode.top_tokens)
+
+    def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
+        """An empty KV cache of `capacity` positions for each of `rows` sequences.
+
+        Raises PromptError above the bundle's largest context, or if there is not enough memory.
+        """
+        self.check_capacity(capacity)
+        with self._spare_lock:
+            spare, self._spare = self._spare, None
+        return KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context, rows, spare)
+
+    def release(self, cache: Cache) -> None:
+        """Keep the memory of one cache for the next, unless it is large.
+
+        The system fills new memory with zeros on the first write, which can take as long as copying what was in it.
+        """
+        if isinstance(cache, KVCache) and len(cache.memory) <= MAX_SPARE:
+            with self._spare_lock:
+                self._spare = cache.memory
+
+    def spans(self, count: int, chunk: int | None = None) -> Iterator[slice]:
+        return chunks(count, chunk or PREFILL_CHUNK)
+
+    def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
+        return CpuBatch(self, RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest), force)
+
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+        with self._score_lock:
+            if self._score is None:
+                self._score = open_session(self.bundle, "score", self._settings)
+            session = self._score
+        cache = self.new_cache(len(tokens))
+        try:
+            binding, ones = cache.bind(session), np.ones(len(tokens), np.int64)
+            for span in self.spans(len(tokens), chunk):
+                rows = logits[span]
+                bind_output(binding, LOGITS, rows, (1, *rows.shape))
+                run_span(session, binding, cache, tokens[span], ones.ctypes.data)
+        finally:
+            self.release(cache)
+
+
+class RowRunner:
+    """Runs prefill and decode on rows of one KV cache: their buffers, and bindings that are kept across steps."""
+
+    def __init__(self, sessions: Sessions, cache: KVCache, manifest: Manifest) -> None:
+        rows, self._capacity = cache.rows, cache.capacity
+        self.cache = cache
+        self.logits: Logits = np.zeros((rows, manifest.model.vocab_size), np.float32)
+        count = manifest.graph("decode").top_tokens
+        self.top = (np.zeros((rows, count), np.int64), np.zeros((rows, count), np.float32)) if count else None
+        self._sessions = sessions
+        self._tokens = np.zeros((rows, 1), np.int64)
+        self._ones = np.ones(self._capacity, np.int64)  # the first `total` entries are the mask of one sequence
+        self._ones_address = self._ones.ctypes.data
+        self._mask = np.zeros(rows * self._capacity, np.int64)
+        self._fixed_mask = manifest.has_fixed_mask
+        self._bindings: dict[tuple[int, int, int], ort.IOBinding] = {}
+
+    def prefill(self, row: int, cache: KVCache, tokens: Ids) -> None:
+        """Feed tokens to one row; `cache` is its part of the cache, with its length."""
+        run_span(self._sessions[PREFILL], self._binding(PREFILL, row, 1), cache, tokens, self._ones_address)
+
+    def decode(self, first: int, caches: Sequence[Cache], tokens: Sequence[int] | Ids) -> None:
+        """Feed a token to each of several neighboring rows, from row `first` on, in one run."""
+        for cache in caches:
+            cache.require(1)
+        count = len(caches)
+        self._tokens[first : first + count, 0] = tokens
+        binding = self._binding(DECODE, first, count)
+        if count == 1 and not self._fixed_mask:
+            where, shape = f"at position {caches[0].length}", (1, caches[0].length + 1)
+            binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, shape, self._ones_address)
+        else:
+            where = f"with {count} sequences"
+            totals = np.array([cache.length + 1 for cache in caches])
+            width = self._capacity if self._fixed_mask else int(totals.max())
+            mask = self._mask[: count * width].reshape(count, width)
+            np.less(np.arange(width), totals[:, None], out=mask, casting="unsafe")
+            bind_input(binding, ATTENTION_MASK, mask, mask.shape)
+        run_bound(self._sessions[DECODE], binding, where)
+        for cache in caches:
+            cache.advance(1)
+
+    def _binding(self, phase: int, first: int, count: int) -> ort.IOBinding:
+        """A binding of `count` rows, from row `first` on, to the graph of a phase."""
+        key = phase, first, count
+        binding = self._bindings.get(key)
+        if binding is None:
+            rows = slice(first, first + count)
+            binding = self._bindings[key] = self.cache.bind(self._sessions[phase], rows)
+            bind_output(binding, LOGITS, self.logits[rows], (count, 1, self.logits.shape[1]))
+            if self.top is not None:
+                ids, logits = self.top
+                bind_output(binding, TOP_IDS, ids[rows], (count, 1, ids.shape[1]))
+                bind_output(binding, TOP_LOGITS, logits[rows], (count, 1, logits.shape[1]))
+            if phase == DECODE:
+                bind_input(binding, INPUT_IDS, self._tokens[rows], (count, 1))
+        return binding
+
+
+class CpuBatch(Batch):
+    """Rows of one KV cache, decoded in one run of the graph if that changes none of them."""
+
+    def __init__(self, engine: CpuEngine, runner: RowRunner, force: bool) -> None:
+        """`force` decodes all rows in one run even if their logits then differ from those that each has alone."""
+        super().__init__(engine, [CpuState(runner, row) for row in range(runner.cache.rows)], runner.logits)
+        self._runner = runner
+        self._force = force
+
+    def _decode(self, tokens: Ids) -> None:
+        if self._used > 1 and (self._force or self._engine.batch_invariant):
+            self._runner.decode(0, [state.cache for state in self.states[: self._used]], tokens)
+        else:
+            super()._decode(tokens)
+
+
+class CpuState(State):
+    """A row of a KV cache. A step binds little and copies nothing."""
+
+    def __init__(self, runner: RowRunner, row: int) -> None:
+        cache = runner.cache.row(row)
+        super().__init__(cache, runner.logits[row])
+        self._runner, self._row = runner, row
+        self._caches = (cache,)
+        self._top = None if runner.top is None else (runner.top[0][row], runner.top[1][row])
+
+    def best(self, count: int) -> TopTokens | None:
+        """The tokens that the graph chose, if it has outputs for `count` of them."""
+        return self._top if self._top is not None and count <= len(self._top[0]) else None
+
+    def copy_from(self, other: State, start: int = 0) -> None:
+        super().copy_from(other, start)
+        if self._top is not None and (theirs := other.best(len(self._top[0]))):
+            self._top[0][:], self._top[1][:] = theirs
+
+    def prefill(self, tokens: Ids) -> None:
+        self._runner.prefill(self._row, self._caches[0], tokens)
+
+    def decode(self, token: int) -> None:
+        self._runner.decode(self._row, self._caches, (token,))
+
+
+def run_span(session: ort.InferenceSession, binding: ort.IOBinding, cache: KVCache, tokens: Ids, ones: int) -> None:
+    """Run a graph on tokens of one sequence and count them in its cache.
+
+    `ones` is the address of as many ones (int64) as the cache has positions.
+    """
+    count = len(tokens)
+    cache.require(count)
+    bind_input(binding, INPUT_IDS, tokens, (1, count))
+    binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, cache.length + count), ones)
+    run_bound(session, binding, f"at position {cache.length}")
+    cache.advance(count)
