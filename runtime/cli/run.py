@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.cli import custom_flags, provider_flags, run_flags
@@ -78,16 +79,17 @@ def _open(args: argparse.Namespace) -> Generator:
 
 
 def _specialize(args: argparse.Namespace) -> None:
-    from satchel.runtime.optimize.specialize import specialize_if_needed
+    from satchel.runtime.optimize.prepare import prepare
     from satchel.runtime.util.progress import stage_printer
 
     shown = not args.quiet
-    specialize_if_needed(
-        args.bundle,
+    prepare(
+        Path(args.bundle),
         threads=args.threads,
-        progress=stage_printer(shown=shown),
-        shown=shown,
         custom=custom_flags.custom_of(args),
+        shown=shown,
+        progress=stage_printer(shown=shown),
+        waiting=lambda: None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from satchel.runtime.cli import custom_flags
 
@@ -14,92 +15,87 @@ MIB = 1 << 20
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel specialize`."""
     parser.description = (
-        "Make a bundle load and run faster on this machine: write optimized graphs, and weights in the form that this "
-        "processor's kernels want, into its folder. They fit this version of ONNX Runtime on processors with the same "
-        "extensions; elsewhere the bundle's portable graphs run, as before."
+        "Make a bundle load and run faster on this machine: write optimized graphs, and weights in the layout that "
+        "this processor's kernels read, into its folder; for a packed file or a folder that cannot be written, into "
+        "the user's cache. They fit this version of ONNX Runtime on processors with the same extensions; elsewhere "
+        "the portable graphs run. The first run or chat does the same in the background."
     )
     parser.epilog = "example:\n  satchel specialize out/smollm2-int8"
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument(
-        "--prefill",
-        choices=("stored", "int8"),
-        default="stored",
-        help="weights of prefill: as they are stored, or int8 made of those in 4 bits, which is faster for more memory "
-        "and disk, and a little less exact (default %(default)s)",
-    )
-    parser.add_argument(
-        "--decode",
-        choices=("auto", "stored", "blocks"),
-        default="auto",
-        help="weights of decode: as they are stored, which prefill has too; the same int8 numbers in blocks, which "
-        "some processors multiply faster, for the memory of the products' weights once more; or the faster of both as "
-        "timed here, blocks only where a step takes less than 0.95 of the time, and only of bundles in which decode "
-        "has a session of its own, as int8 (default %(default)s)",
-    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
+    parser.add_argument("--threads", "-t", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument(
         "--kernels",
-        choices=("auto", "own", "onnxruntime"),
+        choices=("auto", "satchel", "onnxruntime"),
         default="auto",
-        help="what multiplies and attends: satchel's own kernels, in one graph for both phases, where they are built "
-        "and the processor has AVX-512 VNNI; ONNX Runtime's; or the faster of both as timed here, ONNX Runtime's where "
-        "--prefill or --decode asks for a form of theirs (default %(default)s)",
+        help="what computes matmuls and attention: satchel's own kernels, where they are built and the processor has "
+        "what they need; ONNX Runtime's; or the faster of both as timed here (default %(default)s)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("auto", "stored", "blocks", "int8"),
+        default="auto",
+        help="weights for ONNX Runtime's kernels: as they are stored; a copy in blocks of inputs for decode, which "
+        "some processors multiply faster, for more memory; an int8 copy of 4-bit weights for prefill, which is faster, "
+        "for more memory and a little less exact; or stored or blocks, the faster as timed here (default %(default)s)",
     )
     custom_flags.add_library_flag(parser)
-    parser.add_argument("--remove", action="store_true", help="take out what an earlier call added")
+    parser.add_argument("--force", action="store_true", help="make it again where the bundle is ready already")
+    parser.add_argument("--remove", action="store_true", help="remove what was made for this bundle")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Specialize a bundle, and print what it took, or one JSON object."""
+    """Specialize a bundle, and print what was made and what runs each phase, or one JSON object."""
     import time
-    import warnings
 
     from satchel.runtime.bundle import strict_json
-    from satchel.runtime.errors import SatchelWarning
-    from satchel.runtime.optimize.blocks import blocks_bytes
-    from satchel.runtime.optimize.specialize import remove, specialize
+    from satchel.runtime.errors import SatchelError
+    from satchel.runtime.optimize.prepare import prepare, remove
     from satchel.runtime.ort import session
-    from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.tools.doctor import phases
     from satchel.runtime.util.progress import stage_printer
 
-    started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SatchelWarning)  # files that do not fit are replaced
-        bundle = open_bundle(
-            args.bundle,
-            progress=not args.quiet,
-            require_signature=args.require_signature,
-            custom=custom_flags.custom_of(args),
-        )
+    path, started = Path(args.bundle), time.perf_counter()
 
     def say(line: str) -> None:
         if not args.quiet:
             print(f"{args.bundle}: {line}", file=sys.stderr)
 
+    if args.require_signature is not None:
+        raise SatchelError("--require-signature: no signature covers what specialize makes: leave it out")
     if args.remove:
-        manifest = remove(bundle)
+        remove(path, custom_flags.custom_of(args))
+        document = {"bundle": args.bundle, "made": False, "specialized": None, "bytes": 0}
+        say("runs its portable graphs again")
     else:
         session.share_thread_pool(args.threads)
-        manifest = specialize(
-            bundle,
-            int8_prefill=args.prefill == "int8",
-            decode=args.decode,
+        found = prepare(
+            path,
+            layout=args.layout,
             kernels=args.kernels,
+            force=args.force,
             threads=args.threads,
+            custom=custom_flags.custom_of(args),
+            shown=not args.quiet,
             progress=stage_printer(shown=not args.quiet),
             say=say,
+            waiting=lambda: say("another process is specializing it: waiting for its end"),
         )
-    made, seconds = manifest.specialized, round(time.perf_counter() - started, 1)
-    size = 0 if made is None else sum(record.bytes for record in made.files.values())
+        specialized = found.bundle.specialized
+        size = 0 if specialized is None else sum(record.bytes for record in specialized.files.values())
+        document = {
+            "bundle": args.bundle,
+            "made": found.made,
+            "folder": str(found.bundle.folder),
+            "specialized": None if specialized is None else strict_json.to_json(specialized),
+            "bytes": size,
+        }
+        where = "" if found.bundle.folder == path else f" in {found.bundle.folder}"
+        seconds = time.perf_counter() - started
+        made = f"specialized for this machine, {size / MIB:,.0f} MiB{where}, in {seconds:.1f} s"
+        say(made if found.made else f"already specialized for this machine{where} (--force makes it again)")
+        if specialized is not None:
+            say("; ".join(f"{phase}: {runs}" for phase, runs in phases(found.bundle).items()))
     if args.json:
-        specialized = None if made is None else strict_json.to_json(made)
-        print(json.dumps({"bundle": args.bundle, "specialized": specialized, "bytes": size, "seconds": seconds}))
-    elif made is not None:
-        own = blocks_bytes(bundle) / MIB if made.decode_blocks else 0
-        memory = f", at least {own:,.0f} MiB more in memory for decode alone" if own else ""
-        say(
-            f"specialized for {made.processor}, ONNX Runtime {made.onnxruntime}: {size / MIB:,.0f} MiB more on disk"
-            f"{memory}, in {seconds} s"
-        )
+        print(json.dumps({**document, "seconds": round(time.perf_counter() - started, 1)}))
     return 0

@@ -62,12 +62,6 @@ def make_blocks(bundle: Bundle, path: Path) -> None:
             file.write(np.repeat(steps, count, axis=1).data)
 
 
-def blocks_bytes(bundle: Bundle) -> int:
-    """How many bytes the weights in blocks have. Raises BundleError for a bundle without a graph for them."""
-    tensors = external_tensors(bundle.graph_path("decode_blocks").read_bytes()).values()
-    return sum(int(tensor.place["length"]) for tensor in tensors if _made(tensor))
-
-
 def _made(tensor: Tensor) -> bool:
     return tensor.place.get("location") == BLOCKS_NAME
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.external_data import check_external_data
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, read_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
@@ -28,8 +28,6 @@ from satchel.runtime.optimize.forms import NATIVE, PREFIX, Form, Made, described
 from satchel.runtime.optimize.native import NATIVE_NAME, make_native
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
 from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
-from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
-from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.session import SessionSettings, save_optimized
 
 INLINE_BYTES = 1024
@@ -52,19 +50,35 @@ MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
 LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks", "native": "for satchel's own kernels"}
 
 
-def _silent(_: str) -> None:
-    """Hears of what happens, and says nothing."""
+LAYOUTS: dict[str, tuple[bool, str]] = {
+    "auto": (False, "auto"),
+    "stored": (False, "stored"),
+    "blocks": (False, "blocks"),
+    "int8": (True, "auto"),
+}
+"""Whether prefill gets int8 weights made of those in 4 bits, and the weights of decode, by the layout asked for."""
+
+
+def silent(_: str) -> None:
+    """Take a message and print nothing."""
+
+
+def serves(made: Specialized, layout: str, kernels: str) -> bool:
+    """Whether what was made is what these options of `specialize` ask for."""
+    if kernels != "auto" and made.native != (kernels == "satchel"):
+        return False
+    wanted = {"stored": (False, False), "blocks": (False, True), "int8": (True, made.decode_blocks)}
+    return layout == "auto" or (not made.native and (made.int8_prefill, made.decode_blocks) == wanted[layout])
 
 
 def specialize(
     bundle: Bundle,
     *,
-    int8_prefill: bool = False,
-    decode: str = "auto",
+    layout: str = "auto",
     kernels: str = "auto",
     threads: int | None = None,
-    progress: Callable[[str], Any] = _silent,
-    say: Callable[[str], Any] = _silent,
+    progress: Callable[[str], Any] = silent,
+    say: Callable[[str], Any] = silent,
 ) -> Manifest:
     """Write graphs and packed weights for this machine into a bundle's folder, and name them in its manifest.
 
@@ -72,13 +86,12 @@ def specialize(
     is written last, names them; until then, and after any failure, the bundle is what it was.
 
     Args:
-        int8_prefill: Make int8 weights of those in 4 bits, for prefill alone: a faster prefill for more memory.
-        decode: What decode multiplies by: "stored", the weights as they are; "blocks", the same numbers in blocks of
-            inputs, which it has for itself; "auto", that of both which is faster here, blocks only by a margin. Where a
-            bundle has no graph for blocks, or both phases share a session, "auto" is "stored".
-        kernels: "own", satchel's own, in one graph for both phases; "onnxruntime"; or "auto", satchel's own where they
-            can be had and are faster than ONNX Runtime's over weights as they are stored, unless `int8_prefill` or
-            `decode` asks for a form of those.
+        layout: How ONNX Runtime's kernels get the weights. "stored": as the bundle has them. "blocks": decode gets a
+            copy in blocks of inputs. "int8": prefill gets a copy in int8, made of weights in 4 bits, which is faster
+            for more memory. "auto": stored, or blocks where a step of decode is faster with them by a margin; never
+            blocks where a bundle has no graph for them or both phases share a session.
+        kernels: "satchel": satchel's own, in one graph for both phases. "onnxruntime". "auto": satchel's own where they
+            are available and faster than ONNX Runtime's, unless `layout` asks for one of those.
         threads: CPU threads for the work; None for one per physical core.
         progress: Hears the name of each stage as it begins.
         say: Hears what was found out.
@@ -96,7 +109,8 @@ def specialize(
     if not bundle.whole:
         raise BundleError(f"{folder}: only its graphs with a user's own operators are specialized: give --custom-ops")
     portable = replace(bundle, specialized=None)
-    own = _own_kernels(portable, kernels, chosen=int8_prefill or decode != "auto")
+    int8_prefill, decode = LAYOUTS[layout]
+    own = _own_kernels(portable, kernels, chosen=layout != "auto")
     forms = _forms(portable, int8_prefill, decode)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
     with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
@@ -118,9 +132,9 @@ def specialize(
         native = None
         if own:
             [native] = make([NATIVE])
-            if not _is_right(portable, native, settings, needed=kernels == "own"):
+            if not _is_right(portable, native, settings, needed=kernels == "satchel"):
                 native = None
-        if native is not None and kernels == "own":
+        if native is not None and kernels == "satchel":
             chosen = native.specialized
         else:
             found = make(forms if native is None else forms[:1])
@@ -152,17 +166,16 @@ def _own_kernels(portable: Bundle, kernels: str, *, chosen: bool) -> bool:
     Raises SatchelError where they are asked for and cannot be had.
     """
     graphs = portable.manifest.graphs
-    if kernels != "own":
+    if kernels != "satchel":
         offered = graphs is not None and graphs.native is not None
         return kernels == "auto" and not chosen and offered and library.reason() is None
     if chosen:
         raise SatchelError(
-            "--kernels own does not go with --prefill int8, --decode stored or --decode blocks, which are for those of "
-            "ONNX Runtime: leave one of them out"
+            "--kernels satchel with --layout: the layouts are for ONNX Runtime's kernels: leave one of them out"
         )
     reason = library.reason()
     if reason is not None:
-        raise SatchelError(f"--kernels own: satchel's own kernels {reason}: leave it out")
+        raise SatchelError(f"--kernels satchel: satchel's own kernels {reason}: leave it out")
     portable.graph_path("native")
     return True
 
@@ -256,31 +269,6 @@ def _choose(
             f"over weights in blocks: {'blocks' if kept is other else 'stored ones'} are kept"
         )
     return kept
-
-
-def specialize_if_needed(
-    path: str | Path,
-    *,
-    threads: int | None = None,
-    progress: Callable[[str], Any],
-    shown: bool = False,
-    custom: Custom = DEFAULT_CUSTOM,
-) -> None:
-    """Specialize the bundle at `path` unless it is ready for this machine. Where that fails, warn and leave it.
-
-    `progress` hears the name of each stage, `shown` is for the bar while a large bundle is first checked. The graphs
-    that run where passes or operators of a user's own are switched off stay as they are. Raises
-    BundleError for a bundle that cannot be opened.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SatchelWarning)
-        bundle = open_bundle(path, progress=shown, custom=custom)
-    if bundle.specialized is not None or not (custom.passes and custom.operators):
-        return
-    try:
-        specialize(bundle, threads=threads, progress=progress)
-    except SatchelError as error:
-        warnings.warn(str(error), SatchelWarning, stacklevel=2)
 
 
 def remove(bundle: Bundle) -> Manifest:

@@ -49,8 +49,7 @@ def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> N
         if lines:
             forms = {"int8 weights for prefill": made.int8_prefill, "weights in blocks for decode": made.decode_blocks}
             forms["satchel's own kernels"] = made.native
-            flags = {"--prefill stored": made.int8_prefill, "--decode stored": made.decode_blocks}
-            flags["--kernels onnxruntime"] = made.native
+            flags = {"--layout stored": not made.native, "--kernels onnxruntime": made.native}
             raise SatchelError(
                 f"{portable.folder}: with {_those(forms)} it loses more than the certificate allows ({lines[0]}): "
                 f"nothing was changed; specialize it with {_those(flags)}"

@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from satchel.runtime.bundle import user_cache
 from satchel.runtime.bundle.manifest import Specialized
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, Meter, check_files, read_bundle, with_specialized
 from satchel.runtime.bundle.scratch import sweep
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.kernels import library
+from satchel.runtime.ort import machine
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom, choose
 from satchel.runtime.util.cpu import processor_features
 from satchel.runtime.util.progress import progress_bar
@@ -34,6 +36,9 @@ def open_bundle(
     `require_signature` is the file of a public key: the bundle must be signed with its private key. All files are then
     hashed, also those seen before, and specialized graphs are not used, which a signature does not cover.
 
+    Where the bundle itself has no specialized graphs for this machine and the user's cache has a copy with them, that
+    copy is returned, and its `folder` is in the cache; not for `require_signature`, nor for `custom` None.
+
     Raises BundleError. Warns with SatchelWarning where specialized graphs do not fit this machine, are damaged or not
     covered by the signature, and where the plain graphs run because a library is missing.
     """
@@ -54,6 +59,9 @@ def open_bundle(
                 reason = str(error).partition(": copy the bundle")[0]
         if reason is not None:
             reason += ": satchel specialize makes it ready for this machine"
+    if custom is not None and require_signature is None and bundle.specialized is None:
+        cached = _cached(bundle, meter)
+        bundle, reason = (bundle, reason) if cached is None else (cached, None)
     if reason is not None:
         warnings.warn(f"{bundle.folder}: the portable graphs run, since {reason}", SatchelWarning, stacklevel=2)
     return bundle if custom is None else choose(bundle, custom)
@@ -76,6 +84,23 @@ def misfit(specialized: Specialized) -> str | None:
         return (
             f"it was specialized for version {specialized.kernels} of satchel's kernels and this is {library.VERSION}"
         )
+    return None
+
+
+def _cached(bundle: Bundle, meter: Meter) -> Bundle | None:
+    """The bundle's specialized copy in the user's cache, or None. One that is damaged is removed."""
+    folder = user_cache.find(machine.cache_name(bundle)) if bundle.digest else None
+    if folder is None:
+        return None
+    try:
+        copy = read_bundle(folder)
+        check_files(copy, meter)
+        specialized = copy.manifest.specialized
+        if copy.digest == bundle.digest and specialized is not None and misfit(specialized) is None:
+            return with_specialized(copy, specialized, meter)
+    except BundleError:
+        pass
+    user_cache.remove(folder)
     return None
 
 

@@ -79,7 +79,7 @@ def test_no_bundle_holds_them(bundle: Bundle) -> None:
 def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: Bundle) -> None:
     folder = bundle.folder
     before = sorted(path.name for path in folder.iterdir())
-    assert cli.main(["specialize", str(folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 0
+    assert cli.main(["specialize", str(folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 0
     special = open_bundle(folder)
     assert special.specialized is not None
     assert special.specialized.int8_prefill
@@ -104,7 +104,7 @@ def test_weights_that_are_wrong_are_not_kept(
     rint = np.rint
     monkeypatch.setattr(expand.np, "rint", lambda values: -rint(values))
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
-    assert cli.main(["specialize", str(bundle.folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 2
+    assert cli.main(["specialize", str(bundle.folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 2
     assert "differ from the portable ones" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
 
@@ -114,7 +114,7 @@ def test_what_the_certificate_does_not_allow_is_not_kept(
 ) -> None:
     monkeypatch.setattr(trials, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
-    assert cli.main(["specialize", str(bundle.folder), "--prefill", "int8", "--threads", "1", "--quiet"]) == 2
+    assert cli.main(["specialize", str(bundle.folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 2
     assert "more than the certificate allows (prompt 1: KL 2" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
 

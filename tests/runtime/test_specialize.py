@@ -160,11 +160,7 @@ def test_a_folder_that_cannot_be_written_is_left_alone(
     before = files(folder)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     assert cli.main(["specialize", str(folder), "--threads", "1"]) == 2
-    assert "cannot be written (Read-only file system): the portable graphs run" in capsys.readouterr().err
-    assert cli.main(["run", str(folder), "cat", "--specialize", "--max-new-tokens", "2", "--threads", "1"]) == 0
-    captured = capsys.readouterr()
-    assert captured.out
-    assert "cannot be written" in captured.err
+    assert "Read-only file system" in capsys.readouterr().err
     assert files(folder) == before
 
 
@@ -178,6 +174,19 @@ def test_run_makes_a_bundle_ready_once(folder: Path, capsys: pytest.CaptureFixtu
     second = capsys.readouterr()
     assert second.out == first.out
     assert "optimizing" not in second.err
+
+
+def test_a_ready_bundle_is_made_again_only_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def made(*flags: str) -> bool:
+        assert cli.main(["specialize", str(folder), "--threads", "1", "--json", *flags]) == 0
+        captured = capsys.readouterr()
+        assert "prefill: ONNX Runtime's kernels" in captured.err
+        return bool(json.loads(captured.out)["made"])
+
+    assert made()
+    assert not made()
+    assert not made("--layout", "stored", "--kernels", "onnxruntime"), "it is what these ask for"
+    assert made("--force")
 
 
 def test_graphs_that_differ_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,14 +221,14 @@ def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.Monke
 
 def test_int8_prefill_needs_weights_in_four_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(folder)
-    assert cli.main(["specialize", str(folder), "--prefill", "int8"]) == 2
-    assert "no graph for prefill_int8: its products are not in 4 bits" in capsys.readouterr().err
+    assert cli.main(["specialize", str(folder), "--layout", "int8"]) == 2
+    assert "prefill_int8" in capsys.readouterr().err
     assert files(folder) == before
 
 
 def test_decode_by_blocks_needs_int8_activations(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(folder)
-    assert cli.main(["specialize", str(folder), "--decode", "blocks"]) == 2
+    assert cli.main(["specialize", str(folder), "--layout", "blocks"]) == 2
     assert "no graph for decode_blocks: its decode takes no int8 activations" in capsys.readouterr().err
     assert files(folder) == before
 

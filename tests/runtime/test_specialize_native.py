@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def made(folder: Path) -> Path:
-    specialize.specialize(open_bundle(folder), kernels="own", threads=1)
+    specialize.specialize(open_bundle(folder), kernels="satchel", threads=1)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_slower_prefill_is_weighed_against_a_faster_decode(folder: Path, monke
 
 
 @needs_kernels
-@pytest.mark.parametrize("flags", [["--kernels", "onnxruntime"], ["--decode", "stored"]])
+@pytest.mark.parametrize("flags", [["--kernels", "onnxruntime"], ["--layout", "stored"]])
 def test_who_asks_for_onnx_runtime_gets_it(folder: Path, flags: list[str]) -> None:
     assert cli.main(["specialize", str(folder), "--threads", "1", *flags]) == 0
     assert "native" not in read_manifest(folder)["specialized"]
@@ -117,13 +117,14 @@ def test_a_step_reads_the_native_graphs_weights(made: Path) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("kernels", "said"), [("own", "the specialized graphs differ"), ("auto", "satchel's own kernels are left out: ")]
+    ("kernels", "said"),
+    [("satchel", "the specialized graphs differ"), ("auto", "satchel's own kernels are left out: ")],
 )
 def test_wrong_logits_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, said: str) -> None:
     shutil.rmtree(folder)
     write_native_bundle(folder, hadamard=64)
     before = files(folder)
-    if kernels == "own":
+    if kernels == "satchel":
         with pytest.raises(SatchelError, match=said):
             specialize.specialize(open_bundle(folder), kernels=kernels, threads=1)
         assert files(folder) == before
@@ -171,23 +172,23 @@ def test_without_the_library_auto_makes_the_forms_of_onnx_runtime(folder: Path) 
 @pytest.mark.usefixtures("off")
 def test_kernels_that_are_asked_for_and_missing_are_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(folder)
-    assert cli.main(["specialize", str(folder), "--kernels", "own"]) == 2
-    assert "--kernels own: satchel's own kernels are switched off (SATCHEL_KERNELS=off)" in capsys.readouterr().err
+    assert cli.main(["specialize", str(folder), "--kernels", "satchel"]) == 2
+    assert "--kernels satchel: satchel's own kernels are switched off (SATCHEL_KERNELS=off)" in capsys.readouterr().err
     assert files(folder) == before
 
 
-@pytest.mark.parametrize("flags", [["--prefill", "int8"], ["--decode", "blocks"], ["--decode", "stored"]])
+@pytest.mark.parametrize("flags", [["--layout", "int8"], ["--layout", "blocks"], ["--layout", "stored"]])
 def test_own_kernels_do_not_go_with_forms_of_onnx_runtime(
     folder: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["specialize", str(folder), "--kernels", "own", *flags]) == 2
-    assert "--kernels own does not go with" in capsys.readouterr().err
+    assert cli.main(["specialize", str(folder), "--kernels", "satchel", *flags]) == 2
+    assert "--kernels satchel with --layout" in capsys.readouterr().err
 
 
 @needs_kernels
 def test_a_bundle_without_a_native_graph_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_bundle(tmp_path / "plain")
-    assert cli.main(["specialize", str(folder), "--kernels", "own"]) == 2
+    assert cli.main(["specialize", str(folder), "--kernels", "satchel"]) == 2
     assert "no graph for native: it was exported without one for satchel's own kernels" in capsys.readouterr().err
 
 

@@ -1,0 +1,40 @@
+"""One process at a time for work that changes a bundle: a lock that ends with its process and leaves no file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class BusyError(Exception):
+    """Another process has the lock."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
+    """Hold the lock of a bundle, a folder or a packed file, while the block runs.
+
+    Where another process has it, `waiting` is called and the lock waited for; without `waiting` BusyError is raised.
+    Systems and network file systems without such locks let everyone through.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise BusyError(str(path)) from None
+            waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # the file system has no locks
+        yield
+    finally:
+        os.close(handle)

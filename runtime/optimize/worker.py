@@ -1,0 +1,64 @@
+"""Specializes one bundle in the background: `python -m satchel.runtime.optimize.worker BUNDLE [THREADS]`.
+
+It takes only the processor time that nobody else wants, ends after `MAX_SECONDS` at the latest, and prints nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from satchel.runtime.bundle.lock import BusyError
+from satchel.runtime.bundle.reader import read_bundle
+from satchel.runtime.errors import SatchelError
+
+MAX_SECONDS = 3600
+LOWEST_PRIORITY = 19
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Specialize the bundle, and note what went wrong. Returns the exit code."""
+    _give_way()
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
+    signal.alarm(MAX_SECONDS)
+
+    from satchel.runtime.optimize.prepare import prepare
+    from satchel.runtime.ort import machine, session
+
+    path, threads = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None
+    try:
+        session.share_thread_pool(threads)
+        prepare(path, threads=threads)
+    except BusyError:
+        return 0
+    except SatchelError as error:
+        with contextlib.suppress(SatchelError):
+            bundle = read_bundle(path)
+            machine.note_attempts(bundle, machine.attempts(bundle)[0], str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+def _give_way() -> None:
+    with contextlib.suppress(OSError):
+        os.nice(LOWEST_PRIORITY)
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does, so that what is half made is removed."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
