@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     draw = random.Random(0)
-    without = Generator.open(args.bundle, threads=args.threads, prefix_mib=0)
+    without = Generator.open(args.bundle, threads=args.threads, prefix_cache_mib=0)
     reusing = Generator.open(args.bundle, threads=args.threads)
 
     def ids(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Where answers go, a JSON object in a line for each: a file that a later run can go on with, or standard output."""
+"""Where answers go, one JSON object per line: a file that a later run can resume, or standard output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,19 +16,19 @@ from typing import Any, Self
 from satchel.runtime.cli.prompt_lines import PromptLine, parse_object
 from satchel.runtime.errors import PromptError, SatchelError
 
-ANSWER_KEYS = {"id", "text", "finish_reason", "prompt_tokens", "new_tokens"}
-ERROR_KEYS = {"id", "error"}
+ANSWER_KEYS = {"id", "text", "finish_reason", "prompt_tokens", "new_tokens", "request"}
+ERROR_KEYS = {"id", "error", "request"}
 BEGINNING = b'{"id": '
-"""How every row begins: an unfinished one, too, tells by it that it is ours."""
+"""How every row begins, by which an incomplete one is recognized too."""
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-"""What ends a line in Unicode and may stand in a JSON string as it is."""
+"""Unicode line ends that JSON strings may contain unescaped."""
 
 
 class PrintedAnswers:
-    """Answers on standard output. Nothing is done before."""
+    """Answers on standard output, of which none is there before."""
 
     done: frozenset[int] = frozenset()
-    failed = 0
+    failed = stale = 0
 
     def write(self, row: dict[str, Any]) -> None:
         """Print one row."""
@@ -42,32 +42,42 @@ class PrintedAnswers:
 
 
 class AnswerFile:
-    """Answers in a file, as a context manager. What an earlier run has left there stays, and counts as done.
+    """Answers in a file, as a context manager. Rows of an earlier run stay if they answer the same requests.
 
-    Each row is handed to the system in one piece, so a process that is killed loses at most the row that it was
-    writing: the next run cuts off the part without an end, and runs that line again. Only one process at a time may
-    have the file.
+    A row is handed to the system in one piece, so a process that is killed loses at most the row that it was writing:
+    the next run cuts off the incomplete row and runs that line again. Rows for a line of --input whose request, options
+    or bundle have changed since are stale, and are removed on entry. Only one process at a time may use the file.
 
     Attributes:
         done: The numbers of the lines that have a row.
         failed: How many of those rows are errors.
+        stale: How many rows answer other requests than those of the lines.
     """
 
-    def __init__(self, path: Path, lines: Sequence[PromptLine]) -> None:
-        """Open the file for the answers to `lines`. Raises PromptError, and changes nothing, where it has others."""
-        self.failed = 0
+    def __init__(self, path: Path, lines: Sequence[PromptLine], digests: Mapping[int, str]) -> None:
+        """Open the file for answers to `lines`; `digests` has that of each line's request by its number.
+
+        Raises PromptError, and changes nothing, for a file with anything else in it.
+        """
+        self.failed = self.stale = 0
+        self.done: set[int] = set()
         self._path = path
         self._total = len(lines)
+        self._whole = 0  # where the rows end
+        self._kept: list[tuple[int, int]] = []  # the begin and end of each row that counts
         self._file = _open(path)
         with contextlib.ExitStack() as failure:
             failure.callback(os.close, self._file)
-            self.done, self._whole = self._read(lines)
+            self._read(lines, digests)
             failure.pop_all()
         self._rows = len(self.done)
 
     def __enter__(self) -> Self:
         try:
-            self._cut()
+            if self.stale:
+                self._remove_stale()
+            else:
+                self._cut()
         except OSError as error:
             os.close(self._file)
             raise self._unwritable(error) from None
@@ -80,14 +90,14 @@ class AnswerFile:
             if error is None:
                 self._flush()
             else:
-                # Should this fail as well, the next run cuts the unfinished row off.
+                # If this fails too, the next run cuts off the incomplete row.
                 with contextlib.suppress(OSError):
                     self._cut()
         finally:
             os.close(self._file)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add one row. Raises SatchelError, with the file as it was before, where the disk does not take it."""
+        """Append one row. Raises SatchelError if it cannot be written; the file then has the rows before it."""
         content = memoryview(as_line(row).encode())
         try:
             while content:
@@ -100,86 +110,103 @@ class AnswerFile:
     def _flush(self) -> None:
         try:
             os.fsync(self._file)
-        except OSError as error:  # some file systems say only now that they are full
+        except OSError as error:  # some file systems report only now that they are full
             raise self._unwritable(error) from None
 
     def _cut(self) -> None:
-        """Leave the whole rows alone in the file, and go on after them."""
+        """Truncate the file to its complete rows, and append after them."""
         os.ftruncate(self._file, self._whole)
         os.lseek(self._file, self._whole, os.SEEK_SET)
+
+    def _remove_stale(self) -> None:
+        """Replace the file, whole, by one that has the rows that count."""
+        target = self._path.resolve()
+        part = target.with_name(f".satchel-{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file).st_mode))
+                for begin, end in self._kept:
+                    file.write(os.pread(self._file, end - begin, begin))
+            new = _open(part)
+            os.fsync(new)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file, self._whole = new, sum(end - begin for begin, end in self._kept)
+        self._cut()
 
     def _unwritable(self, error: OSError) -> SatchelError:
         return SatchelError(
             f"--output {self._path}: cannot be written ({error.strerror}): {self._rows} of {self._total} answers are "
-            "kept: free some space, and the same command goes on from there"
+            "saved: free some space, and run the same command again to resume"
         )
 
-    def _read(self, lines: Sequence[PromptLine]) -> tuple[frozenset[int], int]:
-        """The numbers of the lines that have a row, and where in the file the whole rows end."""
-        by_id = {line.id: line for line in reversed(lines)}  # of several with one id the first has it
-        by_number = {line.number: line for line in lines}
-        done: set[int] = set()
-        whole = 0
+    def _read(self, lines: Sequence[PromptLine], digests: Mapping[int, str]) -> None:
+        """Find the lines that have a row, the stale rows, and where in the file the complete rows end."""
+        wanted = {(line.id, digests[line.number]): line.number for line in lines}
+        known = {line.id for line in lines}
         with open(self._file, "rb", closefd=False) as rows:
             for place, raw in enumerate(rows, start=1):
                 if not raw.endswith(b"\n"):
                     if not raw.startswith(BEGINNING) and not BEGINNING.startswith(raw):
-                        raise self._foreign(place, "it is no answer")
-                    break
+                        raise self._foreign(place, "not an answer")
+                    return
                 row = self._parse(place, raw)
-                line = by_number.get(_error_place(row)) if "error" in row else by_id.get(row["id"])
-                if line is None or line.id != row["id"]:
-                    raise self._foreign(place, "it answers no line of --input")
-                if line.number in done:
-                    raise self._foreign(place, f"line {line.number} of --input has another answer before it")
-                done.add(line.number)
+                if row["id"] not in known:
+                    raise self._foreign(place, "answers no line of --input")
+                begin, self._whole = self._whole, self._whole + len(raw)
+                number = wanted.get((row["id"], row["request"]))
+                if number is None or number in self.done:
+                    self.stale += 1
+                    continue
+                self._kept.append((begin, self._whole))
+                self.done.add(number)
                 self.failed += "error" in row
-                whole += len(raw)
-        return frozenset(done), whole
 
     def _parse(self, place: int, raw: bytes) -> dict[str, Any]:
         try:
             row = parse_object(raw.decode("utf-8"))
         except (UnicodeDecodeError, PromptError):
-            raise self._foreign(place, "it is no answer") from None
+            raise self._foreign(place, "not an answer") from None
         answered = row.keys() - {"logprobs"} == ANSWER_KEYS
         failed = row.keys() == ERROR_KEYS and isinstance(row["error"], str)
-        if not (answered or failed) or isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-            raise self._foreign(place, "it is no answer")
+        typed = isinstance(row.get("id"), str | int) and not isinstance(row.get("id"), bool)
+        if not (answered or failed) or not typed or not isinstance(row["request"], str):
+            raise self._foreign(place, "not an answer")
         return row
 
     def _foreign(self, place: int, reason: str) -> PromptError:
         return PromptError(
-            f"--output {self._path}: line {place}: {reason}: nothing was changed: name another file, or move this one"
+            f"--output {self._path}: line {place}: {reason}: nothing was changed: choose another path, or move it"
         )
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """A row as it is written, with its end. It is one line for every reader, also for one that knows Unicode's."""
+    """A row as it is written, with its line end: one line also for readers that split at Unicode line ends."""
     text = json.dumps(row, ensure_ascii=False)
     return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-def _error_place(row: dict[str, Any]) -> int:
-    found = re.match(r"line ([0-9]{1,18}): ", row["error"])
-    return int(found[1]) if found else 0
-
-
 def _open(path: Path) -> int:
-    """A descriptor to read and write, of a plain file that this process alone has; made where there is none."""
+    """A descriptor to read and write a regular file that this process has locked; created if there is none."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        raise PromptError(f"--output {path}: cannot be opened ({error.strerror}): name another file") from None
+        raise PromptError(f"--output {path}: cannot be opened ({error.strerror})") from None
     with contextlib.ExitStack() as failure:
         failure.callback(os.close, file)
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise PromptError(f"--output {path}: this is no plain file: name another, or - for standard output")
+            raise PromptError(f"--output {path}: not a regular file: choose another path, or - for standard output")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file), path.stat()):  # another run has just replaced it
+                raise BlockingIOError
         except BlockingIOError:
-            raise PromptError(f"--output {path}: another run writes to it: wait for its end, or name another") from None
+            raise PromptError(
+                f"--output {path}: another run is writing to it: wait until it ends, or choose another path"
+            ) from None
         except OSError as error:
-            raise PromptError(f"--output {path}: cannot be locked ({error.strerror}): name another file") from None
+            raise PromptError(f"--output {path}: cannot be locked ({error.strerror}): choose another path") from None
         failure.pop_all()
     return file

@@ -1,11 +1,14 @@
-"""`satchel run --input`: answers prompts from JSON lines, many together, in a file that a later run can go on with."""
+"""`satchel run --input`: answers prompts from JSON lines in batches, into a file that a later run can resume."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +17,34 @@ from satchel.runtime.cli.generation_json import answer_json
 from satchel.runtime.cli.prompt_lines import Chat, PromptLine, located, read_lines
 from satchel.runtime.cli.run_flags import STANDARD
 from satchel.runtime.errors import PromptError, SatchelError
-from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
 from satchel.runtime.util.defaults import BATCH_ROWS
 from satchel.runtime.util.progress import progress_bar
 
 if TYPE_CHECKING:
-    from satchel.runtime.execution.engine import TokenIds
     from satchel.runtime.generation.generator import Generator, Request
     from satchel.runtime.generation.result import Generation
 
-Render = Callable[["Generator", Chat], "TokenIds"]
-"""Gives the token ids of a conversation. Raises SatchelError where the template refuses it."""
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What holds for each line that says nothing else: options of the command line, and whether prompts are raw."""
+
+    options: Mapping[str, Any]
+    raw: bool
+
+    def raw_of(self, line: PromptLine) -> bool:
+        """Whether the text of a line is fed as it is."""
+        return not isinstance(line.prompt, Chat) and (self.raw if line.raw is None else line.raw)
+
+    def options_of(self, line: PromptLine) -> GenerationOptions:
+        """The effective options of a line."""
+        base = {} if self.raw_of(line) else CHAT_DEFAULTS
+        return GenerationOptions(**{**base, **self.options}).updated(line.options)
 
 
 class Tally:
-    """What the lines of one run gave and cost."""
+    """Counts and times of the lines of one run."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -55,19 +71,29 @@ class Tally:
 
 
 def main(args: argparse.Namespace, options: dict[str, Any], open_generator: Callable[[], Generator]) -> int:
-    """Answer the lines of `args.input`; `options` are those of the command line. Returns 1 where some failed.
+    """Answer the lines of `args.input`; `options` are those of the command line. Returns 1 if some failed.
 
-    Raises SatchelError for an input or output that cannot be used, and for wrong options of the command line.
+    Raises SatchelError for an input, output or bundle that cannot be used, and for wrong options of the command line.
     """
+    from satchel.runtime.bundle.reader import read_bundle
+    from satchel.runtime.generation.templates.chat_template import TEMPLATE_NAME
+
     lines = read_lines(_read(args.input, args.output))
+    bundle = read_bundle(args.bundle, require_signature=args.require_signature)
+    defaults = Defaults(options, args.raw or TEMPLATE_NAME not in bundle.manifest.files)
+    defaults.options_of(PromptLine(0, 0, "")).check_all(bundle.manifest.model.vocab_size)
+    context = args.max_context or bundle.manifest.model.max_context
+    common = (bundle.fingerprint, context, args.force_batch)
+    digests = {line.number: request_digest(line, defaults, common) for line in lines}
     to_file = args.output not in (None, STANDARD)
-    with AnswerFile(Path(args.output), lines) if to_file else PrintedAnswers() as answers:
+    with AnswerFile(Path(args.output), lines, digests) if to_file else PrintedAnswers() as answers:
         pending = [line for line in lines if line.number not in answers.done]
-        if not args.quiet and (answers.done or not lines):
-            print(_beginning(args, len(lines), len(pending)), file=sys.stderr)
+        if not args.quiet:
+            for message in _beginning(args, len(lines), len(pending), answers.stale):
+                print(message, file=sys.stderr)
         failed = answers.failed
         if pending:
-            tally = answer_lines(open_generator(), pending, options, args, answers)
+            tally = answer_lines(open_generator(), pending, defaults, digests, args, answers)
             failed += tally.failed
             if not args.quiet:
                 print(tally, file=sys.stderr)
@@ -77,21 +103,30 @@ def main(args: argparse.Namespace, options: dict[str, Any], open_generator: Call
     return 1 if failed else 0
 
 
+def request_digest(line: PromptLine, defaults: Defaults, common: Sequence[Any]) -> str:
+    """A digest of all that an answer depends on: the line's prompt and effective options, and what lines share."""
+    prompt = dataclasses.asdict(line.prompt) if isinstance(line.prompt, Chat) else line.prompt
+    request: list[Any] = [line.error]
+    if line.error is None:
+        options = defaults.options_of(line)
+        fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        request = [*common, prompt, defaults.raw_of(line), fields | {"logit_bias": dict(options.logit_bias)}]
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()[:32]
+
+
 def answer_lines(
     generator: Generator,
     lines: Sequence[PromptLine],
-    options: dict[str, Any],
+    defaults: Defaults,
+    digests: Mapping[int, str],
     args: argparse.Namespace,
     answers: AnswerFile | PrintedAnswers,
-    render: Render | None = None,
 ) -> Tally:
-    """Write a row for each line: first those that cannot run, then the others as they end.
+    """Write a row for each line: first for those that cannot run, then for the others as they end.
 
-    A row is what the line gives alone, whatever runs beside it. `render` takes the place of the bundle's chat template.
-    Raises SatchelError for wrong options of the command line, and where a row cannot be written.
+    A row is what the line gives alone, whatever else is in its batch. Raises SatchelError where a row cannot be
+    written.
     """
-    defaults = GenerationOptions(**options)
-    defaults.check_all(generator.engine.vocabulary)
     tokenizer = generator.need_tokenizer()
     tally = Tally()
     runnable: list[PromptLine] = []
@@ -99,45 +134,43 @@ def answer_lines(
 
     with progress_bar(len(lines), "answering", " prompts", shown=not args.quiet) as bar:
 
-        def fail(line: PromptLine, message: str) -> None:
-            answers.write({"id": line.id, "error": located(line.number, message)})
-            tally.failed += 1
+        def write(line: PromptLine, row: dict[str, Any]) -> None:
+            answers.write(row | {"request": digests[line.number]})
             bar.update(1)
+
+        def fail(line: PromptLine, message: str) -> None:
+            tally.failed += 1
+            write(line, {"id": line.id, "error": located(line.number, message)})
 
         for line in lines:
             try:
-                requests.append(_request(generator, line, defaults, render or _render))
+                requests.append(_request(generator, line, defaults))
             except SatchelError as error:
                 fail(line, str(error))
             else:
                 runnable.append(line)
-        running = generator.run_requests(requests, rows=args.batch or BATCH_ROWS, together=args.together or None)
+        running = generator.run_requests(requests, rows=args.batch or BATCH_ROWS, force_batch=args.force_batch)
         for index, outcome in running:
             if isinstance(outcome, SatchelError):
                 fail(runnable[index], str(outcome))
-                continue
-            answers.write(answer_json(runnable[index].id, outcome, tokenizer))
-            tally.add(outcome)
-            bar.update(1)
+            else:
+                tally.add(outcome)
+                write(runnable[index], answer_json(runnable[index].id, outcome, tokenizer))
     return tally
 
 
-def _request(generator: Generator, line: PromptLine, defaults: GenerationOptions, render: Render) -> Request:
-    """What a line asks for. Raises SatchelError for what is wrong with it."""
+def _request(generator: Generator, line: PromptLine, defaults: Defaults) -> Request:
+    """The request of a line. Raises SatchelError for what is wrong with it."""
     from satchel.runtime.generation.generator import Request
 
     if line.prompt is None:
         raise PromptError(str(line.error))
-    options = defaults.updated(line.options)
+    options = defaults.options_of(line)
     options.check_all(generator.engine.vocabulary, f"line {line.number}")
-    prompt = render(generator, line.prompt) if isinstance(line.prompt, Chat) else line.prompt
-    return Request(prompt, options)
-
-
-def _render(generator: Generator, chat: Chat) -> TokenIds:
-    from satchel.runtime.generation.conversation import chat_ids
-
-    return chat_ids(generator, chat.messages, tools=chat.tools, arguments=chat.arguments)
+    if isinstance(line.prompt, Chat):
+        chat = line.prompt
+        return Request(generator.encode_chat(chat.messages, tools=chat.tools, arguments=chat.arguments), options)
+    return Request(line.prompt if defaults.raw_of(line) else generator.encode_chat(line.prompt), options)
 
 
 def _read(source: str, target: str | None) -> bytes:
@@ -146,15 +179,18 @@ def _read(source: str, target: str | None) -> bytes:
     path = Path(source)
     try:
         if target not in (None, STANDARD) and Path(target).exists() and path.samefile(target):
-            raise PromptError(f"--output {target}: is the file of --input: name another file")
+            raise PromptError(f"--output {target}: is also the file of --input: choose another path")
         return path.read_bytes()
     except OSError as error:
-        raise PromptError(f"--input {source}: cannot be read ({error.strerror}): name another file") from None
+        raise PromptError(f"--input {source}: cannot be read ({error.strerror})") from None
 
 
-def _beginning(args: argparse.Namespace, total: int, pending: int) -> str:
+def _beginning(args: argparse.Namespace, total: int, pending: int, stale: int) -> Iterator[str]:
+    if stale:
+        yield f"{stale} answers in {args.output} are to another request or of another bundle: they are computed again"
     if not total:
-        return f"there are no prompts in {args.input}"
-    if not pending:
-        return f"all {total} prompts are done already"
-    return f"resuming: {total - pending} of {total} are done"
+        yield f"there are no prompts in {args.input}"
+    elif not pending:
+        yield f"all {total} prompts are answered already"
+    elif pending < total:
+        yield f"resuming: {total - pending} of {total} prompts are answered"

@@ -22,24 +22,33 @@ if TYPE_CHECKING:
     from satchel.runtime.util.progress import Bar
 
 HELP = """\
-/reset [TEXT]   forget the conversation; with TEXT as its new system prompt
+/reset [TEXT]   start a new conversation; TEXT is its system prompt
 /history        show the conversation
-/save FILE      write the conversation with its keys and values to a file
-/load FILE      go on with a saved conversation
-/help           this list
-/exit           leave; so does Ctrl-D
-A line that ends with \\ goes on in the next one. // at the beginning of a line sends a / there.
-Ctrl-C ends an answer. One that has no text yet is dropped, with its question."""
+/save FILE      save the conversation with its keys and values
+/load FILE      continue a saved conversation
+/help           show this list
+/exit           quit; so does Ctrl-D
+End a line with \\ to continue on the next one. Start a line with // to send a /.
+Ctrl-C stops an answer. If it has no text yet, it is dropped together with the question."""
+
+
+SLIDING = (
+    "the context of {} tokens is full: the oldest {} messages are dropped, and older ones from now on as needed "
+    "(--max-context raises the limit where the bundle allows it)"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel chat`."""
     parser.description = (
-        "Talk with a model, in the form of its own chat template. Sampling starts from the checkpoint's "
-        "generation_config.json. Without a terminal each line of standard input is a turn; /help lists the commands."
+        "Chat with a model in its chat template. With QUESTION, answer that and exit. Without a terminal, each line of "
+        "standard input is a turn. Sampling options default to the checkpoint's generation_config.json. When the "
+        "context is full, the oldest turns are dropped. /help lists the commands of a chat."
     )
-    parser.epilog = 'example:\n  satchel chat out/smollm2-int8 --system "Answer in one sentence."'
+    parser.epilog = 'example:\n  satchel chat out/smollm2-int8 "What is a satchel?" --system "Answer in one sentence."'
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
+    parser.add_argument("prompt", metavar="QUESTION", nargs="?", help="one question, in quotes: answer it and exit")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", dest="prompt_flag", help="the same as QUESTION")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument("--tools", metavar="FILE", type=Path, help="a JSON list of function schemas for the template")
     parser.add_argument(
@@ -47,40 +56,44 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=JSON",
         action="append",
         default=[],
-        help="a further variable of the template, such as enable_thinking=false; may be given several times",
+        help="a further variable of the template, such as enable_thinking=false; may be repeated",
     )
     parser.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template in place of the bundle's")
-    parser.add_argument("--load-state", metavar="FILE", type=Path, help="go on with a saved conversation")
+    parser.add_argument("--load-state", metavar="FILE", type=Path, help="continue a saved conversation")
     parser.add_argument(
-        "--max-context", metavar="N", type=int, help="positions of the conversation (default: the bundle's)"
+        "--max-context", metavar="N", type=int, help="maximum positions of the conversation (default: the bundle's)"
     )
     parser.add_argument(
-        "--prefix-memory",
+        "--prefix-cache-mib",
         metavar="MIB",
         type=int,
-        help="memory for keys and values between turns (default: what the whole context takes)",
+        help="size of the prefix cache, which keeps keys and values between turns (default: that of a full context)",
     )
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     custom_flags.add_flags(parser)
     parser.add_argument(
         "--json",
         action="store_true",
-        help='print one JSON object on one line for each answer, with "error" where a line failed',
+        help='print one line of JSON for each answer, with "error" if a turn failed',
     )
-    generation_options.add_flags(parser)
+    generation_options.add_flags(parser, chat=True)
     provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answer one turn after the other until the input ends. Returns 0, or 1 where a turn of a file failed."""
+    """Answer one question, or turn after turn until the input ends. Returns 0, or 1 if a turn of a file failed."""
+    _check(args)
     conversation = _open(args)
-    interactive = sys.stdin.isatty() and not args.json
+    interactive = args.prompt is None and sys.stdin.isatty() and not args.json
     failed = False
     try:
         if args.load_state is not None:
             conversation.load_state(args.load_state, progress=not args.quiet)
+        if args.prompt is not None:
+            _answer(conversation, args.prompt, args)
+            return 0
         if interactive and not args.quiet:
-            print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
+            print("/help lists the commands, Ctrl-D quits", file=sys.stderr)
         for line in typed_turns() if interactive else read_turns():
             try:
                 if line.startswith("/") and line.split(maxsplit=1)[0] == "/exit":
@@ -101,6 +114,17 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    if args.prompt_flag is not None:
+        if args.prompt is not None:
+            raise PromptError("--prompt and QUESTION are both given: remove one")
+        args.prompt = args.prompt_flag
+    if args.logprobs is not None and not args.json:
+        raise PromptError("--logprobs requires --json")
+    if args.system is not None and args.load_state is not None:
+        raise PromptError("--system cannot be combined with --load-state: a saved conversation has its own")
+
+
 def _turn(conversation: Conversation, line: str, args: argparse.Namespace) -> None:
     if line.startswith("/") and not line.startswith("//"):
         _command(conversation, line, progress=not args.quiet)
@@ -109,18 +133,12 @@ def _turn(conversation: Conversation, line: str, args: argparse.Namespace) -> No
 
 
 def _open(args: argparse.Namespace) -> Conversation:
-    from satchel.runtime.execution.kv_cache import position_bytes
     from satchel.runtime.generation.conversation import Conversation, checkpoint_options
     from satchel.runtime.generation.generator import Generator
-    from satchel.runtime.generation.prefix_cache import PrefixCache
     from satchel.runtime.generation.templates.chat_template import ChatTemplate, special_tokens
     from satchel.runtime.ort import session
 
     given = generation_options.given_in(args)
-    if args.logprobs is not None and not args.json:
-        raise PromptError("--logprobs: is for --json: give that too, or leave it out")
-    if args.system is not None and args.load_state is not None:
-        raise PromptError("--system with --load-state: a saved conversation has its own: leave one of them out")
     tools, arguments = _tools(args.tools), _template_arguments(args.template_argument)
     template = None if args.chat_template is None else _read(args.chat_template, "--chat-template")
     choice = provider_flags.choice_of(args)
@@ -130,15 +148,12 @@ def _open(args: argparse.Namespace) -> Conversation:
         provider=choice,
         threads=args.threads,
         max_context=args.max_context,
-        prefix_mib=args.prefix_memory or 0,  # without it, the store below takes the place of this one
+        prefix_cache_mib=args.prefix_cache_mib,
         verbose=args.verbose,
         progress=not args.quiet,
         custom=custom_flags.custom_of(args),
         require_signature=args.require_signature,
     )
-    if args.prefix_memory is None:
-        spec = generator.engine.bundle.manifest.kv_cache
-        generator.store = PrefixCache(spec, generator.max_context * position_bytes(spec))
     if template is not None:
         special = special_tokens(generator.engine.bundle, generator.tokenizer)
         generator.template = ChatTemplate(template, special)
@@ -149,14 +164,18 @@ def _open(args: argparse.Namespace) -> Conversation:
 
 def _answer(conversation: Conversation, text: str, args: argparse.Namespace) -> None:
     """Ask, and print the answer as it comes."""
-    answer = conversation.ask(text, progress=lambda count: bar.update(count))  # which happens as pieces are taken
+    answer = conversation.ask(text, progress=lambda count: bar.update(count))  # called while pieces are taken
+    if answer.dropped_messages and not conversation.dropped_messages and not args.quiet:
+        print(SLIDING.format(conversation.generator.max_context, answer.dropped_messages), file=sys.stderr)
     with progress_bar(answer.prompt_tokens, "reading", " tokens", shown=not args.quiet) as bar:
         if args.json:
             print(_as_json(answer.result(), conversation), flush=True)
             return
-        result = _print_pieces(answer, bar, interruptible=sys.stdin.isatty())
+        result = _print_pieces(answer, bar, interruptible=args.prompt is None and sys.stdin.isatty())
     if not args.quiet:
         print(_figures(result), file=sys.stderr)
+        if result.finish_reason == "loop":
+            print("the answer repeated itself and was ended: --max-repeats 0 lets it go on", file=sys.stderr)
 
 
 def _as_json(result: Generation, conversation: Conversation) -> str:
@@ -166,7 +185,7 @@ def _as_json(result: Generation, conversation: Conversation) -> str:
 
 
 def _print_pieces(answer: Answer, bar: Bar, interruptible: bool) -> Generation:
-    """Print an answer. Where it is interruptible, Ctrl-C ends it, and what there is of it is kept."""
+    """Print an answer. If it is interruptible, Ctrl-C ends it, and its text so far stays."""
     try:
         with answer:
             for piece in answer:
@@ -184,7 +203,7 @@ def _print_pieces(answer: Answer, bar: Bar, interruptible: bool) -> Generation:
 
 
 def _figures(result: Generation) -> str:
-    reused = f" ({result.reused_tokens} of them kept)" if result.reused_tokens else ""
+    reused = f" ({result.reused_tokens} cached)" if result.reused_tokens else ""
     return (
         f"[prompt {result.prompt_tokens} tokens{reused}, new {result.new_tokens} at {result.decode_speed:.1f} tokens/s "
         f"({result.finish_reason})]"
@@ -192,19 +211,19 @@ def _figures(result: Generation) -> str:
 
 
 def _command(conversation: Conversation, line: str, progress: bool) -> None:
-    """Carry out a line that begins with a slash. Raises SatchelError."""
+    """Run a command: a line that starts with a slash. Raises SatchelError."""
     name, *words = line.split(maxsplit=1)
     rest = words[0].strip() if words else ""
     if name == "/help":
         print(HELP, file=sys.stderr)
     elif name == "/reset":
         conversation.reset(rest or None)
-        print("the conversation begins anew", file=sys.stderr)
+        print("conversation reset", file=sys.stderr)
     elif name == "/history":
         for message in conversation.messages:
             print(f"{printable(str(message['role']))}: {message.get('content')}", file=sys.stderr)
     elif name in ("/save", "/load") and not rest:
-        raise PromptError(f"{name}: name a file, such as {name} talk.state")
+        raise PromptError(f"{name} requires a file, such as {name} talk.safetensors")
     elif name == "/save":
         count = conversation.save_state(rest, option=name, progress=progress)
         print(f"{rest}: {count} tokens saved", file=sys.stderr)
@@ -212,7 +231,7 @@ def _command(conversation: Conversation, line: str, progress: bool) -> None:
         conversation.load_state(rest, progress=progress)
         print(f"{rest}: {len(conversation.messages)} messages loaded", file=sys.stderr)
     else:
-        raise PromptError(f"{printable(name)}: no such command: /help lists them, // sends a /")
+        raise PromptError(f"{printable(name)}: unknown command: /help lists them, // sends a /")
 
 
 def _tools(path: Path | None) -> list[dict[str, Any]] | None:
@@ -223,7 +242,7 @@ def _tools(path: Path | None) -> list[dict[str, Any]] | None:
     except (ValueError, RecursionError) as error:
         raise PromptError(f"--tools {path}: not valid JSON ({error}): correct it") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise PromptError(f"--tools {path}: must hold a list of objects: put the schemas into [ ]")
+        raise PromptError(f"--tools {path}: must hold a list of objects: put the schemas in [ ]")
     return tools
 
 

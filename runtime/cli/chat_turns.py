@@ -12,19 +12,19 @@ PROMPT, MORE = "> ", "... "
 
 
 class _Lines:
-    """Joins lines to turns: one that ends with a backslash goes on in the next; blank turns do not count."""
+    """Joins lines to turns: a line that ends with a backslash continues on the next; blank turns are skipped."""
 
     def __init__(self) -> None:
         self.pending: list[str] = []
 
     def add(self, line: str) -> str:
-        """The turn that `line` completes; empty where there is none."""
+        """The turn that `line` completes; empty if there is none."""
         goes_on = line.endswith("\\")
         self.pending.append(line[:-1] if goes_on else line)
         return "" if goes_on else self.rest()
 
     def rest(self) -> str:
-        """The turn of the lines so far; empty where there is none."""
+        """The turn of the lines so far; empty if there is none."""
         turn, self.pending = "\n".join(self.pending), []
         return turn if turn.strip() else ""
 
@@ -45,11 +45,11 @@ def typed_turns() -> Iterator[str]:
             print(file=sys.stderr)
             break
         except UnicodeDecodeError:
-            print("satchel: error: this is not UTF-8 text: set the terminal to UTF-8", file=sys.stderr)
+            print("satchel: error: not UTF-8 text: set the terminal to UTF-8", file=sys.stderr)
             continue
         except KeyboardInterrupt:
             interrupt.forget()
-            print("\n/exit or Ctrl-D leaves", file=sys.stderr)
+            print("\n/exit or Ctrl-D quits", file=sys.stderr)
             lines = _Lines()
             continue
         if turn:
@@ -59,10 +59,7 @@ def typed_turns() -> Iterator[str]:
 
 
 def read_turns() -> Iterator[str]:
-    """What standard input holds, turn by turn, each read when it is wanted.
-
-    Raises PromptError for what is not UTF-8.
-    """
+    """The turns of standard input, each read when it is needed. Raises PromptError for a line that is not UTF-8."""
     lines = _Lines()
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:

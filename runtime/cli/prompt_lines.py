@@ -1,4 +1,4 @@
-"""Reads JSON lines of prompts. A line that is wrong is kept with what is wrong with it."""
+"""Reads JSON lines of prompts. A wrong line is kept, with what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from satchel.runtime.util.terminal import printable
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 OPTION_KEYS = tuple(option.name for option in dataclasses.fields(GenerationOptions))
-OWN_KEYS = ("id", "prompt", "messages", "tools", "arguments")
-TAKEN = ("messages", "tools", "self")  # names that a template's further arguments cannot have
+OWN_KEYS = ("id", "prompt", "raw", "messages", "tools", "arguments")
+TAKEN = ("messages", "tools", "self")  # names that "arguments" cannot have
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation for the bundle's chat template, with the tools and further arguments that the template gets."""
+    """Messages for the chat template, with its tools and further variables."""
 
     messages: Sequence[Any]
     tools: Sequence[Any] | None = None
@@ -30,23 +30,24 @@ class Chat:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A line that is not blank: its number from 1, its id, and either what to continue or what is wrong with it.
+    """A line that is not blank: its number from 1, its id, and either its prompt or what is wrong with it.
 
-    `error` begins with "line N: ", and `prompt` is then None. `options` are those of the line alone, by field.
+    `error` begins with "line N: ", and `prompt` is then None. `options` are those of the line alone, by field. `raw`
+    says whether a text is fed without the chat template; None leaves that to the command line.
     """
 
     number: int
     id: str | int
     prompt: str | Chat | None
     options: dict[str, Any] = field(default_factory=dict)
+    raw: bool | None = None
     error: str | None = None
 
 
 def read_lines(content: bytes) -> list[PromptLine]:
-    """The lines of a file of JSON objects in UTF-8, blank ones left out.
+    """The lines of a file of JSON objects in UTF-8, without blank ones.
 
-    A line without an id, or whose id is none, has its number for one. Ids are unique: of lines with the same one all
-    but the first are wrong.
+    The id of a line without a valid one is its number. Of lines with the same id all but the first are wrong.
     """
     found: list[PromptLine] = []
     owners: dict[str | int, int] = {}
@@ -56,29 +57,29 @@ def read_lines(content: bytes) -> list[PromptLine]:
         line = _read_line(number, raw)
         owner = owners.setdefault(line.id, number)
         if owner != number and line.error is None:
-            text = f"id {shown(line.id)}: line {owner} has it too: give each line an id of its own"
+            text = f"id {shown(line.id)}: line {owner} has the same id: ids must be unique"
             line = wrong_line(number, line.id, text)
         found.append(line)
     return found
 
 
 def wrong_line(number: int, identity: str | int, message: str) -> PromptLine:
-    """A line that cannot be answered. `message` says why, with or without the line's place in front."""
+    """A line that cannot be answered. `message` says why, with or without "line N: " in front."""
     return PromptLine(number, identity, None, error=located(number, message))
 
 
 def located(number: int, message: str) -> str:
-    """A message that begins with its line's place, and that can be printed."""
+    """A printable message that begins with "line N: "."""
     place = f"line {number}: "
     return printable(message if message.startswith(place) else place + message)
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object. Raises PromptError saying what is wrong; a key that comes twice is."""
+    """A JSON object without duplicate keys. Raises PromptError that says what is wrong."""
     try:
         parsed = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise PromptError(f"not JSON ({error.msg}, column {error.pos + 1}): write one object in a line") from None
+        raise PromptError(f"not JSON ({error.msg}, column {error.pos + 1}): write one object per line") from None
     except RecursionError:
         raise PromptError("not readable: nested too deeply") from None
     except ValueError:  # of a valid document, only the digits of a number can be too many
@@ -92,7 +93,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise PromptError(f"key {shown(key)} comes twice: leave one of them out")
+            raise PromptError(f"key {shown(key)} is duplicated: remove one")
         found[key] = value
     return found
 
@@ -103,7 +104,7 @@ def _read_line(number: int, raw: bytes) -> PromptLine:
         row = parse_object(_decode(raw))
         if "id" in row:
             identity = _identity(row["id"])
-        return PromptLine(number, identity, _prompt(row), _options(row, f"line {number}"))
+        return PromptLine(number, identity, _prompt(row), _options(row, f"line {number}"), row.get("raw"))
     except PromptError as error:
         return wrong_line(number, identity, str(error))
 
@@ -118,7 +119,7 @@ def _decode(raw: bytes) -> str:
 def _identity(value: object) -> str | int:
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise PromptError(f"id {shown(value)}: is no valid Unicode: mend it")
+            raise PromptError(f"id {shown(value)}: not valid Unicode: fix or remove the invalid character")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -132,7 +133,10 @@ def _prompt(row: dict[str, Any]) -> str | Chat:
         raise PromptError(f"unknown key {shown(unknown)}: the keys are {known}")
     if ("prompt" in row) == ("messages" in row):
         found = "both prompt and messages" if "prompt" in row else "neither prompt nor messages"
-        raise PromptError(f"has {found}: give one of them")
+        raise PromptError(f"has {found}: one of them is required")
+    _require(isinstance(row.get("raw", False), bool), "raw", row.get("raw"), "true or false")
+    if row.get("raw") and "messages" in row:
+        raise PromptError("raw cannot be combined with messages: only the chat template can use them")
     if "messages" in row:
         messages, tools = row["messages"], row.get("tools")
         arguments = row.get("arguments", {})
@@ -142,11 +146,11 @@ def _prompt(row: dict[str, Any]) -> str | Chat:
         _require(isinstance(arguments.get("documents") or [], list), "documents", arguments.get("documents"), "a list")
         taken = next((key for key in TAKEN if key in arguments), None)
         if taken is not None:
-            raise PromptError(f"arguments have {taken}, which is no further argument: take it out")
+            raise PromptError(f"arguments has {taken}, a reserved name: remove it")
         return Chat(messages, tools, arguments)
     beside = next((key for key in ("tools", "arguments") if key in row), None)
     if beside is not None:
-        raise PromptError(f"has {beside} but no messages: only a chat template can use them")
+        raise PromptError(f"has {beside} but no messages: only a chat template uses them")
     _require(isinstance(row["prompt"], str), "prompt", row["prompt"], "a text")
     return str(row["prompt"])
 

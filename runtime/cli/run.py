@@ -1,4 +1,4 @@
-"""`satchel run`: continues a prompt, and prints only what is generated; or many prompts, from JSON lines."""
+"""`satchel run`: generates text from a prompt, and prints nothing else; or from many prompts in JSON lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.cli import custom_flags, provider_flags, run_flags
 from satchel.runtime.errors import PromptError, SatchelError, SatchelWarning
-from satchel.runtime.generation.options import given_in
+from satchel.runtime.generation.options import CHAT_DEFAULTS, given_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ configure = run_flags.configure
 
 
 def main(args: argparse.Namespace) -> int:
-    """Generate and print; one line of figures goes to standard error."""
+    """Generate and print text; one line of figures goes to standard error."""
     run_flags.check(args)
     options = given_in(args)
     if args.input is not None:
@@ -41,17 +41,22 @@ def main(args: argparse.Namespace) -> int:
         from satchel.runtime.bundle.atomic_write import check_target
 
         check_target(args.save_state, "--save-state")
-    prompt = _read_standard_input() if args.prompt is None else args.prompt
+    prompt = _read_standard_input(args) if args.prompt is None else args.prompt
     generator = _open(args)
     if args.load_state is not None:
         generator.load_state(args.load_state, progress=not args.quiet)
-    ids = generator.encode(prompt)
-    if args.samples is None and args.beams is None:
-        result = _run_single(args, generator, ids, options)
+    if not prompt:
+        raise PromptError("the prompt is empty: give some text")
+    templated = generator.has_template and not args.raw
+    ids = generator.encode_chat(prompt) if templated else generator.encode(prompt)
+    if args.num_return_sequences is None and args.beams is None:
+        result = _run_single(args, generator, ids, CHAT_DEFAULTS | options if templated else options, templated)
         if args.save_state is not None:
             _save_state(args, generator, [*ids.tolist(), *result.token_ids])
     else:
-        _run_several(args, generator, ids, options)
+        if templated:
+            options = {"max_new_tokens": CHAT_DEFAULTS["max_new_tokens"]} | options
+        _run_several(args, generator, ids, options, templated)
     return 0
 
 
@@ -62,7 +67,9 @@ def _open(args: argparse.Namespace) -> Generator:
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     if args.specialize and args.require_signature is not None:
-        raise SatchelError("--specialize with --require-signature: no signature covers what it makes: leave one out")
+        raise SatchelError(
+            "--specialize with --require-signature: the signature does not cover what it makes: remove one"
+        )
     if args.specialize:
         _specialize(args)
     return Generator.open(
@@ -70,7 +77,7 @@ def _open(args: argparse.Namespace) -> Generator:
         provider=choice,
         threads=args.threads,
         max_context=args.max_context,
-        prefix_mib=run_flags.prefix_mib(args),
+        prefix_cache_mib=run_flags.prefix_cache_mib(args),
         verbose=args.verbose,
         progress=not args.quiet,
         custom=custom_flags.custom_of(args),
@@ -93,7 +100,9 @@ def _specialize(args: argparse.Namespace) -> None:
     )
 
 
-def _run_single(args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any]) -> Generation:
+def _run_single(
+    args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any], templated: bool
+) -> Generation:
     from satchel.runtime.cli.generation_json import single_json
     from satchel.runtime.util.progress import progress_bar
 
@@ -104,7 +113,7 @@ def _run_single(args: argparse.Namespace, generator: Generator, ids: Ids, option
         if args.json:
             result = stream.result()
             bar.close()
-            _print_json(args, generator, ids, single_json(result, generator.need_tokenizer()))
+            _print_json(args, generator, ids, single_json(result, generator.need_tokenizer()), templated)
             return result
         try:
             for piece in stream:
@@ -115,7 +124,7 @@ def _run_single(args: argparse.Namespace, generator: Generator, ids: Ids, option
             print(flush=True)
         result = stream.result()
     if not args.quiet:
-        print(_figures([result], result.decode_speed), file=sys.stderr)
+        print(_figures([result], result.decode_speed, templated), file=sys.stderr)
     return result
 
 
@@ -124,36 +133,41 @@ def _save_state(args: argparse.Namespace, generator: Generator, ids: list[int]) 
     if saved < len(ids) - 1:  # the last token was never fed
         warnings.warn(
             f"--save-state {args.save_state}: only the first {saved} of {len(ids)} tokens are saved: "
-            "raise --prefix-memory to save all",
+            "raise --prefix-cache-mib to save all",
             SatchelWarning,
             stacklevel=2,
         )
 
 
-def _run_several(args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any]) -> None:
+def _run_several(
+    args: argparse.Namespace, generator: Generator, ids: Ids, options: dict[str, Any], templated: bool
+) -> None:
     from satchel.runtime.cli.generation_json import decode_speed, several_json
     from satchel.runtime.util.progress import waiting
 
     with waiting("generating", shown=not args.quiet):
-        if args.samples is not None:
-            results = generator.samples(ids, args.samples, **options)
+        if args.num_return_sequences is not None:
+            results = generator.samples(ids, args.num_return_sequences, **options)
         else:
             search = {"early_stopping": args.early_stopping}
             if args.length_penalty is not None:
                 search["length_penalty"] = args.length_penalty
             results = generator.beam_search(ids, args.beams, **search, **options)
     if args.json:
-        _print_json(args, generator, ids, several_json(results, generator.need_tokenizer()))
+        _print_json(args, generator, ids, several_json(results, generator.need_tokenizer()), templated)
         return
     print("\n\n".join(result.text for result in results), flush=True)
     if not args.quiet:
-        print(_figures(results, decode_speed(results)), file=sys.stderr)
+        print(_figures(results, decode_speed(results), templated), file=sys.stderr)
 
 
-def _print_json(args: argparse.Namespace, generator: Generator, ids: Ids, document: dict[str, Any]) -> None:
+def _print_json(
+    args: argparse.Namespace, generator: Generator, ids: Ids, document: dict[str, Any], templated: bool
+) -> None:
     from satchel.runtime.cli.generation_json import logprobs_json
     from satchel.runtime.util.progress import waiting
 
+    document["chat_template"] = templated
     if args.prompt_logprobs:
         with waiting("scoring the prompt", shown=not args.quiet):
             entries = generator.prompt_logprobs(ids, args.logprobs or 0)
@@ -162,7 +176,7 @@ def _print_json(args: argparse.Namespace, generator: Generator, ids: Ids, docume
 
 
 def _until(total: int, bar: Any) -> Callable[[int], None]:
-    """What moves a bar, and clears it once it is full: more may have to be waited for, but not this."""
+    """A callback that advances a bar, and clears it once it is full."""
     done = 0
 
     def update(count: int) -> None:
@@ -175,21 +189,23 @@ def _until(total: int, bar: Any) -> Callable[[int], None]:
     return update
 
 
-def _read_standard_input() -> str:
+def _read_standard_input(args: argparse.Namespace) -> str:
+    if sys.stdin.isatty() and not args.quiet:
+        print("reading the prompt from standard input: Ctrl-D ends it", file=sys.stderr)
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input is not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
 
 
-def _figures(results: Sequence[Generation], speed: float) -> str:
+def _figures(results: Sequence[Generation], speed: float, templated: bool) -> str:
     first = results[0]
     reused = f", {first.reused_tokens} reused" if first.reused_tokens else ""
     reasons = Counter(result.finish_reason for result in results)
     ends = ", ".join(reason if len(results) == 1 else f"{reason} {count}" for reason, count in reasons.items())
     texts = "" if len(results) == 1 else f" in {len(results)} texts"
     return (
-        f"prompt {first.prompt_tokens} tokens at {first.prefill_speed:.1f} tokens/s{reused}, "
-        f"new {sum(result.new_tokens for result in results)} tokens{texts} at {speed:.1f} tokens/s ({ends}), "
-        f"KV cache {sum(result.kv_bytes for result in results) / MIB:.1f} MiB"
+        f"{'chat template' if templated else 'raw'}: prompt {first.prompt_tokens} tokens at "
+        f"{first.prefill_speed:.1f} tokens/s{reused}, new {sum(result.new_tokens for result in results)} tokens{texts} "
+        f"at {speed:.1f} tokens/s ({ends}), KV cache {sum(result.kv_bytes for result in results) / MIB:.1f} MiB"
     )

@@ -62,7 +62,7 @@ def check_beams(
     drawing = ("temperature", *DRAW_ONLY)
     given = [(BY_FIELD[field].flag, getattr(options, field)) for field in drawing if options.differs(field)]
     given += [("--stop", repr(text)) for text in options.stop]
-    given += [("--logprobs", options.logprobs), ("--samples", samples)]
+    given += [("--logprobs", options.logprobs), ("--num-return-sequences", samples)]
     for flag, value in (pair for pair in given if pair[1] is not None):
         raise PromptError(f"{flag} {value}: cannot be had together with --beams: leave one of them out")
 

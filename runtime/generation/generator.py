@@ -1,4 +1,4 @@
-"""A bundle ready to generate: the way in for programs and commands."""
+"""High-level generation API: a bundle that is open and ready to generate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.engine import Engine, TokenIds
+from satchel.runtime.execution.kv_cache import position_bytes
 from satchel.runtime.generation.batch import run_batch, run_samples
 from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
@@ -26,14 +27,14 @@ from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, prompt_log_probabilities
 from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
-from satchel.runtime.generation.session_file import SavedState, check_room, read_state, write_state
+from satchel.runtime.generation.session_file import SavedState, check_size, read_state, write_state
 from satchel.runtime.generation.stream import TokenStream
-from satchel.runtime.generation.templates.chat_template import ChatTemplate
+from satchel.runtime.generation.templates.chat_template import TEMPLATE_NAME, ChatTemplate
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
-from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_MIB, PROVIDER
+from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER
 from satchel.runtime.util.progress import waiting
 
 MIB = 1 << 20
@@ -50,17 +51,20 @@ class Request:
 
 
 class Generator:
-    """A bundle ready to generate. Threads may share one: each generation has a state of its own.
+    """An open bundle. Threads may share one: each generation has its own state.
 
-    Its options are the fields of `GenerationOptions`, given by name: `generate("Once", max_new_tokens=40,
-    temperature=0.8, stop="\\n")`. Without any, the most likely token is taken each time.
+    Options are the fields of `GenerationOptions`, given by name: `generate("Once", max_new_tokens=40, temperature=0.8,
+    stop="\\n")`. Without any, decoding is greedy. A prompt is fed as it is; `encode_chat` puts a question into the
+    bundle's chat template, and `Conversation` keeps several turns.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, max_context: int, store: PrefixCache) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, max_context: int, prefix_cache: PrefixCache
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_context = max_context
-        self.store = store
+        self.prefix_cache = prefix_cache
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
 
@@ -72,33 +76,42 @@ class Generator:
         provider: str | ProviderChoice = PROVIDER,
         threads: int | None = None,
         max_context: int | None = None,
-        prefix_mib: int = PREFIX_MIB,
+        prefix_cache_mib: int | None = PREFIX_CACHE_MIB,
         verbose: bool = False,
         progress: bool = False,
         custom: Custom = DEFAULT_CUSTOM,
         require_signature: str | Path | None = None,
     ) -> Generator:
-        """Open a bundle, a folder or a packed file.
+        """Open a bundle: a folder or a packed file.
 
-        `provider` is the name of an execution provider, or a choice with options. `threads` None means one per physical
-        core; `max_context` (positions) None means the bundle's own and may only lower it; `prefix_mib` (MiB) is how
-        much memory keys and values of what was seen may take, for prompts that begin alike; `verbose` shows ONNX
-        Runtime's log, `progress` what goes on while a large bundle is first checked, and while it is opened, on a
-        terminal's standard error; `require_signature` is the file of a public key with whose private key the bundle
-        must be signed; `custom` says what of a user's own is to run: passes, and libraries of operators.
-        Raises BundleError, ProviderError, and PromptError for a `max_context` that the bundle does not allow.
+        Args:
+            path: The bundle.
+            provider: Name of an execution provider, or a choice with options.
+            threads: CPU threads; None means one per physical core.
+            max_context: Maximum positions of prompt and new text; None means the bundle's limit, which it may lower.
+            prefix_cache_mib: Size of the prefix cache in MiB; None means that of one full context.
+            verbose: Show ONNX Runtime's log.
+            progress: Show on a terminal's standard error what takes long.
+            custom: Which of the user's own passes and operator libraries may run.
+            require_signature: File of a public key; the bundle must be signed with its private key.
+
+        Raises:
+            BundleError: The bundle cannot be used.
+            ProviderError: The provider is not available.
+            PromptError: `max_context` or `prefix_cache_mib` is out of range.
         """
         bundle = open_bundle(path, progress=progress, require_signature=require_signature, custom=custom)
         limit = bundle.manifest.model.max_context
         if max_context is not None and not 1 <= max_context <= limit:
             raise PromptError(f"--max-context {max_context}: this bundle allows 1 to {limit}")
-        if prefix_mib < 0:
-            raise PromptError(f"--prefix-memory {prefix_mib}: must be 0 or more")
+        if prefix_cache_mib is not None and prefix_cache_mib < 0:
+            raise PromptError(f"--prefix-cache-mib {prefix_cache_mib}: must be 0 or more")
         with waiting("opening the bundle", shown=progress):
             engine = Engine.open(bundle, provider, threads, verbose=verbose)
             tokenizer = Tokenizer.open(bundle) if bundle.manifest.tokenizer else None
-        store = PrefixCache(bundle.manifest.kv_cache, prefix_mib * MIB)
-        return cls(engine, tokenizer, max_context or limit, store)
+        context, spec = max_context or limit, bundle.manifest.kv_cache
+        size = context * position_bytes(spec) if prefix_cache_mib is None else prefix_cache_mib * MIB
+        return cls(engine, tokenizer, context, PrefixCache(spec, size))
 
     def generate(
         self,
@@ -109,7 +122,7 @@ class Generator:
         callback: Callback | None = None,
         **options: Any,
     ) -> Generation:
-        """Continue a prompt (text or token ids) and return the whole. Takes and raises what `stream` does."""
+        """Continue a prompt (text or token ids) and return the result. Arguments and errors are those of `stream`."""
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         with self.stream(prompt, choose=choose, callback=callback, **options) as stream:
@@ -128,79 +141,83 @@ class Generator:
         """Continue a prompt (text or token ids) piece by piece. The pieces joined are the text of `generate`.
 
         Args:
+            prompt: Text, encoded as it is, or token ids.
+            max_new_tokens: As in `GenerationOptions`.
             choose: Picks a token from logits [vocabulary], in place of the sampling options.
-            callback: Gets each piece of text; a true value from it ends the generation.
-            progress: Hears how many tokens of the prompt have been fed since it was last called.
+            callback: Gets each piece of text; a true value from it ends generation.
+            progress: Called with the number of prompt tokens that were fed since its last call.
             options: Fields of `GenerationOptions`.
 
         Raises:
-            PromptError: The request does not fit the bundle; here, before anything runs.
+            PromptError: The request does not fit the bundle; raised before anything runs.
             TypeError: There is no such option.
         """
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        continuation = self.continuation(Request(prompt, GenerationOptions(**options)), choose, callback)
-        return TokenStream(self.engine, continuation, self.store, progress)
+        sequence = self.new_sequence(Request(prompt, GenerationOptions(**options)), choose, callback)
+        return TokenStream(self.engine, sequence, self.prefix_cache, progress)
 
     def samples(self, prompt: Prompt, count: int, **options: Any) -> list[Generation]:
-        """Continue one prompt `count` times over, from one prefill. Options are as for `stream`.
+        """Sample `count` continuations of one prompt from one prefill. Options are those of `stream`.
 
-        The first is what `generate` gives with the same seed. Raises PromptError.
+        The first equals that of `generate` with the same seed. Raises PromptError.
         """
         if count < 1:
-            raise PromptError(f"--samples {count}: must be 1 or more")
+            raise PromptError(f"--num-return-sequences {count}: must be 1 or more")
         request = Request(prompt, GenerationOptions(**options))
         if count > 1 and request.options.greedy:
-            raise PromptError(f"--samples {count}: greedy samples are all the same: give a --temperature above 0")
+            raise PromptError(
+                f"--num-return-sequences {count}: greedy samples are all the same: set --temperature above 0"
+            )
         first = self._sampler(request.options, self.encode(prompt))
-        group = [self.continuation(request, first.fork(row)) for row in range(count)]
+        group = [self.new_sequence(request, first.fork(row)) for row in range(count)]
         rows = self.engine.new_batch(count, group[0].positions)
         if group[0].limit:
-            for continuation in run_samples(self.engine, rows, group, self.store):
-                if continuation.error:
-                    raise continuation.error
-        return [Generation.of(continuation, rows.nbytes // count) for continuation in group]
+            for sequence in run_samples(self.engine, rows, group, self.prefix_cache):
+                if sequence.error:
+                    raise sequence.error
+        return [Generation.of(sequence, rows.nbytes // count) for sequence in group]
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, rows: int = BATCH_ROWS, together: bool | None = None, **options: Any
+        self, prompts: Sequence[Prompt], *, rows: int = BATCH_ROWS, force_batch: bool = False, **options: Any
     ) -> list[Generation]:
-        """Continue several prompts, up to `rows` of them at a time, each as `generate` would. Raises PromptError.
+        """Continue several prompts, up to `rows` at a time, each as `generate` would. Raises PromptError.
 
-        `together` True decodes all rows in one run: faster, and the texts may differ from those of `generate`.
+        `force_batch` decodes rows in one batch even where that changes results; it may be faster.
         """
         found: list[Generation | None] = [None] * len(prompts)
         requests = [Request(prompt, GenerationOptions(**options)) for prompt in prompts]
-        for index, outcome in self.run_requests(requests, rows=rows, together=together):
+        for index, outcome in self.run_requests(requests, rows=rows, force_batch=force_batch):
             if isinstance(outcome, SatchelError):
                 raise outcome
             found[index] = outcome
         return [generation for generation in found if generation is not None]
 
     def run_requests(
-        self, requests: Sequence[Request], *, rows: int = BATCH_ROWS, together: bool | None = None
+        self, requests: Sequence[Request], *, rows: int = BATCH_ROWS, force_batch: bool = False
     ) -> Iterator[tuple[int, Generation | SatchelError]]:
-        """Run requests, up to `rows` of them at a time, and give each one's index and outcome as it ends.
+        """Run requests, up to `rows` at a time; yields the index and the result of each as it ends.
 
-        A request that is wrong gives its error; the others run. `together` is as for `generate_batch`. Raises
-        PromptError for wrong `rows`, and where rows cannot run together.
+        A request that is wrong yields its error; the others run. `force_batch` is as for `generate_batch`. Raises
+        PromptError for wrong `rows`, and for `force_batch` where the graph cannot decode a batch.
         """
-        continuations: list[ActiveSequence] = []
+        sequences: list[ActiveSequence] = []
         indices: dict[int, int] = {}
         for index, request in enumerate(requests):
             try:
-                continuation = self.continuation(request)
+                sequence = self.new_sequence(request)
             except SatchelError as error:
                 yield index, error
                 continue
-            indices[id(continuation)] = index
-            continuations.append(continuation)
-        if not continuations:
+            indices[id(sequence)] = index
+            sequences.append(sequence)
+        if not sequences:
             return
-        capacity = max(continuation.positions for continuation in continuations)
-        table = self.engine.new_batch(min(rows, len(continuations)), capacity, force=bool(together))
-        for continuation in run_batch(self.engine, table, continuations, self.store):
+        capacity = max(sequence.positions for sequence in sequences)
+        table = self.engine.new_batch(min(rows, len(sequences)), capacity, force=force_batch)
+        for sequence in run_batch(self.engine, table, sequences, self.prefix_cache):
             kv_bytes = table.nbytes // len(table.states)
-            yield indices[id(continuation)], continuation.error or Generation.of(continuation, kv_bytes)
+            yield indices[id(sequence)], sequence.error or Generation.of(sequence, kv_bytes)
 
     def beam_search(
         self,
@@ -211,22 +228,23 @@ class Generator:
         early_stopping: EarlyStopping = False,
         **options: Any,
     ) -> list[Generation]:
-        """The likeliest continuations that `beams` beams find, best first, with their scores: see `BeamSettings`.
+        """The most likely continuations that a search with `beams` beams finds, best first, with scores.
 
-        Of the options of `stream` those that draw, `stop` and `logprobs` are not to be had. Raises PromptError.
+        `BeamSettings` describes the search. The options of `stream` that sample, `stop`, `max_repeats` and `logprobs`
+        are not available. Raises PromptError.
         """
         request = Request(prompt, GenerationOptions(**options))
         check_beams(request.options, beams, length_penalty, early_stopping)
-        checked = self.continuation(request)
+        checked = self.new_sequence(request)
         ids, ends = checked.prompt, self._end_tokens(request.options)
         settings = BeamSettings(beams, checked.limit, ends, length_penalty, early_stopping, request.options.time_limit)
         adjust = adjustment(request.options, len(ids), ends, self.engine.vocabulary)
-        return beam_results(BeamSearch(self.engine, ids, settings, self.store, adjust), self.tokenizer)
+        return beam_results(BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust), self.tokenizer)
 
     def prompt_logprobs(self, prompt: Prompt, top_n: int = 0) -> list[TokenLogprob | None]:
-        """The log-probability of each token of a prompt given those before it, and of the `top_n` most likely ones.
+        """The log-probability of each prompt token given those before it, and of the `top_n` most likely ones.
 
-        Through the score graph. The first token has none. Raises PromptError.
+        Runs the score graph. The first token has none. Raises PromptError.
         """
         ids = self.encode(prompt)
         self._check_length(ids)
@@ -242,16 +260,18 @@ class Generator:
         option: str = "--save-state",
         progress: bool = False,
     ) -> int:
-        """Save the keys and values that are kept for the longest beginning of a prompt; returns its tokens' number.
+        """Save the cached keys and values of the longest cached prefix of a prompt. Returns its number of tokens.
 
-        Usually the prompt is that of an earlier generation and its answer. `messages` and `details`, JSON values, are
-        saved with it. `option` names the path in messages; `progress` shows a bar when it takes more than two seconds.
-        Raises PromptError when nothing is kept, SatchelError when the file cannot be written.
+        Usually the prompt is an earlier prompt with its answer. `messages` and `details`, JSON values, are saved too.
+        `option` names the path in error messages; `progress` shows a bar if it takes more than two seconds. Raises
+        PromptError if nothing is cached, SatchelError if the file cannot be written.
         """
         ids = self.encode(prompt)
-        count, cache = self.store.longest(ids)
+        count, cache = self.prefix_cache.longest(ids)
         if cache is None:
-            raise PromptError("nothing of this is kept: generate first, or raise --prefix-memory")
+            raise PromptError(
+                "nothing of this prompt is in the prefix cache: generate first, or raise --prefix-cache-mib"
+            )
         state = SavedState(Prefix(ids[:count], cache), tuple(messages), dict(details or {}))
         write_state(path, self.engine.bundle.fingerprint, state, option, progress=progress)
         return count
@@ -259,19 +279,20 @@ class Generator:
     def load_state(
         self, path: str | Path, *, check: Callable[[SavedState], object] = lambda state: None, progress: bool = False
     ) -> SavedState:
-        """Read a state and keep it: prompts that begin with `state.prefix.ids` prefill only the rest.
+        """Read a saved state into the prefix cache: prompts that begin with `state.prefix.ids` prefill only the rest.
 
-        `check` may raise before it is kept in place of others. Raises what `read_state` does, and PromptError for a
-        state that `max_context` or the store is too small for.
+        `check` may raise before anything is cached. Raises what `read_state` does, and PromptError for a state that
+        exceeds `max_context` or the prefix cache.
         """
-        room = partial(check_room, path, self.engine.bundle.manifest, self.max_context, self.store.most)
-        state = read_state(path, self.engine.bundle, room, progress=progress)
+        manifest, positions = self.engine.bundle.manifest, self.prefix_cache.max_positions
+        accept = partial(check_size, path, manifest, self.max_context, positions)
+        state = read_state(path, self.engine.bundle, accept, progress=progress)
         check(state)
-        self.store.put(state.prefix)
+        self.prefix_cache.put(state.prefix)
         return state
 
     def encode(self, prompt: Prompt) -> NDArray[np.int64]:
-        """The token ids of a prompt, text or ids, checked. Raises PromptError."""
+        """The token ids of a prompt, text or ids, checked; text is encoded as it is. Raises PromptError."""
         if not isinstance(prompt, str):
             return self.engine.check_ids(prompt)
         ids = self.need_tokenizer().encode(prompt)
@@ -279,9 +300,31 @@ class Generator:
             raise PromptError("the prompt is empty: give some text to continue")
         return self.engine.check_ids(ids)
 
+    def encode_chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> NDArray[np.int64]:
+        """The token ids of messages in the chat template, up to where the answer begins.
+
+        A text is one message of a user. `tools` are JSON schemas of functions, `arguments` further variables of the
+        template. Raises PromptError, and BundleError for a bundle without a template.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = self.template.render(messages, tools=tools, **(arguments or {}))
+        return self.engine.check_ids(self.need_tokenizer().encode_rendered(text))
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template: the bundle's, or one that was set."""
+        return self._template is not None or TEMPLATE_NAME in self.engine.bundle.manifest.files
+
     @property
     def template(self) -> ChatTemplate:
-        """The chat template: the bundle's own, unless another was set. Raises BundleError for a bundle without one."""
+        """The chat template: the bundle's, unless another was set. Raises BundleError for a bundle without one."""
         with self._template_lock:
             if self._template is None:
                 self._template = ChatTemplate.open(self.engine.bundle, self.need_tokenizer())
@@ -294,13 +337,13 @@ class Generator:
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises PromptError for a bundle without one."""
         if self.tokenizer is None:
-            raise PromptError("this bundle has no tokenizer: give the prompt as token ids from Python")
+            raise PromptError("this bundle has no tokenizer: pass token ids from Python")
         return self.tokenizer
 
-    def continuation(
+    def new_sequence(
         self, request: Request, choose: Choose | Sampler | None = None, callback: Callback | None = None
     ) -> ActiveSequence:
-        """A request checked and ready to run. Raises PromptError."""
+        """A checked request that is ready to run. Raises PromptError."""
         ids, options = self.encode(request.prompt), request.options
         options.check_all(self.engine.vocabulary)
         if options.stop:
@@ -315,7 +358,7 @@ class Generator:
         return Sampler(options, self._end_tokens(options), self.engine.vocabulary, ids)
 
     def _end_tokens(self, options: GenerationOptions) -> frozenset[int]:
-        """The model's end tokens, and special tokens that the user wants to stop at: those have no text."""
+        """The model's end tokens, and special tokens among the stop strings: those have no text to look for."""
         ends = set(self.engine.bundle.manifest.model.eos_token_ids)
         if self.tokenizer:
             ends |= {token for text in options.stop if (token := self.tokenizer.special_token(text)) is not None}

@@ -1,4 +1,4 @@
-"""What a request may ask of a generation. Standard library only."""
+"""Options of a generation request. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from typing import Any
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.sampling import options as sampling
-from satchel.runtime.util.defaults import MAX_NEW_TOKENS
+from satchel.runtime.util.defaults import CHAT_MAX_NEW_TOKENS, CHAT_MAX_REPEATS, MAX_NEW_TOKENS
 
-MOST_LOGPROBS = 100
-KEYS = ("max_new_tokens", "stop", "time_limit", "logprobs")
+MAX_LOGPROBS = 100
+KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs")
+
+CHAT_DEFAULTS: dict[str, Any] = {"max_new_tokens": CHAT_MAX_NEW_TOKENS, "max_repeats": CHAT_MAX_REPEATS}
+"""Defaults for an answer in a chat template, in place of those of `GenerationOptions`."""
 
 
 @dataclass(frozen=True)
 class GenerationOptions(sampling.SamplingOptions):
-    """How a prompt is continued, and when that ends; the fields of `SamplingOptions` say how tokens are chosen.
+    """How a prompt is continued and when generation ends; the fields of `SamplingOptions` say how tokens are chosen.
 
     Attributes:
-        max_new_tokens: The most tokens; 0 runs nothing.
-        stop: Texts that end it; neither they nor what follows are shown.
-        time_limit: The most seconds, from the start of prefill; None for no limit.
-        logprobs: Record the log-probability of each token, and those of this many most likely ones; None for neither.
+        max_new_tokens: Maximum number of new tokens; 0 runs nothing.
+        stop: Texts that end generation; neither they nor what follows is shown.
+        max_repeats: End when the last tokens are one block so many times in a row, and at least 128 tokens; 0 is off.
+        time_limit: Maximum seconds, from the start of prefill; None for no limit.
+        logprobs: Record the log-probability of each token and of this many most likely ones; None records nothing.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
+    max_repeats: int = 0
     time_limit: float | None = None
     logprobs: int | None = None
 
@@ -39,44 +44,48 @@ class GenerationOptions(sampling.SamplingOptions):
         object.__setattr__(self, "stop", tuple(stop))
 
     def check_all(self, vocabulary: int, where: str | None = None) -> None:
-        """Raise PromptError for values out of range, and for options that contradict each other.
+        """Raise PromptError for values out of range and for options that contradict each other.
 
         `vocabulary` is the number of token ids; `where` is a place in a file, which messages then name.
         """
         if not _whole(self.max_new_tokens) or self.max_new_tokens < 0:
             raise PromptError(f"{_name('max_new_tokens', where)} {self.max_new_tokens}: must be 0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise PromptError(
-                f"{_name('stop', where)}: must be text, at least one character: leave it out or give some"
-            )
+            raise PromptError(f"{_name('stop', where)}: must be a text of at least one character")
+        if not _whole(self.max_repeats) or self.max_repeats < 0 or self.max_repeats == 1:
+            raise PromptError(f"{_name('max_repeats', where)} {self.max_repeats}: must be 2 or more, or 0 for off")
         if self.time_limit is not None and not (_number(self.time_limit) and 0 < self.time_limit < math.inf):
             raise PromptError(f"{_name('time_limit', where)} {self.time_limit}: must be seconds, above 0")
-        if self.logprobs is not None and not (_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
-            raise PromptError(f"{_name('logprobs', where)} {self.logprobs}: must be from 0 to {MOST_LOGPROBS}")
+        if self.logprobs is not None and not (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise PromptError(f"{_name('logprobs', where)} {self.logprobs}: must be from 0 to {MAX_LOGPROBS}")
         self.check(self.max_new_tokens, vocabulary, where)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each option, without defaults: `given_in` tells which were given."""
-    group = parser.add_argument_group("ending")
+def add_flags(parser: argparse.ArgumentParser, *, chat: bool = False) -> None:
+    """Add a flag for each option, without defaults: `given_in` tells which were given. `chat`: for `satchel chat`."""
+    group = parser.add_argument_group("when generation ends")
+    raw = "" if chat else f"; {MAX_NEW_TOKENS} for a raw prompt"
     group.add_argument(
-        "--max-new-tokens", metavar="N", type=int, help=f"tokens to generate at most (default {MAX_NEW_TOKENS})"
-    )
+        "-n", "--max-new-tokens", metavar="N", type=int,
+        help=f"maximum number of new tokens (default: {CHAT_MAX_NEW_TOKENS}{raw})",
+    )  # fmt: skip
+    group.add_argument("--stop", metavar="TEXT", action="append", help="end before this text; may be repeated")
+    off = "" if chat else "; off for a raw prompt"
     group.add_argument(
-        "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
-    )
+        "--max-repeats", metavar="N", type=int,
+        help=f"end when a block of tokens is repeated N times in a row; 0 is off (default: {CHAT_MAX_REPEATS}{off})",
+    )  # fmt: skip
     group.add_argument("--time-limit", metavar="SECONDS", type=float, help="end after this time")
     parser.add_argument(
-        "--logprobs",
-        metavar="N",
-        type=int,
-        help="with --json: the log-probability of each token, and of the N most likely ones at its place",
-    )
+        "--logprobs", metavar="N", type=int,
+        help="with --json or --input: the log-probability of each new token and of the N most likely ones"
+        if not chat else "with --json: the log-probability of each new token and of the N most likely ones",
+    )  # fmt: skip
     sampling.add_flags(parser)
 
 
 def given_in(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a parsed command line holds, by field."""
+    """The options given on a parsed command line, by field."""
     own = {key: value for key in KEYS if (value := getattr(args, key)) is not None}
     return own | sampling.given_in(args)
 
@@ -84,11 +93,12 @@ def given_in(args: argparse.Namespace) -> dict[str, Any]:
 def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
     """The options of a parsed JSON object, by field; `where` names its place in messages ("line 7").
 
-    Raises PromptError for an unknown key and a wrong type; `GenerationOptions.check_all` sees to the rest.
+    Raises PromptError for an unknown key or a wrong type; `GenerationOptions.check_all` checks the values.
     """
     own = {key: value for key, value in values.items() if key in KEYS and value is not None}
     for key, right, what in (
         ("max_new_tokens", _whole, "a whole number"),
+        ("max_repeats", _whole, "a whole number"),
         ("time_limit", _number, "a number of seconds"),
         ("logprobs", _whole, "a whole number"),
         ("stop", _texts, "a text or a list of texts"),

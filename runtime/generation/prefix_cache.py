@@ -1,4 +1,4 @@
-"""Keeps the keys and values of what a generator has seen, for prompts that begin alike."""
+"""Prefix cache: keys and values of earlier prompts and answers, reused by prompts with a shared prefix."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Token ids [length] and a cache of one row that holds their keys and values. Neither may be changed."""
+    """Token ids [length] int64 and a KV cache of one row with their keys and values. Both are read-only."""
 
     ids: Ids
     cache: Cache
 
 
 class PrefixCache:
-    """Prefixes up to a limit of memory; those that were not used for longest go first. Threads may share one."""
+    """Prefixes up to a memory limit; the least recently used are evicted first. Threads may share one."""
 
     def __init__(self, spec: CacheSpec, limit: int) -> None:
-        """`limit` is in bytes; 0 keeps nothing."""
+        """`limit` is in bytes; 0 caches nothing."""
         self._spec = spec
-        self._most = max(0, limit) // position_bytes(spec)
+        self._max_positions = max(0, limit) // position_bytes(spec)
         self._lock = threading.Lock()
-        self._prefixes: list[Prefix] = []  # the one used last at the end
+        self._prefixes: list[Prefix] = []  # the most recently used one last
 
     @property
-    def most(self) -> int:
-        """The number of positions that fit, all prefixes together."""
-        return self._most
+    def max_positions(self) -> int:
+        """The number of positions that fit, summed over all prefixes."""
+        return self._max_positions
 
     @property
     def positions(self) -> int:
-        """The number of positions that are kept."""
+        """The number of cached positions."""
         with self._lock:
             return sum(len(prefix.ids) for prefix in self._prefixes)
 
     def longest(self, ids: Ids) -> tuple[int, Cache | None]:
-        """How many of the first ids some prefix has in common with `ids`, and its cache; 0 and None where none has."""
+        """The length of the longest cached prefix of `ids`, and its KV cache; 0 and None if there is none."""
         with self._lock:
             length, best = 0, None
             for prefix in self._prefixes:
@@ -57,8 +57,8 @@ class PrefixCache:
             return length, best.cache
 
     def keep(self, ids: Ids, cache: Cache) -> None:
-        """Take a copy of what `cache`, of one row, holds for the first of `ids`, as much of it as the limit allows."""
-        count = min(len(ids), cache.length, self._most)
+        """Copy what `cache`, of one row, holds for the first of `ids`, as far as the limit allows."""
+        count = min(len(ids), cache.length, self._max_positions)
         if not count:
             return
         ids = ids[:count].copy()
@@ -71,18 +71,17 @@ class PrefixCache:
         self.put(Prefix(ids, kept))
 
     def put(self, prefix: Prefix) -> None:
-        """Keep a prefix, in place of those that it begins with, and let others go as far as its size demands.
+        """Cache a prefix in place of its own prefixes, and evict others as needed.
 
-        One that is larger than the limit is not kept, and neither is one that another begins with: that one counts as
-        used.
+        One larger than the limit is not cached, and neither is one that a cached prefix covers, which counts as used.
         """
         with self._lock:
-            if len(prefix.ids) <= self._most and not self._covers(prefix.ids):
+            if len(prefix.ids) <= self._max_positions and not self._covers(prefix.ids):
                 self._make_room(prefix.ids)
                 self._prefixes.append(prefix)
 
     def _covers(self, ids: Ids) -> bool:
-        """Whether some prefix begins with ids; it counts as used then. The lock is held."""
+        """Whether some cached prefix begins with `ids`, which then counts as used. The lock is held."""
         for index in reversed(range(len(self._prefixes))):
             if common_length(self._prefixes[index].ids, ids) == len(ids):
                 self._prefixes.append(self._prefixes.pop(index))
@@ -90,15 +89,15 @@ class PrefixCache:
         return False
 
     def _make_room(self, ids: Ids) -> None:
-        """Drop prefixes that ids begin with, and then others until ids fit. The lock is held."""
+        """Evict prefixes of `ids`, then others until `ids` fits. The lock is held."""
         others = [old for old in self._prefixes if common_length(old.ids, ids) < len(old.ids)]
-        while others and sum(len(old.ids) for old in others) > self._most - len(ids):
+        while others and sum(len(old.ids) for old in others) > self._max_positions - len(ids):
             others.pop(0)
         self._prefixes = others
 
 
 def common_length(left: Ids, right: Ids) -> int:
-    """How many ids two sequences have in common before the first that differs."""
+    """Length of the common prefix of two sequences of ids."""
     shorter = min(len(left), len(right))
     differing = np.flatnonzero(left[:shorter] != right[:shorter])
     return int(differing[0]) if len(differing) else shorter

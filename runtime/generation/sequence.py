@@ -13,6 +13,7 @@ from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.state import Logits, State
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.repeats import RepeatDetector
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities
 from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.stop_strings import StopStrings
@@ -71,6 +72,7 @@ class ActiveSequence:
         self._end_tokens = end_tokens
         self._text = text
         self._stops = StopStrings(options.stop)
+        self._repeats = RepeatDetector(options.max_repeats) if options.max_repeats else None
         self._callback = callback
         self._deadline: float | None = None
 
@@ -152,6 +154,8 @@ class ActiveSequence:
             self._end("callback")
         elif len(self.token_ids) == self.limit:
             self._end("length")
+        elif self._repeats is not None and self._repeats.add(token):
+            self._end("loop")
         else:
             self.check_time()
 

@@ -119,7 +119,7 @@ def read_state(
     return SavedState(prefix, header.messages, header.details)
 
 
-def check_room(path: str | Path, manifest: Manifest, max_context: int, most: int, count: int) -> None:
+def check_size(path: str | Path, manifest: Manifest, max_context: int, most: int, count: int) -> None:
     """Raise PromptError where a context of `max_context`, or a store of at most `most`, cannot take `count` tokens."""
     if count > max_context:
         raise PromptError(
@@ -129,7 +129,7 @@ def check_room(path: str | Path, manifest: Manifest, max_context: int, most: int
     if count > most:
         mib = -(-count * position_bytes(manifest.kv_cache) // MIB)
         raise PromptError(
-            f"{path}: has {count} tokens but the prefix memory holds {most}: raise --prefix-memory to {mib} or more"
+            f"{path}: has {count} tokens but the prefix memory holds {most}: raise --prefix-cache-mib to {mib} or more"
         )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle.dtypes import DTYPES
@@ -16,10 +20,11 @@ from satchel.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.kernels import library
-from satchel.runtime.ort.attention import attention
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
+from satchel.runtime.ort.placement import RECORD, check_placement
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.ort.weights_in_memory import hand_over_weights
 from satchel.runtime.util.memory import release_freed, use_one_arena
 
 # The only session configuration entries that a manifest may set: none of them names a file.
@@ -49,6 +54,11 @@ ORT_ERRORS = (
 )
 
 LOG_VERBOSE, LOG_FATAL = 0, 4
+
+PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+
+_weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
+"""The memory that a session was given its weights in; it must stay as long as the session."""
 
 _process_pool: int | None = None
 """Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
@@ -85,8 +95,7 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     if made is not None and phase in made.graphs:
         name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-    plain = made is not None and phase in made.graphs and not made.tiled_attention
-    session = _open(bundle, name, options, settings, plain)
+    session = _open(bundle, name, options, settings)
     _check_signature(bundle, graph, session)
     return session
 
@@ -109,7 +118,9 @@ def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceS
     Raises ProviderError and BundleError.
     """
     phases = ("prefill",) if _in_one_session(bundle, settings) else ("prefill", "decode")
-    with concurrent.futures.ThreadPoolExecutor(len(phases)) as threads:
+    made = _specialized(bundle, settings)
+    tiled = made is None or made.tiled_attention
+    with _attention(tiled), concurrent.futures.ThreadPoolExecutor(len(phases)) as threads:
         sessions = list(threads.map(lambda phase: open_session(bundle, phase, settings), phases))
     release_freed()
     return sessions[0], sessions[-1]
@@ -118,6 +129,23 @@ def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceS
 def _in_one_session(bundle: Bundle, settings: SessionSettings) -> bool:
     made = _specialized(bundle, settings)
     return bundle.manifest.graph("decode").session_of == "prefill" if made is None else "decode" not in made.graphs
+
+
+@contextlib.contextmanager
+def _attention(tiled: bool) -> Iterator[None]:
+    """Choose between ONNX Runtime's kernels for attention over many tokens: by tiles, or one row of scores at a time.
+
+    Sessions read this variable of the environment when they are opened, and there is no other way to say it. One that
+    the user has set stays.
+    """
+    if tiled or PLAIN_ATTENTION in os.environ:
+        yield
+        return
+    os.environ[PLAIN_ATTENTION] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[PLAIN_ATTENTION]
 
 
 def _specialized(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
@@ -166,22 +194,14 @@ def share_thread_pool(threads: int | None = None) -> None:
         )
 
 
-def _open(
-    bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings, plain_attention: bool = False
-) -> ort.InferenceSession:
-    """Open a graph file of a bundle; on a device, check that its nodes run there."""
+def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings) -> ort.InferenceSession:
+    """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
     disabled = ["ConstantFolding"] if settings.lean else []
     path, choice = bundle.folder / name, settings.provider
-    prepared = None
-    if PROVIDERS[choice.name].device_memory:
-        from satchel.runtime.ort.experimental.device_session import DeviceSession
-
-        prepared = DeviceSession(bundle, name, options, choice)
-    graph = graph_file(bundle, name, options)
-    with attention.of(plain_attention):
-        session = _started(graph, options, choice, bundle.manifest, disabled, path)
-    if prepared is not None:
-        prepared.check(session)
+    weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
+    session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    _weights[session] = weights
+    check_placement(session, choice, path)
     return session
 
 
@@ -249,6 +269,8 @@ def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
     if settings.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = f"{settings.profile}-{name}"
+    if settings.provider.name != "cpu":
+        options.add_session_config_entry(RECORD, "1")
     if PROVIDERS[settings.provider.name].whole_graphs:
         # Folding of constants comes before the provider sees the graph; further rewriting would only hinder it.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

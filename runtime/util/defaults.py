@@ -1,9 +1,13 @@
-"""Defaults that the command line and the Python interface share. Standard library only."""
+"""Defaults that the command line and the Python API share. Standard library only."""
 
 from __future__ import annotations
 
 PROVIDER = "cpu"
 MAX_NEW_TOKENS = 128
+CHAT_MAX_NEW_TOKENS = 1024
+"""For answers in a chat template, which end by themselves: this stops one that does not."""
+CHAT_MAX_REPEATS = 8
+"""How often an answer in a chat template may repeat a block of tokens in a row."""
 BATCH_ROWS = 8
-PREFIX_MIB = 256
-"""Memory for the keys and values of what a generator has seen."""
+PREFIX_CACHE_MIB = 256
+"""Size of the prefix cache: keys and values of prompts and answers that a generator has seen."""

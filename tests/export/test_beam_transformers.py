@@ -100,11 +100,11 @@ def test_without_an_end_token_all_texts_have_the_full_length(llama: Exported, be
     ("given", "options"),
     [
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
-        ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
+        ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
         ({"min_new_tokens": 7}, {"min_new_tokens": 7}),
         ({"logit_bias": {11: 2.5, 40: -np.inf}}, {"sequence_bias": {(11,): 2.5, (40,): -np.inf}}),
         (
-            {"repetition_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 4},
+            {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
             {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
         ),
     ],

@@ -54,7 +54,7 @@ def test_beams_are_those_of_transformers(generator: Generator, original: tuple[A
 
 
 def test_a_batch_and_a_reused_prefix_change_no_answer(smollm2: Path) -> None:
-    fresh = Generator.open(smollm2, threads=2, prefix_mib=0)
+    fresh = Generator.open(smollm2, threads=2, prefix_cache_mib=0)
     prompts = [f"{PROMPT} {rest}" for rest in ("there lived", "a ship", "the old keeper of the lighthouse", "it")]
     alone = [fresh.generate(prompt, 16) for prompt in prompts]
     found = Generator.open(smollm2, threads=2).generate_batch(prompts, rows=3, max_new_tokens=16)

@@ -18,6 +18,7 @@ from support.tiny_bundle import write_bundle
 from satchel.runtime.cli import answer_file
 from satchel.runtime.cli.answer_file import AnswerFile
 from satchel.runtime.cli.prompt_lines import read_lines
+from satchel.runtime.generation.generator import Generator
 
 Capture = pytest.CaptureFixture[str]
 PATIENCE = 60  # seconds
@@ -64,7 +65,7 @@ def wait_for_rows(path: Path, count: int) -> None:
         time.sleep(0.001)
 
 
-def test_what_is_done_is_not_run_again(work: Work, capsys: Capture) -> None:
+def test_what_is_done_is_not_run_again(work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     line = {"prompt": "the", "max_new_tokens": 1}
     work.write(line, line, b"{", line)
     assert work.run() == 1
@@ -72,14 +73,15 @@ def test_what_is_done_is_not_run_again(work: Work, capsys: Capture) -> None:
     capsys.readouterr()
     lines = whole.splitlines(keepends=True)
     work.output.write_bytes(b"".join(lines[:2]) + lines[2][:-9])
-    assert work.run("--max-context", 5) == 1
-    assert capsys.readouterr().err.startswith("resuming: 2 of 4 are done\n2 prompts of ")
-    assert sorted(work.output.read_bytes().splitlines()) == sorted(whole.splitlines())
-    work.bundle = Path("nowhere")  # and nothing is opened when all is done
     assert work.run() == 1
-    failed = f'satchel: 1 of 4 prompts failed: see "error" in the rows of {work.output}\n'
-    assert capsys.readouterr().err == f"all 4 prompts are done already\n{failed}"
-    assert work.run("--quiet") == 1
+    assert capsys.readouterr().err.startswith("resuming: 2 of 4 prompts are answered\n2 prompts of ")
+    assert sorted(work.output.read_bytes().splitlines()) == sorted(whole.splitlines())
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "open", None)  # no generator is opened if there is nothing to do
+        assert work.run() == 1
+        failed = f'satchel: 1 of 4 prompts failed: see "error" in the rows of {work.output}\n'
+        assert capsys.readouterr().err == f"all 4 prompts are answered already\n{failed}"
+        assert work.run("--quiet") == 1
     assert capsys.readouterr().err == failed
     work.write(line, line, b"", line)
     work.output.write_bytes(b"".join(row for row in lines if b"error" not in row))
@@ -87,53 +89,106 @@ def test_what_is_done_is_not_run_again(work: Work, capsys: Capture) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_only_rows_that_answer_another_request_are_computed_again(
+    work: Work, generator: Generator, tmp_path: Path, capsys: Capture
+) -> None:
+    """A prompt, an option of a line or of the command, an error, the context and the bundle: each makes rows stale."""
+
+    def changed(stale: int, *flags: object, code: int = 0) -> None:
+        before = by_id(work.rows())
+        capsys.readouterr()
+        assert work.run(*flags) == code
+        err = capsys.readouterr().err
+        assert (f"{stale} answers in {work.output}" in err) == bool(stale)
+        rows = by_id(work.rows())
+        assert sum(before[id] != row for id, row in rows.items()) == stale
+        assert work.run("--quiet", *flags) == code
+        assert by_id(work.rows()) == rows
+
+    line = {"prompt": "the", "max_new_tokens": 2}
+    work.write(line, {"prompt": "cat"}, b"{", {"prompt": "dog", "max_new_tokens": 3})
+    assert work.run("-n", 4) == 1
+    work.output.chmod(0o640)
+    changed(0, "-n", 4, code=1)
+    work.write({**line, "prompt": "a"}, {"prompt": "cat"}, b"{", {"prompt": "dog", "max_new_tokens": 3})
+    changed(1, "-n", 4, code=1)
+    changed(1, "-n", 5, code=1)  # the other lines have a number of their own, or cannot be run
+    assert by_id(work.rows())[2]["text"] == generator.generate("cat", 5).text
+    work.write({**line, "prompt": "a"}, {"prompt": "cat"}, {"prompt": "the"}, {"prompt": "dog", "max_new_tokens": 3})
+    changed(1, "-n", 5)
+    changed(4, "-n", 5, "--max-context", 30)
+    work.bundle = write_bundle(tmp_path / "other", seed=3)
+    changed(4, "-n", 5, "--max-context", 30)
+    assert work.output.stat().st_mode & 0o777 == 0o640
+    assert not list(tmp_path.glob(".satchel-*"))
+
+
+def test_stale_rows_stay_where_the_file_cannot_be_replaced(
+    work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work.write({"prompt": "the"}, {"prompt": "cat"})
+    assert work.run("-n", 2) == 0
+    content = work.output.read_bytes()
+    monkeypatch.setattr(answer_file.os, "fsync", full)
+    assert work.run("-n", 3) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert work.output.read_bytes() == content
+    assert list(work.output.parent.glob(".satchel-*")) == []
+
+
 def test_a_file_that_is_torn_anywhere_keeps_its_whole_rows(work: Work) -> None:
     line = {"prompt": "the cat", "max_new_tokens": 3}
     work.write({**line, "id": "猫"}, line, b"{")
     assert work.run("--quiet") == 1
     content, lines = work.output.read_bytes(), read_lines(work.input.read_bytes())
+    requests = {row["id"]: row["request"] for row in work.rows()}
+    digests = {line.number: requests[line.id] for line in lines}
     for end in range(len(content) + 1):
         work.output.write_bytes(content[:end])
-        with AnswerFile(work.output, lines) as file:
+        with AnswerFile(work.output, lines, digests) as file:
             assert len(file.done) == content[:end].count(b"\n")
         assert work.output.read_bytes() == content[: content.rfind(b"\n", 0, end) + 1]
 
 
-ANSWER = {"id": 1, "text": "", "finish_reason": "stop", "prompt_tokens": 1, "new_tokens": 0}
-FOREIGN: list[tuple[str, str]] = [
-    ("my diary", "line 1: it is no answer"),
-    ("my diary\n", "line 1: it is no answer"),
-    (json.dumps({"prompt": "the"}) + "\n", "line 1: it is no answer"),
-    (json.dumps(ANSWER | {"extra": 1}) + "\n", "line 1: it is no answer"),
-    (json.dumps(ANSWER) + "\n\n", "line 2: it is no answer"),
-    (json.dumps(ANSWER) + "\n{'id", "line 2: it is no answer"),
-    (json.dumps(ANSWER | {"id": True}) + "\n", "line 1: it is no answer"),
-    (json.dumps(ANSWER | {"id": "1"}) + "\n", "line 1: it answers no line of --input"),
-    (json.dumps(ANSWER | {"id": 3}) + "\n", "line 1: it answers no line of --input"),
-    (json.dumps({"id": 9, "error": "line 9: x"}) + "\n", "line 1: it answers no line of --input"),
-    (json.dumps({"id": 9, "error": "line 1: x"}) + "\n", "line 1: it answers no line of --input"),
-    (json.dumps({"id": 1, "error": "x"}) + "\n", "line 1: it answers no line of --input"),
-    (json.dumps({"id": 1, "error": 1}) + "\n", "line 1: it is no answer"),
-    (json.dumps(ANSWER) + "\n" + json.dumps(ANSWER) + "\n", "line 2: line 1 of --input has another answer before it"),
-    (json.dumps(ANSWER) + "\n\udcff\n", "line 2: it is no answer"),
+ANSWER = {"id": 1, "text": "", "finish_reason": "stop", "prompt_tokens": 1, "new_tokens": 0, "request": "x"}
+FOREIGN: list[tuple[str, int, str]] = [
+    ("my diary", 1, "not an answer"),
+    ("my diary\n", 1, "not an answer"),
+    (json.dumps({"prompt": "the"}) + "\n", 1, "not an answer"),
+    (json.dumps(ANSWER | {"extra": 1}) + "\n", 1, "not an answer"),
+    (json.dumps({key: value for key, value in ANSWER.items() if key != "request"}) + "\n", 1, "not an answer"),
+    (json.dumps(ANSWER | {"request": None}) + "\n", 1, "not an answer"),
+    (json.dumps(ANSWER) + "\n\n", 2, "not an answer"),
+    (json.dumps(ANSWER) + "\n{'id", 2, "not an answer"),
+    (json.dumps(ANSWER | {"id": True}) + "\n", 1, "not an answer"),
+    (json.dumps(ANSWER | {"id": [1]}) + "\n", 1, "not an answer"),
+    (json.dumps(ANSWER | {"id": "1"}) + "\n", 1, "no line of --input"),
+    (json.dumps(ANSWER | {"id": 3}) + "\n", 1, "no line of --input"),
+    (json.dumps({"id": 9, "error": "line 1: x", "request": "x"}) + "\n", 1, "no line of --input"),
+    (json.dumps({"id": 1, "error": 1, "request": "x"}) + "\n", 1, "not an answer"),
+    (json.dumps(ANSWER) + "\n\udcff\n", 2, "not an answer"),
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), FOREIGN)
-def test_a_file_with_other_rows_is_refused_and_stays(work: Work, capsys: Capture, content: str, message: str) -> None:
+@pytest.mark.parametrize(("content", "place", "fact"), FOREIGN)
+def test_a_file_with_other_rows_is_refused_and_stays(
+    work: Work, capsys: Capture, content: str, place: int, fact: str
+) -> None:
     work.write({"prompt": "the"}, {"prompt": "cat"})
     work.output.write_text(content, "utf-8", "surrogateescape")
     assert work.run() == 2
-    rest = "nothing was changed: name another file, or move this one"
-    assert capsys.readouterr().err == f"satchel: error: --output {work.output}: {message}: {rest}\n"
+    err = capsys.readouterr().err
+    assert err.startswith(f"satchel: error: --output {work.output}: line {place}: ")
+    assert fact in err
+    assert err.count("\n") == 1
     assert work.output.read_text("utf-8", "surrogateescape") == content
 
 
 def test_two_runs_do_not_write_to_one_file(work: Work, capsys: Capture) -> None:
     work.write({"prompt": "the"})
-    with AnswerFile(work.output, read_lines(work.input.read_bytes())):
+    with AnswerFile(work.output, read_lines(work.input.read_bytes()), {1: ""}):
         assert work.run() == 2
-    assert "another run writes to it: wait for its end, or name another" in capsys.readouterr().err
+    assert "another run is writing to it" in capsys.readouterr().err
     assert work.run("--quiet") == 0
 
 
@@ -169,16 +224,15 @@ def test_an_interrupt_leaves_a_file_to_go_on_with(slow: Work, undisturbed: Calla
 def test_a_disk_that_fills_keeps_the_whole_rows(work: Work) -> None:
     line = {"prompt": "the cat sat on the mat", "max_new_tokens": 6}
     work.write(*[line] * 8)
-    limit = 500  # bytes
+    limit = 700  # bytes
     with work.start("--quiet", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
         out, err = process.communicate(timeout=PATIENCE)
     content = work.output.read_bytes()
     kept = content.count(b"\n")
     assert (process.returncode, out) == (2, b"")
-    assert err.decode() == (
-        f"satchel: error: --output {work.output}: cannot be written (File too large): {kept} of 8 answers are kept: "
-        "free some space, and the same command goes on from there\n"
-    )
+    assert err.decode().startswith(f"satchel: error: --output {work.output}: cannot be written (File too large): ")
+    assert f"{kept} of 8 answers" in err.decode()
+    assert err.count(b"\n") == 1
     assert 0 < kept < 8
     assert content.endswith(b"\n")
     assert work.run("--quiet") == 0
@@ -214,4 +268,4 @@ def test_a_disk_that_says_at_the_end_that_it_is_full_is_heard(
     work.write({"prompt": "the", "max_new_tokens": 1})
     monkeypatch.setattr(answer_file.os, "fsync", full)
     assert work.run("--quiet") == 2
-    assert "cannot be written (No space left on device): 1 of 1 answers are kept" in capsys.readouterr().err
+    assert "cannot be written (No space left on device): 1 of 1 answers" in capsys.readouterr().err

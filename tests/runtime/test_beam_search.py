@@ -187,7 +187,7 @@ def test_fewer_sequences_than_beams_are_all_that_there_is(engine: Engine, refere
 
 def test_penalties_change_log_probabilities(engine: Engine, reference: Reference) -> None:
     end = reference.search(BeamSettings(3, 6))[0][0][2]
-    options = GenerationOptions(repetition_penalty=1.4, no_repeat_ngram=2, min_new_tokens=5, frequency_penalty=0.5)
+    options = GenerationOptions(repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=5, frequency_penalty=0.5)
     adjust = adjustment(options, len(PROMPT), (end, VOCABULARY + 1), VOCABULARY)
 
     def by_hand(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -322,7 +322,7 @@ def test_what_does_not_go_with_beams_is_refused(generator: Generator, options: d
 
 def test_samples_do_not_go_with_beams() -> None:
     check_beams(GenerationOptions(repetition_penalty=1.2, time_limit=3), 4, -2, "never")
-    with pytest.raises(PromptError, match="--samples 3: cannot be had together with --beams"):
+    with pytest.raises(PromptError, match="--num-return-sequences 3: cannot be had together with --beams"):
         check_beams(GenerationOptions(), 4, samples=3)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from support.tiny_bundle import write_bundle
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.state import State
-from satchel.runtime.generation.conversation import Conversation, chat_ids, checkpoint_options
+from satchel.runtime.generation.conversation import Conversation, checkpoint_options
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.session_file import SavedState, write_state
 from satchel.runtime.generation.templates.chat_template import ChatTemplate
@@ -33,7 +34,7 @@ NEW_TURN = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 @pytest.fixture(scope="module")
 def plain(chatty: Path) -> Iterator[Generator]:
     """A generator that keeps nothing: what it gives is right."""
-    generator = Generator.open(chatty, threads=1, prefix_mib=0)
+    generator = Generator.open(chatty, threads=1, prefix_cache_mib=0)
     yield generator
     generator.template.close()
 
@@ -118,7 +119,7 @@ def test_the_ids_of_an_answer_stay_those_that_the_model_wrote(talk: Conversation
     ids = [*talk._ids[: first.prompt_tokens], *first.token_ids, *encoded(talk, NEW_TURN.format("the cat"))]
     assert talk._ids.tolist() == [*ids, *second.token_ids]
     assert second.token_ids == plain.generate(ids, 12).token_ids
-    whole = chat_ids(plain, talk.messages[:-1]).tolist()
+    whole = plain.encode_chat(talk.messages[:-1]).tolist()
     assert whole != ids  # encoding the whole anew splits the answer otherwise
 
 
@@ -128,12 +129,12 @@ def test_what_the_template_changes_is_encoded_anew(generator: Generator, plain: 
     that shouts keeps the length of all.
     """
     arguments = {name: True}
-    options = replace(SHORT, logit_bias={encode_one(generator, " the"): 1e4}, no_repeat_ngram=1)
+    options = replace(SHORT, logit_bias={encode_one(generator, " the"): 1e4}, no_repeat_ngram_size=1)
     talk = Conversation(generator, arguments=arguments, options=options)
     first = say(talk, HELLO)[0]
     assert first.text.startswith(" the")
     second = say(talk, "the cat")[0]
-    ids = chat_ids(plain, [user(HELLO), assistant(first.text), user("the cat")], arguments=arguments)
+    ids = plain.encode_chat([user(HELLO), assistant(first.text), user("the cat")], arguments=arguments)
     fields = {field: getattr(options, field) for field in options.__dataclass_fields__}
     expected = plain.generate(ids, **fields)
     assert (second.prompt_tokens, second.token_ids) == (len(ids), expected.token_ids)
@@ -168,7 +169,7 @@ def test_tools_and_arguments_reach_the_template(generator: Generator, plain: Gen
     ids = plain.tokenizer.encode_rendered(text)
     assert talk._ids.tolist()[: len(ids)] == ids
     assert result.prompt_tokens == len(ids)
-    assert chat_ids(plain, [user(HELLO)], tools=tools, arguments={"mood": "merry "}).tolist() == ids
+    assert plain.encode_chat([user(HELLO)], tools=tools, arguments={"mood": "merry "}).tolist() == ids
     assert ids.count(START) == ids.count(END) + 1 == 3
 
 
@@ -202,11 +203,11 @@ def test_reset_forgets_all_but_the_system_prompt(talk: Conversation) -> None:
 def refusing(talk: Conversation, question: Any, message: str) -> None:
     """Ask what is refused, and check that nothing has changed."""
     before = talk.messages, talk._ids.tolist(), talk._text
-    kept = talk.generator.store.positions
+    kept = talk.generator.prefix_cache.positions
     with pytest.raises(PromptError, match=message):
         talk.ask(question)
     assert (talk.messages, talk._ids.tolist(), talk._text) == before
-    assert talk.generator.store.positions == kept
+    assert talk.generator.prefix_cache.positions == kept
 
 
 def test_a_refused_question_leaves_everything_as_it_was(talk: Conversation, generator: Generator) -> None:
@@ -217,7 +218,7 @@ def test_a_refused_question_leaves_everything_as_it_was(talk: Conversation, gene
         refusing(talk, [user("a"), "b"], r"messages\[1\]: must be an object")
         refusing(talk, [], "messages: must be a list with at least one message")
         refusing(talk, "a\ud800", "the text is not valid UTF-8")
-        refusing(talk, "x" * 2000, rf"the conversation has \d+ tokens but the context holds {CONTEXT}: reset it, or")
+        refusing(talk, "x" * 2000, rf"the question has \d+ tokens but the context holds {CONTEXT}: ")
         talk.options = replace(SHORT, top_k=3)
         refusing(talk, HELLO, "--top-k 3: means nothing at temperature 0")
         talk.options = SHORT
@@ -352,25 +353,79 @@ def test_an_open_answer_ends_when_the_conversation_goes_on(talk: Conversation, t
 
 
 def test_a_stop_string_is_not_in_what_follows(talk: Conversation, plain: Generator) -> None:
-    whole = plain.generate(chat_ids(plain, [system(), user(HELLO)]), 12).text
+    whole = plain.generate(plain.encode_chat([system(), user(HELLO)]), 12).text
     stop = whole[5:8]
     talk.options = replace(SHORT, stop=(stop,))
     first = say(talk, HELLO)[0]
     assert (first.finish_reason, first.text) == ("stop", whole[: whole.index(stop)])
     second = say(talk, "the cat")[0]
-    ids = chat_ids(plain, [system(), user(HELLO), assistant(first.text), user("the cat")])
+    ids = plain.encode_chat([system(), user(HELLO), assistant(first.text), user("the cat")])
     assert second.prompt_tokens == len(ids)
     assert second.token_ids == plain.generate(ids, 12, stop=(stop,)).token_ids
 
 
-def test_a_conversation_ends_where_the_context_does(talk: Conversation) -> None:
-    talk.options = checkpoint_options(talk.generator)
+def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_prompt(
+    talk: Conversation, plain: Generator
+) -> None:
+    talk.options = GenerationOptions(max_new_tokens=CONTEXT)
     first = say(talk, HELLO)[0]
-    assert first.finish_reason == "length"
-    assert first.prompt_tokens + first.new_tokens == CONTEXT + 1
-    refusing(talk, "a", rf"the conversation has \d+ tokens but the context holds {CONTEXT}: reset it, or raise --max-")
+    assert (first.finish_reason, first.prompt_tokens + first.new_tokens) == ("length", CONTEXT + 1)
+    answer = talk.ask("the cat")
+    assert (answer.dropped_messages, talk.dropped_messages) == (2, 0)
+    result = answer.result()
+    expected = plain.encode_chat([system(), user("the cat")])
+    assert result.prompt_tokens == len(expected)
+    assert result.token_ids == plain.generate(expected, CONTEXT).token_ids
+    assert talk.messages == [system(), user("the cat"), assistant(result.text)]
+    assert talk.dropped_messages == 2
     talk.reset()
-    assert say(talk, HELLO)[0].token_ids == first.token_ids
+    assert talk.dropped_messages == 0
+
+
+def test_as_many_whole_turns_are_dropped_as_leave_half_of_the_context(talk: Conversation) -> None:
+    """A turn is all that follows a question, such as tool calls; the last turn stays, and there is room to answer."""
+    turns: list[list[dict[str, str]]] = []
+    while not talk.dropped_messages:
+        number = len(turns)
+        new = [user(f"question {number}")]
+        if number % 2:
+            new += [assistant("clock()"), {"role": "tool", "content": "noon"}]
+        answer = talk.ask(new)
+        before = talk.messages[1:]
+        result = answer.result()
+        turns.append([*new, assistant(result.text)])
+        if talk.dropped_messages:
+            kept = talk.messages[1:]
+            assert kept == [*chain(*turns)][answer.dropped_messages :]
+            assert kept[0] in (turn[0] for turn in turns)
+            lengths = [len(talk.generator.encode_chat([system(), *before[start:], *new])) for start in (0, 2)]
+            assert lengths[0] + talk.options.max_new_tokens > CONTEXT
+            assert result.prompt_tokens <= CONTEXT // 2
+            one_more = [*chain(*turns)][answer.dropped_messages - len(turns[0]) : -1]
+            assert len(talk.generator.encode_chat([system(), *one_more])) > CONTEXT // 2 - 20
+        else:
+            assert result.prompt_tokens + talk.options.max_new_tokens <= CONTEXT + 1
+    assert len(turns) > 4
+    after = say(talk, "again")[0]
+    assert after.reused_tokens > CONTEXT // 4  # what was kept has been fed, and is cached
+
+
+def test_what_is_left_unanswered_drops_nothing(talk: Conversation) -> None:
+    talk.options = GenerationOptions(max_new_tokens=CONTEXT)
+    say(talk, HELLO)
+    before = list(talk.messages)
+    talk.ask("the cat").close()
+    assert (talk.messages, talk.dropped_messages) == (before, 0)
+
+
+def test_an_answer_that_repeats_itself_is_ended(talk: Conversation, generator: Generator) -> None:
+    token = encode_one(generator, " the")
+    talk.options = GenerationOptions(max_new_tokens=300, logit_bias={token: 1e4}, max_repeats=8)
+    result = say(talk, HELLO)[0]
+    assert (result.finish_reason, result.new_tokens) == ("loop", 128)
+    talk.options = replace(talk.options, max_repeats=0)
+    talk.reset()
+    assert say(talk, HELLO)[0].finish_reason == "length"
 
 
 def test_a_question_may_fill_the_context_exactly(talk: Conversation) -> None:
@@ -405,7 +460,7 @@ def test_there_is_nothing_to_save_without_an_answer(talk: Conversation, tmp_path
         talk.save_state(tmp_path / "talk.state")
     forgetful = Conversation(plain, options=SHORT)
     say(forgetful, HELLO)
-    with pytest.raises(PromptError, match="nothing of this is kept: generate first, or raise --prefix-memory"):
+    with pytest.raises(PromptError, match="raise --prefix-cache-mib"):
         forgetful.save_state(tmp_path / "talk.state")
     say(talk, HELLO)
     with pytest.raises(SatchelError, match=r"/save .*nowhere.talk: there is no folder"):
@@ -421,10 +476,10 @@ def details(**changes: object) -> Change:
 
 
 WRONG: list[tuple[Change, str]] = [
-    (lambda state: replace(state, messages=(), details={}), "holds no conversation: load a file that satchel chat sa"),
-    (lambda state: replace(state, messages=()), "holds no conversation"),
-    (details(text=3), "holds no conversation"),
-    (details(token_ids="abc"), "holds no conversation"),
+    (lambda state: replace(state, messages=(), details={}), "does not hold a conversation"),
+    (lambda state: replace(state, messages=()), "does not hold a conversation"),
+    (details(text=3), "does not hold a conversation"),
+    (details(token_ids="abc"), "does not hold a conversation"),
     (details(token_ids=[]), r"its conversation is wrong \(the prompt has no tokens"),
     (details(token_ids=[[1], [1, 2]]), r"its conversation is wrong \(token ids must be whole numbers"),
     (details(token_ids=[5, True]), r"its conversation is wrong \(token ids must be whole numbers"),
@@ -447,12 +502,12 @@ def test_a_state_without_a_conversation_is_refused_and_this_one_stays(
     talk.reset("another")
     first = say(talk, "the cat")[0]
     before = list(talk.messages), talk._ids.tolist()
-    kept = [prefix.ids.tolist() for prefix in talk.generator.store._prefixes]
+    kept = [prefix.ids.tolist() for prefix in talk.generator.prefix_cache._prefixes]
     with pytest.raises(PromptError, match=rf"^{path}: {message}") as failure:
         talk.load_state(path)
     assert "\n" not in str(failure.value)
     assert (talk.messages, talk._ids.tolist()) == before
-    assert [prefix.ids.tolist() for prefix in talk.generator.store._prefixes] == kept
+    assert [prefix.ids.tolist() for prefix in talk.generator.prefix_cache._prefixes] == kept
     assert say(talk, "and")[0].reused_tokens == first.prompt_tokens + first.new_tokens - 1
 
 
@@ -509,14 +564,13 @@ def options_of(folder: Path, config: Any, given: dict[str, Any] | None = None) -
 def test_options_start_from_the_checkpoint_and_what_is_given_counts_more(tmp_path: Path) -> None:
     config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2, "max_length": 20}
     sampling = {"temperature": 0.6, "top_k": 50, "top_p": 0.9}
-    assert options_of(tmp_path / "a", config) == GenerationOptions(max_new_tokens=CONTEXT, **sampling)
+    assert options_of(tmp_path / "a", config) == GenerationOptions(**CHAT_DEFAULTS, **sampling)
     given = {"temperature": 0.2, "top_k": 7, "seed": 3, "max_new_tokens": 5, "stop": ("x",), "logprobs": 2}
-    assert options_of(tmp_path / "b", config, given) == GenerationOptions(**{**sampling, **given})
-    assert options_of(tmp_path / "c", config, {"temperature": 0}) == GenerationOptions(max_new_tokens=CONTEXT)
-    assert options_of(tmp_path / "d", None) == GenerationOptions(max_new_tokens=CONTEXT)
-    assert options_of(tmp_path / "e", {}, {"time_limit": 3.0}) == GenerationOptions(
-        max_new_tokens=CONTEXT, time_limit=3.0
-    )
+    assert options_of(tmp_path / "b", config, given) == GenerationOptions(**{**CHAT_DEFAULTS, **sampling, **given})
+    assert options_of(tmp_path / "c", config, {"temperature": 0}) == GenerationOptions(**CHAT_DEFAULTS)
+    assert options_of(tmp_path / "d", None) == GenerationOptions(**CHAT_DEFAULTS)
+    given = {"max_repeats": 0, "max_new_tokens": 9}
+    assert options_of(tmp_path / "e", {}, given) == GenerationOptions(max_new_tokens=9)
 
 
 def test_a_conversation_without_options_takes_the_checkpoints(tmp_path: Path, plain: Generator) -> None:
@@ -524,11 +578,11 @@ def test_a_conversation_without_options_takes_the_checkpoints(tmp_path: Path, pl
     generator = Generator.open(write_chat_bundle(tmp_path / "own", generation_config=config), threads=1)
     generator.template = plain.template
     result = say(Conversation(generator), HELLO)[0]
-    ids = chat_ids(plain, [user(HELLO)])
+    ids = plain.encode_chat([user(HELLO)])
     assert result.token_ids == plain.generate(ids, CONTEXT, repetition_penalty=1.7).token_ids
 
 
 @pytest.mark.parametrize("config", [b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_generation_config_that_is_none_is_refused(tmp_path: Path, config: bytes) -> None:
-    with pytest.raises(BundleError, match=r"generation_config.json: not a JSON object: export the bundle again"):
+    with pytest.raises(BundleError, match=r"generation_config.json: "):
         options_of(tmp_path / "wrong", config)

@@ -22,7 +22,7 @@ from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.experimental.om_cache import om_folder
 from satchel.runtime.execution.experimental.slots import MOST_KEPT
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.ort.experimental import device_session
+from satchel.runtime.ort import session
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
 
@@ -220,7 +220,7 @@ def test_decode_on_cuda_is_captured_once_for_each_set_of_addresses(cuda: Device,
 
 
 def test_a_slot_serves_one_sequence_after_the_other_with_its_graph(cuda: Device, tmp_path: Path) -> None:
-    generator = Generator.open(write_cuda_bundle(tmp_path / "bundle"), provider="cuda", prefix_mib=0)
+    generator = Generator.open(write_cuda_bundle(tmp_path / "bundle"), provider="cuda", prefix_cache_mib=0)
     for count in (3, 9, 30):
         generator.generate(IDS[:count], 4)
     assert {run.graph for run in cuda.runs} == {"-1", "1"}
@@ -264,7 +264,7 @@ def test_nothing_is_captured_without_a_mask_of_fixed_length(cuda: Device, tmp_pa
 def test_logits_are_copied_from_the_device_only_where_they_are_looked_at(
     cuda: Device, dynamic: Generator, tmp_path: Path, options: dict[str, object], whole: bool
 ) -> None:
-    generator = Generator.open(write_cuda_bundle(tmp_path / "bundle"), provider="cuda", prefix_mib=0)
+    generator = Generator.open(write_cuda_bundle(tmp_path / "bundle"), provider="cuda", prefix_cache_mib=0)
     result = generator.generate(IDS[:9], 6, **options)
     assert result.token_ids == dynamic.generate(IDS[:9], 6, **options).token_ids
     assert ((1, 1, VOCABULARY) in cuda.reads) == whole
@@ -274,7 +274,7 @@ def test_logits_that_are_not_finite_are_found_by_the_best_token(
     cuda: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine.open(open_bundle(write_cuda_bundle(tmp_path / "bundle")), "cuda")
-    generator = Generator(engine, None, MAX_CONTEXT, Generator.open(engine.bundle.folder, provider="cuda").store)
+    generator = Generator(engine, None, MAX_CONTEXT, Generator.open(engine.bundle.folder, provider="cuda").prefix_cache)
     read = type(engine.new_state(3)).best
 
     def spoiled(self: object, count: int) -> object:
@@ -374,7 +374,7 @@ def test_weights_are_handed_over_as_memory_that_stays_with_the_session(
 ) -> None:
     handed: list[str] = []
     kept: list[weakref.ref[np.ndarray]] = []
-    original = device_session.hand_over_weights
+    original = session.hand_over_weights
 
     def noted(bundle: Bundle, name: str, options: ort.SessionOptions) -> list[np.ndarray]:
         handed.append(name)
@@ -382,7 +382,7 @@ def test_weights_are_handed_over_as_memory_that_stays_with_the_session(
         kept.extend(weakref.ref(array) for array in arrays)
         return arrays
 
-    monkeypatch.setattr(device_session, "hand_over_weights", noted)
+    monkeypatch.setattr(session, "hand_over_weights", noted)
     bundle = open_bundle(write_static_bundle(tmp_path / "bundle"))
     engine = Engine.open(bundle, "cann")
     assert handed == [f"prefill-{length}-0.onnx" for length in LENGTHS] + ["decode-1-0.onnx"]

@@ -138,7 +138,7 @@ def test_a_bundle_without_a_tokenizer_takes_ids_only(tmp_path: Path, generator: 
     bare = Generator.open(write_bundle(tmp_path / "bare", tokenizer_kind=None), threads=1)
     result = bare.generate(PROMPT_IDS, 5)
     assert (result.text, result.token_ids) == ("", generator.generate(PROMPT_IDS, 5).token_ids)
-    with pytest.raises(PromptError, match="no tokenizer: give the prompt as token ids"):
+    with pytest.raises(PromptError, match="no tokenizer"):
         bare.generate(PROMPT, 5)
 
 

@@ -38,7 +38,7 @@ PROMPTS = prompts_of(*LENGTHS)
 @pytest.fixture
 def fresh(tiny: Path) -> Generator:
     """A generator that keeps nothing."""
-    return Generator.open(tiny, threads=1, prefix_mib=0)
+    return Generator.open(tiny, threads=1, prefix_cache_mib=0)
 
 
 def alone(generator: Generator, requests: list[Request]) -> list[Generation]:
@@ -86,7 +86,9 @@ def test_each_of_a_batch_gives_what_it_gives_alone(fresh: Generator, rows: int, 
 
 def test_each_may_have_options_of_its_own_and_end_when_it_likes(tmp_path: Path, fresh: Generator) -> None:
     first, later = fresh.generate(PROMPTS[1], 1).token_ids[0], fresh.generate(PROMPTS[2], 8).token_ids[7]
-    ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=(first, later)), threads=1, prefix_mib=0)
+    ending = Generator.open(
+        write_bundle(tmp_path / "ending", eos_token_ids=(first, later)), threads=1, prefix_cache_mib=0
+    )
     each = [
         {"max_new_tokens": 3},
         {},  # its first token is an end token
@@ -141,7 +143,7 @@ def test_a_prompt_waits_until_a_row_is_free(fresh: Generator, prefilled: list[in
 
 # Bans all but three tokens, none of which may come twice: there is none left for the fourth.
 EXHAUSTED = GenerationOptions(
-    no_repeat_ngram=1, logit_bias={token: -np.inf for token in range(VOCABULARY) if token not in (200, 201, 202)}
+    no_repeat_ngram_size=1, logit_bias={token: -np.inf for token in range(VOCABULARY) if token not in (200, 201, 202)}
 )
 
 
@@ -181,18 +183,20 @@ def test_logits_that_are_not_finite_end_one_row(fresh: Generator, monkeypatch: p
     assert "the logits of step 3 are not finite (NaN at token 11)" in str(found[2])
     del found[2], expected[2]
     assert [essence(result) for result in found] == [essence(result) for result in expected]
-    assert kept.store.longest(np.array(PROMPTS[2])) == (0, None)
-    assert kept.store.longest(np.array(PROMPTS[3]))[0] == LENGTHS[3]
+    assert kept.prefix_cache.longest(np.array(PROMPTS[2])) == (0, None)
+    assert kept.prefix_cache.longest(np.array(PROMPTS[3]))[0] == LENGTHS[3]
 
 
-@pytest.mark.parametrize("prefix_mib", [0, 8])
+@pytest.mark.parametrize("prefix_cache_mib", [0, 8])
 def test_what_rows_beside_have_in_common_is_fed_once(
-    tiny: Path, fresh: Generator, prefilled: list[int], prefix_mib: int
+    tiny: Path, fresh: Generator, prefilled: list[int], prefix_cache_mib: int
 ) -> None:
     prompts = [[*PREFIX, 40 + i, 7 + i] for i in range(5)]
     expected = [fresh.generate(prompt, 8) for prompt in prompts]
     prefilled.clear()
-    found = Generator.open(tiny, threads=1, prefix_mib=prefix_mib).generate_batch(prompts, rows=5, max_new_tokens=8)
+    found = Generator.open(tiny, threads=1, prefix_cache_mib=prefix_cache_mib).generate_batch(
+        prompts, rows=5, max_new_tokens=8
+    )
     assert prefilled == [22, 2, 2, 2, 2]
     assert [result.reused_tokens for result in found] == [0, 20, 20, 20, 20]
     assert [essence(result) for result in found] == [essence(result) for result in expected]
@@ -228,7 +232,7 @@ def fixed_batch(folder: Path) -> Path:
 def test_a_bundle_of_a_fixed_batch_runs_its_rows_in_turn(
     tmp_path: Path, fresh: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fixed = Generator.open(fixed_batch(tmp_path / "fixed"), threads=1, prefix_mib=0)
+    fixed = Generator.open(fixed_batch(tmp_path / "fixed"), threads=1, prefix_cache_mib=0)
     steps: list[int] = []
     decode = CpuState.decode
     with monkeypatch.context() as patch:
@@ -310,10 +314,10 @@ def test_the_time_of_samples_begins_with_their_prompt(
 
 def test_wrong_samples_are_refused(fresh: Generator) -> None:
     for count, options, message in (
-        (0, {"temperature": 1.0}, "--samples 0: must be 1 or more"),
-        (2, {}, "--samples 2: greedy samples are all the same: give a --temperature above 0"),
+        (0, {"temperature": 1.0}, "--num-return-sequences 0: must be 1 or more"),
+        (2, {}, "--num-return-sequences 2: greedy samples are all the same: set --temperature above 0"),
         (2, {"temperature": -1.0}, "--temperature -1.0: must be"),
-        (2, {"temperature": 1.0, "stop": ("",)}, "--stop: must be text"),
+        (2, {"temperature": 1.0, "stop": ("",)}, "--stop: must be"),
     ):
         with pytest.raises(PromptError, match=message):
             fresh.samples(PROMPTS[0], count, **options)
@@ -321,14 +325,14 @@ def test_wrong_samples_are_refused(fresh: Generator) -> None:
 
 
 def test_a_sample_that_fails_later_raises_what_it_ran_into(fresh: Generator) -> None:
-    options = {name: getattr(EXHAUSTED, name) for name in ("no_repeat_ngram", "logit_bias")}
+    options = {name: getattr(EXHAUSTED, name) for name in ("no_repeat_ngram_size", "logit_bias")}
     with pytest.raises(PromptError, match="no token is left"):
         fresh.samples(PROMPTS[0], 2, temperature=1.0, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 11}])
 def test_the_same_seed_gives_the_same_text_on_any_number_of_threads(tiny: Path, options: dict[str, float]) -> None:
-    one, two = (Generator.open(tiny, threads=threads, prefix_mib=0) for threads in (1, 2))
+    one, two = (Generator.open(tiny, threads=threads, prefix_cache_mib=0) for threads in (1, 2))
     found, expected = (generator.generate_batch(PROMPTS, max_new_tokens=20, **options) for generator in (one, two))
     assert [essence(result) for result in found] == [essence(result) for result in expected]
     if options:
@@ -380,11 +384,11 @@ def test_the_log_probabilities_of_a_wrong_prompt_are_refused(tiny: Path, fresh: 
 
 
 def test_rows_that_do_not_agree_run_in_turn_unless_asked_to_run_together(tmp_path: Path) -> None:
-    mixed = Generator.open(write_bundle(tmp_path / "mixed", rows_mix=0.5), threads=1, prefix_mib=0)
+    mixed = Generator.open(write_bundle(tmp_path / "mixed", rows_mix=0.5), threads=1, prefix_cache_mib=0)
     expected = [mixed.generate(prompt, 12).token_ids for prompt in PROMPTS]
     found = mixed.generate_batch(PROMPTS, rows=4, max_new_tokens=12)
     assert [result.token_ids for result in found] == expected
-    faster = mixed.generate_batch(PROMPTS, rows=4, max_new_tokens=12, together=True)
+    faster = mixed.generate_batch(PROMPTS, rows=4, max_new_tokens=12, force_batch=True)
     assert [result.token_ids for result in faster] != expected
 
 

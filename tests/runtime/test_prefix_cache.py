@@ -128,7 +128,7 @@ def test_among_equals_the_one_that_was_used_last_is_found_and_used() -> None:
 def test_the_limit_is_in_whole_positions() -> None:
     assert position_bytes(SPEC) == (2 * (4 + 2) + 1 * (2 + 4)) * 4
     store = PrefixCache(SPEC, 5 * position_bytes(SPEC) - 1)
-    assert store.most == 4
+    assert store.max_positions == 4
     keep(store, "abc")
     keep(store, "xyz")
     assert store.positions == 3
@@ -155,7 +155,7 @@ def test_a_store_of_nothing_keeps_nothing(limit: int) -> None:
     store = PrefixCache(SPEC, limit)
     keep(store, "abc")
     store.put(Prefix(array("a"), cache_of("a")))
-    assert (store.most, store.positions) == (0, 0)
+    assert (store.max_positions, store.positions) == (0, 0)
     assert store.longest(array("abc")) == NOTHING
 
 

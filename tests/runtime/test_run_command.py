@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from satchel.runtime.cli import run_flags
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.generation.options import CHAT_DEFAULTS
 from satchel.runtime.util import progress
-from satchel.runtime.util.defaults import PREFIX_MIB
+from satchel.runtime.util.defaults import PREFIX_CACHE_MIB
 
 
 @pytest.fixture(scope="module")
 def generator(tiny: Path) -> Generator:
     """One that keeps nothing of what it has seen, as `run` does: figures are equal to the last bit."""
-    return Generator.open(tiny, threads=1, prefix_mib=0)
+    return Generator.open(tiny, threads=1, prefix_cache_mib=0)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def generator(tiny: Path) -> Generator:
             ["--repetition-penalty", "1.8", "--presence-penalty", "1", "--frequency-penalty", "0.5"],
             {"repetition_penalty": 1.8, "presence_penalty": 1.0, "frequency_penalty": 0.5},
         ),
-        (["--no-repeat-ngram", "1", "--min-new-tokens", "3"], {"no_repeat_ngram": 1, "min_new_tokens": 3}),
+        (["--no-repeat-ngram-size", "1", "--min-new-tokens", "3"], {"no_repeat_ngram_size": 1, "min_new_tokens": 3}),
         (["--logit-bias", "24=-inf", "--logit-bias", "7=2.5"], {"logit_bias": {24: float("-inf"), 7: 2.5}}),
         (["--stop", "q", "--stop", "e"], {"stop": ("q", "e")}),
         (["--time-limit", "0.000001"], {"time_limit": 0.000001}),
@@ -56,41 +58,52 @@ def test_every_option_has_a_flag_that_does_the_same(
     assert not options or (plain.token_ids, plain.finish_reason) != (expected.token_ids, expected.finish_reason)
 
 
-def test_without_a_limit_there_are_128_new_tokens(tmp_path: Path, capsys: Capture) -> None:
+def test_a_raw_prompt_gets_128_new_tokens_by_default(tmp_path: Path, capsys: Capture) -> None:
     assert run_json(write_bundle(tmp_path / "long", max_context=300), capsys)["new_tokens"] == 128
 
 
-CONTRADICTIONS = [
-    (["PROMPT", "--input", "f"], "PROMPT with --input: prompts come from one place: leave one of them out"),
-    (["--samples", "2", "--beams", "2"], "--samples with --beams: beams are no samples: leave one of them out"),
-    (["--samples", "2", "--input", "f"], "--samples with --input: "),
-    (["--beams", "2", "--input", "f"], "--beams with --input: "),
-    (["--prompt-logprobs", "--input", "f"], "--prompt-logprobs with --input: "),
-    (["--json", "--input", "f"], "--json with --input: its answers are JSON anyway"),
-    (["--load-state", "s", "--input", "f"], "--load-state with --input: "),
-    (["--save-state", "s", "--input", "f"], "--save-state with --input: "),
-    (["--save-state", "s", "--samples", "2"], "--save-state with --samples: "),
-    (["--save-state", "s", "--beams", "2"], "--save-state with --beams: "),
-    (["PROMPT", "--output", "f"], "--output without --input: means nothing: give --input too, or leave --output out"),
-    (["PROMPT", "--batch", "2"], "--batch without --input: "),
-    (["PROMPT", "--length-penalty", "0"], "--length-penalty without --beams: "),
-    (["PROMPT", "--early-stopping"], "--early-stopping without --beams: "),
-    (["PROMPT", "--logprobs", "0"], "--logprobs without --json or --input: "),
-    (["PROMPT", "--prompt-logprobs"], "--prompt-logprobs without --json: "),
-    (["PROMPT", "--load-state", "s", "--prefix-memory", "0"], "--load-state with --prefix-memory 0: "),
-    (["PROMPT", "--save-state", "s", "--prefix-memory", "0"], "--save-state with --prefix-memory 0: "),
-    (["--input", "f", "--batch", "0"], "--batch 0: must be 1 or more"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), CONTRADICTIONS)
-def test_what_makes_no_sense_together_is_refused_before_a_bundle_is_opened(
-    capsys: Capture, arguments: list[str], message: str
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["PROMPT", "--input", "f"], ["PROMPT", "--input"]),
+        (["PROMPT", "--prompt", "p"], ["PROMPT", "--prompt"]),
+        (["-p", "p", "--input", "f"], ["PROMPT", "--input"]),
+        (["--num-return-sequences", "2", "--input", "f"], ["--num-return-sequences", "--input"]),
+        (["--beams", "2", "--input", "f"], ["--beams", "--input"]),
+        (["--prompt-logprobs", "--input", "f"], ["--prompt-logprobs", "--input"]),
+        (["--json", "--input", "f"], ["--json", "--input"]),
+        (["--load-state", "s", "--input", "f"], ["--load-state", "--input"]),
+        (["--save-state", "s", "--input", "f"], ["--save-state", "--input"]),
+        (["--save-state", "s", "--num-return-sequences", "2"], ["--save-state", "--num-return-sequences"]),
+        (["--save-state", "s", "--beams", "2"], ["--save-state", "--beams"]),
+        (["PROMPT", "-o", "f"], ["--output requires --input"]),
+        (["PROMPT", "--batch", "2"], ["--batch requires --input"]),
+        (["PROMPT", "--force-batch"], ["--force-batch requires --input"]),
+        (["PROMPT", "--length-penalty", "0"], ["--length-penalty requires --beams"]),
+        (["PROMPT", "--early-stopping"], ["--early-stopping requires --beams"]),
+        (["PROMPT", "--logprobs", "0"], ["--logprobs requires --json or --input"]),
+        (["PROMPT", "--prompt-logprobs"], ["--prompt-logprobs requires --json"]),
+        (["PROMPT", "--load-state", "s", "--prefix-cache-mib", "0"], ["--load-state", "--prefix-cache-mib 0"]),
+        (["PROMPT", "--save-state", "s", "--prefix-cache-mib", "0"], ["--save-state", "--prefix-cache-mib 0"]),
+        (["--input", "f", "--batch", "0"], ["--batch 0"]),
+    ],
+)
+def test_flags_that_exclude_or_require_others_are_refused_before_a_bundle_is_opened(
+    capsys: Capture, arguments: list[str], facts: list[str]
 ) -> None:
     assert cli.main(["run", "nowhere", *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"satchel: error: {message}")
+    assert all(fact in err for fact in facts)
+
+
+def test_samples_and_beams_exclude_each_other(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "nowhere", "p", "--num-return-sequences", "2", "--beams", "2"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "--num-return-sequences" in err
+    assert "--beams" in err
 
 
 @pytest.mark.parametrize(
@@ -99,15 +112,19 @@ def test_what_makes_no_sense_together_is_refused_before_a_bundle_is_opened(
         (["--top-k", "4"], "--top-k 4: means nothing at temperature 0"),
         (["--min-new-tokens", "9", "--max-new-tokens", "8"], "--min-new-tokens 9: is more than --max-new-tokens 8"),
         (["--logit-bias", "3=1", "--logit-bias", "3=2"], "--logit-bias 3"),
-        (["--stop", ""], "--stop: must be text"),
+        (["--stop", ""], "--stop: "),
+        (["--max-repeats", "1"], "--max-repeats 1: "),
         (["--time-limit", "0"], "--time-limit 0.0: must be seconds, above 0"),
         (["--logprobs", "101", "--json"], "--logprobs 101: must be from 0 to 100"),
-        (["--samples", "3"], "--samples 3: greedy samples are all the same: give a --temperature above 0"),
-        (["--samples", "0"], "--samples 0: must be 1 or more"),
+        (
+            ["--num-return-sequences", "3"],
+            "--num-return-sequences 3: ",
+        ),
+        (["--num-return-sequences", "0"], "--num-return-sequences 0: must be 1 or more"),
         (["--beams", "0"], "--beams 0: must be"),
         (["--beams", "2", "--temperature", "1"], "--temperature 1.0: cannot be had together with --beams"),
         (["--beams", "2", "--logprobs", "1", "--json"], "--logprobs 1: cannot be had together with --beams"),
-        (["--prefix-memory", "-1"], "--prefix-memory -1: must be 0 or more"),
+        (["--prefix-cache-mib", "-1"], "--prefix-cache-mib -1: must be 0 or more"),
         (["--load-state", "nowhere"], "nowhere: no such file"),
         (["--save-state", "nowhere/state"], "--save-state nowhere/state: there is no folder"),
     ],
@@ -153,13 +170,13 @@ def test_memory_for_prefixes_is_there_where_it_can_be_of_use() -> None:
     run_flags.configure(parser)
     for flags, expected in (
         ([], 0),
-        (["--prefix-memory", "5"], 5),
-        (["--input", "f"], PREFIX_MIB),
-        (["--input", "f", "--prefix-memory", "0"], 0),
-        (["--load-state", "f"], PREFIX_MIB),
-        (["--save-state", "f"], PREFIX_MIB),
+        (["--prefix-cache-mib", "5"], 5),
+        (["--input", "f"], PREFIX_CACHE_MIB),
+        (["--input", "f", "--prefix-cache-mib", "0"], 0),
+        (["--load-state", "f"], PREFIX_CACHE_MIB),
+        (["--save-state", "f"], PREFIX_CACHE_MIB),
     ):
-        assert run_flags.prefix_mib(parser.parse_args(["bundle", *flags])) == expected
+        assert run_flags.prefix_cache_mib(parser.parse_args(["bundle", *flags])) == expected
 
 
 def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +239,51 @@ def test_the_bar_counts_the_prompt_and_is_gone_once_that_is_read(
         assert events[:3] == [(4, shown), 4, "closed"]
         assert events.index("closed") < events.index("decoding")
         assert events.index("closed") < events.index("text")
+
+
+def test_a_prompt_goes_into_the_chat_template_unless_it_is_raw(chatty: Path, capsys: Capture) -> None:
+    """The line of figures and the JSON say which; an answer in the template has the defaults of a chat."""
+    generator = Generator.open(chatty, threads=1, prefix_cache_mib=0)
+    asked, raw = generator.encode_chat(PROMPT), generator.encode(PROMPT)
+    assert asked.tolist() != raw.tolist()
+    for flags, ids in (([], asked), (["--raw"], raw)):
+        assert run(chatty, "-n", 8, *flags) == 0
+        out, err = capsys.readouterr()
+        assert out == generator.generate(ids, 8).text + "\n"
+        assert err.startswith(f"{'raw' if flags else 'chat template'}: prompt {len(ids)} tokens")
+        found = run_json(chatty, capsys, "-n", 4, "--prompt-logprobs", *flags)
+        assert (found["chat_template"], found["prompt_tokens"]) == (not flags, len(ids))
+        assert [entry["id"] for entry in found["prompt_logprobs"]] == ids.tolist()
+    assert run_json(chatty, capsys, "--raw", "--max-context", 300)["new_tokens"] == 128
+    whole = run_json(chatty, capsys)
+    assert whole["new_tokens"] > 128
+    assert whole["token_ids"] == list(generator.generate(asked, **CHAT_DEFAULTS).token_ids)
+    assert run(chatty, "--beams", 2, "-n", 4) == 0
+    assert capsys.readouterr().out.split("\n\n")[0] == generator.beam_search(asked, 2, max_new_tokens=4)[0].text
+    generator.template.close()
+
+
+def test_the_prompt_is_an_argument_a_flag_or_standard_input(
+    tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run", str(tiny), "-t", "1", "-n", "3", "--quiet"]
+    texts = []
+    for more in ([PROMPT], ["-p", PROMPT], ["--prompt", PROMPT], []):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
+        assert cli.main([*command, *more]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert cli.main(command) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_a_prompt_from_a_terminal_is_announced(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Typed(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    for flags, announced in ((["--json"], True), (["--json", "--quiet"], False)):
+        monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(PROMPT.encode())))
+        assert cli.main(["run", str(tiny), "-n", "2", *flags]) == 0
+        assert ("Ctrl-D" in capsys.readouterr().err) == announced

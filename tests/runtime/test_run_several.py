@@ -17,7 +17,7 @@ LONG = "the cat sat on the mat and the dog sat on the log"
 @pytest.fixture(scope="module")
 def generator(tiny: Path) -> Generator:
     """One that keeps nothing of what it has seen, as `run` does: figures are equal to the last bit."""
-    return Generator.open(tiny, threads=1, prefix_mib=0)
+    return Generator.open(tiny, threads=1, prefix_cache_mib=0)
 
 
 SAMPLING = {"temperature": 1.5, "seed": 5}
@@ -25,19 +25,19 @@ SAMPLING_FLAGS = ("--temperature", 1.5, "--seed", 5)
 
 
 def test_samples_are_printed_with_a_blank_line_between_them(tiny: Path, generator: Generator, capsys: Capture) -> None:
-    assert run(tiny, "--max-new-tokens", 6, "--samples", 3, *SAMPLING_FLAGS) == 0
+    assert run(tiny, "--max-new-tokens", 6, "--num-return-sequences", 3, *SAMPLING_FLAGS) == 0
     out, err = capsys.readouterr()
     expected = generator.samples(PROMPT, 3, max_new_tokens=6, **SAMPLING)
     assert len({result.text for result in expected}) == 3
     assert out == "\n\n".join(result.text for result in expected) + "\n"
     figures = (
-        r"prompt 4 tokens at [\d.]+ tokens/s, new 18 tokens in 3 texts at [\d.]+ tokens/s \(length 3\), KV .*MiB\n"
+        r"raw: prompt 4 tokens at [\d.]+ tokens/s, new 18 tokens in 3 texts at [\d.]+ tokens/s \(length 3\), KV .*MiB\n"
     )
     assert re.fullmatch(figures, err)
 
 
 def test_samples_in_json_have_a_list_and_common_figures(tiny: Path, generator: Generator, capsys: Capture) -> None:
-    found = run_json(tiny, capsys, "--max-new-tokens", 6, "--samples", 2, "--logprobs", 0, *SAMPLING_FLAGS)
+    found = run_json(tiny, capsys, "--max-new-tokens", 6, "--num-return-sequences", 2, "--logprobs", 0, *SAMPLING_FLAGS)
     expected = generator.samples(PROMPT, 2, max_new_tokens=6, logprobs=0, **SAMPLING)
     assert [sample["token_ids"] for sample in found["samples"]] == [list(result.token_ids) for result in expected]
     assert found["samples"][1].keys() == {"text", "token_ids", "finish_reason", "logprobs"}
@@ -83,7 +83,7 @@ def test_a_saved_state_spares_the_tokens_that_it_has(tiny: Path, capsys: Capture
     assert found["token_ids"] == without["token_ids"]
     assert (without["reused_tokens"], found["reused_tokens"]) == (0, 4)
     assert run(tiny, "--max-new-tokens", 2, "--load-state", state, prompt=LONG) == 0
-    assert re.match(r"prompt \d+ tokens at [\d.]+ tokens/s, 4 reused, new 2 tokens at ", capsys.readouterr().err)
+    assert re.match(r"raw: prompt \d+ tokens at [\d.]+ tokens/s, 4 reused, new 2 tokens at ", capsys.readouterr().err)
 
 
 def test_a_state_holds_prompt_and_text(tiny: Path, generator: Generator, capsys: Capture, tmp_path: Path) -> None:
@@ -99,4 +99,4 @@ def test_a_state_that_memory_is_too_small_for_says_so(
 ) -> None:
     monkeypatch.setattr(Generator, "save_state", lambda self, path, ids, progress: 3)
     assert run(tiny, "--max-new-tokens", 5, "--save-state", tmp_path / "state") == 0
-    assert "state: only the first 3 of 9 tokens are saved: raise --prefix-memory" in capsys.readouterr().err
+    assert "state: only the first 3 of 9 tokens are saved: raise --prefix-cache-mib" in capsys.readouterr().err

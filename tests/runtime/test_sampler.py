@@ -146,14 +146,16 @@ def test_options_that_change_nothing_run_no_filter_and_make_no_random_stream(mon
 
 def test_greedy_with_penalties_takes_the_most_likely_of_what_they_leave() -> None:
     ranked = [int(token) for token in np.argsort(-LOGITS)]
-    assert tokens(make(prompt=(ranked[0], ranked[2]), no_repeat_ngram=1), 9) == [ranked[1], *ranked[3:11]]
+    assert tokens(make(prompt=(ranked[0], ranked[2]), no_repeat_ngram_size=1), 9) == [ranked[1], *ranked[3:11]]
     assert tokens(make(logit_bias={ranked[0]: -np.inf}), 3) == [ranked[1]] * 3
 
 
 def test_a_text_that_exhausts_the_vocabulary_stops_with_the_options_named() -> None:
-    sampler = make(prompt=(0,), no_repeat_ngram=1, temperature=1.0, seed=1)
+    sampler = make(prompt=(0,), no_repeat_ngram_size=1, temperature=1.0, seed=1)
     assert sorted(tokens(sampler, 11)) == list(range(1, 12))
-    with pytest.raises(PromptError, match=r"^no token is left to choose from at step 11: loosen --no-repeat-ngram$"):
+    with pytest.raises(
+        PromptError, match=r"^no token is left to choose from at step 11: loosen --no-repeat-ngram-size$"
+    ):
         sampler.choose(LOGITS)
 
 
@@ -178,7 +180,7 @@ def test_an_end_token_beyond_the_vocabulary_needs_no_ban() -> None:
 
 
 def test_a_long_text_is_remembered_whole() -> None:
-    sampler = make(no_repeat_ngram=3)
+    sampler = make(no_repeat_ngram_size=3)
     chosen = [1, 2, *tokens(sampler, 200)]
     assert sampler.step == 200
     triples = list(zip(chosen, chosen[1:], chosen[2:], strict=False))
@@ -194,7 +196,7 @@ def test_a_fork_is_a_new_sampler_of_that_row_and_touches_nothing_of_the_first() 
 
 
 def test_forks_that_choose_in_turn_keep_histories_of_their_own() -> None:
-    options = {"temperature": 1.5, "seed": 4, "no_repeat_ngram": 1}
+    options = {"temperature": 1.5, "seed": 4, "no_repeat_ngram_size": 1}
     first = make(**options)
     samplers = [first, first.fork(1)]
     turns = [[sampler.choose(LOGITS) for sampler in samplers] for _ in range(8)]
@@ -204,7 +206,7 @@ def test_forks_that_choose_in_turn_keep_histories_of_their_own() -> None:
 
 
 def test_a_fork_keeps_the_history_so_far() -> None:
-    first = make(no_repeat_ngram=1)
+    first = make(no_repeat_ngram_size=1)
     chosen = tokens(first, 4)
     fork = first.fork(1)
     assert fork.step == 4

@@ -125,7 +125,7 @@ def test_all_together_give_the_distribution_of_transformers(seed: int) -> None:
     logits, ids = random_logits(seed), random_ids(seed, distinct=VOCABULARY)
     options = SamplingOptions(
         temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, typical_p=0.95,
-        repetition_penalty=1.4, no_repeat_ngram=2, min_new_tokens=11, seed=1,
+        repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=11, seed=1,
     )  # fmt: skip
     chain = [
         theirs.RepetitionPenaltyLogitsProcessor(1.4),
@@ -177,7 +177,7 @@ def test_the_end_is_banned_until_the_shortest_text_is_there() -> None:
 @pytest.mark.parametrize(
     ("options", "flags"),
     [
-        (SamplingOptions(no_repeat_ngram=1), "--no-repeat-ngram"),
+        (SamplingOptions(no_repeat_ngram_size=1), "--no-repeat-ngram-size"),
         (SamplingOptions(logit_bias=dict.fromkeys(range(4), -np.inf)), "--logit-bias"),
         (SamplingOptions(min_new_tokens=9, logit_bias={0: -np.inf, 1: -np.inf}), "--min-new-tokens and --logit-bias"),
     ],

@@ -35,7 +35,7 @@ WRONG = [
     *[("repetition_penalty", value, "must be finite and above 0") for value in (0, -1.0, INF, NAN, 10**400)],
     *[("presence_penalty", value, "must be at least -2 and at most 2") for value in (-2.1, 2.1, INF, NAN)],
     *[("frequency_penalty", value, "must be at least -2 and at most 2") for value in (-3, 3, -INF, NAN)],
-    ("no_repeat_ngram", -1, "must be 0 or more"),
+    ("no_repeat_ngram_size", -1, "must be 0 or more"),
     ("min_new_tokens", -1, "must be 0 or more"),
     ("seed", -1, "must be 0 or more"),
 ]
@@ -52,7 +52,7 @@ ALLOWED: list[tuple[str, Any]] = [
     ("repetition_penalty", 0.01),
     ("presence_penalty", -2),
     ("frequency_penalty", 2),
-    ("no_repeat_ngram", np.int64(3)),
+    ("no_repeat_ngram_size", np.int64(3)),
     ("min_new_tokens", 0),
     ("seed", 0),
     ("seed", 2**70),
@@ -69,7 +69,7 @@ GIVEN: dict[str, Any] = {
     "repetition_penalty": 1.1,
     "presence_penalty": -0.5,
     "frequency_penalty": 0.25,
-    "no_repeat_ngram": 3,
+    "no_repeat_ngram_size": 3,
     "logit_bias": {5: -INF, 7: 1.5},
     "min_new_tokens": 2,
     "seed": 11,
@@ -142,7 +142,7 @@ def test_what_is_no_number_is_refused(option: Any) -> None:
             from_mapping({option.field: wrong_json}, "line 7")
 
 
-@pytest.mark.parametrize("field", ["top_k", "no_repeat_ngram", "min_new_tokens", "seed"])
+@pytest.mark.parametrize("field", ["top_k", "no_repeat_ngram_size", "min_new_tokens", "seed"])
 def test_a_count_is_a_whole_number(field: str) -> None:
     with pytest.raises(PromptError, match=f"^{flag(field)} 2.0: must be a whole number$"):
         options(field, 2.0).check()
@@ -171,7 +171,7 @@ def test_penalties_and_bias_go_with_greedy_decoding() -> None:
         repetition_penalty=1.2,
         presence_penalty=1,
         frequency_penalty=1,
-        no_repeat_ngram=2,
+        no_repeat_ngram_size=2,
         logit_bias={1: -INF},
         min_new_tokens=3,
     ).check(max_new_tokens=3, vocabulary=2)
@@ -260,7 +260,7 @@ def test_a_checkpoint_that_samples_gets_the_defaults_of_transformers() -> None:
     expected = {key: value for key, value in asked.items() if key != "do_sample"}
     penalties = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3}
     found = from_generation_config(asked | penalties | {"eos_token_id": [1, 2], "max_length": 20})
-    assert found == SamplingOptions(**expected, repetition_penalty=1.05, no_repeat_ngram=3)
+    assert found == SamplingOptions(**expected, repetition_penalty=1.05, no_repeat_ngram_size=3)
     found.check()
     assert from_generation_config({"do_sample": True, "top_k": 0}).top_k == 0
     assert from_generation_config({"do_sample": True, "top_k": None, "top_p": None}).top_k == 50
@@ -270,7 +270,7 @@ def test_a_checkpoint_that_samples_gets_the_defaults_of_transformers() -> None:
 def test_a_checkpoint_that_does_not_sample_is_greedy_with_its_penalties(do_sample: dict[str, Any]) -> None:
     ignored = {"temperature": 0.0, "top_p": 7, "top_k": 50}
     found = from_generation_config(do_sample | ignored | {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2})
-    assert found == SamplingOptions(repetition_penalty=1.2, no_repeat_ngram=2)
+    assert found == SamplingOptions(repetition_penalty=1.2, no_repeat_ngram_size=2)
     found.check()
 
 

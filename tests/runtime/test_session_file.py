@@ -111,10 +111,10 @@ def test_only_the_common_beginning_is_saved(tiny: Path, tmp_path: Path, bundle: 
 def test_what_is_not_kept_cannot_be_saved(tiny: Path, tmp_path: Path) -> None:
     generator = Generator.open(tiny, threads=1)
     generator.generate([5, 80], 2)
-    forgetful = Generator.open(tiny, threads=1, prefix_mib=0)
+    forgetful = Generator.open(tiny, threads=1, prefix_cache_mib=0)
     forgetful.generate([6], 2)
     for holder in (generator, forgetful):
-        with pytest.raises(PromptError, match=r"nothing of this is kept: generate first, or raise --prefix-memory"):
+        with pytest.raises(PromptError, match=r"raise --prefix-cache-mib"):
             holder.save_state(tmp_path / "talk.state", [6, 80])
     assert list(tmp_path.iterdir()) == []
 
@@ -126,12 +126,14 @@ def test_a_state_that_the_generator_has_no_room_for_is_refused_before_it_is_read
     write_state(path, bundle.fingerprint, state)
     exact = Generator.open(tiny, threads=1, max_context=TOKENS)
     exact.load_state(path)
-    assert exact.store.positions == TOKENS
+    assert exact.prefix_cache.positions == TOKENS
     monkeypatch.setattr(state_file, "KVCache", None)
-    small, forgetful = (Generator.open(tiny, threads=1, **o) for o in ({"max_context": TOKENS - 1}, {"prefix_mib": 0}))
+    small, forgetful = (
+        Generator.open(tiny, threads=1, **o) for o in ({"max_context": TOKENS - 1}, {"prefix_cache_mib": 0})
+    )
     with pytest.raises(PromptError, match=r"talk\.state: has 5 tokens but the context holds 4: raise --max-context to"):
         small.load_state(path)
-    with pytest.raises(PromptError, match=r"has 5 tokens but the prefix memory holds 0: raise --prefix-memory to 1"):
+    with pytest.raises(PromptError, match=r"has 5 tokens but the prefix memory holds 0: raise --prefix-cache-mib to 1"):
         forgetful.load_state(path)
 
 

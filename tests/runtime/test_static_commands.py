@@ -70,7 +70,7 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 def test_run_and_eval_give_what_dynamic_graphs_give(
     static: Path, dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for flags in ([], ["--beams", "2"], ["--samples", "2", "--temperature", "1.2", "--seed", "3"]):
+    for flags in ([], ["--beams", "2"], ["--num-return-sequences", "2", "--temperature", "1.2", "--seed", "3"]):
         texts = [ran(capsys, "run", each, "the cat", "--max-new-tokens", "9", *flags) for each in (dynamic, static)]
         assert texts[0] == texts[1]
     text = tmp_path / "text.txt"

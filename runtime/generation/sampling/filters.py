@@ -30,7 +30,8 @@ Ids = NDArray[np.int64]
 HIGHEST = float(np.finfo(np.float64).max)
 
 _ADJUSTING = (
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "min_new_tokens", "logit_bias",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens",
+    "logit_bias",
 )  # fmt: skip
 
 
@@ -51,8 +52,8 @@ def adjusted(logits: Logits, options: SamplingOptions, ids: Ids, prompt_tokens: 
         row = repetition_penalty(row, ids, options.repetition_penalty)
     if options.presence_penalty or options.frequency_penalty:
         row = count_penalties(row, generated, options.presence_penalty, options.frequency_penalty)
-    if options.no_repeat_ngram:
-        row = no_repeat_ngram(row, ids, options.no_repeat_ngram)
+    if options.no_repeat_ngram_size:
+        row = no_repeat_ngram(row, ids, options.no_repeat_ngram_size)
     if len(generated) < options.min_new_tokens:
         row = ban(row, end_tokens)
     if options.logit_bias:

@@ -35,7 +35,7 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0
+    no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     min_new_tokens: int = 0
     seed: int | None = None
@@ -150,16 +150,16 @@ def from_generation_config(document: Mapping[str, object]) -> SamplingOptions:
     if samples is not None and not isinstance(samples, bool):
         raise BundleError(f"{name}: do_sample {shown(samples)}: must be true or false: correct the file")
     found: dict[str, Any] = {"temperature": 1.0, "top_k": TRANSFORMERS_TOP_K} if samples else {}
-    keys = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
+    keys = ["repetition_penalty", "no_repeat_ngram_size"]
     if samples:
-        keys |= {key: key for key in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
-    for key, field in keys.items():
-        value, option = document.get(key), BY_FIELD[field]
+        keys += ["temperature", "top_k", "top_p", "min_p", "typical_p"]
+    for key in keys:
+        value, option = document.get(key), BY_FIELD[key]
         if value is None:
             continue
         if wrong := option.complaint(value):
             raise BundleError(f"{name}: {key}{wrong}: correct the file")
-        found[field] = option.kind(value)
+        found[key] = option.kind(value)
     if samples and found["temperature"] == 0:
         raise BundleError(f"{name}: temperature 0: must be above 0 where do_sample is true: correct the file")
     return SamplingOptions(**found)

@@ -80,7 +80,7 @@ OPTIONS = (
     ),
     _penalty("presence_penalty", "take X from the logit of each token that is in the new text; 0 is off"),
     _penalty("frequency_penalty", "take X from the logit of a token for each time it is in the new text; 0 is off"),
-    _count("no_repeat_ngram", "N", "never repeat N tokens in a row, of prompt or text; 0 is off"),
+    _count("no_repeat_ngram_size", "N", "never repeat N tokens in a row, of prompt or text; 0 is off"),
     Option(
         "logit_bias", dict, "ID=BIAS", "add BIAS to the logit of token ID, -inf for never; may be given several times",
         "a finite number, or -inf for never", lambda value: value < math.inf, finite=False,
