@@ -112,7 +112,7 @@ class RowRunner:
         self._fixed_mask = manifest.has_fixed_mask
         self._bindings: dict[tuple[int, int, int], ort.IOBinding] = {}
 
-    def prefill(self, row: int, cache: KVCache, tokens: Ids) -> None:
+    def prefill(self, row: int, cache: Cache, tokens: Ids) -> None:
         """Feed tokens to one row; `cache` is its part of the cache, with its length."""
         run_span(self._sessions[PREFILL], self._binding(PREFILL, row, 1), cache, tokens, self._ones_address)
 
@@ -123,19 +123,27 @@ class RowRunner:
         count = len(caches)
         self._tokens[first : first + count, 0] = tokens
         binding = self._binding(DECODE, first, count)
-        if count == 1 and not self._fixed_mask:
-            where, shape = f"at position {caches[0].length}", (1, caches[0].length + 1)
-            binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, shape, self._ones_address)
-        else:
-            where = f"with {count} sequences"
-            totals = np.array([cache.length + 1 for cache in caches])
-            width = self._capacity if self._fixed_mask else int(totals.max())
-            mask = self._mask[: count * width].reshape(count, width)
-            np.less(np.arange(width), totals[:, None], out=mask, casting="unsafe")
-            bind_input(binding, ATTENTION_MASK, mask, mask.shape)
-        run_bound(self._sessions[DECODE], binding, where)
+        totals = np.array([cache.length + 1 for cache in caches])
+        width = self._capacity if self._fixed_mask else int(totals.max())
+        mask = self._mask[: count * width].reshape(count, width)
+        np.less(np.arange(width), totals[:, None], out=mask, casting="unsafe")
+        bind_input(binding, ATTENTION_MASK, mask, mask.shape)
+        run_bound(self._sessions[DECODE], binding, f"with {count} sequences")
         for cache in caches:
             cache.advance(1)
+
+    def decode_one(self, row: int, cache: Cache, token: int) -> None:
+        """As `decode`, of one row: its mask is all ones, so nothing is computed or allocated."""
+        if self._fixed_mask:
+            self.decode(row, (cache,), (token,))
+            return
+        cache.require(1)
+        self._tokens[row, 0] = token
+        binding = self._bindings.get((DECODE, row, 1)) or self._binding(DECODE, row, 1)
+        length = cache.length
+        binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, length + 1), self._ones_address)
+        run_bound(self._sessions[DECODE], binding, f"at position {length}")
+        cache.advance(1)
 
     def _binding(self, phase: int, first: int, count: int) -> ort.IOBinding:
         """A binding of `count` rows, from row `first` on, to the graph of a phase."""
@@ -174,10 +182,8 @@ class CpuState(State):
     """A row of a KV cache. A step binds little and copies nothing."""
 
     def __init__(self, runner: RowRunner, row: int) -> None:
-        cache = runner.cache.row(row)
-        super().__init__(cache, runner.logits[row])
+        super().__init__(runner.cache.row(row), runner.logits[row])
         self._runner, self._row = runner, row
-        self._caches = (cache,)
         self._top = None if runner.top is None else (runner.top[0][row], runner.top[1][row])
 
     def best(self, count: int) -> TopTokens | None:
@@ -190,13 +196,13 @@ class CpuState(State):
             self._top[0][:], self._top[1][:] = theirs
 
     def prefill(self, tokens: Ids) -> None:
-        self._runner.prefill(self._row, self._caches[0], tokens)
+        self._runner.prefill(self._row, self.cache, tokens)
 
     def decode(self, token: int) -> None:
-        self._runner.decode(self._row, self._caches, (token,))
+        self._runner.decode_one(self._row, self.cache, token)
 
 
-def run_span(session: ort.InferenceSession, binding: ort.IOBinding, cache: KVCache, tokens: Ids, ones: int) -> None:
+def run_span(session: ort.InferenceSession, binding: ort.IOBinding, cache: Cache, tokens: Ids, ones: int) -> None:
     """Run a graph on tokens of one sequence and count them in its cache.
 
     `ones` is the address of as many ones (int64) as the cache has positions.

@@ -7,6 +7,7 @@ import itertools
 import warnings
 import weakref
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnxruntime as ort
@@ -17,8 +18,10 @@ from support.tiny_cuda_bundle import write_cuda_bundle
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import ProviderError, SatchelError, SatchelWarning
+from satchel.runtime.errors import BundleError, ProviderError, SatchelError, SatchelWarning
+from satchel.runtime.execution import cpu
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.experimental import captured, static
 from satchel.runtime.execution.experimental.om_cache import om_folder
 from satchel.runtime.execution.experimental.slots import MOST_KEPT
 from satchel.runtime.generation.generator import Generator
@@ -235,6 +238,29 @@ def test_more_sequences_than_slots_run_uncaptured(cuda: Device, tmp_path: Path) 
     del states, state
     engine.new_state(9).decode(5)
     assert cuda.runs[-1].graph in {str(i + 1) for i in range(MOST_KEPT)}
+
+
+@pytest.mark.parametrize(
+    ("provider", "write", "module"),
+    [("cpu", write_bundle, cpu), ("cuda", write_cuda_bundle, captured), ("cann", write_static_bundle, static)],
+)
+def test_a_score_that_fails_frees_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path, provider: str, write: object, module: ModuleType
+) -> None:
+    if provider != "cpu":
+        record_device(monkeypatch, provider)
+    engine, released = Engine.open(open_bundle(write(tmp_path / "bundle")), provider), []
+    monkeypatch.setattr(type(engine), "release", lambda self, cache: released.append(cache))
+    engine.score(IDS[:9])
+    assert len(released) == 1
+
+    def failing(*_: object) -> None:
+        raise BundleError("a graph fails")
+
+    monkeypatch.setattr(module, "run_bound", failing)
+    with pytest.raises(BundleError, match="a graph fails"):
+        engine.score(IDS[:9])
+    assert len(released) == 2
 
 
 def test_nothing_is_captured_without_a_mask_of_fixed_length(cuda: Device, tmp_path: Path, dynamic: Generator) -> None:
