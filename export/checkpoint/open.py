@@ -12,6 +12,7 @@ from satchel.export.checkpoint.module import load_module, open_module
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.structure import Implementations
 from satchel.export.errors import ExportError
+from satchel.runtime.bundle.recognize import is_locked, is_made_by_satchel
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FACTORY = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
@@ -42,6 +43,10 @@ def open_checkpoint(
         checkpoint = open_module(module, name=Path(factory["file"]).name, tokenizer=tokenizer)
         return dataclasses.replace(checkpoint, sources=(Path(factory["file"]),))
     path = Path(source)
+    if is_locked(path):
+        raise ExportError(f"{path}: permission denied: check its permissions")
+    if is_made_by_satchel(path):
+        raise ExportError(f"{path}: is a bundle already: give the checkpoint that it was made from")
     if path.suffix == ".py":
         raise ExportError(f"{path}: name the function that builds the module too: {path}:FUNCTION")
     if path.is_dir():

@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.bundle.reader import read_bundle
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.progress import waiting
+    from satchel.runtime.util.terminal import tell_written
 
     if args.require_signature is None:
         bundle = read_bundle(args.bundle)
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
         result = check_bundle(bundle, provider_of(args.provider, args.ort_version))
         if args.html is not None:
             atomic_write(args.html, as_page(result, args.strict), HTML_OPTION)
+            tell_written(args.html, shown=not args.quiet)
     ready = is_ready(result, args.strict)
     if args.json:
         print(json.dumps({"ready": ready, **result.to_json()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable
@@ -49,7 +50,14 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], option: str) ->
         finally:
             part_file.unlink(missing_ok=True)
     except OSError as error:
-        raise SatchelError(f"{option} {path}: cannot be written ({error.strerror}): name another file") from None
+        raise cannot_write(path, option, error) from None
+
+
+def cannot_write(path: Path, option: str, error: OSError) -> SatchelError:
+    """The error for what could not be written to a path that the flag `option` named."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return SatchelError(f"{option} {path}: cannot be written ({error.strerror}): free space, or name another disk")
+    return SatchelError(f"{option} {path}: cannot be written ({error.strerror}): name another")
 
 
 def _check_target(path: Path, option: str) -> None:
@@ -57,7 +65,7 @@ def _check_target(path: Path, option: str) -> None:
         raise SatchelError(f"{option} {path}: this is a folder: name a file in it")
     # Renaming would put a plain file in the place of a device or a pipe.
     if path.exists() and not path.is_file():
-        raise SatchelError(f"{option} {path}: this is no plain file: name another")
+        raise SatchelError(f"{option} {path}: not a regular file: name another")
     folder = path.resolve().parent
     if not folder.is_dir():
         raise SatchelError(f"{option} {path}: there is no folder {folder}: make it first or name another")

@@ -24,6 +24,7 @@ from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.hash_cache import HashCache, file_identity, part_of, sha256_of
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.bundle.names import equal_names
+from satchel.runtime.bundle.recognize import is_checkpoint, is_locked
 
 SIGNATURE_NAME = "signature.json"
 BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
@@ -140,9 +141,9 @@ def read_bundle(path: str | Path, *, require_signature: str | Path | None = None
     must be signed for. Raises BundleError.
     """
     path = Path(path)
+    _check_place(path)
     packed = packed_files(path) if path.is_file() else None
     if packed is None:
-        _check_folder(path)
         manifest_span = folder_span(path, MANIFEST_NAME)
     elif MANIFEST_NAME in packed:
         manifest_span = packed[MANIFEST_NAME]
@@ -187,13 +188,20 @@ def _spans(bundle: Bundle, files: Mapping[str, FileRecord]) -> Mapping[str, Span
     return bundle.packed or {name: folder_span(bundle.folder, name) for name in files}
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
+def _check_place(path: Path) -> None:
+    """Raise BundleError where there is no bundle, and say what there is instead."""
+    if is_locked(path):
+        raise BundleError(f"{path}: permission denied: check its permissions")
+    if is_checkpoint(path):
+        raise BundleError(f"{path}: is a checkpoint, not a bundle: make one with satchel export {path} -o BUNDLE")
+    if not path.exists():
         raise BundleError(
-            f"{folder}: no such folder: give a folder made by satchel export, or a file made by satchel pack"
+            f"{path}: no such file or folder: give a folder made by satchel export, or a file made by satchel pack"
         )
-    if not os.path.lexists(folder / MANIFEST_NAME):
-        raise BundleError(f"{folder}: no {MANIFEST_NAME} in it: give a folder made by satchel export")
+    if not path.is_dir() and not path.is_file():
+        raise BundleError(f"{path}: is neither a folder nor a regular file: give a folder made by satchel export")
+    if path.is_dir() and not os.path.lexists(path / MANIFEST_NAME):
+        raise BundleError(f"{path}: no {MANIFEST_NAME} in it: give a folder made by satchel export")
 
 
 def _read_manifest(span: Span, name: str, *, anew: bool) -> tuple[dict[str, Any], str]:

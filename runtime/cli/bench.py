@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from satchel.runtime.tools.bench.benchmark import Run, Summary, Workload
 
 PROMPT_TOKENS = 512
-PLOTTED_CONTEXTS = (128, 256, 512, 1024, 2048)
-"""What `--plot` measures without `--contexts`: those that fit."""
+PLOTTED_LENGTHS = (128, 256, 512, 1024, 2048)
+"""Prompt lengths of `--plot` without `--prompt-lengths`, as far as they fit."""
 
 MB = 1e6
 
@@ -29,47 +29,49 @@ MB = 1e6
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel bench`."""
     parser.description = (
-        "Measure how fast a bundle reads a prompt (prefill) and writes text (decode), and how much memory that takes. "
-        "The prompt is random tokens, and no end token stops the writing. An untimed warm-up of up to 16 tokens goes "
-        "before. ttft is the time to first token: from the prompt's ids to the first token chosen. load is the time "
-        "from the first import until the bundle is ready, once per process."
+        "Measure the prefill and decode speed of a bundle, its load time and its memory. The prompt is random tokens, "
+        "and EOS is ignored. Up to 16 tokens are run as an untimed warm-up. ttft is the time to first token: from the "
+        "token ids of the prompt to the first token chosen. load is the time from the first import until the bundle is "
+        "ready, once per process."
     )
     parser.epilog = "example:\n  satchel bench out/smollm2-fp32 --prompt-tokens 512 --new-tokens 128 --threads 2 --json"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
-    parser.add_argument("--prompt-tokens", metavar="N", type=int, help=f"prompt length ({PROMPT_TOKENS})")
-    parser.add_argument("--new-tokens", metavar="N", type=int, default=128, help="tokens to decode (%(default)s)")
+    parser.add_argument("-p", "--prompt-tokens", metavar="N", type=int, help=f"prompt length (default {PROMPT_TOKENS})")
     parser.add_argument(
-        "--runs", metavar="N", type=int, default=1, help="timed runs, each on a fresh cache; medians are shown (1)"
+        "-n", "--new-tokens", metavar="N", type=int, default=128, help="tokens to decode (default %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", metavar="N", type=int, default=1, help="timed runs, each on a fresh cache; shows medians (default 1)"
     )
     parser.add_argument(
         "--batch",
         metavar="N",
         type=int,
         default=1,
-        help="sequences, with prompts of one length: each prompt is prefilled, then all are decoded together, in one "
-        "run per step where that changes no numbers; speeds are the total over all of them, ttft is until each has "
-        "its first token (1)",
+        help="sequences: prompts are prefilled one after another, then all are decoded together, in one run per step "
+        "if that is batch-invariant; speeds are totals over all sequences, ttft ends when each has its first token "
+        "(default 1)",
     )
     parser.add_argument(
-        "--contexts",
+        "--prompt-lengths",
         metavar="N,N,...",
-        help="measure each of these prompt lengths, and decoding from there on, instead of --prompt-tokens",
+        help="measure prefill of each of these prompt lengths and decode after it, instead of --prompt-tokens",
     )
     parser.add_argument(
         "--plot",
         metavar="FILE",
         type=Path,
-        help="write a plot of both speeds over --contexts as .png or .svg (default: 128 to 2048, as far as they fit; "
-        "needs matplotlib)",
+        help="plot both speeds over --prompt-lengths as .png or .svg (default 128 to 2048, as far as they fit; needs "
+        "matplotlib)",
     )
     parser.add_argument(
         "--bandwidth",
         action=argparse.BooleanOptionalAction,
-        help="measure the memory bandwidth after the runs, in a process of its own, and the share that decode reaches "
-        "(default: on the CPU without --json only)",
+        help="then measure the memory bandwidth in a separate process, and the share of it that decode reaches "
+        "(default: on, unless --json or another provider than cpu is given)",
     )
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument("--vocabulary", metavar="N", type=int, help="prompt ids are below N (default: the bundle's)")
+    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("--vocabulary", metavar="N", type=int, help="draw prompt ids below N (default: all)")
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)
@@ -77,14 +79,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, and print a small table or one JSON object."""
-    started = time.perf_counter()  # before numpy and ONNX Runtime: their import is part of the load time
-    contexts = _checked_contexts(args)
+    started = time.perf_counter()  # the import of numpy and ONNX Runtime is part of the load time
+    given = _checked_lengths(args)
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.bench.benchmark import Workload, check_workload, summarize, warm_up
     from satchel.runtime.util.memory import peak_rss_mib, pss_mib
     from satchel.runtime.util.progress import waiting
+    from satchel.runtime.util.terminal import tell_written
 
     shown = not args.quiet
     if args.plot is not None:
@@ -99,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
         require_signature=args.require_signature,
         custom=custom_flags.custom_of(args),
     )
-    lengths = _lengths(args, contexts, bundle)
+    lengths = _lengths(args, given, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary
     workloads = [Workload(length, args.new_tokens, vocabulary, args.batch) for length in lengths]
     for workload in workloads:
@@ -108,70 +111,73 @@ def main(args: argparse.Namespace) -> int:
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     load = time.perf_counter() - started
 
-    by_context = contexts is not None or args.plot is not None
-    if by_context and not args.json:
-        print(_row(("context", "prefill tokens/s", "ttft s", "decode tokens/s"), args.runs))
+    several = given is not None or args.plot is not None
+    if several and not args.json:
+        print(_row(("prompt", "prefill tokens/s", "ttft s", "decode tokens/s"), args.runs))
     with waiting("warming up", shown=shown):
         warm_up(engine, workloads[0])
     summaries = []
     for workload in workloads:
         summaries.append(summarize(_timed_runs(engine, workload, args.runs, shown)))
-        if by_context and not args.json:
+        if several and not args.json:
             print(_row((str(workload.prompt_tokens), *_cells(summaries[-1], args.runs)), args.runs), flush=True)
     figures = {"load": load, "rss_mb": peak_rss_mib(), "pss_mb": pss_mib()}
     if args.json:
         share = _shares(engine, workloads, summaries, shown) if args.bandwidth else None
-        print(json.dumps(_as_json(args, workloads, summaries, figures, share, by_context)))
+        print(json.dumps(_as_json(args, workloads, summaries, figures, share, several)))
     else:
-        if not by_context:
+        if not several:
             _show_run(workloads[0], summaries[0], args.runs)
         print(f"load     {load:10.3f} s")
-        memory = f"{figures['pss_mb']:10.1f} MiB now (PSS), {figures['rss_mb']:.1f} MiB at most (RSS)"
+        memory = f"{figures['pss_mb']:10.1f} MiB now (PSS), {figures['rss_mb']:.1f} MiB peak (RSS)"
         print(f"memory   {memory}", flush=True)
         if args.bandwidth is not False and args.provider == "cpu":
-            _show_bandwidth(*_shares(engine, workloads, summaries, shown), workloads, by_context)
+            _show_bandwidth(*_shares(engine, workloads, summaries, shown), workloads, several)
     if args.plot is not None:
         threads = session.default_threads() if args.threads is None else args.threads
         title = f"{bundle.folder.resolve().name}, batch {args.batch}, threads {threads}, runs {args.runs}"
         with waiting("drawing the plot", shown=shown):
             write_plot(args.plot, title, lengths, summaries)
+        tell_written(args.plot, shown=shown)
     return 0
 
 
-def _checked_contexts(args: argparse.Namespace) -> list[int] | None:
-    """The lengths of `--contexts`, or None. Raises PromptError for a value that no bundle could take."""
+def _checked_lengths(args: argparse.Namespace) -> list[int] | None:
+    """The values of `--prompt-lengths`, or None. Raises PromptError for values that are invalid for every bundle."""
     for option, value in (("--runs", args.runs), ("--batch", args.batch)):
         if value < 1:
             raise PromptError(f"{option} {value}: must be 1 or more")
     if args.bandwidth and args.provider != "cpu":
-        raise PromptError(f"--bandwidth with --provider {args.provider}: it is that of the CPU: leave one of them out")
-    if args.contexts is None:
+        raise PromptError(f"--bandwidth with --provider {args.provider}: it measures that of the CPU: leave one out")
+    if args.prompt_lengths is None:
         return None
     if args.prompt_tokens is not None:
-        raise PromptError("--contexts and --prompt-tokens both say how long prompts are: give one of them")
-    parts = [part.strip() for part in args.contexts.split(",")]
+        raise PromptError("--prompt-lengths and --prompt-tokens are mutually exclusive: leave one out")
+    parts = [part.strip() for part in args.prompt_lengths.split(",")]
     if not all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
-        raise PromptError(f"--contexts {args.contexts}: must be lengths of 1 or more with commas, such as 128,512")
+        raise PromptError(
+            f"--prompt-lengths {args.prompt_lengths}: must be numbers of 1 or more with commas, such as 128,512"
+        )
     return [int(part) for part in parts]
 
 
-def _lengths(args: argparse.Namespace, contexts: list[int] | None, bundle: Bundle) -> list[int]:
-    """The prompt lengths to measure. Raises PromptError for contexts that are too long for the bundle."""
-    room = bundle.manifest.model.max_context - args.new_tokens
+def _lengths(args: argparse.Namespace, given: list[int] | None, bundle: Bundle) -> list[int]:
+    """The prompt lengths to measure. Raises PromptError for those that do not fit the context of the bundle."""
+    longest = bundle.manifest.model.max_context - args.new_tokens
     limit = f"this bundle's context holds {bundle.manifest.model.max_context}"
-    if contexts is not None:
-        if max(contexts) > room:
+    if given is not None:
+        if max(given) > longest:
             raise PromptError(
-                f"--contexts {max(contexts)}: with {args.new_tokens} new tokens this takes "
-                f"{max(contexts) + args.new_tokens} positions, and {limit}: ask for fewer"
+                f"--prompt-lengths {max(given)}: with {args.new_tokens} new tokens this takes "
+                f"{max(given) + args.new_tokens} positions, and {limit}: give smaller numbers"
             )
-        return contexts
+        return given
     if args.plot is None or args.prompt_tokens is not None:
         return [PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens]
-    fitting = [length for length in PLOTTED_CONTEXTS if length <= room]
+    fitting = [length for length in PLOTTED_LENGTHS if length <= longest]
     if not fitting:
         raise PromptError(
-            f"--plot: {PLOTTED_CONTEXTS[0]} and {args.new_tokens} new tokens are too many, {limit}: give --contexts"
+            f"--plot: {PLOTTED_LENGTHS[0]} and {args.new_tokens} new tokens are too many, {limit}: --prompt-lengths"
         )
     return fitting
 
@@ -209,7 +215,7 @@ def _show_run(workload: Workload, summary: Summary, runs: int) -> None:
 
 
 def _cells(summary: Summary, runs: int) -> list[str]:
-    """The cells of a line of the table of contexts: prefill, ttft and decode."""
+    """The cells of a row of the table of prompt lengths: prefill, ttft and decode."""
     cells = []
     for name, digits in (("prefill", 1), ("ttft", 3), ("decode", 1)):
         middle, low, high = (getattr(run, name) for run in (summary.median, summary.lowest, summary.highest))
@@ -226,7 +232,7 @@ def _row(cells: Sequence[str], runs: int) -> str:
 def _shares(
     engine: Engine, workloads: Sequence[Workload], summaries: Sequence[Summary], shown: bool
 ) -> tuple[Bandwidth, list[dict[str, float]]]:
-    """The machine's bandwidth, and of each workload the bytes that a step reads and the share it reaches by that."""
+    """The bandwidth of the machine; for each workload the bytes that a decode step reads and the share it reaches."""
     from satchel.runtime.execution.kv_cache import position_bytes
     from satchel.runtime.tools.bench.bandwidth import measure_in_child
     from satchel.runtime.tools.bench.decode_traffic import cache_positions, weight_bytes
@@ -236,7 +242,7 @@ def _shares(
         found = measure_in_child()
     bundle, shares = engine.bundle, []
     for workload, summary in zip(workloads, summaries, strict=True):
-        positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean of what the steps attend to
+        positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean over the steps
         positions = cache_positions(bundle, positions)
         kept = positions * position_bytes(bundle.manifest.kv_cache) * workload.batch
         runs = 1 if workload.batch == 1 or engine.batch_invariant else workload.batch
@@ -247,11 +253,11 @@ def _shares(
 
 
 def _show_bandwidth(
-    found: Bandwidth, shares: Sequence[dict[str, float]], workloads: Sequence[Workload], by_context: bool
+    found: Bandwidth, shares: Sequence[dict[str, float]], workloads: Sequence[Workload], several: bool
 ) -> None:
     reached = [
         f"{share['bandwidth_share']:.0%} with {share['bytes_per_step'] / MB:.1f} MB a step"
-        + (f" at {workload.prompt_tokens}" if by_context else "")
+        + (f" at {workload.prompt_tokens}" if several else "")
         for share, workload in zip(shares, workloads, strict=True)
     ]
     print(f"bandwidth{found.gb_per_second:10.1f} GB/s, of which decode reaches {', '.join(reached)}")
@@ -263,7 +269,7 @@ def _as_json(
     summaries: Sequence[Summary],
     figures: dict[str, float],
     share: tuple[Bandwidth, list[dict[str, float]]] | None,
-    by_context: bool,
+    several: bool,
 ) -> dict[str, Any]:
     found, shares = share or (None, [{} for _ in workloads])
     points = [
@@ -271,11 +277,13 @@ def _as_json(
         for workload, summary, extra in zip(workloads, summaries, shares, strict=True)
     ]
     bandwidth = {} if found is None else {"bandwidth": dataclasses.asdict(found)}
-    if not by_context:
+    if not several:
         speeds = {name: points[0].pop(name) for name in ("prefill", "decode")}
         return {**speeds, **figures, **points[0], **bandwidth}
-    rows = [{"context": workload.prompt_tokens, **point} for workload, point in zip(workloads, points, strict=True)]
-    return {"contexts": rows, "new_tokens": args.new_tokens, **figures, **bandwidth}
+    rows = [
+        {"prompt_tokens": workload.prompt_tokens, **point} for workload, point in zip(workloads, points, strict=True)
+    ]
+    return {"prompt_lengths": rows, "new_tokens": args.new_tokens, **figures, **bandwidth}
 
 
 def _point(summary: Summary, runs: int, batch: int) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip", metavar="N", type=int, default=Window.SKIP, help="positions not counted in each (%(default)s)"
     )
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)

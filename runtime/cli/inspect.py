@@ -36,11 +36,13 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.tools.inspection.inspection import inspect_bundle
     from satchel.runtime.tools.inspection.report import as_page, as_text
     from satchel.runtime.util.progress import waiting
+    from satchel.runtime.util.terminal import tell_written
 
     with waiting("reading the manifest", shown=not args.quiet):
         found = inspect_bundle(_open(args))
         if args.html is not None:
             atomic_write(args.html, as_page(found), HTML_OPTION)
+            tell_written(args.html, shown=not args.quiet)
     print(json.dumps(found.to_json()) if args.json else as_text(found))
     return 0
 

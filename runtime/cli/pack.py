@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example:\n  satchel pack out/smollm2-int8 -o smollm2.pyz"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
-    parser.add_argument("--output", "-o", metavar="FILE", type=Path, required=True, help="the file to write (.pyz)")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the file to write (.pyz)")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 

@@ -27,10 +27,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example:\n  satchel profile out/smollm2-int8 --prompt-tokens 256 --threads 2 --trace trace.json"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
-    parser.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="prompt length (%(default)s)")
-    parser.add_argument("--new-tokens", metavar="N", type=int, default=32, help="tokens to decode (%(default)s)")
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (%(default)s)")
+    parser.add_argument(
+        "-p", "--prompt-tokens", metavar="N", type=int, default=512, help="prompt length (default %(default)s)"
+    )
+    parser.add_argument(
+        "-n", "--new-tokens", metavar="N", type=int, default=32, help="tokens to decode (default %(default)s)"
+    )
+    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (default %(default)s)")
     custom_flags.add_flags(parser)
     parser.add_argument(
         TRACE_OPTION, metavar="FILE", type=Path, help="also write all runs as a trace for Perfetto or chrome://tracing"
@@ -46,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.profiling.profiling import record, summarize, trace
     from satchel.runtime.util.progress import waiting
+    from satchel.runtime.util.terminal import tell_written
 
     if args.top < 0:
         raise SatchelError(f"--top {args.top}: must be 0 or more")
@@ -65,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
         recordings = record(bundle, settings, args.prompt_tokens, args.new_tokens)
         if args.trace is not None:
             atomic_write(args.trace, trace(recordings, layers), TRACE_OPTION)
+            tell_written(args.trace, shown=not args.quiet)
         profiles = {phase: summarize(recording, layers, args.top) for phase, recording in recordings.items()}
     if args.json:
         threads = session.default_threads() if args.threads is None else args.threads

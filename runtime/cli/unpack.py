@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write the bundle that a packed file holds into a new folder, byte for byte as it was packed."
     parser.epilog = "example:\n  satchel unpack smollm2.pyz -o out/smollm2"
     parser.add_argument("bundle", metavar="BUNDLE", help="a file made by satchel pack")
-    parser.add_argument("--output", "-o", metavar="FOLDER", type=Path, required=True, help="the folder to make")
+    parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="the folder to make")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import BundleError, SatchelError
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
@@ -185,6 +186,12 @@ def share_thread_pool(threads: int | None = None) -> None:
     wanted = default_threads() if threads is None else threads
     if _process_pool is None:
         _check_threads(wanted)
+        if wanted > usable_cpus():
+            warnings.warn(
+                f"--threads {wanted}: this process has {usable_cpus()} CPUs, and more threads than that are slower",
+                SatchelWarning,
+                stacklevel=2,
+            )
         use_one_arena()
         ort.set_global_thread_pool_sizes(wanted, 1)
         _process_pool = wanted
@@ -225,6 +232,11 @@ def _started(
             "export the bundle again, or use the ONNX Runtime named in its manifest"
         ) from None
     return session
+
+
+def usable_cpus() -> int:
+    """The number of logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from satchel.runtime.bundle.archive.packed import FOLDER
 from satchel.runtime.bundle.archive.span import Span
 from satchel.runtime.bundle.archive.zip_writer import PAGE, Entry, zip_parts
-from satchel.runtime.bundle.atomic_write import write_parts
+from satchel.runtime.bundle.atomic_write import cannot_write, write_parts
 from satchel.runtime.bundle.errors import SatchelError
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
 from satchel.runtime.bundle.reader import BESIDE, Bundle
@@ -93,7 +93,7 @@ def unpack(bundle: Bundle, output: Path) -> None:
                     for block in Entry(name, span).blocks():
                         file.write(block)
     except OSError as error:
-        raise SatchelError(f"--output {output}: cannot be written ({error.strerror}): name another folder") from None
+        raise cannot_write(output, "--output", error) from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 GAP = "  "
@@ -16,6 +17,12 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def tell_written(path: object, *, shown: bool) -> None:
+    """Say on standard error that a file was written which the user asked for beside the output."""
+    if shown:
+        print(f"{printable(str(path))}: written", file=sys.stderr)
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

@@ -94,7 +94,7 @@ def test_what_is_no_plain_file_is_refused_and_stays(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path, message in (
         (tmp_path / "folder", "this is a folder"),
-        (tmp_path / "pipe", "this is no plain file"),
+        (tmp_path / "pipe", "pipe"),
         (tmp_path / "missing" / "page.html", f"there is no folder {tmp_path / 'missing'}"),
         (tmp_path / "pipe" / "page.html", "there is no folder"),
     ):

@@ -131,27 +131,27 @@ def test_a_batch_gives_totals_and_what_each_sequence_gets(bench: Any) -> None:
     )
 
 
-def test_contexts_are_a_list_in_json(bench: Any) -> None:
-    document = found(bench("--contexts", "20, 5,40", "--new-tokens", "2", "--runs", "2", "--json", "--bandwidth"))
-    assert list(document) == ["contexts", "new_tokens", "load", "rss_mb", "pss_mb", "bandwidth"]
-    assert [point["context"] for point in document["contexts"]] == [20, 5, 40]
-    keys = ["context", "prefill", "decode", "ttft", "runs", "spread", "bytes_per_step", "bandwidth_share"]
-    assert all(list(point) == keys for point in document["contexts"])
-    sizes = [point["bytes_per_step"] for point in document["contexts"]]
+def test_prompt_lengths_are_a_list_in_json(bench: Any) -> None:
+    document = found(bench("--prompt-lengths", "20, 5,40", "--new-tokens", "2", "--runs", "2", "--json", "--bandwidth"))
+    assert list(document) == ["prompt_lengths", "new_tokens", "load", "rss_mb", "pss_mb", "bandwidth"]
+    assert [point["prompt_tokens"] for point in document["prompt_lengths"]] == [20, 5, 40]
+    keys = ["prompt_tokens", "prefill", "decode", "ttft", "runs", "spread", "bytes_per_step", "bandwidth_share"]
+    assert all(list(point) == keys for point in document["prompt_lengths"])
+    sizes = [point["bytes_per_step"] for point in document["prompt_lengths"]]
     assert sizes[0] - sizes[1] == 15 * 2 * 2 * 32 * 4  # 15 positions more
 
 
-def test_contexts_are_a_table(bench: Any) -> None:
-    code, out, err = bench("--contexts", "5,20", "--new-tokens", "2")
+def test_prompt_lengths_are_a_table(bench: Any) -> None:
+    code, out, err = bench("--prompt-lengths", "5,20", "--new-tokens", "2")
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0].split() == ["context", "prefill", "tokens/s", "ttft", "s", "decode", "tokens/s"]
+    assert lines[0].split() == ["prompt", "prefill", "tokens/s", "ttft", "s", "decode", "tokens/s"]
     assert [line.split()[0] for line in lines[1:]] == ["5", "20", "load", "memory", "bandwidth"]
     assert all(len(line.split()) == 4 for line in lines[1:3])
     assert re.search(r"decode reaches \d+% with 0\.2 MB a step at 5, \d+% with 0\.2 MB a step at 20$", lines[-1])
 
 
-def test_each_context_is_prefilled_whole_and_decoded_from_there(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_prompt_is_prefilled_whole_and_decoded_from_there(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     original = engine.Engine.decode
 
@@ -160,7 +160,7 @@ def test_each_context_is_prefilled_whole_and_decoded_from_there(bench: Any, monk
         return original(self, state, token)
 
     monkeypatch.setattr(engine.Engine, "decode", decode)
-    found(bench("--contexts", "30,7", "--new-tokens", "2", "--json"))
+    found(bench("--prompt-lengths", "30,7", "--new-tokens", "2", "--json"))
     assert lengths == [16, 30, 31, 7, 8]  # the warm-up is first
 
 
@@ -170,17 +170,17 @@ def test_each_context_is_prefilled_whole_and_decoded_from_there(bench: Any, monk
     [
         (("--runs", "0"), "--runs 0: must be 1 or more"),
         (("--batch", "-1"), "--batch -1: must be 1 or more"),
-        (("--contexts", "abc"), "--contexts abc: must be lengths of 1 or more with commas, such as 128,512"),
-        (("--contexts", "8,0"), "--contexts 8,0: must be lengths of 1 or more"),
-        (("--contexts", "8,,9"), "--contexts 8,,9: must be lengths of 1 or more"),
-        (("--contexts", ""), "--contexts : must be lengths of 1 or more"),
-        (("--contexts", "8", "--prompt-tokens", "8"), "both say how long prompts are: give one of them"),
+        (("--prompt-lengths", "abc"), "--prompt-lengths abc: "),
+        (("--prompt-lengths", "8,0"), "--prompt-lengths 8,0: "),
+        (("--prompt-lengths", "8,,9"), "--prompt-lengths 8,,9: "),
+        (("--prompt-lengths", ""), "--prompt-lengths : "),
+        (("--prompt-lengths", "8", "--prompt-tokens", "8"), "--prompt-lengths and --prompt-tokens"),
         (
-            ("--contexts", "8,61,60", "--new-tokens", "4"),
-            "--contexts 61: with 4 new tokens this takes 65 positions, and this bundle's context holds 64",
+            ("--prompt-lengths", "8,61,60", "--new-tokens", "4"),
+            "--prompt-lengths 61: with 4 new tokens this takes 65 positions",
         ),
         (("--prompt-tokens", "0"), "--prompt-tokens and --new-tokens must be 1 or more"),
-        (("--contexts", "8", "--new-tokens", "0"), "--prompt-tokens and --new-tokens must be 1 or more"),
+        (("--prompt-lengths", "8", "--new-tokens", "0"), "--prompt-tokens and --new-tokens must be 1 or more"),
         (("--prompt-tokens", "61", "--new-tokens", "4"), "this bundle allows 1 to 64: ask for fewer tokens"),
         (("--vocabulary", "0"), "--vocabulary 0: must be from 101 to the bundle's 400"),
         (("--plot", "FOLDER/speed.pdf"), "speed.pdf: must end in .png or .svg"),
@@ -206,7 +206,7 @@ def test_a_missing_matplotlib_is_told_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     expected = "satchel: error: --plot: matplotlib is not installed: pip install 'matplotlib>=3.8'\n"
-    assert bench("--contexts", "8", "--plot", tmp_path / "speed.svg") == (2, "", expected)
+    assert bench("--prompt-lengths", "8", "--plot", tmp_path / "speed.svg") == (2, "", expected)
 
 
 def test_a_failed_bandwidth_leaves_the_figures(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_failed_bandwidth_leaves_the_figures(bench: Any, monkeypatch: pytest.M
 
 
 def test_the_plot_is_written_in_the_format_of_its_suffix(bench: Any, tmp_path: Path) -> None:
-    contexts = ("--contexts", "30,7", "--new-tokens", "2", "--runs", "2", "--json", "--plot")
+    contexts = ("--prompt-lengths", "30,7", "--new-tokens", "2", "--runs", "2", "--json", "--quiet", "--plot")
     found(bench(*contexts, tmp_path / "speed.PNG"))
     content = (tmp_path / "speed.PNG").read_bytes()
     assert content.startswith(b"\x89PNG\r\n")
@@ -230,12 +230,12 @@ def test_the_plot_is_written_in_the_format_of_its_suffix(bench: Any, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.PNG", "speed.svg"]
 
 
-def test_a_plot_without_contexts_takes_those_that_fit(
+def test_a_plot_without_lengths_takes_those_that_fit(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("satchel.runtime.cli.bench.PLOTTED_CONTEXTS", (16, 32, 64))
-    document = found(bench("--new-tokens", "4", "--json", "--plot", tmp_path / "speed.svg"))
-    assert [point["context"] for point in document["contexts"]] == [16, 32]
+    monkeypatch.setattr("satchel.runtime.cli.bench.PLOTTED_LENGTHS", (16, 32, 64))
+    document = found(bench("--new-tokens", "4", "--json", "--quiet", "--plot", tmp_path / "speed.svg"))
+    assert [point["prompt_tokens"] for point in document["prompt_lengths"]] == [16, 32]
     assert (tmp_path / "speed.svg").is_file()
 
 
@@ -261,7 +261,7 @@ from satchel.runtime.cli import main as cli
 assert cli.main(sys.argv[1:]) == 0
 print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
-    work = ["bench", str(tiny), "--contexts", "8", "--new-tokens", "2", "--threads", "1", "--no-bandwidth"]
+    work = ["bench", str(tiny), "--prompt-lengths", "8", "--new-tokens", "2", "--threads", "1", "--no-bandwidth"]
     for extra, expected in (([], "False False"), (["--plot", str(tmp_path / "speed.svg")], "True False")):
         done = subprocess.run([sys.executable, "-c", code, *work, *extra], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == expected

@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.cli import main as cli
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.ort import session
 
 COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main"]
 
@@ -103,7 +105,7 @@ def test_bench_prints_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "nowhere", "x"], "nowhere: no such folder: give a folder made by satchel export"),
+        (["run", "nowhere", "x"], "nowhere: no such file or folder"),
         (["run", "TINY", "x", "--max-context", "65"], "--max-context 65: this bundle allows 1 to 64"),
         (["run", "TINY", "x", "--max-new-tokens", "-1"], "--max-new-tokens -1: must be 0 or more"),
         (["run", "TINY", "x", "--threads", "0"], "--threads 0: there must be at least 1 thread"),
@@ -263,3 +265,42 @@ def test_satchel_is_a_module_that_python_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "satchel", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("satchel ")
+
+
+def test_a_checkpoint_in_the_place_of_a_bundle_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and so on")
+    for name in ("hf", "model.gguf"):
+        assert cli.main(["inspect", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert f"{name}: is a checkpoint" in err
+        assert "satchel export" in err
+
+
+def test_a_bundle_in_the_place_of_a_checkpoint_is_named(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(tiny), "-o", str(tmp_path / "out")]) == 2
+    assert f"{tiny}: is a bundle already" in capsys.readouterr().err
+
+
+def test_an_unreadable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert f"{tmp_path}: permission denied" in capsys.readouterr().err
+
+
+def test_files_written_beside_the_output_are_named(tiny: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = satchel("inspect", tiny, "--html", page)
+    assert done.stderr.decode() == f"{page}: written\n"
+    assert satchel("inspect", tiny, "--html", page, "--quiet").stderr == b""
+
+
+def test_more_threads_than_cpus_are_warned_of(tiny: Path) -> None:
+    threads = str(session.usable_cpus() + 1)
+    done = satchel("run", tiny, "the cat", "--max-new-tokens", "2", "--threads", threads, "--json")
+    assert done.returncode == 0
+    assert done.stderr.decode().startswith(f"satchel: --threads {threads}: ")
+    assert done.stderr.count(b"\n") == 1

@@ -109,7 +109,7 @@ def test_a_text_shorter_than_a_window_is_one_window(
         (["MUTE", "--text", "TEXT", *SMALL], "has no tokenizer, which a text needs: export it again with --tokenizer"),
         (["TINY", "--text", "TEXT", *SMALL, "--reference", "WIDE"], "its vocabulary has 401 tokens where the bundle's"),
         (["TINY", "--text", "TEXT", *SMALL, "--reference", "LOW"], "its context holds 20: lower --window-tokens to"),
-        (["nowhere", "--text", "TEXT", *SMALL], "nowhere: no such folder: give a folder made by satchel export"),
+        (["nowhere", "--text", "TEXT", *SMALL], "nowhere: no such file or folder"),
     ],
 )
 def test_wrong_input_is_one_line_before_a_model_is_opened(

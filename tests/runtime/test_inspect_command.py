@@ -328,7 +328,7 @@ def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
         (lambda folder: (folder / "weights.bin").write_bytes(b"short"), "weights.bin: 5 bytes where the manifest says"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"{"), "manifest.json: not valid JSON"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json in it"),
-        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: shutil.rmtree(folder), "no such file or folder"),
         (lambda folder: spoil_passes(folder, {"graph": "common"}), "missing key 'passes[0].name'"),
         (lambda folder: spoil_passes(folder, {**PASSES[0], "count": "x"}), "'passes[0].count' must be a whole number"),
         (lambda folder: spoil_passes(folder, {**PASSES[0], "time": 1}), "unknown key 'passes[0].time'"),

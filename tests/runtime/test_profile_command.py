@@ -176,7 +176,7 @@ def test_a_profiler_that_lost_runs_is_an_error(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: no such folder: give a folder made by satchel export"),
+        (["nowhere"], "nowhere: no such file or folder"),
         (["TINY"], "544 positions is not possible: this bundle allows 1 to 64: ask for fewer tokens"),
         (["TINY", "--prompt-tokens", "0"], "--prompt-tokens and --new-tokens must be 1 or more"),
         (["TINY", "--new-tokens", "-1"], "--prompt-tokens and --new-tokens must be 1 or more"),

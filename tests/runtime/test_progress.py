@@ -153,7 +153,17 @@ WAITS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "bench --plot": (
-        ["bench", "BUNDLE", "--contexts", "4,8", "--new-tokens", "3", "--no-bandwidth", "--plot", "FOLDER/plot.svg"],
+        [
+            "bench",
+            "BUNDLE",
+            "--prompt-lengths",
+            "4,8",
+            "--new-tokens",
+            "3",
+            "--no-bandwidth",
+            "--plot",
+            "FOLDER/plot.svg",
+        ],
         [OPENING, "warming up", "measuring 4 + 3 tokens", "measuring 8 + 3 tokens", "drawing the plot"],
     ),
     "eval": (
