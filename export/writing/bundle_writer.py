@@ -20,12 +20,10 @@ from satchel.export.writing.genai_config import genai_config
 from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
 from satchel.graphs.ir.weights import LazyWeight, stored
-from satchel.graphs.quant.quantized import BLOCKS, EXPANDED, MADE, PANELS, Quantized
-from satchel.runtime.bundle.contract import WEIGHTS_NAME
+from satchel.graphs.quant.quantized import LAYOUT, Quantized
+from satchel.runtime.bundle.contract import WEIGHTS_NAME, Layout
+from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
-from satchel.runtime.optimize.blocks import BLOCKS_NAME
-from satchel.runtime.optimize.expand import EXPANDED_NAME
-from satchel.runtime.optimize.native import NATIVE_NAME
 
 PAGE, LINE = 4096, 64
 """Bytes at whose multiples a weight starts: a memory page for a large one, so that it can be mapped by itself; a cache
@@ -33,14 +31,6 @@ line for one that is smaller than `LARGE`.
 """
 
 LARGE = 1 << 20
-
-FILES: Mapping[object, str] = {
-    None: WEIGHTS_NAME,
-    EXPANDED: EXPANDED_NAME,
-    BLOCKS: BLOCKS_NAME,
-    PANELS: NATIVE_NAME,
-}
-"""Where a weight lies by its mark MADE; weights without it alone are in the bundle."""
 
 Advance = Callable[[int], None]
 
@@ -96,13 +86,13 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
     """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes. So do
     those that take rows of the same table as an input.
 
-    Weights that a device makes have theirs in files that no bundle has.
+    Weights of another layout, which a device makes, have theirs in files that no bundle has (`file_name`).
 
     Raises:
         ValueError: Two graphs have different weights of one name.
     """
     places: dict[str, Place] = {}
-    ends = dict.fromkeys(FILES.values(), 0)
+    ends = dict.fromkeys((WEIGHTS_NAME, *map(file_name, Layout)), 0)
     for model in models:
         found = (*map(weight, model.graph.initializers.values()), *map(table_of, model.graph.inputs))
         for lazy in (lazy.base for lazy in found if lazy is not None):
@@ -112,7 +102,8 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
                     raise ValueError(f"two weights are called {lazy.name}: {there.weight} and {lazy}")
                 continue
             alignment = PAGE if lazy.nbytes >= LARGE else LINE
-            file = FILES[lazy.meta.get(MADE)]
+            layout = lazy.meta.get(LAYOUT)
+            file = file_name(layout) if isinstance(layout, Layout) else WEIGHTS_NAME
             offset = -(-ends[file] // alignment) * alignment
             places[lazy.name] = Place(lazy, offset, file)
             ends[file] = offset + lazy.nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -11,30 +11,20 @@ from numpy.typing import NDArray
 
 from satchel.graphs.ir.values import nodes
 from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows
-from satchel.graphs.quant.panels import MIDDLE, PANEL, TOGETHER, pack_panels, panel_outputs
 from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.quant.rounding import Grid
+from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.dtypes import QUANTIZED
+from satchel.runtime.bundle.layouts import Weight, pack, parts
 
-MADE = "made"
-"""Mark of weights that no bundle holds and a device makes of those that it does: EXPANDED, BLOCKS or PANELS."""
+LAYOUT = "layout"
+"""Mark (`meta`) of weights that no bundle holds, and a device makes from those that it does: their `Layout`."""
 
-EXPANDED, BLOCKS, PANELS = "expanded", "blocks", "panels"
-"""Int8 with a scale per output, made of smaller blocks; the other way round; and in the order of satchel's kernels."""
-
-BLOCK = 64
-"""Inputs of a block; the last one is filled up. With 128 a row's product depends on how many rows there are."""
-
-PANEL_BLOCKS = 8
-"""Inputs of whose multiples the blocks are that satchel's own kernels take."""
+PANEL_GROUPS = 8
+"""Group sizes that satchel's own kernels take are multiples of this."""
 
 INT8_PRODUCTS = 4
 """The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
-
-INT8_LEVELS = 127
-UINT8_ZERO = 128
-SMALLEST_RANGE = np.float32(1e-10)
-"""An output's largest weight counts as this much at least, so that zeros stay zeros."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,57 +71,6 @@ class QuantizedWeight:
         points = laid_out(grid.zero_points).astype(dtype.numpy())
         return codes, scales, from_array(f"{self.name}.zero_points", points, computed=True)
 
-    def expanded(self) -> tuple[LazyWeight, LazyWeight]:
-        """The values in int8 with a scale per output: codes [inputs, outputs] and scales [outputs] for axis 1.
-
-        They are marked EXPANDED: no bundle has them, a device makes them of what `columns` stores
-        (satchel.runtime.optimize.expand). Codes often lie between two steps, so both round in float32.
-        """
-        outputs, inputs = self.codes.shape
-
-        def scales(a: int, b: int) -> NDArray[np.float32]:
-            largest = np.abs(self._values(a, b)).max(axis=1)
-            steps: NDArray[np.float32] = np.maximum(largest, SMALLEST_RANGE) / np.float32(INT8_LEVELS)
-            return steps
-
-        def codes(a: int, b: int) -> NDArray[np.int8]:
-            steps = np.rint(self._values(0, outputs) / scales(0, outputs)[:, None])
-            return np.ascontiguousarray(steps[:, a:b].T).astype(np.int8)
-
-        made = (
-            LazyWeight(f"{self.name}.int8", (inputs, outputs), ir.DataType.INT8, codes, computed=True),
-            LazyWeight(f"{self.name}.int8_scales", (outputs,), ir.DataType.FLOAT, scales, computed=True),
-        )
-        for lazy in made:
-            lazy.meta[MADE] = EXPANDED
-        return made
-
-    def blocked(self) -> tuple[LazyWeight, LazyWeight]:
-        """Codes with a scale per output as MatMulNBits takes them: the same numbers, cut into blocks of inputs.
-
-        Codes [outputs, blocks, block] uint8 have 128 added. The last block is filled up with zeros, which the operator
-        does not read. Scales [outputs, blocks] are the output's, again and again. Both are marked BLOCKS: a device
-        makes them (satchel.runtime.optimize.blocks).
-        """
-        outputs, inputs = self.codes.shape
-        count = -(-inputs // BLOCK)
-
-        def codes(a: int, b: int) -> NDArray[np.uint8]:
-            whole = np.full((b - a, count * BLOCK), UINT8_ZERO, np.uint8)
-            whole[:, :inputs] = self.codes[a:b].astype(np.int16) + UINT8_ZERO
-            return whole.reshape(b - a, count, BLOCK)
-
-        def scales(a: int, b: int) -> NDArray[np.float32]:
-            return np.repeat(self.grid.scales[a:b], count, axis=1)
-
-        made = (
-            LazyWeight(f"{self.name}.block_codes", (outputs, count, BLOCK), ir.DataType.UINT8, codes, computed=True),
-            LazyWeight(f"{self.name}.block_scales", (outputs, count), ir.DataType.FLOAT, scales, computed=True),
-        )
-        for lazy in made:
-            lazy.meta[MADE] = BLOCKS
-        return made
-
     def fits_panels(self) -> bool:
         """Whether satchel's own kernels multiply by such codes.
 
@@ -140,56 +79,29 @@ class QuantizedWeight:
         scheme, inputs = self.grid.scheme, self.codes.shape[1]
         if scheme.block is None:
             return scheme.bits == 8 and self.grid.zero_points is None
-        return scheme.block % PANEL_BLOCKS == 0 and inputs % scheme.block == 0
+        return scheme.block % PANEL_GROUPS == 0 and inputs % scheme.block == 0
 
-    def panels(self, *, gated: bool = False) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
-        """Codes, scales and zero points as satchel's own kernels read them (satchel.graphs.quant.panels).
+    def derived(self, layout: Layout, *, gated: bool = False) -> tuple[LazyWeight, ...]:
+        """The tensors of another layout, marked with it: values, scales, and zero points where there are any.
 
-        Codes [panels, bytes] uint8, those of symmetric schemes with half the range added. Scales [panels, blocks, 16]
-        float32, 0 for outputs that fill up a panel. Zero points [panels, blocks, 16] uint8. All are marked PANELS: a
-        device makes them (satchel.runtime.optimize.native).
+        No bundle has them: a device makes them from what `columns` stores, by the same function that computes their
+        values here. `gated` is as in `satchel.runtime.bundle.layouts.parts`, which names and describes them.
 
-        Args:
-            gated: The first half of the outputs and the second take turns, panel by panel.
+        Raises:
+            ValueError: The layout cannot hold the weight.
         """
-        grid, bits, (outputs, inputs) = self.grid, self.grid.scheme.bits, self.codes.shape
-        places = panel_outputs(outputs, gated=gated)
-        added = MIDDLE[bits] if grid.zero_points is None else 0
-        bytes_of_panel = PANEL * bits * (-(-inputs // TOGETHER[bits]) * TOGETHER[bits]) // 8
+        grid, points = self.grid, self.grid.zero_points
+        stored = Weight(self.codes.T, grid.scales.T, None if points is None else points.T, grid.scheme.bits)
 
-        def codes(a: int, b: int) -> NDArray[np.uint8]:
-            wanted = places[a:b].reshape(-1)
-            taken = (self.codes[np.maximum(wanted, 0)].astype(np.int16) + added).astype(np.uint8)
-            return pack_panels(np.where(wanted[:, None] < 0, np.uint8(MIDDLE[bits]), taken), bits)
+        def rows(ending: str) -> Callable[[int, int], np.ndarray]:
+            return lambda a, b: pack(layout, stored, gated=gated)[ending][a:b]
 
-        def columns(array: np.ndarray, fill: int) -> np.ndarray:
-            taken = np.where(places[..., None] < 0, array.dtype.type(fill), array[np.maximum(places, 0)])
-            return np.ascontiguousarray(taken.transpose(0, 2, 1))
-
-        name, shape = f"{self.name}.{'gated_' if gated else ''}panel", (len(places), grid.scales.shape[1], PANEL)
-        made = [
-            LazyWeight(f"{name}s", (len(places), bytes_of_panel), ir.DataType.UINT8, codes, computed=True),
-            LazyWeight(
-                f"{name}_scales", shape, ir.DataType.FLOAT, lambda a, b: columns(grid.scales, 0)[a:b], computed=True
-            ),
-        ]
-        points = grid.zero_points
-        if points is not None:
-            zeros = LazyWeight(
-                f"{name}_zero_points", shape, ir.DataType.UINT8,
-                lambda a, b: columns(points, MIDDLE[bits])[a:b], computed=True,
-            )  # fmt: skip
-            made.append(zeros)
-        for lazy in made:
-            lazy.meta[MADE] = PANELS
-        return made[0], made[1], made[2] if points is not None else None
-
-    def _values(self, a: int, b: int) -> NDArray[np.float32]:
-        """What the codes of outputs `a` to `b` stand for, [outputs, inputs] float32."""
-        grid = self.grid
-        zero_points = None if grid.zero_points is None else grid.zero_points[a:b]
-        part = dataclasses.replace(grid, scales=grid.scales[a:b], zero_points=zero_points)
-        return part.values(self.codes[a:b].astype(np.int16)).astype(np.float32)
+        made = []
+        for ending, part in parts(layout, stored.form, gated=gated).items():
+            dtype = ir.DataType(part.dtype.onnx)
+            made.append(LazyWeight(f"{self.name}{ending}", part.shape, dtype, rows(ending), computed=True))
+            made[-1].meta[LAYOUT] = layout
+        return tuple(made)
 
     def rows(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
         """Codes [outputs, inputs * bits / 8] uint8, scales [outputs, blocks], zero points [outputs, blocks * bits / 8].

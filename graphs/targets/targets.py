@@ -63,7 +63,7 @@ from satchel.graphs.passes.static.transpose_tied_head import transpose_tied_head
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
 from satchel.graphs.targets.native import has_linear, native_steps
-from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8
+from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8, Layout
 
 PLAIN = "plain_"
 """Graphs without passes of a user's own are called by this and their phase."""
@@ -213,8 +213,8 @@ ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
     "prefill": lambda rule: rule.prefill,
     "decode": lambda rule: rule.decode,
     "score": lambda rule: rule.prefill,
-    PREFILL_INT8: lambda rule: "expanded" if _expandable(rule) else rule.prefill,
-    DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else "blocks",
+    PREFILL_INT8: lambda rule: Layout.INT8.value if _expandable(rule) else rule.prefill,
+    DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else Layout.GROUPS.value,
 }
 """How a rule's products take their input in a phase: the names of insert_qdq's forms."""
 

@@ -6,6 +6,8 @@ configuration has by default, so that other runners can run the graphs too.
 
 from __future__ import annotations
 
+import enum
+
 PHASES = ("prefill", "decode", "score")
 """The graphs of every bundle."""
 
@@ -26,6 +28,25 @@ FURTHER = {
     NATIVE: "it was exported without one for satchel's own kernels",
 }
 """Optional graphs, and why a bundle has none."""
+
+
+class Layout(enum.Enum):
+    """How the weights of a graph lie in memory, where a device makes them from those that the bundle stores."""
+
+    INT8 = "int8"
+    """Int8, one scale for each output, made of groups of 4 or 8 bits; as DequantizeLinear reads it."""
+
+    GROUPS = "groups"
+    """Int8 in groups of inputs, made of int8 with one scale for each output: the same numbers as MatMulNBits reads
+    them."""
+
+    PANELS = "panels"
+    """Panels of 16 outputs, as satchel's own kernels read them; the same numbers."""
+
+
+GRAPH_LAYOUTS = {PREFILL_INT8: Layout.INT8, DECODE_BLOCKS: Layout.GROUPS, NATIVE: Layout.PANELS}
+"""The layout of each optional graph's weights. Its file is made on the device, when a bundle is specialized; the bundle
+itself does not have it."""
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 """`input_ids` [batch, sequence] int64 and `attention_mask` [batch, total or capacity] int64. `position_ids` exists only

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from satchel.runtime.bundle import onnx_wire
+from satchel.runtime.bundle.contract import GRAPH_LAYOUTS
 from satchel.runtime.bundle.external_data import check_external_data
+from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, read_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
-from satchel.runtime.optimize.blocks import BLOCKS_NAME, make_blocks
-from satchel.runtime.optimize.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.optimize.forms import NATIVE, PREFIX, Form, Made, described, token_of
-from satchel.runtime.optimize.native import NATIVE_NAME, make_native
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
 from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
 from satchel.runtime.ort.session import SessionSettings, save_optimized
@@ -39,13 +39,6 @@ INT8_DISK_FACTOR = 4
 int8 weights made of those in 4 bits: what a graph was optimized from and to, and the files in the making. For satchel's
 own kernels it is as for "stored".
 """
-
-MADE: dict[str, tuple[str, Callable[[Bundle, Path], None]]] = {
-    "prefill_int8": (EXPANDED_NAME, expand_weights),
-    "decode_blocks": (BLOCKS_NAME, make_blocks),
-    "native": (NATIVE_NAME, make_native),
-}
-"""Graphs whose weights no bundle holds: the file in which they say that these are, and what makes it."""
 
 LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks", "native": "for satchel's own kernels"}
 
@@ -290,13 +283,13 @@ def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
     """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
     path = bundle.graph_path(source)
     model, sizes = path.read_bytes(), {file: record.bytes for file, record in bundle.manifest.files.items()}
-    if source not in MADE:
+    if source not in GRAPH_LAYOUTS:
         check_external_data(model, sizes, str(path))
         yield path
         return
-    name, make = MADE[source]
+    name = file_name(GRAPH_LAYOUTS[source])
     weights, graph = scratch / name, scratch.with_suffix(".onnx")
-    make(bundle, weights)
+    make_weights(bundle, source, weights)
     check_external_data(model, {**sizes, name: weights.stat().st_size}, str(path))
 
     def moved(entries: onnx_wire.External) -> onnx_wire.External:

@@ -1,28 +1,33 @@
-"""Reads the weights of products as a bundle stores them, a few outputs at a time."""
+"""Reads quantized weights as a bundle stores them, a few outputs at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.dtypes import QUANTIZED
+from satchel.runtime.bundle.dtypes import FLOAT32, QUANTIZED
+from satchel.runtime.bundle.layouts import Form, Weight
 from satchel.runtime.bundle.onnx_wire import Tensor
 
 CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 """Ends of the names of a stored weight's parts."""
 
 CODE_TYPES = {dtype.onnx: form for form, dtype in QUANTIZED.items()}
-"""Number in TensorProto.DataType -> bits, and whether codes are signed."""
+"""Number in TensorProto.DataType -> bits, and whether values are symmetric (signed)."""
 
 Integers = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Codes [inputs, outputs], scales and zero points [blocks, outputs], or [outputs] for one block, in one file."""
+    """Where a bundle stores a quantized weight: values [inputs, outputs], scales and zero points [groups, outputs].
+
+    Of one group, scales and zero points are [outputs]. All of them lie in one file.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -30,33 +35,47 @@ class Stored:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], name: str) -> Stored:
-        """The weight of this name. Raises KeyError where there is none, ValueError where it is of another form."""
+        """The weight of this name. Raises KeyError where there is none, ValueError where its tensors do not fit."""
         found = cls(tensors[name + CODES], tensors[name + SCALES], tensors.get(name + ZERO_POINTS))
-        if len(found.codes.dims) != 2 or found.codes.dtype not in CODE_TYPES:
-            raise ValueError(f"codes of type {found.codes.dtype} and shape {found.codes.dims}")
+        codes, scales, zero_points = found.codes, found.scales, found.zero_points
+        if len(codes.dims) != 2 or min(codes.dims) < 1 or codes.dtype not in CODE_TYPES:
+            raise ValueError(f"values of type {codes.dtype} and shape {codes.dims}")
+        if scales.dtype != FLOAT32.onnx or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
+            raise ValueError(f"scales of type {scales.dtype} and shape {scales.dims}")
+        if zero_points is not None and (zero_points.dtype, zero_points.dims) != (codes.dtype, scales.dims):
+            raise ValueError(f"zero points of type {zero_points.dtype} and shape {zero_points.dims}")
+        if (zero_points is None) != CODE_TYPES[codes.dtype][1]:
+            raise ValueError("zero points belong to unsigned values, and to no others")
         return found
 
-    def values(self, content: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.float32]:
-        """What the codes of the outputs from `start` to `stop` stand for: [inputs, outputs] float32."""
-        steps = integers(content, self.codes, start, stop).astype(np.float32)
-        scales = floats(content, self.scales, start, stop)
-        block = len(steps) // len(scales)
-        if self.zero_points is not None:
-            zeros = integers(content, self.zero_points, start, stop).astype(np.float32)
-            steps -= np.repeat(zeros, block, axis=0)
-        steps *= np.repeat(scales, block, axis=0)
-        return steps
+    @property
+    def form(self) -> Form:
+        """What the weight is, apart from its values."""
+        bits, symmetric = CODE_TYPES[self.codes.dtype]
+        groups = self.scales.dims[0] if len(self.scales.dims) == 2 else 1
+        inputs, outputs = self.codes.dims
+        return Form(inputs, outputs, groups, bits, symmetric)
+
+    def read(self, content: NDArray[np.uint8], ranges: list[tuple[int, int]]) -> Weight:
+        """Some of its outputs, those of each range (first, one after the last), from its file's content."""
+
+        def joined(read: Callable[..., NDArray[Any]], tensor: Tensor) -> NDArray[Any]:
+            found = [read(content, tensor, *outputs) for outputs in ranges]
+            return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+
+        zero_points = None if self.zero_points is None else joined(_integers, self.zero_points)
+        return Weight(joined(_integers, self.codes), joined(_floats, self.scales), zero_points, self.form.bits)
 
 
-def floats(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+def _floats(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
     """Columns `start` to `stop` of a float32 tensor [rows, columns], or of one row: [rows, stop - start]."""
     return np.array(_raw(content, tensor).view(np.float32).reshape(-1, tensor.dims[-1])[:, start:stop])
 
 
-def integers(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> Integers:
-    """Columns `start` to `stop` of codes [rows, columns], or of one row: [rows, stop - start], int8 or uint8.
+def _integers(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> Integers:
+    """Columns `start` to `stop` of quantized values [rows, columns], or of one row, as int8 or uint8.
 
-    Two codes of 4 bits are in a byte, the low half first; rows follow each other without a gap.
+    Two values of 4 bits are in a byte, the low half first; rows follow each other without a gap.
     """
     columns, raw = tensor.dims[-1], _raw(content, tensor)
     bits, signed = CODE_TYPES[tensor.dtype]

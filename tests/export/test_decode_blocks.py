@@ -12,19 +12,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 from support.checkpoints import save_tiny
 
 from satchel.export import ExportConfig, export_bundle
+from satchel.runtime.bundle import layouts
+from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.optimize import blocks, specialize, trials
-from satchel.runtime.optimize.blocks import BLOCKS_NAME, make_blocks
+from satchel.runtime.optimize import specialize, trials
+from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
+BLOCKS_NAME = layouts.file_name(Layout.GROUPS)
 IDS = list(range(4, 28))
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
@@ -85,32 +87,6 @@ def products(bundle: Bundle, phase: str) -> set[str]:
 
 def timed(monkeypatch: pytest.MonkeyPatch, stored: float, in_blocks: float) -> None:
     monkeypatch.setattr(specialize, "step_seconds", lambda *_: [stored, in_blocks])
-
-
-@pytest.mark.parametrize("at_once", [1 << 22, 300])
-def test_weights_are_the_stored_codes_in_blocks(
-    made: Bundle, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blocks, "CODES_AT_ONCE", at_once)
-    make_blocks(made, tmp_path / BLOCKS_NAME)
-    graph = onnx.load(made.graph_path("decode_blocks"), load_external_data=False).graph
-    stored = {t.name: t for t in onnx.load(made.graph_path("decode"), load_external_data=False).graph.initializer}
-    own = {t.name: t for t in graph.initializer if any(e.value == BLOCKS_NAME for e in t.external_data)}
-    names = [name.removesuffix(".block_codes") for name in own if name.endswith(".block_codes")]
-    assert len(names) == 8  # four products in each of two layers
-    for name in names:
-        found = numpy_helper.to_array(own[f"{name}.block_codes"], str(tmp_path))
-        codes = numpy_helper.to_array(stored[f"{name}.codes"], str(made.folder)).T.astype(int)  # [outputs, inputs]
-        outputs, inputs = codes.shape
-        flat = found.reshape(outputs, -1).astype(int) - 128
-        np.testing.assert_array_equal(flat[:, :inputs], codes)
-        assert found.shape[2] == 64
-        assert flat.shape[1] - inputs < 64
-        assert not flat[:, inputs:].any()
-        scales = numpy_helper.to_array(own[f"{name}.block_scales"], str(tmp_path))
-        assert scales.shape == found.shape[:2]
-        wanted = numpy_helper.to_array(stored[f"{name}.scales"], str(made.folder))
-        assert (scales == wanted[:, None]).all()
 
 
 def test_no_bundle_holds_them(made: Bundle) -> None:
@@ -205,7 +181,7 @@ def test_steps_are_timed_in_both_forms(bundle: Bundle) -> None:
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks.np, "repeat", lambda scales, count, axis: -np.tile(scales, (1, count)))
+    monkeypatch.setattr(layouts.np, "repeat", lambda scales, count, axis: -np.tile(scales, (1, count)))
 
 
 def test_blocks_that_are_wrong_are_not_kept(
@@ -259,8 +235,8 @@ def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path
     for tensor in graph.graph.initializer:
         tensor.name = tensor.name.replace(".block_", "x.block_")
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(BundleError, match=r"has a weight .* that decode has not"):
-        make_blocks(bundle, tmp_path / BLOCKS_NAME)
+    with pytest.raises(BundleError, match=r"the weight .* of the decode_blocks graph"):
+        make_weights(bundle, "decode_blocks", tmp_path / BLOCKS_NAME)
 
 
 def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -270,5 +246,5 @@ def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> 
         if tensor.name.endswith(".block_codes"):
             tensor.dims[1] += 1
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(BundleError, match=r"has a weight .* that decode has not"):
-        make_blocks(bundle, tmp_path / BLOCKS_NAME)
+    with pytest.raises(BundleError, match=r"the weight .* of the decode_blocks graph"):
+        make_weights(bundle, "decode_blocks", tmp_path / BLOCKS_NAME)

@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 from support.checkpoints import save_tiny
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.export import ExportConfig, export_bundle
+from satchel.runtime.bundle import layouts
+from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.optimize import expand, trials
-from satchel.runtime.optimize.expand import EXPANDED_NAME, expand_weights
+from satchel.runtime.optimize import trials
+from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
 
+EXPANDED_NAME = layouts.file_name(Layout.INT8)
 IDS = list(range(4, 28))
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 FORMS = {"int4": "int4", "zero points": "a16w4", "mixed": "int4-mixed"}
@@ -33,42 +35,6 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     precision = "a16w4" if recipe == "a16w4" else "int4"
     export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=64, recipe=recipe))
     return open_bundle(folder / "bundle")
-
-
-def decoded(bundle: Bundle, model: onnx.ModelProto, name: str) -> np.ndarray:
-    """A stored weight [inputs, outputs] in float32, by onnx's own reader."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def read(end: str) -> np.ndarray | None:
-        tensor = tensors.get(name + end)
-        return None if tensor is None else numpy_helper.to_array(tensor, str(bundle.folder)).astype(np.float32)
-
-    codes, scales, zero_points = read(".codes"), read(".scales"), read(".zero_points")
-    assert codes is not None
-    assert scales is not None
-    block = len(codes) // len(scales)
-    if zero_points is not None:
-        codes = codes - np.repeat(zero_points, block, axis=0)
-    return codes * np.repeat(scales, block, axis=0)
-
-
-@pytest.mark.parametrize("at_once", [1 << 22, 300])
-def test_weights_are_the_nearest_steps_of_each_output(
-    bundle: Bundle, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(expand, "VALUES_AT_ONCE", at_once)
-    expand_weights(bundle, tmp_path / EXPANDED_NAME)
-    graph = onnx.load(bundle.graph_path("prefill_int8"), load_external_data=False).graph
-    stored = onnx.load(bundle.graph_path("prefill"), load_external_data=False)
-    made = {t.name: t for t in graph.initializer if any(e.value == EXPANDED_NAME for e in t.external_data)}
-    names = [name.removesuffix(".int8") for name in made if name.endswith(".int8")]
-    assert len(names) == 8  # four products in each of two layers
-    for name in names:
-        codes = numpy_helper.to_array(made[f"{name}.int8"], str(tmp_path))
-        scales = numpy_helper.to_array(made[f"{name}.int8_scales"], str(tmp_path))
-        wanted = decoded(bundle, stored, name)
-        np.testing.assert_array_equal(scales, np.abs(wanted).max(axis=0) / np.float32(127))
-        np.testing.assert_array_equal(codes, np.rint(wanted / scales).astype(np.int8))
 
 
 def test_no_bundle_holds_them(bundle: Bundle) -> None:
@@ -102,7 +68,7 @@ def test_weights_that_are_wrong_are_not_kept(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rint = np.rint
-    monkeypatch.setattr(expand.np, "rint", lambda values: -rint(values))
+    monkeypatch.setattr(layouts.np, "rint", lambda values: -rint(values))
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
     assert cli.main(["specialize", str(bundle.folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 2
     assert "differ from the portable ones" in capsys.readouterr().err
@@ -131,5 +97,5 @@ def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path
         (changed / path.name).write_bytes(path.read_bytes())
     (changed / "prefill_int8.onnx").write_bytes(graph.SerializeToString())
     write_manifest(changed, read_manifest(bundle.folder))
-    with pytest.raises(BundleError, match=r"has a weight .* that prefill has not"):
-        expand_weights(Bundle(changed, bundle.manifest), tmp_path / EXPANDED_NAME)
+    with pytest.raises(BundleError, match=r"the weight .* of the prefill_int8 graph"):
+        make_weights(Bundle(changed, bundle.manifest), "prefill_int8", tmp_path / EXPANDED_NAME)

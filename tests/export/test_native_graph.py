@@ -6,19 +6,17 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from support.checkpoints import save_tiny
 from support.codes import rounded
 from support.families import FAMILIES, VOCABULARY, save
 from support.graphs import operators, run
-from support.native_ops import lanes, run_reference, unpacked
+from support.native_ops import run_reference
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checking.bundle_graphs import bundle_graphs
@@ -31,17 +29,17 @@ from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.ir.values import weight
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
-from satchel.graphs.quant.recipe import Rule, Scheme
-from satchel.graphs.quant.rounding import Grid
+from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.targets.targets import FUSE, NORMALIZE, TARGETS
-from satchel.runtime.bundle.contract import NATIVE
+from satchel.runtime.bundle.contract import NATIVE, Layout
+from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.optimize import native
-from satchel.runtime.optimize.native import NATIVE_NAME, make_native, native_bytes
+from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
 
+NATIVE_NAME = file_name(Layout.PANELS)
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
 NARROW = {"hidden_size": 96, "intermediate_size": 176, "head_dim": 32, **HEADS}  # no multiples of 64
@@ -82,53 +80,10 @@ def own_weights(bundle: Bundle) -> dict[str, onnx.TensorProto]:
     return {t.name: t for t in graph.initializer if any(e.value == NATIVE_NAME for e in t.external_data)}
 
 
-def as_stored(bundle: Bundle, name: str) -> QuantizedWeight:
-    """A weight as the bundle holds it."""
-    tensors = {
-        t.name: numpy_helper.to_array(t, str(bundle.folder))
-        for t in onnx.load(bundle.graph_path("prefill"), load_external_data=False).graph.initializer
-        if t.name.startswith(f"{name}.")
-    }
-    by_column, points = tensors[f"{name}.codes"], tensors.get(f"{name}.zero_points")
-    bits = 4 if "int4" in str(by_column.dtype) else 8
-    codes = np.ascontiguousarray(by_column.T).astype(np.int8 if points is None else np.uint8)
-    scales = tensors[f"{name}.scales"]
-    block = None if scales.ndim == 1 else len(by_column) // len(scales)
-    laid_out = scales[:, None] if block is None else np.ascontiguousarray(scales.T)
-    zeros = None if points is None else np.ascontiguousarray(points.astype(np.uint8).T)
-    return QuantizedWeight(name, Grid(Scheme(bits, block, points is None), laid_out, zeros), codes)
-
-
-@pytest.mark.parametrize("at_once", [1 << 22, 5000])
-def test_a_device_makes_the_panels_that_the_graph_was_written_for(
-    bundle: Bundle, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "CODES_AT_ONCE", at_once)
-    make_native(bundle, tmp_path / NATIVE_NAME)
-    own = own_weights(bundle)
-    names = [name for name in own if name.endswith("panels")]
+def test_no_bundle_holds_them(bundle: Bundle) -> None:
+    names = [name for name in own_weights(bundle) if name.endswith("panels")]
     assert len(names) == 8 + ("lm_head" in " ".join(names))
     assert sum(".gated_" in name for name in names) == 2
-    for panels in names:
-        gated, name = ".gated_" in panels, panels.removesuffix(".panels").removesuffix(".gated_panels")
-        stored = as_stored(bundle, name)
-        found = {key: numpy_helper.to_array(t, str(tmp_path)) for key, t in own.items() if key.startswith(panels[:-1])}
-        for lazy in stored.panels(gated=gated):
-            if lazy is not None:
-                np.testing.assert_array_equal(found.pop(lazy.name), lazy.numpy(), err_msg=lazy.name)
-        assert not found
-        outputs, inputs = stored.codes.shape
-        codes = unpacked(
-            numpy_helper.to_array(own[panels], str(tmp_path)), outputs, inputs, stored.grid.scheme.bits, gated
-        )
-        added = 1 << (stored.grid.scheme.bits - 1) if stored.grid.zero_points is None else 0
-        np.testing.assert_array_equal(codes.astype(int) - added, stored.codes)
-        scales = numpy_helper.to_array(own[f"{panels[:-1]}_scales"], str(tmp_path))
-        np.testing.assert_array_equal(lanes(scales, outputs, gated), stored.grid.scales)
-    assert native_bytes(bundle) <= (tmp_path / NATIVE_NAME).stat().st_size
-
-
-def test_no_bundle_holds_them(bundle: Bundle) -> None:
     assert not (bundle.folder / NATIVE_NAME).exists()
     assert NATIVE_NAME not in bundle.manifest.files
     graphs = bundle.manifest.graphs
@@ -180,7 +135,7 @@ def opened(
     def load(form: str) -> onnx.ModelProto:
         place, found = tmp_path_factory.mktemp("special"), exported(form)
         shutil.copytree(found.folder, place, dirs_exist_ok=True)
-        make_native(found, place / NATIVE_NAME)
+        make_weights(found, NATIVE, place / NATIVE_NAME)
         return onnx.load(place / "native.onnx")
 
     return load

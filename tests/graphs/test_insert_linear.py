@@ -11,7 +11,8 @@ from support.native_ops import run_reference
 
 from satchel.graphs.ir.values import weight
 from satchel.graphs.passes.native.insert_linear import insert_linear
-from satchel.graphs.quant.quantized import MADE, PANELS, QuantizedWeight
+from satchel.graphs.quant.quantized import LAYOUT, QuantizedWeight
+from satchel.runtime.bundle.contract import Layout
 
 INPUTS, OUTPUTS, NAME = 64, 40, "layer.weight.T"
 W = normal(1, OUTPUTS, INPUTS)
@@ -67,7 +68,7 @@ def test_a_device_makes_the_panels() -> None:
     after = fired(insert_linear({NAME: codes}), product(), 1).model
     names = [f"{NAME}.panels", f"{NAME}.panel_scales", f"{NAME}.panel_zero_points"]
     assert sorted(after.graph.initializers) == sorted(names)
-    assert all(weight(v).meta[MADE] == PANELS for v in after.graph.initializers.values())  # type: ignore[union-attr]
+    assert all(weight(v).meta[LAYOUT] is Layout.PANELS for v in after.graph.initializers.values())  # type: ignore[union-attr]
 
 
 def test_two_products_of_one_weight_share_its_panels() -> None:

@@ -114,7 +114,7 @@ def test_expanded_the_product_is_one_of_int8_weights_made_of_the_codes(
     bits: int, block: int | None, symmetric: bool
 ) -> None:
     codes = rounded(NAME, W.T.copy(), bits, block, symmetric)
-    after = quantized(codes, "expanded")
+    after = quantized(codes, "int8")
     decoded_weight = values(codes).astype(np.float32)  # [outputs, inputs]
     step = np.abs(decoded_weight).max(1, keepdims=True) / np.float32(127)
     int8 = np.rint(decoded_weight / step)  # in float32 as in the graph, since codes often lie between two steps
@@ -126,7 +126,7 @@ def test_expanded_the_product_is_one_of_int8_weights_made_of_the_codes(
 
 
 def test_expanded_weights_of_zeros_stay_zeros() -> None:
-    after = quantized(rounded(NAME, np.zeros((OUTPUTS, INPUTS), np.float32), 4, 16), "expanded")
+    after = quantized(rounded(NAME, np.zeros((OUTPUTS, INPUTS), np.float32), 4, 16), "int8")
     np.testing.assert_array_equal(run(after, X)["y"], 0)
 
 
@@ -147,12 +147,12 @@ def test_by_blocks_each_block_of_each_row_has_its_own_scale(inputs: int) -> None
     text = TEXT.replace("64] x", f"{inputs}] x")
     before = product(text, layer__weight__T=np.ascontiguousarray(values(codes).T))
     x = normal(5, 3, 1, inputs) * np.asarray([1e-3, 1, 50], np.float32)[:, None, None]
-    found = run(quantized(codes, "blocks", before), {"x": x})["y"]
+    found = run(quantized(codes, "groups", before), {"x": x})["y"]
     wanted = -per_block(np.tanh(x)[:, 0], codes)
     np.testing.assert_allclose(found[:, 0], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     assert np.abs(found - run(before, {"x": x})["y"]).max() > 1e-3, "nothing was rounded"
     for row in range(3):
-        alone = run(quantized(codes, "blocks", before), {"x": x[row : row + 1]})["y"]
+        alone = run(quantized(codes, "groups", before), {"x": x[row : row + 1]})["y"]
         np.testing.assert_allclose(found[row], alone[0], rtol=0, atol=1e-6 * np.abs(alone).max())
 
 
@@ -178,7 +178,7 @@ def test_rounded_activations_lose_little(form: str) -> None:
     assert 1e-4 < error < 0.02, "an error of zero would mean that nothing was rounded"
 
 
-@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded", "blocks"])
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "int8", "groups"])
 def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
     after = quantized(CHANNEL, form, expose(product(), "p"))
     assert [str(v.name) for v in after.graph.outputs] == ["y", "p"]
@@ -186,7 +186,7 @@ def test_a_product_that_is_the_graph_s_output_keeps_its_name(form: str) -> None:
     np.testing.assert_array_equal(found["p"], -found["y"])
 
 
-@pytest.mark.parametrize("form", ["float", "token", "tensor", "expanded", "blocks"])
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "int8", "groups"])
 def test_two_products_of_one_weight_share_its_codes(form: str) -> None:
     twice = TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)')
     after = quantized(CHANNEL, form, product(twice), 2)
@@ -221,9 +221,9 @@ def test_a_matrix_that_is_computed_is_left_alone() -> None:
         ("float", 8, 64, "MatMulNBits"),
         ("token", 8, None, "MatMulIntegerToFloat"),
         ("tensor", 8, None, "DynamicQuantizeMatMul"),
-        ("expanded", 4, 32, "MatMulIntegerToFloat"),
-        ("expanded", 8, 64, "MatMulIntegerToFloat"),
-        ("blocks", 8, None, "MatMulNBits"),
+        ("int8", 4, 32, "MatMulIntegerToFloat"),
+        ("int8", 8, 64, "MatMulIntegerToFloat"),
+        ("groups", 8, None, "MatMulNBits"),
     ],
 )
 def test_the_runner_multiplies_codes(form: str, bits: int, block: int | None, kernel: str, tmp_path: Path) -> None:

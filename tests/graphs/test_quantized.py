@@ -12,13 +12,14 @@ import onnxruntime as ort
 import pytest
 from support.codes import rounded, values
 from support.graphs import build, normal, run, the
-from support.native_ops import lanes, unpacked
 
 from satchel.graphs.ir.values import MICROSOFT, Builder, weight
 from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows, reshaped, stored
-from satchel.graphs.quant.quantized import MADE, PANELS, QuantizedWeight
+from satchel.graphs.quant.quantized import LAYOUT, QuantizedWeight
 from satchel.graphs.quant.recipe import Scheme
 from satchel.graphs.quant.rounding import Grid
+from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.layouts import Weight, pack
 
 OUTPUTS, INPUTS = 21, 96
 WEIGHT = normal(1, OUTPUTS, INPUTS)
@@ -114,29 +115,18 @@ def test_codes_by_rows_can_be_unpacked(bits: int, block: int | None, symmetric: 
     assert (points is None) == symmetric
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("outputs", [32, 22, 80])
-@each
-def test_codes_in_panels_can_be_unpacked(
-    bits: int, block: int | None, symmetric: bool, outputs: int, gated: bool
-) -> None:
-    codes = rounded("w", normal(3, outputs, INPUTS), bits, block, symmetric)
-    panels, scales, points = codes.panels(gated=gated)
-    assert panels.name == ("w.gated_panels" if gated else "w.panels")
-    assert scales.name == f"{panels.name[:-1]}_scales"
-    found = unpacked(panels.numpy(), outputs, INPUTS, bits, gated)
-    np.testing.assert_array_equal(found.astype(np.int16) - ((1 << (bits - 1)) if symmetric else 0), codes.codes)
-    np.testing.assert_array_equal(lanes(scales.numpy(), outputs, gated), codes.grid.scales)
-    np.testing.assert_array_equal(panels.rows(1, 2), panels.numpy()[1:2])
-    assert np.count_nonzero(scales.numpy()) == codes.grid.scales.size, "what fills up a panel counts for nothing"
-    assert (points is None) == symmetric
-    if points is not None:
-        assert points.name == f"{panels.name[:-1]}_zero_points"
-        np.testing.assert_array_equal(lanes(points.numpy(), outputs, gated), codes.grid.zero_points)
-    for part in (panels, scales, points):
-        if part is not None:
-            assert (part.numpy().shape, part.numpy().dtype) == (part.dims, part.dtype.numpy())
-            assert part.meta[MADE] == PANELS
+@pytest.mark.parametrize("layout", Layout)
+def test_other_layouts_are_named_marked_and_made_as_the_bundle_format_says(layout: Layout) -> None:
+    codes = rounded("w", WEIGHT, 8, None, symmetric=True)
+    stored = Weight(codes.codes.T, codes.grid.scales.T, None, 8)
+    wanted = pack(layout, stored)
+    made = codes.derived(layout)
+    assert [part.name for part in made] == [f"w{ending}" for ending in wanted]
+    for part, array in zip(made, wanted.values(), strict=True):
+        assert part.meta[LAYOUT] is layout
+        assert (part.dims, part.dtype.numpy()) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(part.numpy(), array)
+        np.testing.assert_array_equal(part.rows(1, 2), array[1:2])
 
 
 @pytest.mark.parametrize(

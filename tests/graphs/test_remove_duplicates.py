@@ -8,7 +8,8 @@ from support.graphs import build, fired, normal, operators, same_numbers, tag, u
 
 from satchel.graphs.ir.values import weight
 from satchel.graphs.passes.normalize.remove_duplicates import RANDOM, remove_duplicates
-from satchel.graphs.quant.quantized import MADE, PANELS
+from satchel.graphs.quant.quantized import LAYOUT
+from satchel.runtime.bundle.contract import Layout
 
 X = {"x": normal(1, 3, 5)}
 
@@ -135,5 +136,5 @@ def test_constants_that_a_device_makes_stay_two() -> None:
     assert operators(fired(remove_duplicates, model, 1).model) == {"Add": 1, "Mul": 1, "Sub": 1}
     made = build(two("Add(x, v)", "Mul(x, w)"), v=normal(2, 5), w=normal(2, 5))
     for name in "vw":
-        weight(made.graph.initializers[name]).meta[MADE] = PANELS  # type: ignore[union-attr]
+        weight(made.graph.initializers[name]).meta[LAYOUT] = Layout.PANELS  # type: ignore[union-attr]
     assert untouched(remove_duplicates, made) == []

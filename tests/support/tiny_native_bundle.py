@@ -39,8 +39,8 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
     (folder / "weights.bin").write_bytes(content + codes.tobytes() + scales.tobytes())
     size = PANELS * HIDDEN * 16
     panels = [
-        placed("head.panels", TensorProto.UINT8, (PANELS, HIDDEN * 16), "native.bin", 0, size),
-        placed("head.panel_scales", TensorProto.FLOAT, (PANELS, 1, 16), "native.bin", size, PANELS * 64),
+        placed("head.panels", TensorProto.UINT8, (PANELS, HIDDEN * 16), "panels.bin", 0, size),
+        placed("head.panel_scales", TensorProto.FLOAT, (PANELS, 1, 16), "panels.bin", size, PANELS * 64),
     ]
     attributes = {"inputs": HIDDEN, "outputs": VOCABULARY, "bits": 8, "block": 0, **changes}
     for name in ("prefill", "decode", "score", "native"):

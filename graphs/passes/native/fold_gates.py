@@ -11,6 +11,8 @@ from satchel.graphs.analysis.linear import CODES, give, unfinished, width
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
 from satchel.graphs.ir.values import Builder, attributes, constant, nodes, producer, rank, replace, weight
 from satchel.graphs.quant.quantized import QuantizedWeight
+from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.layouts import values_ending
 
 GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 """How ONNX's Gelu names the two ways to compute it, and how the operator does."""
@@ -34,7 +36,9 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
         for split in nodes(model, "Split"):
             product = unfinished(split.inputs[0])
             codes = weight(product.inputs[CODES]) if product is not None else None
-            quantized = weights.get(codes.name.removesuffix(".panels")) if codes is not None else None
+            quantized = (
+                weights.get(codes.name.removesuffix(values_ending(Layout.PANELS))) if codes is not None else None
+            )
             if product is None or quantized is None:
                 continue
             found = _gated(split)
@@ -46,9 +50,8 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
             except Refused as refusal:
                 report.refuse(split, str(refusal))
                 continue
-            for index, lazy in enumerate(quantized.panels(gated=True)):
-                if lazy is not None:
-                    give(product, CODES + index, Builder(model).shared(lazy))
+            for index, lazy in enumerate(quantized.derived(Layout.PANELS, gated=True)):
+                give(product, CODES + index, Builder(model).shared(lazy))
             product.attributes.add(ir.AttrString("gate", gate))
             product.outputs[0].shape = found.outputs[0].shape
             replace(found.outputs[0], product.outputs[0])

@@ -11,12 +11,13 @@ from satchel.graphs.analysis.linear import own_product
 from satchel.graphs.ir.contract import GraphPass, Report, graph_pass
 from satchel.graphs.ir.values import Builder, last_dim, replace
 from satchel.graphs.quant.quantized import QuantizedWeight, quantized_products
+from satchel.runtime.bundle.contract import Layout
 
 
 def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     """Multiply by codes in panels, with the input rounded to int8: each row as a whole, or block by block as the codes.
 
-    The panels are made on the device (QuantizedWeight.panels).
+    The panels are made on the device (QuantizedWeight.derived).
 
     before: x -> MatMul(W) -> y
     after:  x -> satchel::Linear(panels, scales, zero points) -> y
@@ -42,9 +43,7 @@ def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
 
 def _rewrite(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     builder, (outputs, inputs), scheme = Builder(model, node), quantized.codes.shape, quantized.grid.scheme
-    panels = [None if lazy is None else builder.shared(lazy) for lazy in quantized.panels()]
-    while panels[-1] is None:
-        panels.pop()
+    panels = [builder.shared(lazy) for lazy in quantized.derived(Layout.PANELS)]
     sizes = {"inputs": inputs, "outputs": outputs, "bits": scheme.bits, "block": scheme.block or 0}
     product = own_product(builder, "Linear", [node.inputs[0], *panels], f"{node.name}.linear", node.outputs[0], sizes)
     replace(node.outputs[0], product)

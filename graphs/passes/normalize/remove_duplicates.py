@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, constant, replace, weight
-from satchel.graphs.quant.quantized import MADE
+from satchel.graphs.quant.quantized import LAYOUT
 
 RANDOM = {
     "RandomNormal",
@@ -38,7 +38,7 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
     seen_constants: dict[Hashable, ir.Value] = {}
     for value in list(model.graph.initializers.values()):
         lazy = weight(value)
-        array = None if lazy is not None and MADE in lazy.meta else constant(value)
+        array = None if lazy is not None and LAYOUT in lazy.meta else constant(value)
         if array is None or value.is_graph_output():
             continue
         key = (array.dtype.name, array.shape, array.tobytes())

@@ -12,12 +12,8 @@ from satchel.graphs.ir.contract import GraphPass, Report
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import MICROSOFT, Builder, replace
 from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight, quantized_products
-
-LEVELS = 127
-"""Steps of an int8 activation on each side of zero."""
-
-SMALLEST = 1e-10
-"""A row's largest magnitude counts as this much at least, so that a row of zeros stays zeros."""
+from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.layouts import GROUP_SIZE, INT8_MAX, SMALLEST_RANGE
 
 
 def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str, str]) -> GraphPass:
@@ -25,16 +21,16 @@ def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str,
 
     Args:
         weights: What is stored for a float weight, by the weight's name.
-        activations: By the same names, how the product takes its input: "float", "token" or "tensor", or "expanded" or
-            "blocks".
+        activations: By the same names, how the product takes its input: "float", "token" or "tensor", or "int8" or
+            "groups".
 
     before: x -> MatMul(W) -> y
     after:  "float":  Wq -> DequantizeLinear -> W';  x -> MatMul(W') -> y
             "token":  s = Max(ReduceMax(x), -ReduceMin(x), tiny) for each token;  x -> Div(s) -> QuantizeLinear(1/127)
                       -> DequantizeLinear -> MatMul(DequantizeLinear(Wq)) -> Mul(s) -> y
-            "expanded": as "token", over int8 weights with a scale per output that the device makes of Wq
+            "int8":   as "token", over int8 per-channel weights that the device makes from Wq
             "tensor": x -> DynamicQuantizeLinear -> MatMulInteger(Wq) -> Cast -> Mul(scales) -> y
-            "blocks": x -> MatMulNBits(Wb) -> y, which rounds x block by block, over Wb that the device makes of Wq
+            "groups": x -> MatMulNBits(Wg) -> y, which rounds x group by group, over Wg that the device makes from Wq
     refuses when: the weight is not among those given (silently).
     """
 
@@ -57,9 +53,9 @@ def _token(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     _multiply_tokens(builder, node, _dequantized(builder, quantized, str(node.name)))
 
 
-def _expanded(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+def _int8(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     builder = Builder(model, node)
-    codes, scales = (builder.shared(lazy) for lazy in quantized.expanded())
+    codes, scales = (builder.shared(lazy) for lazy in quantized.derived(Layout.INT8))
     matrix = builder.value("DequantizeLinear", [codes, scales], f"{node.name}.matrix", axis=1)
     matrix.type, matrix.shape = ir.TensorType(ir.DataType.FLOAT), codes.shape
     _multiply_tokens(builder, node, matrix)
@@ -69,8 +65,8 @@ def _multiply_tokens(builder: Builder, node: ir.Node, matrix: ir.Value) -> None:
     """Replace a product by one of `matrix` with the input's rows in int8, each with its own scale."""
     name, x = str(node.name), node.inputs[0]
     axis = builder.constant(np.asarray([-1], np.int64), "axis.last")
-    tiny = builder.constant(np.asarray(SMALLEST, np.float32), "smallest")
-    step = builder.constant(np.asarray(1 / LEVELS, np.float32), "int8_step")
+    tiny = builder.constant(np.asarray(SMALLEST_RANGE), "smallest")
+    step = builder.constant(np.asarray(1 / INT8_MAX, np.float32), "int8_step")
     zero = builder.constant(np.asarray(128, np.uint8), "uint8_zero")
     low = builder.value("Neg", [builder.value("ReduceMin", [x, axis], f"{name}.min", keepdims=1)], f"{name}.neg_min")
     high = builder.value("ReduceMax", [x, axis], f"{name}.max", keepdims=1)
@@ -94,14 +90,14 @@ def _tensor(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     replace(result, builder.value("Mul", [product, scale], f"{name}.rescaled", result))
 
 
-def _blocks(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
+def _groups(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     builder, result = Builder(model, node), node.outputs[0]
-    lazy, lazy_scales = quantized.blocked()
+    lazy, lazy_scales = quantized.derived(Layout.GROUPS)
     codes, scales = builder.shared(lazy), builder.shared(lazy_scales)
     outputs, inputs = quantized.codes.shape
     product = builder.value(
         "MatMulNBits", [node.inputs[0], codes, scales], f"{node.name}.by_blocks", result, MICROSOFT,
-        bits=8, block_size=lazy.dims[2], K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
+        bits=8, block_size=GROUP_SIZE, K=inputs, N=outputs, accuracy_level=INT8_PRODUCTS,
     )  # fmt: skip
     replace(result, product)
 
@@ -118,4 +114,4 @@ def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.
     return value
 
 
-INSERT = {"float": _float, "token": _token, "tensor": _tensor, "expanded": _expanded, "blocks": _blocks}
+INSERT = {"float": _float, "token": _token, "tensor": _tensor, Layout.INT8.value: _int8, Layout.GROUPS.value: _groups}

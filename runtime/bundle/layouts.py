@@ -1,0 +1,219 @@
+"""The layouts of quantized weights that a device makes from those that a bundle stores: their names, shapes and bytes.
+
+A bundle stores each weight of a linear layer once, as DequantizeLinear reads it. Graphs that read it in another layout
+name its tensors by `parts`, and refer to a file that no bundle has, `file_name(layout)`; `pack` makes its content, when
+the bundle is specialized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.dtypes import FLOAT32, INT8, UINT8, DType
+
+INT8_MAX = 127
+SMALLEST_RANGE = np.float32(1e-10)
+"""The largest magnitude of an output counts as this at least, so that zeros stay zeros."""
+
+GROUP_SIZE = 64
+"""Inputs of a group in `Layout.GROUPS`. With 128 a row's result would depend on how many rows there are."""
+
+PANEL = 16
+"""Outputs of a panel."""
+
+TOGETHER = {8: 4, 4: 8}
+"""Bits -> neighboring inputs of one output in a panel: what one instruction multiplies."""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a quantized weight is, apart from its values. It has `groups` scales for each output."""
+
+    inputs: int
+    outputs: int
+    groups: int
+    bits: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a layout; `axis` is that of the outputs, or of the panels of outputs."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight, or some of its outputs.
+
+    Attributes:
+        values: [inputs, outputs], one value in a byte: int8 where symmetric, else uint8.
+        scales: [groups, outputs] float32.
+        zero_points: [groups, outputs] uint8; None where symmetric.
+        bits: 8 or 4.
+    """
+
+    values: Array
+    scales: NDArray[np.float32]
+    zero_points: Array | None
+    bits: int
+
+    @property
+    def form(self) -> Form:
+        """What it is, apart from its values."""
+        inputs, outputs = self.values.shape
+        return Form(inputs, outputs, len(self.scales), self.bits, self.zero_points is None)
+
+
+def file_name(layout: Layout) -> str:
+    """The file in which graphs say that weights of this layout are. No bundle has it."""
+    return f"{layout.value}.bin"
+
+
+def parts(layout: Layout, form: Form, *, gated: bool = False) -> dict[str, Part]:
+    """The tensors of a weight in this layout. The key is what follows the weight's name in that of the tensor.
+
+    Args:
+        layout: The layout.
+        form: What the weight is.
+        gated: For panels: the outputs are two halves, of which one is multiplied by the activated other. Panels of the
+            halves alternate, so that both are computed at the same time.
+
+    Raises:
+        ValueError: The layout cannot hold such a weight.
+    """
+    inputs, outputs, groups = form.inputs, form.outputs, form.groups
+    if min(inputs, outputs, groups) < 1 or inputs % groups:
+        raise ValueError(f"{form} is not a quantized weight")
+    if layout is Layout.INT8:
+        values = Part(INT8, (inputs, outputs), axis=1)
+        return {values_ending(layout): values, ".int8_scales": Part(FLOAT32, (outputs,))}
+    if layout is Layout.GROUPS:
+        if (groups, form.bits, form.symmetric) != (1, 8, True):
+            raise ValueError(f"{form} is not int8, per-channel")
+        count = -(-inputs // GROUP_SIZE)
+        values = Part(UINT8, (outputs, count, GROUP_SIZE))
+        return {values_ending(layout): values, ".block_scales": Part(FLOAT32, (outputs, count))}
+    halves, together = 2 if gated else 1, TOGETHER[form.bits]
+    if outputs % halves or (form.bits == 4 and inputs % together):
+        raise ValueError(f"{form} has no panels")
+    panels = halves * -(-outputs // halves // PANEL)
+    size = PANEL * form.bits * -(-inputs // together) * together // 8
+    start, by_group = values_ending(layout, gated=gated).removesuffix("s"), (panels, groups, PANEL)
+    made = {f"{start}s": Part(UINT8, (panels, size)), f"{start}_scales": Part(FLOAT32, by_group)}
+    return made if form.symmetric else made | {f"{start}_zero_points": Part(UINT8, by_group)}
+
+
+def values_ending(layout: Layout, *, gated: bool = False) -> str:
+    """What follows a weight's name in the name of the tensor that has its values: the first of its parts."""
+    if layout is Layout.PANELS:
+        return ".gated_panels" if gated else ".panels"
+    return {Layout.INT8: ".int8", Layout.GROUPS: ".block_codes"}[layout]
+
+
+def pack(layout: Layout, weight: Weight, *, gated: bool = False) -> dict[str, Array]:
+    """The content of each tensor that `parts` names.
+
+    A weight may be packed a few outputs at a time, along each part's axis: panels a multiple of `PANEL` outputs at a
+    time, of a gated weight as many of each half.
+    """
+    wanted = parts(layout, weight.form, gated=gated)
+    if layout is Layout.PANELS:
+        made = _panels(weight, gated)
+    else:
+        made = _int8(weight) if layout is Layout.INT8 else _groups(weight)
+    return dict(zip(wanted, made, strict=True))
+
+
+def dequantized(weight: Weight) -> NDArray[np.float32]:
+    """What the quantized values stand for: (value - zero point) * scale, [inputs, outputs] float32."""
+    values = weight.values.astype(np.float32)
+    size = len(values) // len(weight.scales)
+    if weight.zero_points is not None:
+        values -= np.repeat(weight.zero_points.astype(np.float32), size, axis=0)
+    values *= np.repeat(weight.scales, size, axis=0)
+    return values
+
+
+def _int8(weight: Weight) -> list[Array]:
+    """Int8 with one scale for each output, its largest magnitude / 127: the nearest steps, in float32."""
+    values = dequantized(weight)
+    scales = np.maximum(np.abs(values).max(axis=0), SMALLEST_RANGE) / np.float32(INT8_MAX)
+    values /= scales
+    return [np.rint(values).astype(np.int8), scales]
+
+
+def _groups(weight: Weight) -> list[Array]:
+    """The same numbers as MatMulNBits reads them: 128 is added, and the last group is padded with zeros, that is 128.
+
+    The scale of an output is that of each of its groups.
+    """
+    inputs, outputs = weight.values.shape
+    count = -(-inputs // GROUP_SIZE)
+    whole = np.full((outputs, count * GROUP_SIZE), 128, np.uint8)
+    whole[:, :inputs] = _unsigned(weight).T
+    return [whole.reshape(outputs, count, GROUP_SIZE), np.repeat(weight.scales.T, count, axis=1)]
+
+
+def _panels(weight: Weight, gated: bool) -> list[Array]:
+    """Panels of 16 outputs as satchel's own kernels read them; outputs that pad the last one have a scale of 0.
+
+    In 8 bits a panel is [inputs / 4, 16 outputs, 4 inputs], the inputs padded with 128. In 4 bits it is [inputs / 8, 16
+    outputs, 4 bytes]: byte i has input i of eight in its low half and input i + 4 in its high half. Symmetric values
+    are unsigned by adding 128 or 8. Scales and zero points are [panels, groups, 16].
+    """
+    zero, halves = 1 << weight.bits - 1, 2 if gated else 1
+
+    def alternating(rows: Array, fill: int, arrange: Any) -> Array:
+        made = [arrange(_padded(half, fill, axis=1, multiple=PANEL)) for half in np.split(rows, halves, axis=1)]
+        whole = made[0] if halves == 1 else np.stack(made, axis=1)
+        return np.ascontiguousarray(whole).reshape(-1, *made[0].shape[1:])
+
+    def groups(rows: Array) -> Array:
+        return rows.reshape(len(rows), -1, PANEL).transpose(1, 0, 2)
+
+    words = alternating(_unsigned(weight), zero, lambda values: _words(values, weight.bits))
+    made = [words.reshape(len(words), -1).view(np.uint8), alternating(weight.scales, 0, groups)]
+    if weight.zero_points is not None:
+        made.append(alternating(weight.zero_points, zero, groups))
+    return made
+
+
+def _words(values: Array, bits: int) -> Array:
+    """Unsigned values [inputs, outputs] of whole panels as [panels, inputs / 4 or / 8, 16] words of four bytes."""
+    outputs = values.shape[1]
+    if bits == 4:
+        eights = values.reshape(-1, 2, 4, outputs)
+        fours = eights[:, 0] | eights[:, 1] << np.uint8(4)
+    else:
+        fours = _padded(values, 128, axis=0, multiple=4).reshape(-1, 4, outputs)
+    # With four bytes as one number, whole rows of a panel move at once.
+    together = np.empty((len(fours), outputs, 4), np.uint8)
+    for place in range(4):
+        together[:, :, place] = fours[:, place]
+    return together.view(np.uint32).reshape(len(fours), -1, PANEL).transpose(1, 0, 2)
+
+
+def _unsigned(weight: Weight) -> Array:
+    """The values as numbers from 0 on: half the range is added to symmetric ones."""
+    values = weight.values.view(np.uint8)
+    if weight.zero_points is not None:
+        return values
+    return values ^ np.uint8(128) if weight.bits == 8 else values + np.uint8(8)
+
+
+def _padded(rows: Array, fill: int, *, axis: int, multiple: int) -> Array:
+    missing = -rows.shape[axis] % multiple
+    width = [(0, 0), (0, 0)]
+    width[axis] = (0, missing)
+    return np.pad(rows, width, constant_values=fill) if missing else rows
