@@ -23,6 +23,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The runner keeps hashes and bundles in the cache of the user otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SATCHEL_SPECIALIZE", "off")  # no process works on after a test
         yield
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.cli import custom_flags, provider_flags
+from satchel.runtime.cli import custom_flags, provider_flags, ready
 from satchel.runtime.cli.chat_turns import read_turns, typed_turns
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation import options as generation_options
@@ -70,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="size of the prefix cache, which keeps keys and values between turns (default: that of a full context)",
     )
     parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    ready.add_flag(parser)
     custom_flags.add_flags(parser)
     parser.add_argument(
         "--json",
@@ -143,6 +144,7 @@ def _open(args: argparse.Namespace) -> Conversation:
     template = None if args.chat_template is None else _read(args.chat_template, "--chat-template")
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
+    ready.make_ready(args)
     generator = Generator.open(
         args.bundle,
         provider=choice,
@@ -153,6 +155,7 @@ def _open(args: argparse.Namespace) -> Conversation:
         progress=not args.quiet,
         custom=custom_flags.custom_of(args),
         require_signature=args.require_signature,
+        specialize=args.specialize is None,
     )
     if template is not None:
         special = special_tokens(generator.engine.bundle, generator.tokenizer)

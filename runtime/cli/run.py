@@ -8,11 +8,10 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.cli import custom_flags, provider_flags, run_flags
-from satchel.runtime.errors import PromptError, SatchelError, SatchelWarning
+from satchel.runtime.cli import custom_flags, provider_flags, ready, run_flags
+from satchel.runtime.errors import PromptError, SatchelWarning
 from satchel.runtime.generation.options import CHAT_DEFAULTS, given_in
 
 if TYPE_CHECKING:
@@ -66,12 +65,7 @@ def _open(args: argparse.Namespace) -> Generator:
 
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
-    if args.specialize and args.require_signature is not None:
-        raise SatchelError(
-            "--specialize with --require-signature: the signature does not cover what it makes: remove one"
-        )
-    if args.specialize:
-        _specialize(args)
+    ready.make_ready(args)
     return Generator.open(
         args.bundle,
         provider=choice,
@@ -82,21 +76,7 @@ def _open(args: argparse.Namespace) -> Generator:
         progress=not args.quiet,
         custom=custom_flags.custom_of(args),
         require_signature=args.require_signature,
-    )
-
-
-def _specialize(args: argparse.Namespace) -> None:
-    from satchel.runtime.optimize.prepare import prepare
-    from satchel.runtime.util.progress import stage_printer
-
-    shown = not args.quiet
-    prepare(
-        Path(args.bundle),
-        threads=args.threads,
-        custom=custom_flags.custom_of(args),
-        shown=shown,
-        progress=stage_printer(shown=shown),
-        waiting=lambda: None,
+        specialize=args.specialize is None,
     )
 
 

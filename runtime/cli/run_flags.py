@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from satchel.runtime.cli import custom_flags, provider_flags
+from satchel.runtime.cli import custom_flags, provider_flags, ready
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation import options
 from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-context", metavar="N", type=int, help="maximum positions of prompt and new text (default: the bundle's)"
     )
     parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument("--specialize", action="store_true", help="first optimize the bundle for this machine")
+    ready.add_flag(parser)
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")
     parser.add_argument(

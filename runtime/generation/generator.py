@@ -31,6 +31,7 @@ from satchel.runtime.generation.session_file import SavedState, check_size, read
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.chat_template import TEMPLATE_NAME, ChatTemplate
 from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.ort.background import specialize_in_background
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
@@ -81,6 +82,7 @@ class Generator:
         progress: bool = False,
         custom: Custom = DEFAULT_CUSTOM,
         require_signature: str | Path | None = None,
+        specialize: bool = True,
     ) -> Generator:
         """Open a bundle: a folder or a packed file.
 
@@ -94,6 +96,8 @@ class Generator:
             progress: Show on a terminal's standard error what takes long.
             custom: Which of the user's own passes and operator libraries may run.
             require_signature: File of a public key; the bundle must be signed with its private key.
+            specialize: Optimize the bundle for this machine in the background, so that it opens and runs faster the
+                next time; SATCHEL_SPECIALIZE=off switches that off for all programs.
 
         Raises:
             BundleError: The bundle cannot be used.
@@ -109,6 +113,8 @@ class Generator:
         with waiting("opening the bundle", shown=progress):
             engine = Engine.open(bundle, provider, threads, verbose=verbose)
             tokenizer = Tokenizer.open(bundle) if bundle.manifest.tokenizer else None
+        if specialize and require_signature is None:
+            specialize_in_background(bundle, provider, threads, shown=progress)
         context, spec = max_context or limit, bundle.manifest.kv_cache
         size = context * position_bytes(spec) if prefix_cache_mib is None else prefix_cache_mib * MIB
         return cls(engine, tokenizer, context, PrefixCache(spec, size))

@@ -11,13 +11,20 @@ from satchel.runtime.bundle.lock import BusyError, locked
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.ort import machine
+from satchel.runtime.ort.providers import ProviderChoice
 from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.defaults import PROVIDER
 from satchel.runtime.util.memory import system_memory
 
 SWITCH = "SATCHEL_SPECIALIZE"
 """A variable of the environment: "off" or "auto", the default; where a CI service sets CI, "off" is the default."""
 
 WORKER = "satchel.runtime.optimize.worker"
+
+STARTED = (
+    "optimizing this bundle for this processor in the background; the next start is faster "
+    f"(--no-specialize or {SWITCH}=off switches it off)"
+)
 
 MAX_ATTEMPTS = 3
 MEMORY_FACTOR = 5
@@ -26,31 +33,39 @@ MEMORY_FACTOR = 5
 POWER = Path("/sys/class/power_supply")
 
 
-def specialize_in_background(bundle: Bundle, threads: int | None = None) -> str | None:
+def specialize_in_background(
+    bundle: Bundle, provider: str | ProviderChoice, threads: int | None = None, *, shown: bool = False
+) -> bool:
     """Start to specialize an opened bundle that runs its portable graphs, in a detached process of low priority.
 
     Nothing happens where that is switched off, was tried `MAX_ATTEMPTS` times without success, or is under way. The
     process ends by itself, also when this one has ended before; it changes nothing until all is made and checked.
 
+    Args:
+        bundle: The bundle as it was opened.
+        provider: The execution provider it runs on; only graphs for the CPU are specialized.
+        threads: CPU threads that the bundle is to run with.
+        shown: Print a line on standard error that says what was started, or why it was not and how to do it.
+
     Returns:
-        A line for the user, or None where there is nothing to say.
+        Whether a process was started.
     """
-    if _is_off() or bundle.specialized is not None or bundle.manifest.graphs is None:
-        return None
-    if not bundle.whole or bundle.custom_ops:
-        return None
+    name = provider if isinstance(provider, str) else provider.name
+    if _is_off() or bundle.specialized is not None or not bundle.digest or name != PROVIDER:
+        return False
+    if bundle.manifest.graphs is None or not bundle.whole or bundle.custom_ops:
+        return False
     count, _ = machine.attempts(bundle)
     if count >= MAX_ATTEMPTS or _is_busy(bundle.folder):
-        return None
+        return False
     obstacle = _obstacle(bundle)
-    if obstacle is not None or not machine.note_attempts(bundle, count + 1):
+    if obstacle is None:
+        obstacle = _start(bundle, count, threads)
+    if shown:
         command = f"satchel specialize {shlex.quote(str(bundle.folder))}"
-        return f"{command} makes this bundle faster on this machine (not done by itself: {obstacle or 'no user cache'})"
-    _start(bundle.folder.absolute(), threads)
-    return (
-        "optimizing this bundle for this processor in the background; the next start is faster "
-        f"(--no-specialize or {SWITCH}=off switches it off)"
-    )
+        line = f"{command} makes this bundle faster on this machine (not done in the background: {obstacle})"
+        print(f"satchel: {STARTED if obstacle is None else line}", file=sys.stderr)
+    return obstacle is None
 
 
 def _is_off() -> bool:
@@ -90,19 +105,27 @@ def _on_battery() -> bool:
         return False
 
 
-def _start(path: Path, threads: int | None) -> None:
+def _start(bundle: Bundle, count: int, threads: int | None) -> str | None:
+    """Start the process. Returns what kept it from starting, or None."""
     import subprocess
     import threading
 
-    count = [] if threads is None else [str(threads)]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", WORKER, str(path), *count],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=path.parent,
-        env={**os.environ, "PYTHONPATH": python_path()},
-        start_new_session=True,  # Ctrl-C and a closed terminal are for the parent alone
-    )
-    # Who lives on collects it when it ends; who ends before leaves it to the system.
+    if not machine.note_attempts(bundle, count + 1):
+        return "the user's cache cannot be written"
+    path = bundle.folder.absolute()
+    numbers = [] if threads is None else [str(threads)]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", WORKER, str(path), *numbers],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=path.parent,
+            env={**os.environ, "PYTHONPATH": python_path()},
+            start_new_session=True,  # Ctrl-C and a closed terminal are for the parent alone
+        )
+    except OSError as error:
+        return str(error.strerror)
+    # A parent that lives on collects the child when it ends; that of one that ends before is collected by the system.
     threading.Thread(target=process.wait, name="satchel-specialize", daemon=True).start()
+    return None

@@ -86,7 +86,7 @@ def test_bash_completes_the_flags_of_every_command(scripts: Path, name: str) -> 
     ("line", "expected"),
     [
         ("satchel completion ", SHELLS),
-        ("satchel specialize b --prefill ", ("stored", "int8")),
+        ("satchel specialize b --kernels ", ("auto", "satchel", "onnxruntime")),
         ("satchel export model --precision ", PRECISIONS),
         ("satchel export model --kv-cache ", KV_CACHES),
         ("satchel run b --provider c", ("cpu", "cuda", "cann")),
