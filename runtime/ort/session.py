@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from satchel.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
+from satchel.runtime.ort.attention import attention
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
 from satchel.runtime.ort.placement import RECORD, check_placement
@@ -55,8 +55,6 @@ ORT_ERRORS = (
 )
 
 LOG_VERBOSE, LOG_FATAL = 0, 4
-
-PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 _weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
 """The memory that a session was given its weights in; it must stay as long as the session."""
@@ -96,7 +94,8 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     if made is not None and phase in made.graphs:
         name = made.graphs[phase]
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
-    session = _open(bundle, name, options, settings)
+    plain = made is not None and phase in made.graphs and not made.tiled_attention
+    session = _open(bundle, name, options, settings, plain)
     _check_signature(bundle, graph, session)
     return session
 
@@ -119,9 +118,7 @@ def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceS
     Raises ProviderError and BundleError.
     """
     phases = ("prefill",) if _in_one_session(bundle, settings) else ("prefill", "decode")
-    made = _specialized(bundle, settings)
-    tiled = made is None or made.tiled_attention
-    with _attention(tiled), concurrent.futures.ThreadPoolExecutor(len(phases)) as threads:
+    with concurrent.futures.ThreadPoolExecutor(len(phases)) as threads:
         sessions = list(threads.map(lambda phase: open_session(bundle, phase, settings), phases))
     release_freed()
     return sessions[0], sessions[-1]
@@ -130,23 +127,6 @@ def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceS
 def _in_one_session(bundle: Bundle, settings: SessionSettings) -> bool:
     made = _specialized(bundle, settings)
     return bundle.manifest.graph("decode").session_of == "prefill" if made is None else "decode" not in made.graphs
-
-
-@contextlib.contextmanager
-def _attention(tiled: bool) -> Iterator[None]:
-    """Choose between ONNX Runtime's kernels for attention over many tokens: by tiles, or one row of scores at a time.
-
-    Sessions read this variable of the environment when they are opened, and there is no other way to say it. One that
-    the user has set stays.
-    """
-    if tiled or PLAIN_ATTENTION in os.environ:
-        yield
-        return
-    os.environ[PLAIN_ATTENTION] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[PLAIN_ATTENTION]
 
 
 def _specialized(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
@@ -201,12 +181,16 @@ def share_thread_pool(threads: int | None = None) -> None:
         )
 
 
-def _open(bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings) -> ort.InferenceSession:
+def _open(
+    bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings, plain_attention: bool = False
+) -> ort.InferenceSession:
     """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
     disabled = ["ConstantFolding"] if settings.lean else []
     path, choice = bundle.folder / name, settings.provider
     weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
-    session = _started(graph_file(bundle, name, options), options, choice, bundle.manifest, disabled, path)
+    graph = graph_file(bundle, name, options)
+    with attention.of(plain_attention):
+        session = _started(graph, options, choice, bundle.manifest, disabled, path)
     _weights[session] = weights
     check_placement(session, choice, path)
     return session

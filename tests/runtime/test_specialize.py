@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import shutil
 import tempfile
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine, open_engine
 from satchel.runtime.optimize import specialize, trials
 from satchel.runtime.ort import session
+from satchel.runtime.ort.attention import PLAIN_ATTENTION
 from satchel.runtime.ort.open_bundle import misfit, open_bundle
 from satchel.runtime.ort.session import SessionSettings
 
@@ -272,19 +277,44 @@ def test_the_faster_attention_is_chosen(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trials, "prefill_seconds", lambda *_: [1.0, 0.96 if tiled else 0.94])
     specialize.specialize(open_bundle(folder), threads=1)
     seen = []
-    opened = session.open_session
+    started = session._started
 
     def noting(*arguments: Any) -> Any:
-        seen.append(os.environ.get(session.PLAIN_ATTENTION))
-        return opened(*arguments)
+        seen.append(os.environ.get(PLAIN_ATTENTION))
+        return started(*arguments)
 
-    monkeypatch.setattr(session, "open_session", noting)
+    monkeypatch.setattr(session, "_started", noting)
     Engine.open(open_bundle(folder), threads=1)
     assert seen == [None if tiled else "1"] * 2
-    assert session.PLAIN_ATTENTION not in os.environ
-    monkeypatch.setenv(session.PLAIN_ATTENTION, "0")
+    assert PLAIN_ATTENTION not in os.environ
+    monkeypatch.setenv(PLAIN_ATTENTION, "0")
     Engine.open(open_bundle(folder), threads=1)
     assert seen[2:] == ["0"] * 2, "what the user has set stays"
+
+
+def test_two_threads_that_open_bundles_get_the_attention_of_each(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = open_bundle(made)
+    plain = dataclasses.replace(bundle, specialized=dataclasses.replace(bundle.specialized, tiled_attention=False))
+    wanted, seen = threading.local(), set()
+    started = session._started
+
+    def noting(*arguments: Any) -> Any:
+        before = os.environ.get(PLAIN_ATTENTION)
+        opened = started(*arguments)
+        time.sleep(0.01)  # another thread may change the variable meanwhile
+        seen.add((wanted.name, before, os.environ.get(PLAIN_ATTENTION)))
+        return opened
+
+    def opens(name: str, of: Bundle) -> None:
+        wanted.name = name
+        for _ in range(8):
+            session.open_session(of, "prefill", SessionSettings(threads=1))
+
+    monkeypatch.setattr(session, "_started", noting)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(opens, ["plain", "tiled"] * 2, [plain, bundle] * 2))
+    assert seen == {("plain", "1", "1"), ("tiled", None, None)}
+    assert PLAIN_ATTENTION not in os.environ
 
 
 def test_the_command_says_in_json_what_it_made_and_took_away(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
