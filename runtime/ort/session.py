@@ -5,14 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle.dtypes import DTYPES
@@ -23,9 +20,7 @@ from satchel.runtime.kernels import library
 from satchel.runtime.ort.attention import attention
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
-from satchel.runtime.ort.placement import RECORD, check_placement
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
-from satchel.runtime.ort.weights_in_memory import hand_over_weights
 from satchel.runtime.util.memory import release_freed, use_one_arena
 
 # The only session configuration entries that a manifest may set: none of them names a file.
@@ -55,9 +50,6 @@ ORT_ERRORS = (
 )
 
 LOG_VERBOSE, LOG_FATAL = 0, 4
-
-_weights: weakref.WeakKeyDictionary[ort.InferenceSession, list[NDArray[np.generic]]] = weakref.WeakKeyDictionary()
-"""The memory that a session was given its weights in; it must stay as long as the session."""
 
 _process_pool: int | None = None
 """Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
@@ -184,15 +176,19 @@ def share_thread_pool(threads: int | None = None) -> None:
 def _open(
     bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings, plain_attention: bool = False
 ) -> ort.InferenceSession:
-    """Open a graph file of a bundle, and compare where its nodes are with the provider asked for."""
+    """Open a graph file of a bundle; on a device, check that its nodes run there."""
     disabled = ["ConstantFolding"] if settings.lean else []
     path, choice = bundle.folder / name, settings.provider
-    weights = hand_over_weights(bundle, name, options) if PROVIDERS[choice.name].whole_graphs else []
+    prepared = None
+    if PROVIDERS[choice.name].device_memory:
+        from satchel.runtime.ort.experimental.device_session import DeviceSession
+
+        prepared = DeviceSession(bundle, name, options, choice)
     graph = graph_file(bundle, name, options)
     with attention.of(plain_attention):
         session = _started(graph, options, choice, bundle.manifest, disabled, path)
-    _weights[session] = weights
-    check_placement(session, choice, path)
+    if prepared is not None:
+        prepared.check(session)
     return session
 
 
@@ -265,8 +261,6 @@ def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
     if settings.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = f"{settings.profile}-{name}"
-    if settings.provider.name != "cpu":
-        options.add_session_config_entry(RECORD, "1")
     if PROVIDERS[settings.provider.name].whole_graphs:
         # Folding of constants comes before the provider sees the graph; further rewriting would only hinder it.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

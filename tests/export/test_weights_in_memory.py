@@ -14,8 +14,8 @@ from support.static_graphs import write_static
 from satchel.export import ExportConfig
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
+from satchel.runtime.ort.experimental.weights_in_memory import hand_over_weights
 from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.ort.weights_in_memory import hand_over_weights
 
 GRAPH = "decode.onnx"
 _KEPT: list[np.ndarray] = []

@@ -25,7 +25,7 @@ from satchel.runtime.execution.experimental import captured, static
 from satchel.runtime.execution.experimental.om_cache import om_folder
 from satchel.runtime.execution.experimental.slots import MOST_KEPT
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.ort import session
+from satchel.runtime.ort.experimental import device_session
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
 
@@ -400,7 +400,7 @@ def test_weights_are_handed_over_as_memory_that_stays_with_the_session(
 ) -> None:
     handed: list[str] = []
     kept: list[weakref.ref[np.ndarray]] = []
-    original = session.hand_over_weights
+    original = device_session.hand_over_weights
 
     def noted(bundle: Bundle, name: str, options: ort.SessionOptions) -> list[np.ndarray]:
         handed.append(name)
@@ -408,7 +408,7 @@ def test_weights_are_handed_over_as_memory_that_stays_with_the_session(
         kept.extend(weakref.ref(array) for array in arrays)
         return arrays
 
-    monkeypatch.setattr(session, "hand_over_weights", noted)
+    monkeypatch.setattr(device_session, "hand_over_weights", noted)
     bundle = open_bundle(write_static_bundle(tmp_path / "bundle"))
     engine = Engine.open(bundle, "cann")
     assert handed == [f"prefill-{length}-0.onnx" for length in LENGTHS] + ["decode-1-0.onnx"]

@@ -17,8 +17,8 @@ from satchel.runtime.cli import main as cli
 from satchel.runtime.cli import provider_flags
 from satchel.runtime.errors import BundleError, PromptError, ProviderError
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.experimental.placement import RECORD, strayed_nodes
 from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.ort.placement import RECORD, strayed_nodes
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice
 
 BOTH = "both of them, or neither"

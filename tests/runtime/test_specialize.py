@@ -294,7 +294,10 @@ def test_the_faster_attention_is_chosen(folder: Path, monkeypatch: pytest.Monkey
 
 def test_two_threads_that_open_bundles_get_the_attention_of_each(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(made)
-    plain = dataclasses.replace(bundle, specialized=dataclasses.replace(bundle.specialized, tiled_attention=False))
+    plain, tiled = (
+        dataclasses.replace(bundle, specialized=dataclasses.replace(bundle.specialized, tiled_attention=tiled))
+        for tiled in (False, True)
+    )
     wanted, seen = threading.local(), set()
     started = session._started
 
@@ -312,7 +315,7 @@ def test_two_threads_that_open_bundles_get_the_attention_of_each(made: Path, mon
 
     monkeypatch.setattr(session, "_started", noting)
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(opens, ["plain", "tiled"] * 2, [plain, bundle] * 2))
+        list(threads.map(opens, ["plain", "tiled"] * 2, [plain, tiled] * 2))
     assert seen == {("plain", "1", "1"), ("tiled", None, None)}
     assert PLAIN_ATTENTION not in os.environ
 

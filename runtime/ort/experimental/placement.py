@@ -30,8 +30,6 @@ def check_placement(session: ort.InferenceSession, choice: ProviderChoice, graph
             f"--provider {choice.name}: ONNX Runtime could not start {wanted.ort_name} and went on with "
             f"{', '.join(there)}: run with --verbose to see why (a driver or a library of the device may be missing)"
         )
-    if choice.name == "cpu":
-        return  # every session has it, and others are not asked for
     if (strayed := strayed_nodes(session, choice)) is None:
         _complain(
             choice, f"{graph.name}: ONNX Runtime {ort.__version__} does not tell which nodes run on {wanted.ort_name}"
