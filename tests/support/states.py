@@ -62,13 +62,20 @@ def same(found: SavedState, wanted: SavedState) -> bool:
     )
 
 
-def join(header: dict[str, Any] | bytes, payload: bytes) -> bytes:
-    """A state file of a header (parsed, or a line as it is) and a payload, with the header's hash made right."""
-    line = header if isinstance(header, bytes) else json.dumps(header).encode() + b"\n"
-    return b"satchel-state " + hashlib.sha256(line).hexdigest().encode() + b"\n" + line + payload
-
-
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """The parsed header of a state file, and its payload."""
-    _, line, payload = content.split(b"\n", 2)
-    return json.loads(line), payload
+    """The parsed header of a state file, and its tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def join(header: dict[str, Any] | bytes, payload: bytes) -> bytes:
+    """A state file of a header (parsed, or as it is) and tensors."""
+    line = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(line).to_bytes(8, "little") + line + payload
+
+
+def resigned(header: dict[str, Any], payload: bytes) -> bytes:
+    """A state file whose hash is right for this header and these tensors."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode() + payload)
+    return join({**header, "__metadata__": metadata | {"sha256": digest.hexdigest()}}, payload)
