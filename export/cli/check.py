@@ -1,4 +1,4 @@
-"""`satchel check`: tells which nodes of a bundle an execution provider takes, before anything ships."""
+"""`satchel check`: checks operator coverage of a bundle for an execution provider, before it ships."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ example:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.description = (
-        "Check the graphs of a bundle for an execution provider: which nodes it takes, which not and why, rule by "
-        "rule. Nothing is run, and the provider need not be here. Exits with 1 where something would fail or fall back "
-        "to the CPU."
+        "Check which nodes of a bundle's graphs an execution provider supports, and why it does not support the "
+        "others, rule by rule. Nothing is run, and the provider need not be installed. Exits with 1 if a node would "
+        "fail or silently run on the CPU."
     )
     parser.epilog = EXAMPLE
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
@@ -27,15 +27,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ort-version",
         metavar="V",
-        help="the ONNX Runtime that it will run in (default: 1.24.4 for cann, the newest known for cuda)",
+        help="the ONNX Runtime version to check for (default: 1.24.4 for cann, the newest known for cuda)",
     )
-    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings, too")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 on warnings too")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument(HTML_OPTION, metavar="FILE", type=Path, help="also write a page with every place")
+    parser.add_argument(HTML_OPTION, metavar="FILE", type=Path, help="also write an HTML page with every finding")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, and print a report or one JSON object. Returns 1 where the bundle is not ready."""
+    """Check, and print a report or one JSON object. Returns 1 if the bundle is not ready."""
     from satchel.runtime.bundle.atomic_write import atomic_write, check_target
     from satchel.runtime.bundle.reader import read_bundle
     from satchel.runtime.ort.open_bundle import open_bundle

@@ -1,4 +1,4 @@
-"""`satchel completion`: prints the script by which a shell completes the command line."""
+"""`satchel completion`: prints a shell completion script."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SHELLS = ("bash", "zsh", "fish")
 
 FOLDERS = ("BUNDLE",)
 FILES = ("CHECKPOINT", "FILE", "PATH", "SOURCE")
-"""What arguments are called, as metavars, that are paths; so are those of type Path."""
+"""Metavars of arguments that are paths; so are those of type Path."""
 
 EPILOG = """\
-The shell must run the script. One way is a line in the file that it reads at its start:
+The shell must run the script, for example by a line in its startup file:
 
   ~/.bashrc                   eval "$(satchel completion bash)"
   ~/.zshrc, after compinit    eval "$(satchel completion zsh)"
   ~/.config/fish/config.fish  satchel completion fish | source
 
-Another is to save it where the shell looks for such scripts, and to do so again after an update of satchel.
+Or save the script where the shell looks for completions, and save it again after an update of satchel.
 
 example:
   satchel completion bash > satchel.bash"""
@@ -33,10 +33,7 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `satchel completion`."""
-    parser.description = (
-        "Print a script that teaches a shell to complete satchel's commands, flags, choices and paths when the Tab key "
-        "is pressed."
-    )
+    parser.description = "Print a script with which a shell completes satchel's commands, flags, choices and paths."
     parser.epilog = EPILOG
     parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"the shell: {', '.join(SHELLS)}")
 
@@ -48,13 +45,13 @@ def main(args: argparse.Namespace) -> int:
     from satchel.export.config import KV_CACHES, PRECISIONS, TARGETS
     from satchel.runtime.cli.main import COMMANDS, build_full_parser
 
-    # These are checked later than argparse's own choices, with messages of their own.
+    # argparse does not know these choices: they are checked later, with messages of their own.
     choices = {"--precision": PRECISIONS, "--kv-cache": KV_CACHES, "--target": TARGETS, "--provider": tuple(PROVIDERS)}
     parser = build_full_parser()
     for action in _actions(parser):
         if isinstance(action, argparse._SubParsersAction):
             for name, subparser in action.choices.items():
-                subparser.description = COMMANDS[name].help  # menus have room for that
+                subparser.description = COMMANDS[name].help  # short enough for menus
         for flag in choices.keys() & set(action.option_strings):
             action.choices = choices[flag]
         if action.metavar in FOLDERS:
@@ -66,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All arguments of a parser and of its subcommands; argparse has no public list of them."""
+    """All arguments of a parser and its subcommands; argparse has no public list of them."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""The flags of passes and operators of a user's own, for all commands that run a bundle. Standard library only."""
+"""The flags for custom passes and operators, of all commands that run a bundle. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --custom-ops, --no-custom-ops and --no-custom-passes."""
     add_library_flag(parser)
     parser.add_argument(
-        "--no-custom-ops", dest="custom_operators", action="store_false", help="run the graphs that need no library"
+        "--no-custom-ops",
+        dest="custom_operators",
+        action="store_false",
+        help="run the graphs without custom operators",
     )
     parser.add_argument(
         "--no-custom-passes",
         dest="custom_passes",
         action="store_false",
-        help="run the graphs without what export --pass did",
+        help="run the graphs without the passes of export --pass",
     )
 
 
@@ -31,12 +34,12 @@ def add_library_flag(parser: argparse.ArgumentParser) -> None:
         metavar="LIBRARY",
         type=Path,
         action="append",
-        help="the shared library with the operators that the bundle was made with; may be given several times",
+        help="a shared library of operators that the bundle was exported with; repeatable",
     )
 
 
 def custom_of(args: argparse.Namespace) -> Custom:
-    """What the flags say."""
+    """The custom libraries, operators and passes that a parsed command line chose."""
     from satchel.runtime.ort.custom_ops import Custom
 
     return Custom(

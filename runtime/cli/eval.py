@@ -1,10 +1,11 @@
-"""`satchel eval`: measures how close a bundle's predictions are to a reference's on a text."""
+"""`satchel eval`: measures on a text how close the predictions of a bundle are to those of a reference."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,29 +33,33 @@ ROWS = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel eval`."""
     parser.description = (
-        "Measure how close a bundle's predictions are to those of a reference, such as the model that it was made "
-        "from, on a text: the divergence KL(reference || bundle), how often both find the same token most likely, and "
-        "the perplexities; for prefill and for decode. Without a reference, the bundle's perplexity alone."
+        "Measure on a text how close the predictions of a bundle are to those of a reference, such as the model that "
+        "it was made from: KL(reference || bundle), top-1 agreement and both perplexities, for prefill and decode. "
+        "Without a reference, only the perplexity of the bundle."
     )
     parser.epilog = (
         "example:\n  satchel eval out/smollm2-fp16 --text book.txt --reference SmolLM2-135M-Instruct/ --json"
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
-    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a UTF-8 text to predict")
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="the UTF-8 text to predict")
     parser.add_argument(
         "--reference",
         metavar="SOURCE",
-        help="another bundle, whose libraries --custom-ops may name too, or a checkpoint as satchel export takes it "
-        "(needs torch and transformers)",
+        help="a bundle, or a checkpoint as for satchel export (needs torch and transformers); --custom-ops may name "
+        "the libraries of a reference bundle too",
     )
     parser.add_argument(
-        "--windows", metavar="N", type=int, default=Window.WINDOWS, help="windows to use at most (%(default)s)"
+        "--windows", metavar="N", type=int, default=Window.WINDOWS, help="max windows (default %(default)s)"
     )
     parser.add_argument(
-        "--window-tokens", metavar="N", type=int, default=Window.LENGTH, help="tokens of a window (%(default)s)"
+        "--window-tokens", metavar="N", type=int, default=Window.LENGTH, help="tokens per window (default %(default)s)"
     )
     parser.add_argument(
-        "--skip", metavar="N", type=int, default=Window.SKIP, help="positions not counted in each (%(default)s)"
+        "--skip",
+        metavar="N",
+        type=int,
+        default=Window.SKIP,
+        help="positions not counted at its start (default %(default)s)",
     )
     parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
     custom_flags.add_flags(parser)
@@ -72,11 +77,12 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.ort import session
     from satchel.runtime.ort.custom_ops import choose
     from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.util.kl import KL_MEANING, grade
     from satchel.runtime.util.progress import progress_bar, waiting
 
     shown = not args.quiet
     bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature, custom=None)
-    ours, theirs = _shared_out(args, bundle.manifest)
+    ours, theirs = _custom_of_both(args, bundle.manifest)
     bundle = choose(bundle, ours)
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
@@ -96,6 +102,9 @@ def main(args: argparse.Namespace) -> int:
         values = [getattr(phase, field) for phase in (fidelity.prefill, fidelity.decode)]
         if None not in values:
             print(f"{label:15}" + "".join(f"{value:14{form}}" for value in values))
+    kl = fidelity.prefill.kl_mean
+    if kl is not None and shown:
+        print(f"{KL_MEANING}. {kl:.5f} is {grade(kl)}.", file=sys.stderr)
     return 0
 
 
@@ -137,10 +146,10 @@ def _windows(bundle: Bundle, text: str, args: argparse.Namespace) -> list[Ids]:
     return cut_windows(ids, args.window_tokens, args.windows)
 
 
-def _shared_out(args: argparse.Namespace, manifest: Manifest) -> tuple[Custom, Custom]:
-    """What of a user's own runs in the bundle and in its reference: each gets the libraries that it was made with.
+def _custom_of_both(args: argparse.Namespace, manifest: Manifest) -> tuple[Custom, Custom]:
+    """The custom operators of the bundle and of its reference: each gets the libraries that it was made with.
 
-    One that neither was made with is the bundle's, which refuses it.
+    A library that belongs to neither goes to the bundle, which refuses it.
     """
     from satchel.runtime.bundle.reader import is_bundle, read_bundle
     from satchel.runtime.ort.custom_ops import Custom, digest_of
@@ -157,7 +166,7 @@ def _shared_out(args: argparse.Namespace, manifest: Manifest) -> tuple[Custom, C
 
 
 def _check_reference(source: str | None, manifest: Manifest, tokens: int) -> None:
-    """Refuse a reference bundle that cannot be compared, before any graph is opened."""
+    """Raise BundleError for a reference bundle that cannot be compared, before any graph is opened."""
     from satchel.runtime.bundle.reader import is_bundle, read_bundle
 
     if source is None or not is_bundle(source):

@@ -1,4 +1,4 @@
-"""`satchel inspect`: shows what is in a bundle, from its manifest."""
+"""`satchel inspect`: shows the contents of a bundle, from its manifest."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HTML_OPTION = "--html"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel inspect`."""
     parser.description = (
-        "Show what is in a bundle: its sizes, the precision of each layer, the passes that made its graphs, its "
-        "certificate. Reads the manifest and sizes of files. It does not run the bundle, and checks hashes only with "
-        "--require-signature: satchel verify does both."
+        "Show the contents of a bundle: sizes, the precision of each layer, the passes that made its graphs, the "
+        "certificate. Reads only the manifest and file sizes. It does not run the bundle, and checks hashes only with "
+        "--require-signature; satchel verify does both."
     )
     parser.epilog = "example:\n  satchel inspect out/smollm2-int8 --html bundle.html"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument(HTML_OPTION, metavar="FILE", type=Path, help="also write a page with every layer and pass")
+    parser.add_argument(HTML_OPTION, metavar="FILE", type=Path, help="also write an HTML page of all layers and passes")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`satchel pack`: puts a bundle and the runner into one file."""
+"""`satchel pack`: packs a bundle and the runner into one file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel pack`."""
     parser.description = (
-        "Put a bundle and satchel's runner into one file. python FILE 'prompt' runs it wherever numpy, onnxruntime and "
+        "Pack a bundle and the runner into one file. python FILE 'prompt' runs it wherever numpy, onnxruntime and "
         "a tokenizer library are; every command takes it as BUNDLE. Weights are not compressed, and are mapped from "
         "the file. What satchel specialize made stays behind: it is for one kind of machine."
     )

@@ -1,4 +1,4 @@
-"""`satchel profile`: tells where the time of a bundle goes, by operator, layer and node."""
+"""`satchel profile`: shows the time per operator, layer and node."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from satchel.runtime.tools.profiling.profiling import PhaseProfile
 
 TRACE_OPTION = "--trace"
-OUTSIDE = "before: embedding, positions, masks; after: the last norm and the head"
+OUTSIDE = "before: embedding, positions, masks; after: final norm and head"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel profile`."""
     parser.description = (
-        "Show where the time of a bundle goes, by operator, by layer and by node: a prompt of random tokens, and then "
-        "new tokens, run under ONNX Runtime's profiler. It slows them down: satchel bench measures speed."
+        "Run a prompt of random tokens, then new tokens, under ONNX Runtime's profiler, and show the time per "
+        "operator, layer and node. The profiler slows the run down: use satchel bench to measure speed."
     )
     parser.epilog = "example:\n  satchel profile out/smollm2-int8 --prompt-tokens 256 --threads 2 --trace trace.json"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (default %(default)s)")
     custom_flags.add_flags(parser)
     parser.add_argument(
-        TRACE_OPTION, metavar="FILE", type=Path, help="also write all runs as a trace for Perfetto or chrome://tracing"
+        TRACE_OPTION, metavar="FILE", type=Path, help="also write a trace of all runs for Perfetto or chrome://tracing"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)
@@ -128,7 +128,7 @@ def _layer_rows(profiles: Sequence[PhaseProfile]) -> list[tuple[str, ...]]:
 def _placed(phase: str, profile: PhaseProfile) -> str:
     outside = max(1 - profile.by_name - profile.by_position, 0.0)
     return (
-        f"{phase}: {profile.by_name:.1%} of the kernels' time is in nodes that name their layer, "
+        f"{phase}: {profile.by_name:.1%} of the kernel time is in nodes that name their layer, "
         f"{profile.by_position:.1%} in nodes between those, {outside:.1%} outside the layers"
     )
 
@@ -138,7 +138,7 @@ def _runs(count: int) -> str:
 
 
 def _mean(profile: PhaseProfile) -> str:
-    return f"mean of {profile.steps}" if profile.steps > 1 else "one measured"
+    return f"mean of {profile.steps}" if profile.steps > 1 else "measured once"
 
 
 def _time(ms: float, share: float) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The flags of all commands that run a bundle: on which execution provider, and how. Standard library only."""
+"""The execution provider flags of all commands that run a bundle. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="an option of the provider, such as device_id=1; may be given several times",
+        help="a provider option, such as device_id=1; repeatable",
     )
-    group.add_argument(
-        "--strict", action="store_true", help="refuse to run where part of a graph would run on another provider"
-    )
+    group.add_argument("--strict", action="store_true", help="fail if part of a graph would run on another provider")
 
 
 def choice_of(args: argparse.Namespace) -> ProviderChoice:
-    """What a parsed command line chose.
+    """The provider that a parsed command line chose.
 
-    Raises PromptError for an option that is no KEY=VALUE or has two values, ProviderError for what is not known.
+    Raises PromptError for an option that is not KEY=VALUE or is given twice with different values, ProviderError for an
+    unknown provider or option.
     """
     options: dict[str, str] = {}
     for given in args.provider_option:
@@ -38,7 +37,7 @@ def choice_of(args: argparse.Namespace) -> ProviderChoice:
         if not equals or not key:
             raise PromptError(f"--provider-option {given}: must be KEY=VALUE, such as device_id=1")
         if options.setdefault(key, value) != value:
-            raise PromptError(f"--provider-option {key}: has the values {options[key]} and {value}: give one of them")
+            raise PromptError(f"--provider-option {key}: given as {options[key]} and as {value}: leave one out")
     choice = ProviderChoice(args.provider, options, args.strict)
     choice.check()
     return choice

@@ -1,4 +1,4 @@
-"""`satchel sign`: signs a bundle, or makes a key pair to do so."""
+"""`satchel sign`: signs a bundle, or creates a key pair."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel sign`."""
     parser.description = (
-        "Sign a bundle with an Ed25519 key: write signature.json beside its manifest, or into a packed file. "
-        "--require-signature NAME.pub then makes every command refuse a bundle that is not signed with NAME.pem, or "
-        "was changed since. Needs cryptography."
+        "Sign a bundle with an Ed25519 key: write signature.json beside its manifest, or into a packed file. With "
+        "--require-signature NAME.pub, every command refuses a bundle that is not signed with NAME.pem or was changed "
+        "since. Needs cryptography."
     )
     parser.epilog = (
         "example:\n  satchel sign --new-key keys/maker\n  satchel sign out/smollm2-int8 --key keys/maker.pem\n"
@@ -21,20 +21,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="a folder of satchel export, or a packed file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--key", metavar="PRIVATE.pem", type=Path, help="the private key to sign with")
-    what.add_argument("--new-key", metavar="NAME", type=Path, help="make a key pair, NAME.pem and NAME.pub")
+    what.add_argument("--new-key", metavar="NAME", type=Path, help="create a key pair, NAME.pem and NAME.pub")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Sign, or make keys, and say what was written."""
+    """Sign, or create keys, and print what was written."""
     from satchel.runtime.bundle.signature import new_key_pair
     from satchel.runtime.errors import SatchelError
 
     if (args.bundle is None) != (args.key is None):
-        raise SatchelError("satchel sign takes either BUNDLE and --key PRIVATE.pem, or --new-key NAME")
+        raise SatchelError("give either BUNDLE and --key PRIVATE.pem, or --new-key NAME")
     if args.new_key is not None:
         private, public = new_key_pair(args.new_key)
-        line = f"{private} is the private key: keep it to yourself; {public} is for those who check"
+        line = f"{private} is the private key: keep it secret; {public} is the public key: give it to those who verify"
         facts = {"private_key": str(private), "public_key": str(public)}
     else:
         digest = _sign(args)

@@ -1,4 +1,4 @@
-"""`satchel unpack`: makes a folder of a packed bundle again."""
+"""`satchel unpack`: extracts a packed bundle."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel unpack`."""
-    parser.description = "Write the bundle that a packed file holds into a new folder, byte for byte as it was packed."
+    parser.description = "Extract the bundle in a packed file into a new folder, byte for byte as it was packed."
     parser.epilog = "example:\n  satchel unpack smollm2.pyz -o out/smollm2"
     parser.add_argument("bundle", metavar="BUNDLE", help="a file made by satchel pack")
-    parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="the folder to make")
+    parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="the folder to create")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Unpack, and print the folder's name."""
+    """Extract, and print the name of the folder, or one JSON object."""
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.pack import unpack
     from satchel.runtime.util.progress import waiting

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.errors import SatchelError, SatchelWarning
@@ -166,7 +167,8 @@ def _bundle(path: str) -> Iterator[Finding]:
     yield Finding("bundle", text, facts)
     runs, made = phases(bundle), bundle.specialized is not None
     reason = "; ".join(str(warning.message) for warning in caught)
-    text = "specialized for this machine: " if made else "not specialized for this machine: "
+    text = "specialized for this machine" if made else "not specialized for this machine"
+    text += ": " if bundle.folder == Path(path) else ", by a copy in the user's cache: "
     text += f"prefill runs {runs['prefill']}; decode runs {runs['decode']}"
     if reason or (not made and manifest.target == "cpu"):
         text += f" ({reason or f'faster after: satchel specialize {path}'})"

@@ -64,7 +64,7 @@ def test_an_option_without_key_or_value_is_refused(given: str) -> None:
 
 def test_an_option_with_two_values_is_refused() -> None:
     flags = ["--provider", "cuda", "--provider-option", "device_id=1", "--provider-option", "device_id=2"]
-    with pytest.raises(PromptError, match="device_id: has the values 1 and 2: give one of them"):
+    with pytest.raises(PromptError, match=r"device_id.*\b1\b.*\b2\b"):
         provider_flags.choice_of(parsed(*flags))
 
 
