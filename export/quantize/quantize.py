@@ -29,7 +29,7 @@ from satchel.graphs.quant.assign import layer_name, rule_of
 from satchel.graphs.quant.quantized import KVScales, Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
-from satchel.graphs.targets.targets import ROTATE, even_out
+from satchel.graphs.targets.targets import ROTATE, equalize_steps
 from satchel.runtime.bundle.contract import LOGITS, past_names, present_names
 
 Progress = Callable[[int], Any]
@@ -78,7 +78,7 @@ def quantize(
     statistics: dict[str, NDArray[np.float32]] = {}
     if windows is not None and (config.int8_cache or "smooth" in recipe.transforms):
         statistics, maxima = _observe(model, windows, folder, config.int8_cache, progress)
-    model, ran = pipeline.run(model, even_out(recipe, statistics))
+    model, ran = pipeline.run(model, equalize_steps(recipe, statistics))
     done += ran
     chosen = rules(model)
     weights = _round(model, chosen, windows, folder, progress)

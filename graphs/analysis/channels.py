@@ -6,7 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.packing import product
+from satchel.graphs.analysis.matmul import product
 from satchel.graphs.ir.contract import Refused
 from satchel.graphs.ir.values import attributes, constant, last_dim, only_user, producer, rank, weight
 from satchel.graphs.ir.weights import LazyWeight

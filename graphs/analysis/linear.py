@@ -1,7 +1,7 @@
-"""satchel's own operator for products, `satchel::Linear`: its inputs and attributes, and how passes change a node.
+"""satchel's own operator for linear layers, `satchel::Linear`: its inputs and attributes, and how passes change a node.
 
-It computes, in this order: the norm of x, the Hadamard matrix, x rounded to int8, the product with codes, the bias, the
-gate, the residual.
+It computes, in this order: the norm of x, the Hadamard transform, x rounded to int8, the matmul with quantized weights,
+the bias, the gate, the residual.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.values import INTERNAL, Builder, nodes, only_user, producer
 
-X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, GAIN = range(7)
+X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, NORM_WEIGHT = range(7)
 """The operator's inputs."""
 
 
-def own_product(
+def native_operator(
     builder: Builder,
     op_type: str,
     reads: Sequence[ir.Value | None],
@@ -24,7 +24,7 @@ def own_product(
     like: ir.Value,
     sizes: Mapping[str, int],
 ) -> ir.Value:
-    """The result of a new product by one of satchel's own operators, in dtype and shape like another's."""
+    """The result of a new node of one of satchel's own operators, with the dtype and shape of `like`."""
     node = builder.node(op_type, reads, name, INTERNAL)
     for key, size in sizes.items():
         node.attributes.add(ir.AttrInt64(key, size))
@@ -39,30 +39,30 @@ def linears(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def linear(value: ir.Value | None) -> ir.Node | None:
-    """The Linear that makes `value`."""
+    """The Linear that computes `value`."""
     return producer(value, "Linear", INTERNAL)
 
 
-def unfinished(value: ir.Value | None) -> ir.Node | None:
-    """The Linear that makes `value` for one reader alone, if nothing is added to its product yet but a bias."""
+def fusable(value: ir.Value | None) -> ir.Node | None:
+    """The Linear that computes `value` for a single reader, if it has neither a residual nor a gate yet."""
     node = linear(value)
-    if node is None or only_user(node.outputs[0]) is None or given(node, RESIDUAL) or node.attributes.get("gate"):
+    if node is None or only_user(node.outputs[0]) is None or has_input(node, RESIDUAL) or node.attributes.get("gate"):
         return None
     return node
 
 
-def given(node: ir.Node, index: int) -> bool:
+def has_input(node: ir.Node, index: int) -> bool:
     """Whether the node has that input."""
     return index < len(node.inputs) and node.inputs[index] is not None
 
 
-def give(node: ir.Node, index: int, value: ir.Value) -> None:
-    """Let the node take an input that it has not yet."""
+def set_input(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Set an input of the node, which may not have so many inputs yet."""
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
 
 
 def width(node: ir.Node) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear, of the product itself."""
+    """(inputs, outputs) of the matmul of a Linear."""
     return node.attributes.get_int("inputs", 0), node.attributes.get_int("outputs", 0)

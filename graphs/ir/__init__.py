@@ -1,0 +1,1 @@
+"""What every pass needs: its contract, the pipeline that runs it, values, lazy weights, inputs and outputs."""

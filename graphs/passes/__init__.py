@@ -1,0 +1,1 @@
+"""The passes, grouped by stage; each module has one pass of its own name."""

@@ -1,0 +1,1 @@
+"""Quantization as data: recipes, rounding, quantized weights, and which rule each weight follows."""

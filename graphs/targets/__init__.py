@@ -1,0 +1,1 @@
+"""Which passes run for which target, and in which order."""

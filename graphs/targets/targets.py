@@ -155,8 +155,8 @@ ROTATE = (Step(rotate_residual), Step(rotate_values))
 """Outliers are spread over all channels of the residual stream and of each value head."""
 
 
-def even_out(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]) -> tuple[Step, ...]:
-    """The passes that a recipe asks for in front of its down projections; `statistics` are those of equalize."""
+def equalize_steps(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]) -> tuple[Step, ...]:
+    """The passes that a recipe wants in front of down projections; `statistics` are those of the pass equalize."""
     smooth = (Step(equalize(statistics)),) if "smooth" in recipe.transforms else ()
     if "hadamard" not in recipe.transforms:
         return smooth
@@ -204,7 +204,7 @@ def finish_cuda(phase: str, precision: str) -> tuple[Step, ...]:
     return (*FINISH_CUDA, *top)
 
 
-def _expandable(rule: Rule) -> bool:
+def _gains_by_int8(rule: Rule) -> bool:
     """Whether a rule's products gain by int8 weights: a head, which a rule of its own has, sees one token at a time."""
     return rule.prefill == "float" and "linear" in rule.kinds
 
@@ -213,7 +213,7 @@ ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
     "prefill": lambda rule: rule.prefill,
     "decode": lambda rule: rule.decode,
     "score": lambda rule: rule.prefill,
-    PREFILL_INT8: lambda rule: Layout.INT8.value if _expandable(rule) else rule.prefill,
+    PREFILL_INT8: lambda rule: Layout.INT8.value if _gains_by_int8(rule) else rule.prefill,
     DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else Layout.GROUPS.value,
 }
 """How a rule's products take their input in a phase: the names of insert_qdq's forms."""
@@ -273,7 +273,7 @@ class Target:
     def graphs(self, quantized: Quantized | None) -> tuple[str, ...]:
         """The names of a bundle's graphs."""
         rules = {} if quantized is None else quantized.rules
-        products = [name for name, rule in rules.items() if _expandable(rule)]
+        products = [name for name, rule in rules.items() if _gains_by_int8(rule)]
         small = quantized is not None and any(quantized.weights[name].grid.scheme.bits == 4 for name in products)
         whole = any(rule.decode != "float" for rule in rules.values())
         native = quantized is not None and not quantized.kv_scales and has_linear(quantized)

@@ -8,7 +8,7 @@ import pytest
 from support.graphs import expose, fired, normal, operators, tag, the, untouched
 from support.native_graphs import attributes_of, codes_of, same_by_reference, with_linears
 
-from satchel.graphs.analysis.linear import GAIN, given
+from satchel.graphs.analysis.linear import NORM_WEIGHT, has_input
 from satchel.graphs.passes.native.fold_norms import fold_norms
 from satchel.graphs.passes.native.fold_residuals import fold_residuals
 
@@ -40,7 +40,7 @@ def test_all_products_that_read_a_norm_take_it_in(text: str, block: int | None) 
 def test_a_gain_of_ones_is_left_out() -> None:
     before = model(gain=np.ones(64, np.float32))
     after = fired(fold_norms, before, 1).model
-    assert not given(the(after, "Linear"), GAIN)
+    assert not has_input(the(after, "Linear"), NORM_WEIGHT)
     assert attributes_of(after)["epsilon"] == pytest.approx(0.01)
     same_by_reference(before, after, X)
 

@@ -20,7 +20,7 @@ from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step, check_order
 from satchel.graphs.quant.quantized import KVScales, Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
-from satchel.graphs.targets.targets import ROTATE, TARGETS, even_out
+from satchel.graphs.targets.targets import ROTATE, TARGETS, equalize_steps
 from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8
 
 MODULES = {
@@ -61,7 +61,7 @@ def static_pipelines() -> dict[str, tuple[Step, ...]]:
         f"{name} {phase} {tokens} {quantized is not None}": (
             *target.normalize,
             *target.fuse,
-            *((*ROTATE, *even_out(RECIPE, {})) if quantized is not None else ()),
+            *((*ROTATE, *equalize_steps(RECIPE, {})) if quantized is not None else ()),
             *target.static_steps(phase, Lengths(tokens, 8), quantized),
         )
         for name, target in TARGETS.items()
@@ -77,7 +77,7 @@ def varying_pipelines() -> dict[str, tuple[Step, ...]]:
         f"{name} {phase} {precision}": (
             *target.normalize,
             *target.fuse,
-            *((*ROTATE, *even_out(RECIPE, {})) if quantized is not None else ()),
+            *((*ROTATE, *equalize_steps(RECIPE, {})) if quantized is not None else ()),
             *target.steps(phase, precision, quantized),
         )
         for name, target in TARGETS.items()

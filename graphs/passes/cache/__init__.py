@@ -1,0 +1,1 @@
+"""Passes for the KV cache, positions and attention masks of prefill and decode."""

@@ -1,0 +1,1 @@
+"""Passes that store or compute in float16."""

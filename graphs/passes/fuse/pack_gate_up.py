@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.packing import Product, pack, product
+from satchel.graphs.analysis.matmul import Product, product
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import nodes
+from satchel.graphs.quant.joining import join
 
 ACTIVATIONS = {"Sigmoid", "Gelu", "Relu", "Tanh", "Erf", "HardSigmoid", "Elu", "Softplus", "Mul", "Add", "Div", "Pow"}
 """Elementwise operators of which an activation may be written."""
@@ -28,7 +29,7 @@ def pack_gate_up(model: ir.Model, report: Report) -> None:
                 continue
             makers = {id(gate.value.producer()), id(up.value.producer())}
             try:
-                pack(model, [gate, up], "gate_up_proj", next(n for n in model.graph if id(n) in makers))
+                join(model, [gate, up], "gate_up_proj", next(n for n in model.graph if id(n) in makers))
                 report.count += 1
             except Refused as refusal:
                 report.refuse(mul, str(refusal))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs.analysis.packing import Product, pack, product
+from satchel.graphs.analysis.matmul import Product, product
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import MICROSOFT, attributes, constant, last_dim, nodes
+from satchel.graphs.quant.joining import join
 
 PASS_THROUGH = {"Reshape", "Transpose", "RMSNormalization", "LayerNormalization", "RotaryEmbedding", "Mul"}
 """What may stand between a product and the attention: moves, and norms and rotations of each head."""
@@ -29,7 +30,7 @@ def pack_qkv(model: ir.Model, report: Report) -> None:
         found = [p for p in products if p is not None]
         if len(found) == 3 and len({id(p.value) for p in found}) == 3:
             try:
-                pack(model, found, "qkv_proj", _first_maker(model, found))
+                join(model, found, "qkv_proj", _first_maker(model, found))
                 report.count += 1
             except Refused as refusal:
                 report.refuse(attention, str(refusal))

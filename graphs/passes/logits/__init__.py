@@ -1,0 +1,1 @@
+"""Passes for the head: which tokens get logits, and how it shares its weight with the embedding."""

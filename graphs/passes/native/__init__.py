@@ -1,0 +1,1 @@
+"""Passes that replace linear layers and attention by satchel's own operators."""

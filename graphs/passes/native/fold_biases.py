@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import BIAS, give, given, unfinished, width
+from satchel.graphs.analysis.linear import BIAS, fusable, has_input, set_input, width
 from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import dims, nodes, replace, weight
 
@@ -20,13 +20,13 @@ def fold_biases(model: ir.Model, report: Report) -> None:
     """
     for add in nodes(model, "Add"):
         for value, bias in (add.inputs, reversed(add.inputs)):
-            product = unfinished(value)
-            if product is None or bias is None or weight(bias) is None or given(product, BIAS):
+            product = fusable(value)
+            if product is None or bias is None or weight(bias) is None or has_input(product, BIAS):
                 continue
             if dims(bias) != [width(product)[1]] or bias.dtype != ir.DataType.FLOAT:
                 report.refuse(add, "what it adds is not one number for each output")
                 continue
-            give(product, BIAS, bias)
+            set_input(product, BIAS, bias)
             replace(add.outputs[0], product.outputs[0])
             report.count += 1
             break

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import CODES, give, unfinished, width
+from satchel.graphs.analysis.linear import CODES, fusable, set_input, width
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
 from satchel.graphs.ir.values import Builder, attributes, constant, nodes, producer, rank, replace, weight
 from satchel.graphs.quant.quantized import QuantizedWeight
@@ -34,7 +34,7 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
 
     def edit(model: ir.Model, report: Report) -> None:
         for split in nodes(model, "Split"):
-            product = unfinished(split.inputs[0])
+            product = fusable(split.inputs[0])
             codes = weight(product.inputs[CODES]) if product is not None else None
             quantized = (
                 weights.get(codes.name.removesuffix(values_ending(Layout.PANELS))) if codes is not None else None
@@ -51,7 +51,7 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
                 report.refuse(split, str(refusal))
                 continue
             for index, lazy in enumerate(quantized.derived(Layout.PANELS, gated=True)):
-                give(product, CODES + index, Builder(model).shared(lazy))
+                set_input(product, CODES + index, Builder(model).shared(lazy))
             product.attributes.add(ir.AttrString("gate", gate))
             product.outputs[0].shape = found.outputs[0].shape
             replace(found.outputs[0], product.outputs[0])

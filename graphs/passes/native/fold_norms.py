@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import GAIN, X, give, given, linear, width
+from satchel.graphs.analysis.linear import NORM_WEIGHT, X, has_input, linear, set_input, width
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import attributes, constant, dims, nodes, rank, weight
 
@@ -35,7 +35,7 @@ def fold_norms(model: ir.Model, report: Report) -> None:
             reader.replace_input_with(X, norm.inputs[0])
             reader.attributes.add(ir.AttrFloat32("epsilon", epsilon))
             if ones is None or not np.array_equal(ones, np.ones_like(ones)):
-                give(reader, GAIN, gain)
+                set_input(reader, NORM_WEIGHT, gain)
         report.count += 1
 
 
@@ -51,7 +51,7 @@ def _checked(norm: ir.Node, readers: list[ir.Node]) -> tuple[float, ir.Value]:
         at_x = [use.idx for use in norm.outputs[0].uses() if use.node is reader] == [X]
         if reader is not linear(reader.outputs[0]) or not at_x or norm.outputs[0].is_graph_output():
             raise Refused("something else than products reads what is normed")
-        if reader.attributes.get("epsilon") or given(reader, GAIN):
+        if reader.attributes.get("epsilon") or has_input(reader, NORM_WEIGHT):
             raise Refused("the product has a norm already")
         if gain is None or weight(gain) is None or dims(gain) != [width(reader)[0]] or gain.dtype != ir.DataType.FLOAT:
             raise Refused("the norm's gain is not a constant vector as wide as the product's input")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import RESIDUAL, give, unfinished
+from satchel.graphs.analysis.linear import RESIDUAL, fusable, set_input
 from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import dims, nodes, replace, weight
 
@@ -20,7 +20,7 @@ def fold_residuals(model: ir.Model, report: Report) -> None:
     """
     for add in nodes(model, "Add"):
         for value, residual in (reversed(add.inputs), add.inputs):
-            product = unfinished(value)
+            product = fusable(value)
             if product is None or residual is None or residual is value or weight(residual) is not None:
                 continue
             shape = dims(residual)
@@ -30,7 +30,7 @@ def fold_residuals(model: ir.Model, report: Report) -> None:
             # It goes to where the sum was made: the residual may be made after the product.
             model.graph.remove(product)
             model.graph.insert_before(add, product)
-            give(product, RESIDUAL, residual)
+            set_input(product, RESIDUAL, residual)
             replace(add.outputs[0], product.outputs[0])
             report.count += 1
             break

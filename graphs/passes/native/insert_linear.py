@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import own_product
+from satchel.graphs.analysis.linear import native_operator
 from satchel.graphs.ir.contract import GraphPass, Report, graph_pass
 from satchel.graphs.ir.values import Builder, last_dim, replace
 from satchel.graphs.quant.quantized import QuantizedWeight, quantized_products
@@ -45,5 +45,7 @@ def _rewrite(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None
     builder, (outputs, inputs), scheme = Builder(model, node), quantized.codes.shape, quantized.grid.scheme
     panels = [builder.shared(lazy) for lazy in quantized.derived(Layout.PANELS)]
     sizes = {"inputs": inputs, "outputs": outputs, "bits": scheme.bits, "block": scheme.block or 0}
-    product = own_product(builder, "Linear", [node.inputs[0], *panels], f"{node.name}.linear", node.outputs[0], sizes)
+    product = native_operator(
+        builder, "Linear", [node.inputs[0], *panels], f"{node.name}.linear", node.outputs[0], sizes
+    )
     replace(node.outputs[0], product)

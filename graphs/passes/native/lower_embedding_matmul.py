@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import own_product
+from satchel.graphs.analysis.linear import native_operator
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, dims, last_dim, nodes, replace, weight
 from satchel.graphs.quant.quantized import INT8_PRODUCTS
@@ -37,7 +37,7 @@ def lower_embedding_matmul(model: ir.Model, report: Report) -> None:
             report.refuse(node, str(refusal))
             continue
         sizes = {"inputs": options["K"], "outputs": options["N"], "block": options["block_size"]}
-        product = own_product(
+        product = native_operator(
             Builder(model, node), "TableLinear", node.inputs[:3], f"{node.name}.table", node.outputs[0], sizes
         )
         replace(node.outputs[0], product)

@@ -1,0 +1,1 @@
+"""Passes that bring the tracer's graph into one form, and clean up at the end."""

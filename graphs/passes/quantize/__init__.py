@@ -1,0 +1,1 @@
+"""Passes that prepare weights for quantization, and that put quantized weights into a graph."""

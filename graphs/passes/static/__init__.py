@@ -1,0 +1,1 @@
+"""Passes that make graphs of static shapes."""
