@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from satchel.runtime.kernels.library import EXTENSIONS, reason
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a worker has one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +19,26 @@ def pytest_configure() -> None:
     """A shell that starts the tests in the background lets their children ignore Ctrl-C, which some tests send."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("own_kernels") and (why := reason()):
+        pytest.skip(f"satchel's own operators {why}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which kernels the tests ran, and why others did not."""
+    reports = {
+        outcome: sum("own_kernels" in report.keywords for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "skipped")
+    }
+    ran, skipped = reports["passed"] + reports["failed"], reports["skipped"]
+    if ran or skipped:
+        form = "compiled for " + ", ".join(EXTENSIONS)
+        terminalreporter.write_line(
+            f"satchel's own operators, {form}: {ran} tests ran"
+            + (f"; {skipped} were skipped: they {reason()}" if skipped else "")
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,7 +54,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _no_process_pool() -> Iterator[None]:
     """A command that runs inside the test process must not take ONNX Runtime's threads from all tests after it.
 
-    `test_commands_share_one_pool` runs a command in a process of its own, as users do.
+    Tests of the pool itself, and of whole commands, run in processes of their own, as users' commands do.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("satchel.runtime.ort.session.share_thread_pool", lambda threads=None: None)

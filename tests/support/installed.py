@@ -62,10 +62,12 @@ def site_packages(environment: Path) -> Path:
     return found
 
 
-def run(environment: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(environment: Path, *arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
     """That environment's Python."""
     command = [str(environment / "bin" / "python"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=environment)
+    return subprocess.run(
+        command, input=typed, capture_output=True, text=True, timeout=300, check=False, cwd=environment
+    )
 
 
 def needed(requirement: Requirement, extra: str = "") -> bool:

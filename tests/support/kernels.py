@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from satchel.runtime.kernels.library import library, reason
+from satchel.runtime.kernels.library import library
 
-needs_kernels = pytest.mark.skipif(library() is None, reason=f"satchel's own operators {reason()}")
+needs_kernels = pytest.mark.own_kernels
 
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
