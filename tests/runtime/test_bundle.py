@@ -215,18 +215,6 @@ def test_the_tiny_bundle_is_the_same_on_every_run(tiny: Path, tmp_path: Path) ->
 def test_a_fingerprint_is_of_what_decides_the_numbers(folder: Path) -> None:
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    facts = {
-        "files": sorted([name, record.sha256] for name, record in manifest.files.items()),
-        "kv_cache": {
-            "mode": "shared",
-            "dtype": "float32",
-            "layers": [dataclasses.asdict(x) for x in manifest.kv_cache.layers],
-        },
-        "precision": "fp32",
-        "target": "cpu",
-    }
-    encoded = json.dumps(facts, sort_keys=True).replace(" ", "").encode()
-    assert bundle.fingerprint == hashlib.sha256(encoded).hexdigest()
     shuffled = dict(reversed(manifest.files.items()))
     changed_file = dict(manifest.files) | {
         "weights.bin": dataclasses.replace(manifest.files["weights.bin"], sha256="0" * 64)
