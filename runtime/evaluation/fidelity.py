@@ -1,7 +1,7 @@
-"""How close a bundle's predictions are to a reference's, over windows of a text, for prefill and decode apart.
+"""Measures how close the predictions of a bundle are to those of a reference, separately for prefill and decode.
 
-The text is tokenized without special tokens and cut into consecutive windows; in each, the predictions of all
-positions but the first few count. A window is scored on its own: nothing is seen of the one before.
+The text is tokenized without special tokens and cut into consecutive windows. Each window is scored alone, and all its
+positions but the first few count.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Reference = Callable[[Ids], NDArray[np.float32]]
 
 
 VALUES_AT_ONCE = 1 << 20
-"""Logits that are worked on in float64 at a time: 8 MiB an intermediate result."""
+"""Logits converted to float64 at a time: 8 MiB per intermediate result."""
 
 LARGEST_LOSS = 700.0
-"""Nats, of which the exponential is still a finite float64: a mean loss above it counts as this."""
+"""Upper bound of a mean loss, in nats, so that the perplexity is a finite float64."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Fidelity:
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text without the special tokens that the tokenizer adds around it.
+    """The ids of a text without the special tokens that the tokenizer adds at its beginning and end.
 
-    Those are what it makes of the empty text: as much of that as the ids begin with, and the rest at their end.
+    The special tokens are the encoding of the empty text, split where the ids of the text stop to agree with it.
     """
     ids, special = tokenizer.encode(text), tokenizer.encode("")
     before = next((i for i, token in enumerate(special) if i >= len(ids) or ids[i] != token), len(special))
@@ -52,15 +52,14 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def cut_windows(ids: Sequence[int], length: int = Window.LENGTH, count: int = Window.WINDOWS) -> list[Ids]:
-    """The first `count` consecutive windows of `length` ids. What is left over at the end is dropped, unless it is all
-    there is."""
+    """The first `count` consecutive windows of `length` ids. A shorter rest is dropped, unless it is the whole text."""
     whole = np.asarray(ids, np.int64)
     windows = [whole[start : start + length] for start in range(0, len(whole) - length + 1, length)]
     return windows[:count] or [whole]
 
 
 def check_windows(windows: Sequence[Ids], skip: int) -> None:
-    """Raise PromptError for a window in which no position has a token after it to predict."""
+    """Raise PromptError for a window without a counted position that is followed by a token."""
     shortest = min((len(window) for window in windows), default=0)
     if shortest < skip + 2:
         raise PromptError(
@@ -77,24 +76,23 @@ def evaluate(
     decode_windows: int | None = None,
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> Fidelity:
-    """Compare a bundle's predictions with a reference's, position by position.
+    """Compare the predictions of a bundle with those of a reference, position by position.
 
-    Prefill: the score graph's logits from position `skip` on, and prefill's own for a window's last position. Decode:
-    a window's first half goes through prefill and each token of the second through decode; the second half counts.
-    The divergence is KL(reference || bundle) over the whole vocabulary, in float64. A position's loss is that of the
-    token after it, so a window's last position has none. The logits of one window are in memory at a time, the
-    reference's and the bundle's.
+    Prefill: logits of the score graph from position `skip` on, and of the prefill graph for the last position of a
+    window. Decode: the first half of a window is prefilled and the second half, which counts, is decoded token by
+    token. The divergence is KL(reference || bundle) over the whole vocabulary, in float64. The loss of a position is
+    that of the next token, so the last position of a window has none. The logits of one window at a time are in memory.
 
     Args:
         windows: Token ids, each at least `skip` + 2 of them.
-        reference: Gives the logits to compare with; None measures perplexity alone.
-        skip: Positions at the start of each window that do not count.
-        decode_windows: How many of the windows decode's figures use; None for all.
-        progress: Called with the number of tokens of each window that is done.
+        reference: Computes the logits to compare with; None to measure only perplexity.
+        skip: Number of positions at the start of each window that do not count.
+        decode_windows: Number of windows that decode is measured on; None for all.
+        progress: Called with the number of tokens of each finished window.
 
     Raises:
         PromptError: A window is too short or too long, or an id is outside the vocabulary.
-        SatchelError: The reference has another vocabulary, or logits that are not finite.
+        SatchelError: The reference has another vocabulary, or its logits are not finite.
         BundleError: The bundle's logits are not finite.
     """
     check_windows(windows, skip)
@@ -119,7 +117,7 @@ def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 class _Figures:
-    """What is kept of each position of one phase: four floats."""
+    """Collects four floats per position of one phase."""
 
     def __init__(self, graphs: str) -> None:
         self._graphs = graphs
@@ -127,7 +125,7 @@ class _Figures:
         self._losses, self._reference_losses = array("d"), array("d")
 
     def add(self, logits: Logits, expected: NDArray[np.float32] | None, following: Ids) -> None:
-        """Take in positions: logits [positions, vocabulary] and, for all or all but the last, the id that follows."""
+        """Add logits [positions, vocabulary] and the ids that follow, which the last position may lack."""
         step = max(1, VALUES_AT_ONCE // logits.shape[1])
         for start in range(0, len(logits), step):
             rows, targets = slice(start, start + step), following[start : start + step]
@@ -146,7 +144,7 @@ class _Figures:
         perplexity = _perplexity(self._losses)
         if not self._divergences:
             return PhaseFidelity(None, None, None, None, perplexity, None)
-        divergences = np.maximum(self._divergences, 0)  # below 0 by rounding only
+        divergences = np.maximum(self._divergences, 0)  # rounding may make them negative
         return PhaseFidelity(
             kl_mean=float(divergences.mean()),
             kl_median=float(np.median(divergences)),

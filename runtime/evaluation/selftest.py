@@ -1,4 +1,7 @@
-"""Runs a bundle before it is published: `python -m satchel.runtime.evaluation.selftest FOLDER [LIBRARY ...]`."""
+"""Runs a new bundle before it is published. Only `satchel export` starts this, in a process without torch:
+
+python -m satchel.runtime.evaluation.selftest FOLDER [LIBRARY ...]
+"""
 
 from __future__ import annotations
 
@@ -25,28 +28,28 @@ Compared = tuple[str, NDArray[np.float32], NDArray[np.float32]]
 TOKENS = 6
 
 TOLERANCE = 1e-3
-"""Between the same logits by two ways through the graphs, relative to the largest."""
+"""Max difference between logits of the same tokens by two graphs, relative to the largest logit."""
 
 HALF_TOLERANCE = 2e-2
-"""The same for graphs that compute in float16, whose numbers have 11 bits."""
+"""The same for graphs that compute in float16, with 11 significant bits."""
 
 ROUNDED_TOLERANCE = 0.5
-"""The same where phases round activations or caches differently, of the root mean squares: a router may choose another
-expert for a token by that, and a wrong graph is further off. The certificate measures the rest.
+"""The same for root mean squares, where phases quantize activations or caches differently. A router may then choose
+another expert for a token; a wrong graph is further off. The certificate measures smaller differences.
 """
 
 SPARE = 2
-"""Positions of the cache that stay free where the mask covers all of it."""
+"""Free positions of the cache in graphs whose mask covers the whole cache."""
 
 
 def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
-    """Check that the graphs run, that all of them agree, and that the tokenizer encodes its corpus as recorded.
+    """Check that all graphs run and agree, and that the tokenizer encodes its corpus as recorded.
 
-    The last logits of a few tokens must be the same by the prefill graph at once, by prefill and decode, and by the
-    score graph. One graph is open at a time, with as little memory as will do; of static ones all are.
+    The last logits of a few tokens must be the same from the prefill graph alone, from prefill and decode, and from the
+    score graph. Dynamic graphs are opened one at a time, to save memory.
 
     Raises:
-        BundleError: They do not, or the logits are not finite.
+        BundleError: A check failed, or the logits are not finite.
     """
     bundle = Bundle(folder, Manifest.read(folder / MANIFEST_NAME))
     _check_graphs(choose(bundle, Custom(libraries)))
@@ -73,7 +76,7 @@ def _check_graphs(bundle: Bundle) -> None:
 def _compared_dynamic(bundle: Bundle) -> list[Compared]:
     length = min(TOKENS, bundle.manifest.model.max_context)
     ids = _ids(bundle.manifest, length)[None]
-    # A mask of the whole cache is to be longer than the tokens, as it will be in use.
+    # A mask of the whole cache must be longer than the tokens, as it is in use.
     fixed = bundle.manifest.has_fixed_mask
     empty = _empty_cache(bundle.manifest, min(length + SPARE, bundle.manifest.model.max_context) if fixed else length)
     whole, _ = _run(bundle, "prefill", ids, 0, empty)
@@ -84,7 +87,7 @@ def _compared_dynamic(bundle: Bundle) -> list[Compared]:
 
 
 def _compared_static(bundle: Bundle) -> list[Compared]:
-    """Each prefill graph, on as many tokens as it takes, with score; and decode, after those but the last, with it."""
+    """Compare score with each prefill graph, on as many tokens as it takes, and decode with prefill."""
     engine = open_engine(bundle, SessionSettings(lean=True))
     compared: list[Compared] = []
     for graph in bundle.manifest.static.prefill if bundle.manifest.static else ():
@@ -122,7 +125,7 @@ def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
 def _run(
     bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
 ) -> tuple[NDArray[np.float32], Cache]:
-    """The last token's logits [vocabulary] and the cache after `ids` [1, sequence], `past` positions being there."""
+    """The logits [vocabulary] of the last of `ids` [1, sequence], after `past` cached positions, and the new cache."""
     session = open_session(bundle, phase, SessionSettings(lean=True))
     end = past + ids.shape[1]
     whole = phase == "decode" and bundle.manifest.has_fixed_mask

@@ -1,9 +1,9 @@
-"""Certifies a bundle that has just been written.
+"""Creates the certificate of a new bundle. Only `satchel export` starts this, in a process without torch:
 
     python -m satchel.runtime.evaluation.worker BUNDLE FOLDER TEXT [LIBRARY ...]
 
-FOLDER holds the windows and a file with the reference's logits for each, and gets the certificate; TEXT says in JSON
-what the windows were cut from; a LIBRARY has operators that the bundle needs.
+FOLDER holds the windows and a file with the reference logits of each, and receives the certificate; TEXT describes in
+JSON the text that the windows were cut from; a LIBRARY has operators that the bundle needs.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from satchel.runtime.util.cpu import machine_cores
 WINDOWS, REFERENCE, RESULT = "windows.npy", "reference-{}.npy", "certificate.json"
 
 PROMPTS = 6
-"""Windows whose beginnings become golden prompts."""
+"""Number of windows whose first tokens become golden prompts."""
 
 PROMPT_TOKENS = 32
 SPEED_TOKENS = (256, 64)
-"""Tokens of the prompt and new ones for the speeds that are recorded."""
+"""Prompt tokens and new tokens of the recorded speeds."""
 
 LARGEST_PACKED = 1 << 30
-"""Bytes of a float bundle up to which its weights are packed, as for a user: faster, but a second copy in memory."""
+"""Max bytes of a float bundle whose weights are packed, as for a user: faster, but a second copy in memory."""
 
 FLOAT_DECODE_WINDOWS = 1
-"""In float, decode runs the kernels of prefill: one window will do."""
+"""Float decode runs the same kernels as prefill, so one window is enough."""
 
 
 def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tuple[Path, ...] = ()) -> Certificate:
-    """Measure a bundle against the logits in `work`. Raises SatchelError."""
+    """Measure a bundle against the reference logits in `work`. Raises SatchelError."""
     bundle = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
     manifest = bundle.manifest
     windows = list(np.load(work / WINDOWS))
@@ -55,9 +55,9 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
         return np.asarray(np.load(work / REFERENCE.format(places[ids.tobytes()])), np.float32)
 
     quantized = bool(manifest.layers)
-    # Quantized weights that are not packed run in other kernels, whose figures would not be the user's.
+    # Quantized weights run on other kernels if not packed, with other figures than those of the user.
     lean = not quantized and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
-    # The figures must not hang on the CPUs that this process is bound to.
+    # The figures must not depend on the CPUs that this process is bound to.
     engine = open_engine(bundle, SessionSettings(threads=machine_cores(), lean=lean))
     length = len(windows[0])
     prompt = min(PROMPT_TOKENS, length // 2)
@@ -70,7 +70,7 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
         skip=min(Window.SKIP, length // 8),
         decode_windows=None if quantized else FLOAT_DECODE_WINDOWS,
     )
-    if lean or manifest.target != "cpu":  # how fast the CPU is says nothing of another device
+    if lean or manifest.target != "cpu":  # the speed of the CPU says nothing about another device
         return certificate
     if default_threads() != machine_cores():
         engine = open_engine(bundle, SessionSettings())
@@ -78,7 +78,7 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
 
 
 def _speed(engine: Engine, manifest: Manifest) -> Speed | None:
-    """The speed on this machine; None for a context or a vocabulary too small to tell."""
+    """The speed on this machine; None if the context or vocabulary is too small to measure."""
     prompt, new = SPEED_TOKENS
     if prompt + new > manifest.model.max_context or manifest.model.vocab_size <= LOWEST_ID:
         return None
@@ -90,7 +90,7 @@ def main() -> int:
     try:
         text = json.loads(sys.argv[3])
         described = None if text is None else strict_json.from_json(EvaluatedText, text)
-        if default_threads() == machine_cores():  # else speed is measured in other threads than all the rest
+        if default_threads() == machine_cores():  # otherwise speed is measured with another number of threads
             share_thread_pool()
         certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])))
     except SatchelError as error:

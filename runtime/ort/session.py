@@ -21,6 +21,7 @@ from satchel.runtime.ort.attention import attention
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
+from satchel.runtime.util.cpu import usable_cpus
 from satchel.runtime.util.memory import release_freed, use_one_arena
 
 # The only session configuration entries that a manifest may set: none of them names a file.
@@ -212,11 +213,6 @@ def _started(
             "export the bundle again, or use the ONNX Runtime named in its manifest"
         ) from None
     return session
-
-
-def usable_cpus() -> int:
-    """The number of logical CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads() -> int:

@@ -98,11 +98,9 @@ def _onnxruntime() -> Finding:
 
 
 def _threads() -> Finding:
-    from satchel.runtime.util.cpu import machine_cores
-
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    text = f"{machine_cores()} physical cores, {os.cpu_count()} logical CPUs, {usable} of them for this process"
-    return Finding("cores", text, {"cores": machine_cores(), "logical": os.cpu_count(), "usable": usable})
+    cores, usable = cpu.machine_cores(), cpu.usable_cpus()
+    text = f"{cores} physical cores, {os.cpu_count()} logical CPUs, {usable} of them for this process"
+    return Finding("cores", text, {"cores": cores, "logical": os.cpu_count(), "usable": usable})
 
 
 def _memory() -> Finding:

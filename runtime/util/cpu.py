@@ -1,4 +1,4 @@
-"""This machine's processor: its name, and what it can do that kernels choose by. Standard library only."""
+"""The processor of this machine: its name, cores, and the extensions that kernels depend on. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def processor_name() -> str:
     """A name of this machine's processor for people to read."""
     named = _entries("model name")
     return (named[0] if named else "") or platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """The number of logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_cores() -> int:

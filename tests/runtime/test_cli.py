@@ -19,7 +19,7 @@ from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.cli import main as cli
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.ort import session
+from satchel.runtime.util.cpu import usable_cpus
 
 COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main"]
 
@@ -299,7 +299,7 @@ def test_files_written_beside_the_output_are_named(tiny: Path, tmp_path: Path) -
 
 
 def test_more_threads_than_cpus_are_warned_of(tiny: Path) -> None:
-    threads = str(session.usable_cpus() + 1)
+    threads = str(usable_cpus() + 1)
     done = satchel("run", tiny, "the cat", "--max-new-tokens", "2", "--threads", threads, "--json")
     assert done.returncode == 0
     assert done.stderr.decode().startswith(f"satchel: --threads {threads}: ")

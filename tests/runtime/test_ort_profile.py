@@ -99,7 +99,7 @@ def test_a_run_has_the_kernels_that_came_before_it(tmp_path: Path) -> None:
 )
 def test_what_is_no_profile_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "profile.json").write_bytes(content)
-    with pytest.raises(SatchelError, match=r"profile\.json: ONNX Runtime's profile makes no sense"):
+    with pytest.raises(SatchelError, match=r"profile\.json: ONNX Runtime's profile .*is invalid"):
         read_runs(tmp_path / "profile.json")
 
 

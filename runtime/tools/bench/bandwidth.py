@@ -1,7 +1,7 @@
-"""The machine's memory bandwidth: run as a module, it reads a large buffer and prints JSON.
+"""Measures the memory bandwidth: run as a module, it reads a large buffer and prints JSON.
 
-Threads take the largest number of a slice each, which numpy does in vectors and without Python's lock, several times
-over; the fastest time counts. Run it in a process of its own: the buffer would show in the caller's memory figures.
+Each thread takes the max of its slice, which numpy does vectorized and without the GIL, several times; the fastest time
+counts. It runs in a separate process, since the buffer would count as memory of the caller.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.cpu import usable_cpus
+from satchel.runtime.util.memory import system_memory
 
 ROUNDS = 8
-TIMES_CACHES = 4  # the buffer's size, in sizes of all caches together
-SMALLEST, LARGEST = 256 << 20, 2 << 30  # bytes, where memory allows it
-PART_OF_MEMORY = 4  # at most one part in so many of what is free
+TIMES_CACHES = 4  # size of the buffer, relative to all caches together
+SMALLEST, LARGEST = 256 << 20, 2 << 30  # bytes, if memory allows
+PART_OF_MEMORY = 4  # the buffer takes at most this part of the available memory
 MIB = 1 << 20
 
 
@@ -46,17 +48,17 @@ def measure(threads: int, buffer_bytes: int) -> Bandwidth:
     words = buffer_bytes // threads // np.dtype(np.int64).itemsize
     with ThreadPoolExecutor(threads) as pool:
         try:
-            # Each thread writes its slice first: pages that nobody wrote are all the same page of zeros.
+            # Each thread writes its slice first: unwritten pages would all be the same page of zeros.
             slices = list(pool.map(lambda fill: np.full(words, fill, np.int64), range(threads)))
         except MemoryError:
-            raise SatchelError(f"there is no memory for a buffer of {buffer_bytes // MIB} MiB") from None
+            raise SatchelError(f"not enough memory for a buffer of {buffer_bytes // MIB} MiB") from None
         best = min(_seconds(pool, slices) for _ in range(ROUNDS))
     total = sum(part.nbytes for part in slices)
     return Bandwidth(total / best / 1e9, threads, total // MIB)
 
 
 def measure_in_child() -> Bandwidth:
-    """Measure in a new process, with every CPU that this one may use. Raises SatchelError when that fails."""
+    """Measure in a new process, on all CPUs that this one may use. Raises SatchelError if that fails."""
     command = [sys.executable, "-P", "-m", "satchel.runtime.tools.bench.bandwidth"]
     environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -68,14 +70,9 @@ def measure_in_child() -> Bandwidth:
 
 
 def buffer_size() -> int:
-    """Bytes of a buffer that is much larger than the caches, and leaves most of the memory free."""
+    """Bytes of a buffer that is much larger than the caches and leaves most of the memory free."""
     wanted = min(max(TIMES_CACHES * _cache_bytes(), SMALLEST), LARGEST)
     return min(wanted, _available_bytes() // PART_OF_MEMORY)
-
-
-def cpus() -> int:
-    """How many logical CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _seconds(pool: ThreadPoolExecutor, slices: list[NDArray[np.int64]]) -> float:
@@ -85,7 +82,7 @@ def _seconds(pool: ThreadPoolExecutor, slices: list[NDArray[np.int64]]) -> float
 
 
 def _cache_bytes() -> int:
-    """All caches of the second level and above, each counted once; 0 where the system does not list them."""
+    """Size of all caches from level 2 on, each counted once; 0 where the system does not list them."""
     found = {}
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
         try:
@@ -101,10 +98,9 @@ def _cache_bytes() -> int:
 
 def _available_bytes() -> int:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
+        return system_memory()[1]
+    except SatchelError:
         return SMALLEST * PART_OF_MEMORY
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     size = buffer_size() if args.mib is None else args.mib * MIB
     try:
-        found = measure(cpus() if args.threads is None else args.threads, size)
+        found = measure(usable_cpus() if args.threads is None else args.threads, size)
     except SatchelError as error:
         print(f"satchel: error: {error}", file=sys.stderr)
         return error.exit_code

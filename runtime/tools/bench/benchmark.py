@@ -26,10 +26,7 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class Workload:
-    """How many prompt tokens, how many decode steps, and the bound below which prompt ids are drawn.
-
-    `batch` sequences are decoded together, each with a prompt and new tokens of its own.
-    """
+    """Prompt tokens and decode steps of each of `batch` sequences; prompt ids are drawn below `vocabulary`."""
 
     prompt_tokens: int
     new_tokens: int
@@ -41,7 +38,7 @@ class Workload:
 class Run:
     """One timed run: `prefill` and `decode` in tokens per second over all sequences, `ttft` in seconds.
 
-    `ttft`, the time to first token, is from the prompt's ids to the first token chosen, of every sequence.
+    `ttft`, the time to first token, ends when every sequence has chosen its first token.
     """
 
     prefill: float
@@ -53,7 +50,7 @@ class Run:
 class Figures:
     """`prefill` and `decode` in tokens per second, `load` and `ttft` in seconds, memory in MiB.
 
-    `rss_mb` is the process's peak, `pss_mb` its share now.
+    `rss_mb` is the peak resident set size of the process, `pss_mb` its current proportional set size.
     """
 
     prefill: float
@@ -74,7 +71,7 @@ class Summary:
 
 
 def check_workload(workload: Workload, manifest: Manifest) -> None:
-    """Raise PromptError for a workload that does not fit the bundle; nothing is opened or run."""
+    """Raise PromptError for a workload that does not fit the bundle. Opens and runs nothing."""
     model = manifest.model
     if workload.prompt_tokens < 1 or workload.new_tokens < 1:
         raise PromptError("--prompt-tokens and --new-tokens must be 1 or more")
@@ -93,7 +90,7 @@ def check_workload(workload: Workload, manifest: Manifest) -> None:
 
 
 def measure(engine: Engine, workload: Workload, load: float) -> Figures:
-    """Time one run after a warm-up; `load` (seconds) is passed on. Raises PromptError as `check_workload` does."""
+    """Time one run after a warm-up. `load`, in seconds, is passed on. Raises PromptError as `check_workload`."""
     check_workload(workload, engine.bundle.manifest)
     warm_up(engine, workload)
     run = timed_run(engine, workload)
@@ -111,7 +108,7 @@ def timed_run(engine: Engine, workload: Workload) -> Run:
     """Time one run on a fresh KV cache. The workload must have been checked.
 
     Prefill is timed until the first token is chosen, decode over `new_tokens` steps that each choose the most likely
-    token. Prompt ids come from a fixed seed; no end token stops the run.
+    token. Prompt ids come from a fixed seed; EOS is ignored.
     """
     ids = _prompt_ids(workload)
     sequences = _Sequences(engine, workload.batch, workload.prompt_tokens + workload.new_tokens)
@@ -137,7 +134,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
 
 
 class _Sequences:
-    """`prefill`, `decode` and `choose` over fresh caches, of one sequence or of several, the way text is generated."""
+    """`prefill`, `decode` and `choose` of one or several sequences over fresh caches, as in generation."""
 
     def __init__(self, engine: Engine, batch: int, capacity: int) -> None:
         self.prefill: Callable[[NDArray[np.int64]], NDArray[np.float32]]
@@ -154,7 +151,7 @@ class _Sequences:
 
 
 def _prefill_rows(engine: Engine, rows: Batch, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Prefill prompts [rows, count], one after the other; the logits of each one's last token, [rows, vocabulary]."""
+    """Prefill prompts [rows, count] one after another. Returns the logits of their last tokens, [rows, vocabulary]."""
     return np.stack([engine.prefill(rows.add(), prompt) for prompt in prompts])
 
 
@@ -171,9 +168,9 @@ def _greedy_rows(logits: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _prompt_ids(workload: Workload) -> NDArray[np.int64]:
-    """Random ids from a fixed seed, [prompt_tokens], or [batch, prompt_tokens] of more than one sequence.
+    """Random ids from a fixed seed: [prompt_tokens], or [batch, prompt_tokens] for several sequences.
 
-    numpy's generator loads libraries that a runner does not, and would count as its memory.
+    Not numpy's generator: it loads libraries that the runner does not need, which would count as memory.
     """
     draw, count = random.Random(0).randrange, workload.batch * workload.prompt_tokens
     ids = np.asarray([draw(LOWEST_ID, workload.vocabulary) for _ in range(count)], np.int64)

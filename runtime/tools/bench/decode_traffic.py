@@ -1,4 +1,4 @@
-"""How many bytes a decode step has to read: the weights that it multiplies by, and the KV cache so far."""
+"""Counts the bytes that a decode step reads: weights of linear layers, and the KV cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ GRAPH_NODE = 1
 NODE_INPUT, NODE_OPERATOR, NODE_ATTRIBUTE = 1, 4, 5
 ATTRIBUTE_NAME, ATTRIBUTE_INT = 1, 3
 
-# These take a row or a position out of a table: of an embedding or of rotary angles.
+# These read single rows or positions of a lookup table: an embedding or rotary angles.
 LOOKED_UP = ("Gather", "GatherND", "GatherBlockQuantized", "GroupQueryAttention", "Attention", "RotaryEmbedding")
-# These read `k` of the experts that their weights [experts, ...] hold.
+# These read `k` of the experts in their weights [experts, ...].
 EXPERTS = ("MoE", "QMoE")
 FLOAT16_EXPANDED = 2
-"""Float16 weights are float32 in memory: they are expanded at load."""
+"""Float16 weights are converted to float32 at load."""
 
 
 @dataclass
@@ -31,13 +31,11 @@ class _Node:
 
 
 def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
-    """The bytes of weights that one decode step of `rows` sequences multiplies by, in the form in which decode runs.
+    """The bytes of weights that one decode step of `rows` sequences reads, in the layout in which decode runs.
 
-    Of a static graph all parts count.
-
-    Tables that are only looked up are left out; a table that is the head's matrix as well counts once. Float16 weights
-    count as the float32 that they are in memory. Of experts, as many count as the rows can choose at most. Raises
-    BundleError when the decode graph cannot be read.
+    All parts of a static graph count. Lookup tables are left out; one that is also the weight of the head counts once.
+    Float16 weights count as the float32 that they are in memory. The max number of experts that the rows can choose
+    counts. Raises BundleError if the decode graph cannot be read.
     """
     static = bundle.manifest.static
     if static is not None:
@@ -49,13 +47,13 @@ def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
 
 
 def cache_positions(bundle: Bundle, length: float) -> float:
-    """How many positions of the cache a decode step at this length reads: a static graph always reads all of it."""
+    """Positions of the cache that a decode step at this length reads; a static graph always reads all."""
     static = bundle.manifest.static
     return length if static is None else static.capacity
 
 
 def _graph_bytes(bundle: Bundle, file: str, rows: int, weights: Callable[[bytes], dict[str, Tensor]]) -> int:
-    """`weights` finds those of the initializers that are weights: static graphs may have theirs inside."""
+    """`weights` finds the weights among the initializers, which static graphs may have inside."""
     try:
         model = bundle.read(file)
         tensors, nodes = weights(model), _nodes(model)

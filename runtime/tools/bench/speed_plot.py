@@ -18,7 +18,7 @@ SIZE, DPI = (7.0, 6.0), 150  # inches, dots per inch
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a plot that could not be drawn or written, before there is anything to draw. Raises SatchelError."""
+    """Raise SatchelError for a plot that could not be drawn or written, before anything is measured."""
     if path.suffix.lower() not in SUFFIXES:
         raise SatchelError(f"{OPTION} {path}: must end in {' or '.join(SUFFIXES)}")
     check_target(path, OPTION)
@@ -26,17 +26,17 @@ def check_plot(path: Path) -> None:
         raise SatchelError(f"{OPTION}: matplotlib is not installed: {install_command('plot')}")
 
 
-def write_plot(path: Path, title: str, contexts: Sequence[int], summaries: Sequence[Summary]) -> None:
-    """Write a plot of medians in tokens per second over context lengths in tokens, with bars from lowest to highest.
+def write_plot(path: Path, title: str, prompt_lengths: Sequence[int], summaries: Sequence[Summary]) -> None:
+    """Plot medians in tokens per second over prompt lengths in tokens, with bars from the lowest to the highest run.
 
-    The file is written whole or not at all. Raises SatchelError.
+    The file is written atomically. Raises SatchelError.
     """
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     figure = Figure(figsize=SIZE, layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
-    points = sorted(zip(contexts, summaries, strict=True), key=lambda point: point[0])
-    lengths = [context for context, _ in points]
+    points = sorted(zip(prompt_lengths, summaries, strict=True), key=lambda point: point[0])
+    lengths = [length for length, _ in points]
     for axes, name in zip(panels, ("prefill", "decode"), strict=True):
         middle, low, high = (
             [getattr(getattr(summary, part), name) for _, summary in points] for part in ("median", "lowest", "highest")
@@ -52,7 +52,7 @@ def write_plot(path: Path, title: str, contexts: Sequence[int], summaries: Seque
     panels[-1].set_xscale("log", base=2)
     panels[-1].set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
     panels[-1].minorticks_off()
-    panels[-1].set_xlabel("context, tokens")
+    panels[-1].set_xlabel("prompt, tokens")
     figure.suptitle(title, parse_math=False)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lower().removeprefix("."), dpi=DPI)

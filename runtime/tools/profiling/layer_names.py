@@ -1,19 +1,19 @@
-"""The number of a layer in the dotted name of a weight or a node, and names with that number left open."""
+"""Finds the layer number in the dotted name of a weight or node, and the pattern of a name without it."""
 
 from __future__ import annotations
 
 import re
 
-# A number that is a whole part of the name, as in "model.layers.12.mlp"; "mul_12" is no layer.
+# A number that is a whole part of the name, as in "model.layers.12.mlp"; "mul_12" is not a layer.
 _NUMBER = re.compile(r"(?<![^./])[0-9]{1,6}(?![^./])")
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a name belongs to: the first number that is a part of its own, or None."""
+    """The layer of a name: its first number that is a whole part, or None."""
     found = _NUMBER.search(name)
     return int(found[0]) if found else None
 
 
 def pattern_of(name: str) -> str:
-    """The name with each number that is a part of its own replaced by "*": what equal layers have in common."""
+    """The name with each number that is a whole part replaced by "*", so that equal layers have equal patterns."""
     return _NUMBER.sub("*", name)

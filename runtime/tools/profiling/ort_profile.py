@@ -1,4 +1,4 @@
-"""Reads ONNX Runtime's profile of a session: its runs in order, and the kernels of each."""
+"""Reads the profile that ONNX Runtime writes of a session: its runs in order, with their kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ KERNEL_SUFFIX = "_kernel_time"
 RUN_EVENT = "model_run"
 
 BEFORE, AFTER = "before", "after"
-"""Where a kernel is that belongs to no layer: before the layers (embedding, positions, mask) or after them (head)."""
+"""Place of a kernel that belongs to no layer: before the layers (embedding, positions, mask) or after (head)."""
 
-# Nodes over the whole cache or mask. They run when their inputs are there, which may be in the middle of a layer.
+# Nodes over the whole cache or mask. They may run in the middle of a layer.
 SHARED_NAMES = ("mask.", "kv_cache.", "last_token", "positions", "seqlens_k", "total_sequence_length")
-# An int8 cache's nodes name their layer, but those of all layers run together, before the first and after the last.
+# Nodes of an int8 cache name their layer, but run together for all layers, before the first and after the last.
 CACHE_NAMES = ("kv_cache.", "present.")
 
 
@@ -27,7 +27,7 @@ CACHE_NAMES = ("kv_cache.", "present.")
 class Kernel:
     """One node of the optimized graph in one run. Times are in microseconds since the profile began.
 
-    `facts` is what else ONNX Runtime says of it: shapes, provider, sizes.
+    `facts` are further entries of the profile: shapes, provider, sizes.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a session, and its kernels in the order in which they ran. Times are as those of `Kernel`."""
+    """One run of a session, and its kernels in execution order. Times are as in `Kernel`."""
 
     start: int
     duration: int
@@ -48,33 +48,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """The layer that a kernel belongs to, or BEFORE or AFTER; `by_name` is False where its neighbors tell."""
+    """The layer of a kernel, or BEFORE or AFTER; `by_name` is False if it was inferred from its neighbors."""
 
     layer: int | str
     by_name: bool
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The runs in a profile, in order. Raises SatchelError for a file that is no such profile."""
+    """The runs in a profile, in order. Raises SatchelError for a file that is not such a profile."""
     try:
-        # Names of nodes come from the graph: a control character in one is no reason to stop.
+        # Names of nodes come from the graph and may have control characters.
         events = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)
         return _runs(events)
     except OSError as error:
         raise SatchelError(f"{path}: ONNX Runtime's profile cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SatchelError(
-            f"{path}: ONNX Runtime's profile makes no sense ({type(error).__name__}: {error}): "
-            "free some space where temporary files go"
+            f"{path}: ONNX Runtime's profile is invalid ({type(error).__name__}: {error}): "
+            "free disk space for temporary files"
         ) from None
 
 
 def place_kernels(names: Sequence[str], layers: int) -> list[Place]:
-    """The place of each kernel of one run, given the names in order and the number of layers.
+    """The place of each kernel of one run, given the names in execution order and the number of layers.
 
-    A name with a layer's number in it says it. Any other kernel that runs between two that are named belongs to the
-    later one's layer: it adds to, or norms, what that layer reads. Before the first and after the last, and where a
-    node serves all layers, it is outside them.
+    A name with a layer number belongs to that layer. A kernel between two named ones belongs to the layer of the later:
+    it computes an input of it. Kernels before the first and after the last, and those that serve all layers, belong to
+    no layer.
     """
     own = [layer_of(name) for name in names]
     own = [layer if layer is not None and layer < layers else None for layer in own]
@@ -95,7 +95,7 @@ def place_kernels(names: Sequence[str], layers: int) -> list[Place]:
 
 
 def _following(layers: Sequence[int | None]) -> list[int | None]:
-    """For each entry the first number at it or after it."""
+    """For each entry the first number from it on."""
     found: list[int | None] = []
     current: int | None = None
     for layer in reversed(layers):
@@ -105,7 +105,7 @@ def _following(layers: Sequence[int | None]) -> list[int | None]:
 
 
 def _runs(events: list[dict[str, Any]]) -> list[Run]:
-    """Each event is written when it ends, so a run comes after its kernels and before those of the next."""
+    """An event is written when it ends, so a run follows its kernels and precedes those of the next run."""
     runs, kernels = [], []
     for event in events:
         name, start, duration = str(event["name"]), int(event["ts"]), int(event["dur"])

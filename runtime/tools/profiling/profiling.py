@@ -1,4 +1,4 @@
-"""Runs a bundle under ONNX Runtime's profiler, and tells where the time of prefill and of decode goes."""
+"""Runs a bundle under ONNX Runtime's profiler, and sums up the time of prefill and decode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROFILED = ("prefill", "decode")
 PREFILL_PASSES = 3  # one prompt is too few runs for a mean
 WARM_UP_TOKENS = 2  # decode steps
 US_PER_MS = 1000
-# Of what ONNX Runtime says about a kernel, what a reader of the trace may want; the rest is memory counters.
+# Entries of a kernel that go into the trace; the others are memory counters.
 TRACE_FACTS = ("provider", "node_index", "input_type_shape", "output_type_shape", "parameter_size", "activation_size")
 
 
@@ -39,7 +39,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class _Ran:
-    """A run of a session, and whether it counts."""
+    """A run of a session; `counts` is False for warm-up runs."""
 
     phase: str
     counts: bool
@@ -78,12 +78,12 @@ class NodeTime:
 
 @dataclass(frozen=True)
 class PhaseProfile:
-    """Where the time of a phase goes. A step is the whole prompt in prefill and one token in decode.
+    """The time of a phase. A step is the whole prompt in prefill and one token in decode.
 
-    `steps` were averaged, each of `runs` runs of the graph. Per step, `ms` is the time of its runs in milliseconds and
-    `kernels_ms` that of their kernels; the rest lies between kernels, the profiler's own cost included. Of the kernels'
-    time, `by_name` and `by_position` are the shares that were given to a layer by the node's name or by its neighbors.
-    Tables are sorted by time, layers by their order.
+    Figures are means over `steps` steps, each of `runs` runs of the graph. Per step, `ms` is the time of its runs in
+    milliseconds and `kernels_ms` that of their kernels; the rest is time between kernels, including the cost of the
+    profiler. `by_name` and `by_position` are the shares of kernel time that were assigned to a layer by the name of the
+    node or by its neighbors. Tables are sorted by time, layers by number.
     """
 
     steps: int
@@ -100,9 +100,9 @@ class PhaseProfile:
 def record(bundle: Bundle, settings: SessionSettings, prompt_tokens: int, new_tokens: int) -> dict[str, Recording]:
     """Run and record a prompt of `prompt_tokens` random ids, three times, and then `new_tokens` greedy tokens.
 
-    A whole prompt and two tokens go before, unrecorded. Profiles are kept in a temporary folder meanwhile. Raises
-    PromptError for a workload that does not fit the bundle, BundleError and ProviderError as `Engine`, and SatchelError
-    when ONNX Runtime's profiler did not record every run.
+    A prompt and two tokens are run first as a warm-up. Profiles are written to a temporary folder. Raises PromptError
+    for a workload that does not fit the bundle, BundleError and ProviderError as `Engine`, and SatchelError if the
+    profiler did not record every run.
     """
     if prompt_tokens < 1 or new_tokens < 1:
         raise PromptError("--prompt-tokens and --new-tokens must be 1 or more")
@@ -150,9 +150,9 @@ def summarize(recording: Recording, layers: int, top: int) -> PhaseProfile:
 
 
 def trace(recordings: Mapping[str, Recording], layers: int) -> str:
-    """The recorded runs as JSON in Chrome's trace format: a process for each phase, one after the other.
+    """The recorded runs as JSON in Chrome's trace format: a process per phase, one after another.
 
-    Each kernel is an event named as its node, with its operator as category; above them lies an event for each run.
+    Each kernel is an event with the name of its node and its operator as category, below an event for its run.
     """
     events: list[dict[str, Any]] = []
     offset = 0
@@ -176,7 +176,7 @@ def trace(recordings: Mapping[str, Recording], layers: int) -> str:
 
 
 def _work(engine: Engine, prompt_tokens: int, new_tokens: int) -> list[_Ran]:
-    """Run the workload. Returns each run of a session, in order."""
+    """Run the workload. Returns all runs of sessions, in order."""
     ids = np.random.default_rng(0).integers(0, engine.vocabulary, prompt_tokens)
     history: list[_Ran] = []
     warm_up = min(WARM_UP_TOKENS, new_tokens)
@@ -192,7 +192,7 @@ def _work(engine: Engine, prompt_tokens: int, new_tokens: int) -> list[_Ran]:
 
 
 def _split(files: Mapping[ort.InferenceSession, Path], history: Sequence[_Ran]) -> dict[str, list[Run]]:
-    """The runs that count, by phase, in the order of `history`; each session has recorded its own."""
+    """The runs that count, by phase, in the order of `history`, from the profile of each session."""
     recorded: dict[str, list[Run]] = {phase: [] for phase in PROFILED}
     runs = {session: read_runs(path) for session, path in files.items()}
     for session, found in runs.items():
@@ -212,7 +212,7 @@ def _split(files: Mapping[ort.InferenceSession, Path], history: Sequence[_Ran]) 
 
 
 def _end_to_end(runs: Sequence[Run]) -> list[Run]:
-    """Runs of several sessions, whose clocks began at different times, as if each had begun when the last one ended."""
+    """Runs of several sessions, with different clocks, shifted so that each begins when the last one ended."""
     placed: list[Run] = []
     for run in runs:
         shift = placed[-1].start + placed[-1].duration - run.start if placed else 0
@@ -226,7 +226,7 @@ def _places(run: Run, layers: int) -> list[Place]:
 
 
 def _part(placed: Sequence[tuple[Kernel, Place]], by_name: bool) -> float:
-    """The share of the kernels' time that lies in layers, of those placed by name or by position."""
+    """The share of kernel time in layers that was placed by name, or by position."""
     total = sum(kernel.duration for kernel, _ in placed)
     part = sum(kernel.duration for kernel, place in placed if isinstance(place.layer, int) and place.by_name == by_name)
     return part / max(total, 1)
