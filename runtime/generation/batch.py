@@ -1,4 +1,4 @@
-"""Many prompts in one go: rows take the next prompt as soon as they are done with one."""
+"""Continuous batching: a row takes the next prompt as soon as its sequence has ended."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from satchel.runtime.generation.sequence import ActiveSequence
 
 
 def run_batch(
-    engine: Engine, rows: Batch, continuations: Iterable[ActiveSequence], store: PrefixCache
+    engine: Engine, rows: Batch, sequences: Iterable[ActiveSequence], prefix_cache: PrefixCache
 ) -> Iterator[ActiveSequence]:
-    """Run continuations to their ends, up to `len(rows.states)` at a time, and give each when it has ended.
+    """Run sequences, up to `len(rows.states)` at a time, and yield each when it has ended.
 
-    A prompt is taken from the iterable when a row is free for it. An error that the user can mend ends one
-    continuation, whose `error` then says so, and no other. Raises BundleError where a step of several rows fails.
+    A sequence is taken from the iterable when a row is free for it. A user-correctable error ends one sequence, which
+    keeps it as `error`, and no other. Raises BundleError if a step of several rows fails.
     """
-    waiting = iter(continuations)
+    waiting = iter(sequences)
     active: list[ActiveSequence] = []
     while True:
         while not rows.full and (following := next(waiting, None)) is not None:
-            _start(engine, rows, following, active, store)
+            _start(engine, rows, following, active, prefix_cache)
             active.append(following)
-            yield from _drop_ended(rows, active, store)
+            yield from _drop_ended(rows, active, prefix_cache)
         if not active:
             return
         _step(rows, active)
-        yield from _drop_ended(rows, active, store)
+        yield from _drop_ended(rows, active, prefix_cache)
 
 
 def run_samples(
-    engine: Engine, rows: Batch, continuations: Sequence[ActiveSequence], store: PrefixCache
+    engine: Engine, rows: Batch, sequences: Sequence[ActiveSequence], prefix_cache: PrefixCache
 ) -> Iterator[ActiveSequence]:
-    """Run continuations of one and the same prompt, which is prefilled once, to their ends. There is a row for each.
+    """Run sequences of one prompt, which is prefilled once, each in its row. Yields each when it has ended.
 
-    Raises what the first token's choice raises.
+    Raises what choosing the first token raises.
     """
-    first, *others = continuations
+    first, *others = sequences
     active = [first]
     for other in others:
-        other.begin()  # no later than the first: where its time is over before its prompt is fed, so is theirs
-    prefill(engine, rows.add(), first, store)
+        other.begin()  # no later than the first: if its time is over before the prompt is fed, so is theirs
+    prefill(engine, rows.add(), first, prefix_cache)
     for row, other in enumerate(others, start=1):
         rows.add()
         rows.copy(0, row)
@@ -55,54 +55,54 @@ def run_samples(
         if other.finish_reason is None:
             other.take_from(rows.states[row])
         active.append(other)
-    yield from _drop_ended(rows, active, store)
+    yield from _drop_ended(rows, active, prefix_cache)
     while active:
         _step(rows, active)
-        yield from _drop_ended(rows, active, store)
+        yield from _drop_ended(rows, active, prefix_cache)
 
 
 def _start(
-    engine: Engine, rows: Batch, continuation: ActiveSequence, active: Sequence[ActiveSequence], store: PrefixCache
+    engine: Engine, rows: Batch, sequence: ActiveSequence, active: Sequence[ActiveSequence], prefix_cache: PrefixCache
 ) -> None:
     in_use = zip(active, rows.states, strict=False)
     live = [Prefix(beside.fed[: state.cache.length], state.cache) for beside, state in in_use]
     state = rows.add()
-    if continuation.finish_reason:
+    if sequence.finish_reason:
         return
     try:
-        prefill(engine, state, continuation, store, live)
+        prefill(engine, state, sequence, prefix_cache, live)
     except SatchelError as error:
-        continuation.fail(error)
+        sequence.fail(error)
 
 
 def _step(rows: Batch, active: Sequence[ActiveSequence]) -> None:
-    """Decode a token for every row; all of them have one to feed."""
+    """Feed each row its last token, and choose the next one."""
     start = time.perf_counter()
-    rows.decode([continuation.token_ids[-1] for continuation in active])
-    for continuation, state in zip(active, rows.states, strict=False):
-        _take(continuation, state)
+    rows.decode([sequence.token_ids[-1] for sequence in active])
+    for sequence, state in zip(active, rows.states, strict=False):
+        _take(sequence, state)
     seconds = time.perf_counter() - start
-    for continuation in active:
-        continuation.timing.decode_seconds += seconds
-        continuation.timing.decode_steps += 1
+    for sequence in active:
+        sequence.timing.decode_seconds += seconds
+        sequence.timing.decode_steps += 1
 
 
-def _take(continuation: ActiveSequence, state: State) -> None:
+def _take(sequence: ActiveSequence, state: State) -> None:
     try:
-        continuation.take_from(state)
+        sequence.take_from(state)
     except SatchelError as error:
-        continuation.fail(error)
+        sequence.fail(error)
 
 
-def _drop_ended(rows: Batch, active: list[ActiveSequence], store: PrefixCache) -> Iterator[ActiveSequence]:
-    """Let the rows of continuations that have ended go, and give those; `active` has the order of the rows."""
+def _drop_ended(rows: Batch, active: list[ActiveSequence], prefix_cache: PrefixCache) -> Iterator[ActiveSequence]:
+    """Free the rows of sequences that have ended, and yield those; `active` is in the order of the rows."""
     for row in reversed(range(len(active))):
-        continuation = active[row]
-        if continuation.finish_reason is None:
+        sequence = active[row]
+        if sequence.finish_reason is None:
             continue
-        if continuation.error is None:
-            store.keep(continuation.fed, rows.states[row].cache)
+        if sequence.error is None:
+            prefix_cache.keep(sequence.fed, rows.states[row].cache)
         rows.drop(row)
         active[row] = active[-1]
         active.pop()
-        yield continuation
+        yield sequence

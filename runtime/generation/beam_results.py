@@ -1,4 +1,4 @@
-"""Beam search under generation options: what it adjusts, and its texts as generations."""
+"""Applies generation options to beam search, and turns its results into generations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from satchel.runtime.generation.tokenizer import Tokenizer
 def adjustment(
     options: SamplingOptions, prompt_tokens: int, end_tokens: Collection[int], vocabulary: int
 ) -> Adjust | None:
-    """The penalties, bans and bias of `options`, on log-probabilities as transformers applies them to beams.
+    """The penalties, bans and bias of `options` as a function of log-probabilities, as in transformers.
 
-    None where there are none. The function raises PromptError when it leaves no token.
+    None if there are none. The function raises PromptError if no token is left.
     """
     if not adjusts(options):
         return None
@@ -28,7 +28,7 @@ def adjustment(
 
 
 def beam_results(search: BeamSearch, tokenizer: Tokenizer | None) -> list[Generation]:
-    """Run a search. Returns what it finds, best first, with the texts and with what the search cost."""
+    """Run a search. Returns its results, best first, each with the times of the whole search."""
     found = search.run()
     timing = search.timing
     return [

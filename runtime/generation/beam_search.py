@@ -1,4 +1,4 @@
-"""Beam search: the likeliest texts that a few beams find, as transformers finds them."""
+"""Beam search, with the results of transformers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from satchel.runtime.generation.prefix_cache import PrefixCache, common_length
 from satchel.runtime.generation.sampling.sampler import check_finite
 from satchel.runtime.generation.sequence import Timing
 
-BLOCK = 64  # scores that the search for the highest ones sums up by their maximum
+BLOCK = 64  # scores per block; the search for the highest scores looks at block maxima first
 
 Scores = NDArray[np.float64]
 Ids = NDArray[np.int64]
 Adjust = Callable[[Scores, Ids], Scores]
-"""Changes log-probabilities [vocabulary] of the token after `ids`, those of the prompt and the new text."""
+"""Adjusts log-probabilities [vocabulary] of the token after `ids`, which are prompt and new text."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that was found. `token_ids` leaves out the end token.
+    """A text that was found. `token_ids` excludes the end token.
 
-    `score` is the sum of the natural logarithms of the tokens' probabilities, as adjusted, divided by the number of
+    `score` is the sum of the tokens' log-probabilities (natural logarithm), as adjusted, divided by the number of
     tokens to the power of the length penalty; the end token counts in both. `finish_reason` is "stop" (an end token
     came), "length" or "time".
     """
@@ -48,12 +48,12 @@ class _Candidate(NamedTuple):
 
 
 class BeamSearch:
-    """One search after one prompt; `run` runs it.
+    """A search for the continuations of one prompt; `run` runs it.
 
-    It gives the sequences and scores of transformers' `generate` without sampling (`num_return_sequences` and
-    `num_beams` the same), but for two things: sums are float64, and where fewer texts than beams can be, it gives
-    fewer. Each beam has a row. A step leaves a row to one child of its beam and copies it for the others to rows of
-    beams without children, from the first position that differs. A search belongs to one thread.
+    It gives the sequences and scores of transformers' `generate` without sampling (and `num_return_sequences` equal to
+    `num_beams`), except that sums are float64, and that fewer texts than beams are returned if there are no more. Each
+    beam has a row. One child of a beam keeps its row; for the others the row is copied, from the first position that
+    differs, to rows of beams without children. A search belongs to one thread.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class BeamSearch:
         engine: Engine,
         prompt: Ids,
         settings: BeamSettings,
-        store: PrefixCache,
+        prefix_cache: PrefixCache,
         adjust: Adjust | None = None,
         progress: Progress = lambda count: None,
     ) -> None:
-        """Allocate the rows; `progress` hears of prefill. Raises PromptError where prompt and text do not fit."""
+        """Allocate the rows; `progress` gets the prompt tokens done. Raises PromptError if the context is too small."""
         self.timing = Timing()
         self.reused_tokens = 0
         self.prompt, self.settings = prompt, settings
-        self._engine, self._store = engine, store
+        self._engine, self._prefix_cache = engine, prefix_cache
         self._adjust, self._progress = adjust, progress
         beams, limit = settings.beams, settings.max_new_tokens
         self._rows = engine.new_batch(beams, len(prompt) + max(limit - 1, 0))
@@ -86,7 +86,7 @@ class BeamSearch:
         return self._rows.nbytes
 
     def run(self) -> list[Hypothesis]:
-        """The texts found, best first. Without a token, or the time for one, that is the empty text alone.
+        """The texts found, best first. Without a token, or time for one, that is the empty text alone.
 
         Raises BundleError for logits that are not finite, and what `adjust` raises.
         """
@@ -98,7 +98,7 @@ class BeamSearch:
         state = self._rows.add()
         self._ids[0, : len(self.prompt)] = self.prompt
         self.reused_tokens = feed(
-            self._engine, state, self.prompt, self._store, progress=self._progress, is_over=self._is_over
+            self._engine, state, self.prompt, self._prefix_cache, progress=self._progress, is_over=self._is_over
         )
         if self._is_over():
             self._ended = [Hypothesis((), 0.0, "time")]
@@ -120,7 +120,7 @@ class BeamSearch:
         return time.monotonic() >= self._deadline
 
     def _step(self, logits: Logits, length: int) -> bool:
-        """Choose each beam's next token, the `length`-th, from logits [beams, vocabulary]. Returns whether to go on."""
+        """Choose each beam's next token, the `length`-th, from logits [beams, vocabulary]. True: continue."""
         settings = self.settings
         every = "length" if length == settings.max_new_tokens else "time" if self._is_over() else None
         running: list[_Candidate] = []
@@ -128,7 +128,7 @@ class BeamSearch:
             reason = "stop" if candidate.token in self._ends else every
             if reason is None:
                 running.append(candidate)
-            elif rank < settings.beams:  # those behind are there to go on with, should these end
+            elif rank < settings.beams:  # those behind are spare, in case these end
                 self._end(candidate, length, reason)
         del running[settings.beams :]
         self._ended = sorted(self._ended, key=lambda text: -text.score)[: settings.beams]
@@ -149,7 +149,7 @@ class BeamSearch:
         return bool(total / length**settings.length_penalty > self._ended[-1].score)
 
     def _candidates(self, logits: Logits, length: int) -> list[_Candidate]:
-        """The likeliest sequences one token longer: enough that as many as there are beams do not end."""
+        """The most likely sequences one token longer, so many that at least one for each beam does not end."""
         fed = len(self.prompt) + length - 1
         for row, raw in enumerate(logits):
             highest = check_finite(raw, length - 1)
@@ -172,7 +172,7 @@ class BeamSearch:
         self._ended.append(Hypothesis(tuple(tokens), score, reason))
 
     def _move(self, running: list[_Candidate], fed: int) -> None:
-        """Give each candidate a row that holds the `fed` tokens of its parent, and its token after them."""
+        """Give each candidate a row with the `fed` tokens of its parent, and its own token after them."""
         placed: dict[int, _Candidate] = {}
         others = []
         for candidate in running:
@@ -180,7 +180,7 @@ class BeamSearch:
                 others.append(candidate)
         free = [row for row in range(len(self._rows)) if row not in placed]
         for candidate in others:
-            # Nobody needs a free row, and a row that is copied stays as it is: the order of copies does not matter.
+            # Free rows are not sources, and sources do not change: the order of copies does not matter.
             row = free.pop() if free else self._add()
             self._copy(candidate.row, row, fed)
             placed[row] = candidate
@@ -197,7 +197,7 @@ class BeamSearch:
     def _add(self) -> int:
         row = len(self._rows)
         self._rows.add()
-        self._ids[row, 0] = -1  # nothing in common with any other
+        self._ids[row, 0] = -1  # no common prefix with any other
         return row
 
     def _copy(self, source: int, target: int, fed: int) -> None:
@@ -206,20 +206,19 @@ class BeamSearch:
         self._ids[target, start:fed] = self._ids[source, start:fed]
 
     def _keep(self) -> None:
-        """Keep what some row holds of the best text, for prompts that begin like it."""
+        """Put the longest part of the best text that a row holds into the prefix cache."""
         tokens = self._ended[0].token_ids if self._ended else ()
         best = np.concatenate([self.prompt, np.array(tokens, np.int64)])
         fed = self._rows.states[0].cache.length
         common = [common_length(ids[:fed], best) for ids in self._ids[: len(self._rows)]]
         row = int(np.argmax(common))
-        self._store.keep(best[: common[row]], self._rows.states[row].cache)
+        self._prefix_cache.keep(best[: common[row]], self._rows.states[row].cache)
 
 
 def highest_of(values: Scores, count: int) -> NDArray[np.int64]:
-    """The indices of the `count` highest of `values` [n], highest first, at par the lower index first; -inf is none.
+    """The indices of the `count` highest of `values` [n], highest first, ties by lower index; -inf does not count.
 
-    One pass for the highest of each block: the `count`-th of those is no higher than the `count`-th of all, and few
-    values reach it.
+    One pass finds the maximum of each block: the `count`-th highest of these is a lower bound that few values reach.
     """
     blocks, bound = len(values) // BLOCK, -np.inf
     if blocks > count:

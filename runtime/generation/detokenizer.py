@@ -1,4 +1,4 @@
-"""Text from token ids as they come: each piece is final, and the pieces joined are the text of all the ids."""
+"""Incremental detokenization: each piece is final, and the pieces joined are the text of all ids."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from itertools import islice
 
 from satchel.runtime.generation.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoding gives for bytes that are no whole character, or not yet
+UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a whole character
 PROMPT_CONTEXT = 8  # tokens of the prompt that decoding starts from
 LONGEST_CHARACTER = 4  # bytes, and so at most as many tokens
-LONGEST_WINDOW = 64  # tokens held back at most: bytes that are not UTF-8 are shown as such after these
+LONGEST_WINDOW = 64  # maximum tokens held back: after that, bytes that are not UTF-8 are shown as such
 
 
 class IncrementalDetokenizer:
     """Decodes a continuation of `prompt`, token by token, in time linear in its length.
 
-    What a token adds depends on those before it (a leading space, the first bytes of a character), so each step decodes
-    a short window of tokens, of whose text the first `_shown` characters are known already. A piece never ends inside
-    a character. Special tokens give no text.
+    The text of a token depends on those before it (a leading space, the first bytes of a character), so each step
+    decodes a short window of tokens, of which the first `_shown` characters were returned before. A piece never ends
+    inside a character. Special tokens have no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # The last `_pending` tokens of the window have text that was not shown when the window was last cut.
+        # The text of the last `_pending` tokens had not been returned when the window was last cut.
         self._window, self._pending = _end_of(tokenizer, prompt)
         self._shown = len(tokenizer.decode(self._window[: len(self._window) - self._pending]))
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is unfinished and for special tokens."""
+        """The text that `token` completes; empty while a character is incomplete, and for special tokens."""
         if self._tokenizer.is_hidden(token):
             return ""
         self._window.append(token)
@@ -46,16 +46,16 @@ class IncrementalDetokenizer:
         return piece
 
     def finish(self) -> str:
-        """The text still held back: bytes that never became a character, as U+FFFD. Nothing may be added after it."""
+        """The text still held back, incomplete characters as U+FFFD. Nothing may be added afterwards."""
         piece = self._tokenizer.decode(self._window)[self._shown :]
         self._shown += len(piece)
         return piece
 
 
 def _end_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], int]:
-    """The last tokens of the prompt that have text, from where a character begins, and how many are yet to be shown.
+    """The last prompt tokens with text, from where a character begins, and how many of them are not yet shown.
 
-    Those are the first bytes of a character in which a prompt of ids may end.
+    A prompt of ids may end inside a character; the tokens of that are not yet shown.
     """
     backwards = (token for token in reversed(prompt) if not tokenizer.is_hidden(token))
     visible = list(islice(backwards, PROMPT_CONTEXT + LONGEST_CHARACTER))[::-1]

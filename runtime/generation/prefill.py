@@ -1,4 +1,4 @@
-"""Feeds a prompt: what is known of it is copied, the rest runs through the prefill graph."""
+"""Feeds a prompt: a cached prefix is copied, the rest runs through the prefill graph."""
 
 from __future__ import annotations
 
@@ -13,55 +13,51 @@ from satchel.runtime.execution.state import State
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
 from satchel.runtime.generation.sequence import ActiveSequence
 
-TAIL = 2  # tokens of a prompt that always run
+TAIL = 2  # prompt tokens that always run
 PAIRED_BITS = 4
 
 Progress = Callable[[int], object]
-"""Hears how many tokens of a prompt are done since the last call."""
+"""Called with the number of prompt tokens done since its last call."""
 
 
 def prefill(
     engine: Engine,
     state: State,
-    continuation: ActiveSequence,
-    store: PrefixCache,
+    sequence: ActiveSequence,
+    prefix_cache: PrefixCache,
     live: Sequence[Prefix] = (),
     progress: Progress = lambda count: None,
 ) -> None:
-    """Feed the prompt to an empty state, and take the first token unless the time limit is over before.
-
-    What the prompt has in common with `store` and `live` is copied, as `feed` does.
-    """
+    """Feed the prompt to an empty state as `feed` does, and take the first token unless the time limit is over."""
     start = time.perf_counter()
-    continuation.begin()
+    sequence.begin()
 
     def is_over() -> bool:
-        continuation.check_time()
-        return continuation.finish_reason is not None
+        sequence.check_time()
+        return sequence.finish_reason is not None
 
-    continuation.reused_tokens = feed(engine, state, continuation.prompt, store, live, progress, is_over)
-    if continuation.finish_reason is None:
-        continuation.take_from(state)
-    continuation.timing.prefill_seconds = time.perf_counter() - start
+    sequence.reused_tokens = feed(engine, state, sequence.prompt, prefix_cache, live, progress, is_over)
+    if sequence.finish_reason is None:
+        sequence.take_from(state)
+    sequence.timing.prefill_seconds = time.perf_counter() - start
 
 
 def feed(
     engine: Engine,
     state: State,
     prompt: NDArray[np.int64],
-    store: PrefixCache,
+    prefix_cache: PrefixCache,
     live: Sequence[Prefix] = (),
     progress: Progress = lambda count: None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Feed a prompt to an empty state, until `is_over`, which is asked after each chunk. Returns the tokens reused.
+    """Feed a prompt to an empty state, until `is_over`, which is called after each chunk. Returns the tokens reused.
 
-    As many tokens as some prefix of `store` or of `live`, the rows beside this one, has in common with the prompt are
-    copied from there. The last two tokens of a prompt always run: the logits of the last one are wanted, and one token
-    alone is rounded otherwise by some kernels (see `chunks`). Over weights in 4 bits an even number of tokens is
-    copied, since those products take tokens in pairs.
+    The longest prefix that `prefix_cache` or `live`, the other rows of a batch, shares with the prompt is copied. The
+    last two tokens always run: the logits of the last one are needed, and some kernels round a single token differently
+    (see `spans`). With 4-bit weights an even number of tokens is copied, since their kernels take tokens in pairs.
     """
-    reused, cache = store.longest(prompt)
+    reused, cache = prefix_cache.longest(prompt)
     for prefix in live:
         common = common_length(prefix.ids, prompt)
         if common > reused:

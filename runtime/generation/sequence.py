@@ -1,4 +1,4 @@
-"""One request in the making: it takes logits, chooses tokens, gives text, and knows when it has ended."""
+"""One active request: it takes logits, chooses tokens, gives text, and knows when it has ended."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ Callback = Callable[[str], object]
 
 @dataclass
 class Timing:
-    """Seconds spent on the prompt, until its first token was chosen, and on further tokens, and how many steps those
-    took. The steps of a batch count whole for each of its rows.
+    """Seconds until the first token was chosen, seconds for further tokens, and the number of their steps.
+
+    The steps of a batch count in full for each of its rows.
     """
 
     prefill_seconds: float = 0.0
@@ -34,13 +35,13 @@ class Timing:
 
 
 class ActiveSequence:
-    """The new tokens and the text of one prompt, whoever runs the graphs.
+    """The new tokens and the text of one prompt; the caller runs the graphs.
 
-    `take` is called with the logits of the prompt's last token, and then with those of each token taken, until
-    `finish_reason` is set: "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context), "time"
-    (the time limit), "callback" (the callback said so), "closed" (closed before its end) or "error". The last new token
-    need not be fed, so k new tokens after p prompt tokens take p + k - 1 positions: a prompt that fills the context
-    exactly still gets one token. An end token is no part of `token_ids`.
+    `take` is called with the logits of the prompt's last token, then with those of each token taken, until
+    `finish_reason` is set: "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context), "loop"
+    (`max_repeats`), "time" (the time limit), "callback" (it returned something true), "closed" (closed early) or
+    "error". The last new token need not be fed, so k new tokens after p prompt tokens take p + k - 1 positions: a
+    prompt that fills the context exactly still gets one token. End tokens are not in `token_ids`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ActiveSequence:
     ) -> None:
         """`choose` is a sampler, or picks a token from logits.
 
-        `limit` is the most tokens, `text` decodes them, `callback` gets each piece and ends all by a true value.
+        `limit` is the maximum number of tokens, `text` decodes them, `callback` gets each piece and may end this.
         """
         self.prompt = prompt
         self.options = options
@@ -78,12 +79,12 @@ class ActiveSequence:
 
     @property
     def positions(self) -> int:
-        """The positions of KV cache that this takes at most."""
+        """The maximum number of KV cache positions that this takes."""
         return len(self.prompt) + max(self.limit - 1, 0)
 
     @property
     def fed(self) -> NDArray[np.int64]:
-        """The prompt and the new tokens: what a cache of this holds begins with them."""
+        """The prompt and the new tokens; the KV cache holds a prefix of them."""
         return np.concatenate([self.prompt, np.asarray(self.token_ids, np.int64)])
 
     def begin(self) -> None:
@@ -92,35 +93,35 @@ class ActiveSequence:
             self._deadline = time.monotonic() + self.options.time_limit
 
     def check_time(self) -> None:
-        """End with "time" when the time limit is over."""
+        """End with "time" if the time limit is over."""
         if self._deadline is not None and self.finish_reason is None and time.monotonic() >= self._deadline:
             self._end("time")
 
     def take(self, logits: Logits) -> str:
-        """Choose the next token of logits [vocabulary]. Returns the text that may be shown now, often empty.
+        """Choose the next token from logits [vocabulary]. Returns the text that may be shown now, often empty.
 
-        Raises what choosing raises, and PromptError for a choice outside the vocabulary; this has then ended.
+        Raises what choosing raises, and PromptError for a token outside the vocabulary; this has then ended.
         """
         return self._take(lambda: (self._checked(logits), logits))
 
     def take_from(self, state: State) -> str:
-        """As `take`, of what the last step left in a state; its logits are not read where its best tokens will do."""
+        """As `take`, from the last step of a state; its logits are not read if its best tokens are enough."""
         return self._take(lambda: self._chosen_from(state))
 
     def close(self, reason: str = "closed") -> None:
-        """End this before its end; afterwards nothing changes it. Text that was held back is shown."""
+        """End this early; nothing changes it afterwards. Text that was held back is shown."""
         if self.finish_reason is None:
             self._end(reason)
 
     def fail(self, error: SatchelError) -> None:
-        """End this by an error that the user can mend."""
+        """End this with a user-correctable error."""
         self.error, self.finish_reason = error, "error"
 
     def _take(self, choose: Callable[[], tuple[int, Logits | None]]) -> str:
         shown = len(self.pieces)
         try:
             self._add(*choose())
-        except Exception:  # nothing right can follow; an interrupt is none of these, and leaves this to be closed
+        except Exception:  # what follows would be wrong; an interrupt is not an Exception, and leaves this open
             self.finish_reason = "error"
             raise
         return "".join(self.pieces[shown:])
@@ -132,7 +133,7 @@ class ActiveSequence:
         return token
 
     def _chosen_from(self, state: State) -> tuple[int, Logits | None]:
-        """The token, and the logits where they had to be read."""
+        """The token, and the logits if they had to be read."""
         if self._sampler is not None and self.options.logprobs is None:
             token = self._sampler.choose_best(state.best)
             if token is not None:
@@ -161,12 +162,12 @@ class ActiveSequence:
 
     def _end(self, reason: str) -> None:
         self.finish_reason = reason
-        if self._text and self.token_ids:  # without a token, all that is held back is the prompt's
+        if self._text and self.token_ids:  # without a token, only text of the prompt is held back
             piece, found = self._stops.add(self._text.finish())
             self._show(piece if found else piece + self._stops.finish())
 
     def _show(self, piece: str) -> bool:
-        """Add a piece to the text. Returns whether the callback wants an end."""
+        """Add a piece to the text. Returns whether the callback asks to stop."""
         if not piece:
             return False
         self.pieces.append(piece)

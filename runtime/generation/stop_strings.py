@@ -1,4 +1,4 @@
-"""Ends a text at the first of some strings, also where one comes in several pieces."""
+"""Ends a text at the first of several stop strings, which may span pieces."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through piece by piece, without ever showing a stop string or the beginning of one.
+    """Passes text on piece by piece, without a stop string or the beginning of one.
 
-    What might be the beginning of one is held back until it is clear. Of several strings the one that is whole first
-    counts, so the text does not depend on how it is split; of those that are whole at once, the longest.
+    What could be the beginning of one is held back until that is decided. Of several strings the one that is complete
+    first counts, so the result does not depend on how the text is split; of those complete at once, the longest.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -17,7 +17,7 @@ class StopStrings:
         self._held = ""
 
     def add(self, piece: str) -> tuple[str, bool]:
-        """The text that `piece` makes safe to show, and whether a stop string was found: then nothing may follow."""
+        """The text that is now safe to show, and whether a stop string was found, after which nothing may be added."""
         if not self._strings:
             return piece, False
         text = self._held + piece
@@ -31,12 +31,12 @@ class StopStrings:
         return text[: len(text) - kept], False
 
     def finish(self) -> str:
-        """The text still held back: there was no stop string in it."""
+        """The text still held back, which has no stop string in it."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, string: str) -> int:
-    """The length of the longest end of `text` with which `string` begins, the whole string apart."""
+    """The length of the longest suffix of `text` that is a proper prefix of `string`."""
     longest = min(len(text), len(string) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)

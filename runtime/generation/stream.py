@@ -1,4 +1,4 @@
-"""The text of one prompt in pieces, as they come."""
+"""Streams the text of one prompt."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ class TokenStream:
     """
 
     def __init__(
-        self, engine: Engine, continuation: ActiveSequence, store: PrefixCache, progress: Progress = lambda count: None
+        self,
+        engine: Engine,
+        sequence: ActiveSequence,
+        prefix_cache: PrefixCache,
+        progress: Progress = lambda count: None,
     ) -> None:
-        """Allocate the KV cache; `progress` hears of prefill. Raises PromptError."""
+        """Allocate the KV cache; `progress` gets the prompt tokens done. Raises PromptError."""
         self._engine = engine
-        self._continuation = continuation
-        self._store = store
+        self._sequence = sequence
+        self._prefix_cache = prefix_cache
         self._progress = progress
-        self._state: State | None = engine.new_state(continuation.positions)
+        self._state: State | None = engine.new_state(sequence.positions)
         self._kv_bytes = self._state.cache.nbytes
         self._shown = 0
 
@@ -36,21 +40,21 @@ class TokenStream:
         return self
 
     def __next__(self) -> str:
-        while self._shown == len(self._continuation.pieces):
-            if self._state is None or self._continuation.finish_reason:
+        while self._shown == len(self._sequence.pieces):
+            if self._state is None or self._sequence.finish_reason:
                 self.close()
-                if self._shown == len(self._continuation.pieces):
+                if self._shown == len(self._sequence.pieces):
                     raise StopIteration
                 break
             try:
                 self._step(self._state)
             except BaseException as error:
-                if isinstance(error, Exception):  # what the cache holds may be wrong; an interrupt leaves it right
+                if isinstance(error, Exception):  # the cache may be wrong; an interrupt leaves it right
                     self._state = None
                 self.close()
                 raise
-        piece = "".join(self._continuation.pieces[self._shown :])
-        self._shown = len(self._continuation.pieces)
+        piece = "".join(self._sequence.pieces[self._shown :])
+        self._shown = len(self._sequence.pieces)
         return piece
 
     def __enter__(self) -> Self:
@@ -62,26 +66,26 @@ class TokenStream:
         self.close()
 
     def close(self) -> None:
-        """End the stream, keep what it knows for prompts that begin alike, and free its KV cache."""
+        """End the stream, put its tokens into the prefix cache, and free its KV cache."""
         state, self._state = self._state, None
-        self._continuation.close()
+        self._sequence.close()
         if state is not None:
-            self._store.keep(self._continuation.fed, state.cache)
+            self._prefix_cache.keep(self._sequence.fed, state.cache)
             self._engine.release(state.cache)
 
     def result(self) -> Generation:
-        """Run what is left of the stream, if anything, and sum it up."""
+        """Run the rest of the stream, if any, and return the result."""
         for _ in self:
             pass
-        return Generation.of(self._continuation, self._kv_bytes)
+        return Generation.of(self._sequence, self._kv_bytes)
 
     def _step(self, state: State) -> None:
-        continuation = self._continuation
+        sequence = self._sequence
         if not state.cache.length:
-            prefill(self._engine, state, continuation, self._store, progress=self._progress)
+            prefill(self._engine, state, sequence, self._prefix_cache, progress=self._progress)
             return
         start = time.perf_counter()
-        state.decode(continuation.token_ids[-1])
-        continuation.take_from(state)
-        continuation.timing.decode_seconds += time.perf_counter() - start
-        continuation.timing.decode_steps += 1
+        state.decode(sequence.token_ids[-1])
+        sequence.take_from(state)
+        sequence.timing.decode_seconds += time.perf_counter() - start
+        sequence.timing.decode_steps += 1

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the tokenizer that a bundle carries."""
+"""Text to token ids and back, with the bundle's tokenizer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     import sentencepiece
 
 # Appended to a SentencePiece model, these bytes are `normalizer_spec { add_dummy_prefix: false }`: in the protobuf
-# encoding a message that comes twice is merged, and the later value counts.
+# encoding a repeated message is merged, and the last value counts.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer(ABC):
-    """What both kinds of tokenizer have in common. Threads may share one."""
+    """Base class of both kinds of tokenizer. Threads may share one."""
 
     @staticmethod
     def open(bundle: Bundle) -> Tokenizer:
         """The bundle's tokenizer, checked: the texts in the manifest must give the ids recorded at export.
 
-        A library of another version that splits text otherwise would quietly spoil every answer. Raises BundleError for
-        that, for a file that the library cannot read, and for a bundle without a tokenizer.
+        Another version of the library could split text differently and silently spoil every answer. Raises BundleError
+        for that, for a file that the library cannot read, and for a bundle without a tokenizer.
         """
         spec = bundle.manifest.tokenizer
         if spec is None:
@@ -40,32 +40,32 @@ class Tokenizer(ABC):
         for entry in spec.corpus:
             if tokenizer.encode(entry.text) != list(entry.ids):
                 raise BundleError(
-                    f"{path}: encodes {entry.text[:40]!r} otherwise than the checkpoint's tokenizer did at export: "
+                    f"{path}: encodes {entry.text[:40]!r} differently from the checkpoint's tokenizer at export: "
                     "export the bundle again, or install the tokenizer library that its manifest names"
                 )
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the bundle's tokenizer adds: those of the original tokenizer.
+        """The ids of a text, with the special tokens that the original tokenizer adds.
 
-        Raises PromptError for text that is not Unicode (lone surrogates, as from undecodable command line bytes), and
-        BundleError where the library fails over what the tokenizer's file says.
+        Raises PromptError for text that is not valid Unicode (lone surrogates, as from undecodable bytes on a command
+        line), and BundleError if the library fails because of the tokenizer's file.
         """
         _check_unicode(text)
         with _library_errors():
             return self._encode(text)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """The ids of a text that a chat template rendered: nothing is added to it.
+        """The ids of a text rendered by a chat template, without added special tokens.
 
-        A special token that the text spells out, such as "<s>", becomes its id. Raises as `encode`.
+        Special tokens in the text, such as "<s>", become their ids. Raises as `encode`.
         """
         _check_unicode(text)
         with _library_errors():
             return self._encode_rendered(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special tokens are left out, and bytes that are not UTF-8 become U+FFFD.
+        """The text of ids. Special tokens are skipped, and bytes that are not UTF-8 become U+FFFD.
 
         Raises BundleError as `encode`.
         """
@@ -75,11 +75,11 @@ class Tokenizer(ABC):
     def text_of(self, token: int) -> str:
         """The text that one token adds inside a longer text, with its leading space; empty for a special token.
 
-        Bytes that are no whole character become U+FFFD, so the texts of several tokens do not always join to `decode`.
+        Incomplete characters become U+FFFD, so the texts of several tokens do not always join to that of `decode`.
         """
         if self.is_hidden(token):
             return ""
-        # Alone, a token would lose its leading space.
+        # Decoded alone, a token would lose its leading space.
         with _library_errors():
             before = self._decode(self._some_text)
             text = self._decode([*self._some_text, token])
@@ -160,8 +160,12 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model = path.read_bytes() if content is None else content
             self._processor = sentencepiece.SentencePieceProcessor()
-            self._processor.LoadFromSerializedProto(model)  # the constructor takes no bytes for no model
-        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last where a piece in a message is no text
+            self._processor.LoadFromSerializedProto(model)  # the constructor ignores empty bytes
+        except (
+            OSError,
+            RuntimeError,
+            UnicodeDecodeError,
+        ) as error:  # the last if a piece in an error message is not UTF-8
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
         self._add_bos = add_bos
@@ -177,8 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_rendered(self, text: str) -> list[int]:
-        # The space that SentencePiece puts in front of a text belongs to the first one only, not to what follows a
-        # special token.
+        # SentencePiece puts a space in front of each text; it belongs in front of the first part only.
         ids: list[int] = []
         start = 0
         for special in self._special_pieces.finditer(text):
@@ -194,7 +197,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _special_pieces(self) -> re.Pattern[str]:
-        """Finds the pieces that text alone never gives: control pieces, and that of unknown text."""
+        """Matches the pieces that text never encodes to: control pieces and the unknown piece."""
         processor = self._processor
         special = (i for i in range(self._size) if processor.is_control(i) or processor.is_unknown(i))
         longest_first = sorted((str(processor.id_to_piece(i)) for i in special), key=len, reverse=True)
@@ -215,12 +218,14 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PromptError(f"the text is not valid UTF-8 at character {error.start}: mend or remove it") from None
+        raise PromptError(
+            f"the text is not valid UTF-8 at character {error.start}: fix or remove the invalid character"
+        ) from None
 
 
 @contextlib.contextmanager
 def _library_errors() -> Iterator[None]:
-    """Make an error that a tokenizer library raises over text or ids, since its file is no good, one of ours."""
+    """Turn an error of a tokenizer library over text or ids, which its file causes, into a BundleError."""
     try:
         yield
     except BaseException as error:
@@ -231,9 +236,9 @@ def _library_errors() -> Iterator[None]:
 
 
 def _from_tokenizers(error: BaseException) -> bool:
-    """Whether the tokenizers library raised this over a file: it has no errors of its own.
+    """Whether the tokenizers library raised this: it has no error classes of its own.
 
-    It raises ValueError or Exception itself, or Rust's panic, which is no Exception, for what it did not foresee.
+    It raises ValueError or Exception itself, or a Rust panic, which is not an Exception.
     """
     return type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"
 

@@ -305,7 +305,7 @@ def test_no_new_tokens_run_nothing(generator: Generator) -> None:
         ({"length_penalty": "1"}, "--length-penalty 1: must be"),
         ({"early_stopping": "always"}, "--early-stopping always: must be true, false or never"),
         ({"early_stopping": 1}, "--early-stopping 1: must be"),
-        ({"temperature": 0.5}, "--temperature 0.5: cannot be had together with --beams: leave one of them out"),
+        ({"temperature": 0.5}, "--temperature 0.5: cannot be combined with --beams"),
         ({"top_k": 5}, "--top-k 5: cannot"),
         ({"seed": 0}, "--seed 0: cannot"),
         ({"stop": ["\n"]}, r"--stop '\n': cannot"),
@@ -320,10 +320,10 @@ def test_what_does_not_go_with_beams_is_refused(generator: Generator, options: d
     assert str(error.value).startswith(message)
 
 
-def test_samples_do_not_go_with_beams() -> None:
+def test_loops_are_not_looked_for_in_beams() -> None:
     check_beams(GenerationOptions(repetition_penalty=1.2, time_limit=3), 4, -2, "never")
-    with pytest.raises(PromptError, match="--num-return-sequences 3: cannot be had together with --beams"):
-        check_beams(GenerationOptions(), 4, samples=3)
+    with pytest.raises(PromptError, match="--max-repeats 8: cannot be combined with --beams"):
+        check_beams(GenerationOptions(max_repeats=8), 4)
 
 
 @pytest.mark.parametrize("count", [1, 7, 40, 5000])

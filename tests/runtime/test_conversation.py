@@ -220,7 +220,7 @@ def test_a_refused_question_leaves_everything_as_it_was(talk: Conversation, gene
         refusing(talk, "a\ud800", "the text is not valid UTF-8")
         refusing(talk, "x" * 2000, rf"the question has \d+ tokens but the context holds {CONTEXT}: ")
         talk.options = replace(SHORT, top_k=3)
-        refusing(talk, HELLO, "--top-k 3: means nothing at temperature 0")
+        refusing(talk, HELLO, "--top-k 3: has no effect at temperature 0")
         talk.options = SHORT
         if not asked:
             assert say(talk, HELLO)[0].token_ids == say(twin, HELLO)[0].token_ids

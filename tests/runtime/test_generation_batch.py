@@ -152,7 +152,7 @@ def test_one_that_fails_does_not_touch_the_others(fresh: Generator) -> None:
         (Request([5] * (MAX_CONTEXT + 1)), "has 65 tokens but the context holds 64"),
         (Request(PROMPTS[0], EXHAUSTED), "no token is left"),
         (Request([VOCABULARY]), "token id 400 is outside the vocabulary"),
-        (Request(PROMPTS[1], GenerationOptions(top_p=0.5)), "--top-p 0.5: means nothing at temperature 0"),
+        (Request(PROMPTS[1], GenerationOptions(top_p=0.5)), "--top-p 0.5: has no effect at temperature 0"),
         (Request(PROMPTS[2], GenerationOptions(logit_bias=dict.fromkeys(range(VOCABULARY), -np.inf))), "no token is"),
     ]
     right = [Request(prompt, GenerationOptions(max_new_tokens=9)) for prompt in PROMPTS]

@@ -109,7 +109,7 @@ def test_samples_and_beams_exclude_each_other(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top-k", "4"], "--top-k 4: means nothing at temperature 0"),
+        (["--top-k", "4"], "--top-k 4: has no effect at temperature 0"),
         (["--min-new-tokens", "9", "--max-new-tokens", "8"], "--min-new-tokens 9: is more than --max-new-tokens 8"),
         (["--logit-bias", "3=1", "--logit-bias", "3=2"], "--logit-bias 3"),
         (["--stop", ""], "--stop: "),
@@ -122,8 +122,8 @@ def test_samples_and_beams_exclude_each_other(capsys: Capture) -> None:
         ),
         (["--num-return-sequences", "0"], "--num-return-sequences 0: must be 1 or more"),
         (["--beams", "0"], "--beams 0: must be"),
-        (["--beams", "2", "--temperature", "1"], "--temperature 1.0: cannot be had together with --beams"),
-        (["--beams", "2", "--logprobs", "1", "--json"], "--logprobs 1: cannot be had together with --beams"),
+        (["--beams", "2", "--temperature", "1"], "--temperature 1.0: cannot be combined with --beams"),
+        (["--beams", "2", "--logprobs", "1", "--json"], "--logprobs 1: cannot be combined with --beams"),
         (["--prefix-cache-mib", "-1"], "--prefix-cache-mib -1: must be 0 or more"),
         (["--load-state", "nowhere"], "nowhere: no such file"),
         (["--save-state", "nowhere/state"], "--save-state nowhere/state: there is no folder"),

@@ -155,13 +155,9 @@ def test_a_count_is_a_whole_number(field: str) -> None:
 )
 def test_what_shapes_the_draw_contradicts_a_temperature_of_0(field: str, value: Any) -> None:
     wrong = SamplingOptions(**{field: value})
-    with pytest.raises(PromptError) as error:
+    with pytest.raises(PromptError, match=f"^{flag(field)} {value}: .*temperature 0.* {flag(field)}$"):
         wrong.check()
-    assert str(error.value) == (
-        f"{flag(field)} {value}: means nothing at temperature 0, which always takes the most likely token: "
-        f"give a temperature above 0 too, or leave {flag(field)} out"
-    )
-    with pytest.raises(PromptError, match=f"^line 2: {field} {value}: means nothing .* or leave {field} out$"):
+    with pytest.raises(PromptError, match=f"^line 2: {field} {value}: .*temperature 0.* {field}$"):
         wrong.check(where="line 2")
     dataclasses.replace(wrong, temperature=0.1).check()
 
@@ -181,7 +177,7 @@ def test_more_new_tokens_at_least_than_at_most_contradict() -> None:
     wrong = SamplingOptions(min_new_tokens=6)
     wrong.check()
     wrong.check(max_new_tokens=6)
-    with pytest.raises(PromptError, match=r"^--min-new-tokens 6: is more than --max-new-tokens 5: lower the one or"):
+    with pytest.raises(PromptError, match=r"^--min-new-tokens 6: is more than --max-new-tokens 5"):
         wrong.check(max_new_tokens=5)
     with pytest.raises(PromptError, match=r"^line 3: min_new_tokens 6: is more than max_new_tokens 5: lower"):
         wrong.check(max_new_tokens=5, where="line 3")
@@ -232,7 +228,7 @@ def test_a_bias_flag_of_another_form_is_refused(wrong: str, capsys: pytest.Captu
 
 def test_two_biases_of_one_token_contradict() -> None:
     assert given_in(parse("--logit-bias", "5=1", "--logit-bias", "5=1.0")) == {"logit_bias": {5: 1.0}}
-    with pytest.raises(PromptError, match=r"^--logit-bias 5: the token has different biases: give one of them$"):
+    with pytest.raises(PromptError, match=r"^--logit-bias 5: the token has different biases: remove one$"):
         given_in(parse("--logit-bias", "5=1", "--logit-bias", "5=2"))
     assert SamplingOptions(**given_in(parse("--logit-bias", "5=nan"))).logit_bias.keys() == {5}
 
@@ -279,7 +275,7 @@ def test_a_checkpoint_that_does_not_sample_is_greedy_with_its_penalties(do_sampl
     [
         ("do_sample", 1, "do_sample 1: must be true or false"),
         ("do_sample", "true", "do_sample 'true': must be true or false"),
-        ("temperature", 0.0, "temperature 0: must be above 0 where do_sample is true"),
+        ("temperature", 0.0, "temperature 0: must be above 0 if do_sample is true"),
         ("temperature", -1, "temperature -1: must be finite, 0 or more"),
         ("top_p", 1.5, "top_p 1.5: must be above 0 and at most 1"),
         ("top_k", 20.0, "top_k 20.0: must be a whole number"),
@@ -301,7 +297,7 @@ def test_asking_for_greedy_turns_off_what_a_checkpoint_draws_with() -> None:
     greedy = base.updated({"temperature": 0.0})
     assert greedy == SamplingOptions(repetition_penalty=1.1)
     greedy.check()
-    with pytest.raises(PromptError, match=r"^--top-p 0.5: means nothing at temperature 0"):
+    with pytest.raises(PromptError, match=r"^--top-p 0.5: has no effect at temperature 0"):
         base.updated({"temperature": 0.0, "top_p": 0.5}).check()
 
 

@@ -12,7 +12,7 @@ from support.tiny_bundle import write_bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.state import State
-from satchel.runtime.generation import sequence as continuation
+from satchel.runtime.generation import sequence as sequence
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.stream import TokenStream
 
@@ -36,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(continuation, "time", clock)
+    monkeypatch.setattr(sequence, "time", clock)
     return clock
 
 
@@ -237,11 +237,11 @@ def test_a_stream_that_was_never_read_can_be_closed(fresh: Generator) -> None:
     assert fresh.prefix_cache.positions == 0
 
 
-def test_an_ended_continuation_stays_as_it_is(generator: Generator) -> None:
+def test_an_ended_sequence_stays_as_it_is(generator: Generator) -> None:
     stream = write(generator, "one EN", stop="END")
     first = stream.result()
-    stream._continuation.close("time")
-    stream._continuation.check_time()
+    stream._sequence.close("time")
+    stream._sequence.check_time()
     stream.close()
     assert stream.result() == first
     assert first.finish_reason == "length"

@@ -93,7 +93,7 @@ def check_against_transformers(tokenizer: SentencePieceTokenizer, path: Path) ->
 
 
 def test_rendered_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="not valid UTF-8 at character 3: mend or remove it"):
+    with pytest.raises(PromptError, match="not valid UTF-8 at character 3"):
         SentencePieceTokenizer(sentencepiece_file(tmp_path), add_bos=True).encode_rendered("<s>\udcff")
 
 
@@ -170,7 +170,7 @@ def test_a_text_is_never_cut_or_padded_by_settings_left_in_the_file(tmp_path: Pa
 
 def test_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(byte_level_json())
-    with pytest.raises(PromptError, match="not valid UTF-8 at character 3: mend or remove it"):
+    with pytest.raises(PromptError, match="not valid UTF-8 at character 3"):
         JsonTokenizer(tmp_path / "tokenizer.json").encode("abc\udcff")
 
 
@@ -183,7 +183,7 @@ def test_the_texts_recorded_at_export_must_encode_the_same(tmp_path: Path) -> No
     Tokenizer.open(open_bundle(folder))
     document["tokenizer"]["corpus"][0]["ids"] = [*ids, 5]
     write_manifest(folder, document)
-    with pytest.raises(BundleError, match=r"tokenizer\.json: encodes 'the cat' otherwise .* export the bundle again"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json: encodes 'the cat' differently .* export the bundle again"):
         Tokenizer.open(open_bundle(folder))
 
 

@@ -1,13 +1,13 @@
-"""What sampling options do to one row of logits: pure functions, in the order in which they apply.
+"""Sampling filters on one row of logits: pure functions, in the order in which they apply.
 
-`adjusted` runs first and for greedy decoding, too: repetition penalty, presence and frequency penalty, no repeated
-n-gram, no early end, bias. `narrowed` prepares the draw: temperature, top-k, top-p, min-p, typical-p. The order is that
-of transformers, since each step sees what the one before has left and another order gives other texts: top-p counts its
-mass among the tokens of top-k, after the temperature. The one exception is the bias, which transformers adds first:
-here it comes last of the adjustments, so that no penalty scales it and the logit moves by exactly what was asked for.
+`adjusted` runs first, for greedy decoding too: repetition penalty, presence and frequency penalty, no repeated n-gram,
+no early end, bias. `narrowed` prepares the draw: temperature, top-k, top-p, min-p, typical-p. The order is that of
+transformers, since each step sees what the previous one left: top-p counts its mass among the tokens of top-k, after
+the temperature. The one exception is the bias, which transformers adds first: here it comes last of the adjustments, so
+that no penalty scales it.
 
-Each function takes logits [vocabulary] in any float type and returns a new array of float64, in which -inf stands for a
-token that cannot be chosen. None changes its input. Narrowing keeps at least one token.
+Each function takes logits [vocabulary] of any float type and returns a new float64 array, in which -inf marks a token
+that cannot be chosen. None changes its input. Narrowing keeps at least one token.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _ADJUSTING = (
 
 
 def adjusts(options: SamplingOptions) -> bool:
-    """Whether `adjusted` does anything under these options."""
+    """Whether `adjusted` has any effect with these options."""
     return any(options.differs(field) for field in _ADJUSTING)
 
 
 def adjusted(logits: Logits, options: SamplingOptions, ids: Ids, prompt_tokens: int, end_tokens: Ids) -> Row:
     """Logits after the penalties, bans and bias of `options`.
 
-    `ids` are those of the prompt, `prompt_tokens` of them, and of the new text. Raises PromptError when no token is
-    left to choose from.
+    `ids` are those of the prompt, `prompt_tokens` of them, and of the new text. Raises PromptError if no token is left
+    to choose from.
     """
     row = logits.astype(np.float64)
     generated = ids[prompt_tokens:]
@@ -65,7 +65,7 @@ def adjusted(logits: Logits, options: SamplingOptions, ids: Ids, prompt_tokens: 
 
 
 def narrowed(logits: Logits, options: SamplingOptions) -> Row:
-    """Logits to draw from: after the temperature, which must not be 0, and what narrows the choice."""
+    """Logits to sample from: after the temperature, which must not be 0, and the filters."""
     row = temperature(logits, options.temperature)
     if options.top_k:
         row = top_k(row, options.top_k)
@@ -79,7 +79,7 @@ def narrowed(logits: Logits, options: SamplingOptions) -> Row:
 
 
 def repetition_penalty(logits: Logits, ids: Ids, penalty: float) -> Row:
-    """Divide the logits above 0 of the tokens in `ids` by `penalty`, multiply the others by it; once for each token.
+    """Divide logits above 0 of tokens in `ids` by `penalty`, multiply the others by it; once per token.
 
     Keskar et al., CTRL, 2019, arXiv:1909.05858, with the sign taken into account as in transformers.
     """
@@ -91,9 +91,9 @@ def repetition_penalty(logits: Logits, ids: Ids, penalty: float) -> Row:
 
 
 def count_penalties(logits: Logits, generated: Ids, presence: float, frequency: float) -> Row:
-    """Take `presence` from the logit of each token of the new text, and `frequency` for each time it is there.
+    """Subtract `presence` from the logit of each token in the new text, and `frequency` for each occurrence.
 
-    As the API of OpenAI defines both: the prompt does not count.
+    As defined by the API of OpenAI: the prompt does not count.
     """
     row = logits.astype(np.float64)
     tokens, counts = np.unique(generated, return_counts=True)
@@ -102,10 +102,10 @@ def count_penalties(logits: Logits, generated: Ids, presence: float, frequency: 
 
 
 def no_repeat_ngram(logits: Logits, ids: Ids, size: int) -> Row:
-    """Ban every token that would complete `size` tokens in a row that are in `ids` already, as transformers does."""
+    """Ban every token that would repeat an n-gram of `size` tokens in `ids`, as transformers does."""
     row = logits.astype(np.float64)
     starts = np.arange(max(len(ids) - size + 1, 0))
-    # From the last token of the n-gram's beginning, which few places share, to the first.
+    # From the last token of the n-gram's prefix, which few places share, to the first.
     for offset in range(size - 2, -1, -1):
         if not len(starts):
             break
@@ -115,7 +115,7 @@ def no_repeat_ngram(logits: Logits, ids: Ids, size: int) -> Row:
 
 
 def ban(logits: Logits, ids: Ids) -> Row:
-    """Make the tokens `ids` impossible: the end tokens, before the shortest allowed text is there."""
+    """Ban the tokens `ids`: end tokens, before the minimum number of new tokens."""
     row = logits.astype(np.float64)
     row[ids] = -np.inf
     return row
@@ -131,7 +131,7 @@ def logit_bias(logits: Logits, bias: Mapping[int, float]) -> Row:
 
 
 def temperature(logits: Logits, value: float) -> Row:
-    """Logits divided by a temperature above 0, and moved so that the highest is 0: no temperature overflows then."""
+    """Logits divided by a temperature above 0, and shifted so that the highest is 0, which avoids overflow."""
     row = logits.astype(np.float64)
     with np.errstate(over="ignore"):
         row -= row.max()
@@ -140,7 +140,7 @@ def temperature(logits: Logits, value: float) -> Row:
 
 
 def top_k(logits: Logits, count: int) -> Row:
-    """Keep the `count` highest logits, and those equal to the lowest of them, as transformers does."""
+    """Keep the `count` highest logits, and ties with the lowest of them, as transformers does."""
     row = logits.astype(np.float64)
     if count >= len(row):
         return row
@@ -148,7 +148,7 @@ def top_k(logits: Logits, count: int) -> Row:
 
 
 def top_p(logits: Logits, mass: float) -> Row:
-    """Keep the fewest tokens, most likely first, that together have at least probability `mass`; at par, lower ids.
+    """Keep the fewest tokens, most likely first, with a total probability of at least `mass`; ties by lower id.
 
     Nucleus sampling: Holtzman et al., 2019, arXiv:1904.09751.
     """
@@ -156,14 +156,14 @@ def top_p(logits: Logits, mass: float) -> Row:
     kept = np.flatnonzero(row > -np.inf)
     weights = np.exp(row[kept] - row.max())
     total = weights.sum()
-    # Tokens below this weight have less than 1 - mass together, so the others hold the nucleus: they alone are sorted.
-    # The most likely token weighs 1 and is always among them, however the mean is rounded.
+    # Tokens below this weight have less than 1 - mass in total, so only the others can be in the nucleus.
+    # The most likely token has weight 1 and is always among them, however the mean is rounded.
     least = min((1 - mass) * total / len(kept), 1)
     falling = np.sort(weights[weights >= least])[::-1]
     count = min(int(np.searchsorted(np.cumsum(falling), mass * total)) + 1, len(falling))
     lowest = falling[count - 1]
-    at_par = np.flatnonzero(weights == lowest)[: count - np.count_nonzero(falling > lowest)]
-    return _only(row, np.concatenate([kept[weights > lowest], kept[at_par]]))
+    ties = np.flatnonzero(weights == lowest)[: count - np.count_nonzero(falling > lowest)]
+    return _only(row, np.concatenate([kept[weights > lowest], kept[ties]]))
 
 
 def min_p(logits: Logits, share: float) -> Row:
@@ -176,9 +176,9 @@ def min_p(logits: Logits, share: float) -> Row:
 
 
 def typical_p(logits: Logits, mass: float) -> Row:
-    """Keep the fewest tokens, those of information closest to the entropy first, that have at least `mass` together.
+    """Keep the fewest tokens, those with information closest to the entropy first, with at least `mass` in total.
 
-    Those as close as the last of them are kept, too. Meister et al., 2022, arXiv:2202.00666.
+    Ties with the last of them are kept too. Meister et al., 2022, arXiv:2202.00666.
     """
     row = logits.astype(np.float64)
     kept = np.flatnonzero(row > -np.inf)
@@ -192,7 +192,7 @@ def typical_p(logits: Logits, mass: float) -> Row:
 
 
 def _distance_of(distance: Row, probabilities: Row, mass: float) -> float:
-    """The least distance within which the probability is at least `mass`; sorts no more than it must."""
+    """The smallest distance within which the probability is at least `mass`; sorts as little as possible."""
     count = 256
     while count < len(distance):
         bound = np.partition(distance, count)[count]

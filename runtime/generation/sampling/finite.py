@@ -1,4 +1,4 @@
-"""The check that logits are finite, which finds the most likely token on its way."""
+"""Checks that logits are finite, and finds the most likely token in the same pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from satchel.runtime.errors import BundleError
 
 
 def most_likely(logits: NDArray[np.floating[Any]], name: str) -> int:
-    """The token of the highest logit of [vocabulary], the lowest id among equals.
+    """The token with the highest of logits [vocabulary], ties by lower id.
 
-    One pass: argmax stops at the first NaN, and finds an infinity if there is one. -inf is no fault in some logits,
-    where a model masks tokens, but in all. Raises BundleError; `name` says which logits they are.
+    argmax stops at the first NaN, and finds +inf if there is one. Some logits may be -inf, where a model masks tokens,
+    but not all. Raises BundleError; `name` says in messages which logits they are.
     """
     token = int(logits.argmax())
     highest = logits[token]

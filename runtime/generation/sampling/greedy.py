@@ -1,4 +1,4 @@
-"""The most likely token, without the checks and options of a sampler: for measurements."""
+"""Greedy choice without the checks and options of a sampler, for measurements."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from numpy.typing import NDArray
 
 
 def greedy(logits: NDArray[np.float32]) -> int:
-    """The most likely token of logits [vocabulary]; the lowest id among equals."""
+    """The most likely token of logits [vocabulary], ties by lower id."""
     return int(logits.argmax())

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and of the most likely ones beside them, as the model gives them."""
+"""Log-probabilities of tokens and of the most likely alternatives, as the model gives them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from satchel.runtime.generation.sampling.finite import most_likely
 class TokenLogprob:
     """A token, the natural logarithm of its probability, and the most likely tokens at its place with theirs.
 
-    `top` is sorted by probability, at par the lower id first; the token itself need not be in it.
+    `top` is sorted by probability, ties by lower id; the token itself need not be in it.
     """
 
     token: int
@@ -28,7 +28,7 @@ class TokenLogprob:
 def log_probabilities(logits: NDArray[np.float32], token: int, top_n: int) -> TokenLogprob:
     """The log-probability of `token` under raw logits [vocabulary], and the `top_n` highest ones.
 
-    A log-softmax in float64 of what the model gives, before any sampling option. Raises BundleError for logits that are
+    A log-softmax in float64, before any sampling option. Raises BundleError for logits that are
     not finite, PromptError for a token outside the vocabulary or a negative `top_n`.
     """
     return _at(logits, token, top_n, "the logits")
@@ -37,9 +37,9 @@ def log_probabilities(logits: NDArray[np.float32], token: int, top_n: int) -> To
 def prompt_log_probabilities(
     logits: NDArray[np.float32], ids: Sequence[int] | NDArray[np.int64], top_n: int
 ) -> list[TokenLogprob | None]:
-    """Those of each token of a prompt, given the ones before it, from the logits [sequence, vocabulary] of a score.
+    """The log-probability of each prompt token given those before it, from the score graph's [sequence, vocabulary].
 
-    The first has none: nothing comes before it. Raises as `log_probabilities`, and PromptError for logits of another
+    The first token has none. Raises as `log_probabilities`, and PromptError for logits of another
     number of tokens.
     """
     if len(logits) != len(ids):
@@ -62,7 +62,7 @@ def _at(logits: NDArray[np.float32], token: int, top_n: int, name: str) -> Token
 def _top(row: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
     if not count:
         return ()
-    # All that are equal to the last one are candidates, so that the lower ids win.
+    # Ties with the last one are candidates too, so that lower ids win.
     candidates = np.flatnonzero(row >= np.partition(row, len(row) - count)[len(row) - count])
     best = candidates[np.argsort(-row[candidates], kind="stable")][:count]
     return tuple((int(token), float(row[token])) for token in best)

@@ -1,4 +1,4 @@
-"""Sampling options: held, checked, and read from flags, JSON and a checkpoint. Standard library only."""
+"""Sampling options: their values, checks, and how flags, JSON and a checkpoint give them. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any, Self
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.sampling.table import BY_FIELD, OPTIONS, Option, shown
 
-TRANSFORMERS_TOP_K = 50  # what transformers samples with where generation_config.json names no top_k
+TRANSFORMERS_TOP_K = 50  # the default of transformers if generation_config.json has no top_k
 
-# They shape the draw and nothing else, so they contradict a temperature of 0.
+# They affect sampling alone, so they contradict a temperature of 0.
 DRAW_ONLY = ("top_k", "top_p", "min_p", "typical_p", "seed")
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen from logits. The defaults are greedy; `OPTIONS` says what each field does.
+    """How the next token is chosen from logits. The default is greedy; `OPTIONS` describes each field.
 
-    Any values can be held; `check` refuses the wrong ones. `logit_bias` is copied, and read-only.
+    Values are not checked here but by `check`. `logit_bias` is copied, and read-only.
     """
 
     temperature: float = 0.0
@@ -45,18 +45,18 @@ class SamplingOptions:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken, without a draw."""
+        """Whether the most likely token is taken, without sampling."""
         return self.temperature == 0
 
     def differs(self, field: str) -> bool:
-        """Whether this option does anything: its value is not the default."""
+        """Whether this option has an effect: its value is not the default."""
         return bool(getattr(self, field) != getattr(DEFAULTS, field))
 
     def updated(self, given: Mapping[str, Any]) -> Self:
-        """A copy with the fields of `given` in their place.
+        """A copy with the fields of `given` replaced.
 
-        A temperature of 0 in `given` also turns off what these options hold for the draw alone, such as a checkpoint's
-        top-p. What `given` itself holds stays, for `check` to see.
+        A temperature of 0 in `given` also turns off options that affect sampling alone, such as a checkpoint's top-p,
+        unless they are in `given` too, where `check` finds them.
         """
         dropped = {field: getattr(DEFAULTS, field) for field in DRAW_ONLY} if given.get("temperature") == 0 else {}
         return dataclasses.replace(self, **dropped | dict(given))
@@ -75,14 +75,14 @@ class SamplingOptions:
                 raise PromptError(option.name(where) + wrong)
         for option in (BY_FIELD[field] for field in DRAW_ONLY if self.greedy and self.differs(field)):
             raise PromptError(
-                f"{option.name(where)} {getattr(self, option.field)}: means nothing at temperature 0, which always "
-                f"takes the most likely token: give a temperature above 0 too, or leave {option.label(where)} out"
+                f"{option.name(where)} {getattr(self, option.field)}: has no effect at temperature 0, which always "
+                f"takes the most likely token: set a temperature above 0, or remove {option.label(where)}"
             )
         if max_new_tokens is not None and self.min_new_tokens > max_new_tokens:
             longest = "--max-new-tokens" if where is None else "max_new_tokens"
             raise PromptError(
                 f"{BY_FIELD['min_new_tokens'].name(where)} {self.min_new_tokens}: is more than {longest} "
-                f"{max_new_tokens}: lower the one or raise the other"
+                f"{max_new_tokens}: lower it or raise the other"
             )
 
     def _check_bias(self, option: Option, vocabulary: int | None, where: str | None) -> None:
@@ -110,12 +110,12 @@ def add_flags(parser: argparse.ArgumentParser, description: str | None = None) -
 
 
 def given_in(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a parsed command line holds, by field. Raises PromptError for a token with different biases."""
+    """The options given on a parsed command line, by field. Raises PromptError for a token with different biases."""
     given = {field: value for field in BY_FIELD if (value := getattr(args, field)) is not None}
     if pairs := given.get("logit_bias"):
         twice = [token for token, count in Counter(token for token, _ in set(pairs)).items() if count > 1]
         if twice:
-            raise PromptError(f"--logit-bias {twice[0]}: the token has different biases: give one of them")
+            raise PromptError(f"--logit-bias {twice[0]}: the token has different biases: remove one")
         given["logit_bias"] = dict(pairs)
     return given
 
@@ -123,7 +123,7 @@ def given_in(args: argparse.Namespace) -> dict[str, Any]:
 def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
     """The options of a parsed JSON object, by field; `where` names its place in messages ("line 7").
 
-    A whole number does for a float; true, false, null and text are no numbers. The keys of `logit_bias` are token ids
+    A whole number is accepted as a float; true, false, null and text are not. The keys of `logit_bias` are token ids
     as text. Raises PromptError for an unknown key, a wrong type and a value out of range.
     """
     given: dict[str, Any] = {}
@@ -141,9 +141,9 @@ def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
 
 
 def from_generation_config(document: Mapping[str, object]) -> SamplingOptions:
-    """What a checkpoint's generation_config.json asks for, with the defaults of transformers; null is absent.
+    """The options in a checkpoint's generation_config.json, with the defaults of transformers; null means absent.
 
-    Without `do_sample` that is greedy decoding, with the penalties alone. Raises BundleError naming the file and key.
+    Without `do_sample` decoding is greedy, and only penalties apply. Raises BundleError naming the file and key.
     """
     name = "generation_config.json"
     samples = document.get("do_sample")
@@ -161,7 +161,7 @@ def from_generation_config(document: Mapping[str, object]) -> SamplingOptions:
             raise BundleError(f"{name}: {key}{wrong}: correct the file")
         found[key] = option.kind(value)
     if samples and found["temperature"] == 0:
-        raise BundleError(f"{name}: temperature 0: must be above 0 where do_sample is true: correct the file")
+        raise BundleError(f"{name}: temperature 0: must be above 0 if do_sample is true: correct the file")
     return SamplingOptions(**found)
 
 
@@ -178,7 +178,7 @@ def _bias_object(value: object, option: Option, where: str) -> dict[int, float]:
         raise PromptError(f"{option.name(where)} {shown(value)}: must be an object of token ids and numbers")
     biases = {}
     for token, bias in value.items():
-        # One spelling for each id, or two keys could mean the same token.
+        # One spelling per id: otherwise two keys could mean the same token.
         if not (token.isascii() and token.isdigit() and len(token) < 19 and str(int(token)) == token):
             raise PromptError(f"{option.name(where)} {shown(token)}: must be a token id, such as '50256'")
         if wrong := option.complaint(bias):

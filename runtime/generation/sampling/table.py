@@ -1,4 +1,4 @@
-"""The table of sampling options: what each is called, what it does, and which values it may have. No numpy."""
+"""The table of sampling options: names, descriptions and allowed values. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """One option: the field of SamplingOptions and key of JSON, its flag's metavar and help, and what it may be.
+    """One option: its field and JSON key, metavar and help of its flag, and its allowed values.
 
-    `kind` is float, int or dict (token ids to numbers). A value, or each number of a dict, must fulfil `allows`; `rule`
-    says so in words. A `finite` option takes no infinity.
+    `kind` is float, int or dict (token ids to numbers). A value, or each number of a dict, must satisfy `allows`, which
+    `rule` states in words. A `finite` option does not take infinity.
     """
 
     field: str
@@ -31,15 +31,15 @@ class Option:
         return "--" + self.field.replace("_", "-")
 
     def label(self, where: str | None) -> str:
-        """What messages call it: the flag, or the key where it comes from JSON, at `where`."""
+        """Its name in messages: the flag, or the key if it comes from JSON, at `where`."""
         return self.flag if where is None else self.field
 
     def name(self, where: str | None) -> str:
-        """The label, after the place that it comes from."""
+        """The label, after its place in a file."""
         return self.flag if where is None else f"{where}: {self.field}"
 
     def complaint(self, value: object) -> str | None:
-        """What a message says after the name when the number `value` is not allowed; None when it is."""
+        """What a message says after the name if the number `value` is not allowed; None if it is."""
         wanted, what = (numbers.Integral, "a whole number") if self.kind is int else (numbers.Real, "a number")
         if isinstance(value, bool) or not isinstance(value, wanted):
             return f" {shown(value)}: must be {what}"
@@ -63,36 +63,36 @@ def _penalty(field: str, text: str) -> Option:
 
 OPTIONS = (
     Option(
-        "temperature", float, "T", "divide logits by T before the draw; 0 takes the most likely token, without a draw",
+        "temperature", float, "T", "divide logits by T before sampling; 0 is greedy decoding",
         "finite, 0 or more", lambda value: value >= 0,
     ),
-    _count("top_k", "K", "draw among the K most likely tokens only; 0 is off"),
-    _share("top_p", "P", "draw among the most likely tokens that together have probability P; 1 is off"),
+    _count("top_k", "K", "sample among the K most likely tokens; 0 is off"),
+    _share("top_p", "P", "sample among the most likely tokens with total probability P; 1 is off"),
     Option(
-        "min_p", float, "P", "draw among tokens at least P times as likely as the most likely one; 0 is off",
+        "min_p", float, "P", "sample among tokens at least P times as likely as the most likely one; 0 is off",
         "at least 0 and at most 1", lambda value: 0 <= value <= 1,
     ),
-    _share("typical_p", "P", "draw among the most typical tokens that together have probability P; 1 is off"),
+    _share("typical_p", "P", "sample among the most typical tokens with total probability P; 1 is off"),
     Option(
         "repetition_penalty", float, "X",
-        "make tokens of prompt and text less likely: divide logits above 0 by X, multiply those below; 1 is off",
+        "penalize tokens of prompt and text: divide logits above 0 by X, multiply those below; 1 is off",
         "finite and above 0", lambda value: value > 0,
     ),
-    _penalty("presence_penalty", "take X from the logit of each token that is in the new text; 0 is off"),
-    _penalty("frequency_penalty", "take X from the logit of a token for each time it is in the new text; 0 is off"),
-    _count("no_repeat_ngram_size", "N", "never repeat N tokens in a row, of prompt or text; 0 is off"),
+    _penalty("presence_penalty", "subtract X from the logit of each token in the new text; 0 is off"),
+    _penalty("frequency_penalty", "subtract X from the logit of a token for each occurrence in the new text; 0 is off"),
+    _count("no_repeat_ngram_size", "N", "never repeat an n-gram of N tokens of prompt or text; 0 is off"),
     Option(
-        "logit_bias", dict, "ID=BIAS", "add BIAS to the logit of token ID, -inf for never; may be given several times",
+        "logit_bias", dict, "ID=BIAS", "add BIAS to the logit of token ID, -inf for never; may be repeated",
         "a finite number, or -inf for never", lambda value: value < math.inf, finite=False,
     ),
-    _count("min_new_tokens", "N", "do not end before N new tokens"),
-    _count("seed", "N", "seed of the draw: the same seed gives the same text"),
+    _count("min_new_tokens", "N", "minimum number of new tokens"),
+    _count("seed", "N", "random seed: the same seed gives the same text"),
 )  # fmt: skip
 BY_FIELD = {option.field: option for option in OPTIONS}
 
 
 def shown(value: object) -> str:
-    """A wrong value as messages show it: text in quotes, and shortened."""
+    """A wrong value as messages show it: text in quotes, shortened."""
     try:
         text = repr(value) if isinstance(value, str) else str(value)
     except ValueError:  # an int of more digits than Python writes out
