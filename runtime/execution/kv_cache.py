@@ -1,4 +1,4 @@
-"""The KV cache: buffers allocated once at their full capacity, and the one owner of their length."""
+"""The KV cache: buffers allocated once at their full capacity, and their length."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from satchel.runtime.ort.binding import bind_input, bind_output
 
 
 class Cache(ABC):
-    """Keys and values of one sequence, or of several of one length, for every layer, and how many positions they take.
+    """Keys and values of one sequence for every layer, and the number of positions in use.
 
     The buffers are allocated once, for `capacity` positions or more, and never grow.
     """
 
     def __init__(self, capacity: int, limit: int, rows: int = 1) -> None:
-        """An empty cache; `limit` is the bundle's most positions, for messages."""
+        """An empty cache; `limit` is the bundle's largest context, for messages."""
         self.capacity = capacity
         self.rows = rows
         self._limit = limit
@@ -33,7 +33,7 @@ class Cache(ABC):
     @property
     @abstractmethod
     def past(self) -> Mapping[str, NDArray[Any]]:
-        """What each past input of a graph holds, by its name: [rows, kv_heads, positions, head_dim]."""
+        """The contents of each past input of a graph, by its name: [rows, kv_heads, positions, head_dim]."""
 
     @property
     @abstractmethod
@@ -42,9 +42,9 @@ class Cache(ABC):
 
     @abstractmethod
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
-        """Hold the first `count` positions of `other`, a cache of as many rows, of which `start` are here already.
+        """Copy the first `count` positions of `other`, a cache of as many rows; the first `start` are here already.
 
-        Raises PromptError where they do not fit.
+        Raises PromptError if they do not fit.
         """
 
     @property
@@ -66,7 +66,7 @@ class Cache(ABC):
         self._length += count
 
     def clear(self) -> None:
-        """Hold nothing: the next position to be written is the first."""
+        """Empty the cache: the next position to be written is the first."""
         self._length = 0
 
 
@@ -74,16 +74,16 @@ class KVCache(Cache):
     """Keys and values in memory of the CPU that a graph reads and writes in place.
 
     `past` (by graph input) and `present` (by graph output) name the same arrays, [rows, kv_heads, capacity, head_dim],
-    so nothing is copied between steps. They lie in one anonymous mapping: pages that were never written cost no memory,
-    and all of it goes back to the system with the cache.
+    so nothing is copied between steps. All lie in one anonymous mapping: pages that were never written cost no memory,
+    and the mapping is freed with the cache.
     """
 
     def __init__(
         self, spec: CacheSpec, capacity: int, limit: int, rows: int = 1, memory: mmap.mmap | None = None
     ) -> None:
-        """Allocate `capacity` positions for each of `rows` sequences; `limit` is the bundle's most, for messages.
+        """Allocate `capacity` positions for each of `rows` sequences; `limit` is the largest context, for messages.
 
-        `memory` of another cache, which nobody uses any more, serves in place of new memory where it is large enough.
+        `memory` of a cache that is no longer used is reused if it is large enough.
         """
         super().__init__(capacity, limit, rows)
         self._past: dict[str, NDArray[Any]] = {}
@@ -136,7 +136,7 @@ class KVCache(Cache):
         return row
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
-        """Hold the first `count` positions of `other`, as `Cache.copy_from`."""
+        """As `Cache.copy_from`."""
         self._length = 0
         self.require(count)
         theirs = other.past
@@ -146,6 +146,6 @@ class KVCache(Cache):
 
 
 def position_bytes(spec: CacheSpec) -> int:
-    """The bytes that the keys and values of one position of one sequence take, all layers together."""
+    """The bytes of the keys and values of one position of one sequence, over all layers."""
     numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in spec.layers)
     return numbers * np.dtype(spec.dtype).itemsize

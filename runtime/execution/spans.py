@@ -1,4 +1,4 @@
-"""How many tokens of a prompt a graph is given at a time."""
+"""Splits a prompt into spans, each for one run of a prefill graph."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ PREFILL_CHUNK = 256  # tokens
 
 
 def chunks(total: int, size: int = PREFILL_CHUNK) -> Iterator[slice]:
-    """Spans of up to `size` tokens that cover `total`, none of one token alone if that can be helped.
+    """Spans of up to `size` tokens that cover `total`, none with a single token if that can be avoided.
 
-    Some kernels take tokens in pairs, and round otherwise for one that is left over. With spans of an even size that
-    can be the last token of all and no other, whatever was fed before.
+    Some kernels take tokens in pairs and round a leftover one differently. With spans of an even size only the very
+    last token can be left over, whatever was fed before.
     """
     start = 0
     while start < total:
@@ -21,16 +21,16 @@ def chunks(total: int, size: int = PREFILL_CHUNK) -> Iterator[slice]:
 
 
 def padded_spans(total: int, size: int | None, lengths: Sequence[int]) -> Iterator[slice]:
-    """Spans that cover `total` tokens for graphs of fixed `lengths`, rising: as few runs as there can be.
+    """Spans that cover `total` tokens in as few runs as possible of graphs with fixed `lengths`, in ascending order.
 
-    The longest graph of at most `size` tokens (None: of all) takes as many as it holds, again and again; what is left
-    is for the shortest that covers it, padded (`covering`). Where every graph is longer than `size`, the shortest is.
+    The longest graph of at most `size` tokens (None: of any length) is run while it is full; the shortest that holds
+    the rest runs padded (`covering`). If every graph is longer than `size`, spans have `size` tokens.
     """
-    most = lengths[-1] if size is None else max((length for length in lengths if length <= size), default=size)
-    for start in range(0, total, most):
-        yield slice(start, min(start + most, total))
+    longest = lengths[-1] if size is None else max((length for length in lengths if length <= size), default=size)
+    for start in range(0, total, longest):
+        yield slice(start, min(start + longest, total))
 
 
 def covering(count: int, lengths: Sequence[int]) -> int:
-    """The index of the shortest of `lengths`, rising, that holds `count` tokens."""
+    """The index of the shortest of `lengths`, in ascending order, that holds `count` tokens."""
     return next(index for index, length in enumerate(lengths) if length >= count)

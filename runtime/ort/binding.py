@@ -27,7 +27,7 @@ def bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any], shape: t
 def run_bound(
     session: ort.InferenceSession, binding: ort.IOBinding, where: str, options: ort.RunOptions | None = None
 ) -> None:
-    """Run a graph on what is bound. Raises BundleError, which says `where`."""
+    """Run a graph on its bound inputs and outputs. Raises BundleError, which says `where`."""
     try:
         session.run_with_iobinding(binding, options)
     except ORT_ERRORS as error:

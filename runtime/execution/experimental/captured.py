@@ -1,8 +1,8 @@
 """Graphs for any number of tokens on a CUDA device, whose decode step is captured as a CUDA graph.
 
-A step of decode has one shape and one set of addresses: one token, a mask of the cache's whole length, the cache in
-place. What it gives stays on the device until somebody reads it: the most likely tokens, where the graph chooses them
-itself, or all logits.
+Each decode step has the same shapes and addresses: one token, a mask as long as the whole cache, and the cache updated
+in place. Its outputs stay on the device until they are read: the most likely tokens, if the graph chooses them, or all
+logits.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class CapturedState(State):
 
     @property
     def logits(self) -> Logits:
-        """Those of the last token fed, [vocabulary] float32; copied from the device when they are first asked for."""
+        """Those of the last token fed, [vocabulary] float32; copied from the device on first use."""
         if not self._read:
             self._logits[:] = self._slot.results[LOGITS].read()[0, 0]
             self._read = True
         return self._logits
 
     def best(self, count: int) -> TopTokens | None:
-        """The tokens that the graph chose, where it has outputs for `count` of them and the last step was of this."""
+        """The tokens that the graph chose, if it has outputs for `count` of them and has run since the last copy."""
         if not self._stepped or count > self._top_tokens:
             return None
         ids, logits = (self._slot.results[name].read()[0, 0] for name in (TOP_IDS, TOP_LOGITS))
@@ -103,7 +103,7 @@ class CapturedEngine(Engine):
     """The prefill, decode and score graphs of `manifest.graphs` on a CUDA device."""
 
     def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
-        """Open prefill and decode, in one session where the manifest says so. Raises BundleError and ProviderError."""
+        """Open prefill and decode, in one session if the manifest says so. Raises BundleError and ProviderError."""
         super().__init__(bundle, settings)
         self._sessions = open_both(bundle, settings)
         captures = settings.provider.session_options(bundle.manifest)[CUDA_GRAPH] == "1"
@@ -113,7 +113,7 @@ class CapturedEngine(Engine):
 
     @property
     def sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
-        """That of prefill and that of decode: the same one twice where both phases share it."""
+        """That of prefill and that of decode: the same one twice if both phases share it."""
         return self._sessions
 
     def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:

@@ -1,9 +1,9 @@
-"""Memory that graphs read and write: on the CPU, on a CUDA device, on an Ascend device. All that touches one is here.
+"""Memory that graphs read and write: on the CPU, on a CUDA device, on an Ascend device.
 
-Each kind of memory gives three things: a `Buffer` that stays on the device from step to step (keys and values, what one
-part of a graph hands to the next), a `Feed` that the host fills before a run, and a `Result` that it may read after
-one. They bind themselves to a graph's inputs and outputs by name. ONNX Runtime's Python interface offers less for
-"cann" than for "cuda" (no value of a shape alone, no update in place), which is why they are two classes.
+Each kind of memory makes three things: a `Buffer` that stays on the device from step to step (keys and values, results
+that one part of a graph passes to the next), a `Feed` that the host fills before a run, and a `Result` that the host
+may read after it. They bind themselves to a graph's inputs and outputs by name. The Python interface of ONNX Runtime
+supports less for "cann" than for "cuda" (no uninitialized values, no update in place), hence two classes.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ Shape = tuple[int, ...]
 
 
 class Buffer(ABC):
-    """Memory of the device, of one shape and type, zero at first."""
+    """Memory of the device, of one shape and type, initially zero."""
 
     shape: Shape
     nbytes: int
 
     @abstractmethod
     def read(self) -> Array:
-        """What it holds: on the CPU the memory itself, elsewhere a copy."""
+        """The contents: on the CPU the memory itself, elsewhere a copy."""
 
     @abstractmethod
     def write(self, values: Array) -> None:
-        """Hold `values`, of the same shape and type."""
+        """Set the contents to `values`, of the same shape and type."""
 
     @abstractmethod
     def bind_input(self, binding: ort.IOBinding, name: str) -> None:
-        """Let a graph read input `name` from it."""
+        """Bind it as input `name` of a graph."""
 
     @abstractmethod
     def bind_output(self, binding: ort.IOBinding, name: str) -> None:
-        """Let a graph write output `name` into it."""
+        """Bind it as output `name` of a graph."""
 
 
 class Feed(ABC):
-    """An input that the host fills: `array`, which `send` brings to the device."""
+    """An input that the host fills: `array`, which `send` copies to the device."""
 
     array: Array
 
     @abstractmethod
     def bind(self, binding: ort.IOBinding, name: str) -> None:
-        """Bind it once, where that is possible."""
+        """Bind it once, if the device supports that."""
 
     @abstractmethod
     def send(self, binding: ort.IOBinding, name: str) -> None:
-        """Let the next run see what `array` holds now."""
+        """Make the contents of `array` visible to the next run."""
 
 
 class Result(ABC):
@@ -63,21 +63,21 @@ class Result(ABC):
 
     @abstractmethod
     def bind(self, binding: ort.IOBinding, name: str) -> None:
-        """Let a graph write output `name` into it."""
+        """Bind it as output `name` of a graph."""
 
     @abstractmethod
     def read(self) -> Array:
-        """What the last run wrote."""
+        """The values that the last run wrote."""
 
 
 class Memory(ABC):
-    """One kind of memory. `keeps_addresses` tells that writing to a buffer leaves it where it is bound."""
+    """One kind of memory. `keeps_addresses`: writing to a buffer does not change its address."""
 
     keeps_addresses = True
 
     @abstractmethod
     def buffer(self, shape: Shape, dtype: str) -> Buffer:
-        """A new buffer of zeros. Raises MemoryError, or what ONNX Runtime raises, where there is no room."""
+        """A new buffer of zeros. Raises MemoryError, or ONNX Runtime's error, if there is not enough memory."""
 
     @abstractmethod
     def feed(self, shape: Shape, dtype: str) -> Feed:
@@ -85,11 +85,11 @@ class Memory(ABC):
 
     @abstractmethod
     def result(self, array: Array) -> Result:
-        """An output of the shape and type of `array`, a host array that may serve to read it into."""
+        """An output of the shape and type of `array`, a host array that it may be read into."""
 
 
 class HostMemory(Memory):
-    """Memory of the CPU: graphs are given addresses, and nothing is copied."""
+    """Memory of the CPU: graphs use the arrays themselves; nothing is copied."""
 
     def buffer(self, shape: Shape, dtype: str) -> Buffer:
         return _HostBuffer(np.zeros(shape, dtype))
@@ -102,7 +102,7 @@ class HostMemory(Memory):
 
 
 class CudaMemory(Memory):
-    """Memory of a CUDA device: all is bound once, at addresses that stay, as CUDA graphs want it."""
+    """Memory of a CUDA device: everything is bound once, at fixed addresses, as CUDA graphs require."""
 
     def __init__(self, device: int = 0) -> None:
         self.device = device
@@ -122,7 +122,7 @@ class CudaMemory(Memory):
 
 
 class CannMemory(Memory):
-    """Memory of an Ascend device. Results come back to the CPU with the run, and inputs are bound before each."""
+    """Memory of an Ascend device. Results are copied to the CPU by the run; inputs are bound before each run."""
 
     keeps_addresses = False
 
@@ -140,7 +140,7 @@ class CannMemory(Memory):
 
 
 def memory_of(choice: ProviderChoice) -> Memory:
-    """The memory that a provider's graphs work in. Raises ProviderError for a device that is no number."""
+    """The memory that a provider's graphs use. Raises ProviderError for a device id that is not a number."""
     if choice.name == "cuda":
         return CudaMemory(choice.device)
     return CannMemory(choice.device) if choice.name == "cann" else HostMemory()
@@ -173,7 +173,7 @@ class _HostFeed(Feed):
         _bind_host_input(binding, name, self.array)
 
     def send(self, binding: ort.IOBinding, name: str) -> None:
-        """A run reads the array itself."""
+        """Nothing to do: a run reads the array itself."""
 
 
 class _HostResult(Result):
@@ -230,7 +230,7 @@ class _CudaResult(Result):
 
 
 class _CannBuffer(Buffer):
-    """A value of the device, and another one after each write: there is no update in place for this device."""
+    """A value of the device, replaced by a new one at each write: this device has no update in place."""
 
     def __init__(self, zeros: Array, device: int) -> None:
         self._device = device
@@ -256,7 +256,7 @@ class _CannFeed(Feed):
         self.array = array
 
     def bind(self, binding: ort.IOBinding, name: str) -> None:
-        """ONNX Runtime copies to the device when an input is bound, so it is bound when it is sent."""
+        """Nothing to do: ONNX Runtime copies to the device when an input is bound, so `send` binds it."""
 
     def send(self, binding: ort.IOBinding, name: str) -> None:
         binding.bind_cpu_input(name, self.array)

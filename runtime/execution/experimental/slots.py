@@ -1,9 +1,9 @@
-"""What a sequence has on a CUDA device: buffers at addresses that stay, and the CUDA graph that was captured over them.
+"""Slots on a CUDA device: buffers at fixed addresses, and the CUDA graph that was captured over them.
 
-A captured graph reads and writes the addresses that it was captured with. So all that decode touches, the cache and
-the small inputs and outputs, makes one slot; a slot has one graph, under an id of its own, and serves one sequence
-after the other. The first slots that an engine makes are captured and kept; should more sequences live at a time,
-theirs run uncaptured and are let go, for ONNX Runtime keeps what it has captured until the session ends.
+A captured graph reads and writes the addresses that it was captured with. A slot is therefore everything that decode
+touches: the cache and the small inputs and outputs. It has its own graph id and serves sequences one after another. The
+first slots of an engine are captured and kept. If more sequences are active at a time, theirs run uncaptured and are
+freed afterwards, because ONNX Runtime keeps a captured graph until the session ends.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from satchel.runtime.execution.experimental.device_memory import Buffer, Memory
 from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.ort.session import ORT_ERRORS
 
-MOST_KEPT = 8
+MAX_KEPT = 8
 GRAPH_ID, NOT_CAPTURED = "gpu_graph_id", -1
-"""The entry of a run that names its CUDA graph, and the value for none."""
+"""The run option that names the CUDA graph, and its value for none."""
 
 
 class Slot:
@@ -62,7 +62,7 @@ class Slot:
 
 
 class DeviceCache(Cache):
-    """Keys and values in a slot. When nobody holds it any more, its slot is free for the next sequence."""
+    """Keys and values in a slot, which is free for the next sequence once this is released or garbage-collected."""
 
     def __init__(self, slots: Slots, slot: Slot, capacity: int, limit: int) -> None:
         super().__init__(capacity, limit)
@@ -80,7 +80,7 @@ class DeviceCache(Cache):
         return sum(buffer.nbytes for buffer in self.slot.cache.values())
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
-        """Hold the first `count` positions of `other`, as `Cache.copy_from`; whole buffers go to the device."""
+        """As `Cache.copy_from`; whole buffers are copied to the device."""
         self._length = 0
         self.require(count)
         theirs = other.past
@@ -97,19 +97,19 @@ class Slots:
     def __init__(self, manifest: Manifest, memory: Memory, captures: bool) -> None:
         """`captures` tells whether decode runs as a CUDA graph."""
         self._manifest, self._memory, self._captures = manifest, memory, captures
-        self._lock = threading.RLock()  # a cache can be let go by who is holding the lock
+        self._lock = threading.RLock()  # reentrant: a cache can be collected while this thread holds the lock
         self._free: list[Slot] = []
         self._made = 0
 
     def take(self, capacity: int) -> DeviceCache:
-        """An empty cache of `capacity` positions, in buffers for all that the bundle allows. Raises PromptError."""
+        """An empty cache of `capacity` positions, in buffers of the bundle's largest context. Raises PromptError."""
         size = self._manifest.model.max_context
         with self._lock:
             if self._free:
                 return DeviceCache(self, self._free.pop(), capacity, size)
             self._made += 1
             number = self._made
-        kept = number <= MOST_KEPT
+        kept = number <= MAX_KEPT
         try:
             graph = number if kept and self._captures else NOT_CAPTURED
             slot = Slot(self._manifest, self._memory, size, graph, kept)
@@ -122,14 +122,14 @@ class Slots:
         return DeviceCache(self, slot, capacity, size)
 
     def give_back(self, slot: Slot) -> None:
-        """Let the next sequence have a slot, or its memory."""
+        """Keep a slot for the next sequence, or let its memory be freed."""
         if slot.kept:
             with self._lock:
                 self._free.append(slot)
 
 
 def run_options(graph: int) -> ort.RunOptions:
-    """Options of runs that are captured under the id `graph`, or not at all."""
+    """Options of runs that are captured under the id `graph`; `NOT_CAPTURED` for none."""
     options = ort.RunOptions()
     options.add_run_config_entry(GRAPH_ID, str(graph))
     return options

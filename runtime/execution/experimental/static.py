@@ -1,6 +1,6 @@
-"""Graphs in which every shape is a number, over two sets of cache buffers that change places at each run.
+"""Graphs with fully static shapes and a double-buffered KV cache.
 
-Devices that compile each shape anew want it so: each part of each graph sees one shape of each input, always.
+They are for devices that compile a graph for each combination of shapes: every part of a graph always sees the same.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ class Chain:
 
 
 class _Bound:
-    """What one state has for one chain: its inputs, what its parts hand on, and their bindings for each side."""
+    """The buffers of one state for one chain: inputs, intermediate results, and bindings for each side of the cache."""
 
     def __init__(self, chain: Chain, cache: SwappedCache, memory: Memory, logits: Logits) -> None:
         self.feeds: dict[str, Feed] = {}
         self._chain, self._cache = chain, cache
         self._version = cache.version
         self._bindings: dict[int, list[ort.IOBinding]] = {}
-        self._handed: dict[str, Buffer] = {}
+        self._between: dict[str, Buffer] = {}
         self._logits: Result | None = None
         for part in chain.graph.parts:
             for tensor in part.inputs:
-                if tensor.name not in cache.inputs() | self._handed | self.feeds:
+                if tensor.name not in cache.inputs() | self._between | self.feeds:
                     self.feeds[tensor.name] = memory.feed(_numbers(tensor), tensor.dtype)
             for tensor in part.outputs:
                 if tensor.name == LOGITS:
                     self._logits = memory.result(logits.reshape(_numbers(tensor)))
                 elif tensor.name not in cache.outputs():
-                    self._handed[tensor.name] = memory.buffer(_numbers(tensor), tensor.dtype)
+                    self._between[tensor.name] = memory.buffer(_numbers(tensor), tensor.dtype)
 
     def bindings(self) -> list[ort.IOBinding]:
-        """A binding for each part, as the cache's sides lie."""
+        """A binding for each part, for the current side of the cache."""
         cache = self._cache
         if self._version != cache.version:
             self._version, self._bindings = cache.version, {}
@@ -67,7 +67,7 @@ class _Bound:
         return self._bindings[cache.side]
 
     def _bind(self, part: GraphSpec, binding: ort.IOBinding) -> ort.IOBinding:
-        inputs, outputs = self._handed | self._cache.inputs(), self._handed | self._cache.outputs()
+        inputs, outputs = self._between | self._cache.inputs(), self._between | self._cache.outputs()
         for tensor in part.inputs:
             if tensor.name in self.feeds:
                 self.feeds[tensor.name].bind(binding, tensor.name)
@@ -82,7 +82,7 @@ class _Bound:
 
 
 class StaticState(State):
-    """A state over a swapped cache. Bindings are made for each graph when it first runs, and kept."""
+    """A state over a double-buffered cache. Bindings are made for each graph when it first runs, and kept."""
 
     def __init__(self, engine: StaticEngine, cache: SwappedCache, logits: Logits) -> None:
         super().__init__(cache, logits)
@@ -97,7 +97,7 @@ class StaticState(State):
         self.run(self._engine.decode_chain, np.array([token], np.int64), self._logits)
 
     def run(self, chain: Chain, tokens: Ids, logits: Logits) -> None:
-        """Run a chain on as many tokens as it takes, or fewer, and count them in the cache.
+        """Run a chain on up to as many tokens as it holds, and count them in the cache.
 
         `logits` is the buffer for its logits, the same one at every run of this chain.
         """
@@ -124,7 +124,7 @@ class StaticEngine(Engine):
         static = bundle.manifest.static
         if static is None:
             raise ValueError("there are no static graphs")
-        # The working directory may be another one while graphs are opened.
+        # Relative paths would break: the working directory may change while graphs are opened.
         super().__init__(bundle.absolute(), settings)
         self._static = static
         self.memory = memory_of(settings.provider)
@@ -138,7 +138,7 @@ class StaticEngine(Engine):
 
     @property
     def sessions(self) -> tuple[ort.InferenceSession, ...]:
-        """Those of prefill's graphs, the shortest first, part by part, and of decode."""
+        """Those of the prefill graphs, the shortest first, part by part, and of decode."""
         return tuple(session for chain in (*self._prefill, self.decode_chain) for session in chain.sessions)
 
     def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
@@ -158,7 +158,7 @@ class StaticEngine(Engine):
         return SwappedCache(spec, self.memory, self._static.capacity, capacity, self.max_context)
 
     def release(self, cache: Cache) -> None:
-        """Keep one cache for the next: each has the full capacity, so that any will do."""
+        """Keep one cache for the next: all have the full capacity, so any fits."""
         if isinstance(cache, SwappedCache):
             with self._lock:
                 self._spare = cache
@@ -201,5 +201,5 @@ class StaticEngine(Engine):
 
 
 def _numbers(tensor: TensorSpec) -> tuple[int, ...]:
-    """Its shape whose sizes are numbers, as the manifest's check has made sure."""
+    """The shape of a tensor; the check of the manifest ensures that all sizes are numbers."""
     return tuple(size for size in tensor.shape if isinstance(size, int))

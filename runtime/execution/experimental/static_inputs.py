@@ -1,7 +1,7 @@
-"""What a static graph is fed: arrays of fixed shapes, filled anew for each run. Which position is what is decided here.
+"""The inputs of static graphs: arrays of fixed shapes, filled for each run.
 
-Positions count from 0. A run takes `count` new tokens from position `start` on; the rows of a longer graph that are
-left over are padding. They write nothing and see position 0, so that their softmax is over something.
+Positions count from 0. A run takes `count` new tokens from position `start` on; the remaining rows of a
+longer graph are padding. They write nothing, and attend to position 0 so that their softmax is defined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from satchel.runtime.bundle.manifest import StaticGraphs, TableSpec
 from satchel.runtime.bundle.reader import Bundle
 
 HIDDEN = -30_000.0
-"""Added to a score, it leaves nothing of it after softmax, and it is finite in float16."""
+"""Added to a score, it makes its softmax weight 0; finite in float16."""
 
 Array = NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""A KV cache of two sets of buffers that change places at each step, in the memory of any device."""
+"""A double-buffered KV cache, in the memory of any device."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Buffers = dict[str, Buffer]
 class SwappedCache(Cache):
     """Keys and values of one sequence for graphs that read all of past and write all of present.
 
-    Both have `size` positions, whatever the `capacity` that is allowed. `side` is the number of the set, 0 or 1, that
-    holds what is known; `version` changes when a buffer moved in memory, so that bindings to it are old.
+    There are two sets of buffers, which swap roles at each step. Both have `size` positions, whatever `capacity` is
+    allowed. `side` is the set, 0 or 1, that holds the current contents; `version` changes when a buffer moved in
+    memory and bindings to it must be made again.
     """
 
     def __init__(self, spec: CacheSpec, memory: Memory, size: int, capacity: int, limit: int) -> None:
-        """Allocate both sets; `limit` is the bundle's most positions, for messages. Raises PromptError."""
+        """Allocate both sets; `limit` is the bundle's largest context, for messages. Raises PromptError."""
         super().__init__(capacity, limit)
         self.size = size
         self.side = 0
@@ -48,7 +49,7 @@ class SwappedCache(Cache):
 
     @property
     def past(self) -> Mapping[str, NDArray[Any]]:
-        """What is known, by past input: on the CPU the buffers themselves, from a device copies."""
+        """The current contents, by past input: on the CPU the buffers themselves, from a device copies."""
         return {name: buffer.read() for name, buffer in self._sets[self.side].items()}
 
     @property
@@ -57,7 +58,7 @@ class SwappedCache(Cache):
         return sum(buffer.nbytes for buffers in self._sets for buffer in buffers.values())
 
     def inputs(self) -> Buffers:
-        """The buffers that hold what is known, by past input."""
+        """The buffers with the current contents, by past input."""
         return self._sets[self.side]
 
     def outputs(self) -> Buffers:
@@ -65,17 +66,17 @@ class SwappedCache(Cache):
         return {self._names[past]: buffer for past, buffer in self._sets[1 - self.side].items()}
 
     def swap(self, count: int) -> None:
-        """Count `count` positions that a step has just written into the other set, which is the one known now."""
+        """Count `count` positions that a step has just written into the other set, and make that the current one."""
         self.advance(count)
         self.side = 1 - self.side
 
     def reopen(self, capacity: int) -> None:
-        """Be an empty cache of that capacity."""
+        """Empty the cache and set its capacity."""
         self.capacity = capacity
         self.clear()
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
-        """Hold the first `count` positions of `other`, as `Cache.copy_from`; a device gets whole buffers."""
+        """As `Cache.copy_from`; whole buffers are copied to a device."""
         self._length = 0
         self.require(count)
         theirs = other.past

@@ -1,4 +1,4 @@
-"""Compares where ONNX Runtime put the nodes of a graph with the provider that was asked for."""
+"""Checks that the nodes of a graph run on the requested provider."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from satchel.runtime.errors import ProviderError, SatchelWarning
 from satchel.runtime.ort.providers import PROVIDERS, ProviderChoice
 
 RECORD = "session.record_ep_graph_assignment_info"
-"""The session's entry that makes ONNX Runtime remember where it put each node; "1" for yes."""
+"""The session entry that makes ONNX Runtime record the provider of each node; "1" to enable."""
 
 SHOWN = 3
 
 
 def check_placement(session: ort.InferenceSession, choice: ProviderChoice, graph: Path) -> None:
-    """Warn with SatchelWarning of nodes that run on another provider than the one asked for, if there are any.
+    """Warn with SatchelWarning about nodes that run on another provider than the requested one.
 
-    Those that ONNX Runtime keeps on the CPU rightly (`Provider.on_cpu`) are none of them; they are known by the type of
-    their operator, all that ONNX Runtime tells. Where all was asked to be strict, raises ProviderError instead; also
-    where the provider itself is not in the session, which ONNX Runtime only logs, and there whatever was asked.
+    Nodes that are expected on the CPU (`Provider.on_cpu`) are left out; they are recognized by operator type, the only
+    fact that ONNX Runtime reports. Raises ProviderError instead if the choice is strict, and in any case if the
+    provider is not in the session at all, which ONNX Runtime only logs.
     """
     wanted = PROVIDERS[choice.name]
     there = session.get_providers()
@@ -32,7 +32,7 @@ def check_placement(session: ort.InferenceSession, choice: ProviderChoice, graph
         )
     if (strayed := strayed_nodes(session, choice)) is None:
         _complain(
-            choice, f"{graph.name}: ONNX Runtime {ort.__version__} does not tell which nodes run on {wanted.ort_name}"
+            choice, f"{graph.name}: ONNX Runtime {ort.__version__} does not report which nodes run on {wanted.ort_name}"
         )
     elif strayed:
         more = f" and {len(strayed) - SHOWN} more" if len(strayed) > SHOWN else ""
@@ -45,7 +45,7 @@ def check_placement(session: ort.InferenceSession, choice: ProviderChoice, graph
 
 
 def strayed_nodes(session: ort.InferenceSession, choice: ProviderChoice) -> list[str] | None:
-    """The nodes on other providers, each as "type name (provider)"; None where ONNX Runtime does not tell.
+    """The nodes on other providers, each as "type name (provider)"; None if ONNX Runtime does not report them.
 
     The session must have been opened with `RECORD`.
     """
@@ -64,5 +64,5 @@ def strayed_nodes(session: ort.InferenceSession, choice: ProviderChoice) -> list
 
 def _complain(choice: ProviderChoice, what: str) -> None:
     if choice.strict:
-        raise ProviderError(f"{what}: leave --strict out to run all the same, or export for this provider again")
+        raise ProviderError(f"{what}: leave --strict out to run anyway, or export for this provider again")
     warnings.warn(what, SatchelWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Gives a session its weights as memory, so that the graph that a provider gets has them inside."""
+"""Passes weights to a session as memory, so that a provider that compiles whole graphs gets their values."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from satchel.runtime.errors import BundleError
 
 
 def hand_over_weights(bundle: Bundle, name: str, options: ort.SessionOptions) -> list[NDArray[np.generic]]:
-    """Tell `options` where in memory the weights of the graph file `name` are: mapped from the bundle.
+    """Give `options` the weights of the graph file `name`, mapped from the bundle.
 
-    Otherwise ONNX Runtime hands on to a provider that compiles whole graphs where the weights lie, as a relative path,
-    and not the weights.
+    Otherwise ONNX Runtime passes the relative path of the weights to a provider that compiles whole graphs, and not the
+    weights themselves.
 
     Returns:
         The mapped weights; they must be kept for as long as the session.
 
     Raises:
-        BundleError: A weight does not lie in its file, or has a type that has no counterpart in numpy.
+        BundleError: A weight does not lie in its file, or has a type that numpy lacks.
     """
     where = str(bundle.folder / name)
     try:
