@@ -1,4 +1,4 @@
-"""All errors that a user can cause, in one place to import from."""
+"""All user-correctable errors, to import from one place."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class PromptError(SatchelError):
 
 
 class ProviderError(SatchelError):
-    """An execution provider that was asked for is not there."""
+    """The requested execution provider is unknown, not installed or does not start."""

@@ -1,6 +1,6 @@
-"""Passes and operators of a user's own: which of a bundle's graphs run, and over which libraries.
+"""Custom passes and operators: which graphs of a bundle run, and with which libraries.
 
-A bundle never carries or loads native code: whoever runs it names the library, and its digest must be the recorded one.
+A bundle never contains or loads native code: the user names the library, and its digest must be the recorded one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Custom:
-    """What of a user's own is to run.
+    """Which custom passes and operators are to run.
 
     Attributes:
         libraries: Shared libraries with the operators that a bundle's graphs need.
-        operators: False for the graphs that need none.
-        passes: False for the graphs without passes of a user's own.
+        operators: False selects the graphs that need no custom operators.
+        passes: False selects the graphs without custom passes.
     """
 
     libraries: tuple[Path, ...] = ()
@@ -38,21 +38,20 @@ DEFAULT_CUSTOM = Custom()
 
 
 def choose(bundle: Bundle, custom: Custom) -> Bundle:
-    """The bundle with the graphs that are to run, and with the libraries that they need.
+    """The bundle with the graphs that are to run and the libraries they need.
 
-    Where libraries are needed and none is named, the plain graphs run, with a SatchelWarning that says so.
+    If libraries are needed and none is named, the plain graphs run, with a SatchelWarning.
 
     Raises:
-        BundleError: A library is missing or another one than the recorded, is not needed, or the bundle has no such
-            graphs.
+        BundleError: A library is missing, not needed or not the recorded one, or the bundle has no such graphs.
     """
     needed, folder = bundle.manifest.custom_ops, bundle.folder
     if not (custom.operators and custom.passes):
         flag = "--no-custom-ops" if custom.passes else "--no-custom-passes"
         if custom.libraries:
-            raise BundleError(f"--custom-ops does not go with {flag}: leave one of them out")
+            raise BundleError(f"--custom-ops and {flag} are mutually exclusive")
         if custom.passes and not needed:
-            raise BundleError(f"{folder}: needs no operators of a library: leave {flag} out")
+            raise BundleError(f"{folder}: needs no custom operators: leave {flag} out")
         if not custom.passes and bundle.manifest.plain is None and not needed:
             raise BundleError(f"{folder}: was exported without --pass: leave {flag} out")
         return _plain(bundle)
@@ -63,8 +62,8 @@ def choose(bundle: Bundle, custom: Custom) -> Bundle:
         return bundle
     chosen = _plain(bundle)
     warnings.warn(
-        f"{folder}: the plain graphs run, without passes of a user's own, since these need the operators of "
-        f"{_names(needed)}: give it with --custom-ops, or say --no-custom-ops",
+        f"{folder}: the plain graphs run, without custom passes, since those need the operators of "
+        f"{_names(needed)}: pass it with --custom-ops, or pass --no-custom-ops",
         SatchelWarning,
         stacklevel=3,
     )
@@ -72,35 +71,35 @@ def choose(bundle: Bundle, custom: Custom) -> Bundle:
 
 
 def check_libraries(libraries: Sequence[Path], needed: Sequence[NamedFile], bundle: str) -> None:
-    """Check that the libraries are those that a bundle needs, by their digests.
+    """Check by their digests that the libraries are those that a bundle needs.
 
     Raises:
-        BundleError: One is missing, or is not among the needed, or a needed one is not named.
+        BundleError: A library cannot be read or is not needed, or a needed one is not named.
     """
     if not needed:
-        raise BundleError(f"{bundle}: needs no operators of a library: leave --custom-ops out")
+        raise BundleError(f"{bundle}: needs no custom operators: leave --custom-ops out")
     left = list(needed)
     for library in libraries:
         digest = digest_of(library)
         matching = next((file for file in left if file.sha256 == digest), None)
         if matching is None:
-            wanted = ", ".join(f"{file.name} with {file.sha256}" for file in left) or "no further one"
+            wanted = ", ".join(f"{file.name} with {file.sha256}" for file in left) or "no other"
             raise BundleError(
-                f"--custom-ops {library}: its SHA-256 is {digest}, and {bundle} was made with {wanted}: give that one, "
+                f"--custom-ops {library}: its SHA-256 is {digest}, but {bundle} was made with {wanted}: pass that one, "
                 "or export again"
             )
         left.remove(matching)
     if left:
-        raise BundleError(f"{bundle}: needs the operators of {_names(left)} too: give another --custom-ops")
+        raise BundleError(f"{bundle}: also needs the operators of {_names(left)}: pass another --custom-ops")
 
 
 def digest_of(library: Path) -> str:
-    """The SHA-256 of a library, as 64 hex digits. Raises BundleError where it cannot be read."""
+    """The SHA-256 of a library, as 64 hex digits. Raises BundleError if it cannot be read."""
     try:
         return sha256_of(library, lambda read: None)
     except OSError as error:
         raise BundleError(
-            f"--custom-ops {library}: cannot be read ({error.strerror}): give a shared library with operators"
+            f"--custom-ops {library}: cannot be read ({error.strerror}): pass a shared library with operators"
         ) from None
 
 
@@ -108,7 +107,7 @@ def _plain(bundle: Bundle) -> Bundle:
     if bundle.manifest.plain is None:
         raise BundleError(
             f"{bundle.folder}: needs the operators of {_names(bundle.manifest.custom_ops)}, and has no graphs without "
-            "them: give the library with --custom-ops"
+            "them: pass the library with --custom-ops"
         )
     return dataclasses.replace(bundle, manifest=bundle.manifest.without_custom(), specialized=None, whole=False)
 

@@ -1,4 +1,4 @@
-"""A bundle's graph file as ONNX Runtime is to load it, once what it points at is known to be in the bundle."""
+"""The graph file of a bundle in the form ONNX Runtime loads, after a check that its weights are in the bundle."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from satchel.runtime.bundle.external_data import check_external_data
 from satchel.runtime.bundle.reader import Bundle
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""The session configuration entry that says where the external data of a graph given as bytes lies."""
+"""The session entry that names the folder of the external data of a graph given as bytes."""
 
 
 def graph_file(bundle: Bundle, name: str, options: ort.SessionOptions) -> Path | bytes:
-    """What to give to ONNX Runtime for the graph file `name`.
+    """The path or the bytes to load for the graph file `name`.
 
-    That is its path in a folder. Of a packed bundle it is the graph itself, whose weights are made to lie where they
-    are in the packed file, under the name that the file has at this moment: they are mapped from there. `options` then
-    gets the entry that names the folder. Raises BundleError for a graph whose data is not in the bundle.
+    For a folder it is the path. For a packed bundle it is the graph itself, whose external data points into the packed
+    file, from which weights are mapped; `options` gets the entry that names its folder. Raises BundleError for a graph
+    whose data is not in the bundle.
     """
     model = bundle.read(name)
     made = {} if bundle.specialized is None else bundle.specialized.files

@@ -1,4 +1,4 @@
-"""The execution providers that satchel knows, as data, and what a user chooses of them. Standard library only."""
+"""The supported execution providers, as data, and the user's choice of one. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE_ARITHMETIC = frozenset({
     "Range", "ReduceMax", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
     "Where",
 })  # fmt: skip
-"""Operators of ai.onnx that compute with shapes and lengths, and not only with those."""
+"""Operators of ai.onnx that compute with shapes and lengths, among other things."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Provider:
     """An execution provider of ONNX Runtime.
 
     Attributes:
-        ort_name: What ONNX Runtime calls it.
-        targets: The targets of `satchel export` whose bundles it runs; None for all.
-        package: The package whose ONNX Runtime has it.
-        defaults: Options that it gets unless the user says otherwise.
-        further: The other options that a user may set.
-        on_cpu: Types of operators that ONNX Runtime gives to the CPU beside this provider, and rightly: arithmetic on
-            shapes, which costs less there than the way to the device and back.
-        device_memory: Whether graphs work in memory of a device.
+        ort_name: Its name in ONNX Runtime.
+        targets: The targets of `satchel export` whose bundles it runs; None: all.
+        package: The package of ONNX Runtime that includes it.
+        defaults: Options that it gets unless the user sets them.
+        further: Other options that a user may set.
+        on_cpu: Operator types that are expected on the CPU beside this provider: arithmetic on shapes, which costs less
+            there than the transfer to the device and back.
+        device_memory: Whether its graphs use memory of a device.
         whole_graphs: Whether it compiles a graph as a whole, after ONNX Runtime has folded its constants.
     """
 
@@ -59,9 +59,9 @@ PROVIDERS = {
         package="onnxruntime-gpu",
         defaults={
             DEVICE_ID: "0",
-            "arena_extend_strategy": "kSameAsRequested",  # the large buffers have one size for good
+            "arena_extend_strategy": "kSameAsRequested",  # the large buffers never change size
             CUDA_GRAPH: "1",
-            "use_tf32": "0",  # what is float32 in the graph is meant to be
+            "use_tf32": "0",  # float32 in the graph is intended
         },
         further=(
             "cudnn_conv1d_pad_to_nc1d",
@@ -88,7 +88,7 @@ PROVIDERS = {
         defaults={
             DEVICE_ID: "0",
             "arena_extend_strategy": "kSameAsRequested",
-            "dump_om_model": "1",  # compiled graphs are found again by the next process
+            "dump_om_model": "1",  # the next process reuses compiled graphs
             "enable_cann_graph": "1",
             "enable_cann_subgraph": "0",
             "precision_mode": "must_keep_origin_dtype",  # by default norms in float32 would become float16
@@ -98,19 +98,19 @@ PROVIDERS = {
         whole_graphs=True,
     ),
 }
-"""By what the user calls them. Options are those of ONNX Runtime 1.24 to 1.31 for cuda, and of 1.24.4 for cann."""
+"""By the names that users give. Options are those of ONNX Runtime 1.24 to 1.31 for cuda, and of 1.24.4 for cann."""
 
 
 @dataclass(frozen=True)
 class ProviderChoice:
-    """What the user chooses: a provider's name, options of his own, and whether he takes no other for any node."""
+    """The user's choice: a provider, its options, and whether all nodes must run on it (`strict`)."""
 
     name: str = PROVIDER
     options: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
 
     def check(self) -> None:
-        """Raise ProviderError for a provider or an option that is not known."""
+        """Raise ProviderError for an unknown provider or option."""
         if self.name not in PROVIDERS:
             raise ProviderError(f"--provider {self.name}: unknown: choose one of {', '.join(PROVIDERS)}")
         known = PROVIDERS[self.name].options
@@ -121,16 +121,16 @@ class ProviderChoice:
 
     @property
     def device(self) -> int:
-        """The number of the device. Raises ProviderError where it is none."""
+        """The number of the device. Raises ProviderError if the option is not a number."""
         given = self.options.get(DEVICE_ID, PROVIDERS[self.name].defaults.get(DEVICE_ID, "0"))
         if not (given.isascii() and given.isdecimal()):
             raise ProviderError(f"--provider-option {DEVICE_ID}={given}: must be a whole number, 0 or more")
         return int(given)
 
     def session_options(self, manifest: Manifest) -> dict[str, str]:
-        """The provider's options for sessions of a bundle: the defaults, and what the user gave in their place.
+        """The provider's options for sessions of a bundle: the defaults, overridden by the user's.
 
-        Without a decode mask of fixed length no step has the shapes of the one before, so nothing can be captured.
+        Without a decode mask of fixed length shapes change at every step, so nothing can be captured.
         """
         found = dict(PROVIDERS[self.name].defaults)
         if CUDA_GRAPH in found and not manifest.has_fixed_mask:
@@ -142,7 +142,7 @@ CPU = ProviderChoice()
 
 
 def check_target(choice: ProviderChoice, target: str) -> None:
-    """Raise ProviderError where a provider does not run bundles for this target."""
+    """Raise ProviderError if a provider does not run bundles for this target."""
     targets = PROVIDERS[choice.name].targets
     if targets is not None and target not in targets:
         raise ProviderError(
@@ -152,10 +152,10 @@ def check_target(choice: ProviderChoice, target: str) -> None:
 
 
 def check_installed(choice: ProviderChoice, there: Sequence[str]) -> None:
-    """Raise ProviderError where the ONNX Runtime that is installed, with the providers `there`, has not this one."""
+    """Raise ProviderError if the installed ONNX Runtime, which has the providers `there`, lacks this one."""
     wanted = PROVIDERS[choice.name]
     if wanted.ort_name not in there:
         raise ProviderError(
             f"--provider {choice.name}: this ONNX Runtime has no {wanted.ort_name}, only {', '.join(there)}: "
-            f"choose another provider or install {wanted.package} in place of it"
+            f"choose another provider, or install {wanted.package} instead"
         )

@@ -24,7 +24,7 @@ from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_
 from satchel.runtime.util.cpu import usable_cpus
 from satchel.runtime.util.memory import release_freed, use_one_arena
 
-# The only session configuration entries that a manifest may set: none of them names a file.
+# The only session entries that a manifest may set: none of them names a file.
 ALLOWED_CONFIG = (
     "session.disable_prepacking",
     "session.disable_quant_qdq",
@@ -36,7 +36,7 @@ ALLOWED_CONFIG = (
     "mlas.enable_gemm_fastmath_arm64_bfloat16",
 )
 
-# ONNX Runtime's exceptions have no base class of their own; one that names what is no UTF-8 becomes another error.
+# ONNX Runtime's exceptions have no common base class; a message that is not UTF-8 raises UnicodeDecodeError.
 ORT_ERRORS = (
     RuntimeError,
     UnicodeDecodeError,
@@ -58,12 +58,12 @@ _process_pool: int | None = None
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """What the user chooses about sessions.
+    """The user's settings for sessions.
 
     `threads` None means one per physical core that this process may use. `lean` keeps weights as they are stored and
-    frees each result when it is read: the memory in use does not grow with the model, but every run expands float16
-    weights anew. `profile` makes each session write a profile of its runs when `Engine.end_profiling` is called, into
-    a file whose path begins with it.
+    frees each result once it is read: memory does not grow with the model, but every run expands float16 weights again.
+    `profile` makes each session write a profile of its runs on `Engine.end_profiling`, into a file whose path starts
+    with it.
     """
 
     provider: ProviderChoice = CPU
@@ -76,8 +76,8 @@ class SessionSettings:
 def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
     """Open the graph of `phase` ("prefill", "decode" or "score").
 
-    Raises ProviderError for a provider that is unknown or not on this machine, and BundleError when the graph does not
-    load, or has other inputs and outputs than the manifest says.
+    Raises ProviderError for a provider that is unknown or not installed, and BundleError if the graph does not load or
+    its inputs and outputs differ from those in the manifest.
     """
     _check_provider(bundle, settings)
     made = _specialized(bundle, settings)
@@ -86,7 +86,7 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     name, options = graph.file, _session_options(bundle, "native" if own else phase, settings)
     if made is not None and phase in made.graphs:
         name = made.graphs[phase]
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is done
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
     plain = made is not None and phase in made.graphs and not made.tiled_attention
     session = _open(bundle, name, options, settings, plain)
     _check_signature(bundle, graph, session)
@@ -106,7 +106,7 @@ def open_part(bundle: Bundle, part: GraphSpec, key: str, settings: SessionSettin
 
 
 def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceSession, ort.InferenceSession]:
-    """Open prefill and decode side by side, or in one session where the manifest or the specialized graphs say so.
+    """Open prefill and decode in parallel, or in one session if the manifest or the specialized graphs say so.
 
     Raises ProviderError and BundleError.
     """
@@ -123,7 +123,7 @@ def _in_one_session(bundle: Bundle, settings: SessionSettings) -> bool:
 
 
 def _specialized(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
-    """The graphs that were made for this machine, where these sessions are to use them."""
+    """The graphs that were made for this machine, if these sessions are to use them."""
     made = bundle.specialized
     return made if made is not None and made.provider == settings.provider.name and not settings.lean else None
 
@@ -133,8 +133,8 @@ def save_optimized(
 ) -> None:
     """Write a graph as ONNX Runtime optimizes it for this processor, with the session entries of `phase`, to `path`.
 
-    Constants of `inline_bytes` or more, and the weights that kernels have packed, go beside it into a file with the
-    suffix ".data". Raises ProviderError and BundleError.
+    Constants of `inline_bytes` or more, and the weights as kernels packed them, are written next to it, into a file
+    with the suffix ".data". Raises ProviderError and BundleError.
     """
     options = _session_options(bundle, phase, settings)
     options.optimized_model_filepath = str(path)
@@ -149,11 +149,11 @@ def save_optimized(
 
 
 def share_thread_pool(threads: int | None = None) -> None:
-    """Let all sessions of this process, those of both phases first of all, run on one pool of `threads` threads.
+    """Run all sessions of this process on one shared pool of `threads` threads.
 
-    For programs in which nobody but satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime
-    refuses sessions with threads of their own in this process. Must come before the first session; None means one
-    thread per physical core. Raises SatchelError when the process has a pool of another size.
+    For programs in which only satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime refuses
+    sessions with their own threads in this process. Call it before the first session; None means one thread per
+    physical core. Raises SatchelError if the process has a pool of another size.
     """
     global _process_pool
     wanted = default_threads() if threads is None else threads
@@ -228,9 +228,9 @@ def default_threads() -> int:
 
 def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
     options = _basic_options(settings, phase)
-    if _in_one_session(bundle, settings):  # two are opened side by side, on a thread each
+    if _in_one_session(bundle, settings):  # otherwise two sessions are opened in parallel, each on one thread
         options.add_session_config_entry("session.prepack.enable_parallel", "1")
-    options.enable_mem_pattern = False  # each step has shapes of its own, and their plans take memory
+    options.enable_mem_pattern = False  # shapes change at each step, and a plan for each takes memory
     entries = _entries(bundle.manifest.graph(phase), settings)
     _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
     _register(options, bundle.custom_ops)
@@ -240,30 +240,30 @@ def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> o
 
 
 def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
-    """Threads, logs, profile and provider; `name` of the graph goes into the profile's name."""
+    """Options for threads, logs, profile and provider; `name` of the graph is part of the profile's name."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
     if _process_pool is not None:
-        share_thread_pool(settings.threads)  # complains about another number
+        share_thread_pool(settings.threads)  # raises if the number differs
         options.use_per_session_threads = False
     else:
         options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
         options.inter_op_num_threads = 1
         _check_threads(options.intra_op_num_threads)
-        if options.intra_op_num_threads > default_threads():  # who waits must leave the CPU to who works
+        if options.intra_op_num_threads > default_threads():  # a waiting thread must not take a CPU from a working one
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Threads that spin on when a run ends take the cores from the other phase's session.
+        # Threads that keep spinning after a run take cores from the session of the other phase.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = f"{settings.profile}-{name}"
     if PROVIDERS[settings.provider.name].whole_graphs:
-        # Folding of constants comes before the provider sees the graph; further rewriting would only hinder it.
+        # Constants are folded before the provider sees the graph; more rewriting would only hinder it.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if settings.lean:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
-        # The default order runs all that depends on weights alone first, and keeps it.
+        # The default order first computes everything that depends on weights only, and keeps it.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     return options
 
@@ -274,9 +274,9 @@ def _entries(graph: GraphSpec, settings: SessionSettings) -> dict[str, str]:
 
 
 def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
-    """Options with a manifest's session entries and one thread, for who opens a graph and does not run it.
+    """Options with a manifest's session entries and one thread, for opening a graph without running it.
 
-    `where` names the graph in messages. Raises BundleError for an entry that is not for a bundle to set.
+    `where` names the graph in messages. Raises BundleError for an entry that a bundle may not set.
     """
     options = ort.SessionOptions()
     options.log_severity_level = LOG_FATAL
@@ -292,8 +292,7 @@ def _add_entries(options: ort.SessionOptions, entries: Mapping[str, str], where:
     for key, value in entries.items():
         if key not in ALLOWED_CONFIG:
             raise BundleError(
-                f"{where}.session: '{key}' is not for a bundle to set: "
-                f"remove it or use one of {', '.join(ALLOWED_CONFIG)}"
+                f"{where}.session: a bundle may not set '{key}': remove it or use one of {', '.join(ALLOWED_CONFIG)}"
             )
         options.add_session_config_entry(key, value)
 
@@ -305,18 +304,18 @@ def check_loads(libraries: Sequence[Path]) -> None:
 
 def _register(options: ort.SessionOptions, libraries: Sequence[Path]) -> None:
     for path in libraries:
-        digest_of(path)  # a clearer word where there is none
+        digest_of(path)  # a clearer message if the file is missing
         try:
             options.register_custom_ops_library(str(path.resolve()))
         except ORT_ERRORS as error:
             reason = " ".join(str(error).split())
             raise BundleError(
-                f"--custom-ops {path}: ONNX Runtime cannot load it ({reason}): give a shared library with operators"
+                f"--custom-ops {path}: ONNX Runtime cannot load it ({reason}): pass a shared library with operators"
             ) from None
 
 
 def _register_own(options: ort.SessionOptions) -> None:
-    """Let a session have satchel's own operators. Raises BundleError."""
+    """Register satchel's own operators. Raises BundleError."""
     path = library.library()
     if path is None:
         raise BundleError(f"satchel's own kernels {library.reason()}: specialize the bundle again")
@@ -349,12 +348,12 @@ def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSes
             ("outputs", graph.outputs, {(tensor.name, tensor.type) for tensor in session.get_outputs()}),
         )
     except UnicodeDecodeError:
-        raise BundleError(f"{path}: a name in it is no UTF-8: export the bundle again") from None
+        raise BundleError(f"{path}: a name in it is not UTF-8: export the bundle again") from None
     for side, declared, found in sides:
         differing = sorted(_declared_types(declared) ^ found)
         if differing:
             raise BundleError(
-                f"{path}: its {side} are not those of the manifest "
+                f"{path}: its {side} differ from those in the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
 

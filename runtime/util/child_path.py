@@ -1,4 +1,4 @@
-"""How a child process finds the modules that this one runs, also those inside a packed bundle."""
+"""Lets a child process find the modules of this one, also those inside a packed bundle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import sys
 def python_path() -> str:
     """A value of PYTHONPATH with which a child finds the packages that this process finds.
 
-    Not what happens to lie in the current folder: start the child with `-P`.
+    The current folder is left out: start the child with `-P`.
     """
     return os.pathsep.join(os.path.abspath(path) for path in sys.path if path)

@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-# Extensions by which ONNX Runtime's CPU kernels, and so the layout of packed weights, differ; as Linux spells them.
+# Extensions on which ONNX Runtime's CPU kernels, and so the layout of packed weights, depend; as Linux spells them.
 X86_EXTENSIONS = (
     "sse4_1", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert", "avx512f", "avx512bw",
     "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
@@ -15,7 +15,7 @@ ARM_EXTENSIONS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve", "svei8mm", "svebf
 
 
 def processor_name() -> str:
-    """A name of this machine's processor for people to read."""
+    """The name of this machine's processor, for display."""
     named = _entries("model name")
     return (named[0] if named else "") or platform.processor() or platform.machine()
 
@@ -26,9 +26,9 @@ def usable_cpus() -> int:
 
 
 def machine_cores() -> int:
-    """The number of physical cores of the machine, whichever of them this process may use; of logical CPUs off Linux.
+    """The number of physical cores of the machine, not only those that this process may use; of logical CPUs off Linux.
 
-    Work in so many threads is cut in the same way by every process of a machine.
+    Work in that many threads is split in the same way by every process of the machine.
     """
     places = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"))
     cores = {place.read_text(encoding="ascii") for place in places}
@@ -36,9 +36,9 @@ def machine_cores() -> int:
 
 
 def processor_features() -> tuple[str, ...]:
-    """The architecture, and the extensions that packed weights may depend on, in a fixed order.
+    """The architecture and the extensions that packed weights may depend on, in a fixed order.
 
-    Where the system does not list extensions (all but Linux), the processor's name stands for them.
+    If the system does not list extensions (any but Linux), the processor's name takes their place.
     """
     listed = set(" ".join(_entries("flags")[:1] + _entries("Features")[:1]).split())
     if not listed:

@@ -1,4 +1,4 @@
-"""How much memory this process holds, as Linux reports it. Standard library only."""
+"""The memory of this process, as Linux reports it. Standard library only."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def system_memory() -> tuple[int, int]:
 
 
 def release_freed() -> None:
-    """Give memory that was freed back to the system: loading packs weights, and glibc keeps what that took.
+    """Return freed memory to the system: loading packs weights, and glibc keeps the memory that took.
 
-    Does nothing where the C library is another.
+    Does nothing with another C library.
     """
     _glibc("malloc_trim", 0)
 
 
 def use_one_arena() -> None:
-    """Let all threads allocate from one heap, for the rest of the process: glibc gives back little of other heaps.
+    """Make all threads allocate from one heap from now on: glibc returns little memory of other heaps.
 
-    Does nothing where the C library is another. Must come before there are other threads.
+    Does nothing with another C library. Call it before other threads start.
     """
     _glibc("mallopt", M_ARENA_MAX, 1)
 
@@ -58,5 +58,5 @@ def _field(path: str, name: str) -> float:
     try:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     except OSError:
-        raise SatchelError(f"{path} is not there: memory can be measured on Linux only") from None
+        raise SatchelError(f"{path} does not exist: memory can only be measured on Linux") from None
     return next(int(line.split()[1]) / KIB_PER_MIB for line in lines if line.startswith(name))

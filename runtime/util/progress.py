@@ -1,4 +1,4 @@
-"""What shows on a terminal's standard error that work goes on, once it takes longer than two seconds."""
+"""Progress on standard error, for work that takes longer than two seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REDRAW_AFTER = 0.5  # seconds
 
 
 def stage_printer(*, shown: bool) -> Callable[[str], None]:
-    """What prints the name of each stage of some work, a line each on standard error, if `shown`."""
+    """A function that prints the name of each stage of some work to standard error, if `shown`."""
 
     def stage(name: str) -> None:
         if shown:
@@ -23,9 +23,9 @@ def stage_printer(*, shown: bool) -> Callable[[str], None]:
 
 
 class Waiting:
-    """A context manager that shows a label and the time since it was made, and takes both away at its end.
+    """A context manager that shows a label and the elapsed time, and clears both at its end.
 
-    A thread draws, so that the time moves while the work sits in one long call. It shows nothing unless `shown` and
+    A thread draws, so that the time advances during one long call. It shows nothing unless `shown` and
     standard error is a terminal.
     """
 
@@ -46,7 +46,7 @@ class Waiting:
         self.close()
 
     def close(self) -> None:
-        """Take away what is shown, for good. Anything may be printed afterwards."""
+        """Clear the line and stop; anything may be printed afterwards."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -56,7 +56,7 @@ class Waiting:
             self._draw()
 
     def _draw(self) -> None:
-        """Draw again and again until the work is over, then clear the line. No tqdm: it takes memory, 4 MiB."""
+        """Redraw until the work is over, then clear the line. Without tqdm, which takes 4 MiB of memory."""
         line = ""
         while True:
             minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
@@ -70,7 +70,7 @@ class Waiting:
 
 
 class Bar(Waiting):
-    """A bar of `total` units, of which `update` counts those that are done. `total` may be set later."""
+    """A bar of `total` units; `update` counts those that are done. `total` may be set later."""
 
     def __init__(self, total: int, label: str, unit: str, *, shown: bool) -> None:
         self.total = total
@@ -88,7 +88,7 @@ class Bar(Waiting):
         except ImportError:  # a packed bundle runs without it
             super()._draw()
             return
-        scale = self._unit == "B"  # thousands of bytes as kB
+        scale = self._unit == "B"  # bytes in kB, MB
         with tqdm(
             total=self.total, desc=self.label, unit=self._unit, unit_scale=scale, leave=False, file=self._stream
         ) as bar:
@@ -101,14 +101,14 @@ class Bar(Waiting):
 
 
 def waiting(label: str, *, shown: bool) -> Waiting:
-    """Shows `label` and the time that has passed while the work in its context takes longer than two seconds."""
+    """Show `label` and the elapsed time while the work in its context takes longer than two seconds."""
     return Waiting(label, shown=shown)
 
 
 def progress_bar(total: int, label: str, unit: str, *, shown: bool) -> Bar:
     """A bar of `total` units: a context manager with `update(count)` and `close()`, cleared at its end.
 
-    It appears only when `shown`, on a terminal, and only for work that takes longer than two seconds; also before the
-    first unit is done.
+    It appears only if `shown`, on a terminal, for work that takes longer than two seconds, even before the first unit
+    is done.
     """
     return Bar(total, label, unit, shown=shown)

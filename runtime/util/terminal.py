@@ -1,4 +1,4 @@
-"""Text for terminals: names out of a bundle without control characters, and columns that line up."""
+"""Text for terminals: names from a bundle without control characters, and aligned columns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ GAP = "  "
 
 
 def printable(text: str) -> str:
-    """The text with every character that is not for reading (control characters, lone surrogates) escaped.
+    """The text with every unprintable character (control characters, lone surrogates) escaped.
 
-    What a bundle says of itself could otherwise move the cursor, or end in an encoding error.
+    Text from a bundle could otherwise move the cursor or raise an encoding error.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
@@ -26,9 +26,9 @@ def tell_written(path: object, *, shown: bool) -> None:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """One line per row, its cells padded to the widest of their column; the columns in `right` end flush.
+    """One line per row, its cells padded to the widest of their column; the columns in `right` are right-aligned.
 
-    Cells are taken as they are: escape what comes from a bundle with `printable` first.
+    Cells are used as they are: escape text from a bundle with `printable` first.
     """
     widths: list[int] = []
     for row in rows:

@@ -187,7 +187,7 @@ def test_a_library_that_neither_was_made_with_is_refused(
     custom = write_custom_bundle(tmp_path / "custom", tiny)
     for bundle, reference, says in (
         (custom, tiny, f"--custom-ops {text}: its SHA-256 is"),
-        (tiny, custom, f"{tiny}: needs no operators of a library: leave --custom-ops out"),
+        (tiny, custom, f"{tiny}: needs no custom operators: leave --custom-ops out"),
     ):
         flags = ("--text", text, "--reference", reference, *SMALL, "--custom-ops", text)
         code, out, err = ran(capsys, bundle, *flags)

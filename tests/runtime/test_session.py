@@ -81,7 +81,9 @@ def test_an_entry_that_is_not_for_bundles_is_refused(folder: Path) -> None:
     document = read_manifest(folder)
     document["graphs"]["decode"]["session"] = {"session.model_external_initializers_file_folder_path": "/etc"}
     write_manifest(folder, document)
-    with pytest.raises(BundleError, match=r"manifest\.json: graphs\.decode\.session: .*not for a bundle to set"):
+    with pytest.raises(
+        BundleError, match=r"manifest\.json: graphs\.decode\.session: .*model_external_initializers_file_folder_path"
+    ):
         Engine.open(open_bundle(folder))
 
 
@@ -91,7 +93,7 @@ def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_says_is_refused(
         node.output[:] = ["scores" if name == "logits" else name for name in node.output]
     model.graph.output[0].name = "scores"
     replace_file(folder, "decode.onnx", model.SerializeToString())
-    with pytest.raises(BundleError, match=r"decode\.onnx: its outputs are not those .*logits.*: export the bundle"):
+    with pytest.raises(BundleError, match=r"decode\.onnx: its outputs .*logits"):
         Engine.open(open_bundle(folder))
 
 

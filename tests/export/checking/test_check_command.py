@@ -269,7 +269,7 @@ def test_a_session_entry_that_is_not_for_a_bundle_is_refused(run: Run, bundle: P
     put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.optimized_model_external_initializers_file_name": "x"})
     code, _, error = run(bundle, "--provider", "cpu")
     assert code == 2
-    assert "is not for a bundle to set" in error
+    assert "session.optimized_model_external_initializers_file_name" in error
 
 
 def test_a_page_that_cannot_be_written_is_refused_first(run: Run, bundle: Path, tmp_path: Path) -> None:
