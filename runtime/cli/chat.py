@@ -46,7 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "context is full, the oldest turns are dropped. /help lists the commands of a chat."
     )
     parser.epilog = 'example:\n  satchel chat out/smollm2-int8 "What is a satchel?" --system "Answer in one sentence."'
-    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
+    parser.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        help="made by satchel export or satchel pack; or a checkpoint, which is exported once into the user's cache",
+    )
     parser.add_argument("prompt", metavar="QUESTION", nargs="?", help="one question, in quotes: answer it and exit")
     parser.add_argument("-p", "--prompt", metavar="TEXT", dest="prompt_flag", help="the same as QUESTION")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")

@@ -47,5 +47,6 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"bundle": args.bundle, "output": str(args.output), "bytes": size, "digest": digest}))
     elif not args.quiet:
-        print(f"{args.output}: {size / 1e6:,.1f} MB, digest {digest or 'none'}")
+        left = "; specialized graphs stay behind: the file gets its own when it first runs"
+        print(f"{args.output}: {size / 1e6:,.1f} MB, digest {digest}{left if bundle.manifest.specialized else ''}")
     return 0

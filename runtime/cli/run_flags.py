@@ -51,7 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "prompt is put into it as a question; --raw continues the text as it is. Decoding is greedy by default."
     )
     parser.epilog = EPILOG
-    parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
+    parser.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        help="made by satchel export or satchel pack; or a checkpoint, which is exported once into the user's cache",
+    )
     parser.add_argument(
         "prompt",
         metavar="PROMPT",

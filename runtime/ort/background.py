@@ -78,8 +78,6 @@ def _is_busy(path: Path) -> bool:
             return False
     except BusyError:
         return True
-    except OSError:
-        return True
 
 
 def _obstacle(bundle: Bundle) -> str | None:

@@ -86,7 +86,7 @@ def test_other_zip_readers_read_it(packed: Path, chatty: Path) -> None:
 
 
 def test_it_runs_with_numpy_onnx_runtime_and_tokenizers_alone(chatty: Path, packed: Path) -> None:
-    done = run_packed(packed, "the cat", "--max-new-tokens", "5", "--threads", "1", "--json")
+    done = run_packed(packed, "the cat", "--raw", "--max-new-tokens", "5", "--threads", "1", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     expected = Generator.open(chatty, threads=1).generate("the cat", 5)
     assert json.loads(done.stdout)["text"] == expected.text
@@ -118,7 +118,7 @@ def test_graphs_with_and_without_passes_of_a_users_own_travel_along(chatty: Path
     unpack(open_bundle(packed, custom=None), tmp_path / "folder")
     assert contents(tmp_path / "folder") == contents(folder)
 
-    arguments = ("the cat", "--max-new-tokens", "5", "--threads", "1", "--json")
+    arguments = ("the cat", "--raw", "--max-new-tokens", "5", "--threads", "1", "--json")
     text = Generator.open(chatty, threads=1).generate("the cat", 5).text
     for flags, warned in ((("--no-custom-passes",), 0), ((), 1), (("--custom-ops", str(LIBRARY)), 0)):
         done = run_packed(packed, *arguments, *flags)
@@ -178,12 +178,6 @@ def test_specialized_parts_stay_behind_and_the_digest_with_them(chatty: Path, tm
     assert bundle.manifest == open_bundle(chatty).manifest
     assert bundle.digest == open_bundle(copy).digest == open_bundle(chatty).digest
     assert not [name for name in bundle.packed or () if "specialized" in name]
-
-
-def test_specializing_a_packed_bundle_says_to_unpack_it(packed: Path, capsys: Capture) -> None:
-    assert cli.main(["specialize", str(packed)]) == 2
-    assert capsys.readouterr().err.endswith("is packed in one file, and this needs a folder: satchel unpack it first\n")
-    assert packed.parent.joinpath("model.pyz").is_file()
 
 
 def test_the_commands_pack_and_unpack(chatty: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -46,7 +46,9 @@ def packed(tmp_path: Path, folder: Path) -> Path:
 def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is said to be read-only: the tests may run as root, for whom none is."""
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path) == folder)
+    )
     return folder
 
 

@@ -1,0 +1,74 @@
+"""`run` and `chat` take a checkpoint: it is exported once, into the user's cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from satchel.runtime.cli import main as cli
+from satchel.runtime.util import requirements
+from satchel.runtime.util.child_path import python_path
+
+PATIENCE = 120
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "satchel" / "bundles"
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_checkpoint, tmp_path / "tiny checkpoint")
+
+
+def test_a_checkpoint_is_exported_once(checkpoint: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(checkpoint), "cat", "--raw", "--max-new-tokens", "2", "--threads", "1"]
+    assert cli.main(command) == 0
+    first = capsys.readouterr()
+    [bundle] = cache.iterdir()
+    assert str(bundle) in first.err
+    assert (bundle / "manifest.json").is_file()
+    assert cli.main(command) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert "exporting" not in second.err
+    os.utime(checkpoint / "config.json", (1, 1))  # another file, for all that is known
+    [weights] = checkpoint.glob("*.safetensors")
+    weights.write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--quiet"])
+    assert list(cache.iterdir()) == [bundle]
+
+
+def test_an_interrupt_leaves_nothing(checkpoint: Path, cache: Path) -> None:
+    command = [sys.executable, "-P", "-m", "satchel.runtime.cli.main", "run", str(checkpoint), "cat"]
+    with subprocess.Popen(command, stderr=-1, text=True, env={**os.environ, "PYTHONPATH": python_path()}) as process:
+        deadline = time.monotonic() + PATIENCE
+        while not list(cache.glob(".*.partial-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_without_the_extra_the_message_has_the_command(
+    command: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = [each for each in requirements.requirements() if each.extra == "export"]
+    monkeypatch.setattr(requirements, "missing", lambda extra: needed)
+    assert cli.main([command, str(checkpoint), "cat"]) == 2
+    assert "pip install" in capsys.readouterr().err
