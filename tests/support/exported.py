@@ -14,8 +14,8 @@ from support.shared import made_once
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.reader import open_bundle
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.ort.open_bundle import open_bundle
 
 PROMPT, CHUNK, STEPS = 20, 9, 40
 """Tokens of the long prompt, tokens fed at a time (neither divides the other, both beyond the window), decode steps."""
