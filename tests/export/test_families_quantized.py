@@ -42,8 +42,8 @@ CASES = (
     ("mixtral", "int4", "float"), ("qwen3_moe", "int8", "float"), ("gemma2", "a16w4", "float"),
     ("smollm3", "int8", "float"),
 )  # fmt: skip
-FIRST_CASES = {("llama", "int4"), ("llama", "fp32"), ("gpt2", "int8"), ("qwen3_moe", "int8"), ("gemma2", "a16w4")}
-"""One of each precision that has a form of its own; the other cases are slow tests."""
+FIRST_CASES = {("llama", "int4"), ("llama", "fp32"), ("gpt2", "int8"), ("qwen3_moe", "int8")}
+"""Both kinds of cache, and weights with and without experts; the other cases are slow tests."""
 PARAMETERS = [pytest.param(c, marks=() if c[:2] in FIRST_CASES else pytest.mark.slow) for c in CASES]
 RECIPE = """
 [[rule]]
@@ -192,7 +192,9 @@ def test_the_weight_file_has_the_bits_that_the_precision_says(case: Case) -> Non
     assert low <= 8 * (stored - turned) / case.bundle.manifest.model.parameters <= high
 
 
-@pytest.mark.parametrize(("name", "precision"), [("llama", "int8"), ("gpt2", "int4")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("llama", "int8"), pytest.param("gpt2", "int4", marks=pytest.mark.slow)]
+)
 def test_the_certificate_holds_and_text_can_be_generated(name: str, precision: str, tmp_path: Path) -> None:
     checkpoint = save(realistic(name), tmp_path / "checkpoint")
     manifest = export_bundle(checkpoint, ExportConfig(tmp_path / "bundle", precision=precision, max_context=64))
@@ -215,6 +217,7 @@ def test_a_recipe_may_store_queries_and_values_apart_and_leave_a_layer_in_float(
     assert all(".layers.0." in name for name in left)
 
 
+@pytest.mark.slow
 def test_stacks_of_experts_take_a_block_that_divides_the_inputs_of_both(tmp_path: Path) -> None:
     """128 inputs of the first and 48 of the second, of which 16 is the largest block that both have."""
     family = realistic("qwen3_moe")
