@@ -38,8 +38,9 @@ def specialize_in_background(
 ) -> bool:
     """Start to specialize an opened bundle that runs its portable graphs, in a detached process of low priority.
 
-    Nothing happens where that is switched off, was tried `MAX_ATTEMPTS` times without success, or is under way. The
-    process ends by itself, also when this one has ended before; it changes nothing until all is made and checked.
+    Nothing happens where that is switched off, was begun `MAX_ATTEMPTS` times without success, or is under way; after a
+    failure whose reason is known it is not begun again. The process ends by itself, also when this one has ended
+    before, and changes nothing until all is made and checked.
 
     Args:
         bundle: The bundle as it was opened.
@@ -55,10 +56,12 @@ def specialize_in_background(
         return False
     if bundle.manifest.graphs is None or not bundle.whole or bundle.custom_ops:
         return False
-    count, _ = machine.attempts(bundle)
+    count, failure = machine.attempts(bundle)
     if count >= MAX_ATTEMPTS or _is_busy(bundle.folder):
         return False
-    obstacle = _obstacle(bundle)
+    if failure:
+        machine.note_attempts(bundle, count + 1, failure)
+    obstacle = f"it failed before: {failure}" if failure else _obstacle(bundle)
     if obstacle is None:
         obstacle = _start(bundle, count, threads)
     if shown:

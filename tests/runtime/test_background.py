@@ -116,6 +116,17 @@ def test_what_speaks_against_it_is_said_with_the_command(
     assert capsys.readouterr().err == ""
 
 
+def test_a_known_failure_is_said_and_not_tried_again(
+    folder: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.note_attempts(open_bundle(folder), background.MAX_ATTEMPTS - 1, "the disk is full")
+    Generator.open(folder, threads=1, progress=True)
+    assert "the disk is full" in capsys.readouterr().err
+    Generator.open(folder, threads=1, progress=True)
+    assert capsys.readouterr().err == "", "not for ever"
+    assert not started
+
+
 def test_a_worker_notes_why_it_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("alarm", "signal"):
         monkeypatch.setattr(worker.signal, name, lambda *_: None)
