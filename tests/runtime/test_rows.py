@@ -124,22 +124,22 @@ def engine_of(folder: Path, change: Callable[[dict], None] = lambda document: No
     return Engine.open(open_bundle(folder), threads=1)
 
 
-def test_rows_agree_where_the_graph_keeps_them_apart(engine: Engine) -> None:
+def test_a_graph_that_keeps_rows_apart_is_batch_invariant(engine: Engine) -> None:
     assert engine.batch_invariant
 
 
-def test_rows_do_not_agree_where_one_changes_another(tmp_path: Path) -> None:
+def test_a_graph_whose_rows_change_each_other_is_not_batch_invariant(tmp_path: Path) -> None:
     mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
     assert not mixed.batch_invariant
     rows = mixed.new_batch(2, 30)
     check_steps(mixed, rows, filled(mixed, rows, (5, 9)), 3)  # so each is decoded alone
 
 
-def test_rounding_in_another_order_is_no_disagreement(tmp_path: Path) -> None:
+def test_rounding_in_another_order_keeps_batch_invariance(tmp_path: Path) -> None:
     assert engine_of(write_bundle(tmp_path / "rounded", rows_mix=1e-7)).batch_invariant
 
 
-def test_rows_run_together_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_run_together_if_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
     rows = mixed.new_batch(2, 30, force=True)
     filled(mixed, rows, (5, 9))
@@ -158,7 +158,7 @@ def test_a_graph_of_fixed_rows_cannot_run_them_together(tmp_path: Path) -> None:
         fixed.new_batch(2, 30, force=True)
 
 
-def test_rows_that_part_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_fixed_batch_are_decoded_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
     alone: list[int] = []
     decode = CpuState.decode

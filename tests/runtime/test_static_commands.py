@@ -81,8 +81,8 @@ def test_run_and_eval_give_what_dynamic_graphs_give(
     assert found["decode"]["kl_mean"] < 1e-9
 
 
-def test_verify_holds(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ran(capsys, "verify", static).endswith("holds\n")
+def test_verify_reports_ok(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran(capsys, "verify", static).endswith("OK\n")
 
 
 def test_chat_answers_as_dynamic_graphs_do(
