@@ -1,4 +1,4 @@
-"""Generations as JSON values, for `run --json` and for JSON lines."""
+"""Generations as JSON values, for `--json` and JSON lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from satchel.runtime.generation.tokenizer import Tokenizer
 def logprobs_json(
     ids: Iterable[int], entries: Iterable[TokenLogprob | None], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """An object for each token: its id, its text, its log-probability, and the most likely tokens at its place.
+    """An object per token: its id, text, log-probability, and the most likely tokens at its place.
 
-    An entry None, which the first token of a prompt has, gives null for the log-probability.
+    An entry None, as for the first token of a prompt, gives null for the log-probability.
     """
 
     def one(token: int, logprob: float | None) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def logprobs_json(
 
 
 def single_json(result: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The one continuation of a prompt, and what it cost."""
+    """The single continuation of a prompt, with its figures."""
     return {
         **_text_json(result, tokenizer),
         "prompt_tokens": result.prompt_tokens,
@@ -42,7 +42,7 @@ def single_json(result: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def several_json(results: Sequence[Generation], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The several continuations of one prompt under "samples", and what all of them cost together."""
+    """Several continuations of one prompt, as "samples", with their total figures."""
     return {
         "samples": [_text_json(result, tokenizer) | _score_json(result) for result in results],
         "prompt_tokens": results[0].prompt_tokens,
@@ -54,7 +54,7 @@ def several_json(results: Sequence[Generation], tokenizer: Tokenizer) -> dict[st
 
 
 def answer_json(identity: str | int, result: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The row of JSON lines that answers a prompt."""
+    """The row of JSON lines that answers a prompt, without its "request"."""
     row = {
         "id": identity,
         "text": result.text,
@@ -66,9 +66,9 @@ def answer_json(identity: str | int, result: Generation, tokenizer: Tokenizer) -
 
 
 def decode_speed(results: Sequence[Generation]) -> float:
-    """Decode steps per second of all continuations of one prompt together; 0 when there was none.
+    """Decode steps per second, summed over all continuations of one prompt; 0 if there was none.
 
-    Samples have their own steps, which are added up; those of a beam search are the search's, for each of its texts.
+    Samples have their own steps; each text of a beam search has those of the whole search.
     """
     if results[0].score is not None:
         return results[0].decode_speed

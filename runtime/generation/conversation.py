@@ -24,7 +24,7 @@ from satchel.runtime.generation.sampling.options import SamplingOptions, from_ge
 from satchel.runtime.generation.sequence import Callback
 from satchel.runtime.generation.session_file import SavedState
 from satchel.runtime.generation.stream import TokenStream
-from satchel.runtime.generation.templates.messages import check_messages
+from satchel.runtime.generation.templates.chat_template import check_messages
 
 GENERATION_CONFIG = "generation_config.json"
 LEADING_ROLES = ("system", "developer")  # of messages that are never dropped

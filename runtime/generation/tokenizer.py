@@ -86,7 +86,7 @@ class Tokenizer(ABC):
             return text[len(before) :] if text.startswith(before) else self._decode([token])
 
     def special_token(self, text: str) -> int | None:
-        """The id of the special token that is written as `text`; None where there is none."""
+        """The id of the special token that is written as `text`; None if there is none."""
         ids = self.encode_rendered(text)
         found = len(ids) == 1 and self.is_hidden(ids[0]) and self.token_text(ids[0]) == text
         return ids[0] if found else None

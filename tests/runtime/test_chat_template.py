@@ -120,7 +120,7 @@ def test_without_a_tokenizer_config_the_manifests_ids_name_the_special_tokens(tm
 def test_a_bundle_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     bundle = open_bundle(write_bundle(tmp_path / "bundle"))
     (tmp_path / "bundle" / "chat_template.jinja").write_text("a file that the manifest does not list")
-    message = "bundle: has no chat template: use satchel run, or give one with --chat-template FILE$"
+    message = "bundle: has no chat template: .*--chat-template"
     with pytest.raises(BundleError, match=message):
         ChatTemplate.open(bundle)
 
@@ -148,7 +148,7 @@ def test_a_damaged_file_of_the_bundle_is_named(tmp_path: Path, name: str, conten
         ([*TURNS, "hello"], r"messages\[3\]: must be an object like .*, found str"),
         ([{"content": "a"}], r'messages\[0\]\.role: must be a text such as "user"'),
         ([TURNS[0], {"role": 1, "content": "a"}], r'messages\[1\]\.role: must be a text such as "user"'),
-        ([{"role": "user"}], r"messages\[0\]\.content: must be a text, except beside tool_calls"),
+        ([{"role": "user"}], r"messages\[0\]\.content: must be a text"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], r"messages\[0\]\.content: must be a text"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content: must be a text, found int"),
         ([{"role": "user", "content": [{"type": "text"}, "a"]}], r'messages\[0\]\.content\[1\]: .* with a "type"'),
@@ -175,9 +175,9 @@ def test_arguments_that_are_no_json_are_refused() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("a\n{% if x %}\nb", r"cannot be read at line \d: Unexpected end of template.*: give another template with"),
+        ("a\n{% if x %}\nb", r"cannot be read at line \d: Unexpected end of template.*: .*--chat-template"),
         ("a\n\n{% nonsense %}", "cannot be read at line 3: Encountered unknown tag 'nonsense'"),
-        ("a\n{{ 1 | nonsense }}", "cannot be read at line 2: No filter named 'nonsense': give another template"),
+        ("a\n{{ 1 | nonsense }}", "cannot be read at line 2: No filter named 'nonsense': .*--chat-template"),
         (
             "a\n{{ messages[0].name.first }}",
             "fails at line 2: 'dict object' has no attribute 'name': change the messages",

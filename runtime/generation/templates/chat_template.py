@@ -1,4 +1,8 @@
-"""A checkpoint's own chat template: from messages to the text that the model was trained to continue."""
+"""The chat template of a checkpoint: turns messages into the text that the model was trained to continue.
+
+A template is a program that comes with the model and is not trusted. Jinja's sandbox bounds neither time nor memory, so
+it is compiled and rendered in a child process under limits.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import BundleError
-from satchel.runtime.generation.templates.messages import check_messages
+from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.templates.render_process import TemplateProcess, request_line
 from satchel.runtime.generation.tokenizer import Tokenizer
 
@@ -20,11 +23,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class ChatTemplate:
-    """A Jinja template with the special tokens that it may name. Threads may share one: they render in turn.
+    """A Jinja template and the special tokens that it may use. Threads may share one: they render one after another.
 
-    Templates come with checkpoints and are not trusted. One is compiled and rendered in Jinja's sandbox, and as that
-    bounds neither time nor memory, in a child process under limits (`templates/limits.py`). The child
-    starts with the first rendering, is kept for the next, and is replaced when a rendering breaks it.
+    The child process starts with the first rendering, is kept for the next, and is replaced if a rendering breaks it;
+    `limits.py` has its limits.
     """
 
     def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:
@@ -36,13 +38,13 @@ class ChatTemplate:
 
     @classmethod
     def open(cls, bundle: Bundle, tokenizer: Tokenizer | None = None) -> ChatTemplate:
-        """The template that a bundle carries. `tokenizer` is the bundle's own, where it is open already.
+        """The template of a bundle. `tokenizer` is the bundle's, if it is open already.
 
         Raises BundleError for a bundle without a template, or with one that is not UTF-8.
         """
         if TEMPLATE_NAME not in bundle.manifest.files:
             raise BundleError(
-                f"{bundle.folder}: has no chat template: use satchel run, or give one with --chat-template FILE"
+                f"{bundle.folder}: has no chat template: use satchel run, or name one with --chat-template FILE"
             )
         return cls(_read_text(bundle, TEMPLATE_NAME), special_tokens(bundle, tokenizer))
 
@@ -58,8 +60,8 @@ class ChatTemplate:
         """The text of a conversation, by default up to where the model's answer begins.
 
         `tools` are JSON schemas of functions, `documents` are objects with "title" and "text"; `arguments` are further
-        variables of the template, and may replace a special token. Raises PromptError for messages that are none, and
-        for every way in which a template can fail: that is one line, and the next rendering works again.
+        variables of the template, and may replace a special token. Raises PromptError for invalid messages, and for
+        every way in which a template can fail: in one line, and the next rendering works again.
         """
         check_messages(messages)
         variables = {
@@ -80,12 +82,12 @@ class ChatTemplate:
                     self._stop()
 
     def start(self) -> None:
-        """Start the child and compile, if that is not done: the first rendering does so too. Raises PromptError."""
+        """Start the child process and compile the template, unless that is done. Raises PromptError."""
         with self._lock:
             self._started()
 
     def close(self) -> None:
-        """End the child process. A later rendering starts another."""
+        """End the child process. A later rendering starts another one."""
         with self._lock:
             self._stop()
 
@@ -111,10 +113,10 @@ class ChatTemplate:
 
 
 def special_tokens(bundle: Bundle, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """The special tokens by name, as strings: what the bundle's tokenizer_config.json says.
+    """The special tokens by name, as strings, from the bundle's tokenizer_config.json.
 
-    For BOS, EOS and padding that it does not mention, those of the manifest, as the tokenizer writes them. `tokenizer`
-    is the bundle's own; None opens it where it is needed. Raises BundleError.
+    BOS, EOS and padding that it does not mention are those of the manifest, as the tokenizer writes them. `tokenizer`
+    None opens the bundle's if it is needed. Raises BundleError.
     """
     config = _read_config(bundle)
     named = {name: _content(config[name]) for name in SPECIAL_TOKENS if name in config}
@@ -156,3 +158,40 @@ def _read_text(bundle: Bundle, name: str) -> str:
     except UnicodeDecodeError as error:
         path = bundle.folder / name
         raise BundleError(f"{path}: not UTF-8 text (byte {error.start}): export the bundle again") from None
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise PromptError, naming the first wrong message by its index, unless all are messages of a chat.
+
+    A message is an object with a `role`. Its `content` is a text, a list of parts (each an object with a `type`), or
+    null or absent if there are `tool_calls`.
+    """
+    if not _is_list(messages) or not messages:
+        raise PromptError("messages: must be a list with at least one message")
+    for index, message in enumerate(messages):
+        complaint = _complaint(message)
+        if complaint:
+            raise PromptError(f"messages[{index}]{complaint}")
+
+
+def _complaint(message: Any) -> str | None:
+    if not isinstance(message, Mapping):
+        return f': must be an object like {{"role": "user", "content": "..."}}, found {type(message).__name__}'
+    if not isinstance(message.get("role"), str):
+        return '.role: must be a text such as "user"'
+    content = message.get("content")
+    if content is None:
+        return None if message.get("tool_calls") else ".content: must be a text, unless there are tool_calls"
+    if _is_list(content):
+        wrong = (i for i, part in enumerate(content) if not _is_part(part))
+        found = next(wrong, None)
+        return None if found is None else f'.content[{found}]: must be an object with a "type"'
+    return None if isinstance(content, str) else f".content: must be a text, found {type(content).__name__}"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("type"), str)

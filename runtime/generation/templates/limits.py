@@ -1,12 +1,12 @@
-"""What a chat template may use up; the process that renders and the one that waits for it both read it."""
+"""Limits of a chat template, shared by the process that renders it and the one that waits for it."""
 
 from __future__ import annotations
 
 SECONDS = 2.0
-"""By the clock, for compiling a template and for each rendering."""
+"""Wall time for compiling a template, and for each rendering."""
 
 OUTPUT_BYTES = 1_000_000
-"""Of the rendered text, in UTF-8."""
+"""Size of the rendered text in UTF-8."""
 
 MEMORY_BYTES = 512 << 20
-"""Of address space of the process that renders."""
+"""Address space of the process that renders."""

@@ -1,4 +1,4 @@
-"""The child process in which one chat template is compiled and rendered, and what its failures are called."""
+"""The child process that compiles and renders one chat template, and the messages for its failures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from satchel.runtime.util.child_path import python_path
 from satchel.runtime.util.terminal import printable
 
 _WORKER = "satchel.runtime.generation.templates.render_worker"
-_START_SECONDS = 30.0  # for Python to start on a busy machine: nothing of the template runs in this time
+_START_SECONDS = 30.0  # for Python to start on a busy machine, before the template runs
 _LONGEST_REPLY = 8 * OUTPUT_BYTES  # a byte of text is 6 characters of ASCII JSON at most
-_LONGEST_REASON = 300  # characters of what an error says
-_ENVIRONMENT = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "TZDIR")  # the child gets no other variables of ours
-_REMEDY = "give another template with --chat-template FILE"
+_LONGEST_REASON = 300  # characters of an error message
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "TZDIR")  # the child gets no other environment variables
+_REMEDY = "name another template with --chat-template FILE"
 _FAILURES = {
     "syntax": "the chat template cannot be read{where}: {reason}: " + _REMEDY,
     "refused": "the chat template refuses these messages: {reason}",
@@ -32,7 +32,7 @@ _FAILURES = {
     "size": f"the chat template gives more than {OUTPUT_BYTES / 1e6:g} MB of text: shorten the messages, or {_REMEDY}",
     "memory": f"the chat template needs more than {MEMORY_BYTES >> 20} MiB of memory: {_REMEDY}",
 }
-_UNUSABLE_AFTER = ("size", "memory")  # after these the child holds memory that it may not be able to give back
+_UNUSABLE_AFTER = ("size", "memory")  # after these the child may not be able to free its memory
 
 
 class _Late(Exception):
@@ -40,14 +40,14 @@ class _Late(Exception):
 
 
 class _Ended(Exception):
-    """The child is gone, or says what it should not."""
+    """The child has ended, or its reply is invalid."""
 
 
 class TemplateProcess:
-    """A child that has compiled `source`. It serves one thread at a time, in the process that started it."""
+    """A child process that has compiled `source`, for one thread at a time of the process that started it."""
 
     def __init__(self, source: str) -> None:
-        """Start the child and compile. Raises PromptError if either fails, in one line that says why."""
+        """Start the child and compile. Raises PromptError that says why if either fails."""
         if importlib.util.find_spec("jinja2") is None:
             raise PromptError("chat templates need the package jinja2, which is not installed: pip install jinja2")
         request = request_line({"template": source})
@@ -70,13 +70,13 @@ class TemplateProcess:
 
     @property
     def usable(self) -> bool:
-        """Whether the child can render: it lives and waits for a request. In a fork of this process it never can."""
+        """Whether the child is alive and waits for a request; never in a fork of this process."""
         return self._idle and self._child.poll() is None
 
     def render(self, request: bytes) -> str:
-        """The text that the template gives for `request_line({"variables": ...})`.
+        """The rendered text for `request_line({"variables": ...})`.
 
-        Raises PromptError, in one line that says why. See `usable` for whether the child survived it.
+        Raises PromptError that says why it fails. `usable` tells whether the child survived.
         """
         return str(self._ask(request).get("text"))
 
@@ -85,7 +85,7 @@ class TemplateProcess:
         self._end()
 
     def _ask(self, request: bytes) -> dict[str, Any]:
-        self._idle = False  # and stays so where this is interrupted: the reply must not be taken for the next one
+        self._idle = False  # stays so if this is interrupted: the reply must not be taken for that of the next request
         deadline = time.monotonic() + SECONDS
         try:
             self._send(request, deadline)
@@ -132,7 +132,7 @@ class TemplateProcess:
 
 
 def request_line(request: Mapping[str, Any]) -> bytes:
-    """A request as the child reads it. Raises PromptError where something in it is no JSON value."""
+    """A request as the child reads it. Raises PromptError for anything that is not a JSON value."""
     try:
         return json.dumps(request, default=_plain).encode("ascii") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
@@ -159,7 +159,7 @@ def _start() -> subprocess.Popen[bytes]:
             bufsize=0,
             cwd="/",
             env={**environment, "PYTHONPATH": python_path()},
-            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            start_new_session=True,  # Ctrl-C in the terminal must not reach it
         )
     except OSError as error:
         raise PromptError(
@@ -173,7 +173,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
             pipe.close()
-    child.kill()  # does nothing in a fork of the process that started the child: there it counts as ended
+    child.kill()  # has no effect in a fork of the process that started it
     child.wait()
 
 
@@ -192,7 +192,7 @@ def _explain(reply: Mapping[str, Any]) -> str:
     line = reply.get("line")
     where = f" at line {line}" if isinstance(line, int) else ""
     reason = _one_line(str(reply.get("text")))
-    if reply["error"] != "refused":  # what the template itself says stays as it is
+    if reply["error"] != "refused":  # the template's own message is not changed
         reason = reason.removesuffix(".")
     return _FAILURES[reply["error"]].format(where=where, reason=reason)
 

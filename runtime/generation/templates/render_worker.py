@@ -1,6 +1,6 @@
-"""Renders one chat template under limits, as a child process that `render_process` starts.
+"""Renders one chat template under limits, in a child process that `render_process` starts.
 
-Requests come on standard input and replies go to standard output, each one line of ASCII JSON. The first reply is
+Requests come on standard input, replies go to standard output, each as one line of ASCII JSON. The first reply is
 `{"ready": true}`. Then `{"template": source}` gets `{"ready": true}`, and `{"variables": {...}}` gets `{"text": ...}`.
 Either may get `{"error": kind, "text": ..., "line": number or null}` instead, with a kind of `FAILURES`.
 """
@@ -32,7 +32,7 @@ _CPU_SECONDS = 5
 _LONGEST_MESSAGE = 1000
 _FILE = "<chat template>"  # what tracebacks call the template
 
-# What a template's own expressions raise. Anything else ends this process, and its parent says so.
+# What expressions in a template raise. Anything else ends this process, which the parent reports.
 _TEMPLATE_ERRORS = (
     TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
     StopIteration, SyntaxError, TypeError, ValueError,
@@ -48,14 +48,14 @@ class _TooLong(Exception):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which a forbidden attribute is an error at once, and not an undefined value that prints."""
+    """Jinja's sandbox, but a forbidden attribute raises at once instead of giving an undefined value."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"access to '{attribute}' of a {type(obj).__name__}")
 
 
 class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, which marks the model's own words for training: changes nothing."""
+    """`{% generation %}` ... `{% endgeneration %}` marks the model's text for training; it has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
@@ -66,7 +66,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that mean something to Python."""
+    """Jinja's namespace, without names that start with an underscore."""
 
     def __init__(self, /, *args: Any, **values: Any) -> None:
         initial = dict(*args, **values)
@@ -80,7 +80,7 @@ class _Namespace(Namespace):
 
 
 class _Dict:
-    """`dict` as templates use it: a function, and not the class with all that hangs on it."""
+    """`dict` as templates use it: a function instead of the class with its attributes."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
@@ -113,7 +113,7 @@ def _to_json(
 
 
 def make_environment() -> Environment:
-    """The sandbox with what chat templates expect beyond Jinja: as `transformers` offers it, written anew."""
+    """The sandbox with the extensions that chat templates expect from transformers."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(
@@ -123,13 +123,13 @@ def make_environment() -> Environment:
 
 
 def render(template: Template, variables: Mapping[str, Any]) -> str:
-    """The text that a template gives. Raises _TooLong as soon as there is more than OUTPUT_BYTES of it."""
-    pieces, room = [], OUTPUT_BYTES
+    """The rendered text. Raises _TooLong as soon as it exceeds OUTPUT_BYTES."""
+    pieces, left = [], OUTPUT_BYTES
     for piece in template.generate(variables):
-        room -= len(piece)
-        if room >= 0:  # a character has a byte at least, and may have more
-            room -= len(piece.encode("utf-8", "surrogatepass")) - len(piece)
-        if room < 0:
+        left -= len(piece)
+        if left >= 0:  # a character has at least one byte
+            left -= len(piece.encode("utf-8", "surrogatepass")) - len(piece)
+        if left < 0:
             raise _TooLong
         pieces.append(piece)
     return "".join(pieces)
@@ -173,7 +173,7 @@ def _failure(kind: str, error: Exception, line: int | None = None) -> dict[str, 
 
 
 def _line_of(error: BaseException) -> int | None:
-    """The template's line in which an error arose: Jinja puts the template's own lines into the traceback."""
+    """The line of the template that raised an error: Jinja puts template lines into the traceback."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == _FILE:
@@ -183,14 +183,14 @@ def _line_of(error: BaseException) -> int | None:
 
 
 def _limit_process(highest_descriptor: int) -> None:
-    """Give up memory, files and processes beyond what rendering needs. Not reversible."""
+    """Limit memory, files and processes to what rendering needs. Not reversible."""
     import resource
 
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NPROC: 0,
-        resource.RLIMIT_NOFILE: highest_descriptor + 1,  # all of them are in use: none can be opened
+        resource.RLIMIT_NOFILE: highest_descriptor + 1,  # all of them are in use, so none can be opened
     }
     if sys.platform != "darwin":  # macOS refuses to set it
         limits[resource.RLIMIT_AS] = MEMORY_BYTES
@@ -201,7 +201,7 @@ def _limit_process(highest_descriptor: int) -> None:
 
 
 def _limit_processor_time() -> None:
-    """A few seconds from now on: the parent stops what takes long, and this stops it when the parent is gone."""
+    """A few seconds from now: a second limit, in case the parent, which stops what takes long, is gone."""
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -210,7 +210,7 @@ def _limit_processor_time() -> None:
 
 
 def _load_what_is_loaded_late() -> None:
-    """What Jinja imports and Python reads on first use, when no file can be opened any more."""
+    """Use what Jinja imports and Python reads on first use, before files can no longer be opened."""
     trial = Worker()
     uses = "{{ 'a b' | pprint | striptags | wordwrap(1) }}{{ lipsum(n=1) }}{{ strftime_now('%c %Z') }}{{ 1 // none }}"
     trial.answer(json.dumps({"template": uses}).encode())
@@ -218,7 +218,7 @@ def _load_what_is_loaded_late() -> None:
 
 
 def _take_standard_output() -> BinaryIO:
-    """The pipe to the parent, for replies alone: standard output leads nowhere from here on."""
+    """The pipe to the parent, for replies alone; standard output goes to the null device afterwards."""
     replies = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -227,8 +227,8 @@ def _take_standard_output() -> BinaryIO:
 
 
 def main() -> None:
-    """Answer requests until standard input ends, as it does when the parent goes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Answer requests until standard input ends, as it does when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     replies = _take_standard_output()
     worker = Worker()
     _load_what_is_loaded_late()
