@@ -1,4 +1,4 @@
-"""The graphs that a bundle's manifest names, each file once."""
+"""Lists the graphs in the manifest of a bundle, each file once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class BundleGraph:
     """A graph of a bundle.
 
     Attributes:
-        name: For people: "decode", or "prefill of 128 tokens, part 2".
+        name: For people, such as "decode" or "prefill of 128 tokens, part 2".
         phase: "prefill", "decode" or "score".
-        file: Its name in the bundle.
-        path: Where it is.
-        session: The session configuration entries that the manifest gives it.
+        file: Its file name in the bundle.
+        path: Its path.
+        session: Its session configuration entries in the manifest.
     """
 
     name: str
@@ -36,12 +36,10 @@ class BundleGraph:
 
 
 def bundle_graphs(bundle: Bundle) -> list[BundleGraph]:
-    """All graphs that the manifest names. A file that serves several is there once.
-
-    Graphs that `satchel specialize` made are left out: they are for one machine and its CPU.
+    """All graphs in the manifest, without duplicate files and without specialized graphs, which are for one CPU.
 
     Raises:
-        BundleError: A file is not what the manifest says it is.
+        BundleError: The hash of a file differs from the manifest.
     """
     found: dict[tuple[str, str], BundleGraph] = {}
     for name, phase, spec in _specs(bundle.manifest):
@@ -56,7 +54,7 @@ def bundle_graphs(bundle: Bundle) -> list[BundleGraph]:
 
 
 def _specs(manifest: Manifest) -> Iterator[tuple[str, str, GraphSpec]]:
-    """(name, phase, what the manifest says of it) of each graph."""
+    """Yield (name, phase, manifest entry) of each graph."""
     if manifest.graphs is not None:
         for name in (*PHASES, *FURTHER):
             spec = getattr(manifest.graphs, name)

@@ -1,4 +1,4 @@
-"""Checks a bundle for an execution provider, by the provider's rules, without the provider."""
+"""Checks a bundle by the rules of an execution provider, without the provider."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PREFERRED_ON_HOST = "U08"
 
 @dataclass(frozen=True)
 class Found:
-    """A place in a graph that breaks a rule. `node` and `operator` are None where it is the graph as a whole."""
+    """A place in a graph that violates a rule. `node` and `operator` are None for the graph as a whole."""
 
     rule: str
     severity: str
@@ -38,19 +38,19 @@ class Found:
 
 @dataclass(frozen=True)
 class GraphResult:
-    """What a provider makes of one graph.
+    """The result for one graph.
 
     Attributes:
-        graph: Its name for people.
+        graph: Its name, for people.
         file: Its file in the bundle.
-        optimized: Whether the graph that ONNX Runtime hands over was judged; else the file as it is.
-        note: Why it was not, or "".
-        nodes: How many nodes the judged graph has.
-        taken: How many of them the provider runs: 0 where it takes whole graphs, and not this one.
-        host: How many ONNX Runtime prefers on the CPU (cuda).
-        refused: How many nodes break a rule with an error, by operator.
-        findings: All places that break a rule.
-        settled: For each rule that only the file breaks, how many places: ONNX Runtime's optimizers mend them.
+        optimized: Whether the graph was checked as optimized by ONNX Runtime; otherwise as it is in the file.
+        note: Why it was not optimized, or "".
+        nodes: Number of nodes of the checked graph.
+        taken: Number of nodes that the provider runs; 0 if it only takes whole graphs and refuses this one.
+        host: Number of nodes that ONNX Runtime prefers on the CPU (cuda).
+        refused: Number of nodes that violate a rule with an error, by operator.
+        findings: All places that violate a rule.
+        settled: Number of violations in the file, by rule, that ONNX Runtime's optimizers fix.
     """
 
     graph: str
@@ -67,7 +67,7 @@ class GraphResult:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a provider makes of a bundle. `tables` says whose rules and kernels were looked up."""
+    """The result for a bundle. `tables` names the ONNX Runtime whose rules and kernels were looked up."""
 
     bundle: str
     target: str
@@ -78,15 +78,15 @@ class CheckResult:
     graphs: tuple[GraphResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """The result as plain JSON values."""
         values: dict[str, Any] = strict_json.to_json(self)
         return values
 
 
 def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
-    """Judge every graph of a bundle by a provider's rules. Nothing is written.
+    """Check every graph of a bundle by the rules of a provider. Writes nothing.
 
-    The graph of satchel's own operators is for the CPU alone, and left out for other providers.
+    The graph of satchel's own operators runs only on the CPU, and is skipped for other providers.
 
     Raises:
         BundleError: A graph is damaged.
@@ -146,7 +146,7 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
 
 
 def _of_libraries(bundle: Bundle, graph: BundleGraph, proto: onnx.ModelProto) -> frozenset[str]:
-    """The domains of the graph's operators that are of satchel's own library, or of those which the bundle needs."""
+    """The domains of the operators in the graph that come from satchel's library or the custom ones of the bundle."""
     own = frozenset({INTERNAL} if graph.name == NATIVE else ())
     if not bundle.manifest.custom_ops:
         return own
@@ -159,6 +159,6 @@ def _found(rule: Rule, finding: Finding) -> Found:
 
 
 def _refused(findings: Iterable[Found]) -> dict[str, int]:
-    """How many nodes break a rule with an error, by operator, the most frequent first."""
+    """Number of nodes that violate a rule with an error, by operator, the most frequent first."""
     nodes = {(found.node, found.operator) for found in findings if found.severity == ERROR and found.operator}
     return dict(Counter(str(operator) for _, operator in nodes).most_common())

@@ -1,4 +1,4 @@
-"""A graph as ONNX Runtime hands it to an execution provider: optimized at level BASIC, and nothing assigned yet."""
+"""Optimizes a graph at level BASIC, as ONNX Runtime does before it asks an execution provider."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class NotOptimized(Exception):
-    """ONNX Runtime does not open the graph here; the message says why."""
+    """ONNX Runtime cannot open the graph on this machine; the message says why."""
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The file as it is, without the weights beside it. Raises BundleError where it is no ONNX graph."""
+    """Read the file, without external weights. Raises BundleError if it is not an ONNX graph."""
     try:
         proto = onnx.load(path, load_external_data=False)
     except DecodeError:
@@ -37,12 +37,12 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def no_graph(path: Path) -> BundleError:
-    """The error for a file that holds no ONNX graph, or a broken one."""
-    return BundleError(f"{path}: not a sound ONNX graph: copy the bundle again, or export it again")
+    """The error for a file that is not a valid ONNX graph."""
+    return BundleError(f"{path}: not a valid ONNX graph: copy the bundle again, or export it again")
 
 
 def _texts(proto: onnx.ModelProto) -> Iterator[str]:
-    """The names in a graph; protobuf gives what is no UTF-8 as bytes."""
+    """The names in a graph; protobuf returns those that are not UTF-8 as bytes."""
     graph = proto.graph
     yield graph.name
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
@@ -52,20 +52,20 @@ def _texts(proto: onnx.ModelProto) -> Iterator[str]:
 
 
 def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = None) -> onnx.ModelProto:
-    """The graph after ONNX Runtime's optimizers of level BASIC, which run before any provider is asked.
+    """The graph after ONNX Runtime's BASIC optimizers, which run before any provider is asked.
 
-    ONNX Runtime's compiling interface gives it back where no provider compiles anything. A session's own saved graph
-    would be a later one: with the casts that the CPU needs for float16. Nothing is written: constants of more than
-    `INLINE` bytes come back without values.
+    ONNX Runtime's compile API returns it, since no provider compiles anything. The saved graph of a session would be a
+    later one, with the casts that the CPU needs for float16. Writes nothing: constants of more than `INLINE` bytes are
+    returned without values.
 
     Args:
-        graph: Which graph.
-        manifest: The file that messages name.
-        whole: The same graph with types, for a provider that takes operators whole that the CPU would have expanded.
+        graph: The graph.
+        manifest: The file to name in messages.
+        whole: The same graph with types, for providers that have kernels for operators that the CPU would expand.
 
     Raises:
-        NotOptimized: ONNX Runtime cannot open it on this machine.
-        BundleError: The manifest sets a session entry that is not for it to set.
+        NotOptimized: ONNX Runtime cannot open the graph on this machine.
+        BundleError: The manifest sets a session entry that is not allowed.
     """
     options = entry_options(graph.session, f"{manifest}: {graph.name}")
     source: str | bytes = str(graph.path)
@@ -82,9 +82,9 @@ def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = No
             get_initializer_location_func=_place,
         )
         optimized = onnx.load_model_from_string(compiler.compile_to_bytes())
-    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the latter where its message quotes what is no text
+    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the latter if the message quotes bytes that are not text
         if graph.name in FURTHER:
-            raise NotOptimized("its weights are there when satchel specialize has made them") from None
+            raise NotOptimized("its weights are created by satchel specialize") from None
         raise NotOptimized(" ".join(str(error).split())) from None
     unwrap(optimized)
     return optimized
@@ -93,6 +93,6 @@ def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = No
 def _place(
     name: str, value: ort.OrtValue, external: ort.OrtExternalInitializerInfo | None
 ) -> ort.OrtExternalInitializerInfo | None:
-    """Keep small constants in the graph, and put a name in the place of a large one's values."""
+    """Keep small constants in the graph, and replace the values of large ones with a reference."""
     size = value.tensor_size_in_bytes()
     return ort.OrtExternalInitializerInfo(UNREAD, 0, size) if size > INLINE else None

@@ -1,4 +1,4 @@
-"""The CPU provider's kernels in the ONNX Runtime that is installed, as it lists them itself."""
+"""Lists the CPU kernels of the installed ONNX Runtime, from its own tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from satchel.graphs.providers.kernels import Formal, Kernel, KernelTable, Signat
 
 CPU = "CPUExecutionProvider"
 OPEN = (1 << 31) - 1
-"""The end of a range of versions that has none."""
+"""The end of an open version range."""
 
 
 @cache
 def schemas() -> dict[str, dict[int, Signature]]:
-    """The signature of every operator that ONNX Runtime knows, by its key and the version of its definition."""
+    """The signature of every operator known to ONNX Runtime, by operator key and version of the definition."""
     found: dict[str, dict[int, Signature]] = defaultdict(dict)
     for schema in ort.get_all_operator_schema():
         signature = Signature(_formals(schema.inputs), _formals(schema.outputs))
@@ -28,13 +28,13 @@ def schemas() -> dict[str, dict[int, Signature]]:
 
 @cache
 def known_domains() -> frozenset[str]:
-    """The domains of operators that ONNX Runtime knows without a library."""
+    """The operator domains that ONNX Runtime knows without a custom library."""
     return frozenset({"", *(schema.domain for schema in ort.get_all_operator_schema())})
 
 
 @cache
 def cpu_kernels() -> KernelTable:
-    """The table of the installed ONNX Runtime's CPU kernels."""
+    """The table of CPU kernels of the installed ONNX Runtime."""
     known, kernels = schemas(), defaultdict(list)
     for row in ort.get_all_opkernel_def():
         if row.provider != CPU:
@@ -54,5 +54,5 @@ def _formals(parameters: Any) -> tuple[Formal, ...]:
 
 
 def _plain(text: str) -> str:
-    """The element type of "tensor(float)"; a type variable, or another type, as it is."""
+    """The element type of a tensor type such as "tensor(float)"; other types and type variables unchanged."""
     return text[len("tensor(") : -1] if text.startswith("tensor(") else text

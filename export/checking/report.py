@@ -1,4 +1,4 @@
-"""A check's result for people: as text, by rule with the first places, and as one HTML page with all of them."""
+"""Renders the result of a check: as text, by rule with the first places, or as an HTML page with all places."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ TEMPLATE = "check.html.jinja"
 SHOWN_OPERATORS = 4
 SHOWN_KINDS = 3
 SHOWN_PLACES = 1000
-"""Places of a rule that a page lists; a graph may have thousands."""
+"""Max places per rule on a page; a graph may have thousands."""
 
 NOTE_LENGTH = 160
 
 
 @dataclass(frozen=True)
 class Section:
-    """A rule that was broken: how badly, in which graphs, and where. Texts of the bundle are escaped for reading.
+    """The violations of a rule. Texts that come from the bundle are escaped.
 
-    `lines` has one line for each operator; `places` are (graph, node, operator, message).
+    `lines` has one line per operator; `places` are (graph, node, operator, message).
     """
 
     rule: Rule
@@ -37,7 +37,7 @@ class Section:
 
 
 def as_text(result: CheckResult, strict: bool) -> str:
-    """The result for a terminal: the graphs, each broken rule with its first places, and the verdict."""
+    """The result for a terminal: the graphs, each violated rule with its first places, and the verdict."""
     lines = [_title(result), "", *(f"  {line}" for line in columns(_graph_rows(result), (2, 3, 4)))]
     for section in sections(result):
         rule = section.rule
@@ -53,7 +53,7 @@ def as_text(result: CheckResult, strict: bool) -> str:
 
 
 def as_page(result: CheckResult, strict: bool) -> str:
-    """The result as one HTML page that loads nothing."""
+    """The result as a self-contained HTML page."""
     from jinja2 import Environment
 
     template = resources.files("satchel.export.checking").joinpath(TEMPLATE).read_text(encoding="utf-8")
@@ -67,12 +67,12 @@ def as_page(result: CheckResult, strict: bool) -> str:
 
 
 def is_ready(result: CheckResult, strict: bool) -> bool:
-    """Whether nothing is wrong: no error, and where `strict` no warning."""
+    """Whether there are no errors and, if `strict`, no warnings."""
     return not result.errors and not (strict and result.warnings)
 
 
 def verdict(result: CheckResult, strict: bool) -> str:
-    """One line that says whether the bundle may ship."""
+    """One line: whether the bundle is ready for the provider."""
     counts = ", ".join(
         f"{count:,} {word}{'' if count == 1 else 's'}"
         for word, count in (("error", result.errors), ("warning", result.warnings))
@@ -84,7 +84,7 @@ def verdict(result: CheckResult, strict: bool) -> str:
 
 
 def sections(result: CheckResult) -> list[Section]:
-    """The broken rules, the worst first."""
+    """The violated rules, the most severe first."""
     rules = {rule.id: rule for rule in RULES[result.provider]}
     found: dict[tuple[int, str], list[tuple[GraphResult, Found]]] = defaultdict(list)
     for graph in result.graphs:
@@ -116,7 +116,7 @@ def _title(result: CheckResult) -> str:
 
 
 def _graph_rows(result: CheckResult) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("graph", "file", "nodes", "taken", "CPU by choice", "not taken")]
+    rows: list[tuple[str, ...]] = [("graph", "file", "nodes", "supported", "preferred on CPU", "unsupported")]
     for graph in result.graphs:
         kinds = [f"{count:,} {operator.partition('::')[2] or operator}" for operator, count in graph.refused.items()]
         more = len(kinds) - SHOWN_KINDS
@@ -133,7 +133,7 @@ def _notes(result: CheckResult) -> Iterator[str]:
         if graph.note:
             reason = printable(graph.note)
             reason = reason if len(reason) <= NOTE_LENGTH else reason[:NOTE_LENGTH] + " ..."
-            yield f"{printable(graph.graph)}: judged as its file is, since ONNX Runtime does not open it ({reason})"
+            yield f"{printable(graph.graph)}: checked unoptimized, since ONNX Runtime does not open it ({reason})"
         if graph.settled:
-            mended = ", ".join(f"{rule} ({count:,})" for rule, count in graph.settled.items())
-            yield f"{printable(graph.graph)}: in the file alone, mended before it is handed over: {mended}"
+            fixed = ", ".join(f"{rule} ({count:,})" for rule, count in graph.settled.items())
+            yield f"{printable(graph.graph)}: fixed by ONNX Runtime before the provider gets the graph: {fixed}"

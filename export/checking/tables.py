@@ -1,4 +1,4 @@
-"""Which rules and which kernels a check looks up: by provider and version of ONNX Runtime."""
+"""Selects the rules and kernel tables of a check, by provider and ONNX Runtime version."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Provider:
     """A provider to check for.
 
     Attributes:
-        name: What users call it.
-        tables: Whose rules and kernels these are, for people.
+        name: Its name on the command line.
+        tables: The ONNX Runtime version of rules and kernels, for people.
         rules: Its rules.
-        kernels: Its kernels, None where it takes whole graphs.
+        kernels: Its kernels; None if it only takes whole graphs.
     """
 
     name: str
@@ -37,20 +37,20 @@ class Provider:
 
     @property
     def whole_graphs(self) -> bool:
-        """Whether it takes a graph as a whole or not at all."""
+        """Whether it takes a graph only as a whole."""
         return self.kernels is None
 
 
 def provider_of(name: str, version: str | None = None) -> Provider:
-    """The provider that users call so, in a version of ONNX Runtime.
+    """The provider of this name, in a version of ONNX Runtime.
 
     Args:
         name: "cann", "cuda" or "cpu".
-        version: As "1.24.4" or "1.30"; one between those that there are tables for gets the nearest, the older of two
-            equally near. None: for cann the released wheel's, for cuda the newest, for cpu the installed one.
+        version: Such as "1.24.4" or "1.30"; the nearest version with a table is used, the older of two equally near.
+            None: for cann that of the released wheel, for cuda the newest, for cpu the installed one.
 
     Raises:
-        ProviderError: There is no such provider, or nothing is known of the version.
+        ProviderError: The provider or version is unknown.
     """
     if name not in RULES:
         raise ProviderError(f"--provider {name}: unknown: choose one of {', '.join(RULES)}")
@@ -58,8 +58,8 @@ def provider_of(name: str, version: str | None = None) -> Provider:
         installed = onnxruntime.__version__
         if version is not None and version != installed:
             raise ProviderError(
-                f"{OPTION} {version}: the CPU's kernels are those of the installed ONNX Runtime {installed}: leave it "
-                "out, or install the other one"
+                f"{OPTION} {version}: for cpu only the installed ONNX Runtime {installed} can be checked: leave it "
+                "out, or install the other version"
             )
         return Provider(name, f"ONNX Runtime {installed}, installed", RULES[name], cpu_kernels())
     default = OLDEST if name == "cann" else NEWEST
@@ -69,11 +69,11 @@ def provider_of(name: str, version: str | None = None) -> Provider:
 
 
 def nearest(version: str) -> str:
-    """The version with a table that is nearest. Raises ProviderError for what is no version, or before the oldest."""
+    """The nearest version with a table. Raises ProviderError for an invalid version, or one before the oldest."""
     numbers, (oldest, newest) = _numbers(version), (_numbers(OLDEST), _numbers(NEWEST))
     if numbers is None or oldest is None or newest is None or numbers[0] != oldest[0] or numbers[1] < oldest[1]:
         raise ProviderError(
-            f"{OPTION} {version}: not known: choose one of {', '.join(VERSIONS)}, or one between or after"
+            f"{OPTION} {version}: unknown: choose one of {', '.join(VERSIONS)}, or a version between or after them"
         )
     return min(VERSIONS, key=lambda known: abs(numbers[1] - (_numbers(known) or (0, 0))[1]))
 

@@ -1,4 +1,4 @@
-"""Fills in the types of a graph's values, so that rules can ask which kernels they have."""
+"""Infers the types of the values in a graph, so that rules can look up their kernels."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from satchel.graphs.providers.kernels import Formal, Signature, operator_key, ty
 
 DTYPES = {type_name(dtype): dtype for dtype in ir.DataType}
 INLINE = 1 << 20
-"""Constants of more bytes lose their values: rules look at shapes and types alone."""
+"""Constants of more bytes lose their values: rules only read shapes and types."""
 
 UNREAD = "unread"
-"""The file name that such a constant gets; nobody opens it."""
+"""The external file name of such a constant; it is never opened."""
 
 
 def typed_model(proto: onnx.ModelProto, known: Iterable[onnx.ValueInfoProto] = ()) -> ir.Model:
-    """A model with the type of every value that can be known.
+    """A model with the types of all values that can be inferred.
 
-    Types come from the file, from ONNX's own inference, and, for operators that ONNX does not know, from their
-    signatures: an output that shares a type variable with an input has its type.
+    Types come from the file, from ONNX's shape inference, and, for operators unknown to ONNX, from their signatures: an
+    output that shares a type variable with an input has its type.
 
     Args:
         proto: The model; its large constants lose their values.
-        known: Types of values from elsewhere, for those that it does not say itself.
+        known: Further types, of values whose type is not in the model.
     """
     _hollow(proto)
     there = {value.name for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)}
     proto.graph.value_info.extend(value for value in known if value.name not in there)
-    # What inference would have known may still follow from signatures.
+    # If inference fails, types may still follow from signatures.
     with contextlib.suppress(onnx.shape_inference.InferenceError, DecodeError, EncodeError):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     model = ir.from_proto(proto)
@@ -52,7 +52,7 @@ def _hollow(proto: onnx.ModelProto) -> None:
 
 
 def _pass_on_types(node: ir.Node, opset: int) -> None:
-    """Give a node's outputs the types that its inputs and its signature decide."""
+    """Set the output types of a node that follow from its inputs and its signature."""
     if all(value.dtype is not None for value in node.outputs):
         return
     versions = schemas().get(operator_key(node.domain, node.op_type), {})
@@ -68,7 +68,7 @@ def _pass_on_types(node: ir.Node, opset: int) -> None:
 
 
 def _bound(node: ir.Node, signature: Signature) -> dict[str, ir.DataType]:
-    """The element type of each type variable that an input binds."""
+    """The element types of the type variables that inputs bind."""
     types: dict[str, ir.DataType] = {}
     for index, value in enumerate(node.inputs):
         formal = _formal(signature.inputs, index)
@@ -78,5 +78,5 @@ def _bound(node: ir.Node, signature: Signature) -> dict[str, ir.DataType]:
 
 
 def _formal(formals: tuple[Formal, ...], index: int) -> Formal | None:
-    """The parameter at an index; the last one may stand for several."""
+    """The parameter at an index; the last one may be variadic."""
     return formals[min(index, len(formals) - 1)] if formals else None

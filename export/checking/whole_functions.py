@@ -1,8 +1,8 @@
-"""Keeps operators whole that ONNX Runtime would expand for its CPU, while it optimizes a graph for another provider.
+"""Keeps function operators from being expanded while ONNX Runtime optimizes a graph for another provider than the CPU.
 
-An operator that ONNX defines by others, such as Softmax, is replaced by these where the CPU has no kernel for its type.
-A provider that has one gets it whole. So such a node is hidden from the CPU's lack of float16 while the graph is
-optimized: it is put between casts to float32, which are taken out again.
+ONNX Runtime expands an operator that ONNX defines by others, such as Softmax, if the CPU has no kernel for its type. A
+provider with such a kernel gets the operator itself. So, during optimization, such a node is wrapped in casts to
+float32, which the CPU has a kernel for; the casts are removed afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NARROW = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLO
 
 
 def wrap(proto: onnx.ModelProto, view: GraphView) -> bool:
-    """Put casts around the nodes that would be expanded; `view` is the same graph with types. False without any."""
+    """Wrap the nodes that would be expanded in casts; `view` is the typed graph. Returns whether there were any."""
     opset = view.model.graph.opset_imports.get("", 1)
     outer = {id(node) for node in view.model.graph}
     found = {node.outputs[0].name: _types(node) for node in view.nodes if id(node) in outer and _expands(node, opset)}
@@ -49,7 +49,7 @@ def wrap(proto: onnx.ModelProto, view: GraphView) -> bool:
 
 
 def unwrap(proto: onnx.ModelProto) -> None:
-    """Take out the casts that `wrap` has put in."""
+    """Remove the casts that `wrap` inserted."""
     into = {node.output[0]: node.input[0] for node in proto.graph.node if _is_ours(node, node.output)}
     out_of = {node.input[0]: node.output[0] for node in proto.graph.node if _is_ours(node, node.input)}
     kept = [n for n in proto.graph.node if not (_is_ours(n, n.output) or _is_ours(n, n.input))]
@@ -65,7 +65,7 @@ def unwrap(proto: onnx.ModelProto) -> None:
 def _expands(node: ir.Node, opset: int) -> bool:
     if node.domain != "" or not onnx.defs.has(node.op_type, opset):
         return False
-    schema: Any = onnx.defs.get_schema(node.op_type, opset)  # its stub lacks what is asked here
+    schema: Any = onnx.defs.get_schema(node.op_type, opset)  # its type stub is incomplete
     if not (schema.has_function or schema.has_context_dependent_function):
         return False
     table = cpu_kernels()
@@ -74,7 +74,7 @@ def _expands(node: ir.Node, opset: int) -> bool:
 
 
 def _types(node: ir.Node) -> Mapping[str, str]:
-    """The narrow float types of a node's values, by name."""
+    """The 16-bit float types of the values of a node, by name."""
     named = {str(v.name): type_name(v.dtype) for v in (*node.inputs, *node.outputs) if v is not None and v.dtype}
     return {name: kind for name, kind in named.items() if kind in NARROW}
 
