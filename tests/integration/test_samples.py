@@ -47,7 +47,7 @@ def test_a_sample_does_not_write_over_what_it_is_given(name: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_own_module_says_what_it_has_learnt(own: Path) -> None:
-    done = satchel("run", own, "A gull sat", "--max-new-tokens", "12", "--quiet")
+    done = satchel("run", own, "A gull sat", "--raw", "--max-new-tokens", "12", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(" on the lid.")
 

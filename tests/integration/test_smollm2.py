@@ -62,7 +62,7 @@ def test_the_tokenizer_gives_the_ids_of_transformers(smollm2: Path, reference: R
 
 
 def test_run_prints_what_transformers_would_say(smollm2: Path, reference: Reference) -> None:
-    done = satchel("run", smollm2, PROMPT, "--max-new-tokens", "12", "--threads", "2")
+    done = satchel("run", smollm2, PROMPT, "--raw", "--max-new-tokens", "12", "--threads", "2")
     expected = reference.tokenizer.decode([*reference.prompt_ids, *reference.greedy_ids[:12]]).removeprefix(PROMPT)
     assert (done.returncode, done.stdout) == (0, expected + "\n")
     assert f"prompt {len(reference.prompt_ids)} tokens at" in done.stderr
