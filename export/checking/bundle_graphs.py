@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from satchel.runtime.bundle.contract import FURTHER, PHASES
+from satchel.runtime.bundle.contract import PHASES
 from satchel.runtime.bundle.hash_cache import sha256_of
-from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph
+from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph, Variant
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 
-PHASE_OF = {"prefill_int8": "prefill", "decode_blocks": "decode", "native": "prefill"}
 SUFFIX = ".onnx"
 
 
@@ -26,6 +25,7 @@ class BundleGraph:
         file: Its file name in the bundle.
         path: Its path.
         session: Its session configuration entries in the manifest.
+        variant: The variant that it is the graph of, None for a portable graph.
     """
 
     name: str
@@ -33,6 +33,7 @@ class BundleGraph:
     file: str
     path: Path
     session: Mapping[str, str]
+    variant: Variant | None = None
 
 
 def bundle_graphs(bundle: Bundle) -> list[BundleGraph]:
@@ -42,8 +43,9 @@ def bundle_graphs(bundle: Bundle) -> list[BundleGraph]:
         BundleError: The hash of a file differs from the manifest.
     """
     found: dict[tuple[str, str], BundleGraph] = {}
+    variants = {variant.name: variant for variant in bundle.manifest.variants}
     for name, phase, spec in _specs(bundle.manifest):
-        graph = BundleGraph(name, phase, spec.file, bundle.path(spec.file), spec.session)
+        graph = BundleGraph(name, phase, spec.file, bundle.path(spec.file), spec.session, variants.get(name))
         found.setdefault((phase, spec.file), graph)
     for file in {graph.file for graph in found.values()}:
         if sha256_of(bundle.path(file), lambda _: None) != bundle.manifest.files[file].sha256:
@@ -56,10 +58,10 @@ def bundle_graphs(bundle: Bundle) -> list[BundleGraph]:
 def _specs(manifest: Manifest) -> Iterator[tuple[str, str, GraphSpec]]:
     """Yield (name, phase, manifest entry) of each graph."""
     if manifest.graphs is not None:
-        for name in (*PHASES, *FURTHER):
-            spec = getattr(manifest.graphs, name)
-            if spec is not None:
-                yield name, PHASE_OF.get(name, name), spec
+        for phase in PHASES:
+            yield phase, phase, manifest.graph(phase)
+        for variant in manifest.variants:
+            yield variant.name, variant.runs[0], variant.graph
     if manifest.static is not None:
         for graph in manifest.static.prefill:
             yield from _parts("prefill", graph)

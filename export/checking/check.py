@@ -18,7 +18,6 @@ from satchel.export.checking.value_types import typed_model
 from satchel.graphs.ir.values import INTERNAL
 from satchel.graphs.providers.findings import ERROR, INFO, WARNING, Finding, GraphView, Rule
 from satchel.runtime.bundle import strict_json
-from satchel.runtime.bundle.contract import NATIVE
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
 from satchel.runtime.bundle.reader import Bundle
 
@@ -86,12 +85,12 @@ class CheckResult:
 def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
     """Check every graph of a bundle by the rules of a provider. Writes nothing.
 
-    The graph of satchel's own operators runs only on the CPU, and is skipped for other providers.
+    Graphs with satchel's own operators run only on the CPU, and are skipped for other providers.
 
     Raises:
         BundleError: A graph is damaged.
     """
-    judged = [graph for graph in bundle_graphs(bundle) if graph.name != NATIVE or provider.name == "cpu"]
+    judged = [graph for graph in bundle_graphs(bundle) if not _own(graph) or provider.name == "cpu"]
     graphs = tuple(_check_graph(bundle, graph, provider) for graph in judged)
     severities = Counter(found.severity for graph in graphs for found in graph.findings)
     return CheckResult(
@@ -145,9 +144,14 @@ def _check_graph(bundle: Bundle, graph: BundleGraph, provider: Provider) -> Grap
     )
 
 
+def _own(graph: BundleGraph) -> bool:
+    """Whether a graph has satchel's own operators."""
+    return graph.variant is not None and graph.variant.kernel_abi is not None
+
+
 def _of_libraries(bundle: Bundle, graph: BundleGraph, proto: onnx.ModelProto) -> frozenset[str]:
     """The domains of the operators in the graph that come from satchel's library or the custom ones of the bundle."""
-    own = frozenset({INTERNAL} if graph.name == NATIVE else ())
+    own = frozenset({INTERNAL} if _own(graph) else ())
     if not bundle.manifest.custom_ops:
         return own
     return own | frozenset(node.domain for node in proto.graph.node) - known_domains()

@@ -13,7 +13,6 @@ from satchel.export.checking.bundle_graphs import BundleGraph
 from satchel.export.checking.value_types import INLINE, UNREAD
 from satchel.export.checking.whole_functions import unwrap, wrap
 from satchel.graphs.providers.findings import GraphView
-from satchel.runtime.bundle.contract import FURTHER
 from satchel.runtime.errors import BundleError
 from satchel.runtime.ort.session import ORT_ERRORS, entry_options
 
@@ -83,7 +82,7 @@ def handed_over(graph: BundleGraph, manifest: Path, whole: GraphView | None = No
         )
         optimized = onnx.load_model_from_string(compiler.compile_to_bytes())
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the latter if the message quotes bytes that are not text
-        if graph.name in FURTHER:
+        if graph.variant is not None:
             raise NotOptimized("its weights are created by satchel specialize") from None
         raise NotOptimized(" ".join(str(error).split())) from None
     unwrap(optimized)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -15,7 +16,16 @@ from satchel.export.writing.tensor_specs import tensor_specs
 from satchel.graphs.quant.assign import layer_name
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
-from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8, past_names, present_names
+from satchel.runtime.bundle.contract import (
+    DECODE_BLOCKS,
+    NATIVE,
+    PHASES,
+    PREFILL_INT8,
+    Layout,
+    past_names,
+    present_names,
+)
+from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import (
     CacheLayer,
     CacheSpec,
@@ -30,7 +40,30 @@ from satchel.runtime.bundle.manifest import (
     Source,
     StaticGraphs,
     TokenizerSpec,
+    Variant,
+    VariantWeights,
 )
+from satchel.runtime.kernels import library
+
+
+@dataclass(frozen=True)
+class VariantKind:
+    """What the manifest says of a graph for certain machines, whichever model it is of. See `manifest.Variant`."""
+
+    runs: tuple[str, ...]
+    layout: Layout
+    requires: tuple[str, ...] = ()
+    kernel_abi: int | None = None
+
+
+VARIANTS: Mapping[str, VariantKind] = {
+    PREFILL_INT8: VariantKind(("prefill",), Layout.INT8),
+    DECODE_BLOCKS: VariantKind(("decode",), Layout.GROUPS),
+    NATIVE: VariantKind(
+        ("prefill", "decode"), Layout.PANELS, (library.ARCHITECTURES[0], *library.EXTENSIONS), library.VERSION
+    ),
+}
+"""By the names of the graphs that a target makes beside the portable ones."""
 
 
 def describe(
@@ -43,10 +76,14 @@ def describe(
     starts: Mapping[str, tuple[str, int]],
 ) -> Manifest:
     """The manifest of a bundle whose files are written; `starts` says where in them each weight begins."""
+    layers = _layers(quantized)
     sessions, context = TARGETS[config.target].sessions(quantized), config.context(checkpoint.max_context)
 
     def static(prefix: str = "") -> StaticGraphs | None:
         return describe_static(models, sessions, config, context, starts, prefix) if config.static else None
+
+    def plain() -> PlainGraphs:
+        return PlainGraphs(None if config.static else _graphs(models, sessions, PLAIN), static(PLAIN))
 
     facts = ModelFacts(
         parameters=checkpoint.parameters,
@@ -66,10 +103,14 @@ def describe(
         model=facts,
         kv_cache=cache_spec(models, "swapped" if config.static else "shared"),
         graphs=None if config.static else _graphs(models, sessions),
+        variants=_variants(models, sessions),
         static=static(),
-        plain=PlainGraphs(_plain_graphs(models, sessions, config), static(PLAIN)) if config.passes else None,
+        plain=plain() if config.passes else None,
         custom_ops=tuple(named_file(path) for path in config.custom_ops),
-        layers=_layers(quantized),
+        float_weights="float16" if config.precision == "fp16" or TARGETS[config.target].float16 else "float32",
+        layers=layers,
+        # Kernels for 4 bits take the tokens of a prompt in pairs.
+        token_multiple=2 if any(layer.bits == 4 for layer in layers.values()) else 1,
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),
         files=dict(files),
@@ -115,23 +156,24 @@ def _layers(quantized: Quantized | None) -> dict[str, LayerPrecision]:
     return layers
 
 
-def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> Graphs:
-    custom = {phase: model for phase, model in models.items() if not phase.startswith(PLAIN)}
-    specs = {phase: _graph_spec(phase, model, sessions[phase]) for phase, model in custom.items()}
-    return Graphs(
-        **{phase: specs[phase] for phase in PHASES},
-        prefill_int8=specs.get(PREFILL_INT8), decode_blocks=specs.get(DECODE_BLOCKS), native=specs.get(NATIVE),
-    )  # fmt: skip
+def _graphs(models: Mapping[str, ir.Model], sessions: Mapping[str, Session], prefix: str = "") -> Graphs:
+    specs = {phase: _graph_spec(f"{prefix}{phase}", models[f"{prefix}{phase}"], sessions[phase]) for phase in PHASES}
+    return Graphs(**specs)
 
 
-def _plain_graphs(
-    models: Mapping[str, ir.Model], sessions: Mapping[str, Session], config: ExportConfig
-) -> Graphs | None:
-    """The graphs without passes of a user's own, of a target that takes any length."""
-    if config.static:
-        return None
-    specs = {phase: _graph_spec(f"{PLAIN}{phase}", models[f"{PLAIN}{phase}"], sessions[phase]) for phase in PHASES}
-    return Graphs(**specs, prefill_int8=None, decode_blocks=None, native=None)
+def _variants(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -> tuple[Variant, ...]:
+    return tuple(
+        Variant(
+            name=name,
+            runs=kind.runs,
+            graph=_graph_spec(name, models[name], sessions[name]),
+            weights=VariantWeights(kind.layout.value, file_name(kind.layout)),
+            requires=kind.requires,
+            kernel_abi=kind.kernel_abi,
+        )
+        for name, kind in VARIANTS.items()
+        if name in models
+    )
 
 
 def _graph_spec(name: str, model: ir.Model, session: Session) -> GraphSpec:

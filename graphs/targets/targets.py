@@ -247,6 +247,8 @@ class Target:
         finish: What runs last on the graph of a phase in a precision.
         static: For a device that compiles each shape anew: what runs after the phase's own steps to make a graph for
             these lengths, with passes of a user's own in their place. None where shapes vary.
+        float16: Whether the graphs compute in float16, and store weights that are not quantized in it, whatever the
+            precision.
     """
 
     normalize: tuple[Step, ...]
@@ -257,6 +259,7 @@ class Target:
     quantize: Callable[[str, Quantized], tuple[Step, ...]] = quantize_steps
     finish: Callable[[str, str], tuple[Step, ...]] = finish_cpu
     static: Callable[[Lengths, Quantized | None, tuple[Step, ...]], tuple[Step, ...]] | None = None
+    float16: bool = False
 
     def static_steps(
         self, phase: str, lengths: Lengths, quantized: Quantized | None, custom: tuple[Step, ...] = ()
@@ -365,6 +368,7 @@ TARGETS: Mapping[str, Target] = {
         stream=(),
         quantize=quantize_cuda,
         finish=finish_cuda,
+        float16=True,
     ),
     "cann": Target(
         normalize=NORMALIZE,
@@ -372,5 +376,6 @@ TARGETS: Mapping[str, Target] = {
         phases={"prefill": (Step(slice_last_logits),), "decode": (), "score": ()},
         sessions=cann_sessions,
         static=cann_steps,
+        float16=True,
     ),
 }

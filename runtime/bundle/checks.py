@@ -1,17 +1,16 @@
-"""What must be true of a manifest beyond its keys and types: names, sizes and counts that fit together."""
+"""What must be true of a manifest beyond its keys and types: names and counts that fit together, within the limits."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from satchel.runtime.bundle.certificate import check_values
 from satchel.runtime.bundle.contract import (
     ATTENTION_MASK,
     CACHE_MODES,
-    FURTHER,
     INPUT_IDS,
     LOGITS,
     PHASES,
@@ -19,12 +18,30 @@ from satchel.runtime.bundle.contract import (
     TOKENIZER_KINDS,
     TOP_IDS,
     TOP_OUTPUTS,
+    Layout,
 )
 from satchel.runtime.bundle.dtypes import DTYPES
+from satchel.runtime.bundle.limits import LIMITS
+from satchel.runtime.bundle.names import leads_outside
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
-    from satchel.runtime.bundle.manifest import FileRecord, Manifest, StaticGraph, StaticGraphs, TensorSpec
+    from satchel.runtime.bundle.manifest import (
+        FileRecord,
+        GraphSpec,
+        Manifest,
+        Specialized,
+        StaticGraph,
+        StaticGraphs,
+        TensorSpec,
+    )
+
+
+PREPARED = ("prefill", "decode")
+"""The phases that variants run, and that a device prepares graphs for."""
+
+FLOATS = ("float32", "float16")
+LAYOUTS = tuple(layout.value for layout in Layout)
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -49,10 +66,13 @@ def check_manifest(manifest: Manifest) -> None:
     if manifest.static is not None:
         _check_static(manifest, manifest.static)
     else:
-        for phase in (*PHASES, *(name for name in FURTHER if getattr(manifest.graphs, name))):
-            _check_graph(manifest, phase)
+        for phase in PHASES:
+            _check_graph(manifest, manifest.graph(phase), phase, f"graphs.{phase}")
         chosen = [manifest.graph(phase).top_tokens for phase in ("prefill", "decode")]
         _check(chosen[0] == chosen[1], "graphs.decode.outputs", chosen, "as many best tokens as prefill gives")
+    _check_variants(manifest)
+    _check_one_of(manifest.float_weights, "float_weights", FLOATS)
+    _check(manifest.token_multiple >= 1, "token_multiple", manifest.token_multiple, "a number above 0")
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
@@ -64,14 +84,37 @@ def check_manifest(manifest: Manifest) -> None:
     if manifest.certificate:
         check_values(manifest.certificate, model.vocab_size, model.max_context)
     if manifest.specialized:
-        specialized = manifest.specialized
-        _check_files(specialized.files, "specialized.files")
-        known = set(specialized.graphs) in ({"prefill"}, {"prefill", "decode"})
-        _check(known, "specialized.graphs", sorted(specialized.graphs), "files of prefill, or of prefill and decode")
-        fits = not specialized.native or (set(specialized.graphs) == {"prefill"} and specialized.kernels is not None)
-        _check(fits, "specialized.native", specialized.native, "of one graph, with the version of the kernels")
-        for phase, file in specialized.graphs.items():
-            _check(file in specialized.files, f"specialized.graphs.{phase}", file, "listed in 'specialized.files'")
+        _check_specialized(manifest, manifest.specialized)
+
+
+def _check_variants(manifest: Manifest) -> None:
+    _check(manifest.graphs is not None or not manifest.variants, "variants", len(manifest.variants), "none of 'static'")
+    names = [*PHASES, *(variant.name for variant in manifest.variants)]
+    _check(len(set(names)) == len(names), "variants", names, "of different names, none of a phase")
+    for index, variant in enumerate(manifest.variants):
+        key, weights = f"variants[{index}]", variant.weights
+        runs = bool(variant.runs) and set(variant.runs) <= set(PREPARED) and len(set(variant.runs)) == len(variant.runs)
+        _check(runs, f"{key}.runs", list(variant.runs), f"some of {', '.join(PREPARED)}")
+        _check_graph(manifest, variant.graph, variant.name, f"{key}.graph")
+        same = variant.graph.top_tokens == manifest.graph(variant.runs[0]).top_tokens
+        _check(same, f"{key}.graph.outputs", variant.graph.top_tokens, "as many best tokens as prefill gives")
+        _check_one_of(weights.layout, f"{key}.weights.layout", LAYOUTS)
+        made = "/" not in weights.file and not leads_outside(weights.file) and weights.file not in manifest.files
+        _check(made, f"{key}.weights.file", weights.file, "the name of a file that is not in 'files'")
+
+
+def _check_specialized(manifest: Manifest, specialized: Specialized) -> None:
+    _check_files(specialized.files, "specialized.files")
+    found, known = specialized.graphs, {variant.name: variant for variant in manifest.variants}
+    fits = set(found) in ({"prefill"}, {"prefill", "decode"})
+    _check(fits, "specialized.graphs", sorted(found), "those of prefill, or of prefill and decode")
+    for phase, graph in found.items():
+        key = f"specialized.graphs.{phase}"
+        _check(graph.file in specialized.files, f"{key}.file", graph.file, "listed in 'specialized.files'")
+        if graph.variant is not None:
+            runs = known[graph.variant].runs if graph.variant in known else ()
+            wanted = set(PREPARED) if len(found) == 1 else {phase}
+            _check(wanted <= set(runs), f"{key}.variant", graph.variant, "a variant that runs the phase")
 
 
 def _check_files(files: dict[str, FileRecord], key: str) -> None:
@@ -85,13 +128,12 @@ def _check_sha256(digest: str, key: str) -> None:
     _check(well_formed, key, digest, "64 lower-case hex digits")
 
 
-def _check_graph(manifest: Manifest, phase: str) -> None:
-    graph, key = manifest.graph(phase), f"graphs.{phase}"
+def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str) -> None:
     _check(graph.file in manifest.files, f"{key}.file", graph.file, "listed in 'files'")
     for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         for index, tensor in enumerate(tensors):
             _check_one_of(tensor.dtype, f"{key}.{side}[{index}].dtype", DTYPES)
-    shareable = (None, "prefill") if phase == "decode" else (None,)
+    shareable = (None, "prefill") if name == "decode" else (None,)
     _check(graph.session_of in shareable, f"{key}.session_of", graph.session_of, f"one of {shareable}")
     layers = manifest.kv_cache.layers
     wanted = {INPUT_IDS, ATTENTION_MASK, *(name for layer in layers for name in (layer.past_key, layer.past_value))}
@@ -102,13 +144,13 @@ def _check_graph(manifest: Manifest, phase: str) -> None:
     found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
     _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
     if chosen:
-        _check_chosen(f"{key}.outputs", phase, chosen, manifest.model.vocab_size)
+        _check_chosen(f"{key}.outputs", name, chosen, manifest.model.vocab_size)
 
 
-def _check_chosen(key: str, phase: str, chosen: list[TensorSpec], vocabulary: int) -> None:
+def _check_chosen(key: str, name: str, chosen: list[TensorSpec], vocabulary: int) -> None:
     """Both outputs, for the one token that a graph gives logits of, of one number of tokens and the right types."""
     names = sorted(tensor.name for tensor in chosen)
-    _check(names == sorted(TOP_OUTPUTS) and phase in ("prefill", "decode"), key, names, "both of them, or neither")
+    _check(names == sorted(TOP_OUTPUTS) and name != "score", key, names, "both of them, or neither")
     for tensor in chosen:
         dtype, count = "int64" if tensor.name == TOP_IDS else "float32", tensor.shape[-1]
         _check(tensor.dtype == dtype, f"{key}.{tensor.name}.dtype", tensor.dtype, dtype)
@@ -177,3 +219,49 @@ def _check_one_of(value: str, key: str, known: Iterable[str]) -> None:
 def _check(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise StrictJsonError(f"'{key}' must be {expected}, found {str(value)[:60]!r}")
+
+
+def check_limits(manifest: Manifest) -> None:
+    """Compare a manifest with `LIMITS`. Raises StrictJsonError, which names the key, what was found and the limit."""
+    model, cache, tokenizer = manifest.model, manifest.kv_cache, manifest.tokenizer
+    _limit("model.vocab_size", model.vocab_size)
+    _limit("model.max_context", model.max_context)
+    _limit("model.parameters", model.parameters)
+    _limit("model.eos_token_ids", len(model.eos_token_ids))
+    _limit("kv_cache.layers", len(cache.layers))
+    for layer in cache.layers:
+        for size in (layer.kv_heads, layer.key_dim, layer.value_dim):
+            _limit("kv_cache sizes", size)
+    _limit("layers", len(manifest.layers))
+    for files in (manifest.files, {} if manifest.specialized is None else manifest.specialized.files):
+        _limit("files", len(files))
+        for record in files.values():
+            _limit("bytes of a file", record.bytes)
+    for graph in _graphs(manifest):
+        for side in (graph.inputs, graph.outputs):
+            _limit("graph inputs or outputs", len(side))
+            for tensor in side:
+                _limit("dimensions of a tensor", len(tensor.shape))
+    if tokenizer is not None:
+        _limit("tokenizer.corpus", len(tokenizer.corpus))
+        for entry in tokenizer.corpus:
+            _limit("characters of a corpus text", len(entry.text))
+    if manifest.certificate is not None:
+        _limit("certificate.prompts", len(manifest.certificate.prompts))
+
+
+def _graphs(manifest: Manifest) -> Iterator[GraphSpec]:
+    if manifest.graphs is not None:
+        yield from vars(manifest.graphs).values()
+    _limit("variants", len(manifest.variants))
+    yield from (variant.graph for variant in manifest.variants)
+    if manifest.static is not None:
+        static = manifest.static
+        parts = [part for graph in (*static.prefill, static.decode, static.score) for part in graph.parts]
+        _limit("static graphs", len(parts))
+        yield from parts
+
+
+def _limit(key: str, found: int) -> None:
+    if found > LIMITS[key].most:
+        raise StrictJsonError(f"{key}: {found:,} are more than the limit of {LIMITS[key].most:,}")

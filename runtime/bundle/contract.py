@@ -22,13 +22,6 @@ is specialized. Some processors multiply one row by groups faster."""
 NATIVE = "native"
 """A graph for satchel's own kernels, for prefill and decode."""
 
-FURTHER = {
-    PREFILL_INT8: "its linear layers are not in 4 bits",
-    DECODE_BLOCKS: "its decode takes no int8 activations",
-    NATIVE: "it was exported without one for satchel's own kernels",
-}
-"""Optional graphs, and why a bundle has none."""
-
 
 class Layout(enum.Enum):
     """How the weights of a graph lie in memory, where a device makes them from those that the bundle stores."""
@@ -43,10 +36,6 @@ class Layout(enum.Enum):
     PANELS = "panels"
     """Panels of 16 outputs, as satchel's own kernels read them; the same numbers."""
 
-
-GRAPH_LAYOUTS = {PREFILL_INT8: Layout.INT8, DECODE_BLOCKS: Layout.GROUPS, NATIVE: Layout.PANELS}
-"""The layout of each optional graph's weights. Its file is made on the device, when a bundle is specialized; the bundle
-itself does not have it."""
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 """`input_ids` [batch, sequence] int64 and `attention_mask` [batch, total or capacity] int64. `position_ids` exists only

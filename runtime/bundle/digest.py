@@ -14,7 +14,7 @@ from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.limits import LIMITS
 
-FORMAT, VERSION = "satchel-bundle", 2
+FORMAT, VERSION = "satchel-bundle", 3
 
 UNCOVERED = ("digest", "specialized")
 """Keys of a manifest that the digest leaves out: itself, and what a device made for itself."""

@@ -26,6 +26,7 @@ LIMITS: dict[str, Limit] = {
     "bytes of a file": Limit(1 << 50, "sizes are added up, and compared with free space"),
     "kv_cache.layers": Limit(10_000, "each is two buffers, and two inputs of each graph"),
     "kv_cache sizes": Limit(1 << 20, "heads x width x positions is allocated"),
+    "variants": Limit(1000, "each is a graph, and names are compared with each other"),
     "layers": Limit(1_000_000, "an entry for each quantized matrix"),
     "graph inputs or outputs": Limit(50_000, "two for each layer of the cache, and few more"),
     "dimensions of a tensor": Limit(16, "ONNX Runtime's own kernels take fewer"),

@@ -9,8 +9,8 @@ from typing import Any
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
-from satchel.runtime.bundle.checks import check_manifest
-from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, FURTHER, TOP_IDS
+from satchel.runtime.bundle.checks import check_limits, check_manifest
+from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, TOP_IDS
 from satchel.runtime.bundle.digest import (
     FORMAT,
     VERSION,
@@ -21,7 +21,6 @@ from satchel.runtime.bundle.digest import (
     read_content,
 )
 from satchel.runtime.bundle.errors import BundleError
-from satchel.runtime.bundle.manifest_limits import check_limits
 
 MANIFEST_NAME = "manifest.json"
 
@@ -129,20 +128,39 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits.
-
-    Three more read weights that no bundle holds, and that `satchel specialize` makes. `prefill_int8` is prefill over
-    int8 weights made of those in 4 bits; None where a bundle has no products in 4 bits. `decode_blocks` is decode over
-    the same int8 numbers in blocks of inputs; None where decode takes no activations in int8. `native` is for satchel's
-    own kernels, over weights in panels of outputs: it runs prefill and decode; None where there is nothing for them.
-    """
+    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits."""
 
     prefill: GraphSpec
     decode: GraphSpec
     score: GraphSpec
-    prefill_int8: GraphSpec | None
-    decode_blocks: GraphSpec | None
-    native: GraphSpec | None = None
+
+
+@dataclass(frozen=True)
+class VariantWeights:
+    """The weights of a variant: one of the layouts, and the file that its graph reads them from.
+
+    The bundle does not have that file: `satchel specialize` makes it from the weights of the portable graphs.
+    """
+
+    layout: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A graph that computes the same as the portable ones, faster on some machines.
+
+    `runs` are the phases that it can run; one that runs several needs one session for them. `requires` are features of
+    the processor (architecture and extensions), `kernel_abi` the version of satchel's own kernels that it is for, None
+    for a graph of standard operators.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    graph: GraphSpec
+    weights: VariantWeights
+    requires: tuple[str, ...]
+    kernel_abi: int | None
 
 
 @dataclass(frozen=True)
@@ -239,27 +257,45 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class PreparedGraph:
+    """A graph that is optimized for one kind of machine: its file, and the variant, None for the portable graph."""
+
+    file: str
+    variant: str | None
+
+
+@dataclass(frozen=True)
 class Specialized:
     """Graphs and packed weights that `satchel specialize` made for one kind of machine.
 
     They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
-    are the same; `processor` is its name, for people. `int8_prefill` tells that prefill runs over int8 weights made of
-    those in 4 bits, `decode_blocks` that decode runs over int8 weights in blocks, and `tiled_attention` which of two
-    attention kernels was faster. `graphs` are file names by phase, of prefill alone where its session runs decode, too;
-    `files` lists all files. `native` tells that both phases run on satchel's own kernels, of version `kernels`.
+    are the same; `processor` is its name, for people. `graphs` has the graph of prefill and that of decode, of prefill
+    alone where its session runs decode, too. `tiled_attention` tells which of ONNX Runtime's two attention kernels was
+    faster. `files` lists all files.
     """
 
     onnxruntime: str
     provider: str
     processor: str
     features: tuple[str, ...]
-    int8_prefill: bool
-    decode_blocks: bool
     tiled_attention: bool
-    graphs: dict[str, str]
+    graphs: dict[str, PreparedGraph]
     files: dict[str, FileRecord]
-    native: bool = False
-    kernels: int | None = None
+
+    def variant(self, phase: str) -> str | None:
+        """The name of the variant that runs prefill or decode, None for the portable graph."""
+        return self.graphs.get(phase, self.graphs["prefill"]).variant
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files together."""
+        return sum(record.bytes for record in self.files.values())
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of the variants in use, that of prefill first."""
+        names = (graph.variant for graph in self.graphs.values())
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 @dataclass(frozen=True)
@@ -267,8 +303,10 @@ class Manifest:
     """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner.
 
     `recipe` is the name of the recipe that quantized it, None where nothing is quantized.
-    `layers` names every layer whose weights are quantized; all others are in float.
-    A bundle has either `graphs`, whose shapes vary, or `static` ones.
+    `layers` names every layer whose weights are quantized; all others are in `float_weights`, a dtype.
+    `token_multiple`: some kernels take the tokens of a prompt in groups of so many and round an incomplete one
+    differently, so a prompt is split at multiples of it only.
+    A bundle has either `graphs`, whose shapes vary, or `static` ones. `variants` are further graphs for the former.
     `plain` is for a bundle that passes of a user's own had a part in, and `custom_ops` are the libraries whose
     operators its graphs need; those of `plain` need none.
     `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
@@ -283,10 +321,13 @@ class Manifest:
     model: ModelFacts
     kv_cache: CacheSpec
     graphs: Graphs | None
+    variants: tuple[Variant, ...]
     static: StaticGraphs | None
     plain: PlainGraphs | None
     custom_ops: tuple[NamedFile, ...]
+    float_weights: str
     layers: dict[str, LayerPrecision]
+    token_multiple: int
     tokenizer: TokenizerSpec | None
     passes: tuple[dict[str, Any], ...]
     files: dict[str, FileRecord]
@@ -330,25 +371,38 @@ class Manifest:
         if self.plain is None:
             raise BundleError("this bundle has no graphs without passes and operators of a user's own")
         plain = dataclasses.replace(
-            self, graphs=self.plain.graphs, static=self.plain.static, plain=None, custom_ops=(), specialized=None
+            self,
+            graphs=self.plain.graphs,
+            variants=(),
+            static=self.plain.static,
+            plain=None,
+            custom_ops=(),
+            specialized=None,
         )
         return dataclasses.replace(plain, files=_needed(self, plain))
 
-    def graph(self, phase: str) -> GraphSpec:
-        """The graph of a phase, or one of `FURTHER`. Raises BundleError where there is none."""
+    def graph(self, name: str) -> GraphSpec:
+        """The graph of a phase, or of the variant of this name. Raises BundleError where there is none."""
         if self.graphs is None:
-            raise BundleError(f"this bundle has static graphs for {self.target}, and none for {phase} of any length")
-        spec: GraphSpec | None = getattr(self.graphs, phase)
-        if spec is None:
-            raise BundleError(f"this bundle has no graph for {phase}: {FURTHER[phase]}")
-        return spec
+            raise BundleError(f"this bundle has static graphs for {self.target}, and none for {name} of any length")
+        found: GraphSpec | None = getattr(self.graphs, name, None)
+        return self.variant(name).graph if found is None else found
+
+    def variant(self, name: str) -> Variant:
+        """The variant of this name. Raises BundleError where there is none."""
+        found = next((variant for variant in self.variants if variant.name == name), None)
+        if found is None:
+            others = ", ".join(variant.name for variant in self.variants) or "none"
+            raise BundleError(f"this bundle has no graph {name}; its variants: {others}")
+        return found
 
 
 def _graph_files(manifest: Manifest) -> set[str]:
     """The files of all graphs that a manifest has beside those of `plain`."""
     files: set[str] = set()
     if manifest.graphs is not None:
-        files |= {spec.file for spec in vars(manifest.graphs).values() if spec is not None}
+        files |= {spec.file for spec in vars(manifest.graphs).values()}
+    files |= {variant.graph.file for variant in manifest.variants}
     if manifest.static is not None:
         graphs = (*manifest.static.prefill, manifest.static.decode, manifest.static.score)
         files |= {part.file for graph in graphs for part in graph.parts}

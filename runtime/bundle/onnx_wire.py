@@ -1,7 +1,9 @@
 """Where the external data of an ONNX file lies, read and rewritten on the protobuf wire.
 
-The runner has no onnx package, and needs no more of the format than this. Field numbers are those of onnx.proto3, the
-encoding that of the Protocol Buffers specification ("Encoding").
+Field numbers are those of onnx.proto3, the encoding that of the Protocol Buffers specification ("Encoding"). The
+protobuf package, which onnxruntime installs, could read this by a descriptor made at run time. It is not used, since
+this runs whenever a graph is opened: importing protobuf takes 26 ms of CPU time and 6 MiB, it writes unknown fields in
+another order than it read them, and this package depends on the standard library and numpy alone.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def map_external_data(model: bytes, change: Callable[[External], External]) -> b
     without external data are left alone, and so is all else, byte for byte.
 
     Raises:
-        ValueError: The bytes are no protobuf message.
+        ValueError: The bytes are not a protobuf message.
     """
 
     def graph(body: bytes) -> bytes:

@@ -32,11 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layout",
-        choices=("auto", "stored", "blocks", "int8"),
+        choices=("auto", "stored", "groups", "int8"),
         default="auto",
-        help="weights for ONNX Runtime's kernels: as they are stored; a copy in blocks of inputs for decode, which "
+        help="weights for ONNX Runtime's kernels: as they are stored; a copy in groups of inputs for decode, which "
         "some processors multiply faster, for more memory; an int8 copy of 4-bit weights for prefill, which is faster, "
-        "for more memory and a little less exact; or stored or blocks, the faster as timed here (default %(default)s)",
+        "for more memory and a little less exact; or stored or groups, the faster as timed here (default %(default)s)",
     )
     custom_flags.add_library_flag(parser)
     parser.add_argument("--force", action="store_true", help="make it again where the bundle is ready already")

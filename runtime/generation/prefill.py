@@ -14,7 +14,6 @@ from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_
 from satchel.runtime.generation.sequence import ActiveSequence
 
 TAIL = 2  # prompt tokens that always run
-PAIRED_BITS = 4
 
 Progress = Callable[[int], object]
 """Called with the number of prompt tokens done since its last call."""
@@ -55,7 +54,7 @@ def feed(
 
     The longest prefix that `prefix_cache` or `live`, the other rows of a batch, shares with the prompt is copied. The
     last two tokens always run: the logits of the last one are needed, and some kernels round a single token differently
-    (see `spans`). With 4-bit weights an even number of tokens is copied, since their kernels take tokens in pairs.
+    (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`.
     """
     reused, cache = prefix_cache.longest(prompt)
     for prefix in live:
@@ -63,8 +62,7 @@ def feed(
         if common > reused:
             reused, cache = common, prefix.cache
     reused = min(reused, max(len(prompt) - TAIL, 0))
-    if any(layer.bits == PAIRED_BITS for layer in engine.bundle.manifest.layers.values()):
-        reused -= reused % 2
+    reused -= reused % engine.bundle.manifest.token_multiple
     if cache is not None and reused:
         state.cache.copy_from(cache, reused)
         progress(reused)

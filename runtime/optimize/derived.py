@@ -1,4 +1,4 @@
-"""Makes the weight file that an optional graph of a bundle reads, from the weights that the bundle stores."""
+"""Makes the weight file that a variant of a bundle reads, from the weights that the bundle stores."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from satchel.runtime.bundle.contract import GRAPH_LAYOUTS, Layout
-from satchel.runtime.bundle.layouts import PANEL, Array, file_name, pack, parts, values_ending
-from satchel.runtime.bundle.manifest import MANIFEST_NAME
+from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.layouts import PANEL, Array, pack, parts, values_ending
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Variant
 from satchel.runtime.bundle.onnx_wire import Tensor, external_tensors
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
@@ -20,34 +20,34 @@ VALUES_AT_ONCE = 1 << 22
 """Weights that are packed at a time."""
 
 
-def make_weights(bundle: Bundle, graph: str, path: Path) -> None:
-    """Write to `path` the weights that the optional graph of this name reads, in its layout, a few outputs at a time.
+def make_weights(bundle: Bundle, variant: Variant, path: Path) -> None:
+    """Write to `path` the weights that the graph of a variant reads, in its layout, a few outputs at a time.
 
     Raises:
         BundleError: The graphs do not belong together.
     """
-    layout = GRAPH_LAYOUTS[graph]
-    made = external_tensors(bundle.graph_path(graph).read_bytes())
-    # The optional graph may serve both phases, and each of them may store some weights in another form.
+    layout = Layout(variant.weights.layout)
+    made = external_tensors(bundle.path(variant.graph.file).read_bytes())
+    # The variant may serve both phases, and each of them may store some weights in another form.
     graphs = [external_tensors(bundle.graph_path(phase).read_bytes()) for phase in ("decode", "prefill")]
     stored = {name: tensor for tensors in graphs for name, tensor in tensors.items()}
     with path.open("wb") as file:
-        for name, gated in _weights(layout, made):
+        for name, gated in _weights(layout, variant.weights.file, made):
             try:
                 _write(file, bundle, layout, Stored.of(stored, name), made, name, gated)
             except (KeyError, ValueError):
                 raise BundleError(
-                    f"{bundle.folder / MANIFEST_NAME}: the weight {name} of the {graph} graph is not one of prefill "
+                    f"{bundle.folder / MANIFEST_NAME}: the weight {name} of {variant.name} is not one of prefill "
                     "and decode: export the bundle again"
                 ) from None
 
 
-def _weights(layout: Layout, made: dict[str, Tensor]) -> Iterator[tuple[str, bool]]:
+def _weights(layout: Layout, file: str, made: dict[str, Tensor]) -> Iterator[tuple[str, bool]]:
     """The name of each weight in this layout, and whether it is gated."""
     endings = {values_ending(layout, gated=gated): gated for gated in (True, False)}
     for name, tensor in made.items():
         for ending, gated in endings.items():
-            if name.endswith(ending) and tensor.place.get("location") == file_name(layout):
+            if name.endswith(ending) and tensor.place.get("location") == file:
                 yield name.removesuffix(ending), gated
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from satchel.runtime.bundle.checks import PREPARED
 from satchel.runtime.bundle.hash_cache import sha256_of
-from satchel.runtime.bundle.manifest import FileRecord, Specialized
+from satchel.runtime.bundle.manifest import FileRecord, Manifest, PreparedGraph, Specialized, Variant
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.kernels.library import VERSION
 from satchel.runtime.util.cpu import processor_features, processor_name
 from satchel.runtime.util.defaults import PROVIDER
 
 PREFIX = "specialized-"
+
+STORED = "stored"
+"""The layout of the weights in the bundle, beside those of variants."""
 
 Made = tuple[Specialized, dict[str, Path]]
 """What the manifest is to say of a form, and where its files lie by their names in the bundle."""
@@ -27,39 +30,42 @@ class Form:
 
     sources: dict[str, str]
 
-    @property
-    def blocks(self) -> bool:
-        """Whether decode runs over weights in blocks."""
-        return "decode_blocks" in self.sources.values()
 
-    @property
-    def int8(self) -> bool:
-        """Whether prefill runs over int8 weights made of those in 4 bits."""
-        return "prefill_int8" in self.sources.values()
-
-    @property
-    def native(self) -> bool:
-        """Whether both phases run on satchel's own kernels."""
-        return "native" in self.sources.values()
+def portable_form(manifest: Manifest) -> Form:
+    """The form over weights as the bundle stores them."""
+    together = manifest.graph("decode").session_of is not None
+    return Form({"prefill": "prefill"} if together else {"prefill": "prefill", "decode": "decode"})
 
 
-NATIVE = Form({"prefill": "native"})
+def form_of(variant: Variant) -> Form:
+    """The form in which a variant runs its phases, and a portable graph the other."""
+    if set(variant.runs) == set(PREPARED):
+        return Form({"prefill": variant.name})
+    return Form({phase: variant.name if phase in variant.runs else phase for phase in PREPARED})
 
 
-def described(form: Form, graphs: dict[str, str], files: dict[str, Path]) -> Specialized:
+def serves(manifest: Manifest, made: Specialized, layout: str, kernels: str) -> bool:
+    """Whether what was made is what these options of `specialize` ask for."""
+    used = [manifest.variant(name) for name in made.variants]
+    own = any(variant.kernel_abi is not None for variant in used)
+    if kernels != "auto" and own != (kernels == "satchel"):
+        return False
+    layouts = {variant.weights.layout for variant in used}
+    return layout == "auto" or (not own and layouts == (set() if layout == STORED else {layout}))
+
+
+def described(bundle: Bundle, form: Form, graphs: dict[str, str], files: dict[str, Path]) -> Specialized:
     """What the manifest is to say of a form; `graphs` are its files by phase, `files` all of them by name."""
+    variants = {variant.name for variant in bundle.manifest.variants}
+    sources = {phase: source if source in variants else None for phase, source in form.sources.items()}
     return Specialized(
         onnxruntime=ort.__version__,
         provider=PROVIDER,
         processor=processor_name(),
         features=processor_features(),
-        int8_prefill=form.int8,
-        decode_blocks=form.blocks,
         tiled_attention=True,
-        graphs=graphs,
+        graphs={phase: PreparedGraph(file, sources[phase]) for phase, file in graphs.items()},
         files={name: FileRecord(path.stat().st_size, sha256_of(path, lambda _: None)) for name, path in files.items()},
-        native=form.native,
-        kernels=VERSION if form.native else None,
     )
 
 
@@ -67,6 +73,4 @@ def token_of(bundle: Bundle, form: Form) -> str:
     """A short name for a form of this bundle on this machine, so that files of two are not taken for each other."""
     hashes = [record.sha256 for record in bundle.manifest.files.values()]
     facts = [ort.__version__, *processor_features(), *form.sources.values(), *hashes]
-    if form.native:
-        facts.append(str(VERSION))
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]

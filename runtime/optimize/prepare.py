@@ -16,6 +16,7 @@ from satchel.runtime.bundle.manifest import MANIFEST_NAME
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import SatchelError, SatchelWarning
 from satchel.runtime.optimize import specialize
+from satchel.runtime.optimize.forms import serves
 from satchel.runtime.ort import machine
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -66,7 +67,7 @@ def prepare(
     with locked(path, waiting):
         bundle = _open(path, shown, custom)
         made = bundle.specialized
-        if made is not None and not force and specialize.serves(made, layout, kernels):
+        if made is not None and not force and serves(bundle.manifest, made, layout, kernels):
             return Prepared(bundle, made=False)
 
         def run(target: Bundle) -> None:

@@ -16,52 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from satchel.runtime.bundle import onnx_wire
-from satchel.runtime.bundle.contract import GRAPH_LAYOUTS
+from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.external_data import check_external_data
-from satchel.runtime.bundle.layouts import file_name
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Variant
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, read_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
-from satchel.runtime.kernels import library
 from satchel.runtime.optimize.derived import make_weights
-from satchel.runtime.optimize.forms import NATIVE, PREFIX, Form, Made, described, token_of
+from satchel.runtime.optimize.forms import PREFIX, STORED, Form, Made, described, form_of, portable_form, token_of
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
 from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
+from satchel.runtime.ort.open_bundle import unusable
 from satchel.runtime.ort.session import SessionSettings, save_optimized
 
 INLINE_BYTES = 1024
 """Constants smaller than this stay in the graph."""
 
-DISK_FACTORS = {"stored": 5, "blocks": 7, "auto": 11}
-INT8_DISK_FACTOR = 4
-"""The most that the work takes of the weight file's size, by what decode is to be, and how much more where prefill gets
-int8 weights made of those in 4 bits: what a graph was optimized from and to, and the files in the making. For satchel's
-own kernels it is as for "stored".
+DISK_FACTOR, LAYOUT_FACTORS = 4, {Layout.INT8.value: 4, Layout.GROUPS.value: 2}
+"""The disk space that the work takes at most, in sizes of the weight file: for each form, and for the layouts of its
+variants. It is for what a graph was optimized from and to, and the files being made.
 """
 
-LABELS = {"prefill_int8": "prefill", "decode_blocks": "decode in blocks", "native": "for satchel's own kernels"}
-
-
-LAYOUTS: dict[str, tuple[bool, str]] = {
-    "auto": (False, "auto"),
-    "stored": (False, "stored"),
-    "blocks": (False, "blocks"),
-    "int8": (True, "auto"),
-}
-"""Whether prefill gets int8 weights made of those in 4 bits, and the weights of decode, by the layout asked for."""
+EXACT = frozenset({Layout.GROUPS.value})
+"""Layouts of the very numbers that the bundle stores: a variant over one may be chosen for its speed alone."""
 
 
 def silent(_: str) -> None:
     """Take a message and print nothing."""
-
-
-def serves(made: Specialized, layout: str, kernels: str) -> bool:
-    """Whether what was made is what these options of `specialize` ask for."""
-    if kernels != "auto" and made.native != (kernels == "satchel"):
-        return False
-    wanted = {"stored": (False, False), "blocks": (False, True), "int8": (True, made.decode_blocks)}
-    return layout == "auto" or (not made.native and (made.int8_prefill, made.decode_blocks) == wanted[layout])
 
 
 def specialize(
@@ -79,12 +60,11 @@ def specialize(
     is written last, names them; until then, and after any failure, the bundle is what it was.
 
     Args:
-        layout: How ONNX Runtime's kernels get the weights. "stored": as the bundle has them. "blocks": decode gets a
-            copy in blocks of inputs. "int8": prefill gets a copy in int8, made of weights in 4 bits, which is faster
-            for more memory. "auto": stored, or blocks where a step of decode is faster with them by a margin; never
-            blocks where a bundle has no graph for them or both phases share a session.
-        kernels: "satchel": satchel's own, in one graph for both phases. "onnxruntime". "auto": satchel's own where they
-            are available and faster than ONNX Runtime's, unless `layout` asks for one of those.
+        layout: How ONNX Runtime's kernels get the weights. "stored": as the bundle has them; or a layout of its
+            variants, such as "groups" for decode or "int8" for prefill. "auto": as stored, or a layout of the same
+            numbers where a step of decode is faster with it by a margin, unless both phases share a session.
+        kernels: "satchel": satchel's own. "onnxruntime". "auto": satchel's own where a variant for them runs here and
+            is faster than ONNX Runtime's, unless `layout` asks for one of those.
         threads: CPU threads for the work; None for one per physical core.
         progress: Hears the name of each stage as it begins.
         say: Hears what was found out.
@@ -94,17 +74,18 @@ def specialize(
 
     Raises:
         SatchelError: The folder cannot be written, the disk has no room, or the results differ; or the bundle has no
-            weights of the kind asked for, or what is made of them loses more than its certificate allows. With "auto"
-            blocks, or satchel's own kernels, that differ or lose too much are left out, with a SatchelWarning.
+            variant that was asked for, or it loses more than the certificate allows. With "auto", variants that differ
+            or lose too much are left out, with a SatchelWarning.
         BundleError: A graph does not load.
     """
     folder, settings = bundle.folder, SessionSettings(threads=threads)
     if not bundle.whole:
         raise BundleError(f"{folder}: only its graphs with a user's own operators are specialized: give --custom-ops")
     portable = replace(bundle, specialized=None)
-    int8_prefill, decode = LAYOUTS[layout]
-    own = _own_kernels(portable, kernels, chosen=layout != "auto")
-    forms = _forms(portable, int8_prefill, decode)
+    if portable.manifest.graphs is None:
+        raise BundleError(f"{folder}: its graphs are static, for {portable.manifest.target}: nothing to specialize")
+    own = _own_variant(portable, kernels, layout)
+    forms = _forms(portable, layout)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
     with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
         progress("reading the weights")
@@ -114,7 +95,7 @@ def specialize(
         written: set[str] = set()
 
         def make(wanted: list[Form]) -> list[Bundle]:
-            _check_room(portable, scratch, _disk_factor(wanted))
+            _check_room(portable, scratch, _disk_factor(portable, wanted))
             made = _make(portable, wanted, known, settings, scratch, progress)
             files = {name: path for _, paths in made for name, path in paths.items()}
             written.update(files)
@@ -123,8 +104,8 @@ def specialize(
             return [replace(bundle, specialized=specialized) for specialized, _ in made]
 
         native = None
-        if own:
-            [native] = make([NATIVE])
+        if own is not None:
+            [native] = make([form_of(own)])
             if not _is_right(portable, native, settings, needed=kernels == "satchel"):
                 native = None
         if native is not None and kernels == "satchel":
@@ -153,47 +134,46 @@ def _is_right(portable: Bundle, native: Bundle, settings: SessionSettings, *, ne
     return True
 
 
-def _own_kernels(portable: Bundle, kernels: str, *, chosen: bool) -> bool:
-    """Whether graphs for satchel's own kernels are to be made; `chosen`: a form of ONNX Runtime's was asked for.
+def _own_variant(portable: Bundle, kernels: str, layout: str) -> Variant | None:
+    """The variant for satchel's own kernels that is to be made: the first that this machine runs.
 
-    Raises SatchelError where they are asked for and cannot be had.
+    Raises SatchelError where one is asked for and there is none.
     """
-    graphs = portable.manifest.graphs
-    if kernels != "satchel":
-        offered = graphs is not None and graphs.native is not None
-        return kernels == "auto" and not chosen and offered and library.reason() is None
-    if chosen:
+    asked = kernels == "satchel"
+    if asked and layout != "auto":
         raise SatchelError(
             "--kernels satchel with --layout: the layouts are for ONNX Runtime's kernels: leave one of them out"
         )
-    reason = library.reason()
-    if reason is not None:
-        raise SatchelError(f"--kernels satchel: satchel's own kernels {reason}: leave it out")
-    portable.graph_path("native")
-    return True
+    own = [variant for variant in portable.manifest.variants if variant.kernel_abi is not None]
+    if not asked and (kernels != "auto" or layout != "auto"):
+        return None
+    usable = next((variant for variant in own if unusable(variant) is None), None)
+    if asked and usable is None:
+        reason = f"it needs {unusable(own[0])}" if own else f"{portable.folder} has no variant for them"
+        raise SatchelError(f"--kernels satchel: {reason}: leave it out")
+    return usable
 
 
-def _forms(portable: Bundle, int8_prefill: bool, decode: str) -> list[Form]:
-    """The forms to make, the one to keep unless another is faster first. Raises BundleError without such a graph."""
-    graphs = portable.manifest.graphs
-    if graphs is None:
-        raise BundleError(
-            f"{portable.folder}: its graphs are static, for {portable.manifest.target}: there is nothing to specialize"
-        )
+def _forms(portable: Bundle, layout: str) -> list[Form]:
+    """The forms to make, the one to keep unless another is faster first. Raises BundleError for an unknown layout."""
+    manifest = portable.manifest
+    variants = [variant for variant in manifest.variants if variant.kernel_abi is None]
+    if layout not in ("auto", STORED):
+        found = [form_of(variant) for variant in variants if variant.weights.layout == layout]
+        if not found:
+            others = ", ".join(sorted({variant.weights.layout for variant in variants})) or "none"
+            raise BundleError(f"{portable.folder}: no variant has weights in {layout}; layouts that it has: {others}")
+        return found[:1]
+    stored = portable_form(manifest)
     # Where both phases share a session, the bundle was made to take little memory.
-    offered = graphs.decode_blocks is not None and graphs.decode.session_of is None
-    if decode == "blocks" or (decode == "auto" and offered):
-        portable.graph_path("decode_blocks")
-        ways = ["decode_blocks"] if decode == "blocks" else ["decode", "decode_blocks"]
-    else:
-        ways = ["decode"]
-    prefill = "prefill_int8" if int8_prefill else "prefill"
-    portable.graph_path(prefill)
-    forms = []
-    for way in ways:
-        together = way == "decode" and prefill == "prefill" and graphs.decode.session_of is not None
-        forms.append(Form({"prefill": prefill} if together else {"prefill": prefill, "decode": way}))
-    return forms
+    if layout == STORED or set(stored.sources) == {"prefill"}:
+        return [stored]
+    return [stored, *(form_of(variant) for variant in variants if variant.weights.layout in EXACT)]
+
+
+def _names(made: Bundle) -> str:
+    """The variants of specialized graphs, for messages."""
+    return " and ".join(made.specialized.variants if made.specialized else ()) or "the portable graphs"
 
 
 def _make(
@@ -221,7 +201,7 @@ def _make(
             store = Store(file, f"{PREFIX}{token}.bin", dict(known))
             for phase, source in form.sources.items():
                 if source not in saved:
-                    progress(f"optimizing {LABELS.get(source, source)}")
+                    progress(f"optimizing {source}")
                     saved[source] = scratch / f"{source}.onnx"
                     with _complete(portable, source, scratch) as graph:
                         save_optimized(portable, source, graph, settings, saved[source], INLINE_BYTES)
@@ -229,7 +209,7 @@ def _make(
                 relocate(saved[source], files[graphs[phase]], store)
                 if source not in later:
                     saved[source].with_suffix(".data").unlink(missing_ok=True)
-        made.append((described(form, graphs, files), files))
+        made.append((described(portable, form, graphs, files), files))
     return made
 
 
@@ -240,9 +220,9 @@ def _choose(
     progress: Callable[[str], Any],
     say: Callable[[str], Any],
 ) -> Bundle:
-    """Check the forms, time decode where there are two, and return the one to keep.
+    """Check the forms, time decode where there are several, and return the one to keep.
 
-    Raises SatchelError where the first is not right; a second one is then left out.
+    Raises SatchelError where the first is not right; others that are not are left out.
     """
     first, *others = found
     check(portable, first, settings)
@@ -251,15 +231,16 @@ def _choose(
         try:
             check(portable, other, settings)
         except SatchelError as error:
-            warnings.warn(f"decode runs over weights as they are stored: {error}", SatchelWarning, stacklevel=3)
+            warnings.warn(f"{_names(other)} is left out: {error}", SatchelWarning, stacklevel=3)
             continue
         progress("timing decode")
-        stored, blocks = step_seconds([first, other], settings)
-        if blocks < stored * ENOUGH_FASTER:
+        before, after = step_seconds([kept, other], settings)
+        names = _names(kept), _names(other)
+        if after < before * ENOUGH_FASTER:
             kept = other
         say(
-            f"a step of decode takes {1e3 * stored:.1f} ms over weights as they are stored and {1e3 * blocks:.1f} ms "
-            f"over weights in blocks: {'blocks' if kept is other else 'stored ones'} are kept"
+            f"a step of decode takes {1e3 * before:.1f} ms with {names[0]} and {1e3 * after:.1f} ms with {names[1]}: "
+            f"{_names(kept)} is kept"
         )
     return kept
 
@@ -283,13 +264,14 @@ def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
     """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
     path = bundle.graph_path(source)
     model, sizes = path.read_bytes(), {file: record.bytes for file, record in bundle.manifest.files.items()}
-    if source not in GRAPH_LAYOUTS:
+    variant = next((variant for variant in bundle.manifest.variants if variant.name == source), None)
+    if variant is None:
         check_external_data(model, sizes, str(path))
         yield path
         return
-    name = file_name(GRAPH_LAYOUTS[source])
+    name = variant.weights.file
     weights, graph = scratch / name, scratch.with_suffix(".onnx")
-    make_weights(bundle, source, weights)
+    make_weights(bundle, variant, weights)
     check_external_data(model, {**sizes, name: weights.stat().st_size}, str(path))
 
     def moved(entries: onnx_wire.External) -> onnx_wire.External:
@@ -339,9 +321,10 @@ def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
     path.replace(folder / MANIFEST_NAME)
 
 
-def _disk_factor(forms: list[Form]) -> int:
-    kind = "auto" if len(forms) > 1 else "blocks" if forms[0].blocks else "stored"
-    return DISK_FACTORS[kind] + (INT8_DISK_FACTOR if forms[0].int8 else 0)
+def _disk_factor(bundle: Bundle, forms: list[Form]) -> int:
+    layouts = {variant.name: variant.weights.layout for variant in bundle.manifest.variants}
+    used = [layouts.get(source) for form in forms for source in form.sources.values()]
+    return 1 + DISK_FACTOR * len(forms) + sum(LAYOUT_FACTORS.get(layout or "", 0) for layout in used)
 
 
 def _check_room(bundle: Bundle, scratch: Path, factor: int) -> None:

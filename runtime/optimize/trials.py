@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,24 +40,20 @@ def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> N
     certificate, made = portable.manifest.certificate, specialized.specialized
     if made is None:
         raise ValueError("there are no specialized graphs")
-    prefill = ROUNDED_TOLERANCE if made.int8_prefill or made.native else TOLERANCE
+    prefill = TOLERANCE if made.variant("prefill") is None else ROUNDED_TOLERANCE
     # Decode reads the cache that prefill leaves.
-    decode = ROUNDED_TOLERANCE if made.decode_blocks else prefill
+    decode = TOLERANCE if not made.variants else ROUNDED_TOLERANCE
     compare(portable, specialized, settings, (prefill, decode))
     if decode > TOLERANCE and certificate is not None:
         lines = check_certificate(open_engine(specialized, settings), certificate)
         if lines:
-            forms = {"int8 weights for prefill": made.int8_prefill, "weights in blocks for decode": made.decode_blocks}
-            forms["satchel's own kernels"] = made.native
-            flags = {"--layout stored": not made.native, "--kernels onnxruntime": made.native}
+            used = " and ".join(made.variants)
+            own = any(portable.manifest.variant(name).kernel_abi is not None for name in made.variants)
+            remedy = "with --kernels onnxruntime" if own else "with --layout stored"
             raise SatchelError(
-                f"{portable.folder}: with {_those(forms)} it loses more than the certificate allows ({lines[0]}): "
-                f"nothing was changed; specialize it with {_those(flags)}"
+                f"{portable.folder}: with {used} it loses more than the certificate allows ({lines[0]}): "
+                f"nothing was changed; specialize it {remedy}"
             )
-
-
-def _those(choices: Mapping[str, bool]) -> str:
-    return " and ".join(name for name, chosen in choices.items() if chosen)
 
 
 def compare(portable: Bundle, specialized: Bundle, settings: SessionSettings, tolerances: tuple[float, float]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from satchel.runtime.bundle import user_cache
-from satchel.runtime.bundle.manifest import Specialized
+from satchel.runtime.bundle.manifest import Manifest, Specialized, Variant
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, Meter, check_files, read_bundle, with_specialized
 from satchel.runtime.bundle.scratch import sweep
 from satchel.runtime.errors import BundleError, SatchelWarning
@@ -51,7 +51,7 @@ def open_bundle(
     if specialized is not None and require_signature is not None:
         reason = "the signature does not cover the specialized ones"
     elif specialized is not None and bundle.packed is None:
-        reason = misfit(specialized)
+        reason = misfit(bundle.manifest, specialized)
         if reason is None:
             try:
                 bundle = with_specialized(bundle, specialized, meter)
@@ -67,24 +67,28 @@ def open_bundle(
     return bundle if custom is None else choose(bundle, custom)
 
 
-def misfit(specialized: Specialized) -> str | None:
-    """Why specialized graphs are not for this machine, or None where they are."""
+def misfit(manifest: Manifest, specialized: Specialized) -> str | None:
+    """Why the specialized graphs of a bundle are not for this machine, as a clause, or None where they are."""
     import onnxruntime
 
     if specialized.onnxruntime != onnxruntime.__version__:
         return f"it was specialized for ONNX Runtime {specialized.onnxruntime} and this is {onnxruntime.__version__}"
     if specialized.features != processor_features():
         return f"it was specialized for another processor ({specialized.processor})"
-    if not specialized.native:
-        return None
-    reason = library.reason()
-    if reason is not None:
-        return f"satchel's own kernels, for which it was specialized, {reason}"
-    if specialized.kernels != library.VERSION:
-        return (
-            f"it was specialized for version {specialized.kernels} of satchel's kernels and this is {library.VERSION}"
-        )
-    return None
+    reasons = (unusable(manifest.variant(name)) for name in specialized.variants)
+    return next((f"it was specialized for {reason}" for reason in reasons if reason is not None), None)
+
+
+def unusable(variant: Variant) -> str | None:
+    """Why this machine cannot run a variant of a graph, as a phrase, or None where it can."""
+    if variant.kernel_abi is not None:
+        reason = library.reason()
+        if reason is not None:
+            return f"satchel's own kernels, which {reason}"
+        if variant.kernel_abi != library.VERSION:
+            return f"version {variant.kernel_abi} of satchel's own kernels, and this is version {library.VERSION}"
+    lacking = [feature for feature in variant.requires if feature not in processor_features()]
+    return f"a processor with {', '.join(lacking)}" if lacking else None
 
 
 def _cached(bundle: Bundle, meter: Meter) -> Bundle | None:
@@ -96,7 +100,7 @@ def _cached(bundle: Bundle, meter: Meter) -> Bundle | None:
         copy = read_bundle(folder)
         check_files(copy, meter)
         specialized = copy.manifest.specialized
-        if copy.digest == bundle.digest and specialized is not None and misfit(specialized) is None:
+        if copy.digest == bundle.digest and specialized is not None and misfit(copy.manifest, specialized) is None:
             return with_specialized(copy, specialized, meter)
     except BundleError:
         pass

@@ -81,11 +81,12 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
     """
     _check_provider(bundle, settings)
     made = _specialized(bundle, settings)
-    own = made is not None and made.native and phase in made.graphs
-    graph = bundle.manifest.graph("native" if own else phase)
-    name, options = graph.file, _session_options(bundle, "native" if own else phase, settings)
-    if made is not None and phase in made.graphs:
-        name = made.graphs[phase]
+    prepared = None if made is None else made.graphs.get(phase)
+    source = phase if prepared is None or prepared.variant is None else prepared.variant
+    graph = bundle.manifest.graph(source)
+    name, options = graph.file, _session_options(bundle, source, settings)
+    if prepared is not None:
+        name = prepared.file
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
     plain = made is not None and phase in made.graphs and not made.tiled_attention
     session = _open(bundle, name, options, settings, plain)
@@ -129,14 +130,16 @@ def _specialized(bundle: Bundle, settings: SessionSettings) -> Specialized | Non
 
 
 def save_optimized(
-    bundle: Bundle, phase: str, graph: Path, settings: SessionSettings, path: Path, inline_bytes: int
+    bundle: Bundle, name: str, graph: Path, settings: SessionSettings, path: Path, inline_bytes: int
 ) -> None:
-    """Write a graph as ONNX Runtime optimizes it for this processor, with the session entries of `phase`, to `path`.
+    """Write a graph as ONNX Runtime optimizes it for this processor to `path`.
+
+    It gets the session entries of the phase or the variant `name`.
 
     Constants of `inline_bytes` or more, and the weights as kernels packed them, are written next to it, into a file
     with the suffix ".data". Raises ProviderError and BundleError.
     """
-    options = _session_options(bundle, phase, settings)
+    options = _session_options(bundle, name, settings)
     options.optimized_model_filepath = str(path)
     for key, value in (
         ("session.optimized_model_external_initializers_file_name", path.with_suffix(".data").name),
@@ -226,15 +229,16 @@ def default_threads() -> int:
     return len(cores)
 
 
-def _session_options(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.SessionOptions:
-    options = _basic_options(settings, phase)
+def _session_options(bundle: Bundle, graph: str, settings: SessionSettings) -> ort.SessionOptions:
+    """The options of a session for the graph of a phase, or for a variant, by its name."""
+    options = _basic_options(settings, graph)
     if _in_one_session(bundle, settings):  # otherwise two sessions are opened in parallel, each on one thread
         options.add_session_config_entry("session.prepack.enable_parallel", "1")
     options.enable_mem_pattern = False  # shapes change at each step, and a plan for each takes memory
-    entries = _entries(bundle.manifest.graph(phase), settings)
-    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: graphs.{phase}")
+    entries = _entries(bundle.manifest.graph(graph), settings)
+    _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: {graph}")
     _register(options, bundle.custom_ops)
-    if phase == "native":
+    if any(each.name == graph and each.kernel_abi is not None for each in bundle.manifest.variants):
         _register_own(options)
     return options
 

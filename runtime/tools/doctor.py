@@ -17,6 +17,7 @@ from satchel.runtime.util import cpu, requirements
 from satchel.runtime.util.memory import system_memory
 
 if TYPE_CHECKING:
+    from satchel.runtime.bundle.manifest import Manifest
     from satchel.runtime.bundle.reader import Bundle
 
 TESTED_ONNXRUNTIME = ("1.25.0", "1.31.1")
@@ -59,12 +60,15 @@ def phases(bundle: Bundle) -> dict[str, str]:
     made = bundle.specialized
     if made is None:
         return dict.fromkeys(("prefill", "decode"), "portable graphs, ONNX Runtime's kernels")
-    if made.native:
-        return dict.fromkeys(("prefill", "decode"), "satchel's kernels")
-    return {
-        "prefill": "ONNX Runtime's kernels, weights " + ("as int8" if made.int8_prefill else "as stored"),
-        "decode": "ONNX Runtime's kernels, weights " + ("as int8 in blocks" if made.decode_blocks else "as stored"),
-    }
+    return {phase: _runs(bundle.manifest, made.variant(phase)) for phase in ("prefill", "decode")}
+
+
+def _runs(manifest: Manifest, name: str | None) -> str:
+    if name is None:
+        return "ONNX Runtime's kernels, weights as stored"
+    variant = manifest.variant(name)
+    kernels = "ONNX Runtime's" if variant.kernel_abi is None else "satchel's"
+    return f"{kernels} kernels, weights as {variant.weights.layout}"
 
 
 def _satchel() -> Finding:

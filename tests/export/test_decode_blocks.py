@@ -80,7 +80,7 @@ def files(bundle: Bundle) -> dict[str, bytes]:
 def products(bundle: Bundle, phase: str) -> set[str]:
     """What the specialized graph of a phase multiplies quantized weights with, the head apart."""
     assert bundle.specialized is not None
-    graph = onnx.load(bundle.folder / bundle.specialized.graphs[phase], load_external_data=False).graph
+    graph = onnx.load(bundle.folder / bundle.specialized.graphs[phase].file, load_external_data=False).graph
     kinds = {"MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
     return {node.op_type for node in graph.node if node.op_type in kinds and "head" not in node.name}
 
@@ -97,10 +97,10 @@ def test_no_bundle_holds_them(made: Bundle) -> None:
 def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(made: Bundle) -> None:
     folder = made.folder
     before = files(made)
-    assert cli.main(["specialize", str(folder), "--layout", "blocks", *COMMAND]) == 0
+    assert cli.main(["specialize", str(folder), "--layout", "groups", *COMMAND]) == 0
     special = open_bundle(folder)
     assert special.specialized is not None
-    assert special.specialized.decode_blocks
+    assert "decode_blocks" in special.specialized.variants
     assert products(special, "decode") == {"MatMulNBits"}
     assert products(special, "prefill") == {"MatMulIntegerToFloat"}
     portable, engine = Engine.open(Bundle(folder, made.manifest), threads=1), Engine.open(special, threads=1)
@@ -127,7 +127,7 @@ def test_the_faster_form_is_kept_and_nothing_of_the_other(
     assert cli.main(["specialize", str(bundle.folder), "--threads", "1"]) == 0
     special = open_bundle(bundle.folder).specialized
     assert special is not None
-    assert special.decode_blocks is kept
+    assert ("decode_blocks" in special.variants) is kept
     assert files(bundle).keys() - before == special.files.keys()
     assert products(open_bundle(bundle.folder), "decode") == {"MatMulNBits" if kept else "DynamicQuantizeMatMul"}
     said = capsys.readouterr().err
@@ -141,11 +141,11 @@ def test_a_second_call_may_decide_otherwise(bundle: Bundle, monkeypatch: pytest.
         specialize.specialize(open_bundle(bundle.folder), threads=1)
         special = open_bundle(bundle.folder).specialized
         assert special is not None
-        assert special.decode_blocks is (in_blocks < 1)
+        assert ("decode_blocks" in special.variants) is (in_blocks < 1)
         assert files(bundle).keys() - before == special.files.keys()
 
 
-@pytest.mark.parametrize("decode", ["stored", "blocks"])
+@pytest.mark.parametrize("decode", ["stored", "groups"])
 def test_what_is_asked_for_is_not_timed(bundle: Bundle, decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> list[float]:
         raise AssertionError("timed")
@@ -153,7 +153,7 @@ def test_what_is_asked_for_is_not_timed(bundle: Bundle, decode: str, monkeypatch
     monkeypatch.setattr(specialize, "step_seconds", never)
     made = specialize.specialize(bundle, layout=decode, threads=1).specialized
     assert made is not None
-    assert made.decode_blocks is (decode == "blocks")
+    assert ("decode_blocks" in made.variants) is (decode == "groups")
 
 
 def test_where_both_phases_share_a_session_blocks_are_for_those_who_ask(
@@ -162,10 +162,10 @@ def test_where_both_phases_share_a_session_blocks_are_for_those_who_ask(
     shutil.copytree(exported("per token").folder, tmp_path / "bundle")
     shared = open_bundle(tmp_path / "bundle")
     monkeypatch.setattr(specialize, "step_seconds", lambda *_: pytest.fail("timed"))
-    for decode, own in (("auto", False), ("blocks", True)):
+    for decode, own in (("auto", False), ("groups", True)):
         made = specialize.specialize(shared, layout=decode, threads=1).specialized
         assert made is not None
-        assert made.decode_blocks is own
+        assert ("decode_blocks" in made.variants) is own
         assert ("decode" in made.graphs) is own
 
 
@@ -189,7 +189,7 @@ def test_blocks_that_are_wrong_are_not_kept(
 ) -> None:
     spoilt(monkeypatch)
     before = files(bundle)
-    assert cli.main(["specialize", str(bundle.folder), "--layout", "blocks", *COMMAND]) == 2
+    assert cli.main(["specialize", str(bundle.folder), "--layout", "groups", *COMMAND]) == 2
     assert "differ from the portable ones" in capsys.readouterr().err
     assert files(bundle) == before
 
@@ -200,7 +200,7 @@ def test_by_itself_it_says_so_and_keeps_the_stored_ones(bundle: Bundle, monkeypa
     with pytest.warns(SatchelWarning, match="decode runs over weights as they are stored: .* differ from the portable"):
         made = specialize.specialize(bundle, threads=1).specialized
     assert made is not None
-    assert not made.decode_blocks
+    assert "decode_blocks" not in made.variants
     assert files(bundle).keys() - before == made.files.keys()
 
 
@@ -209,7 +209,7 @@ def test_what_the_certificate_does_not_allow_is_not_kept(
 ) -> None:
     monkeypatch.setattr(trials, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
     before = files(bundle)
-    assert cli.main(["specialize", str(bundle.folder), "--layout", "blocks", *COMMAND]) == 2
+    assert cli.main(["specialize", str(bundle.folder), "--layout", "groups", *COMMAND]) == 2
     said = capsys.readouterr().err
     assert "with weights in blocks for decode it loses more than the certificate allows (prompt 1: KL 2" in said
     assert "--layout stored" in said
@@ -221,7 +221,7 @@ def test_what_the_certificate_does_not_allow_is_not_kept(
 
 def test_a_step_reads_the_blocks(bundle: Bundle) -> None:
     before = weight_bytes(bundle)
-    specialize.specialize(bundle, layout="blocks", threads=1)
+    specialize.specialize(bundle, layout="groups", threads=1)
     graph = onnx.load(bundle.graph_path("decode"), load_external_data=False).graph
     products = [tuple(t.dims) for t in graph.initializer if t.name.endswith(".codes") and "layers" in t.name]
     assert len(products) == 8
@@ -235,8 +235,8 @@ def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path
     for tensor in graph.graph.initializer:
         tensor.name = tensor.name.replace(".block_", "x.block_")
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(BundleError, match=r"the weight .* of the decode_blocks graph"):
-        make_weights(bundle, "decode_blocks", tmp_path / BLOCKS_NAME)
+    with pytest.raises(BundleError, match=r"the weight .* of decode_blocks"):
+        make_weights(bundle, bundle.manifest.variant("decode_blocks"), tmp_path / BLOCKS_NAME)
 
 
 def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -246,5 +246,5 @@ def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> 
         if tensor.name.endswith(".block_codes"):
             tensor.dims[1] += 1
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(BundleError, match=r"the weight .* of the decode_blocks graph"):
-        make_weights(bundle, "decode_blocks", tmp_path / BLOCKS_NAME)
+    with pytest.raises(BundleError, match=r"the weight .* of decode_blocks"):
+        make_weights(bundle, bundle.manifest.variant("decode_blocks"), tmp_path / BLOCKS_NAME)

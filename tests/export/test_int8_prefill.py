@@ -48,7 +48,7 @@ def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: 
     assert cli.main(["specialize", str(folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 0
     special = open_bundle(folder)
     assert special.specialized is not None
-    assert special.specialized.int8_prefill
+    assert special.specialized.variant("prefill") == "prefill_int8"
     kinds = {
         phase: {node.op_type for node in onnx.load(folder / file, load_external_data=False).graph.node}
         for phase, file in special.specialized.graphs.items()
@@ -97,5 +97,7 @@ def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path
         (changed / path.name).write_bytes(path.read_bytes())
     (changed / "prefill_int8.onnx").write_bytes(graph.SerializeToString())
     write_manifest(changed, read_manifest(bundle.folder))
-    with pytest.raises(BundleError, match=r"the weight .* of the prefill_int8 graph"):
-        make_weights(Bundle(changed, bundle.manifest), "prefill_int8", tmp_path / EXPANDED_NAME)
+    with pytest.raises(BundleError, match=r"the weight .* of prefill_int8"):
+        make_weights(
+            Bundle(changed, bundle.manifest), bundle.manifest.variant("prefill_int8"), tmp_path / EXPANDED_NAME
+        )

@@ -36,6 +36,7 @@ from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.kernels import library
 from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -88,10 +89,11 @@ def test_no_bundle_holds_them(bundle: Bundle) -> None:
     assert NATIVE_NAME not in bundle.manifest.files
     graphs = bundle.manifest.graphs
     assert graphs is not None
-    assert graphs.native is not None
-    assert graphs.native.session_of is None
-    assert [spec.name for spec in graphs.native.inputs] == [spec.name for spec in graphs.prefill.inputs]
-    assert graphs.native.outputs == graphs.prefill.outputs
+    native = bundle.manifest.variant(NATIVE)
+    assert (native.runs, native.kernel_abi) == (("prefill", "decode"), library.VERSION)
+    assert native.graph.session_of is None
+    assert [spec.name for spec in native.graph.inputs] == [spec.name for spec in graphs.prefill.inputs]
+    assert native.graph.outputs == graphs.prefill.outputs
 
 
 def test_a_layer_is_five_operators(bundle: Bundle) -> None:
@@ -135,7 +137,7 @@ def opened(
     def load(form: str) -> onnx.ModelProto:
         place, found = tmp_path_factory.mktemp("special"), exported(form)
         shutil.copytree(found.folder, place, dirs_exist_ok=True)
-        make_weights(found, NATIVE, place / NATIVE_NAME)
+        make_weights(found, found.manifest.variant(NATIVE), place / NATIVE_NAME)
         return onnx.load(place / "native.onnx")
 
     return load

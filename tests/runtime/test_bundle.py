@@ -13,7 +13,7 @@ import pytest
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import reader as bundle_module
-from satchel.runtime.bundle.manifest import FileRecord, Specialized
+from satchel.runtime.bundle.manifest import FileRecord, PreparedGraph, Specialized
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -181,7 +181,7 @@ def test_a_linked_manifest_is_refused(folder: Path) -> None:
 def test_a_pipe_is_no_file_and_is_not_waited_for(folder: Path, name: str) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(BundleError, match=r"no regular file: copy the bundle again"):
+    with pytest.raises(BundleError, match=r"not a regular file: copy the bundle again"):
         open_bundle(folder)
 
 
@@ -220,7 +220,9 @@ def test_a_fingerprint_is_of_what_decides_the_numbers(folder: Path) -> None:
         "weights.bin": dataclasses.replace(manifest.files["weights.bin"], sha256="0" * 64)
     }
     record = FileRecord(bytes=1, sha256="0" * 64)
-    specialized = Specialized("1.0", "cpu", "one", (), True, False, True, {"prefill": "s/p.onnx"}, {"s/p.onnx": record})
+    specialized = Specialized(
+        "1.0", "cpu", "one", (), True, {"prefill": PreparedGraph("s/p.onnx", None)}, {"s/p.onnx": record}
+    )
     for change, kept in (
         ({"files": shuffled}, True),
         ({"producer": {}, "passes": ({"a": 1},), "specialized": specialized}, True),

@@ -141,13 +141,10 @@ def test_a_float_bundle_that_nobody_certified(tiny: Path, capsys: pytest.Capture
         assert line in rows(out)
 
 
-@pytest.mark.parametrize("target", ["cuda", "cann"])
-def test_weights_of_a_target_that_computes_in_float16(
-    target: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_type_of_float_weights_is_that_of_the_manifest(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(tiny, tmp_path / "bundle")
-    write_manifest(folder, {**read_manifest(folder), "target": target, "precision": "int8"})
-    assert ["all weights", "float16"] in rows(ran(capsys, folder)[1])
+    assert ["all weights", "float16"] in rows(ran(capsys, changed(float_weights="float16"))[1])
 
 
 def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +153,7 @@ def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixtur
     found = json.loads(out)
     assert found["bundle"] == str(rich)
     assert found["layers"] == {name: ACTIVATIONS | layer for name, layer in LAYERS.items()}
-    assert found["kv_cache"]["bytes_at_full_context"] == 64 * found["kv_cache"]["bytes_per_token"] == 64 * 512
+    assert found["cache_bytes"] == 64 * found["cache_bytes_per_token"] == 64 * 512
     assert found["files"] == {path.name: path.stat().st_size for path in rich.iterdir()}
     assert list(found["files"].values()) == sorted(found["files"].values(), reverse=True)
     assert found["passes"][1]["refusals"][2] == {"node": "gate.2", "reason": "a bias <is> in the way"}
@@ -185,23 +182,21 @@ def test_the_page_has_every_layer_and_refusal_and_loads_nothing(
 
 
 def test_specialized_graphs_are_named_with_their_machine(
-    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tiny: Path, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {name: {"bytes": 1_500_000, "sha256": "0" * 64} for name in ("fast/prefill.onnx", "fast/decode.onnx")}
-    graphs = {"prefill": "fast/prefill.onnx", "decode": "fast/decode.onnx"}
-    machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]} | {
-        "int8_prefill": True,
-        "decode_blocks": True,
-        "tiled_attention": False,
+    machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]}
+    prepared = {
+        "prefill": {"file": "fast/prefill.onnx", "variant": "bead_groups"},
+        "decode": {"file": "fast/decode.onnx", "variant": None},
     }
-    folder = changed(specialized={**machine, "graphs": graphs, "files": files})
-    code, out, err = ran(capsys, folder)
+    specialized = {**machine, "tiled_attention": False, "graphs": prepared, "files": files}
+    variant = {"name": "bead_groups", "runs": ["prefill"], "graph": read_manifest(tiny)["graphs"]["prefill"]}
+    variant |= {"weights": {"layout": "groups", "file": "beads.bin"}, "requires": ["beads"], "kernel_abi": None}
+    code, out, err = ran(capsys, changed(variants=[variant], specialized=specialized))
     assert (code, err) == (0, "")
-    assert [
-        "specialized",
-        "for ONNX Runtime 1.2.3, cpu, Abacus: int8 weights for prefill, weights in blocks for decode, plain attention, "
-        "3.0 MB more",
-    ] in rows(out)
+    for fact in ("1.2.3", "Abacus", "prefill by bead_groups", "decode by the portable graph", "plain", "3.0 MB"):
+        assert fact in next(line for line in out.splitlines() if line.strip().startswith("specialized"))
 
 
 PROVENANCE = {

@@ -13,8 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_native_bundle import placed
 
-from satchel.runtime.bundle.contract import GRAPH_LAYOUTS, Layout
+from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.layouts import Form, file_name, parts
+from satchel.runtime.bundle.manifest import GraphSpec, Variant, VariantWeights
 from satchel.runtime.errors import BundleError
 from satchel.runtime.optimize import derived
 from satchel.runtime.optimize.derived import make_weights
@@ -22,7 +23,14 @@ from satchel.runtime.optimize.derived import make_weights
 TYPES = {(8, True): TensorProto.INT8, (8, False): TensorProto.UINT8, (4, True): TensorProto.INT4}
 TYPES |= {(4, False): TensorProto.UINT4}
 NUMPY = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int8): 3}
-GRAPHS = {layout: graph for graph, layout in GRAPH_LAYOUTS.items()}
+
+
+def variant(layout: Layout) -> Variant:
+    """A variant over weights in a layout; its graph is called as the layout."""
+    graph = GraphSpec(f"{layout.value}.onnx", {}, None, (), ())
+    return Variant("fast", ("prefill",), graph, VariantWeights(layout.value, file_name(layout)), (), None)
+
+
 Parts = dict[str, np.ndarray]
 
 
@@ -79,7 +87,7 @@ class Weight:
             tensors.append(("w.zero_points", dtype, self.zeros.shape, self._bytes(self.zeros)))
         self._write("weights.bin", tensors, "prefill", "decode")
         wanted = [(f"w{ending}", NUMPY[a.dtype], a.shape, a.tobytes()) for ending, a in expected(self).items()]
-        self._write(file_name(case.layout), wanted, GRAPHS[case.layout])
+        self._write(file_name(case.layout), wanted, case.layout.value)
         (folder / file_name(case.layout)).unlink()
 
     def _bytes(self, values: np.ndarray) -> bytes:
@@ -109,8 +117,8 @@ class Weight:
 
     def made(self) -> Parts:
         """Make the file, and read its tensors from where the graph says that they are."""
-        graph, path = GRAPHS[self.case.layout], self.folder / file_name(self.case.layout)
-        make_weights(self.bundle, graph, path)
+        graph, path = self.case.layout.value, self.folder / file_name(self.case.layout)
+        make_weights(self.bundle, variant(self.case.layout), path)
         model = onnx.load(self.folder / f"{graph}.onnx").graph
         return {t.name.removeprefix("w"): onnx.numpy_helper.to_array(t) for t in model.initializer}
 
@@ -220,12 +228,12 @@ def test_a_weight_that_a_layout_cannot_hold_is_an_error(layout: Layout, form: Fo
     ],
 )
 def test_a_weight_of_another_shape_is_refused(name: str, other: dict[str, Any], tmp_path: Path) -> None:
-    weight, graph = Weight(tmp_path, CASES[name]), GRAPHS[CASES[name].layout]
+    weight, graph = Weight(tmp_path, CASES[name]), CASES[name].layout.value
     content = (tmp_path / f"{graph}.onnx").read_bytes()
     Weight(tmp_path, dataclasses.replace(CASES[name], **other))
     (tmp_path / f"{graph}.onnx").write_bytes(content)
-    with pytest.raises(BundleError, match=rf"the weight w of the {graph} graph"):
-        make_weights(weight.bundle, graph, tmp_path / file_name(weight.case.layout))
+    with pytest.raises(BundleError, match="the weight w of fast"):
+        make_weights(weight.bundle, variant(weight.case.layout), tmp_path / file_name(weight.case.layout))
 
 
 @pytest.mark.parametrize("change", [{"data_type": TensorProto.INT64}, {"dims": [5]}, {"dims": []}], ids=str)
@@ -244,4 +252,4 @@ def test_stored_tensors_that_do_not_fit_each_other_are_refused(
             tensor.dims.extend(change["dims"])
         path.write_bytes(model.SerializeToString())
     with pytest.raises(BundleError, match="the weight w"):
-        make_weights(weight.bundle, "native", tmp_path / "panels.bin")
+        make_weights(weight.bundle, variant(Layout.PANELS), tmp_path / "panels.bin")

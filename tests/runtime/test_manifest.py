@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,38 +31,70 @@ def test_reading_what_was_written_gives_an_equal_manifest(document: dict[str, An
     assert manifest.graph("decode").inputs[0].shape == ("batch", 1)
 
 
-def test_a_manifest_without_a_native_graph_keeps_its_digest(document: dict[str, Any]) -> None:
-    assert "native" not in document["graphs"]
-    again = Manifest.from_json(document).to_json()
-    assert again["digest"] == document["digest"]
-    with pytest.raises(BundleError, match=r"no graph for native: it was exported without one"):
-        Manifest.from_json(document).graph("native")
+def variant(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A variant that a manifest may have."""
+    document["files"]["fast.onnx"] = document["files"]["prefill.onnx"]
+    graph = {**document["graphs"]["prefill"], "file": "fast.onnx"}
+    entry = {"name": "fast", "runs": ["prefill", "decode"], "graph": graph, "requires": ["avx9"], "kernel_abi": 7}
+    return {**entry, "weights": {"layout": "panels", "file": "fast.bin"}, **changes}
 
 
-def test_a_native_graph_is_checked_as_the_others(document: dict[str, Any]) -> None:
-    document["graphs"]["native"] = {**document["graphs"]["prefill"], "file": "native.onnx"}
-    with pytest.raises(BundleError, match=r"'graphs.native.file' must be listed in 'files'"):
-        Manifest.from_json(document)
-    document["files"]["native.onnx"] = document["files"]["prefill.onnx"]
-    assert Manifest.from_json(document).to_json()["graphs"]["native"]["file"] == "native.onnx"
+def test_a_variant_is_found_by_its_name(document: dict[str, Any]) -> None:
+    document["variants"] = [variant(document)]
+    found = Manifest.from_json(document)
+    assert (found.variant("fast").requires, found.graph("fast").file) == (("avx9",), "fast.onnx")
+    assert found.to_json()["variants"] == document["variants"]
+    with pytest.raises(BundleError, match=r"no graph slow.*fast"):
+        found.graph("slow")
 
 
 @pytest.mark.parametrize(
-    ("graphs", "kernels", "right"),
-    [(["prefill"], 1, True), (["prefill"], None, False), (["prefill", "decode"], 1, False)],
+    ("changes", "key"),
+    [
+        ({"name": "prefill"}, ""),
+        ({"runs": []}, "[0].runs"),
+        ({"runs": ["score"]}, "[0].runs"),
+        ({"runs": ["decode", "decode"]}, "[0].runs"),
+        ({"weights": {"layout": "heaps", "file": "fast.bin"}}, "[0].weights.layout"),
+        ({"weights": {"layout": "int8", "file": "../fast.bin"}}, "[0].weights.file"),
+        ({"weights": {"layout": "int8", "file": "weights.bin"}}, "[0].weights.file"),
+    ],
 )
-def test_native_graphs_are_one_and_name_the_version_of_the_kernels(
-    document: dict[str, Any], graphs: list[str], kernels: int | None, right: bool
+def test_a_variant_that_cannot_be_is_refused(document: dict[str, Any], changes: dict[str, Any], key: str) -> None:
+    document["variants"] = [variant(document, **changes)]
+    with pytest.raises(BundleError, match=re.escape(f"'variants{key}' must be")):
+        Manifest.from_json(document)
+
+
+def test_a_variant_of_a_file_that_is_not_listed_is_refused(document: dict[str, Any]) -> None:
+    document["variants"] = [variant(document)]
+    del document["files"]["fast.onnx"]
+    with pytest.raises(BundleError, match=r"'variants\[0\].graph.file' must be"):
+        Manifest.from_json(document)
+
+
+@pytest.mark.parametrize(
+    ("phases", "runs", "name", "right"),
+    [
+        (["prefill"], ["prefill", "decode"], "fast", True),
+        (["prefill"], ["prefill"], "fast", False),
+        (["prefill", "decode"], ["prefill"], "fast", False),
+        (["prefill"], ["prefill", "decode"], "slow", False),
+        (["decode"], ["prefill", "decode"], "fast", False),
+    ],
+)
+def test_specialized_graphs_are_of_variants_that_run_the_phase(
+    document: dict[str, Any], phases: list[str], runs: list[str], name: str, right: bool
 ) -> None:
-    facts = {"onnxruntime": "1", "provider": "cpu", "processor": "one", "features": [], "int8_prefill": False}
-    facts |= {"decode_blocks": False, "tiled_attention": True, "native": True, "kernels": kernels}
-    record = document["files"]["weights.bin"]
-    document["specialized"] = {**facts, "graphs": dict.fromkeys(graphs, "a.onnx"), "files": {"a.onnx": record}}
+    document["variants"] = [variant(document, runs=runs)]
+    facts = {"onnxruntime": "1", "provider": "cpu", "processor": "one", "features": [], "tiled_attention": True}
+    graphs = {phase: {"file": "a.onnx", "variant": name} for phase in phases}
+    document["specialized"] = {**facts, "graphs": graphs, "files": {"a.onnx": document["files"]["weights.bin"]}}
     if right:
         made = Manifest.from_json(document).specialized
-        assert made is not None and (made.native, made.kernels) == (True, 1)
+        assert made is not None and (made.variants, made.variant("decode")) == (("fast",), "fast")
         return
-    with pytest.raises(BundleError, match=r"'specialized.native' must be"):
+    with pytest.raises(BundleError, match=r"'specialized.graphs"):
         Manifest.from_json(document)
 
 
@@ -117,7 +150,8 @@ def test_a_missing_entry_is_named(document: dict[str, Any], key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "reader"), [(1, "satchel 0.1,"), *((version, "made it") for version in (9, 0, True, "1", None))]
+    ("version", "reader"),
+    [*((old, "satchel 0.1,") for old in (1, 2)), *((other, "made it") for other in (9, 0, True, "1", None))],
 )
 def test_another_version_is_refused_and_its_reader_named(
     document: dict[str, Any], version: object, reader: str
@@ -139,8 +173,8 @@ def test_another_document_is_not_a_manifest(document: dict[str, Any], change: Ca
     [
         b"{", b"\xff\xfe", b"[" * 100_000, b"[" * 60 + b"]" * 60, b'{"a": 1, "b": 2, "a": 1}', b'{"a": NaN}',
         b'{"a": [-Infinity]}', b'[{"a": {"b": 1, "b": 1}}]', b"1" * 5000, b'\xef\xbb\xbf{}',
-        b'{"format": "satchel-bundle", "version": 2, "digest": "x", "a": "\\ud800"}',
-        b'{"format": "satchel-bundle", "version": 2, "digest": "x", "a": 1e999}',
+        b'{"format": "satchel-bundle", "version": 3, "digest": "x", "a": "\\ud800"}',
+        b'{"format": "satchel-bundle", "version": 3, "digest": "x", "a": 1e999}',
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
@@ -157,7 +191,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["model", "vocab_size"], (1 << 24) + 1, "model.vocab_size: 16,777,217 are more than the 16,777,216"),
+        (["model", "vocab_size"], (1 << 24) + 1, "model.vocab_size: 16,777,217 are more than the limit of 16,777,216"),
         (["model", "max_context"], 1 << 40, "model.max_context: .* are more than"),
         (["model", "parameters"], 1 << 60, "model.parameters: .* are more than"),
         (["model", "eos_token_ids"], [1] * 10_001, "model.eos_token_ids: 10,001 are more than"),

@@ -58,16 +58,16 @@ def test_the_logits_are_the_same(made: Path) -> None:
 def test_sessions_open_the_specialized_graphs(made: Path) -> None:
     bundle = open_bundle(made)
     Engine.open(bundle, threads=1)
-    for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
+    for graph in (made.file for made in bundle.specialized.graphs.values()):  # type: ignore[union-attr]
         (made / graph).write_bytes(b"\x08\x09")  # a model of IR version 9, and nothing in it
-    with pytest.raises(BundleError, match=f"{bundle.specialized.graphs['prefill']}: ONNX Runtime"):  # type: ignore[union-attr]
+    with pytest.raises(BundleError, match=f"{bundle.specialized.graphs['prefill'].file}: ONNX Runtime"):  # type: ignore[union-attr]
         Engine.open(bundle, threads=1)
 
 
 def test_packed_weights_are_mapped_and_stored_once(made: Path) -> None:
     specialized = open_bundle(made).specialized
     assert specialized is not None
-    entries = [onnx_wire.external_data((made / file).read_bytes()) for file in specialized.graphs.values()]
+    entries = [onnx_wire.external_data((made / graph.file).read_bytes()) for graph in specialized.graphs.values()]
     packed = [sorted(e[k] for e in found for k in e if k.startswith("prepacked_")) for found in entries]
     assert packed[0], "no weight was packed"
     assert packed[0] == packed[1], "the phases do not share what is packed"
@@ -77,7 +77,7 @@ def test_packed_weights_are_mapped_and_stored_once(made: Path) -> None:
 
 def test_lean_sessions_run_the_portable_graphs(made: Path) -> None:
     bundle = open_bundle(made)
-    for graph in bundle.specialized.graphs.values():  # type: ignore[union-attr]
+    for graph in (made.file for made in bundle.specialized.graphs.values()):  # type: ignore[union-attr]
         (made / graph).write_bytes(b"\x08\x09")  # a model of IR version 9, and nothing in it
     assert np.isfinite(open_engine(bundle, SessionSettings(threads=1, lean=True)).score(IDS)).all()
 
@@ -227,14 +227,14 @@ def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.Monke
 def test_int8_prefill_needs_weights_in_four_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(folder)
     assert cli.main(["specialize", str(folder), "--layout", "int8"]) == 2
-    assert "prefill_int8" in capsys.readouterr().err
+    assert "no variant has weights in int8" in capsys.readouterr().err
     assert files(folder) == before
 
 
 def test_decode_by_blocks_needs_int8_activations(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(folder)
-    assert cli.main(["specialize", str(folder), "--layout", "blocks"]) == 2
-    assert "no graph for decode_blocks: its decode takes no int8 activations" in capsys.readouterr().err
+    assert cli.main(["specialize", str(folder), "--layout", "groups"]) == 2
+    assert "no variant has weights in groups" in capsys.readouterr().err
     assert files(folder) == before
 
 
@@ -242,7 +242,7 @@ def test_without_a_graph_for_blocks_nothing_is_timed(folder: Path, monkeypatch: 
     monkeypatch.delattr(specialize, "step_seconds")
     made = specialize.specialize(open_bundle(folder), threads=1).specialized
     assert made is not None
-    assert not made.decode_blocks
+    assert not made.variants
 
 
 def test_a_full_disk_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_bundle(made).specialized is not None
-    assert misfit(open_bundle(made).specialized) is None  # type: ignore[arg-type]
+    assert misfit(open_bundle(made).manifest, open_bundle(made).specialized) is None  # type: ignore[arg-type]
 
 
 def test_where_phases_share_a_session_there_is_one_graph(folder: Path) -> None:

@@ -117,7 +117,7 @@ def streamed(path: Path) -> None:
         (lambda path: path.write_bytes(b"x" * 100), "it does not end as a zip file without a comment does"),
         (commented, "it does not end as a zip file without a comment does"),
         (bomb, "'bundle/zeros' is compressed"),
-        (linked, "'bundle/link' is no regular file"),
+        (linked, "'bundle/link' is not a regular file"),
         (streamed, "is encrypted or has its sizes behind it"),
         (lambda path: written(path, prefix=b"MZ\n"), "something lies in front of its first entry"),
         (lambda path: written(path, prefix=b"#!/a\n#!/b\n"), "something lies in front of its first entry"),
@@ -156,7 +156,7 @@ def test_a_local_header_that_differs_from_the_directory_is_refused(
 ) -> None:
     path = written(tmp_path / "a.pyz")
     path.write_bytes(changed(path.read_bytes(), placed()[0].offset + offset, field, value))
-    with pytest.raises(BundleError, match="no packed bundle"):
+    with pytest.raises(BundleError, match="not a packed bundle"):
         read_directory(path)
 
 
@@ -175,7 +175,7 @@ def test_a_directory_entry_that_differs_from_the_local_header_is_refused(
     content = path.read_bytes()
     start = content.index(b"PK\x01\x02")
     path.write_bytes(changed(content, start + offset, field, value))
-    with pytest.raises(BundleError, match="no packed bundle"):
+    with pytest.raises(BundleError, match="not a packed bundle"):
         read_directory(path)
 
 
@@ -183,7 +183,7 @@ def test_a_directory_entry_that_differs_from_the_local_header_is_refused(
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
     path = written(tmp_path / "a.pyz")
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(BundleError, match="no packed bundle"):
+    with pytest.raises(BundleError, match="not a packed bundle"):
         read_directory(path)
 
 

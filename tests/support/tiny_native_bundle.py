@@ -11,6 +11,8 @@ import onnx
 from onnx import TensorProto, helper
 from support.tiny_bundle import HIDDEN, VOCABULARY, read_manifest, write_bundle, write_manifest
 
+from satchel.runtime.kernels import library
+
 PANELS = -(-VOCABULARY // 16)
 
 
@@ -65,9 +67,18 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
             field.extend(values)
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
     graphs = manifest["graphs"]
-    for spec in filter(None, graphs.values()):
+    for spec in graphs.values():
         spec["session"] = {}
-    graphs["native"] = {**graphs["prefill"], "file": "native.onnx"}
+    manifest["variants"] = [
+        {
+            "name": "native",
+            "runs": ["prefill", "decode"],
+            "graph": {**graphs["prefill"], "file": "native.onnx"},
+            "weights": {"layout": "panels", "file": "native.bin"},
+            "requires": [],
+            "kernel_abi": library.VERSION,
+        }
+    ]
     for name in ("prefill.onnx", "decode.onnx", "score.onnx", "native.onnx", "weights.bin"):
         data = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

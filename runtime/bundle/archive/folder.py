@@ -22,7 +22,7 @@ def check_name(root: Path, name: str) -> None:
 def folder_span(folder: Path, name: str) -> Span:
     """The file `name` of a bundle folder. The folder itself may be a link; nothing in it may be one.
 
-    Raises BundleError for a name that leads outside, and for what is missing, a link, or no regular file.
+    Raises BundleError for a name that leads outside, and for what is missing, a link, or not a regular file.
     """
     check_name(folder, name)
     path, mode = folder, 0
@@ -33,7 +33,7 @@ def folder_span(folder: Path, name: str) -> Span:
         except OSError as error:
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise BundleError(f"{folder / name}: missing: copy the bundle again, or export it again") from None
-            raise BundleError(f"{path}: cannot be looked up ({error.strerror}): give yourself the right to") from None
+            raise BundleError(f"{path}: cannot be looked up ({error.strerror}): check its permissions") from None
         mode = status.st_mode
         if stat.S_ISLNK(mode):
             raise BundleError(
@@ -41,5 +41,5 @@ def folder_span(folder: Path, name: str) -> Span:
                 "or do not trust this bundle"
             )
     if not stat.S_ISREG(mode):
-        raise BundleError(f"{folder / name}: no regular file: copy the bundle again, or do not trust it")
+        raise BundleError(f"{folder / name}: not a regular file: copy the bundle again, or do not trust it")
     return Span(folder / name, 0, status.st_size, whole=True)

@@ -22,5 +22,5 @@ def packed_files(path: Path) -> dict[str, Span]:
         if name.startswith(FOLDER):
             files[name.removeprefix(FOLDER)] = span
         elif not name.startswith(PROGRAM):
-            raise BundleError(f"{path}: no packed bundle ('{name}' is none of its parts): do not trust it")
+            raise BundleError(f"{path}: not a packed bundle ('{name}' is not one of its parts): do not trust it")
     return files

@@ -1,7 +1,9 @@
 """Reads the directory of a packed bundle, and takes only what `satchel pack` writes: no other zip file has one meaning.
 
-Readers of zip files disagree wherever the two descriptions of an entry do, where entries overlap, and where bytes lie
-that no entry names. All of that is refused here, before a byte of an entry is looked at.
+Readers of zip files disagree where the two descriptions of an entry differ, where entries overlap, and where bytes lie
+that belong to no entry. All of that is refused here, before a byte of an entry is read. `zipfile` lacks what this
+needs: it does not say where an entry's data begins, compares no more of the local header than the name, skips gaps and
+what precedes or follows the archive, and takes an entry twice.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ class _Entry:
 
 
 class _Odd(ValueError):
-    """The file is not what `satchel pack` writes. The message says where it differs."""
+    """The file differs from what `satchel pack` writes; the message says where."""
 
 
 def read_directory(path: Path) -> dict[str, Span]:
     """The entries of a packed bundle by their names, in the order in which they lie.
 
-    Raises BundleError for a file that is no zip file, and for one that `satchel pack` would not have written: with
+    Raises BundleError for a file that is not a zip file, and for one that `satchel pack` would not have written: with
     compression, encryption, comments, links, a name that comes twice or leads outside, entries that overlap or leave
     gaps, or two descriptions of an entry that differ.
     """
@@ -49,10 +51,10 @@ def read_directory(path: Path) -> dict[str, Span]:
             entries, start = _central(file, size)
             return _spans(path, file, entries, start)
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}): give yourself the right to") from None
+        raise BundleError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
     except (_Odd, struct.error) as error:
         raise BundleError(
-            f"{path}: no packed bundle ({error}): give a folder made by satchel export or a file made by satchel pack"
+            f"{path}: not a packed bundle ({error}): give a bundle made by satchel export or satchel pack"
         ) from None
 
 
@@ -112,7 +114,7 @@ def _central_entry(content: bytes, position: int) -> tuple[_Entry, int]:
     _require(method == form.STORED, f"{name!r} is compressed")
     _require(flags in (0, form.UTF8), f"{name!r} is encrypted or has its sizes behind it")
     _require((comment, disk) == (0, 0), f"{name!r} has a comment or is elsewhere")
-    _require(made >> 8 == form.UNIX >> 8 and stat.S_ISREG(attributes >> 16), f"{name!r} is no regular file")
+    _require(made >> 8 == form.UNIX >> 8 and stat.S_ISREG(attributes >> 16), f"{name!r} is not a regular file")
     wide = _wide(extra)
     size_64 = wide.pop(0) if size == form.LARGE and wide else size
     packed_64 = wide.pop(0) if packed == form.LARGE and wide else packed

@@ -40,10 +40,8 @@ def weight_bytes(bundle: Bundle, rows: int = 1) -> int:
     static = bundle.manifest.static
     if static is not None:
         return sum(_graph_bytes(bundle, part.file, rows, all_tensors) for part in static.decode.parts)
-    made = bundle.specialized
-    native, blocks = made is not None and made.native, made is not None and made.decode_blocks
-    form = "native" if native else "decode_blocks" if blocks else "decode"
-    return _graph_bytes(bundle, bundle.manifest.graph(form).file, rows, external_tensors)
+    variant = None if bundle.specialized is None else bundle.specialized.variant("decode")
+    return _graph_bytes(bundle, bundle.manifest.graph(variant or "decode").file, rows, external_tensors)
 
 
 def cache_positions(bundle: Bundle, length: float) -> float:

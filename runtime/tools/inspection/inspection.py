@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,39 +19,12 @@ from satchel.runtime.bundle.manifest import (
     NamedFile,
     Provenance,
     Source,
+    Specialized,
 )
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 
 LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
-
-
-FLOAT16_TARGETS = ("cuda", "cann")
-"""Targets whose graphs compute in float16, whatever the precision."""
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """How many layers have keys and values of one form."""
-
-    layers: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
-@dataclass(frozen=True)
-class CacheFacts:
-    """The KV cache: its forms, and its size in bytes for one position and for the whole context.
-
-    A swapped cache has two buffers for each layer's keys and values; both count.
-    """
-
-    mode: str
-    dtype: str
-    shapes: tuple[CacheShape, ...]
-    bytes_per_token: int
-    bytes_at_full_context: int
 
 
 @dataclass(frozen=True)
@@ -74,36 +46,14 @@ class PassFacts:
 
 
 @dataclass(frozen=True)
-class GraphFacts:
-    """A graph's file and session. `session_of` names the phase whose session may run it."""
-
-    file: str
-    session: dict[str, str]
-    session_of: str | None
-
-
-@dataclass(frozen=True)
-class SpecializedFacts:
-    """For which machine the bundle has graphs of its own, how its phases run, and the files' sizes in bytes."""
-
-    onnxruntime: str
-    provider: str
-    processor: str
-    int8_prefill: bool
-    decode_blocks: bool
-    tiled_attention: bool
-    native: bool
-    files: dict[str, int]
-
-
-@dataclass(frozen=True)
 class Inspection:
     """What is in a bundle. Sizes are in bytes; `files` has the largest first.
 
-    `bytes` is all files together, those that `specialized` lists apart. `bits_per_weight` is 8 times the size of
+    `bytes` is all files together without those that `specialized` lists, and `cache_bytes` the KV cache for the whole
+    context. `bits_per_weight` is 8 times the size of
     weights.bin over the model's parameters, None without such a file. `layers` is as in the manifest: the quantized
-    ones; other weights are in `float_weights`. `graphs` has those without passes of a user's own, too, as "plain" and
-    their phase.
+    ones; other weights are in `float_weights`. `graphs` are those of the phases and the variants, and as "plain" and
+    the phase those without custom passes.
     """
 
     bundle: str
@@ -118,14 +68,16 @@ class Inspection:
     files: dict[str, int]
     bytes: int
     bits_per_weight: float | None
-    kv_cache: CacheFacts
+    kv_cache: CacheSpec
+    cache_bytes_per_token: int
+    cache_bytes: int
     float_weights: str
     layers: dict[str, LayerPrecision]
-    graphs: dict[str, GraphFacts]
+    graphs: dict[str, GraphSpec]
     custom_ops: tuple[NamedFile, ...]
     passes: tuple[PassFacts, ...]
     certificate: Certificate | None
-    specialized: SpecializedFacts | None
+    specialized: Specialized | None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values, in the order of the fields, golden prompts counted."""
@@ -144,9 +96,9 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     sizes = {MANIFEST_NAME: bundle.manifest_bytes}
     sizes |= {name: record.bytes for name, record in manifest.files.items()}
     weights = manifest.files.get(WEIGHTS_NAME)
-    cache, specialized = _cache_facts(manifest.kv_cache, manifest.model.max_context), _specialized_facts(manifest)
-    further = sum(specialized.files.values()) if specialized else 0
-    if max(cache.bytes_at_full_context, further) >= LARGEST_SIZE:
+    token_bytes, specialized = _bytes_per_token(manifest.kv_cache), manifest.specialized
+    cache_bytes = token_bytes * manifest.model.max_context
+    if max(cache_bytes, 0 if specialized is None else specialized.bytes) >= LARGEST_SIZE:
         raise BundleError(f"{bundle.folder / MANIFEST_NAME}: its sizes are no sizes: export the bundle again")
     return Inspection(
         bundle=str(bundle.folder),
@@ -161,8 +113,10 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         files=dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))),
         bytes=sum(sizes.values()),
         bits_per_weight=None if weights is None else 8 * weights.bytes / manifest.model.parameters,
-        kv_cache=cache,
-        float_weights="float16" if manifest.precision == "fp16" or manifest.target in FLOAT16_TARGETS else "float32",
+        kv_cache=manifest.kv_cache,
+        cache_bytes_per_token=token_bytes,
+        cache_bytes=cache_bytes,
+        float_weights=manifest.float_weights,
         layers=manifest.layers,
         graphs=_graphs(manifest),
         custom_ops=manifest.custom_ops,
@@ -172,15 +126,13 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     )
 
 
-def _cache_facts(spec: CacheSpec, max_context: int) -> CacheFacts:
-    forms = Counter((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers)
-    shapes = tuple(CacheShape(count, *form) for form, count in forms.items())
-    numbers = sum(shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
-    size = numbers * DTYPES[spec.dtype].nbytes * (2 if spec.mode == "swapped" else 1)
-    return CacheFacts(spec.mode, spec.dtype, shapes, size, size * max_context)
+def _bytes_per_token(spec: CacheSpec) -> int:
+    """The bytes of the KV cache for one position. A swapped cache has two buffers for each layer's keys and values."""
+    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in spec.layers)
+    return numbers * DTYPES[spec.dtype].nbytes * (2 if spec.mode == "swapped" else 1)
 
 
-def _graphs(manifest: Manifest) -> dict[str, GraphFacts]:
+def _graphs(manifest: Manifest) -> dict[str, GraphSpec]:
     """Each graph by its phase, of static ones with the number of tokens, and the part where there are several."""
     found = _graphs_of(manifest)
     if manifest.plain is not None:
@@ -188,21 +140,18 @@ def _graphs(manifest: Manifest) -> dict[str, GraphFacts]:
     return found
 
 
-def _graphs_of(manifest: Manifest) -> dict[str, GraphFacts]:
+def _graphs_of(manifest: Manifest) -> dict[str, GraphSpec]:
     static = manifest.static
     if static is None:
-        return {phase: _graph_facts(manifest.graph(phase)) for phase in PHASES}
+        names = (*PHASES, *(variant.name for variant in manifest.variants))
+        return {name: manifest.graph(name) for name in names}
     prefill = [(f"prefill of {graph.tokens}", graph) for graph in static.prefill]
     named = [*prefill, ("decode", static.decode), (f"score of {static.score.tokens}", static.score)]
     return {
-        name if len(graph.parts) == 1 else f"{name}, part {number}": _graph_facts(part)
+        name if len(graph.parts) == 1 else f"{name}, part {number}": part
         for name, graph in named
         for number, part in enumerate(graph.parts, start=1)
     }
-
-
-def _graph_facts(graph: GraphSpec) -> GraphFacts:
-    return GraphFacts(graph.file, graph.session, graph.session_of)
 
 
 def _passes(bundle: Bundle) -> tuple[PassFacts, ...]:
@@ -215,20 +164,3 @@ def _passes(bundle: Bundle) -> tuple[PassFacts, ...]:
     except strict_json.StrictJsonError as error:
         raise BundleError(f"{bundle.folder / MANIFEST_NAME}: {error}: export the bundle again") from None
     return facts
-
-
-def _specialized_facts(manifest: Manifest) -> SpecializedFacts | None:
-    found = manifest.specialized
-    if found is None:
-        return None
-    files = {name: record.bytes for name, record in found.files.items()}
-    return SpecializedFacts(
-        onnxruntime=found.onnxruntime,
-        provider=found.provider,
-        processor=found.processor,
-        int8_prefill=found.int8_prefill,
-        decode_blocks=found.decode_blocks,
-        tiled_attention=found.tiled_attention,
-        native=found.native,
-        files=files,
-    )

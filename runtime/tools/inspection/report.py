@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any
 
 from satchel.runtime.bundle.certificate import Certificate, PhaseFidelity
+from satchel.runtime.bundle.checks import PREPARED
 from satchel.runtime.bundle.manifest import LayerPrecision
 from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
@@ -116,27 +117,24 @@ def _overview(found: Inspection) -> Table:
         rows.append(("needs", ", ".join(f"{file.name}, SHA-256 {file.sha256}" for file in found.custom_ops)))
     if found.specialized:
         machine = found.specialized
-        prefill = "int8 weights for prefill, " if machine.int8_prefill else ""
-        decode = "weights in blocks for decode, " if machine.decode_blocks else ""
-        attention = "tiled attention" if machine.tiled_attention else "plain attention"
-        form = "satchel's own kernels" if machine.native else f"{prefill}{decode}{attention}"
+        attention = "tiled" if machine.tiled_attention else "plain"
+        runs = ", ".join(f"{phase} by {machine.variant(phase) or 'the portable graph'}" for phase in PREPARED)
         rows.append(
             (
                 "specialized",
-                f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: "
-                f"{form}, {_megabytes(sum(machine.files.values()))} more",
+                f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: {runs}, "
+                f"{attention} attention, {_megabytes(machine.bytes)} more",
             )
         )
     return Table("Bundle", _clean(rows))
 
 
 def _shapes(found: Inspection) -> str:
+    shapes = Counter((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in found.kv_cache.layers)
     parts = []
-    for shape in found.kv_cache.shapes:
-        width = str(shape.key_dim)
-        if shape.value_dim != shape.key_dim:
-            width = f"{shape.key_dim} (keys) and {shape.value_dim} (values)"
-        parts.append(f"{shape.layers} with {shape.kv_heads} KV heads of {width}")
+    for (kv_heads, key_dim, value_dim), count in shapes.items():
+        width = str(key_dim) if value_dim == key_dim else f"{key_dim} (keys) and {value_dim} (values)"
+        parts.append(f"{count} with {kv_heads} KV heads of {width}")
     return "; ".join(parts) or "none"
 
 
@@ -152,8 +150,8 @@ def _cache(found: Inspection) -> Table:
     cache, context = found.kv_cache, found.model.max_context
     rows = [
         ("numbers", f"{cache.dtype}, written in place" if cache.mode == "shared" else f"{cache.dtype}, {cache.mode}"),
-        ("a token", f"{cache.bytes_per_token:,} bytes"),
-        (f"{context:,} tokens", f"{cache.bytes_at_full_context / MIB:,.1f} MiB"),
+        ("a token", f"{found.cache_bytes_per_token:,} bytes"),
+        (f"{context:,} tokens", f"{found.cache_bytes / MIB:,.1f} MiB"),
     ]
     return Table("KV cache", _clean(rows))
 
