@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         say(made if found.made else f"already specialized for this machine{where} (--force makes it again)")
         if specialized is not None:
             say("; ".join(f"{phase}: {runs}" for phase, runs in phases(found.bundle).items()))
-            if found.made and (specialized.native or specialized.int8_prefill or specialized.decode_blocks):
+            if found.made and specialized.variants:
                 say("texts may differ from before: other kernels round differently, within the bundle's certificate")
     if args.json:
         print(json.dumps({**document, "seconds": round(time.perf_counter() - started, 1)}))

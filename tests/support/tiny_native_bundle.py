@@ -74,7 +74,7 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
             "name": "native",
             "runs": ["prefill", "decode"],
             "graph": {**graphs["prefill"], "file": "native.onnx"},
-            "weights": {"layout": "panels", "file": "native.bin"},
+            "weights": {"layout": "panels", "file": "panels.bin"},
             "requires": [],
             "kernel_abi": library.VERSION,
         }
