@@ -21,7 +21,7 @@ from satchel.export.forecast import check_disk, forecast
 from satchel.export.quantize.quantize import pieces, quantize
 from satchel.export.quantize.texts import open_texts
 from satchel.export.recipes import check_recipe, recipe_of
-from satchel.export.stages import Stages, skipped_stages
+from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
 from satchel.export.tracing.soundness import check_sound
@@ -69,7 +69,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     config = dataclasses.replace(config, passes=open_passes(config.passes))
     check_loads(config.custom_ops)
     recipe = recipe_of(config)
-    stages = Stages(progress, skipped_stages(config, recipe))
+    stages = Stages(progress, tuple(name for name in STAGES if name not in _skipped(config, recipe)))
     check_target(config.output, config.force)
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
@@ -206,8 +206,14 @@ def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None
             )
 
 
+def _skipped(config: ExportConfig, recipe: Recipe | None) -> set[str]:
+    """The stages that an export does not have."""
+    skipped = set() if config.certificate else {"measuring the bundle"}
+    return skipped if recipe is not None else {"rounding the weights", *skipped}
+
+
 def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages) -> None:
-    """Say what the export will need, and check that it is there."""
+    """Print what the export needs and what the user should know before it starts, and check the disk space."""
     needed = forecast(checkpoint, config)
     context = config.context(checkpoint.max_context)
     stages.say(
@@ -218,7 +224,13 @@ def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages) -> N
             f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested "
             "on: compare the bundle's answers with the original's"
         )
+    if checkpoint.tokenizer is None:
+        stages.say(
+            f"warning: {checkpoint.name} has no tokenizer: the bundle will take and give token ids only, and is "
+            "measured on random ids; name one with --tokenizer"
+        )
     check_disk(needed, config.output)
+    stages.expect(needed.stages)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What an export is asked for; all defaults and checks of its options."""
+"""The options of an export: all defaults and checks."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from typing import Any
 
 from satchel.export.errors import ExportError
 
+PRECISIONS = ("int8", "int4", "a8w8", "a16w8", "a16w4", "fp16", "fp32")
 FLOAT_PRECISIONS = ("fp32", "fp16")
-PRECISIONS = (*FLOAT_PRECISIONS, "a16w8", "a16w4", "a8w8", "int8", "int4")
+QUICK_PRECISIONS = ("int8", "a8w8", "a16w8")
+"""Precisions that lose little without calibration; their default effort is quick."""
+
+EFFORTS = ("quick", "normal")
 KV_CACHES = ("float", "int8")
 TARGETS = ("cpu", "cuda", "cann")
 TARGET_PRECISIONS = {
     "cpu": PRECISIONS,
-    "cuda": ("fp16", "a16w8", "a16w4", "int8", "int4"),
+    "cuda": ("fp16", "int8", "int4", "a16w8", "a16w4"),
     "cann": ("fp16", "a16w8"),
 }
-"""What each target's operators can express; the first is the default."""
+"""What each target supports; the first is the default."""
 
 STATIC_TARGETS = ("cann",)
-"""Targets whose graphs are for fixed numbers of tokens."""
+"""Targets whose graphs have static shapes."""
 
 PREFILL_LENGTHS = (32, 128, 512)
-"""Tokens of a chunk for which a static target has a prefill graph, as far as the context allows."""
+"""Chunk lengths in tokens for which a static target has a prefill graph, as far as the context allows."""
 
 NOT_POSSIBLE = {
     ("cuda", "fp32"): "its attention (GroupQueryAttention) has no float32 kernel",
     ("cuda", "a8w8"): "it has no kernel that multiplies int8 by int8",
 }
-"""Why a precision is not among those of a target, where there is more to say."""
+"""Why a target does not support a precision, where there is more to say."""
 
 DEFAULT_CONTEXT = 4096
-"""The largest context that is chosen without being asked for, in positions."""
+"""The largest context that is chosen by default, in positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +46,28 @@ class ExportConfig:
 
     Attributes:
         output: The bundle's folder.
-        precision: fp32; fp16, which the CPU computes with in float32; or a quantized form, by the recipe of that name.
-            Empty for the target's own, the first of TARGET_PRECISIONS.
-        kv_cache: How the KV cache is stored: float or int8.
-        recipe: A recipe in place of the precision's own: a TOML file, or the name of one that ships.
-        calibrate: A text to calibrate on in place of the one that ships.
-        certificate: Measure the bundle against the float model, and write the figures into it.
-        certificate_text: A text to measure on in place of the one that ships.
-        max_context: Positions that the bundle allows; None for the smaller of the model's own and 4,096.
+        precision: fp32; fp16, which the CPU computes in float32; or a quantized form, by the recipe of that name.
+            Empty for the target's default, the first of TARGET_PRECISIONS.
+        max_context: Positions that the bundle allows; None for the model's own, at most DEFAULT_CONTEXT.
         target: What the graphs are made for.
-        force: Replace a bundle that is at `output` already.
-        tokenizer: A tokenizer to use in place of the checkpoint's own.
-        passes: Graph passes of the user's own: each a `module:function`, a `file.py:function`, or the function itself.
-        custom_ops: Shared libraries with operators that these passes put into the graphs.
-        prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, the smallest first;
-            empty for `PREFILL_LENGTHS` as far as the context allows.
+        force: Replace an existing bundle at `output`.
+        tokenizer: A tokenizer to use instead of the checkpoint's own.
+        kv_cache: How the KV cache is stored: float or int8, whose scales come from the calibration text.
+        effort: How weights are rounded. normal does what the recipe says: GPTQ and smoothing on a calibration text.
+            quick needs no text: it searches for the scales with the least error, and layers with more outputs than
+            inputs run GPTQ on a few random token ids. None for the default: quick for 8 bits, normal for 4 bits and
+            wherever a recipe or a calibration text is given. It stays None in float.
+        recipe: A recipe to use instead of the precision's own: a TOML file, or the name of a shipped one.
+        calibrate: A text to calibrate on instead of the shipped one.
+        certificate: Measure the bundle against the float model, and write the figures into its manifest.
+        eval_text: A text to measure on instead of the shipped one.
+        passes: User graph passes: each a `module:function`, a `file.py:function`, or the function itself.
+        custom_ops: Shared libraries with the operators that these passes put into the graphs.
+        prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, in ascending order;
+            empty for PREFILL_LENGTHS as far as the context allows.
 
     Raises:
-        ExportError: A value is not allowed.
+        ExportError: A value is not allowed, or two options contradict each other.
     """
 
     output: Path
@@ -69,10 +77,11 @@ class ExportConfig:
     force: bool = False
     tokenizer: Path | None = None
     kv_cache: str = "float"
+    effort: str | None = None
     recipe: str | Path | None = None
     calibrate: Path | None = None
     certificate: bool = True
-    certificate_text: Path | None = None
+    eval_text: Path | None = None
     passes: tuple[Any, ...] = ()
     custom_ops: tuple[Path, ...] = ()
     prefill_lengths: tuple[int, ...] = ()
@@ -85,26 +94,21 @@ class ExportConfig:
             ("target", self.target, TARGETS),
             ("precision", self.precision, PRECISIONS),
             ("kv-cache", self.kv_cache, KV_CACHES),
+            ("effort", self.effort or EFFORTS[0], EFFORTS),
         ):
             if value not in allowed:
-                raise ExportError(f"--{option} {value} is not known: choose {' or '.join(allowed)}")
+                raise ExportError(f"--{option} {value}: unknown value; choose {' or '.join(allowed)}")
         self._check_target()
-        if self.recipe is not None and not self.quantized:
-            quantized = ", ".join(p for p in PRECISIONS if p not in FLOAT_PRECISIONS)
-            raise ExportError(f"--recipe does not go with --precision {self.precision}: choose one of {quantized}")
-        if self.calibrate is not None and not self.quantized and self.kv_cache == "float":
-            raise ExportError(
-                f"--calibrate: there is nothing to calibrate with --precision {self.precision}: leave it out"
-            )
-        if self.certificate_text is not None and not self.certificate:
-            raise ExportError("--certificate-text does not go with --no-certificate: leave one of them out")
+        self._check_quantization()
+        if self.eval_text is not None and not self.certificate:
+            raise ExportError("--eval-text and --no-certificate are mutually exclusive: leave one of them out")
         if self.custom_ops and self.static:
             raise ExportError(
-                f"--custom-ops does not go with --target {self.target}, whose device knows standard operators alone: "
+                f"--custom-ops does not go with --target {self.target}, which supports standard operators only: "
                 "leave it out, or choose another target"
             )
         if self.custom_ops and not self.passes:
-            raise ExportError("--custom-ops without --pass: no graph has an operator of it: give a pass that adds one")
+            raise ExportError("--custom-ops requires --pass: without one, no graph uses the library's operators")
         if self.max_context is not None and self.max_context < 1:
             raise ExportError(f"--max-context {self.max_context}: give at least 1 position")
 
@@ -114,8 +118,8 @@ class ExportConfig:
         if self.precision not in possible:
             reason = NOT_POSSIBLE.get((self.target, self.precision))
             raise ExportError(
-                f"--precision {self.precision} has no form on --target {self.target}"
-                f"{f', as {reason}' if reason else ''}: choose {' or '.join(possible)}"
+                f"--precision {self.precision} is not supported by --target {self.target}"
+                f"{f': {reason}' if reason else ''}; choose {' or '.join(possible)}"
             )
         lengths = self.prefill_lengths
         if not self.static:
@@ -123,30 +127,32 @@ class ExportConfig:
                 raise ExportError(f"--prefill-lengths does not go with --target {self.target}, which takes any length")
             return
         if self.int8_cache:
-            raise ExportError(f"--kv-cache int8 has no form on --target {self.target}: choose float")
+            raise ExportError(f"--kv-cache int8 is not supported by --target {self.target}: choose float")
         if any(length < 1 for length in lengths) or any(a >= b for a, b in itertools.pairwise(lengths)):
             given = ",".join(map(str, lengths))
-            raise ExportError(f"--prefill-lengths {given}: give numbers of tokens, each larger than the one before")
+            raise ExportError(f"--prefill-lengths {given}: give numbers of tokens in ascending order")
+
+    def _check_quantization(self) -> None:
+        """Set the default effort, and check the options that only a quantized bundle has. Raises ExportError."""
+        if not self.quantized:
+            for option, value in (("effort", self.effort), ("recipe", self.recipe)):
+                if value is not None:
+                    quantized = " or ".join(p for p in PRECISIONS if p not in FLOAT_PRECISIONS)
+                    raise ExportError(
+                        f"--{option} {value} does not go with --precision {self.precision}, which rounds no weights: "
+                        f"leave it out, or choose {quantized}"
+                    )
+        elif self.effort is None:
+            quick = self.precision in QUICK_PRECISIONS and self.recipe is None and self.calibrate is None
+            object.__setattr__(self, "effort", "quick" if quick else "normal")
+        if self.calibrate is not None and not self.reads_calibration_text:
+            chosen = f"--effort {self.effort}" if self.quantized else f"--precision {self.precision}"
+            raise ExportError(f"--calibrate does not go with {chosen}, which needs no calibration text: leave it out")
 
     @property
     def static(self) -> bool:
         """Whether each graph is for one number of tokens."""
         return self.target in STATIC_TARGETS
-
-    def lengths(self, context: int) -> tuple[int, ...]:
-        """The numbers of tokens that have a prefill graph in a bundle of so many positions.
-
-        Raises:
-            ExportError: One that was asked for is more than the bundle allows.
-        """
-        if not self.prefill_lengths:
-            return tuple(n for n in PREFILL_LENGTHS if n <= context) or (context,)
-        if self.prefill_lengths[-1] > context:
-            raise ExportError(
-                f"--prefill-lengths {self.prefill_lengths[-1]} is more than the bundle's {context} positions: "
-                "leave it out or raise --max-context"
-            )
-        return self.prefill_lengths
 
     @property
     def quantized(self) -> bool:
@@ -154,21 +160,41 @@ class ExportConfig:
         return self.precision not in FLOAT_PRECISIONS
 
     @property
+    def reads_calibration_text(self) -> bool:
+        """Whether calibration needs a text; a quick one takes random token ids."""
+        return self.effort == "normal" or self.int8_cache
+
+    @property
     def int8_cache(self) -> bool:
         """Whether keys and values are stored in 8 bits."""
         return self.kv_cache == "int8"
 
-    def context(self, model_limit: int) -> int:
-        """The bundle's context for a model that was made for `model_limit` positions.
+    def lengths(self, context: int) -> tuple[int, ...]:
+        """The numbers of tokens that have a prefill graph in a bundle of `context` positions.
 
         Raises:
-            ExportError: More was asked for than the model can do.
+            ExportError: One that was asked for exceeds the bundle's context.
+        """
+        if not self.prefill_lengths:
+            return tuple(n for n in PREFILL_LENGTHS if n <= context) or (context,)
+        if self.prefill_lengths[-1] > context:
+            raise ExportError(
+                f"--prefill-lengths {self.prefill_lengths[-1]} exceeds the bundle's {context} positions: "
+                "leave it out or raise --max-context"
+            )
+        return self.prefill_lengths
+
+    def context(self, model_limit: int) -> int:
+        """The bundle's context for a model that supports `model_limit` positions.
+
+        Raises:
+            ExportError: More was asked for than the model supports.
         """
         if self.max_context is None:
             return min(model_limit, DEFAULT_CONTEXT)
         if self.max_context > model_limit:
             raise ExportError(
-                f"--max-context {self.max_context} is more than the {model_limit} positions "
-                f"that the model was made for: give at most {model_limit}"
+                f"--max-context {self.max_context} exceeds the model's {model_limit} positions: "
+                f"give at most {model_limit}"
             )
         return self.max_context

@@ -21,7 +21,7 @@ from satchel.export.quantize.sensitivity import (
 )
 from satchel.export.quantize.texts import CERTIFICATE_WINDOWS, open_texts
 from satchel.export.recipes import check_recipe, recipe_of
-from satchel.export.stages import Stages
+from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.graphs.quant.recipe import write_recipe
 
@@ -61,14 +61,14 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
     """
     config = ExportConfig(
         output=Path("unused"), precision=search.precision, recipe=search.recipe, tokenizer=search.tokenizer,
-        certificate_text=search.text,
+        eval_text=search.text,
     )  # fmt: skip
     recipe = recipe_of(config)
     if recipe is None:
         raise ExportError(f"--precision {search.precision} rounds no layer: choose one with 4 bits")
     if not 1 <= search.windows <= CERTIFICATE_WINDOWS:
         raise ExportError(f"--windows {search.windows}: give 1 to {CERTIFICATE_WINDOWS}")
-    stages = Stages(progress, skipped=("writing the bundle", "checking the bundle", "measuring the bundle"))
+    stages = Stages(progress, STAGES[:4])
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
     check_recipe(recipe, checkpoint)

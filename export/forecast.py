@@ -1,82 +1,108 @@
-"""What an export will need, said before it starts."""
+"""Estimates the memory, disk space and time of an export before it starts."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.texts import CALIBRATION_WINDOWS, certificate_windows
+from satchel.export.stages import duration
 from satchel.graphs.ir.weights import BLOCK_BYTES
 from satchel.runtime.bundle.certificate import Window
 
 MIB = 1 << 20
 BYTES = {"fp32": 4, "fp16": 2, "a16w8": 1.1, "a8w8": 1.1, "int8": 1.1, "a16w4": 0.8, "int4": 0.8}
-"""Of one weight with its share of scales; the upper end for those in 4 bits, whose embedding has 8."""
+"""Bytes of one weight with its share of scales; an upper bound for 4 bits, where the embedding has 8."""
 
 # Measured on two cores; see docs/benchmarks.md.
 IMPORTS_MIB = 430
 LAYER_MIB = 2.5
-START_SECONDS = 6.0
-LAYER_SECONDS = 0.5
+TRACING_SECONDS, TRACING_LAYER_SECONDS = 3.0, 0.45
+PASSES_LAYER_SECONDS = 0.05
 WRITE_BYTES_PER_SECOND = 250e6
+CHECK_SECONDS = 2.0
 GRAPH_BYTES_PER_LAYER = 40_000
-ROUNDING_SECONDS = 0.9e-6
-"""For each weight that is rounded with feedback from the calibration text."""
-MEASURING_SECONDS = 0.12e-6
-"""For each weight, to run the float model and the bundle over the certificate's text."""
+ROUNDING_SECONDS = {"quick": 0.2e-6, "normal": 0.6e-6}
+"""For each weight, by effort."""
+CACHE_SECONDS = 0.15e-6
+"""For each weight, to find the scales of an int8 KV cache on the calibration text."""
+MEASURING_SECONDS = 0.025e-6
+"""For each weight and window of the certificate's text, to run the float model and the bundle."""
 ACTIVATIONS_PER_TOKEN = 6144
-"""Numbers that lie between two pieces of a model while it is calibrated; a wide model has more."""
+"""Numbers stored between two pieces of a model while it is calibrated; a wide model has more."""
 ROUNDING_MIB = 220
-"""Second moments, a weight in several forms, and what ONNX Runtime holds while it runs one piece."""
+"""Second moments, a weight in several forms, and what ONNX Runtime allocates while it runs one piece."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Peak anonymous memory in bytes (mapped file pages apart), bytes on disk, bytes put aside beside the bundle while
-    it is made, and seconds.
+    """What an export needs.
+
+    Attributes:
+        memory: Peak anonymous memory in bytes; mapped file pages are not counted.
+        disk: Size of the bundle in bytes.
+        scratch: Temporary disk space in bytes.
+        stages: Expected seconds of each stage, by its name in STAGES.
     """
 
     memory: int
     disk: int
     scratch: int
-    seconds: float
+    stages: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
 
     def __str__(self) -> str:
-        time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.1f} min"
         more = f" ({self.scratch / MIB:,.0f} more while it works)" if self.scratch >= MIB else ""
-        return f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk{more} and {time}"
+        return (
+            f"about {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of disk{more} "
+            f"and {duration(self.seconds)}"
+        )
 
 
 def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
     """Estimate an export from the sizes in the checkpoint."""
-    precision = config.precision
     layers = checkpoint.layers or 1
-    weights = {id(w): w for w in checkpoint.weights.values()}.values()
-    elements = [w.size for w in weights]
-    disk = int(sum(elements) * BYTES[precision]) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
-    # A GGUF weight that is transposed is decoded whole; all else is read a block at a time.
-    largest = max(elements, default=0) * 4 if checkpoint.kind == "gguf" else 0
-    if precision == "fp16":  # the check of the bundle expands one weight after the other
-        largest += max(elements, default=0) * 4
-    memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES + largest
-    seconds = START_SECONDS + LAYER_SECONDS * layers + sum(elements) * 4 / WRITE_BYTES_PER_SECOND
+    elements = [w.size for w in {id(w): w for w in checkpoint.weights.values()}.values()]
+    total, largest = sum(elements), 4 * max(elements, default=0)
+    disk = int(total * BYTES[config.precision]) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
+    memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES
+    if checkpoint.kind == "gguf":  # a weight that is transposed is decoded whole; all else is read a block at a time
+        memory += largest
+    if config.precision == "fp16":  # the check of the bundle expands one weight after the other
+        memory += largest
+    stages = {
+        "tracing the model": TRACING_SECONDS + TRACING_LAYER_SECONDS * layers,
+        "optimizing the graphs": PASSES_LAYER_SECONDS * layers,
+        "writing the bundle": disk / WRITE_BYTES_PER_SECOND,
+        "checking the bundle": CHECK_SECONDS + disk / WRITE_BYTES_PER_SECOND,
+    }
     scratch = 0
+    calibrated = CALIBRATION_WINDOWS * Window.LENGTH * 4 * ACTIVATIONS_PER_TOKEN
+    if config.int8_cache or config.quantized:
+        stages["rounding the weights"] = CACHE_SECONDS * total * config.int8_cache
     if config.quantized:
-        scratch += sum(elements) + CALIBRATION_WINDOWS * Window.LENGTH * 4 * ACTIVATIONS_PER_TOKEN
-        memory += ROUNDING_MIB * MIB + 4 * max(elements, default=0)
-        seconds += ROUNDING_SECONDS * sum(elements)
+        scratch += total
+        memory += ROUNDING_MIB * MIB + largest
+        stages["rounding the weights"] += ROUNDING_SECONDS[str(config.effort)] * total
+    if config.reads_calibration_text:
+        scratch += calibrated
     if config.certificate:
-        scratch += 4 * checkpoint.vocab_size * certificate_windows(config) * Window.LENGTH
-        seconds += MEASURING_SECONDS * sum(elements)
-    return Forecast(memory, disk, scratch, seconds)
+        windows = certificate_windows(config)
+        scratch += 4 * checkpoint.vocab_size * windows * Window.LENGTH
+        stages["measuring the bundle"] = MEASURING_SECONDS * windows * total
+    return Forecast(memory, disk, scratch, stages)
 
 
 def check_disk(needed: Forecast, output: Path) -> None:
-    """Check that the disk has room.
+    """Check that the disk has enough free space.
 
     Raises:
         ExportError: It has not.
@@ -89,5 +115,5 @@ def check_disk(needed: Forecast, output: Path) -> None:
     if free < wanted:
         raise ExportError(
             f"{place}: {wanted / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free: "
-            "free some space or choose another place"
+            "free some space or choose another folder"
         )

@@ -1,4 +1,4 @@
-"""The one way in: which reader opens a source."""
+"""Opens a checkpoint of any supported form."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def open_checkpoint(
     experts_implementation: str | None = None,
     tokenizer: Path | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint: config and structure now, the values of a weight only when they are asked for.
+    """Open a checkpoint: its config and structure at once, the values of a weight when they are needed.
 
     Args:
-        source: A Hugging Face folder, a `.gguf` file, or `file.py:factory` for a module of one's own.
+        source: A Hugging Face folder, a `.gguf` file, or `file.py:factory` for a custom module.
         attn_implementation: Name of the attention function in transformers' registry.
         experts_implementation: The same for mixture-of-experts layers; None leaves the choice to transformers.
-        tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder to use in place of the source's own.
+        tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder to use instead of the source's own.
 
     Raises:
-        ExportError: If the source is missing, damaged, or not a causal language model in floating point.
+        ExportError: The source is missing, damaged, a bundle, or not a causal language model in floating point.
     """
     implementations = Implementations(attn_implementation, experts_implementation)
     factory = _FACTORY.fullmatch(str(source))
@@ -46,9 +46,12 @@ def open_checkpoint(
     if is_locked(path):
         raise ExportError(f"{path}: permission denied: check its permissions")
     if is_made_by_satchel(path):
-        raise ExportError(f"{path}: is a bundle already: give the checkpoint that it was made from")
+        raise ExportError(
+            f"{path}: is a bundle already: use it with satchel run or satchel chat, or give the checkpoint "
+            "that it was made from"
+        )
     if path.suffix == ".py":
-        raise ExportError(f"{path}: name the function that builds the module too: {path}:FUNCTION")
+        raise ExportError(f"{path}: name the function that builds the module, too: {path}:FUNCTION")
     if path.is_dir():
         return open_huggingface(path, implementations, tokenizer)
     if path.is_file():

@@ -1,8 +1,9 @@
-"""`satchel export`: flags -> ExportConfig -> export_bundle. Loads nothing heavy until it runs."""
+"""`satchel export`: flags -> ExportConfig -> export_bundle. Imports nothing heavy before it runs."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import signal
 import sys
@@ -10,34 +11,52 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from satchel.export.config import DEFAULT_CONTEXT, KV_CACHES, PRECISIONS, PREFILL_LENGTHS, TARGETS, ExportConfig
+from satchel.export.config import (
+    DEFAULT_CONTEXT,
+    EFFORTS,
+    KV_CACHES,
+    PRECISIONS,
+    PREFILL_LENGTHS,
+    TARGETS,
+    ExportConfig,
+)
 from satchel.export.writing.report import report, row
 from satchel.runtime.util.progress import waiting
 
 EXAMPLE = """\
 example:
-  satchel export SmolLM2-135M-Instruct/ -o smollm2
-  satchel export model.gguf -o bundle --precision fp16 --max-context 2048
-  satchel export SmolLM2-135M-Instruct/ -o smollm2-int4 --precision int4 --kv-cache int8
+  satchel export SmolLM2-135M-Instruct/
+  satchel export model.gguf -o bundle -p fp32 --max-context 2048
+  satchel export SmolLM2-135M-Instruct/ -o smollm2-int4 -p int4 --kv-cache int8
   satchel export my_model.py:build -o bundle --tokenizer tokenizer.json"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags; the defaults are those of ExportConfig."""
     parser.description = (
-        "Compile a causal language model into a bundle: a folder that satchel runs through ONNX Runtime, without "
-        "torch. It is checked and measured against the model before it is there."
+        "Export a causal language model as a bundle: a folder that satchel runs with ONNX Runtime, without torch. "
+        "The bundle is checked, and its accuracy is measured against the float model, before it appears."
     )
     parser.epilog = EXAMPLE
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a GGUF file, or file.py:factory"
     )
-    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="the folder to make")
     parser.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path,
+        help="the folder to write (default: ./NAME-PRECISION, after the checkpoint)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-p",
         "--precision",
         metavar="P",
         default=ExportConfig.precision,
-        help=f"how weights and activations are stored: {', '.join(PRECISIONS)} (default fp32; for other targets fp16)",
+        help=f"the number format of weights and activations: {', '.join(PRECISIONS)} (default int8; cuda, cann: fp16)",
+    )
+    parser.add_argument(
+        "--effort",
+        metavar="E",
+        help=f"how weights are rounded: {' or '.join(EFFORTS)}; quick needs no text, normal calibrates on one "
+        "and takes longer (default: quick for 8 bits; normal for 4 bits, and with --recipe or --calibrate)",
     )
     parser.add_argument(
         "--kv-cache",
@@ -46,16 +65,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"how the KV cache is stored: {' or '.join(KV_CACHES)} (default %(default)s)",
     )
     parser.add_argument(
-        "--recipe", metavar="FILE", help="which layer is stored how: a TOML file, or the name of a recipe that ships"
+        "--recipe", metavar="FILE", help="the precision of each layer: a TOML file, or the name of a shipped recipe"
     )
+    parser.add_argument("--calibrate", metavar="TEXT", type=Path, help="the calibration text (default: a shipped one)")
     parser.add_argument(
-        "--calibrate", metavar="TEXT", type=Path, help="a text like those the model will see (default: one that ships)"
-    )
-    parser.add_argument(
-        "--certificate-text",
+        "--eval-text",
         metavar="TEXT",
         type=Path,
-        help="the text to measure the bundle on (default: one that ships)",
+        help="the text to measure the bundle on (default: a shipped one)",
     )
     parser.add_argument(
         "--no-certificate",
@@ -68,20 +85,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=ExportConfig.max_context,
-        help=f"positions that the bundle allows (default: the model's, at most {DEFAULT_CONTEXT})",
+        help=f"the context length in tokens (default: the model's, at most {DEFAULT_CONTEXT})",
     )
     parser.add_argument(
         "--target",
         metavar="T",
         default=ExportConfig.target,
-        help=f"what the graphs are made for: {' or '.join(TARGETS)} (default %(default)s)",
+        help=f"the device to export for: {' or '.join(TARGETS)} (default %(default)s)",
     )
     parser.add_argument(
         "--prefill-lengths",
         metavar="N,N,...",
         type=_lengths,
         default=ExportConfig.prefill_lengths,
-        help="for cann: numbers of tokens that have a prefill graph "
+        help="for cann: the prompt chunk lengths that get a prefill graph "
         f"(default {','.join(map(str, PREFILL_LENGTHS))}, up to the context)",
     )
     parser.add_argument(
@@ -93,7 +110,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="M:F",
         action="append",
         default=[],
-        help="a graph pass of your own: module:function or file.py:function; may be given several times",
+        help="a custom graph pass: module:function or file.py:function; may be repeated",
     )
     parser.add_argument(
         "--custom-ops",
@@ -101,36 +118,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="a shared library with operators that your passes use; may be given several times",
+        help="a shared library with operators that your passes use; may be repeated",
     )
-    parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
+    """Comma-separated integers."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: give comma-separated integers") from None
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command. Raises ExportError for what the user has to mend."""
+    """Run the command. Raises ExportError for user-correctable errors."""
     signal.signal(signal.SIGTERM, _terminate)
     with waiting("loading torch and transformers", shown=not args.quiet):
         from satchel.export.compile import export_bundle
 
     config = ExportConfig(
-        output=args.output, precision=args.precision, max_context=args.max_context, target=args.target,
+        output=args.output or Path(), precision=args.precision, max_context=args.max_context, target=args.target,
         force=args.force, tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe,
-        calibrate=args.calibrate, certificate=args.certificate, certificate_text=args.certificate_text,
+        calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
         passes=tuple(args.passes), custom_ops=tuple(args.custom_ops),
         prefill_lengths=args.prefill_lengths,
     )  # fmt: skip
+    if args.output is None:
+        config = dataclasses.replace(config, output=_default_output(args.checkpoint, config.precision))
+        if not args.quiet:
+            print(f"writing to {config.output} (-o names another folder)", file=sys.stderr)
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
-    facts = {"bundle": str(args.output), **report(manifest), "seconds": round(time.monotonic() - start, 1)}
+    facts = {"bundle": str(config.output), **report(manifest), "seconds": round(time.monotonic() - start, 1)}
     if args.json:
         print(json.dumps(facts))
     elif not args.quiet:
@@ -138,6 +159,13 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _default_output(checkpoint: str, precision: str) -> Path:
+    """NAME-PRECISION in the current folder, after a checkpoint's folder or file."""
+    path = Path(checkpoint.rpartition(".py:")[0] or checkpoint)
+    name = path.stem if path.suffix in (".gguf", ".py") else path.resolve().name
+    return Path(f"{name}-{precision}")
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does, so that what is half written goes away."""
+    """End as Ctrl-C does, so that partial files are removed."""
     raise KeyboardInterrupt

@@ -224,5 +224,12 @@ def _looked_up(segment: Segment, feeds: Mapping[str, NDArray[Any]]) -> dict[str,
     return {str(segment.head.outputs[0].name): rows[places.reshape(feeds[ids].shape)]}
 
 
+def fresh(folder: Path, name: str) -> Path:
+    """An empty folder called `name` in `folder`."""
+    path = folder / name
+    path.mkdir(parents=True)
+    return path
+
+
 def _file_name(name: str) -> str:
     return name.replace("/", "_")

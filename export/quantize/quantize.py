@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.quantize.flow import Flow, Inputs
+from satchel.export.quantize.flow import Flow, Inputs, fresh
 from satchel.export.quantize.gptq import round_with_feedback
 from satchel.export.quantize.kv_scales import kv_scales
-from satchel.export.writing.publish import fresh
+from satchel.export.quantize.texts import QUICK_WINDOWS
 from satchel.graphs.analysis.channels import gated_input
 from satchel.graphs.analysis.segments import split
 from satchel.graphs.ir import pipeline
@@ -81,7 +81,7 @@ def quantize(
     model, ran = pipeline.run(model, equalize_steps(recipe, statistics))
     done += ran
     chosen = rules(model)
-    weights = _round(model, chosen, windows, folder, progress)
+    weights = _round(model, chosen, windows, folder, config.effort == "quick", progress)
     scales = {layer: _cache_scales(model, layer, maxima) for layer in range(len(maxima) // 2)}
     return Quantized(model, weights, chosen, scales, recipe.name), done
 
@@ -184,8 +184,16 @@ def _gated(node: ir.Node) -> bool:
 
 
 def _round(
-    model: ir.Model, chosen: Mapping[str, Rule], windows: NDArray[np.int64] | None, folder: Path, progress: Progress
+    model: ir.Model,
+    chosen: Mapping[str, Rule],
+    windows: NDArray[np.int64] | None,
+    folder: Path,
+    quick: bool,
+    progress: Progress,
 ) -> dict[str, QuantizedWeight]:
+    """Round each weight by its rule. A quick run sees fewer windows, and feeds back errors only where that pays most:
+    in layers with fewer inputs than outputs, which read the residual stream.
+    """
     codes = fresh(folder, "codes")
     results: dict[str, QuantizedWeight] = {}
 
@@ -198,20 +206,24 @@ def _round(
             rule = chosen[lazy.name]
             if lazy.name not in results:
                 moments = None
-                if rule.rounding == "gptq" and node.op_type == "MatMul":
+                pays = not quick or lazy.dims[0] < lazy.dims[-1]
+                if rule.rounding == "gptq" and node.op_type == "MatMul" and pays:
                     moments = _moments(inputs)
                 results[lazy.name] = round_weight(lazy, rule, codes, by_outputs=by_outputs(node), moments=moments)
+                progress(1)
             if not by_outputs(node):
                 replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
         return replaced
 
     products = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
     if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
-        flow = Flow(model, _batched(windows), fresh(folder, "round"), batch=BATCH)
-        flow.run(lambda node, inputs: visit(node, inputs) if node.name in products else {}, progress=progress)
+        read = _batched(windows[:QUICK_WINDOWS] if quick else windows)
+        flow = Flow(model, read, fresh(folder, "round"), batch=BATCH)
+        flow.run(lambda node, inputs: visit(node, inputs) if node.name in products else {})
     for node, lazy in quantizable(model):
         if lazy.name in chosen and lazy.name not in results:
             results[lazy.name] = round_weight(lazy, chosen[lazy.name], codes, by_outputs=by_outputs(node))
+            progress(1)
     return results
 
 
@@ -334,7 +346,6 @@ def _batched(windows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def pieces(model: ir.Model, recipe: Recipe, config: ExportConfig) -> int:
-    """How often `progress` is told of work by `quantize`."""
-    segments = len(split(model, [])) - 1
-    flows = int(config.int8_cache or "smooth" in recipe.transforms)
-    return segments * (flows + int(any(rule.rounding == "gptq" for rule in recipe.rules if rule.bits)))
+    """How many pieces of work `quantize` reports: those of a flow that observes, and each weight that is rounded."""
+    observes = config.int8_cache or "smooth" in recipe.transforms
+    return (len(split(model, [])) - 1 if observes else 0) + len(rules(model))

@@ -11,9 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from satchel.export.quantize.flow import Flow, Visit
+from satchel.export.quantize.flow import Flow, Visit, fresh
 from satchel.export.quantize.quantize import by_outputs, quantizable, round_weight, rules, values
-from satchel.export.writing.publish import fresh
 from satchel.graphs.quant.assign import layers_of
 from satchel.graphs.quant.recipe import Recipe, Rule
 from satchel.runtime.evaluation.fidelity import log_softmax

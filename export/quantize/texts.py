@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.writing.publish import fresh
+from satchel.export.quantize.flow import fresh
 from satchel.graphs.quant.recipe import Recipe
 from satchel.runtime.bundle.certificate import EvaluatedText, Window
 from satchel.runtime.evaluation.fidelity import text_ids
@@ -33,6 +33,9 @@ CERTIFICATE_WINDOWS = 8
 
 FLOAT_CERTIFICATE_WINDOWS = 4
 """As many in float, where nothing was rounded and more windows say no more."""
+
+QUICK_WINDOWS = 4
+"""Windows of random ids that a quick export calibrates on."""
 
 FEWEST = 8
 """Windows that a calibration text must have; fewer say too little about a layer's inputs."""
@@ -58,7 +61,7 @@ def open_texts(
     config: ExportConfig,
     recipe: Recipe | None,
     folder: Path,
-    option: str = "--certificate-text",
+    option: str = "--eval-text",
 ) -> Texts:
     """Read and tokenize the texts of an export; a model without a tokenizer gets random ids.
 
@@ -70,19 +73,21 @@ def open_texts(
     length = min(Window.LENGTH, config.context(checkpoint.max_context))
     tokenizer = _tokenizer(checkpoint, folder)
     calibration = certificate = measured = None
-    if _calibrates(config, recipe):
+    if _calibrates(config, recipe) and not config.reads_calibration_text:
+        calibration = np.random.default_rng(0).integers(0, checkpoint.vocab_size, (QUICK_WINDOWS, length))
+    elif _calibrates(config, recipe):
         ids, _ = _ids(tokenizer, checkpoint, config.calibrate, CALIBRATION, "--calibrate")
         calibration = _spread(_windows(ids, length, FEWEST, config.calibrate, "--calibrate"), CALIBRATION_WINDOWS)
     if config.certificate:
-        ids, measured = _ids(tokenizer, checkpoint, config.certificate_text, CERTIFICATE, option)
-        windows = _windows(ids, length, 1, config.certificate_text, option)
+        ids, measured = _ids(tokenizer, checkpoint, config.eval_text, CERTIFICATE, option)
+        windows = _windows(ids, length, 1, config.eval_text, option)
         certificate = windows[: certificate_windows(config)]
     return Texts(calibration, certificate, measured)
 
 
 def calibration_file(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> Path | None:
     """The text that an export calibrates on; None where it does not, or takes random ids."""
-    if checkpoint.tokenizer is None or not _calibrates(config, recipe):
+    if checkpoint.tokenizer is None or not (config.reads_calibration_text and _calibrates(config, recipe)):
         return None
     return CALIBRATION if config.calibrate is None else config.calibrate
 
@@ -91,7 +96,7 @@ def certificate_file(checkpoint: Checkpoint, config: ExportConfig) -> Path | Non
     """The text that a bundle is measured on; None where it is not, or on random ids."""
     if checkpoint.tokenizer is None or not config.certificate:
         return None
-    return CERTIFICATE if config.certificate_text is None else config.certificate_text
+    return CERTIFICATE if config.eval_text is None else config.eval_text
 
 
 def _calibrates(config: ExportConfig, recipe: Recipe | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def shipped() -> list[str]:
 
 
 def recipe_of(config: ExportConfig) -> Recipe | None:
-    """The recipe of an export: the one asked for, or that of the precision; None where weights stay in float.
+    """The recipe of an export as its effort uses it; None where weights stay in float. A quick one does not smooth.
 
     An int8 KV cache over float weights has a recipe without rules.
 
@@ -32,14 +33,22 @@ def recipe_of(config: ExportConfig) -> Recipe | None:
         ExportError: The recipe cannot be read.
     """
     if config.quantized:
-        own = TARGET_RECIPES.get((config.target, config.precision), config.precision)
-        return load_recipe(own if config.recipe is None else config.recipe)
-    return Recipe(config.precision, ()) if config.kv_cache == "int8" else None
+        recipe = load_recipe(_chosen(config))
+        if config.effort == "normal":
+            return recipe
+        return dataclasses.replace(recipe, transforms=tuple(t for t in recipe.transforms if t != "smooth"))
+    return Recipe(config.precision, ()) if config.int8_cache else None
 
 
 def recipe_file(config: ExportConfig) -> Path | None:
     """The file of an export's recipe; None where weights stay in float."""
-    return _path(config.precision if config.recipe is None else config.recipe) if config.quantized else None
+    return _path(_chosen(config)) if config.quantized else None
+
+
+def _chosen(config: ExportConfig) -> str | Path:
+    """The recipe that was asked for, or the default of the target and precision."""
+    default = TARGET_RECIPES.get((config.target, config.precision), config.precision)
+    return default if config.recipe is None else config.recipe
 
 
 def load_recipe(name: str | Path) -> Recipe:

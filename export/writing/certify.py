@@ -13,10 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.export.errors import ExportError
-from satchel.export.quantize.flow import Flow
+from satchel.export.quantize.flow import Flow, fresh
 from satchel.export.quantize.texts import Texts
 from satchel.export.writing.bundle_writer import write_json
-from satchel.export.writing.publish import fresh
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest

@@ -43,7 +43,7 @@ def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
     files = {
         "recipe": recipe_file(config),
         "calibrate": calibration_file(checkpoint, config, recipe),
-        "certificate_text": certificate_file(checkpoint, config),
+        "eval_text": certificate_file(checkpoint, config),
     }
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
     if config.tokenizer is not None and checkpoint.tokenizer is not None:

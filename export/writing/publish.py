@@ -73,13 +73,6 @@ def scratch(output: Path) -> Iterator[Path]:
         yield folder
 
 
-def fresh(folder: Path, name: str) -> Path:
-    """An empty folder called `name` in `folder`."""
-    path = folder / name
-    path.mkdir(parents=True)
-    return path
-
-
 def _remove_abandoned(output: Path) -> None:
     """Remove what an export that was killed left here. A bundle that it had moved away and not replaced comes back."""
     for kind in ("partial", "scratch", "old"):

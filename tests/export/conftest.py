@@ -21,7 +21,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(folder: Path) -> None:
-        export_bundle(tiny_checkpoint, ExportConfig(folder / "tiny"))
+        export_bundle(tiny_checkpoint, ExportConfig(folder / "tiny", precision="fp32"))
 
     return made_once(tmp_path_factory, "tiny-bundle", make) / "tiny"
 

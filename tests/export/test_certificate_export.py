@@ -25,7 +25,7 @@ def int8(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """An int8 bundle certified on a text of the user's own."""
     folder = tmp_path_factory.mktemp("int8")
     (folder / "mine.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
-    export_bundle(tiny_checkpoint, ExportConfig(folder / "bundle", "int8", certificate_text=folder / "mine.txt"))
+    export_bundle(tiny_checkpoint, ExportConfig(folder / "bundle", "int8", eval_text=folder / "mine.txt"))
     return folder / "bundle"
 
 
@@ -95,7 +95,7 @@ def test_no_certificate_is_none(tiny_checkpoint: Path, tmp_path: Path, capsys: p
 
 
 def test_a_model_without_a_tokenizer_is_measured_on_random_ids(tmp_path: Path) -> None:
-    export_bundle(save_tiny(tmp_path / "mute"), ExportConfig(tmp_path / "bundle", max_context=40))
+    export_bundle(save_tiny(tmp_path / "mute"), ExportConfig(tmp_path / "bundle", precision="fp32", max_context=40))
     found = certificate(tmp_path / "bundle")
     assert found.text is None
     assert found.window_tokens == 40
@@ -108,5 +108,5 @@ def test_a_bundle_that_cannot_be_measured_is_not_published(
 ) -> None:
     monkeypatch.setattr(certify_module, "WINDOWS", "elsewhere.npy")  # the process that measures looks for its own name
     with pytest.raises(ExportError, match=r"the exported bundle cannot be measured: .*windows\.npy"):
-        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle"))
+        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32"))
     assert list(tmp_path.iterdir()) == []

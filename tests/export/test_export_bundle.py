@@ -47,7 +47,7 @@ def test_every_weight_is_stored_once(tiny_bundle: Path) -> None:
 
 
 def test_the_same_export_twice_gives_the_same_bytes(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "again"))
+    export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "again", precision="fp32"))
     for path in tiny_bundle.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -58,7 +58,7 @@ def test_the_forecast_and_the_stages_are_told_in_order(tiny_checkpoint: Path, tm
     lines = done.stderr.splitlines()
     expected = [
         r"\[1/6\] opening the checkpoint \.\.\. [\d.]+ s",
-        r"tiny: 0\.1 M parameters, context 128; (export )?needs about \d+ MiB of memory, \d+ MiB of disk.* and \d+ s",
+        r"tiny-checkpoint: 0\.1 M parameters, context 128; (export )?needs about \d+ MiB of memory, \d+ MiB of disk.* and \d+ s",
         r"\[2/6\] tracing the model \.\.\. [\d.]+ s",
         r"\[3/6\] optimizing the graphs \.\.\. [\d.]+ s",
         r"\[4/6\] writing the bundle \.\.\. [\d.]+ s",
@@ -98,7 +98,7 @@ def test_a_bundle_may_be_moved(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_exporting_in_python_is_silent_unless_asked(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", certificate=False))
+    manifest = export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
     assert capfd.readouterr() == ("", "")
     assert manifest == Manifest.read(tmp_path / "bundle" / MANIFEST_NAME)
     assert manifest.producer["satchel"]

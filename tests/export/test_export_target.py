@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from support.checkpoints import save_tiny
 from support.export_command import export, refused, tree
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.writing.publish import staged
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from satchel.runtime.cli import main as cli
 
 
 def test_a_bundle_that_is_there_is_kept_without_force(
@@ -66,7 +69,7 @@ def test_a_bundle_that_fails_its_check_is_not_published(
 
     monkeypatch.setattr("satchel.export.compile._self_check", fail)
     with pytest.raises(ExportError, match="the check says no"):
-        export_bundle(tiny_checkpoint, ExportConfig(target, force=True, certificate=False))
+        export_bundle(tiny_checkpoint, ExportConfig(target, precision="fp32", force=True, certificate=False))
     assert tree(tmp_path) == before
 
 
@@ -93,7 +96,7 @@ def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(
 
     monkeypatch.setattr("satchel.export.compile._self_check", fail)
     with pytest.raises(ExportError, match="the check says no"):
-        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", certificate=False))
+        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "the only one"
 
@@ -103,7 +106,7 @@ def test_force_through_a_link_replaces_the_bundle_that_it_leads_to(tiny_checkpoi
     real.mkdir()
     (real / "manifest.json").write_text("old")
     link.symlink_to(real)
-    export_bundle(tiny_checkpoint, ExportConfig(link, force=True, certificate=False))
+    export_bundle(tiny_checkpoint, ExportConfig(link, precision="fp32", force=True, certificate=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
     assert link.is_symlink()
     assert (real / "manifest.json").read_text() != "old"
@@ -124,3 +127,36 @@ def test_a_bundle_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
         (output / "manifest.json").write_text("another's")
     assert (output / "manifest.json").read_text() == "another's"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_without_a_name_the_bundle_is_called_after_the_checkpoint_and_the_precision(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = export(capsys, tiny_checkpoint, "--no-certificate", "-p", "int8", "--json")
+    assert ran.code == 0, ran.err
+    name = f"{tiny_checkpoint.name}-int8"
+    assert json.loads(ran.out)["bundle"] == name
+    assert Manifest.read(tmp_path / name / MANIFEST_NAME).precision == "int8"
+    assert name in ran.err
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bundle_is_not_a_checkpoint(
+    packed: bool, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_bundle
+    if packed:
+        source = tmp_path / "bundle.pyz"
+        assert cli.main(["pack", str(tiny_bundle), "-o", str(source)]) == 0
+    before = tree(tiny_bundle)
+    refused(capsys, tmp_path, source, "-o", tmp_path / "new", says=(str(source), "is a bundle already", "satchel run"))
+    assert tree(tiny_bundle) == before
+
+
+def test_a_missing_tokenizer_is_told_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = export(capsys, save_tiny(tmp_path / "mute"), "-o", tmp_path / "bundle", "--no-certificate")
+    assert ran.code == 0, ran.err
+    warning, work = (ran.err.index(part) for part in ("no tokenizer", "tracing the model"))
+    assert warning < work
+    assert "--tokenizer" in ran.err

@@ -43,7 +43,12 @@ def exported(
 ) -> tuple[str, OwnModule, Path, Manifest]:
     module = OwnModule(**VARIANTS[request.param])
     folder = tmp_path_factory.mktemp("own") / "bundle"
-    return request.param, module, folder, export_bundle(module, ExportConfig(folder, certificate=False))
+    return (
+        request.param,
+        module,
+        folder,
+        export_bundle(module, ExportConfig(folder, precision="fp32", certificate=False)),
+    )
 
 
 def test_every_way_through_the_graphs_gives_the_logits_of_torch(
@@ -103,7 +108,7 @@ def test_options_of_attention_that_mean_nothing_are_refused(options: dict[str, f
     module = OwnModule(KEY_DIM)
     module.options[0] = options
     with pytest.raises(ExportError, match="scale must not be 0, window at least 1 and softcap above 0"):
-        export_bundle(module, ExportConfig(tmp_path / "bundle", certificate=False))
+        export_bundle(module, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
     assert not list(tmp_path.iterdir())
 
 
@@ -111,7 +116,7 @@ def test_a_vocabulary_of_another_size_than_the_logits_is_refused(tmp_path: Path)
     module = OwnModule(KEY_DIM)
     module.satchel = ModuleFacts(vocab_size=VOCABULARY + 5, max_context=CONTEXT)
     with pytest.raises(ExportError, match=f"logits are {VOCABULARY} wide, and vocab_size says {VOCABULARY + 5}"):
-        export_bundle(module, ExportConfig(tmp_path / "bundle", certificate=False))
+        export_bundle(module, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
 
 
 class ScaledRotaryEmbedding(torch.nn.Module):
@@ -148,7 +153,7 @@ class WithOwnRotary(OwnModule):
 
 def test_a_rotary_module_of_ones_own_is_traced_as_it_is(tmp_path: Path) -> None:
     module = WithOwnRotary().eval()
-    manifest = export_bundle(module, ExportConfig(tmp_path / "bundle", certificate=False))
+    manifest = export_bundle(module, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
     ids = np.random.default_rng(3).integers(0, VOCABULARY, 20)
     engine = Engine.open(Bundle(tmp_path / "bundle", manifest), threads=1)
     assert difference(engine.score(ids, chunk=20), logits_of(module, ids)) <= TOLERANCE

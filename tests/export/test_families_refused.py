@@ -57,7 +57,9 @@ def refusal(model_type: str, options: dict[str, Any], place: Path) -> str:
     kind = next(k for k in kinds if type(config) in k._model_mapping)
     kind.from_config(config).save_pretrained(place / "checkpoint")
     with pytest.raises(ExportError) as caught:
-        export_bundle(place / "checkpoint", ExportConfig(place / "bundle", max_context=32, certificate=False))
+        export_bundle(
+            place / "checkpoint", ExportConfig(place / "bundle", precision="fp32", max_context=32, certificate=False)
+        )
     assert [path.name for path in place.iterdir()] == ["checkpoint"], "something was written"
     message = str(caught.value)
     assert "\n" not in message
@@ -88,7 +90,9 @@ def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     config = transformers.AutoConfig.for_model("gpt2", **SMALL)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
     export_bundle(
-        tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", max_context=32, certificate=False), progress=True
+        tmp_path / "checkpoint",
+        ExportConfig(tmp_path / "bundle", precision="fp32", max_context=32, certificate=False),
+        progress=True,
     )
     assert (tmp_path / "bundle").is_dir()
     assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err

@@ -16,8 +16,7 @@ from support.checkpoints import VOCABULARY, save_tiny, tiny_model
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.compile import lower, open_source, trace_source
 from satchel.export.quantize import flow as flow_module
-from satchel.export.quantize.flow import Flow, Inputs
-from satchel.export.writing.publish import fresh
+from satchel.export.quantize.flow import Flow, Inputs, fresh
 from satchel.graphs.ir.values import weight
 from satchel.runtime.bundle.contract import LOGITS, present_names
 from satchel.runtime.bundle.reader import Bundle
@@ -42,7 +41,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def common(wide: Path) -> ir.Model:
-    config = ExportConfig(Path("unused"))
+    config = ExportConfig(Path("unused"), precision="fp32")
     checkpoint = open_source(wide, config)
     return lower(trace_source(checkpoint, config), checkpoint, config)[0]
 
@@ -51,7 +50,7 @@ def common(wide: Path) -> ir.Model:
 def scored(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
     """The logits of the exported score graph, [windows, length, vocabulary]."""
     folder = tmp_path_factory.mktemp("bundles") / "wide"
-    manifest = export_bundle(wide, ExportConfig(folder, certificate=False))
+    manifest = export_bundle(wide, ExportConfig(folder, precision="fp32", certificate=False))
     engine = Engine.open(Bundle(folder, manifest), threads=1)
     return np.stack([engine.score(window) for window in WINDOWS])
 

@@ -24,7 +24,7 @@ PROMPTS = [[418, 390, 2, 378, 378, 2, 166, 439, 426, 304, 180], [96, 419]]
 COUNT = 64
 TOLERANCE = 1e-5  # of the largest logit
 FORMS: dict[str, dict[str, Any]] = {
-    "fp32": {},
+    "fp32": {"precision": "fp32"},
     "fp16": {"precision": "fp16"},
     "int8": {"precision": "int8"},
     "int4": {"precision": "int4"},
@@ -97,7 +97,7 @@ def test_a_model_without_an_end_token_never_ends(tmp_path: Path) -> None:
     """Token 0 is no end token for want of another."""
     folder = save_tiny(tmp_path / "checkpoint", "qwen2", eos_token_id=None)
     bundle = tmp_path / "bundle"
-    export_bundle(folder, ExportConfig(bundle, certificate=False))
+    export_bundle(folder, ExportConfig(bundle, precision="fp32", certificate=False))
     config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
     assert "eos_token_id" not in config["model"]
     expected = by_satchel(Engine.open(open_bundle(bundle), threads=1), PROMPTS, COUNT)

@@ -36,6 +36,7 @@ def named(path: Path) -> dict[str, str]:
 
 def found(source: Path | str, **options: Any) -> dict[str, Any]:
     """The provenance of an export that is not made, as JSON."""
+    options = options if {"precision", "target"} & set(options) else {"precision": "fp32", **options}
     checkpoint = open_checkpoint(source, tokenizer=options.get("tokenizer"))
     document: dict[str, Any] = strict_json.to_json(provenance(checkpoint, Config(Path("/somewhere/out"), **options)))
     json.dumps(document)
@@ -50,7 +51,7 @@ def test_a_bundle_has_it(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     assert made.source["config.json"].bytes == (tiny_checkpoint / "config.json").stat().st_size
     assert set(made.source) == {path.name for path in tiny_checkpoint.iterdir()}
     assert (made.options["precision"], made.options["kv_cache"], made.options["passes"]) == ("fp32", "float", [])
-    assert made.options["certificate_text"] == named(CERTIFICATE)
+    assert made.options["eval_text"] == named(CERTIFICATE)
     assert (made.options["recipe"], made.options["calibrate"], made.options["tokenizer"]) == (None, None, None)
     assert not {"output", "force"} & set(made.options)
     assert (made.processor, made.threads) == (processor_features(), machine_cores())
@@ -66,12 +67,12 @@ def test_versions_of_all_that_decides_bytes_are_in_producer(tiny_bundle: Path) -
 def test_no_path_is_in_a_manifest(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "mine.txt"
     text.write_bytes(CERTIFICATE.read_bytes())
-    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "out", "--certificate-text", text, "--quiet")
+    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "out", "--eval-text", text, "--quiet")
     assert ran.code == 0, ran.err
     manifest = (tmp_path / "out" / "manifest.json").read_text()
     assert str(tmp_path) not in manifest
     assert str(tiny_checkpoint.parent) not in manifest
-    assert json.loads(manifest)["provenance"]["options"]["certificate_text"] == named(text)
+    assert json.loads(manifest)["provenance"]["options"]["eval_text"] == named(text)
 
 
 def test_a_recipe_and_the_text_behind_it_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -84,15 +85,32 @@ def test_a_recipe_and_the_text_behind_it_are_named(tiny_checkpoint: Path, tmp_pa
     assert (options["recipe"], options["calibrate"], options["max_context"]) == (named(mine), named(text), 64)
 
 
+@pytest.mark.parametrize(
+    ("target", "precision", "recipe"), [("cuda", "int8", "a16w8"), ("cann", "a16w8", "a16w8-channel")]
+)
+def test_a_recipe_of_the_target_is_the_one_that_is_named(
+    target: str, precision: str, recipe: str, tiny_checkpoint: Path
+) -> None:
+    options = found(tiny_checkpoint, precision=precision, target=target, max_context=64)["options"]
+    assert options["recipe"] == named(RECIPES / f"{recipe}.toml")
+
+
+def test_the_effort_is_an_option_and_a_quick_one_has_no_calibration_text(tiny_checkpoint: Path) -> None:
+    quick, normal = (found(tiny_checkpoint, precision="int8", effort=e)["options"] for e in ("quick", "normal"))
+    assert (quick["effort"], quick["calibrate"]) == ("quick", None)
+    assert (normal["effort"], normal["calibrate"]) == ("normal", named(CALIBRATION))
+    assert quick["recipe"] == normal["recipe"]
+
+
 def test_an_int8_cache_over_floats_is_calibrated_and_has_no_recipe(tiny_checkpoint: Path) -> None:
     options = found(tiny_checkpoint, kv_cache="int8", certificate=False)["options"]
     assert (options["recipe"], options["calibrate"]) == (None, named(CALIBRATION))
-    assert (options["certificate"], options["certificate_text"]) == (False, None)
+    assert (options["certificate"], options["eval_text"]) == (False, None)
 
 
 def test_random_ids_are_no_text(tmp_path: Path) -> None:
     options = found(save_tiny(tmp_path / "bare"), precision="int4")["options"]
-    assert (options["calibrate"], options["certificate_text"]) == (None, None)
+    assert (options["calibrate"], options["eval_text"]) == (None, None)
 
 
 def test_shards_and_their_index_are_listed(tmp_path: Path) -> None:
@@ -133,7 +151,7 @@ def test_under_another_name_of_its_folder_only_the_name_differs(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     renamed = shutil.copytree(tiny_checkpoint, tmp_path / "renamed")
-    export_bundle(renamed, ExportConfig(tmp_path / "out"))
+    export_bundle(renamed, ExportConfig(tmp_path / "out", precision="fp32"))
     first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (tiny_bundle, tmp_path / "out"))
     assert second["source"].pop("name") == "renamed"
     del first["source"]["name"]

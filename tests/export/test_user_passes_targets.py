@@ -137,7 +137,7 @@ def test_a_pass_that_leaves_what_the_target_does_not_know_is_named(
 
 
 def test_libraries_have_no_place_in_static_graphs(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="--custom-ops does not go with --target cann, whose device knows standard"):
+    with pytest.raises(ExportError, match=r"--custom-ops .* --target cann"):
         ExportConfig(tmp_path, target="cann", passes=(halve_logits,), custom_ops=(LIBRARY,))
 
 

@@ -25,15 +25,22 @@ class Ran:
 
 
 def export(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
-    """`satchel export` with these arguments, in this process."""
+    """`satchel export` with these arguments, in this process; fp32 where they say nothing of a precision or target."""
     capsys.readouterr()
-    code = cli.main(["export", *map(str, arguments)])
+    code = cli.main(["export", *in_float(*arguments)])
     return Ran(code, *capsys.readouterr())
 
 
+def in_float(*arguments: str | Path) -> list[str]:
+    """The arguments of an export, with `--precision fp32` where they name neither a precision nor a target."""
+    words = [str(argument) for argument in arguments]
+    return words if {"--precision", "-p", "--target"} & set(words) else [*words, "--precision", "fp32"]
+
+
 def satchel(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """`satchel` in a process of its own."""
-    command = [*SATCHEL, *map(str, arguments)]
+    """`satchel` in a process of its own; see `export` for what an export is without a precision."""
+    name, *rest = map(str, arguments)
+    command = [*SATCHEL, name, *(in_float(*rest) if name == "export" else rest)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
