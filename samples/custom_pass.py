@@ -12,7 +12,7 @@ It exports the model of own_module.py with the pass `cut_negatives` below, and p
 
 The same with commands, where LIBRARY is the path that `onnxruntime_extensions.get_library_path()` returns:
 
-    satchel export samples/own_module.py:build -o out/custom --tokenizer out/own-tokenizer.json \\
+    satchel export samples/own_module.py:build -o out/custom --tokenizer out/own-tokenizer.json -p fp32 \\
         --pass samples/custom_pass.py:cut_negatives --custom-ops LIBRARY
     satchel run out/custom "A gull sat" --custom-ops LIBRARY
     satchel run out/custom "A gull sat" --no-custom-passes
@@ -64,7 +64,7 @@ def main(bundle: Path) -> None:
     library = Path(onnxruntime_extensions.get_library_path())
     tokenizer = new_path(new_path(bundle).with_name(f"{bundle.name}-tokenizer.json"))
     own_module.make_tokenizer().save(str(tokenizer))
-    config = ExportConfig(bundle, tokenizer=tokenizer, passes=(cut_negatives,), custom_ops=(library,))
+    config = ExportConfig(bundle, "fp32", tokenizer=tokenizer, passes=(cut_negatives,), custom_ops=(library,))
     manifest = export_bundle(own_module.build(), config)
     counts = [f"{done['graph']} {done['count']}" for done in manifest.passes if "cut_negatives" in done["pass"]]
     print(f"wrote {bundle} and {tokenizer}")
