@@ -58,7 +58,7 @@ def test_the_forecast_and_the_stages_are_told_in_order(tiny_checkpoint: Path, tm
     lines = done.stderr.splitlines()
     expected = [
         r"\[1/6\] opening the checkpoint \.\.\. [\d.]+ s",
-        r"tiny-checkpoint: 0\.1 M parameters, context 128; (export )?needs about \d+ MiB of memory, \d+ MiB of disk.* and \d+ s",
+        r"tiny-checkpoint: 0\.1 M parameters, context 128; needs about \d+ MiB of memory, \d+ MiB of disk.* and \d+ s",
         r"\[2/6\] tracing the model \.\.\. [\d.]+ s",
         r"\[3/6\] optimizing the graphs \.\.\. [\d.]+ s",
         r"\[4/6\] writing the bundle \.\.\. [\d.]+ s",

@@ -45,7 +45,7 @@ def test_a_signal_ends_an_export_with_nothing_left(
     sent: signal.Signals, stage: str, large: Path, tmp_path: Path
 ) -> None:
     log, place = tmp_path / "log", tmp_path / "out"
-    command = [*SATCHEL, "export", str(large), "-o", str(place / "bundle")]
+    command = [*SATCHEL, "export", str(large), "-o", str(place / "bundle"), "-p", "fp32"]
     with log.open("w") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as process:
         if stage == "tracing":
             wait_for(lambda: "tracing the model" in log.read_text())
@@ -60,7 +60,7 @@ def test_a_signal_ends_an_export_with_nothing_left(
 
 
 def test_a_disk_that_fails_while_writing_leaves_nothing(large: Path, tmp_path: Path) -> None:
-    command = [*SATCHEL, "export", str(large), "-o", str(tmp_path / "bundle"), "--quiet"]
+    command = [*SATCHEL, "export", str(large), "-o", str(tmp_path / "bundle"), "-p", "fp32", "--quiet"]
     limit = 50 << 20  # bytes: no file may grow larger
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, check=False,
