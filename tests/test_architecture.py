@@ -23,12 +23,7 @@ BOUNDARIES = {
 """The packages for devices, and the one module of the core that loads each, inside a function."""
 MAX_ROOT_MODULES = 5
 
-PENDING: set[tuple[str, str]] = {
-    # Quantizing publishes what it found, and writing describes what was quantized.
-    ("satchel.export.quantize.quantize", "satchel.export.writing.publish"),
-    ("satchel.export.quantize.sensitivity", "satchel.export.writing.publish"),
-    ("satchel.export.quantize.texts", "satchel.export.writing.publish"),
-}
+PENDING: set[tuple[str, str]] = set()
 """Imports against the order that are still to be removed. A test says when one of them is gone."""
 
 
