@@ -38,7 +38,8 @@ def test_the_code_of_the_guide_to_passes_runs_and_its_tests_pass() -> None:
 def test_the_page_of_models_lists_every_family() -> None:
     text = section((CHECKOUT / "docs" / "models.md").read_text(), "Families")
     tested, refused = text.split("| reason |", 1)
-    assert set(re.findall(r"`([\w-]+)`", tested)) == set(families.PASSED)
+    (names,) = re.findall(r"^`.*`$", tested, re.MULTILINE)
+    assert set(re.findall(r"`([\w-]+)`", names)) == set(families.PASSED)
     listed = {
         name: reason.strip() for reason, names in re.findall(r"^\| (.*?) \| (`.*`) \|$", refused, re.MULTILINE)
         for name in re.findall(r"`([\w-]+)`", names)

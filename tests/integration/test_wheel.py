@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.installed import CHECKOUT, FOLDERS, wheel
 
+pytestmark = pytest.mark.slow
+
 NOT_IN_THE_WHEEL = ("*.c", "*.h", "*.so", "ruff.toml")
 """The kernels' sources, of which the wheel has the library; the library in the tree; settings of the lint."""
 
