@@ -1,0 +1,1 @@
+"""The commands of the exporter: export, sensitivity and check."""

@@ -1,0 +1,1 @@
+"""Traces a PyTorch model into an ONNX graph whose weights stay in the checkpoint."""

@@ -1,8 +1,7 @@
-"""Rotary modules are read out as tables of cosines and sines by position.
+"""Evaluates rotary modules into lookup tables of cosines and sines by position.
 
-A table holds whatever scaling the module applies (linear, NTK, YaRN, Llama 3, longrope), with the factors for the
-bundle's capacity, and
-nothing is left of it to trace but a look-up.
+A table contains whatever scaling the module applies (linear, NTK, YaRN, Llama 3, longrope), with the factors for the
+bundle's context. Only the lookup is traced.
 """
 
 from __future__ import annotations

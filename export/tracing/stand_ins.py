@@ -1,8 +1,7 @@
-"""What stands in for attention, masks and experts while `transformers` runs under the tracer.
+"""Replacements for attention, masks and experts while `transformers` runs under the tracer.
 
-`transformers` lets all three be replaced by name, so no code of a model is changed. What a stand-in cannot carry over
-it
-refuses, by the name of the class that asked for it.
+`transformers` lets all three be replaced by name, so no model code is changed. A replacement refuses what it cannot
+express, and names the class that asked for it.
 """
 
 from __future__ import annotations

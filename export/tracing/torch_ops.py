@@ -1,10 +1,8 @@
-"""The operators that stand in a traced graph for what a pass lowers later.
+"""Placeholder operators in a traced graph, which a pass lowers later.
 
 `satchel::Attention`: query [batch, heads, new, key_dim], key [batch, kv_heads, new, key_dim] and value [batch,
-kv_heads,
-new, value_dim] of the new tokens -> [batch, new, heads, value_dim]. Attributes: layer, scale, window and softcap, where
-0
-means none.
+kv_heads, new, value_dim] of the new tokens -> [batch, new, heads, value_dim]. Attributes: layer, scale, window and
+softcap, where 0 means none.
 
 `satchel::Experts`: hidden [tokens, hidden], index and weights [tokens, k] of the chosen experts, gate_up [experts,
 2 x inner, hidden], down [experts, hidden, inner] -> [tokens, hidden]. The activation is SiLU.

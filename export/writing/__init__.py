@@ -1,0 +1,1 @@
+"""Writes a bundle: its graphs, weights, manifest and certificate, published whole or not at all."""
