@@ -1,4 +1,5 @@
-"""Which channels of which product a value is: what passes share that change a product's outputs one by one."""
+"""Which channels of which linear layer a value is: what passes share that change a linear layer's outputs one by
+one."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from satchel.graphs.ir.weights import LazyWeight
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
-    """Outputs `start` to `stop` of a product with constant weights.
+    """Outputs `start` to `stop` of a linear layer with constant weights.
 
     Attributes:
         matrix: The initializer [in, out].
-        bias: The initializer [out], if the product has one.
+        bias: The initializer [out], if the linear layer has one.
     """
 
     matrix: ir.Value
@@ -28,7 +29,7 @@ class Channels:
 
 
 def channels(value: ir.Value | None) -> Channels | None:
-    """The channels that a value is: all of a product, or one part of its Split; None if something else makes it.
+    """The channels that a value is: all of a linear layer, or one part of its Split; None if something else makes it.
 
     Raises:
         Refused: They cannot be changed for one reader alone, since something else reads them, or the weights.
@@ -101,4 +102,4 @@ def _operand(value: ir.Value, lazy: LazyWeight) -> ir.Value:
             return read
         inner = producer(read, "MatMul")
         waiting.extend(inner.inputs if inner is not None else ())
-    raise Refused(f"{lazy.name} is not read by the product that makes {value.name}")
+    raise Refused(f"{lazy.name} is not read by the linear layer that makes {value.name}")

@@ -27,7 +27,7 @@ def cut(model: ir.Model, limit: int = INLINE_LIMIT) -> list[ir.Model]:
 
     Args:
         model: The graph; it is not changed.
-        limit: Of each part's weights as a session holds them: codes count as what they are folded into.
+        limit: Of each part's weights as a session holds them: quantized values count as what they are folded into.
 
     Raises:
         CutError: One operator alone reads more.

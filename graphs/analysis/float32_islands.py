@@ -23,7 +23,7 @@ BEHIND_THE_HEAD = {"Add", "Div", "Mul", "Neg", "Reshape", "Squeeze", "Sub", "Tan
 
 def float32_islands(model: ir.Model, types: Types) -> set[ir.Node]:
     """Nodes over float32 values that have to stay so: norms written as arithmetic, rotary angles, and what follows the
-    head's product on the way to the logits.
+    head's linear layer on the way to the logits.
 
     Norms in one operator are not among them: with float16 inputs they sum in float32 inside.
     """
@@ -84,7 +84,7 @@ def _keep_backwards(node: ir.Node, allowed: Iterable[str], kept: set[ir.Node]) -
 
 
 def _keep_tail(logits: ir.Value, kept: set[ir.Node]) -> None:
-    """Keep what works on the logits alone, back to the product that makes them."""
+    """Keep what works on the logits alone, back to the linear layer that makes them."""
     node = logits.producer()
     while node is not None and node.domain == "" and node.op_type in BEHIND_THE_HEAD:
         moving = [v for v in node.inputs if v is not None and not v.is_initializer()]

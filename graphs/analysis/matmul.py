@@ -25,7 +25,7 @@ class Product:
 
 
 def product(value: ir.Value | None) -> Product | None:
-    """The product with constant weights that makes `value`, or None."""
+    """The linear layer with constant weights that makes `value`, or None."""
     if value is None:
         return None
     add = producer(value, "Add")

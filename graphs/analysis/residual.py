@@ -58,7 +58,7 @@ def find_residual(lookup: ir.Node) -> Residual:
     """
     table = weight(lookup.inputs[0])
     if table is None or len(table.dims) != 2:
-        raise Refused("what is looked up is no table of constant weights")
+        raise Refused("what is looked up is not a table of constant weights")
     search = _Search(table.dims[1])
     search.walk(lookup.outputs[0])
     return search.result()
@@ -116,7 +116,7 @@ class _Search:
         node = value.producer()
         operands = list(node.inputs) if node is not None else []
         if node is None or None in operands[:2]:
-            raise Refused(f"{value.name} of the residual stream has no product that makes it")
+            raise Refused(f"{value.name} of the residual stream has no linear layer that makes it")
         kind, (first, second) = _kind(node), (*operands, None)[:2]
         if kind == "Gather" and self._is_matrix(first) and attributes(node, axis=0)["axis"] == 0:
             return self._note(self.written, first)
@@ -154,11 +154,11 @@ class _Search:
         if options["axis"] not in (-1, (rank(node.inputs[0]) or 0) - 1) or any(v.uses() for v in node.outputs[1:]):
             raise Refused(f"{node.name} is not over the last axis alone, or gives more than the norm")
         if gain is None or (bias is None and len(node.inputs) > 2 and node.inputs[2] is not None):
-            raise Refused(f"the gain or bias of {node.name} is not a constant vector over the last axis")
+            raise Refused(f"the norm weight or bias of {node.name} is not a constant vector over the last axis")
         self.norms.append(Norm(node, gain, bias, tuple(self._readers(node.outputs[0], bias is not None))))
 
     def _readers(self, value: ir.Value, biased: bool) -> list[ir.Node]:
-        """The products that read a normalized value; their weights are noted."""
+        """The linear layers that read a normalized value; their weights are noted."""
         if value.is_graph_output():
             raise Refused(f"{value.name}, the norm of the residual stream, is an output of the graph")
         found = []
@@ -216,11 +216,12 @@ def _expert_weights(node: ir.Node) -> tuple[ir.Value, ir.Value]:
 def _check_gemm(node: ir.Node) -> None:
     options = attributes(node, alpha=1.0, beta=1.0, transA=0, transB=0)
     if (options["alpha"], options["transA"], options["transB"]) != (1.0, 0, 1):
-        raise Refused(f"{node.name} scales its product, or transposes in another way than by transB")
+        raise Refused(f"{node.name} scales its result, or transposes in another way than by transB")
 
 
 def _is_factor_of_rows(value: ir.Value | None) -> bool:
-    """Whether this is one number, or one for each row: multiplying by it commutes with products over the last axis."""
+    """Whether this is one number, or one for each row: multiplying by it commutes with linear layers over the last
+    axis."""
     total = producer(value, "ReduceSum")
     if total is not None and total.attributes.get_int("keepdims", 1) == 1 and len(total.inputs) > 1:
         return scalar(total.inputs[1]) == -1

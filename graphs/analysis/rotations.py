@@ -10,7 +10,7 @@ def hadamard(size: int) -> NDArray[np.float32]:
     """The Hadamard matrix of Sylvester's construction, scaled to be orthogonal: [size, size], symmetric.
 
     Raises:
-        ValueError: `size` is no power of two.
+        ValueError: `size` is not a power of two.
     """
     if size < 1 or size & (size - 1):
         raise ValueError(f"a Hadamard matrix of Sylvester's kind is of a power of two, not of {size}")

@@ -166,7 +166,7 @@ class Builder:
         return output
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
-        """An initializer `const/name` with these values; one that is there already is used again. No checkpoint's names
+        """An initializer `const/name` with these values; one that exists already is used again. No checkpoint's names
         have a slash.
 
         Raises:
@@ -177,7 +177,7 @@ class Builder:
         if there is not None:
             known = constant(there)
             if known is None or known.dtype != array.dtype or not np.array_equal(known, array):
-                raise ValueError(f"an initializer called {name} is there already")
+                raise ValueError(f"an initializer called {name} exists already")
             return there
         return self.initializer(ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
 
@@ -192,7 +192,7 @@ class Builder:
             return self.initializer(lazy)
         known = weight(there)
         if known is None or (known.dims, known.dtype) != (lazy.dims, lazy.dtype):
-            raise ValueError(f"an initializer called {lazy.name} is there already")
+            raise ValueError(f"an initializer called {lazy.name} exists already")
         return there
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
@@ -204,7 +204,7 @@ class Builder:
         name = str(tensor.name)
         there = self.graph.initializers.get(name)
         if there is not None:
-            raise ValueError(f"an initializer called {name} is there already")
+            raise ValueError(f"an initializer called {name} exists already")
         value = ir.Value(
             name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
         )

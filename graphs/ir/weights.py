@@ -223,7 +223,8 @@ def cast(weight: LazyWeight, dtype: ir.DataType, name: str) -> LazyWeight:
 
 
 def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes [rows, n] of 4 bits as bytes [rows, ceil(n / 2)], the first of two in the low half; 8 bits as they are."""
+    """Quantized values [rows, n] of 4 bits as bytes [rows, ceil(n / 2)], the first of two in the low half; 8 bits as
+    they are."""
     if bits == 8:
         return codes
     if codes.shape[1] % 2:

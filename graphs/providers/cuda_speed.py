@@ -1,4 +1,5 @@
-"""Rules of the CUDA provider on what runs there and could run better: CUDA graphs, quantized products, the cache."""
+"""Rules of the CUDA provider on what runs there and could run better: CUDA graphs, quantized linear layers, the
+cache."""
 
 from __future__ import annotations
 
@@ -37,13 +38,13 @@ def decode_has_no_control_flow(view: GraphView) -> Iterator[Finding]:
 
 
 def activations_in_float(view: GraphView) -> Iterator[Finding]:
-    """Activations are not quantized: no product is computed in int8 for it."""
+    """Activations are not quantized: no linear layer is computed in int8 for it."""
     for node in of_type(view, "QuantizeLinear"):
         if is_constant(operand(node, 0)):
             continue
         readers = [use.node for use in node.outputs[0].uses()]
         if any(reader.op_type == "DequantizeLinear" for reader in readers):
-            yield at(node, "activations are rounded, and the product is computed in float")
+            yield at(node, "activations are rounded, and the matmul is computed in float")
 
 
 def weights_are_fused(view: GraphView) -> Iterator[Finding]:
@@ -89,7 +90,7 @@ def _not_fused(dequantize: ir.Node, old: bool) -> str | None:
         return f"{len(uses)} nodes read it, and one may"
     reader = next(iter(uses))
     if reader.node.op_type not in PRODUCTS or reader.idx != 1:
-        return f"{reader.node.op_type} reads it, and a product would have to, as its second input"
+        return f"{reader.node.op_type} reads it, and a linear layer would have to, as its second input"
     if codes is None or scales is None or not is_constant(scales) or (zeros is not None and not is_constant(zeros)):
         return "its scales are computed"
     if len(codes.uses()) > 1 or len(scales.uses()) > 1:

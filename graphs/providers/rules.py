@@ -173,7 +173,7 @@ CUDA = (
     ),
     Rule(
         "U13", WARNING, "activations are quantized",
-        "the provider has no product in int8 for these patterns: it rounds, and multiplies in float",
+        "the provider has no int8 matmul for these patterns: it rounds, and multiplies in float",
         "choose a precision with float activations, such as a16w8", cuda_speed.activations_in_float,
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""Marks each weight of a traced graph with the rule of a recipe that counts for it."""
+"""Marks each weight of a traced graph with the rule of a recipe that applies to it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def layer_name(lazy: LazyWeight | QuantizedWeight) -> str:
 
 
 def _layers(model: ir.Model) -> Iterator[tuple[LazyWeight, str]]:
-    """Each weight of a product, table or mixture of experts, with its kind."""
+    """Each weight of a linear layer, table or mixture of experts, with its kind."""
     tables = set()
     for node in model.graph:
         lazy = weight(node.inputs[0]) if node.op_type == "Gather" and node.domain == "" else None
@@ -77,7 +77,7 @@ def _layers(model: ir.Model) -> Iterator[tuple[LazyWeight, str]]:
 
 
 def _head(model: ir.Model) -> ir.Node | None:
-    """The last product in front of the logits."""
+    """The last linear layer in front of the logits."""
     (value,) = [v for v in model.graph.outputs if v.name == LOGITS]
     while (node := value.producer()) is not None:
         if node.op_type == "MatMul":

@@ -15,22 +15,22 @@ from satchel.graphs.quant.assign import LAYERS, RULE, layers_of
 
 
 def join(model: ir.Model, products: Sequence[Product], name: str, before: ir.Node) -> None:
-    """Replace `products` by one product and a Split of its result.
+    """Replace `products` by one linear layer and a Split of its result.
 
     Raises:
-        Refused: The products have different inputs, only some have a bias, or a recipe stores them differently.
+        Refused: The linear layers have different inputs, only some have a bias, or a recipe stores them differently.
     """
     first = products[0]
     if any(p.matrix.meta.get(RULE) != first.matrix.meta.get(RULE) for p in products):
-        raise Refused("the recipe has different rules for the products")
+        raise Refused("the recipe has different rules for the linear layers")
     if any(p.x is not first.x for p in products):
-        raise Refused("the products do not read the same input")
+        raise Refused("the linear layers do not read the same input")
     biases = [p.bias for p in products if p.bias is not None]
     if biases and len(biases) != len(products):
-        raise Refused("some of the products have a bias and some have none")
+        raise Refused("some of the linear layers have a bias and some have none")
     path = ".".join([*_common_parts([p.matrix.name for p in products]), name])
     if f"{path}.weight.T" in model.graph.initializers:
-        raise Refused(f"{path}.weight.T is there already: the layers share their weights")
+        raise Refused(f"{path}.weight.T exists already: the layers share their weights")
     builder = Builder(model, before)
     joined = concatenated([p.matrix for p in products], 1, f"{path}.weight.T")
     joined.meta[LAYERS] = tuple(layer for p in products for layer in layers_of(p.matrix))

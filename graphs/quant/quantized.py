@@ -1,4 +1,4 @@
-"""A quantized weight: its codes and grid, and the layouts in which kernels read them."""
+"""A quantized weight: its values and grid, and the layouts in which kernels read them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ PANEL_GROUPS = 8
 """Group sizes that satchel's own kernels take are multiples of this."""
 
 INT8_PRODUCTS = 4
-"""The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, block by block."""
+"""The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, group by group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """The codes of one weight [outputs, inputs] on their grid.
+    """The quantized values of one weight [outputs, inputs] on their grid.
 
     Attributes:
         name: The weight's name in the graph.
-        grid: Scheme, scales [outputs, blocks] and zero points. For experts, outputs are those of one after the other.
+        grid: Scheme, scales [outputs, groups] and zero points. For experts, outputs are those of one after the other.
         codes: [outputs, inputs], one code per element: int8, or uint8 where there are zero points; may be mapped from
             a file.
     """
@@ -44,12 +44,12 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points as they are stored."""
+        """Bytes of quantized values, scales and zero points as they are stored."""
         zero_points = 0 if self.grid.zero_points is None else self.grid.zero_points.size * self.grid.scheme.bits // 8
         return self.codes.size * self.grid.scheme.bits // 8 + self.grid.scales.nbytes + zero_points
 
     def columns(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
-        """Codes [inputs, outputs], scales and zero points [blocks, outputs] for DequantizeLinear along axis 0.
+        """Quantized values [inputs, outputs], scales and zero points [groups, outputs] for DequantizeLinear, axis 0.
 
         Where each output has one scale, scales and zero points are [outputs], for axis 1.
         """
@@ -72,9 +72,10 @@ class QuantizedWeight:
         return codes, scales, from_array(f"{self.name}.zero_points", points, computed=True)
 
     def fits_panels(self) -> bool:
-        """Whether satchel's own kernels multiply by such codes.
+        """Whether satchel's own kernels support a weight that is quantized like this.
 
-        They take a scale for each output with symmetric codes of 8 bits, or blocks of a multiple of eight inputs.
+        They take a scale for each output with symmetric quantized values of 8 bits, or groups of a multiple of eight
+        inputs.
         """
         scheme, inputs = self.grid.scheme, self.codes.shape[1]
         if scheme.block is None:
@@ -104,10 +105,11 @@ class QuantizedWeight:
         return tuple(made)
 
     def rows(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
-        """Codes [outputs, inputs * bits / 8] uint8, scales [outputs, blocks], zero points [outputs, blocks * bits / 8].
+        """Values [outputs, inputs * bits / 8], scales [outputs, groups], zero points [outputs, groups * bits / 8].
 
-        Codes of symmetric schemes have half the range added, the zero point that MatMulNBits, GatherBlockQuantized and
-        QMoE assume. Four bits are packed two to a byte, the first in the low half.
+        Values and zero points are uint8; four bits are packed two to a byte, the first in the low half. Values of
+        symmetric schemes have half the range added, the zero point that MatMulNBits, GatherBlockQuantized and QMoE
+        assume.
         """
         grid, bits = self.grid, self.grid.scheme.bits
         offset = (1 << (bits - 1)) if grid.zero_points is None else 0
@@ -134,7 +136,7 @@ class KVScales:
     """One scale for each channel of one layer's int8 cache.
 
     Attributes:
-        key: [kv_heads, head_dim] float32: value = code * scale.
+        key: [kv_heads, head_dim] float32: value = quantized value * scale.
         value: The same for the values.
     """
 
@@ -164,7 +166,7 @@ class Quantized:
 def quantized_products(
     model: ir.Model, weights: Mapping[str, QuantizedWeight]
 ) -> Iterator[tuple[ir.Node, QuantizedWeight]]:
-    """The products of a graph by one of these weights, each with what is stored for it."""
+    """The linear layers of a graph by one of these weights, each with what is stored for it."""
     for node in nodes(model, "MatMul"):
         matrix = node.inputs[1]
         quantized = weights.get(str(matrix.name)) if matrix is not None and matrix.is_initializer() else None

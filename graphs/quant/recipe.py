@@ -50,13 +50,14 @@ class Rule:
 
     Attributes:
         layers: Patterns over the checkpoint's layer names, with * for any characters; one has to match.
-        kinds: What the layer is: a product, an embedding table (and a head tied to it), a head of its own, experts.
+        kinds: What the layer is: a linear layer, an embedding table (and a head tied to it), a head of its own,
+            experts.
         bits: 4 or 8; None leaves the layer in float.
         blocks: Block sizes, the first that divides the layer's inputs is taken; "channel" for one scale per output.
         symmetric: Without zero points.
         rounding: "nearest"; "search" for the scale with the least error; "gptq", which also makes up for each
             rounding in what is not rounded yet.
-        prefill: Activations of the products in prefill: "float", or int8 with a scale per "token".
+        prefill: Activations of the linear layers in prefill: "float", or int8 with a scale per "token".
         decode: The same in decode; "tensor" has one scale and zero point for all tokens of a step, which is one.
         optional: True where the patterns may match no layer.
     """
@@ -110,7 +111,7 @@ class Recipe:
     hadamard_block: int = 16
 
     def rule(self, layer: str, kind: str) -> Rule | None:
-        """The rule that counts for a layer, or None for float."""
+        """The rule that applies to a layer, or None for float."""
         return next((rule for rule in self.rules if rule.matches(layer, kind)), None)
 
     def needs_calibration(self) -> bool:
@@ -136,7 +137,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
     """Read a recipe, written in TOML.
 
     Raises:
-        RecipeError: It is no TOML, or has a key or a value that is not known.
+        RecipeError: It is not TOML, or has a key or a value that is not known.
     """
     try:
         document = tomllib.loads(text)
@@ -199,7 +200,7 @@ def _rule(document: Mapping[str, Any], place: str) -> Rule:
                 f"{place}: weights per channel have no kernel with float activations: quantize both phases"
             )
         if set(rule.kinds) - {"linear", "head"}:
-            raise RecipeError(f'{place}: int8 activations are for products: add kinds = ["linear"]')
+            raise RecipeError(f'{place}: int8 activations are for linear layers: add kinds = ["linear"]')
     return rule
 
 

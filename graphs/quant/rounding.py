@@ -19,12 +19,12 @@ CACHED = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Where the codes of a weight [outputs, inputs] lie: value = (code - zero point) * scale.
+    """Where the quantized values of a weight [outputs, inputs] lie: value = (quantized value - zero point) * scale.
 
     Attributes:
-        scheme: Bits and blocks.
-        scales: [outputs, blocks] float32. A block is `scheme.block` inputs, or all of them.
-        zero_points: [outputs, blocks] uint8; None where the scheme is symmetric.
+        scheme: Bits and groups.
+        scales: [outputs, groups] float32. A group is `scheme.block` inputs, or all of them.
+        zero_points: [outputs, groups] uint8; None where the scheme is symmetric.
     """
 
     scheme: Scheme
@@ -46,13 +46,13 @@ class Grid:
         return np.repeat(self.scales, width, axis=1), np.repeat(zero, width, axis=1)
 
     def round(self, weight: NDArray[np.float32]) -> NDArray[np.int16]:
-        """The nearest codes of a weight [outputs, inputs]."""
+        """The nearest quantized values of a weight [outputs, inputs]."""
         scale, zero = self.expanded(weight.shape[1])
         codes: NDArray[np.int16] = np.clip(np.rint(weight / scale) + zero, self.low, self.high).astype(np.int16)
         return codes
 
     def values(self, codes: NDArray[np.int16]) -> NDArray[np.float32]:
-        """What codes [outputs, inputs] stand for, float32."""
+        """What quantized values [outputs, inputs] stand for, float32."""
         scale, zero = self.expanded(codes.shape[1])
         return (codes - zero) * scale
 
@@ -71,7 +71,7 @@ def fit_grid(
         scheme: How it is stored.
         importance: How much the squared error of each input counts, [inputs]; all the same without it.
         search: Try smaller and larger scales than the one that just reaches the largest weight, and keep for each
-            block the one with the least error. Without it, that one.
+            group the one with the least error. Without it, that one.
     """
     inputs = weight.shape[1]
     width = scheme.block or inputs
@@ -90,7 +90,7 @@ def fit_grid(
 def _fit(
     blocks: NDArray[np.float32], scheme: Scheme, counts: NDArray[np.float32] | None, search: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scales and zero points, [outputs, blocks], of blocks [outputs, blocks, width]."""
+    """Scales and zero points, [outputs, groups], of groups [outputs, groups, width]."""
     low = -(1 << (scheme.bits - 1)) if scheme.symmetric else 0
     high = low + (1 << scheme.bits) - 1
     pairs = _candidates(blocks, scheme, search)
@@ -123,7 +123,7 @@ def _fit(
 def _candidates(
     blocks: NDArray[np.float32], scheme: Scheme, search: bool
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Pairs of scale and zero point [outputs, blocks, 1] to try, the plain one first."""
+    """Pairs of scale and zero point [outputs, groups, 1] to try, the plain one first."""
     top = (1 << (scheme.bits - 1)) - 1
     # Wide grids lose more by cutting off their largest weights than they win: eight bits are searched closely. What is
     # won there is that more weights happen to lie near a step, at scales above the plain one as well as below.

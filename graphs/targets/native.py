@@ -22,12 +22,12 @@ from satchel.graphs.quant.quantized import Quantized, quantized_products
 
 
 def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[Step, ...]:
-    """The passes that put satchel's own operators into the graph. A product takes in what stands around it, from the
-    inside out.
+    """The passes that put satchel's own operators into the graph. A linear layer takes in what stands around it, from
+    the inside out.
 
     Args:
         quantized: The model's weights.
-        activations: By the name of a weight, how the products that the operator refuses take their
+        activations: By the name of a weight, how the linear layers that the operator refuses take their
             input: the names of insert_qdq's forms.
     """
     weights = quantized.weights
@@ -43,11 +43,11 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
         Step(lower_attention_native),
         Step(lower_embedding_matmul, after=("quantize_embeddings",)),
-        Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what products have not taken in
+        Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(store_linear_float16),
     )
 
 
 def has_linear(quantized: Quantized) -> bool:
-    """Whether one of the model's products is by codes that satchel's own operator takes."""
+    """Whether one of the model's linear layers is with quantized weights that satchel's own operator takes."""
     return any(weight.fits_panels() for _, weight in quantized_products(quantized.model, quantized.weights))

@@ -66,7 +66,7 @@ from satchel.graphs.targets.native import has_linear, native_steps
 from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8, Layout
 
 PLAIN = "plain_"
-"""Graphs without passes of a user's own are called by this and their phase."""
+"""Graphs without user passes are called by this and their phase."""
 
 DECODE = (Step(single_token), Step(fuse_skip_norms))
 
@@ -133,7 +133,7 @@ PREFILL_CUDA = (
     Step(fuse_skip_norms, after=("slice_final_logits",)),
 )
 DECODE_CUDA = (*DECODE, Step(full_length_mask))
-"""In steps of unchanging shapes that wait for nothing on the host: such as a CUDA graph can replay."""
+"""In steps of static shapes that wait for nothing on the host: such as a CUDA graph can replay."""
 
 STREAM = (Step(stream_tied_head, after=("slice_last_logits", "single_token")),)
 """For a head that is the embedding table in float; a score graph has too many tokens for it."""
@@ -182,8 +182,8 @@ def quantize_steps(phase: str, quantized: Quantized) -> tuple[Step, ...]:
 
 
 def quantize_cuda(phase: str, quantized: Quantized) -> tuple[Step, ...]:
-    """The same for a device that multiplies float16 by codes, and whose attention reads and writes an int8 cache in all
-    phases.
+    """The same for a device that multiplies float16 with quantized weights, and whose attention reads and writes an
+    int8 cache in all phases.
     """
     weights = quantized.weights
     steps = (
@@ -205,7 +205,7 @@ def finish_cuda(phase: str, precision: str) -> tuple[Step, ...]:
 
 
 def _gains_by_int8(rule: Rule) -> bool:
-    """Whether a rule's products gain by int8 weights: a head, which a rule of its own has, sees one token at a time."""
+    """Whether a rule's linear layers gain by int8 weights: a head sees one token at a time, and has its own rule."""
     return rule.prefill == "float" and "linear" in rule.kinds
 
 
@@ -216,7 +216,7 @@ ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
     PREFILL_INT8: lambda rule: Layout.INT8.value if _gains_by_int8(rule) else rule.prefill,
     DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else Layout.GROUPS.value,
 }
-"""How a rule's products take their input in a phase: the names of insert_qdq's forms."""
+"""How a rule's linear layers take their input in a phase: the names of insert_qdq's forms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Target:
         quantize: What puts quantized weights and caches into the graph of a phase.
         finish: What runs last on the graph of a phase in a precision.
         static: For a device that compiles each shape anew: what runs after the phase's own steps to make a graph for
-            these lengths, with passes of a user's own in their place. None where shapes vary.
+            these lengths, with user passes in their place. None where shapes vary.
         float16: Whether the graphs compute in float16, and store weights that are not quantized in it, whatever the
             precision.
     """
@@ -270,7 +270,7 @@ class Target:
             ValueError: The target's graphs are not static.
         """
         if self.static is None:
-            raise ValueError("this target's graphs have dimensions that vary")
+            raise ValueError("this target's graphs have dynamic dimensions")
         return (*self.phases[phase], *self.static(lengths, quantized, custom))
 
     def graphs(self, quantized: Quantized | None) -> tuple[str, ...]:
@@ -327,7 +327,7 @@ def cuda_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
 def cann_steps(lengths: Lengths, quantized: Quantized | None, custom: tuple[Step, ...] = ()) -> tuple[Step, ...]:
     """From the graph of a phase to one of operator set 17 in float16 for these lengths.
 
-    Passes of a user's own see what is in set 17, and in float32: what they add is turned to float16 with the rest.
+    User passes see what is in set 17, and in float32: what they add is turned to float16 with the rest.
     """
     codes = () if quantized is None else (Step(quantize_folded(quantized.weights, quantized.rules)),)
     return (
@@ -346,14 +346,15 @@ def cann_steps(lengths: Lengths, quantized: Quantized | None, custom: tuple[Step
         Step(lower_opset, after=("lower_attention_static", "transpose_tied_head", "decompose_norms")),
         *custom,
         Step(compute_float16, after=("decompose_norms", "lower_opset"), changes_signature=True),  # sees what norms sum
-        *codes,  # the codes stand for weights in float16
+        *codes,  # quantized values stand for float16 weights
         *FINISH,
         Step(sanitize_names, changes_signature=True),
     )
 
 
 def cann_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
-    """Codes are folded into float16 weights when a session loads a graph: the device has no operator for them."""
+    """Quantized values are folded into float16 weights when a session loads a graph: the device has no operator for
+    them."""
     config = {} if quantized is None else {"session.disable_quant_qdq": "1"}
     return {phase: Session(config) for phase in PHASES}
 

@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 BATCH, NEW, CAPACITY = 2, 13, 16
 POST_NORM = "(RMSNormalization) writes to the residual stream"
 UNNORMED = "(MatMul) reads the residual stream without a norm"
-INTERLEAVED = "something stands between its values and their product"
+INTERLEAVED = "something stands between its values and their linear layer"
 
 # How often each pass fires over two layers, and what all reasons of refusals end in.
 #                 residual values smoothed hadamard

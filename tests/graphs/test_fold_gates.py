@@ -25,7 +25,7 @@ TEXT = """(float[batch,n,64] x) => (float[batch,n,20] y) <int64[2] halves = {20,
 X = {"x": normal(2, 2, 3, 64)}
 CODES = codes_of()
 FOLD = fold_gates({CODES.name: CODES})
-UNKNOWN = "its activation is none that the operator knows, or the first half is read by something else too"
+UNKNOWN = "its activation is not one that the operator knows, or the first half is read by something else too"
 
 
 def model(activation: str = SILU, text: str = TEXT) -> ir.Model:
@@ -65,12 +65,12 @@ def test_a_bias_is_added_before_the_gate() -> None:
 
 def test_halves_of_another_size_are_refused() -> None:
     text = TEXT.replace("{20, 20}", "{1, 39}").replace("float[batch,n,20] y", "float[batch,n,39] y")
-    assert untouched(FOLD, model(RELU, text)) == ["the product is not split into two halves of its outputs"]
+    assert untouched(FOLD, model(RELU, text)) == ["the linear layer is not split into two halves of its outputs"]
 
 
 def test_a_split_along_another_axis_is_refused() -> None:
     text = TEXT.replace("axis = -1", "axis = 1").replace("float[batch,n,20] y", "float[batch,20,40] y")
-    assert untouched(FOLD, model(RELU, text)) == ["the product is not split into two halves of its outputs"]
+    assert untouched(FOLD, model(RELU, text)) == ["the linear layer is not split into two halves of its outputs"]
 
 
 def test_a_gate_in_the_second_half_is_refused() -> None:

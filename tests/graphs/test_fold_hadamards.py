@@ -23,7 +23,7 @@ TEXT = """(float[batch,n,64] x) => (float[batch,n,40] y)
 X = {"x": normal(2, 2, 3, 64)}
 MATRIX, SHAPE = (
     "its input is multiplied by another matrix than Sylvester's",
-    ("its input is not mixed in blocks of neighboring channels"),
+    ("its input is not transformed in blocks of neighboring channels"),
 )
 
 
@@ -98,4 +98,4 @@ def test_a_product_with_a_norm_is_refused() -> None:
     before = model()
     (linear,) = [node for node in before.graph if node.op_type == "Linear"]
     linear.attributes.add(ir.AttrFloat32("epsilon", 0.1))
-    assert untouched(fold_hadamards, before) == ["the product has a norm or a matrix already"]
+    assert untouched(fold_hadamards, before) == ["the linear layer has a norm or a matrix already"]

@@ -46,7 +46,7 @@ def test_a_gain_of_ones_is_left_out() -> None:
 
 
 def test_a_norm_that_something_else_reads_stays() -> None:
-    wanted = ["something else than products reads what is normed"]
+    wanted = ["something other than linear layers reads its result"]
     assert untouched(fold_norms, expose(model(), "m")) == wanted
     text = TEXT.replace("y = MatMul(m,", "t = Tanh(m) y = MatMul(t,")
     assert untouched(fold_norms, model(text)) == []
@@ -63,7 +63,7 @@ def test_a_norm_in_front_of_a_norm_is_taken_once() -> None:
     before = model(text)
     after = fold_norms(before).model
     assert operators(after)["RMSNormalization"] == 1
-    assert untouched(fold_norms, after) == ["the product has a norm already"]
+    assert untouched(fold_norms, after) == ["the linear layer has a norm already"]
     same_by_reference(before, after, X)
 
 
@@ -72,7 +72,7 @@ def test_a_residual_that_is_the_norm_is_no_input() -> None:
     text = text.replace("}", "y = Add(p, m)}")
     codes = codes_of(outputs=64)
     before = fold_residuals(with_linears(text, codes, norm__weight=normal(5, 64))).model
-    assert untouched(fold_norms, before) == ["something else than products reads what is normed"]
+    assert untouched(fold_norms, before) == ["something other than linear layers reads its result"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_another_norm_is_refused(old: str, new: str, reason: str) -> None:
 
 
 def test_a_gain_that_is_no_vector_is_refused() -> None:
-    wanted = ["the norm's gain is not a constant vector as wide as the product's input"]
+    wanted = ["the norm's weight is not a constant vector as wide as the linear layer's input"]
     assert untouched(fold_norms, model(gain=normal(5, 1))) == wanted
     text = TEXT.replace("m = ", 'g = Neg("norm.weight") m = ').replace('(x, "norm.weight")', "(x, g)")
     assert untouched(fold_norms, model(text)) == wanted

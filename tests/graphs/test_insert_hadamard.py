@@ -84,12 +84,12 @@ def test_smoothed_products_are_mixed_too() -> None:
 
 
 def test_a_width_that_is_no_multiple_is_refused() -> None:
-    assert untouched(insert_hadamard(32), layer(GATED, DOWN)) == ["16 channels are no multiple of 32"]
+    assert untouched(insert_hadamard(32), layer(GATED, DOWN)) == ["16 channels are not a multiple of 32"]
 
 
 def test_flattened_rows_are_refused() -> None:
     flat = GATED.replace("x,", "rows,") + ' f = MatMul(m, "down.weight.T") y = Add(x, f)'
-    assert untouched(insert_hadamard(4), layer(flat)) == ["its input has not three dimensions"]
+    assert untouched(insert_hadamard(4), layer(flat)) == ["its input does not have three dimensions"]
 
 
 def test_an_input_that_is_read_elsewhere_is_refused() -> None:

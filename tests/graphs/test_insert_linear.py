@@ -21,7 +21,7 @@ TEXT = """(float[batch,n,64] x) => (float[batch,n,40] y) {
     p = MatMul(a, "layer.weight.T")
     y = Neg(p)
 }"""
-FORM = "its codes have a form that the operator does not take"
+FORM = "the operator does not support how its weight is quantized"
 X = {"x": normal(2, 2, 5, INPUTS) * np.asarray([1e-3, 1, 10, 0.1, 3], np.float32)[:, None]}
 
 
@@ -89,20 +89,20 @@ def test_codes_without_blocks_are_taken_in_8_bits_without_zero_points_only(
 ) -> None:
     codes = rounded(NAME, W, bits, block, symmetric)
     assert untouched(insert_linear({NAME: codes}), product()) == [
-        "its codes have a form that the operator does not take"
+        "the operator does not support how its weight is quantized"
     ]
 
 
 def test_blocks_that_cut_a_group_of_eight_are_refused() -> None:
     codes = rounded(NAME, W, 8, 4)
     assert untouched(insert_linear({NAME: codes}), product()) == [
-        "its codes have a form that the operator does not take"
+        "the operator does not support how its weight is quantized"
     ]
 
 
 def test_an_input_of_another_or_an_unknown_width_is_refused() -> None:
     codes = rounded(NAME, normal(1, OUTPUTS, 128), 8, None)
-    assert untouched(insert_linear({NAME: codes}), product()) == ["its input is not known to be as wide as its codes"]
+    assert untouched(insert_linear({NAME: codes}), product()) == ["its input is not known to be as wide as its weight"]
 
 
 def test_weights_that_are_not_named_are_left_alone() -> None:

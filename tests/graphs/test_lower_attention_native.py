@@ -102,7 +102,9 @@ def test_a_further_input_is_refused() -> None:
     node = the(model, "GroupQueryAttention")
     node.resize_inputs(11)
     node.replace_input_with(10, node.inputs[0])
-    assert untouched(lower_attention_native, model) == ["GroupQueryAttention has an input that the operator has not"]
+    assert untouched(lower_attention_native, model) == [
+        "GroupQueryAttention has an input that the operator does not have"
+    ]
 
 
 def test_an_attribute_that_is_not_known_is_refused() -> None:

@@ -21,8 +21,8 @@ TEXT = """(int64[batch,sequence] ids, float[batch,rows,96] x) => (float[batch,se
     y = Neg(p)
 }"""
 FEEDS = {"ids": np.asarray([[0, 36, 5]]), "x": normal(2, 1, 3, 96)}
-BITS = "its codes are not of 8 bits, or it has zero points, a bias or another input"
-BLOCKS = "its codes are not cut into whole blocks of a power of two"
+BITS = "it is not quantized to 8 bits, or has zero points, a bias or another input"
+BLOCKS = "its group size is not a power of two that divides its inputs"
 
 
 def tied(bits: int = 8, block: int = 32, symmetric: bool = True, level: int = 4) -> ir.Model:
@@ -57,7 +57,7 @@ def test_a_bias_is_refused() -> None:
 
 def test_a_product_in_float_is_refused() -> None:
     assert untouched(lower_embedding_matmul, tied(level=0)) == [
-        "the product takes its input as it is, not rounded to int8"
+        "the linear layer takes its input as it is, not rounded to int8"
     ]
 
 

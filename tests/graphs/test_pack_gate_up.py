@@ -79,7 +79,7 @@ def test_a_product_of_two_products_without_activation_is_packed() -> None:
 def test_one_bias_of_two_is_refused() -> None:
     up = BIASED[BIASED.index("up0") :]
     model = layer(f"{GATE} {up} {SILU} {END}", **{f"{PATH}up_proj__bias": normal(6, 7)})
-    assert untouched(pack_gate_up, model) == ["some of the products have a bias and some have none"]
+    assert untouched(pack_gate_up, model) == ["some of the linear layers have a bias and some have none"]
 
 
 def test_layers_that_share_their_weights_are_packed_once() -> None:
@@ -88,7 +88,7 @@ def test_layers_that_share_their_weights_are_packed_once() -> None:
     nodes = f"{GATE} {UP} {SILU} m = Mul(act, up) {second} n = Mul(act2, up2) y = Add(m, n)"
     result = fired(pack_gate_up, layer(nodes), 1)
     assert [refusal.reason for refusal in result.refusals] == [
-        "layers.0.mlp.gate_up_proj.weight.T is there already: the layers share their weights"
+        "layers.0.mlp.gate_up_proj.weight.T exists already: the layers share their weights"
     ]
 
 
@@ -115,7 +115,7 @@ def test_other_products_are_left_alone(old: str, new: str) -> None:
 )
 def test_products_that_a_recipe_stores_differently_are_refused(gate: Rule) -> None:
     marked = assign(Recipe("mine", (gate, Rule(bits=4))))(marked_layer()).model
-    assert untouched(pack_gate_up, marked) == ["the recipe has different rules for the products"]
+    assert untouched(pack_gate_up, marked) == ["the recipe has different rules for the linear layers"]
 
 
 def test_products_with_one_rule_are_packed_and_keep_it() -> None:

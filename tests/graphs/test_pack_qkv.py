@@ -162,20 +162,20 @@ def test_parts_that_are_not_the_whole_in_order_are_left_alone(parts: str, old: s
 
 def test_products_of_different_inputs_are_refused() -> None:
     model = layer(PRODUCTS, ("v = MatMul(x", "v = MatMul(other"))
-    assert untouched(pack_qkv, model) == ["the products do not read the same input"]
+    assert untouched(pack_qkv, model) == ["the linear layers do not read the same input"]
 
 
 def test_products_of_which_some_have_a_bias_are_refused() -> None:
     mixed = BIASED.replace("kp = MatMul", "k = MatMul").replace('k = Add(kp, "layers.0.attn.k_proj.bias")', "")
     model = layer(mixed, **{name: b for name, b in BIASES.items() if "k_proj" not in name})
-    assert untouched(pack_qkv, model) == ["some of the products have a bias and some have none"]
+    assert untouched(pack_qkv, model) == ["some of the linear layers have a bias and some have none"]
 
 
 def test_layers_that_share_their_weights_are_packed_once() -> None:
     nodes = f"{products()} {attention()} {products('_2')} {attention('_2')} y = Add(a, a_2)"
     result = fired(pack_qkv, build(f"{HEAD} {{ {nodes} }}", **WEIGHTS), 2)
     assert [refusal.reason for refusal in result.refusals] == [
-        "layers.0.attn.qkv_proj.weight.T is there already: the layers share their weights"
+        "layers.0.attn.qkv_proj.weight.T exists already: the layers share their weights"
     ]
 
 

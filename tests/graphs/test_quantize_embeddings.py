@@ -119,8 +119,8 @@ def test_a_streamed_head_is_left_to_its_pass() -> None:
 @pytest.mark.parametrize(
     ("codes", "reason"),
     [
-        (rounded("table", TABLE.T.copy(), block=None), "codes of another shape"),
-        (rounded("table", TABLE, block=None), "scale for each row"),
+        (rounded("table", TABLE.T.copy(), block=None), "another shape"),
+        (rounded("table", TABLE, block=None), "per row"),
     ],
     ids=["shape", "no blocks"],
 )

@@ -59,7 +59,7 @@ def test_a_session_that_folds_leaves_no_code(tmp_path: Path) -> None:
         (rounded("w", MATRIX.T.copy(), 4, None), RULES["w"], "no weights in 4 bits"),
         (rounded("w", normal(1, 5, 32), 8, 32), RULES["w"], "no scales for blocks"),
         (CODES["w"], Rule(bits=8, blocks=("channel",), prefill="token", decode="token"), "activations in int8"),
-        (rounded("w", normal(1, 5, 7), 8, None), RULES["w"], "codes of another shape"),
+        (rounded("w", normal(1, 5, 7), 8, None), RULES["w"], "another shape"),
     ],
 )
 def test_what_has_no_form_is_refused(codes: object, rule: Rule, says: str) -> None:

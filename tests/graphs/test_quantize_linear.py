@@ -53,7 +53,7 @@ def test_a_weight_that_is_not_quantized_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("codes", "rule", "reason"),
     [
-        (rounded(NAME, W.T.copy(), 8, None), FLOAT, "a scale for each output"),
+        (rounded(NAME, W.T.copy(), 8, None), FLOAT, "per channel"),
         (rounded(NAME, W.T.copy()), Rule(kinds=("linear",), bits=8, blocks=(32,), prefill="token"), "in 8 bits"),
         (rounded(NAME, W.T.copy()), Rule(kinds=("linear",), bits=8, blocks=(32,), decode="tensor"), "in 8 bits"),
     ],
@@ -69,4 +69,4 @@ def test_experts_are_refused() -> None:
     up, down = normal(1, 2, 32, 16), normal(2, 2, 16, 16)
     codes = rounded("up", up.reshape(-1, 16), 8, 16)
     (found,) = untouched(quantize_linear({"up": codes}, {"up": FLOAT}), build(text, up=up, down=down))
-    assert "order" in found
+    assert "layout" in found

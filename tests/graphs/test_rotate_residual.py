@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[ir.Model, str]] = {
     ),
     "an input of the graph": (
         model(("b = Add(b0, bias)", "b = Add(b0, fed)")),
-        "fed of the residual stream has no product that makes it",
+        "fed of the residual stream has no linear layer that makes it",
     ),
     "a product of two streams": (
         model(("c = Mul(half, b)", "c = Mul(b, b)")),
@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[ir.Model, str]] = {
     ),
     "a gain that is fed": (
         model(("(h, gain)", "(h, fed)")),
-        "the gain or bias of node_2 is not a constant vector over the last axis",
+        "the norm weight or bias of node_2 is not a constant vector over the last axis",
     ),
     "a norm over two axes": (
         model(("n = RMSNormalization<axis = -1", "n = RMSNormalization<axis = 1")),
@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[ir.Model, str]] = {
     ),
     "a router that scales": (
         mixture(("transB = 1", "transB = 1, alpha = 2.0")),
-        "node_8 scales its product, or transposes in another way than by transB",
+        "node_8 scales its result, or transposes in another way than by transB",
     ),
     "a stream of unknown width": (
         model(("c = Mul(half, b)", "c = com.microsoft.Mul(half, b)")),

@@ -74,7 +74,7 @@ def test_a_bias_behind_the_output_projection_stays() -> None:
     check(layer(PACKED, ATTEND, 'o = MatMul(a, "o.weight.T") y = Mul(o, three)'))
 
 
-STANDS = "something stands between its values and their product"
+STANDS = "something stands between its values and their linear layer"
 REFUSED: dict[str, tuple[ir.Model, str]] = {
     "a norm of the values": (
         layer(PACKED, SPLIT.replace("k, v ", "k, v0 "), "v = Mul(v0, three)", APART, END),
@@ -82,15 +82,15 @@ REFUSED: dict[str, tuple[ir.Model, str]] = {
     ),
     "a gate on the output": (
         layer(PACKED, ATTEND, "s = Sigmoid(a) g = Mul(a, s)", END.replace("(a", "(g")),
-        "its output does not go straight into one product",
+        "its output does not go straight into one linear layer",
     ),
     "an output that is multiplied by a number": (
         layer(PACKED, ATTEND, "g = Mul(a, three)", END.replace("(a", "(g")),
-        "its output does not go straight into one product",
+        "its output does not go straight into one linear layer",
     ),
     "a computed output projection": (
         layer(PACKED, ATTEND, 'w = Neg("o.weight.T")', END.replace('"o.weight.T"', "w")),
-        "its output goes into a product without constant weights",
+        "its output goes into a linear layer without constant weights",
     ),
     "values that are an output": (expose(layer(PACKED, SPLIT, APART, END), "v"), "v is read by more than one node"),
     "a product that is read elsewhere": (

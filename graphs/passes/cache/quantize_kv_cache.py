@@ -1,4 +1,4 @@
-"""The KV cache in 8 bits: decode attends to the codes, prefill in float to what they stand for."""
+"""The KV cache in 8 bits: decode attends to the quantized values, prefill in float to what they stand for."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ class Written:
 def quantize_kv_cache(scales: Mapping[int, KVScales], phase: str) -> GraphPass:
     """Store keys and values as int8, round(x / scale) within -128 .. 127, with a scale for each head and channel.
 
-    In decode the fused operator reads and writes the codes. Its kernel is slow for many tokens, so the other phases
-    attend in float: to new keys and values as they are, and to past ones as their codes say.
+    In decode the fused operator reads and writes the quantized values. Its kernel is slow for many tokens, so the
+    other phases attend in float: to new keys and values as they are, and to past ones as their quantized values say.
 
     before: past.N float32 -> GroupQueryAttention -> present.N
     after:  decode: past.N int8, scales -> GroupQueryAttention(PER_CHANNEL) -> present.N int8
             others: past.N int8 -> Slice(the written) -> Cast -> Mul(scale) -> GroupQueryAttention -> GatherND(the new)
             -> Mul(1 / scale) -> QuantizeLinear -> TensorScatter(past.N) -> present.N int8
     refuses when: a layer has no scales, or of another shape, or some that are not finite or not above 0; its attention
-    is not GroupQueryAttention, or has an attribute or an input that is not known to mean the same over codes.
+    is not GroupQueryAttention, or has an attribute or an input that is not known to mean the same over quantized
+    values.
 
     Args:
         scales: For each layer, by its number in the names of the cache.
@@ -153,7 +154,7 @@ def _attend_in_float(model: ir.Model, node: ir.Node, layer: int, scales: KVScale
         each = after.constant(np.asarray([1, heads, 1, 1], np.int64), f"shape.1_{heads}_1_1")
         where = after.value("Expand", [written.new, each], f"{name}.where")
         new = after.value("GatherND", [present, where], f"{name}.new", batch_dims=2)
-        # By the reciprocal, as the fused operator does it: a division would round some codes to the other side.
+        # By the reciprocal, like the fused operator: a division would round some values to the other side.
         inverse = before.constant(np.float32(1) / scale[None, :, None, :], f"{name}_steps")
         steps = after.value("Mul", [new, inverse], f"{name}.steps")
         rounded = after.value("QuantizeLinear", [steps, step, middle], f"{name}.rounded")

@@ -23,15 +23,15 @@ INT8_ACTIVATIONS = {"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
 @graph_pass
 def compute_float16(model: ir.Model, report: Report) -> None:
     """Compute in float16: weights, caches, the residual stream and all between them. Norms that are written as
-    arithmetic, rotary angles and what follows the head's product stay in float32, with a Cast on each side; the logits
-    are float32. Norms in one operator sum in float32 themselves. Numbers in the graph that are beyond float16 become
-    its largest, and those too small for it its smallest: a mask's lowest number stays its lowest, and an epsilon does
-    not become 0.
+    arithmetic, rotary angles and what follows the head's linear layer stay in float32, with a Cast on each side; the
+    logits are float32. Norms in one operator sum in float32 themselves. Numbers in the graph that are beyond float16
+    become its largest, and those too small for it its smallest: a mask's lowest number stays its lowest, and an
+    epsilon does not become 0.
 
     before: x, W float32 -> MatMul -> y float32            x -> Pow -> ReduceMean ... -> Mul(x) -> y float32
     after:  x, W float16 -> MatMul -> y float16            x -> Cast -> Pow -> ReduceMean ... -> Mul(.) -> Cast -> y
-    refuses when: activations are in 8 bits, whose products are float32 (an error, as the graph would be of two minds).
-    Writing fails if a weight is beyond float16's largest, 65,504.
+    refuses when: activations are in 8 bits, whose linear layers are float32 (an error, as the graph would be of two
+    minds). Writing fails if a weight is beyond float16's largest, 65,504.
     """
     _Half(model, report).run()
     if report.count:

@@ -11,7 +11,7 @@ from satchel.graphs.passes.float16.store_float16 import store_half
 
 @graph_pass
 def store_linear_float16(model: ir.Model, report: Report) -> None:
-    """Store the computed matrix of a product as float16, such as the rotation in front of a tied head.
+    """Store the computed matrix of a linear layer as float16, such as the rotation in front of a tied head.
 
     Eight bits would not do: the matrix is nearly diagonal, so that a block with an entry of the diagonal has steps as
     large as its other entries.

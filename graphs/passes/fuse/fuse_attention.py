@@ -57,8 +57,8 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
     after:  query, key, value [batch, new, heads * head_dim], past_key_values.N -> GroupQueryAttention -> Reshape ->
             [batch, new, heads, head_dim]
                                                                              \\-> present.N
-    refuses when: keys and values differ in width, the width is no multiple of 8, the heads do not divide, or a size is
-    not known. expand_attention takes those layers.
+    refuses when: keys and values differ in width, the width is not a multiple of 8, the heads do not divide, or a size
+    is not known. expand_attention takes those layers.
     """
     for node in nodes(model, "Attention", INTERNAL):
         try:

@@ -1,4 +1,4 @@
-"""One product for the gate and the up projection of a feed-forward layer."""
+"""One linear layer for the gate and the up projection of a feed-forward layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACTIVATIONS = {"Sigmoid", "Gelu", "Relu", "Tanh", "Erf", "HardSigmoid", "Elu", "
 
 @graph_pass
 def pack_gate_up(model: ir.Model, report: Report) -> None:
-    """Join the two products of a gated feed-forward layer.
+    """Join the two linear layers of a gated feed-forward layer.
 
     before: x -> MatMul(gate) -> activation -> Mul <- MatMul(up) <- x
     after:  x -> MatMul(gate|up) -> Split -> activation -> Mul
@@ -37,7 +37,7 @@ def pack_gate_up(model: ir.Model, report: Report) -> None:
 
 
 def _gate(value: ir.Value | None, up: Product) -> Product | None:
-    """The product over the same input from which `value` is computed element by element."""
+    """The linear layer over the same input from which `value` is computed element by element."""
     waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()

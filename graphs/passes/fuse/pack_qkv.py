@@ -1,4 +1,4 @@
-"""One product for the queries, keys and values of a layer."""
+"""One linear layer for the queries, keys and values of a layer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from satchel.graphs.ir.values import MICROSOFT, attributes, constant, last_dim, 
 from satchel.graphs.quant.joining import join
 
 PASS_THROUGH = {"Reshape", "Transpose", "RMSNormalization", "LayerNormalization", "RotaryEmbedding", "Mul"}
-"""What may stand between a product and the attention: moves, and norms and rotations of each head."""
+"""What may stand between a linear layer and the attention: moves, and norms and rotations of each head."""
 
 
 @graph_pass
 def pack_qkv(model: ir.Model, report: Report) -> None:
-    """Join the three products in front of a GroupQueryAttention.
+    """Join the three linear layers in front of a GroupQueryAttention.
 
     Queries, keys and values are handed over in one tensor where nothing stands between.
 
     before: x -> MatMul(q), x -> MatMul(k), x -> MatMul(v) -> GroupQueryAttention(q, k, v)
     after:  x -> MatMul(q|k|v) -> GroupQueryAttention(qkv)                      (with norms between: -> Split -> norms
             -> GroupQueryAttention)
-    refuses when: the products read different inputs, or only some have a bias.
+    refuses when: the linear layers read different inputs, or only some have a bias.
     """
     for attention in nodes(model, "GroupQueryAttention", MICROSOFT):
         products = [_product_before(value) for value in attention.inputs[:3]]

@@ -11,13 +11,13 @@ from satchel.graphs.ir.values import MICROSOFT, Builder, dims, last_dim, nodes, 
 
 @graph_pass
 def stream_tied_head(model: ir.Model, report: Report) -> None:
-    """Put the table of a tied head first in its product, where ONNX Runtime makes no packed copy of it.
+    """Put the table of a tied head first in its matmul, where ONNX Runtime makes no packed copy of it.
 
     before: x [batch, 1, hidden] -> FusedMatMul(W, transB) -> logits [batch, 1, vocabulary]
     after:  x -> Reshape [-1, hidden] -> Transpose -> MatMul(W, .) [vocabulary, batch] -> Transpose -> Unsqueeze
             -> logits
     The look-up needs the table as it is, so a packed copy for the head would be a second one.
-    refuses when: the product is of more than one row per sequence, as in the score graph (silently), or has other
+    refuses when: the linear layer is of more than one row per sequence, as in the score graph (silently), or has other
     attributes than transB.
     """
     for node in nodes(model, "FusedMatMul", MICROSOFT):
@@ -27,7 +27,7 @@ def stream_tied_head(model: ir.Model, report: Report) -> None:
         if shape is None or len(shape) != 3 or shape[1] != 1 or hidden is None or weight(table) is None:
             continue
         if set(node.attributes) != {"transB"}:
-            report.refuse(node, "the product scales or transposes in another way than by transB")
+            report.refuse(node, "the linear layer scales or transposes in another way than by transB")
             continue
         builder, name = Builder(model, node), str(node.name)
         flat = builder.constant(np.asarray([-1, hidden], np.int64), f"shape.-1_{hidden}")

@@ -1,4 +1,4 @@
-"""Biases go into satchel's own products."""
+"""Biases go into satchel's own linear operator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from satchel.graphs.ir.values import dims, nodes, replace, weight
 
 @graph_pass
 def fold_biases(model: ir.Model, report: Report) -> None:
-    """Let a product add its own bias.
+    """Let a linear layer add its own bias.
 
     before: x -> satchel::Linear -> Add(bias) -> y
     after:  x -> satchel::Linear(bias) -> y
-    refuses when: what is added is a weight of another shape than [outputs]. A product that something else reads, or
-    that adds something already, is left alone (silently).
+    refuses when: what is added is a weight of another shape than [outputs]. A linear layer that something else reads,
+    or that adds something already, is left alone (silently).
     """
     for add in nodes(model, "Add"):
         for value, bias in (add.inputs, reversed(add.inputs)):

@@ -1,4 +1,4 @@
-"""Gated feed-forward layers: the gate goes into satchel's own products."""
+"""Gated feed-forward layers: the gate goes into satchel's own linear operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
-    """Let the product of a gated layer multiply the two halves of its outputs, the first through the activation.
+    """Let the linear layer of a gated layer multiply the two halves of its outputs, the first through the activation.
 
     Its panels alternate between the halves then, so that both numbers of a pair are there at the same time.
 
@@ -43,7 +43,7 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
                 continue
             found = _gated(split)
             if found is None:
-                continue  # the three parts of an attention's product, for example
+                continue  # the three parts of an attention's linear layer, for example
             try:
                 _check(split, product)
                 gate = _activation(split, found)
@@ -61,7 +61,7 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
 
 
 def _gated(split: ir.Node) -> ir.Node | None:
-    """The Mul of a Split's second part by something that is made of the first, or the other way round."""
+    """The Mul of a Split's second part by something that is made of the first, or vice versa."""
     if len(split.outputs) != 2:
         return None
     for part, other in (split.outputs, reversed(split.outputs)):
@@ -81,7 +81,7 @@ def _check(split: ir.Node, product: ir.Node) -> None:
     axis = attributes(split, axis=0, num_outputs=None)["axis"]
     last = axis in (-1, (rank(split.inputs[0]) or 0) - 1)
     if sizes is None or list(sizes) != [half, half] or not last:
-        raise Refused("the product is not split into two halves of its outputs")
+        raise Refused("the linear layer is not split into two halves of its outputs")
 
 
 def _activation(split: ir.Node, mul: ir.Node) -> str:
@@ -96,7 +96,9 @@ def _activation(split: ir.Node, mul: ir.Node) -> str:
     readers, name = {use.node for use in gate.uses()}, _name(maker, gate)
     inner = {v.producer() for v in maker.inputs if v is not None and v is not gate} - {None}
     if name is None or readers != {maker, *inner} or gate.is_graph_output() or activated.is_graph_output():
-        raise Refused("its activation is none that the operator knows, or the first half is read by something else too")
+        raise Refused(
+            "its activation is not one that the operator knows, or the first half is read by something else too"
+        )
     for node in inner:
         if node is not None and (len(node.outputs[0].uses()) != 1 or node.outputs[0].is_graph_output()):
             raise Refused("the activation's sigmoid is read by something else too")

@@ -1,4 +1,4 @@
-"""Hadamard matrices go into satchel's own products."""
+"""Hadamard matrices go into satchel's own linear operator."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from satchel.graphs.ir.weights import LazyWeight
 
 @graph_pass
 def fold_hadamards(model: ir.Model, report: Report) -> None:
-    """Let a product mix its input in blocks, by additions in place of a dense matrix.
+    """Let a linear layer apply a Hadamard transform to blocks of its input, by additions in place of a dense matmul.
 
     before: x -> Reshape [batch, new, k / n, n] -> MatMul(H) -> Reshape [batch, new, k] -> satchel::Linear -> y
     after:  x -> satchel::Linear(hadamard = n) -> y
     refuses when: H is not exactly the Hadamard matrix of Sylvester's construction divided by sqrt(n), the shapes are
-    others, or the product has a norm or such a matrix already, which come in another order.
+    others, or the linear layer has a norm or such a matrix already, which come in another order.
     """
     for node in linears(model):
         join = producer(node.inputs[X], "Reshape")
@@ -57,8 +57,8 @@ def _check(node: ir.Node, split: ir.Node, join: ir.Node, size: int) -> None:
     same = all(found is not None and list(found) == shape for found, shape in zip(shapes, wanted, strict=True))
     before = dims(split.inputs[0])
     if not same or inputs % size or before is None or len(before) != 3 or before[-1] != inputs:
-        raise Refused("its input is not mixed in blocks of neighboring channels")
+        raise Refused("its input is not transformed in blocks of neighboring channels")
     if any(n.attributes.get_int("allowzero", 0) for n in (split, join)):
         raise Refused("its input is reshaped to a size of zero")
     if node.attributes.get("hadamard") or node.attributes.get("epsilon"):
-        raise Refused("the product has a norm or a matrix already")
+        raise Refused("the linear layer has a norm or a matrix already")

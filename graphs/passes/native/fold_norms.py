@@ -1,4 +1,4 @@
-"""Norms go into satchel's own products."""
+"""Norms go into satchel's own linear operator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from satchel.graphs.ir.values import attributes, constant, dims, nodes, rank, we
 
 @graph_pass
 def fold_norms(model: ir.Model, report: Report) -> None:
-    """Let products norm their own input, where nothing else reads what is normed.
+    """Let linear layers norm their own input, where nothing else reads what is normed.
 
-    A gain of ones, which rotated models have, is left out.
+    A norm weight of ones, which rotated models have, is left out.
 
     before: x -> RMSNormalization(gain, eps) -> satchel::Linear -> y
     after:  x -> satchel::Linear(gain, epsilon = eps) -> y
-    refuses when: the norm is not over the last axis alone in single precision, eps is not above 0, the gain is not a
-    constant vector, something else than products reads the result, or one of these has a norm already.
+    refuses when: the norm is not over the last axis alone in single precision, eps is not above 0, the norm weight is
+    not a constant vector, something other than linear layers reads the result, or one of these has a norm already.
     """
     for norm in nodes(model, "RMSNormalization"):
         readers = [use.node for use in norm.outputs[0].uses()]
@@ -40,7 +40,7 @@ def fold_norms(model: ir.Model, report: Report) -> None:
 
 
 def _checked(norm: ir.Node, readers: list[ir.Node]) -> tuple[float, ir.Value]:
-    """(epsilon, gain) of a norm that its readers can take over; Refused otherwise."""
+    """(epsilon, norm weight) of a norm that its readers can take over; Refused otherwise."""
     options = attributes(norm, axis=-1, epsilon=1e-5, stash_type=1)
     x, gain = norm.inputs[0], norm.inputs[1]
     if options["axis"] not in (-1, (rank(x) or 0) - 1) or options["stash_type"] != 1:
@@ -50,11 +50,11 @@ def _checked(norm: ir.Node, readers: list[ir.Node]) -> tuple[float, ir.Value]:
     for reader in readers:
         at_x = [use.idx for use in norm.outputs[0].uses() if use.node is reader] == [X]
         if reader is not linear(reader.outputs[0]) or not at_x or norm.outputs[0].is_graph_output():
-            raise Refused("something else than products reads what is normed")
+            raise Refused("something other than linear layers reads its result")
         if reader.attributes.get("epsilon") or has_input(reader, NORM_WEIGHT):
-            raise Refused("the product has a norm already")
+            raise Refused("the linear layer has a norm already")
         if gain is None or weight(gain) is None or dims(gain) != [width(reader)[0]] or gain.dtype != ir.DataType.FLOAT:
-            raise Refused("the norm's gain is not a constant vector as wide as the product's input")
+            raise Refused("the norm's weight is not a constant vector as wide as the linear layer's input")
     if gain is None:
-        raise Refused("the norm has no gain")
+        raise Refused("the norm has no weight")
     return float(options["epsilon"]), gain

@@ -1,4 +1,4 @@
-"""Residual sums go into satchel's own products."""
+"""Residual sums go into satchel's own linear operator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from satchel.graphs.ir.values import dims, nodes, replace, weight
 
 @graph_pass
 def fold_residuals(model: ir.Model, report: Report) -> None:
-    """Let a product add its result to the residual stream.
+    """Let a linear layer add its result to the residual stream.
 
     before: x -> satchel::Linear -> Add(residual) -> y
     after:  x -> satchel::Linear(residual) -> y
-    refuses when: the two summands may differ in shape. A product that something else reads, or that adds a residual or
-    has a gate already, is left alone (silently), and so is a weight.
+    refuses when: the two summands may differ in shape. A linear layer that something else reads, or that adds a
+    residual or has a gate already, is left alone (silently), and so is a weight.
     """
     for add in nodes(model, "Add"):
         for value, residual in (reversed(add.inputs), add.inputs):
@@ -27,7 +27,7 @@ def fold_residuals(model: ir.Model, report: Report) -> None:
             if shape is None or None in shape or shape != dims(product.outputs[0]):
                 report.refuse(add, "the summands may differ in shape")
                 continue
-            # It goes to where the sum was made: the residual may be made after the product.
+            # It goes to where the sum was made: the residual may be made after the linear layer.
             model.graph.remove(product)
             model.graph.insert_before(add, product)
             set_input(product, RESIDUAL, residual)

@@ -1,4 +1,4 @@
-"""Products over codes become satchel's own operator."""
+"""Linear layers with quantized weights become satchel's own operator."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from satchel.runtime.bundle.contract import Layout
 
 
 def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
-    """Multiply by codes in panels, with the input rounded to int8: each row as a whole, or block by block as the codes.
+    """Multiply with quantized weights in panels, the input rounded to int8: each row as a whole, or group by group like
+    the weights.
 
     The panels are made on the device (QuantizedWeight.derived).
 
     before: x -> MatMul(W) -> y
     after:  x -> satchel::Linear(panels, scales, zero points) -> y
-    refuses when: the codes have a form that the operator does not take (QuantizedWeight.fits_panels), or x is not as
-    wide as they are. Weights that are not among those given are left alone (silently).
+    refuses when: the quantized values have a form that the operator does not take (QuantizedWeight.fits_panels), or x
+    is not as wide as they are. Weights that are not among those given are left alone (silently).
 
     Args:
         weights: What is stored for a float weight, by the weight's name.
@@ -31,9 +32,9 @@ def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     def edit(model: ir.Model, report: Report) -> None:
         for node, quantized in quantized_products(model, weights):
             if not quantized.fits_panels():
-                report.refuse(node, "its codes have a form that the operator does not take")
+                report.refuse(node, "the operator does not support how its weight is quantized")
             elif last_dim(node.inputs[0]) != quantized.codes.shape[1]:
-                report.refuse(node, "its input is not known to be as wide as its codes")
+                report.refuse(node, "its input is not known to be as wide as its weight")
             else:
                 _rewrite(model, node, quantized)
                 report.count += 1

@@ -1,4 +1,4 @@
-"""Products are called after their weights."""
+"""Linear layers are called after their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from satchel.graphs.ir.values import nodes, weight
 
 @graph_pass
 def name_projections(model: ir.Model, report: Report) -> None:
-    """Name each product after its weight, so that recipes, reports and profiles speak of layers.
+    """Name each linear layer after its weight, so that recipes, reports and profiles speak of layers.
 
     before: node_linear_3 = MatMul(x, model.layers.0.self_attn.o_proj.weight.T)
     after:  model.layers.0.self_attn.o_proj = MatMul(x, model.layers.0.self_attn.o_proj.weight.T)

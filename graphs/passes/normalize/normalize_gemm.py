@@ -1,4 +1,4 @@
-"""Products of flattened rows become products of rows."""
+"""Matmuls of flattened rows become matmuls of rows."""
 
 from __future__ import annotations
 

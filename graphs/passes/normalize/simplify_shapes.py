@@ -12,7 +12,7 @@ from satchel.graphs.ir.values import Builder, constant, dims, nodes, replace, we
 @graph_pass
 def simplify_shapes(model: ir.Model, report: Report) -> None:
     """Give each Reshape a constant target (0 keeps a dimension, one -1 is inferred), drop each Expand that changes
-    nothing, and note the shape of each product that the tracer left without one (where it adds a bias).
+    nothing, and note the shape of each linear layer that the tracer left without one (where it adds a bias).
 
     before: x [batch, sequence, 64] -> Reshape(Concat(Shape(x)..., 4, 16)) -> y [batch, sequence, 4, 16]
     after:  x -> Reshape([0, 0, 4, 16]) -> y

@@ -1,4 +1,4 @@
-"""Biases keep a form that no optimizer joins with the product in front of them."""
+"""Biases keep a form that no optimizer joins with the linear layer in front of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from satchel.graphs.ir.weights import reshaped
 
 @graph_pass
 def unsqueeze_biases(model: ir.Model, report: Report) -> None:
-    """Give the bias of each product as many dimensions as the product has, over the same bytes.
+    """Give the bias of each linear layer as many dimensions as its matmul has, over the same bytes.
 
-    ONNX Runtime joins a product with a bias of one dimension to Gemm, for which released parsers of Ascend's compiler
-    show no entry.
+    ONNX Runtime joins a matmul and a bias of one dimension to Gemm, for which released parsers of Ascend's
+    compiler show no entry.
 
     before: x [1, tokens, n] -> MatMul(W) -> Add(bias [m])
     after:  x -> MatMul(W) -> Add(bias [1, 1, m])
-    refuses when: the product has not three dimensions, or what is added is no vector over its last one (silently).
+    refuses when: the matmul's result does not have three dimensions, or what is added is not a vector over its last one
+    (silently).
     """
     for add in nodes(model, "Add"):
         for index, value in enumerate(add.inputs):

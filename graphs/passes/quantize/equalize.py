@@ -24,12 +24,12 @@ def equalize(statistics: Mapping[str, np.ndarray], alpha: float = 0.5) -> GraphP
 
     before: act(gate) * MatMul(x, up) -> MatMul(down) -> y
     after:  act(gate) * MatMul(x, up / s) -> MatMul(diag(s) down) -> y
-    refuses when: a product that has statistics is no down projection of act(gate) * up, its input or weights are read
-    elsewhere too, or its statistics are not one finite number of at least 0 for each input channel. A product without
-    statistics is left alone (silently).
+    refuses when: a linear layer that has statistics is not a down projection of act(gate) * up, its input or weights
+    are read elsewhere too, or its statistics are not one finite number of at least 0 for each input channel. A linear
+    layer without statistics is left alone (silently).
 
     Args:
-        statistics: For products by node name: the root mean square of each input channel, [in] float32.
+        statistics: For linear layers by node name: the root mean square of each input channel, [in] float32.
         alpha: How much of the outliers moves: 0 nothing, 1 all.
 
     Source: SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, with root mean squares in place of maxima.

@@ -23,13 +23,14 @@ def insert_hadamard(block: int) -> GraphPass:
     before: x = act(gate) * up -> MatMul(W) -> y
     after:  x -> Reshape [batch, new, k / block, block] -> MatMul(H) -> Reshape [batch, new, k] ->
             MatMul(blockdiag(H).T W) -> y
-    refuses when: the width is no multiple of `block`, x has not three dimensions, or x or W are read elsewhere too.
+    refuses when: the width is not a multiple of `block`, x does not have three dimensions, or x or W are read
+    elsewhere too.
 
     Args:
         block: Channels that are mixed with each other, a power of two.
 
     Raises:
-        ValueError: `block` is no power of two.
+        ValueError: `block` is not a power of two.
 
     Source: QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, in blocks.
     """
@@ -43,9 +44,9 @@ def insert_hadamard(block: int) -> GraphPass:
                 if up is None:
                     continue
                 if (up.stop - up.start) % block:
-                    raise Refused(f"{up.stop - up.start} channels are no multiple of {block}")
+                    raise Refused(f"{up.stop - up.start} channels are not a multiple of {block}")
                 if rank(node.inputs[0]) != 3:
-                    raise Refused("its input has not three dimensions")
+                    raise Refused("its input does not have three dimensions")
             except Refused as refusal:
                 report.refuse(node, str(refusal))
                 continue

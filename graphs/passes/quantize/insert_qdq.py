@@ -1,4 +1,4 @@
-"""Puts QuantizeLinear and DequantizeLinear around products."""
+"""Puts QuantizeLinear and DequantizeLinear around linear layers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from satchel.runtime.bundle.layouts import GROUP_SIZE, INT8_MAX, SMALLEST_RANGE
 
 
 def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str, str]) -> GraphPass:
-    """A pass that quantizes products.
+    """A pass that quantizes linear layers.
 
     Args:
         weights: What is stored for a float weight, by the weight's name.
-        activations: By the same names, how the product takes its input: "float", "token" or "tensor", or "int8" or
+        activations: By the same names, how the linear layer takes its input: "float", "token" or "tensor", or "int8" or
             "groups".
 
     before: x -> MatMul(W) -> y
@@ -62,7 +62,7 @@ def _int8(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
 
 
 def _multiply_tokens(builder: Builder, node: ir.Node, matrix: ir.Value) -> None:
-    """Replace a product by one of `matrix` with the input's rows in int8, each with its own scale."""
+    """Replace a linear layer by one of `matrix` with the input's rows in int8, each with its own scale."""
     name, x = str(node.name), node.inputs[0]
     axis = builder.constant(np.asarray([-1], np.int64), "axis.last")
     tiny = builder.constant(np.asarray(SMALLEST_RANGE), "smallest")
@@ -103,7 +103,7 @@ def _groups(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
 
 
 def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
-    """The weight in float for the product `name`: layers that share a weight have one such node each."""
+    """The weight in float for the linear layer `name`: layers that share a weight have one such node each."""
     codes, scales, zero_points = (None if lazy is None else builder.shared(lazy) for lazy in quantized.columns())
     block = quantized.grid.scheme.block
     where: dict[str, Any] = {"axis": 1} if block is None else {"axis": 0, "block_size": block}

@@ -1,4 +1,4 @@
-"""Embedding tables as codes, which a tied head reads too."""
+"""Embedding tables as quantized values, which a tied head reads too."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight
 
 
 def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: int = INT8_PRODUCTS) -> GraphPass:
-    """Look up rows of codes, and let a tied head multiply by the same codes.
+    """Look up rows of quantized values, and let a tied head multiply by the same ones.
 
     Both operators read the same bytes, each in a shape of its own. An id outside the table, an error to Gather, gives
     a row of zeros here: whoever feeds the graph has to check the ids.
 
     before: ids -> Gather(W) ...  x -> FusedMatMul(W, transB) -> logits
     after:  ids -> GatherBlockQuantized(codes, scales) ...  x -> MatMulNBits(codes, scales) -> logits
-    refuses when: the codes have another shape than the table or no blocks, whose size both operators want as a power of
-    two; something else reads the table; the lookup is not along its first axis; or the product has other attributes
-    than transB.
+    refuses when: the quantized values have another shape than the table or no groups, whose size both operators want
+    as a power of two; something else reads the table; the lookup is not along its first axis; or the linear layer has
+    other attributes than transB.
 
     Args:
         weights: Quantized weights by the name of the float initializer, tables [vocabulary, hidden]. Those that nothing
             looks up are left alone.
-        accuracy_level: How the head's product takes its input: rounded to 8 bits block by block, or 0, as it is.
+        accuracy_level: How the head's linear layer takes its input: rounded to 8 bits group by group, or 0, as it is.
     """
 
     def edit(model: ir.Model, report: Report) -> None:
@@ -50,11 +50,12 @@ def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: 
 
 
 def _check(table: ir.Value, lazy: LazyWeight, quantized: QuantizedWeight) -> None:
-    """Raise Refused where one of the table's readers cannot read codes: then none does, as floats are there anyway."""
+    """Raise Refused where one of the table's readers cannot read quantized weights: then none does, as floats are
+    there anyway."""
     if lazy.dims != quantized.codes.shape:
-        raise Refused(f"{table.name} is rounded to codes of another shape")
+        raise Refused(f"{table.name} is quantized in another shape")
     if quantized.grid.scheme.block is None:
-        raise Refused(f"{table.name} has a scale for each row: its operators want blocks")
+        raise Refused(f"{table.name} is quantized per row: its operators need groups")
     if table.is_graph_output():
         raise Refused(f"{table.name} is an output of the graph")
     for use in table.uses():
@@ -64,7 +65,7 @@ def _check(table: ir.Value, lazy: LazyWeight, quantized: QuantizedWeight) -> Non
                 raise Refused("the lookup is not along the table's first axis")
         elif place == (MICROSOFT, "FusedMatMul", 1):
             if attributes(node, transB=0)["transB"] != 1:
-                raise Refused("the product is with the table as it is, not transposed")
+                raise Refused("the matmul reads the table as it is, not transposed")
         else:
             raise Refused(f"{table.name} is read by {node.name} ({node.op_type}), too")
 

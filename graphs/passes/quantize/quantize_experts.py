@@ -16,22 +16,23 @@ from satchel.graphs.quant.quantized import QuantizedWeight
 from satchel.graphs.quant.recipe import Scheme
 
 Parts = tuple[LazyWeight, LazyWeight, LazyWeight | None]
-"""Codes, scales and zero points."""
+"""Quantized values, scales and zero points."""
 FIRST, SECOND = 2, 4
 """Which inputs of MoE are its two stacks of matrices."""
 INT8_PRODUCTS = 4
-"""The `accuracy_level` at which the kernel rounds activations to 8 bits, block by block, where there are blocks."""
+"""The `accuracy_level` at which the kernel rounds activations to 8 bits, group by group, where there are groups."""
 
 
 def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
-    """Let a mixture of experts read its matrices as codes.
+    """Let a mixture of experts read its matrices as quantized values.
 
     before: hidden, router -> MoE(gate_up, down) -> y
     after:  hidden, router -> QMoE(codes and scales of gate_up, of down) -> y
     The attributes are MoE's. A stack [experts, outputs, inputs] is quantized as one weight [experts * outputs, inputs].
-    refuses when: only one of the two stacks is quantized; their bits, blocks or symmetry differ, for which the kernel
-    has one setting; the codes are of another shape than the stack; four-bit rows do not end on a whole byte; there are
-    biases or a third stack; weights are not scaled to a sum of 1 per token; or an attribute is not known.
+    refuses when: only one of the two stacks is quantized; their bits, groups or symmetry differ, for which the kernel
+    has one setting; the quantized values are of another shape than the stack; four-bit rows do not end on a whole
+    byte; there are biases or a third stack; weights are not scaled to a sum of 1 per token; or an attribute is not
+    known.
 
     Args:
         weights: Quantized weights by the name of the float initializer, as MoE reads it: gates and ups interleaved.
@@ -59,7 +60,7 @@ def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
 
 
 def _check(node: ir.Node, first: QuantizedWeight, second: QuantizedWeight) -> None:
-    """Raise Refused where the kernel has no such mixture over codes."""
+    """Raise Refused where the kernel has no such mixture over quantized values."""
     if first.grid.scheme != second.grid.scheme:
         raise Refused(f"its stacks of matrices are stored as {first.grid.scheme} and {second.grid.scheme}")
     if any(value is not None for i, value in enumerate(node.inputs) if i > 1 and i not in (FIRST, SECOND)):
@@ -67,7 +68,8 @@ def _check(node: ir.Node, first: QuantizedWeight, second: QuantizedWeight) -> No
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
-    """The node's own attributes, which the operator over codes has under the same names and with the same defaults.
+    """The node's own attributes, which the operator over quantized values has under the same names and with the same
+    defaults.
 
     Raises:
         Refused: It has one that is not known to be the same.
@@ -77,21 +79,21 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
         swiglu_limit=None, normalize_routing_weights=None,
     )  # fmt: skip
     if known["normalize_routing_weights"] != 1:
-        raise Refused("the weights of its experts are not scaled to a sum of 1, as the operator over codes always does")
+        raise Refused("the weights of its experts are not scaled to a sum of 1, as QMoE always does")
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _stack(quantized: QuantizedWeight, stack: LazyWeight | None) -> Parts:
-    """Codes [experts, outputs, inputs * bits / 8], scales [experts, outputs, blocks] and packed zero points.
+    """Quantized values [experts, outputs, inputs * bits / 8], scales [experts, outputs, groups] and packed zero points.
 
-    With one scale per output there is no axis for blocks, and zero points are packed along the outputs.
+    With one scale per output there is no axis for groups, and zero points are packed along the outputs.
 
     Raises:
-        Refused: The codes do not belong to the stack, or their rows do not end on a whole byte.
+        Refused: The quantized values do not belong to the stack, or their rows do not end on a whole byte.
     """
     grid, bits = quantized.grid, quantized.grid.scheme.bits
     if stack is None or len(stack.dims) != 3 or quantized.codes.shape != (math.prod(stack.dims[:2]), stack.dims[2]):
-        raise Refused(f"{quantized.name} is rounded to codes of another shape")
+        raise Refused(f"{quantized.name} is quantized in another shape")
     experts, outputs, inputs = stack.dims
     if inputs * bits % 8:
         raise Refused(f"{quantized.name} has {inputs} inputs of {bits} bits, which are no whole bytes")

@@ -1,4 +1,4 @@
-"""Weights as codes that a session makes into float16 when it loads the graph."""
+"""Weights as quantized values that a session makes into float16 when it loads the graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from satchel.graphs.quant.recipe import Rule
 
 
 def quantize_folded(weights: Mapping[str, QuantizedWeight], rules: Mapping[str, Rule]) -> GraphPass:
-    """Store weights as int8 codes with a scale for each output, in front of all their readers.
+    """Store weights as int8 quantized values with a scale for each output, in front of all their readers.
 
     A session that folds constants, quantized ones too, has the weight in float16 before its provider sees the graph:
     the file is half the size, and the device computes as with weights in float16.
@@ -57,7 +57,7 @@ def _check(quantized: QuantizedWeight, rule: Rule, lazy: LazyWeight) -> None:
     if (rule.prefill, rule.decode) != ("float", "float"):
         raise Refused("activations in int8 have no operators that a device for this target runs")
     if lazy.dims not in (quantized.codes.shape, quantized.codes.shape[::-1]):
-        raise Refused(f"{lazy.name} is rounded to codes of another shape")
+        raise Refused(f"{lazy.name} is quantized in another shape")
 
 
 def _store(model: ir.Model, value: ir.Value, quantized: QuantizedWeight) -> None:
@@ -77,7 +77,7 @@ def _store(model: ir.Model, value: ir.Value, quantized: QuantizedWeight) -> None
 
 
 def _rows(quantized: QuantizedWeight) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
-    """Codes [outputs, inputs], scales and zero points [outputs], for DequantizeLinear along axis 0."""
+    """Quantized values [outputs, inputs], scales and zero points [outputs], for DequantizeLinear along axis 0."""
     grid = quantized.grid
     dtype = code_type(grid)
 

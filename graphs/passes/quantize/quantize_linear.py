@@ -1,4 +1,4 @@
-"""Products over codes, for a device that multiplies float16 by them."""
+"""Linear layers with quantized weights, for a device that multiplies float16 by them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from satchel.graphs.quant.recipe import Rule
 
 
 def quantize_linear(weights: Mapping[str, QuantizedWeight], rules: Mapping[str, Rule]) -> GraphPass:
-    """Multiply by codes in blocks, activations in float.
+    """Multiply with quantized weights in groups, activations in float.
 
     before: x -> MatMul(W) -> y
     after:  x -> MatMulNBits(codes, scales) -> y
-    refuses when: the codes have a scale for each output and no blocks; the rule wants activations in 8 bits, which the
-    device has no kernel for; or a mixture of experts is quantized: its operator reads codes in an order of the device's
-    own, which nothing but the device's ONNX Runtime makes. Weights that are not among those given are left alone
-    (silently).
+    refuses when: the quantized values have a scale for each output and no groups; the rule wants activations in 8
+    bits, which the device has no kernel for; or a mixture of experts is quantized: its operator reads quantized values
+    in an order of the device's own, which nothing but the device's ONNX Runtime makes. Weights that are not among
+    those given are left alone (silently).
 
     Args:
         weights: Quantized weights by the name of the float initializer.
@@ -40,7 +40,7 @@ def quantize_linear(weights: Mapping[str, QuantizedWeight], rules: Mapping[str, 
             report.count += 1
         for node in nodes(model, "MoE", MICROSOFT):
             if any((lazy := weight(value)) is not None and lazy.name in weights for value in node.inputs):
-                report.refuse(node, "codes of experts would have to be in the device's own order")
+                report.refuse(node, "quantized experts would have to be in the device's own layout")
 
     return dataclasses.replace(graph_pass(edit), name="quantize_linear", doc=quantize_linear.__doc__ or "")
 
@@ -49,7 +49,7 @@ def _check(quantized: QuantizedWeight, rule: Rule) -> None:
     if rule.prefill != "float" or rule.decode != "float":
         raise Refused(f"{quantized.name} is to be multiplied by activations in 8 bits, which needs float ones here")
     if quantized.grid.scheme.block is None:
-        raise Refused(f"{quantized.name} has a scale for each output: its operator wants blocks of inputs")
+        raise Refused(f"{quantized.name} is quantized per channel: its operator needs groups of inputs")
 
 
 def _rewrite(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:

@@ -23,11 +23,11 @@ def rotate_residual(model: ir.Model, report: Report) -> None:
 
     before: ids -> Gather(E) -> h -> RMSNormalization(g) -> MatMul(W) -> ... -> MatMul(V) -> Add(h)
     after:  ids -> Gather(E R) -> h R -> RMSNormalization(1) -> MatMul(R.T diag(g) W) -> ... -> MatMul(V R) -> Add(h R)
-    A tied head keeps the table's bytes: one product with R.T diag(g) R goes in front of it. A LayerNormalization is
-    taken in by an R that keeps the mean; its bias goes into those of the products behind it.
-    refuses when: something writes to the stream that is no look-up, product or mixture of experts with constant
-    weights (times a number, or one for each row); something reads it that is no norm, or the norm that is no such
-    product; or a weight is read elsewhere too. A lookup that is rotated already is left alone (silently).
+    A tied head keeps the table's bytes: one linear layer with R.T diag(g) R goes in front of it. A LayerNormalization
+    is taken in by an R that keeps the mean; its bias goes into those of the linear layers behind it.
+    refuses when: something writes to the stream that is not a lookup, linear layer or mixture of experts with constant
+    weights (times a number, or one for each row); something reads it that is not a norm, or the norm that is not such
+    a linear layer; or a weight is read elsewhere too. A lookup that is rotated already is left alone (silently).
     Source: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024; QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
     ids = graph_input(model, INPUT_IDS)
@@ -54,7 +54,7 @@ def _lazy(value: ir.Value) -> LazyWeight:
     """The weight behind an initializer of which the search has shown that it is there."""
     lazy = weight(value) or vector(value, last_dim(value) or 0)
     if lazy is None:
-        raise TypeError(f"{value.name} is no constant weight")
+        raise TypeError(f"{value.name} is not a constant weight")
     return lazy
 
 
@@ -63,7 +63,7 @@ def _swap(model: ir.Model, old: ir.Value, lazy: LazyWeight) -> None:
 
 
 def _fold(model: ir.Model, norm: Norm, matrix: np.ndarray) -> None:
-    """Move the norm's gain and bias, and the rotation back, into the products behind it."""
+    """Move the norm's weight and bias, and the rotation back, into the linear layers behind it."""
     for reader in norm.readers:
         if reader.op_type == "FusedMatMul":
             _rotate_before_head(model, reader, norm, matrix)
@@ -100,7 +100,7 @@ def _rotate_before_head(model: ir.Model, head: ir.Node, norm: Norm, matrix: np.n
 
 
 def _move_bias(model: ir.Model, product: ir.Node, bias: LazyWeight, matrix: LazyWeight) -> None:
-    """Let the norm's bias times the matrix be added behind the product: in its own bias where it has one."""
+    """Let the norm's bias times the matrix be added behind the linear layer: in its own bias where it has one."""
     output = product.outputs[0]
     add = only_user(output)
     old = next((v for v in add.inputs if v is not output), None) if add is not None and add.op_type == "Add" else None

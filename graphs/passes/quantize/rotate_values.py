@@ -26,7 +26,7 @@ def rotate_values(model: ir.Model, report: Report) -> None:
     before: MatMul(qkv) -> GroupQueryAttention -> MatMul(o)
     after:  MatMul(qkv with R after each head's values) -> GroupQueryAttention -> MatMul(R.T for each query head, o)
     R is a Hadamard matrix, or a random orthogonal one where the heads are no power of two wide.
-    refuses when: something stands between the product and the values, or between the attention and the output
+    refuses when: something stands between the linear layer and the values, or between the attention and the output
     projection; these or their weights are read elsewhere too; or the attention has an attribute that is not known.
     Source: QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
@@ -60,17 +60,17 @@ def _match(attention: ir.Node) -> Match | None:
     heads, kv_heads = int(options["num_heads"]), int(options["kv_num_heads"])
     projection = only_user(attention.outputs[0])
     if projection is None or projection.op_type != "MatMul" or projection.inputs[0] is not attention.outputs[0]:
-        raise Refused("its output does not go straight into one product")
+        raise Refused("its output does not go straight into one linear layer")
     matrix = projection.inputs[1]
     if matrix is None or weight(matrix) is None:
-        raise Refused("its output goes into a product without constant weights")
+        raise Refused("its output goes into a linear layer without constant weights")
     if marked(matrix, MARK):
         return None
     check_unshared(matrix)
     packed = attention.inputs[1] is None
     found = channels(attention.inputs[0 if packed else 2])
     if found is None:
-        raise Refused("something stands between its values and their product")
+        raise Refused("something stands between its values and their linear layer")
     if packed:
         start = found.stop - (found.stop - found.start) // (heads + 2 * kv_heads) * kv_heads
         found = dataclasses.replace(found, start=start)

@@ -41,7 +41,7 @@ def lower_attention_static(model: ir.Model, report: Report) -> None:
     """Lower what expand_attention made to operators that every graph compiler has.
 
     Which positions the new tokens are written to, and which each of them sees, comes in as inputs. Query heads that
-    share a key head are rows of one product, so nothing is repeated.
+    share a key head are rows of one linear layer, so nothing is repeated.
 
     before: past, new [1, kv_heads, tokens, width], first position -> TensorScatter -> present
             query, present (keys), present (values), mask -> Attention(scale, softcap) -> [1, heads, tokens, value_dim]

@@ -21,7 +21,7 @@ def transpose_tied_head(model: ir.Model, report: Report) -> None:
     before: x [1, tokens, hidden] -> FusedMatMul(W, transB) -> [1, tokens, vocabulary]
     after:  x -> Reshape [tokens, hidden] -> Transpose -> MatMul(W, .) [vocabulary, tokens] -> Transpose -> Reshape
             -> [1, tokens, vocabulary]      (one token needs no Transpose)
-    refuses when: the product scales or transposes in another way than by transB, or a shape is not a number.
+    refuses when: the linear layer scales or transposes in another way than by transB, or a shape is not a number.
     """
     for node in nodes(model, "FusedMatMul", MICROSOFT):
         x, table = node.inputs
