@@ -50,8 +50,8 @@ def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: 
     assert special.specialized is not None
     assert special.specialized.variant("prefill") == "prefill_int8"
     kinds = {
-        phase: {node.op_type for node in onnx.load(folder / file, load_external_data=False).graph.node}
-        for phase, file in special.specialized.graphs.items()
+        phase: {node.op_type for node in onnx.load(folder / made.file, load_external_data=False).graph.node}
+        for phase, made in special.specialized.graphs.items()
     }
     assert "MatMulIntegerToFloat" in kinds["prefill"]
     assert "MatMulIntegerToFloat" not in kinds["decode"]
