@@ -200,5 +200,5 @@ def test_bytes_that_belong_to_no_entry_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_part_of_a_packed_bundle_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "a.pyz", [Entry("numpy/__init__.py", b"")])
-    with pytest.raises(BundleError, match=r"'numpy/__init__\.py' is none of its parts"):
+    with pytest.raises(BundleError, match=r"'numpy/__init__\.py' is not one of its parts"):
         packed_files(tmp_path / "a.pyz")
