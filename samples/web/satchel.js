@@ -1,7 +1,7 @@
 // Runs a bundle: opens its graphs, keeps the KV cache, steps through prefill and decode. It imports nothing: it is given
 // ONNX Runtime (onnxruntime-web, or onnxruntime-node) and a function that reads a file, and runs in a browser and in Node.
 
-const VERSIONS = [1, 2];
+const VERSIONS = [3];
 const CHUNK = 256; // tokens of a prompt in one run
 const ARRAYS = { float32: Float32Array, int8: Int8Array };
 
