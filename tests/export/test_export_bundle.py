@@ -55,7 +55,7 @@ def test_the_same_export_twice_gives_the_same_bytes(tiny_checkpoint: Path, tiny_
 def test_the_forecast_and_the_stages_are_told_in_order(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = satchel("export", tiny_checkpoint, "-o", tmp_path / "bundle")
     assert (done.returncode, done.stdout) == (0, "")
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if "so far" not in line]  # a slow machine has those, too
     expected = [
         r"\[1/6\] opening the checkpoint \.\.\. [\d.]+ s",
         r"tiny-checkpoint: 0\.1 M parameters, context 128; needs about \d+ MiB of memory, \d+ MiB of disk.* and \d+ s",

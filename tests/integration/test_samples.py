@@ -36,6 +36,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own_module.py", "custom_pass.py"])
 def test_a_sample_does_not_write_over_what_it_is_given(name: str, tmp_path: Path) -> None:
     path = tmp_path / "mine"

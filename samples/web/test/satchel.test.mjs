@@ -8,7 +8,7 @@ import { IncrementalDetokenizer, allNumerals, checkTokenizer, openTokenizer } fr
 const LAYER = { kv_heads: 2, key_dim: 3, value_dim: 5, past_key: "pk", past_value: "pv", present_key: "k", present_value: "v" };
 const MANIFEST = {
   format: "satchel-bundle",
-  version: 2,
+  version: 3,
   target: "cpu",
   model: { vocab_size: 10, max_context: 600, eos_token_ids: [9] },
   kv_cache: { mode: "shared", dtype: "float32", layers: [LAYER] },
