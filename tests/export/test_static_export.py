@@ -117,9 +117,9 @@ def test_one_weight_larger_than_a_part_is_an_error(tmp_path: Path) -> None:
         ({"precision": "int4"}, "int4 .*--target cann.* fp16 or a16w8"),
         ({"precision": "a8w8"}, "a8w8 .*--target cann.* fp16 or a16w8"),
         ({"kv_cache": "int8"}, "--kv-cache int8 .*--target cann.* float"),
-        ({"prefill_lengths": (32, 16)}, "--prefill-lengths 32,16: give numbers of tokens, each larger than the one"),
-        ({"prefill_lengths": (8, 8)}, "--prefill-lengths 8,8: give numbers of tokens"),
-        ({"prefill_lengths": (0, 8)}, "--prefill-lengths 0,8: give numbers of tokens"),
+        ({"prefill_lengths": (32, 16)}, "--prefill-lengths 32,16"),
+        ({"prefill_lengths": (8, 8)}, "--prefill-lengths 8,8"),
+        ({"prefill_lengths": (0, 8)}, "--prefill-lengths 0,8"),
         ({"target": "cpu", "prefill_lengths": (8,)}, "--prefill-lengths does not go with --target cpu"),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_flag_takes_numbers_with_commas(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "8,many"])
     assert stop.value.code == 2
-    assert "give whole numbers with commas between them" in capsys.readouterr().err
+    assert "8,many" in capsys.readouterr().err
     assert cli.main([*command, "16,8"]) == 2
     assert "--prefill-lengths 16,8" in capsys.readouterr().err
 

@@ -132,7 +132,6 @@ def test_int4_takes_passes_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert done == ["prefill", "decode", "score", "prefill_int8", "native"]
     assert manifest.plain is not None
     assert manifest.plain.graphs is not None
-    assert manifest.plain.graphs.prefill_int8 is None
     plain = score(tmp_path / "out", Custom(passes=False))
     np.testing.assert_allclose(score(tmp_path / "out", Custom()), plain / 2, rtol=1e-5, atol=1e-6)
 
@@ -223,7 +222,7 @@ def test_libraries_are_refused(tiny_checkpoint: Path, tmp_path: Path, capsys: py
     for flags, says in (
         (("--custom-ops", LIBRARY), ("--custom-ops", "--pass")),
         ((*mine, "--custom-ops", tmp_path / "nowhere.so"), ("nowhere.so: cannot be read (No such file",)),
-        ((*mine, "--custom-ops", text), ("text.so: ONNX Runtime cannot load it", "give a shared library")),
+        ((*mine, "--custom-ops", text), ("text.so", "shared library")),
     ):
         refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "out", *flags, says=says)
 

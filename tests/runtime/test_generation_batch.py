@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
 
-from satchel.runtime.bundle.manifest import LayerPrecision
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.cpu import CpuState
@@ -392,11 +391,10 @@ def test_rows_that_do_not_agree_run_in_turn_unless_asked_to_run_together(tmp_pat
     assert [result.token_ids for result in faster] != expected
 
 
-def test_over_weights_in_four_bits_an_even_number_of_tokens_is_reused(tiny: Path) -> None:
+def test_reused_tokens_are_a_multiple_of_what_the_manifest_says(tiny: Path) -> None:
     generator = Generator.open(tiny, threads=1)
     bundle = generator.engine.bundle
-    layer = LayerPrecision(4, 64, True, "float", "float")
-    generator.engine.bundle = replace(bundle, manifest=replace(bundle.manifest, layers={"layer": layer}))
+    generator.engine.bundle = replace(bundle, manifest=replace(bundle.manifest, token_multiple=2))
     generator.generate([*PREFIX, 7, 8, 9], 2)
     for length, reused in ((17, 16), (18, 18)):
         assert generator.generate([*PREFIX[:length], 30, 31, 32], 2).reused_tokens == reused

@@ -82,7 +82,7 @@ def test_an_entry_that_is_not_for_bundles_is_refused(folder: Path) -> None:
     document["graphs"]["decode"]["session"] = {"session.model_external_initializers_file_folder_path": "/etc"}
     write_manifest(folder, document)
     with pytest.raises(
-        BundleError, match=r"manifest\.json: graphs\.decode\.session: .*model_external_initializers_file_folder_path"
+        BundleError, match=r"manifest\.json: .*decode\.session.*model_external_initializers_file_folder_path"
     ):
         Engine.open(open_bundle(folder))
 
