@@ -7,6 +7,7 @@ from typing import Any
 from satchel.export.checkpoint import Checkpoint
 from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.bundle.manifest import GraphSpec, Manifest
+from satchel.runtime.bundle.plain_graphs import without_custom
 
 
 def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] | None:
@@ -19,7 +20,7 @@ def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] |
     further tokens the second.
     """
     if manifest.custom_ops:
-        manifest = manifest.without_custom()
+        manifest = without_custom(manifest)
     cache, facts = manifest.kv_cache, manifest.model
     sizes = {(layer.kv_heads, size) for layer in cache.layers for size in (layer.key_dim, layer.value_dim)}
     graphs = manifest.graphs

@@ -23,6 +23,7 @@ from satchel.runtime.bundle.contract import (
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.names import leads_outside
+from satchel.runtime.bundle.plain_graphs import without_custom
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def check_manifest(manifest: Manifest) -> None:
     for index, library in enumerate(manifest.custom_ops):
         _check_sha256(library.sha256, f"custom_ops[{index}].sha256")
     if manifest.plain is not None:
-        check_manifest(manifest.without_custom())
+        check_manifest(without_custom(manifest))
     if manifest.certificate:
         check_values(manifest.certificate, model.vocab_size, model.max_context)
     if manifest.specialized:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -366,21 +365,6 @@ class Manifest:
         inputs = () if self.graphs is None else self.graphs.decode.inputs
         return any(tensor.name == ATTENTION_MASK and tensor.shape[-1:] == (CAPACITY,) for tensor in inputs)
 
-    def without_custom(self) -> Manifest:
-        """The manifest of the plain graphs alone. Raises BundleError where there are none."""
-        if self.plain is None:
-            raise BundleError("this bundle has no graphs without passes and operators of a user's own")
-        plain = dataclasses.replace(
-            self,
-            graphs=self.plain.graphs,
-            variants=(),
-            static=self.plain.static,
-            plain=None,
-            custom_ops=(),
-            specialized=None,
-        )
-        return dataclasses.replace(plain, files=_needed(self, plain))
-
     def graph(self, name: str) -> GraphSpec:
         """The graph of a phase, or of the variant of this name. Raises BundleError where there is none."""
         if self.graphs is None:
@@ -395,21 +379,3 @@ class Manifest:
             others = ", ".join(variant.name for variant in self.variants) or "none"
             raise BundleError(f"this bundle has no graph {name}; its variants: {others}")
         return found
-
-
-def _graph_files(manifest: Manifest) -> set[str]:
-    """The files of all graphs that a manifest has beside those of `plain`."""
-    files: set[str] = set()
-    if manifest.graphs is not None:
-        files |= {spec.file for spec in vars(manifest.graphs).values()}
-    files |= {variant.graph.file for variant in manifest.variants}
-    if manifest.static is not None:
-        graphs = (*manifest.static.prefill, manifest.static.decode, manifest.static.score)
-        files |= {part.file for graph in graphs for part in graph.parts}
-    return files
-
-
-def _needed(manifest: Manifest, plain: Manifest) -> dict[str, FileRecord]:
-    """The files of a bundle without those of its custom graphs alone."""
-    left_out = _graph_files(manifest) - _graph_files(plain)
-    return {name: record for name, record in manifest.files.items() if name not in left_out}

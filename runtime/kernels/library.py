@@ -1,7 +1,6 @@
-"""Where the library of satchel's own operators is, and why it cannot be used here.
+"""Locates the library of satchel's own operators, and says why it cannot be used on this machine.
 
-It is built when satchel is installed, where there is a C compiler, and lies beside this module. No other file is ever
-taken for it.
+It is built beside this module when satchel is installed with a C compiler. No other file is ever loaded as the library.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ from pathlib import Path
 from satchel.runtime.util.cpu import processor_features
 
 VERSION = 1
-"""To be raised when the operators or the layout of their weights change: weights packed before are then made anew."""
+"""Raise it when the operators or the layout of their weights change: older bundles must then be exported again."""
 
 NAME = "_library"
 
 SWITCH, OFF = "SATCHEL_KERNELS", "off"
-"""A variable of the environment, and the value with which satchel does without its own operators."""
+"""An environment variable, and the value that disables satchel's own operators."""
 
 ARCHITECTURES = ("x86_64", "AMD64")
 EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma")
-"""What the operators are compiled for; extensions as Linux spells them."""
+"""The instruction set that the operators are compiled for; extensions are spelled as in /proc/cpuinfo."""
 
 
 def library() -> Path | None:
-    """The built library; None where it cannot be used, and `reason` says why."""
+    """The path of the built library, or None if it cannot be used; `reason` says why."""
     return None if reason() is not None else _built()
 
 
 def reason() -> str | None:
-    """Why satchel's own operators cannot be used here, as a clause without a subject; None where they can."""
+    """Why satchel's own operators cannot be used here, as a clause without a subject; None if they can."""
     if os.environ.get(SWITCH) == OFF:
         return f"are switched off ({SWITCH}={OFF})"
     if _built() is None:
@@ -44,6 +43,6 @@ def reason() -> str | None:
 
 
 def _built() -> Path | None:
-    """The library beside this module, whichever of Python's suffixes it has."""
+    """The library beside this module, with any of Python's extension suffixes."""
     beside = (Path(__file__).with_name(NAME + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in beside if path.is_file()), None)

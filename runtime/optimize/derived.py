@@ -1,4 +1,4 @@
-"""Makes the weight file that a variant of a bundle reads, from the weights that the bundle stores."""
+"""Makes the weight file of a variant from the weights that the bundle stores."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from satchel.runtime.errors import BundleError
 from satchel.runtime.optimize.stored import Stored
 
 VALUES_AT_ONCE = 1 << 22
-"""Weights that are packed at a time."""
+"""How many weights are packed at a time."""
 
 
 def make_weights(bundle: Bundle, variant: Variant, path: Path) -> None:
-    """Write to `path` the weights that the graph of a variant reads, in its layout, a few outputs at a time.
+    """Write the weights of a variant's graph to `path` in its layout, a few outputs at a time.
 
     Raises:
-        BundleError: The graphs do not belong together.
+        BundleError: The variant's graph does not match the portable graphs.
     """
     layout = Layout(variant.weights.layout)
     made = external_tensors(bundle.path(variant.graph.file).read_bytes())
-    # The variant may serve both phases, and each of them may store some weights in another form.
+    # A variant may run both phases, and the two may store some weights in different forms.
     graphs = [external_tensors(bundle.graph_path(phase).read_bytes()) for phase in ("decode", "prefill")]
     stored = {name: tensor for tensors in graphs for name, tensor in tensors.items()}
     with path.open("wb") as file:
@@ -37,8 +37,8 @@ def make_weights(bundle: Bundle, variant: Variant, path: Path) -> None:
                 _write(file, bundle, layout, Stored.of(stored, name), made, name, gated)
             except (KeyError, ValueError):
                 raise BundleError(
-                    f"{bundle.folder / MANIFEST_NAME}: the weight {name} of {variant.name} is not one of prefill "
-                    "and decode: export the bundle again"
+                    f"{bundle.folder / MANIFEST_NAME}: the weight {name} of {variant.name} does not match "
+                    "one of prefill or decode: export the bundle again"
                 ) from None
 
 
@@ -54,7 +54,7 @@ def _weights(layout: Layout, file: str, made: dict[str, Tensor]) -> Iterator[tup
 def _write(
     file: BinaryIO, bundle: Bundle, layout: Layout, stored: Stored, made: dict[str, Tensor], name: str, gated: bool
 ) -> None:
-    """Write all parts of a weight where the graph says. Raises KeyError or ValueError where it says something else."""
+    """Write all parts of a weight at the graph's offsets. Raises KeyError or ValueError if the graph does not match."""
     wanted = parts(layout, stored.form, gated=gated)
     tensors = {ending: made[name + ending] for ending in wanted}
     for ending, part in wanted.items():
@@ -73,7 +73,7 @@ def _write(
 
     for ranges in _ranges(stored, halves=2 if gated else 1):
         for ending, data in pack(layout, stored.read(content, ranges), gated=gated).items():
-            if ending in whole:  # its outputs do not follow each other in the file
+            if ending in whole:  # its outputs are not contiguous in the file
                 whole[ending][:, slice(*ranges[0])] = data
             else:
                 put(ending, data)
@@ -82,7 +82,7 @@ def _write(
 
 
 def _ranges(stored: Stored, halves: int) -> Iterator[list[tuple[int, int]]]:
-    """The outputs to pack at a time, whole panels: the first and the one after the last, of each half."""
+    """The ranges (first, last + 1) of outputs to pack at a time, in whole panels, one range for each half."""
     inputs, outputs = stored.codes.dims
     half = outputs // halves
     step = max(VALUES_AT_ONCE // (inputs * PANEL * halves), 1) * PANEL

@@ -1,4 +1,4 @@
-"""The forms that specialized graphs can have, and what the manifest says of each."""
+"""The forms that specialized graphs can have, and their manifest entries."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from satchel.runtime.util.defaults import PROVIDER
 PREFIX = "specialized-"
 
 STORED = "stored"
-"""The layout of the weights in the bundle, beside those of variants."""
+"""The name of the layout in which a bundle stores weights; the other layouts are those of variants."""
 
 Made = tuple[Specialized, dict[str, Path]]
-"""What the manifest is to say of a form, and where its files lie by their names in the bundle."""
+"""The manifest entry of a form, and the paths of its files by their names in the bundle."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """One set of specialized graphs: the graph that each phase is made of; prefill's alone where it serves both."""
+    """One set of specialized graphs: the source graph of each phase; only that of prefill if it runs decode too."""
 
     sources: dict[str, str]
 
 
 def portable_form(manifest: Manifest) -> Form:
-    """The form over weights as the bundle stores them."""
+    """The form with the weights as the bundle stores them."""
     together = manifest.graph("decode").session_of is not None
     return Form({"prefill": "prefill"} if together else {"prefill": "prefill", "decode": "decode"})
 
 
 def form_of(variant: Variant) -> Form:
-    """The form in which a variant runs its phases, and a portable graph the other."""
+    """The form in which a variant runs its phases, and the portable graph runs any other."""
     if set(variant.runs) == set(PREPARED):
         return Form({"prefill": variant.name})
     return Form({phase: variant.name if phase in variant.runs else phase for phase in PREPARED})
 
 
 def serves(manifest: Manifest, made: Specialized, layout: str, kernels: str) -> bool:
-    """Whether what was made is what these options of `specialize` ask for."""
+    """Whether existing specialized graphs match these options of `specialize`."""
     used = [manifest.variant(name) for name in made.variants]
     own = any(variant.kernel_abi is not None for variant in used)
     if kernels != "auto" and own != (kernels == "satchel"):
@@ -55,7 +55,7 @@ def serves(manifest: Manifest, made: Specialized, layout: str, kernels: str) -> 
 
 
 def described(bundle: Bundle, form: Form, graphs: dict[str, str], files: dict[str, Path]) -> Specialized:
-    """What the manifest is to say of a form; `graphs` are its files by phase, `files` all of them by name."""
+    """The manifest entry of a form; `graphs` are its graph files by phase, `files` the paths of all files by name."""
     variants = {variant.name for variant in bundle.manifest.variants}
     sources = {phase: source if source in variants else None for phase, source in form.sources.items()}
     return Specialized(
@@ -70,7 +70,7 @@ def described(bundle: Bundle, form: Form, graphs: dict[str, str], files: dict[st
 
 
 def token_of(bundle: Bundle, form: Form) -> str:
-    """A short name for a form of this bundle on this machine, so that files of two are not taken for each other."""
+    """A short hash that identifies a form of this bundle on this machine in file names."""
     hashes = [record.sha256 for record in bundle.manifest.files.values()]
     facts = [ort.__version__, *processor_features(), *form.sources.values(), *hashes]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Takes apart what ONNX Runtime saves beside an optimized graph, so that graphs share what they have in common."""
+"""Deduplicates the data that ONNX Runtime saves with optimized graphs, so that graphs share equal data."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from satchel.runtime.bundle.reader import Bundle
 
 PAGE, PAGED_FROM = 4096, 1 << 20
 CACHE_LINE = 64
-"""Bytes that offsets are multiples of: pages for what is mapped alone, cache lines for the small rest."""
+"""Alignment in bytes: pages for data of `PAGED_FROM` bytes or more, cache lines for smaller data."""
 
 Places = dict[bytes, tuple[str, int]]
-"""Where data lies, by its hash: a file of the bundle, and the offset in it."""
+"""Locations of data by its hash: a file of the bundle, and the offset in it."""
 
 
 @dataclass
 class Store:
-    """The one file, called `name` in the bundle, that takes the data of several graphs; equal bytes are written once.
+    """A file, called `name` in the bundle, for the data of several graphs; equal bytes are written once.
 
-    `places` are those that are not to be written again.
+    `places` are locations of existing data, which is not written again.
     """
 
     file: BinaryIO
@@ -35,7 +35,7 @@ class Store:
     size: int = 0
 
     def put(self, data: memoryview, *, here: bool) -> tuple[str, int]:
-        """The file and offset at which the data lies; `here`: in this file, even if another one has it."""
+        """Write data unless it exists. Returns its file and offset; `here` requires this file."""
         digest = _digest(data)
         place = self.places.get(digest)
         if place is None or (here and place[0] != self.name):
@@ -49,7 +49,7 @@ class Store:
 
 
 def stored_places(bundle: Bundle, name: str) -> Places:
-    """Where the portable graphs keep their data in the weight file `name`."""
+    """The locations of the portable graphs' data in the weight file `name`."""
     ranges = set()
     for phase in PHASES:
         for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes()):
@@ -60,7 +60,7 @@ def stored_places(bundle: Bundle, name: str) -> Places:
 
 
 def relocate(saved: Path, graph: Path, store: Store) -> None:
-    """Put a saved graph's data into the store, and write the graph that points there to `graph`."""
+    """Move a saved graph's data into the store, and write the graph with the new locations to `graph`."""
     data_file = saved.with_suffix(".data")
     with _mapped(data_file) as content:
 
@@ -69,7 +69,7 @@ def relocate(saved: Path, graph: Path, store: Store) -> None:
 
         def moved(entries: onnx_wire.External) -> onnx_wire.External:
             packed = [key for key in entries if key.startswith("prepacked_")]
-            # What is packed must lie in the same file as what it was packed from.
+            # ONNX Runtime requires packed data in the same file as the original.
             location, offset = store.put(part(entries["offset"], entries["length"]), here=bool(packed))
             result = {"location": location, "offset": str(offset), "length": entries["length"]}
             for key in packed:
@@ -87,7 +87,7 @@ def relocate(saved: Path, graph: Path, store: Store) -> None:
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
-    """A file's content; an empty file cannot be mapped."""
+    """A file's content, memory-mapped; empty for a missing or empty file, which cannot be mapped."""
     if not path.exists() or not path.stat().st_size:
         yield memoryview(b"")
         return
@@ -97,7 +97,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     try:
         yield view
     finally:
-        # After an interrupt the traceback still holds parts of it: the mapping then ends with the last of them.
+        # After an interrupt the traceback still refers to slices: the mapping then ends with the last of them.
         with contextlib.suppress(BufferError):
             view.release()
             content.close()

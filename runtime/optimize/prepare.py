@@ -1,4 +1,4 @@
-"""Makes a bundle ready for this machine wherever it lies: in its own folder, or as a copy in the user's cache."""
+"""Specializes a bundle for this machine, in its own folder or as a copy in the user's cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from satchel.runtime.ort.open_bundle import open_bundle
 
 @dataclass(frozen=True)
 class Prepared:
-    """A bundle as it now opens, and whether anything had to be made: False where it was ready before."""
+    """An opened bundle, and whether it was specialized just now: `made` is False if it was specialized already."""
 
     bundle: Bundle
     made: bool
@@ -43,24 +43,24 @@ def prepare(
     say: Callable[[str], Any] = specialize.silent,
     waiting: Callable[[], object] | None = None,
 ) -> Prepared:
-    """Specialize the bundle at `path`, a folder or a packed file, unless it is ready for this machine as asked for.
+    """Specialize the bundle at `path`, a folder or a packed file, unless it already is with these options.
 
-    What is made goes into its folder; for a packed file and a folder that cannot be written, into a copy in the user's
-    cache, which takes its place whenever it is opened.
+    The new files go into its folder. For a packed file or a read-only folder they go into a copy in the user's cache,
+    which is used whenever the bundle is opened.
 
     Args:
         layout: As for `specialize`.
         kernels: As for `specialize`.
-        force: Make it again where it is ready.
+        force: Specialize again.
         threads: As for `specialize`.
         custom: Which custom passes and operators run.
-        shown: Show a bar while a large bundle is first checked.
+        shown: Show a progress bar when a large bundle is checked for the first time.
         progress: Called with the name of each stage.
-        say: Called with what was found out.
+        say: Called with each result.
         waiting: Called before waiting for another process that is specializing this bundle.
 
     Raises:
-        SatchelError: As `specialize` does, or the user's cache cannot be written.
+        SatchelError: As in `specialize`, or the user's cache cannot be written.
         BundleError: The bundle cannot be opened.
         BusyError: Another process is specializing it, and `waiting` is None.
     """
@@ -108,12 +108,12 @@ def _in_cache(bundle: Bundle, custom: Custom, progress: Callable[[str], Any], ru
     except OSError as error:
         raise SatchelError(
             f"{user_cache.bundles_folder()}: cannot be written ({error.strerror}): free space, or set XDG_CACHE_HOME "
-            "to a folder that can be written"
+            "to a writable folder"
         ) from None
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
-    """Write a bundle's files, without what was specialized, into a new folder. Raises OSError."""
+    """Write a bundle's files, except specialized ones, into a new folder. Raises OSError."""
     folder.mkdir()
     for name in bundle.manifest.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,25 @@
-"""Makes a bundle's graphs ready for this machine: optimized, with weights as its kernels want them, mapped at load.
+"""Optimizes a bundle's graphs for this machine, with weights in the layout of its kernels, memory-mapped at load.
 
-ONNX Runtime optimizes each graph and saves it with the weights that its kernels have packed. What the two phases have
-in common, and what `weights.bin` holds already, is stored once. The portable graphs stay as they are.
+ONNX Runtime optimizes each graph and saves it with the weights that its kernels have packed. Data that both phases
+share, or that `weights.bin` has already, is stored once. The portable graphs are not changed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.external_data import check_external_data
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Variant
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized, Variant
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, read_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
@@ -26,19 +27,19 @@ from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.optimize.forms import PREFIX, STORED, Form, Made, described, form_of, portable_form, token_of
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
 from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
-from satchel.runtime.ort.open_bundle import unusable
+from satchel.runtime.ort.open_bundle import is_outdated, unusable
 from satchel.runtime.ort.session import SessionSettings, save_optimized
 
 INLINE_BYTES = 1024
-"""Constants smaller than this stay in the graph."""
+"""Smaller constants stay in the graph."""
 
 DISK_FACTOR, LAYOUT_FACTORS = 4, {Layout.INT8.value: 4, Layout.GROUPS.value: 2}
-"""The disk space that the work takes at most, in sizes of the weight file: for each form, and for the layouts of its
-variants. It is for what a graph was optimized from and to, and the files being made.
+"""Max temporary disk space in sizes of the weight file, for each form and for the layouts of its variants. It covers a
+graph before and after optimization, and the new files.
 """
 
 EXACT = frozenset({Layout.GROUPS.value})
-"""Layouts of the very numbers that the bundle stores: a variant over one may be chosen for its speed alone."""
+"""Layouts with exactly the stored numbers: a variant with one of them may be chosen for its speed alone."""
 
 
 def silent(_: str) -> None:
@@ -54,90 +55,155 @@ def specialize(
     progress: Callable[[str], Any] = silent,
     say: Callable[[str], Any] = silent,
 ) -> Manifest:
-    """Write graphs and packed weights for this machine into a bundle's folder, and name them in its manifest.
+    """Write graphs and packed weights for this machine into a bundle's folder, and list them in its manifest.
 
-    What an earlier call left is replaced. The files are checked against the portable graphs before the manifest, which
-    is written last, names them; until then, and after any failure, the bundle is what it was.
+    The files replace those of an earlier call. They are checked against the portable graphs before the manifest lists
+    them, which is written last; until then, and after any failure, the bundle is unchanged.
 
     Args:
-        layout: How ONNX Runtime's kernels get the weights. "stored": as the bundle has them; or a layout of its
+        layout: The layout of weights for ONNX Runtime's kernels: "stored", as in the bundle, or a layout of one of its
             variants, such as "groups" for decode or "int8" for prefill. "auto": as stored, or a layout of the same
-            numbers where a step of decode is faster with it by a margin, unless both phases share a session.
-        kernels: "satchel": satchel's own. "onnxruntime". "auto": satchel's own where a variant for them runs here and
-            is faster than ONNX Runtime's, unless `layout` asks for one of those.
+            numbers if decode steps are faster with it by a margin, unless both phases share a session.
+        kernels: "satchel" for satchel's own, "onnxruntime", or "auto": satchel's own if a variant for them runs here
+            and is faster than ONNX Runtime's, unless `layout` names a layout.
         threads: CPU threads for the work; None for one per physical core.
-        progress: Hears the name of each stage as it begins.
-        say: Hears what was found out.
+        progress: Called with the name of each stage as it begins.
+        say: Called with each result.
 
     Returns:
-        The bundle's manifest as it is now.
+        The bundle's new manifest.
 
     Raises:
-        SatchelError: The folder cannot be written, the disk has no room, or the results differ; or the bundle has no
-            variant that was asked for, or it loses more than the certificate allows. With "auto", variants that differ
-            or lose too much are left out, with a SatchelWarning.
-        BundleError: A graph does not load.
+        SatchelError: The folder cannot be written, the disk is full, the logits differ, the bundle lacks the requested
+            variant, or the accuracy is below what the certificate allows. With "auto", variants that differ or are
+            not accurate enough are left out with a SatchelWarning.
+        BundleError: A graph cannot be loaded, or the bundle cannot be specialized.
     """
-    folder, settings = bundle.folder, SessionSettings(threads=threads)
-    if not bundle.whole:
-        raise BundleError(f"{folder}: only its graphs with a user's own operators are specialized: give --custom-ops")
-    portable = replace(bundle, specialized=None)
-    if portable.manifest.graphs is None:
-        raise BundleError(f"{folder}: its graphs are static, for {portable.manifest.target}: nothing to specialize")
-    own = _own_variant(portable, kernels, layout)
-    forms = _forms(portable, layout)
+    portable = _portable(bundle)
+    own, forms = _own_variant(portable, kernels, layout), _forms(portable, layout)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
-    with _scratch(folder) as scratch, contextlib.ExitStack() as placed:
-        progress("reading the weights")
-        known: Places = {}
-        for name in _weight_files(portable):
-            known |= stored_places(portable, name)
-        written: set[str] = set()
-
-        def make(wanted: list[Form]) -> list[Bundle]:
-            _check_room(portable, scratch, _disk_factor(portable, wanted))
-            made = _make(portable, wanted, known, settings, scratch, progress)
-            files = {name: path for _, paths in made for name, path in paths.items()}
-            written.update(files)
-            placed.enter_context(_placed(folder, files, keep=old))
-            progress("checking")
-            return [replace(bundle, specialized=specialized) for specialized, _ in made]
-
-        native = None
-        if own is not None:
-            [native] = make([form_of(own)])
-            if not _is_right(portable, native, settings, needed=kernels == "satchel"):
-                native = None
-        if native is not None and kernels == "satchel":
-            chosen = native.specialized
-        else:
-            found = make(forms if native is None else forms[:1])
-            kept = _choose(portable, found, settings, progress, say)
-            progress("timing attention")
-            chosen = fastest(kept, native, settings, say)
+    with _scratch(bundle.folder) as scratch, contextlib.ExitStack() as placed:
+        maker = _Maker(portable, SessionSettings(threads=threads), scratch, placed, old, progress)
+        chosen = _chosen(maker, own, forms, say, own_only=kernels == "satchel")
         manifest = replace(bundle.manifest, specialized=chosen)
-        _write_manifest(folder, manifest, scratch)
-    for name in (old | written) - set(manifest.specialized.files if manifest.specialized else ()):
-        (folder / name).unlink(missing_ok=True)
+        _write_manifest(bundle.folder, manifest, scratch)
+    for name in (old | maker.written) - set(chosen.files):
+        (bundle.folder / name).unlink(missing_ok=True)
     return manifest
 
 
+def _portable(bundle: Bundle) -> Bundle:
+    """The bundle with its portable graphs. Raises BundleError for one that cannot be specialized."""
+    if not bundle.whole:
+        raise BundleError(f"{bundle.folder}: can only be specialized with its custom operators: give --custom-ops")
+    if bundle.manifest.graphs is None:
+        raise BundleError(
+            f"{bundle.folder}: has static graphs for {bundle.manifest.target}, which cannot be specialized"
+        )
+    return replace(bundle, specialized=None)
+
+
+@dataclass
+class _Maker:
+    """Makes forms of a bundle in a scratch folder and moves them to the bundle's folder; `placed` undoes the moves.
+
+    `old` are the files of an earlier call, which are never removed on failure; `written` are all new files.
+    """
+
+    portable: Bundle
+    settings: SessionSettings
+    scratch: Path
+    placed: contextlib.ExitStack
+    old: set[str]
+    progress: Callable[[str], Any]
+    written: set[str] = field(default_factory=set)
+
+    def make(self, forms: list[Form]) -> list[Bundle]:
+        """The bundle with the specialized graphs of each form, which are not checked yet."""
+        _check_space(self.portable, self.scratch, _disk_factor(self.portable, forms))
+        made = self._files(forms)
+        files = {name: path for _, paths in made for name, path in paths.items()}
+        self.written.update(files)
+        self.placed.enter_context(_placed(self.portable.folder, files, keep=self.old))
+        self.progress("checking")
+        return [replace(self.portable, specialized=specialized) for specialized, _ in made]
+
+    @functools.cached_property
+    def _known(self) -> Places:
+        """Data that the bundle's weight files have already."""
+        self.progress("reading the weights")
+        known: Places = {}
+        for name in _weight_files(self.portable):
+            known |= stored_places(self.portable, name)
+        return known
+
+    def _files(self, forms: list[Form]) -> list[Made]:
+        """Make the files of each form in the scratch folder: its manifest entry, and the path of each file by name."""
+        saved: dict[str, Path] = {}
+        made = []
+        for number, form in enumerate(forms):
+            token = token_of(self.portable, form)
+            place = self.scratch / token
+            place.mkdir()
+            files = {f"{PREFIX}{token}.bin": place / "data"}
+            graphs = {phase: f"{PREFIX}{token}-{phase}.onnx" for phase in form.sources}
+            later = {source for other in forms[number + 1 :] for source in other.sources.values()}
+            with (place / "data").open("wb") as file:
+                store = Store(file, f"{PREFIX}{token}.bin", dict(self._known))
+                for phase, source in form.sources.items():
+                    if source not in saved:
+                        saved[source] = self._optimized(source)
+                    files[graphs[phase]] = place / f"{phase}.onnx"
+                    relocate(saved[source], files[graphs[phase]], store)
+                    if source not in later:
+                        saved[source].with_suffix(".data").unlink(missing_ok=True)
+            made.append((described(self.portable, form, graphs, files), files))
+        return made
+
+    def _optimized(self, source: str) -> Path:
+        """The graph of a phase or variant as ONNX Runtime saves it after optimization."""
+        self.progress(f"optimizing {source}")
+        path = self.scratch / f"{source}.onnx"
+        with _complete(self.portable, source, self.scratch) as graph:
+            save_optimized(self.portable, source, graph, self.settings, path, INLINE_BYTES)
+        return path
+
+
+def _chosen(
+    maker: _Maker, own: Variant | None, forms: list[Form], say: Callable[[str], Any], *, own_only: bool
+) -> Specialized:
+    """The fastest of what gives the right logits: satchel's own kernels by the variant `own`, or ONNX Runtime's.
+
+    `own_only` takes satchel's own without timing them; the logits must then be right.
+    """
+    portable, settings = maker.portable, maker.settings
+    native = None
+    if own is not None:
+        [made] = maker.make([form_of(own)])
+        native = made if _is_right(portable, made, settings, needed=own_only) else None
+    if own_only and native is not None and native.specialized is not None:
+        return native.specialized
+    kept = _choose(maker, maker.make(forms if native is None else forms[:1]), say)
+    maker.progress("timing attention")
+    return fastest(kept, native, settings, say)
+
+
 def _is_right(portable: Bundle, native: Bundle, settings: SessionSettings, *, needed: bool) -> bool:
-    """Whether satchel's own kernels give the right logits. Where not, a SatchelWarning, or SatchelError if `needed`."""
+    """Whether satchel's own kernels give the right logits. If not, warns with SatchelWarning; raises it if `needed`."""
     try:
         check(portable, native, settings)
     except SatchelError as error:
         if needed:
             raise
-        warnings.warn(f"satchel's own kernels are left out: {error}", SatchelWarning, stacklevel=3)
+        warnings.warn(f"satchel's own kernels are left out: {error}", SatchelWarning, stacklevel=4)
         return False
     return True
 
 
 def _own_variant(portable: Bundle, kernels: str, layout: str) -> Variant | None:
-    """The variant for satchel's own kernels that is to be made: the first that this machine runs.
+    """The variant for satchel's own kernels to make: the first that this machine can run.
 
-    Raises SatchelError where one is asked for and there is none.
+    Raises SatchelError if it was asked for by `kernels` and there is none.
     """
     asked = kernels == "satchel"
     if asked and layout != "auto":
@@ -150,22 +216,25 @@ def _own_variant(portable: Bundle, kernels: str, layout: str) -> Variant | None:
     usable = next((variant for variant in own if unusable(variant) is None), None)
     if asked and usable is None:
         reason = f"it needs {unusable(own[0])}" if own else f"{portable.folder} has no variant for them"
-        raise SatchelError(f"--kernels satchel: {reason}: leave it out")
+        remedy = "export the bundle again, or leave the flag out" if own and is_outdated(own[0]) else "leave it out"
+        raise SatchelError(f"--kernels satchel: {reason}: {remedy}")
     return usable
 
 
 def _forms(portable: Bundle, layout: str) -> list[Form]:
-    """The forms to make, the one to keep unless another is faster first. Raises BundleError for an unknown layout."""
+    """The forms to make; the first is kept unless another is faster. Raises BundleError for an unknown layout."""
     manifest = portable.manifest
     variants = [variant for variant in manifest.variants if variant.kernel_abi is None]
     if layout not in ("auto", STORED):
         found = [form_of(variant) for variant in variants if variant.weights.layout == layout]
         if not found:
-            others = ", ".join(sorted({variant.weights.layout for variant in variants})) or "none"
-            raise BundleError(f"{portable.folder}: no variant has weights in {layout}; layouts that it has: {others}")
+            others = ", ".join([STORED, *sorted({variant.weights.layout for variant in variants})])
+            raise BundleError(
+                f"{portable.folder}: no variant has weights in the layout {layout}: choose one of: {others}"
+            )
         return found[:1]
     stored = portable_form(manifest)
-    # Where both phases share a session, the bundle was made to take little memory.
+    # A bundle whose phases share a session was exported for low memory use.
     if layout == STORED or set(stored.sources) == {"prefill"}:
         return [stored]
     return [stored, *(form_of(variant) for variant in variants if variant.weights.layout in EXACT)]
@@ -176,78 +245,35 @@ def _names(made: Bundle) -> str:
     return " and ".join(made.specialized.variants if made.specialized else ()) or "the portable graphs"
 
 
-def _make(
-    portable: Bundle,
-    forms: list[Form],
-    known: Places,
-    settings: SessionSettings,
-    scratch: Path,
-    progress: Callable[[str], Any],
-) -> list[Made]:
-    """Make the files of each form in the scratch folder: its manifest entry, and where they lie by their names.
+def _choose(maker: _Maker, found: list[Bundle], say: Callable[[str], Any]) -> Bundle:
+    """Check the forms, time decode if there are several, and return the one to keep.
 
-    `known` is where the bundle has what need not be written again.
-    """
-    saved: dict[str, Path] = {}
-    made = []
-    for number, form in enumerate(forms):
-        token = token_of(portable, form)
-        place = scratch / token
-        place.mkdir()
-        files = {f"{PREFIX}{token}.bin": place / "data"}
-        graphs = {phase: f"{PREFIX}{token}-{phase}.onnx" for phase in form.sources}
-        later = {source for other in forms[number + 1 :] for source in other.sources.values()}
-        with (place / "data").open("wb") as file:
-            store = Store(file, f"{PREFIX}{token}.bin", dict(known))
-            for phase, source in form.sources.items():
-                if source not in saved:
-                    progress(f"optimizing {source}")
-                    saved[source] = scratch / f"{source}.onnx"
-                    with _complete(portable, source, scratch) as graph:
-                        save_optimized(portable, source, graph, settings, saved[source], INLINE_BYTES)
-                files[graphs[phase]] = place / f"{phase}.onnx"
-                relocate(saved[source], files[graphs[phase]], store)
-                if source not in later:
-                    saved[source].with_suffix(".data").unlink(missing_ok=True)
-        made.append((described(portable, form, graphs, files), files))
-    return made
-
-
-def _choose(
-    portable: Bundle,
-    found: list[Bundle],
-    settings: SessionSettings,
-    progress: Callable[[str], Any],
-    say: Callable[[str], Any],
-) -> Bundle:
-    """Check the forms, time decode where there are several, and return the one to keep.
-
-    Raises SatchelError where the first is not right; others that are not are left out.
+    Raises SatchelError if the first form gives wrong logits; other wrong forms are left out with a SatchelWarning.
     """
     first, *others = found
-    check(portable, first, settings)
+    check(maker.portable, first, maker.settings)
     kept = first
     for other in others:
         try:
-            check(portable, other, settings)
+            check(maker.portable, other, maker.settings)
         except SatchelError as error:
-            warnings.warn(f"{_names(other)} is left out: {error}", SatchelWarning, stacklevel=3)
+            warnings.warn(f"{_names(other)} is left out: {error}", SatchelWarning, stacklevel=4)
             continue
-        progress("timing decode")
-        before, after = step_seconds([kept, other], settings)
+        maker.progress("timing decode")
+        before, after = step_seconds([kept, other], maker.settings)
         names = _names(kept), _names(other)
         if after < before * ENOUGH_FASTER:
             kept = other
         say(
-            f"a step of decode takes {1e3 * before:.1f} ms with {names[0]} and {1e3 * after:.1f} ms with {names[1]}: "
-            f"{_names(kept)} is kept"
+            f"a decode step takes {1e3 * before:.1f} ms with {names[0]} and {1e3 * after:.1f} ms with {names[1]}: "
+            f"keeping {_names(kept)}"
         )
     return kept
 
 
 def remove(bundle: Bundle) -> Manifest:
-    """Take what `specialize` added out of a bundle again. Returns the manifest. Raises SatchelError."""
-    bundle = bundle if bundle.whole else read_bundle(bundle.folder)  # whose manifest is the one to be written
+    """Remove what `specialize` added to a bundle. Returns the new manifest. Raises SatchelError."""
+    bundle = bundle if bundle.whole else read_bundle(bundle.folder)  # its whole manifest is written
     specialized = bundle.manifest.specialized
     manifest = replace(bundle.manifest, specialized=None)
     if specialized is None:
@@ -261,7 +287,7 @@ def remove(bundle: Bundle) -> Manifest:
 
 @contextlib.contextmanager
 def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
-    """The graph file of `source`, all of whose weights are there; ONNX Runtime reads no file above a graph's folder."""
+    """The graph file of `source` with all of its weights. ONNX Runtime reads no file outside the graph's folder."""
     path = bundle.graph_path(source)
     model, sizes = path.read_bytes(), {file: record.bytes for file, record in bundle.manifest.files.items()}
     variant = next((variant for variant in bundle.manifest.variants if variant.name == source), None)
@@ -287,14 +313,14 @@ def _complete(bundle: Bundle, source: str, scratch: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A scratch folder in the bundle. Raises SatchelError where it, or anything in the block, cannot be written."""
+    """A scratch folder in the bundle. Raises SatchelError if it, or anything in the block, cannot be written."""
     path = None
     try:
         with scratch_folder(folder, SCRATCH_PREFIX) as path:
             yield path
     except OSError as error:
         advice = (
-            "the portable graphs run as they are; copy the bundle to a folder of yours to specialize it"
+            "the portable graphs still run; copy the bundle to a folder of yours to specialize it"
             if path is None
             else "nothing was changed; free space and try again"
         )
@@ -303,7 +329,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _placed(folder: Path, made: dict[str, Path], keep: set[str]) -> Iterator[None]:
-    """Move files to their names in the folder; they are taken away again if the block fails."""
+    """Move files to their names in the folder; they are removed if the block fails, except those in `keep`."""
     try:
         for name, path in made.items():
             path.replace(folder / name)
@@ -327,21 +353,21 @@ def _disk_factor(bundle: Bundle, forms: list[Form]) -> int:
     return 1 + DISK_FACTOR * len(forms) + sum(LAYOUT_FACTORS.get(layout or "", 0) for layout in used)
 
 
-def _check_room(bundle: Bundle, scratch: Path, factor: int) -> None:
+def _check_space(bundle: Bundle, scratch: Path, factor: int) -> None:
     needed = factor * sum(bundle.manifest.files[name].bytes for name in _weight_files(bundle))
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise SatchelError(
-            f"{bundle.folder}: specializing takes up to {needed >> 20:,} MiB while it works and {free >> 20:,} MiB are "
-            "free: free some space"
+            f"{bundle.folder}: specializing needs up to {needed >> 20:,} MiB of temporary disk space, and "
+            f"{free >> 20:,} MiB are free: free some space"
         )
 
 
 def _weight_files(bundle: Bundle) -> list[str]:
-    """The files in which the portable graphs keep their data."""
+    """The weight files of the portable graphs."""
     names = {
         entries.get("location", "")
-        for phase in ("prefill", "decode")  # no other graph has others
+        for phase in ("prefill", "decode")  # the score graph has no others
         for entries in onnx_wire.external_data(bundle.graph_path(phase).read_bytes())
     }
     return sorted(name for name in names if name in bundle.manifest.files)

@@ -14,7 +14,7 @@ from satchel.runtime.bundle.layouts import Form, Weight
 from satchel.runtime.bundle.onnx_wire import Tensor
 
 CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
-"""Ends of the names of a stored weight's parts."""
+"""Suffixes of the tensor names of a stored weight."""
 
 CODE_TYPES = {dtype.onnx: form for form, dtype in QUANTIZED.items()}
 """Number in TensorProto.DataType -> bits, and whether values are symmetric (signed)."""
@@ -24,9 +24,9 @@ Integers = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a bundle stores a quantized weight: values [inputs, outputs], scales and zero points [groups, outputs].
+    """The tensors of a stored quantized weight: values [inputs, outputs], scales and zero points [groups, outputs].
 
-    Of one group, scales and zero points are [outputs]. All of them lie in one file.
+    With one group, scales and zero points are [outputs]. All tensors are in one file.
     """
 
     codes: Tensor
@@ -35,7 +35,7 @@ class Stored:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], name: str) -> Stored:
-        """The weight of this name. Raises KeyError where there is none, ValueError where its tensors do not fit."""
+        """The weight of this name. Raises KeyError if there is none, ValueError if its tensors do not match."""
         found = cls(tensors[name + CODES], tensors[name + SCALES], tensors.get(name + ZERO_POINTS))
         codes, scales, zero_points = found.codes, found.scales, found.zero_points
         if len(codes.dims) != 2 or min(codes.dims) < 1 or codes.dtype not in CODE_TYPES:
@@ -45,19 +45,19 @@ class Stored:
         if zero_points is not None and (zero_points.dtype, zero_points.dims) != (codes.dtype, scales.dims):
             raise ValueError(f"zero points of type {zero_points.dtype} and shape {zero_points.dims}")
         if (zero_points is None) != CODE_TYPES[codes.dtype][1]:
-            raise ValueError("zero points belong to unsigned values, and to no others")
+            raise ValueError("unsigned values need zero points, and signed ones have none")
         return found
 
     @property
     def form(self) -> Form:
-        """What the weight is, apart from its values."""
+        """The weight's shape and quantization."""
         bits, symmetric = CODE_TYPES[self.codes.dtype]
         groups = self.scales.dims[0] if len(self.scales.dims) == 2 else 1
         inputs, outputs = self.codes.dims
         return Form(inputs, outputs, groups, bits, symmetric)
 
     def read(self, content: NDArray[np.uint8], ranges: list[tuple[int, int]]) -> Weight:
-        """Some of its outputs, those of each range (first, one after the last), from its file's content."""
+        """Some of its outputs, those of each range (first, last + 1), from the content of its file."""
 
         def joined(read: Callable[..., NDArray[Any]], tensor: Tensor) -> NDArray[Any]:
             found = [read(content, tensor, *outputs) for outputs in ranges]
@@ -75,13 +75,13 @@ def _floats(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -
 def _integers(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> Integers:
     """Columns `start` to `stop` of quantized values [rows, columns], or of one row, as int8 or uint8.
 
-    Two values of 4 bits are in a byte, the low half first; rows follow each other without a gap.
+    4-bit values are packed two to a byte, the low nibble first, without padding between rows.
     """
     columns, raw = tensor.dims[-1], _raw(content, tensor)
     bits, signed = CODE_TYPES[tensor.dtype]
     if bits == 8:
         return raw.view(np.int8 if signed else np.uint8).reshape(-1, columns)[:, start:stop]
-    if columns % 2:  # rows begin in the middle of a byte
+    if columns % 2:  # rows may begin in the middle of a byte
         return _nibbles(raw, signed)[: int(np.prod(tensor.dims))].reshape(-1, columns)[:, start:stop]
     first, last = start // 2, -(-stop // 2)
     whole = _nibbles(raw.reshape(-1, columns // 2)[:, first:last], signed).reshape(-1, 2 * (last - first))

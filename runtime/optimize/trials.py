@@ -1,4 +1,4 @@
-"""Whether specialized graphs give the right logits, and which of two kernels is faster."""
+"""Checks the logits of specialized graphs, and times which kernels are the fastest."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ TIMED_TOKENS, TIMED_RUNS = 512, 5
 FEWEST_RUNS, TIMED_SECONDS = 3, 10
 TIMED_PROMPT, TIMED_STEPS, TIMED_ROUNDS = 16, 8, 4
 NEW_TOKENS = 128
-"""Satchel's own kernels are compared by the time for `TIMED_TOKENS` of a prompt and so many new tokens."""
+"""Satchel's own kernels are compared by the time for a prompt of `TIMED_TOKENS` and this many new tokens."""
 
 ENOUGH_FASTER = 0.95
-"""What takes more memory, attention without tiles or decode by blocks, must take less than this share of the time."""
+"""Forms that need more memory, attention without tiles or decode by groups, must take less than this share of the time.
+"""
 
 CHECKED_TOKENS = 8
 TOLERANCE = 1e-3
-"""Between logits of the specialized and the portable graphs, of the largest one: the kernels are the same."""
+"""Max difference from the logits of the portable graphs, as a share of the largest one, with the same kernels."""
 
 ROUNDED_TOLERANCE = 0.5
-"""The same where weights or activations are rounded otherwise: enough to notice a wrong graph; the certificate tells
-the rest.
+"""The same where weights or activations are rounded differently: it detects a wrong graph; the certificate checks the
+accuracy.
 """
 
 
 def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> None:
-    """Raise SatchelError unless what the specialized graphs give is right."""
+    """Raise SatchelError unless the logits of the specialized graphs are right."""
     certificate, made = portable.manifest.certificate, specialized.specialized
     if made is None:
         raise ValueError("there are no specialized graphs")
     prefill = TOLERANCE if made.variant("prefill") is None else ROUNDED_TOLERANCE
-    # Decode reads the cache that prefill leaves.
+    # Decode reads the KV cache that prefill wrote.
     decode = TOLERANCE if not made.variants else ROUNDED_TOLERANCE
     compare(portable, specialized, settings, (prefill, decode))
     if decode > TOLERANCE and certificate is not None:
@@ -51,15 +52,15 @@ def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> N
             own = any(portable.manifest.variant(name).kernel_abi is not None for name in made.variants)
             remedy = "with --kernels onnxruntime" if own else "with --layout stored"
             raise SatchelError(
-                f"{portable.folder}: with {used} it loses more than the certificate allows ({lines[0]}): "
+                f"{portable.folder}: {used} is less accurate than the certificate allows ({lines[0]}): "
                 f"nothing was changed; specialize it {remedy}"
             )
 
 
 def compare(portable: Bundle, specialized: Bundle, settings: SessionSettings, tolerances: tuple[float, float]) -> None:
-    """Raise SatchelError unless both give the same logits for some tokens, by prefill and by decode.
+    """Raise SatchelError unless both bundles give the same logits for a few tokens, in prefill and in decode.
 
-    `tolerances` are those of the two phases, shares of the largest logit.
+    `tolerances` are those of prefill and decode, as shares of the largest logit.
     """
     expected, found = (_logits(bundle, settings) for bundle in (portable, specialized))
     for wanted, given, tolerance in zip(expected, found, tolerances, strict=False):  # a context of 1 has no decode
@@ -67,16 +68,16 @@ def compare(portable: Bundle, specialized: Bundle, settings: SessionSettings, to
         if not error <= tolerance:
             raise SatchelError(
                 f"{portable.folder}: the specialized graphs differ from the portable ones by {error:.2g} of the "
-                "logits: nothing was changed; report this processor and ONNX Runtime to satchel"
+                "largest logit: nothing was changed; report this, with the processor and the version of ONNX Runtime"
             )
 
 
 def fastest(
     tiled: Bundle, native: Bundle | None, settings: SessionSettings, say: Callable[[str], object]
 ) -> Specialized:
-    """The fastest of what ONNX Runtime's kernels give, with either of its attentions, and satchel's own kernels.
+    """The fastest of ONNX Runtime's kernels, with either of its attention kernels, and satchel's own kernels.
 
-    Those take the place of ONNX Runtime's where they need less time for both phases together. `say` hears of it.
+    Satchel's own are chosen if both phases together take less time with them. `say` is called with the timings.
     """
     made = tiled.specialized
     if made is None:
@@ -94,8 +95,8 @@ def fastest(
             f"{1e3 * prefill:.0f} and {1e3 * step:.1f} ms" for prefill, step in zip(prefills, steps, strict=True)
         )
         say(
-            f"prefill and a step of decode take {theirs_ms} with ONNX Runtime's kernels, and {own_ms} with satchel's "
-            f"own: {name} are kept"
+            f"prefill and a decode step take {theirs_ms} with ONNX Runtime's kernels, and {own_ms} with satchel's "
+            f"own: keeping {name}"
         )
         kept = kept if theirs <= own else native
     if kept.specialized is None:
@@ -104,7 +105,7 @@ def fastest(
 
 
 def prefill_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:
-    """How long prefill takes with each bundle: medians of runs in turn, fewer ones where they take long."""
+    """The median seconds of prefill with each bundle; runs are interleaved, and there are fewer if they take long."""
     model = bundles[0].manifest.model
     length = min(TIMED_TOKENS, model.max_context)
     ids = [(7 * i + 1) % model.vocab_size for i in range(length)]
@@ -134,11 +135,11 @@ def _logits(bundle: Bundle, settings: SessionSettings) -> NDArray[np.float32]:
 
 
 def step_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:
-    """How long one step of decode takes with each bundle, after a short prompt: medians of steps in turn."""
+    """The median seconds of a decode step with each bundle after a short prompt; steps are interleaved."""
     model = bundles[0].manifest.model
     prompt = min(TIMED_PROMPT, max(model.max_context // 2, 1))
-    room = model.max_context - prompt
-    rounds, steps = min(TIMED_ROUNDS, room), min(TIMED_STEPS, max(room // TIMED_ROUNDS, 1))
+    left = model.max_context - prompt
+    rounds, steps = min(TIMED_ROUNDS, left), min(TIMED_STEPS, max(left // TIMED_ROUNDS, 1))
     ids = [(7 * i + 1) % model.vocab_size for i in range(prompt + rounds * steps)]
     engines = [open_engine(bundle, settings) for bundle in bundles]
     states = [engine.new_state(len(ids)) for engine in engines]

@@ -1,6 +1,6 @@
 """Specializes one bundle in the background: `python -m satchel.runtime.optimize.worker BUNDLE [THREADS]`.
 
-It takes only the processor time that nobody else wants, ends after `MAX_SECONDS` at the latest, and prints nothing.
+It runs at the lowest priority, stops after `MAX_SECONDS` at the latest, and prints nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOWEST_PRIORITY = 19
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Specialize the bundle, and note what went wrong. Returns the exit code."""
+    """Specialize the bundle, and record the error if that fails. Returns the exit code."""
     _give_way()
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, _interrupt)
@@ -56,7 +56,7 @@ def _give_way() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does, so that what is half made is removed."""
+    """Exit as after Ctrl-C, which removes unfinished files."""
     raise KeyboardInterrupt
 
 

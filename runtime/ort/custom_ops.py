@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from satchel.runtime.bundle.hash_cache import sha256_of
 from satchel.runtime.bundle.manifest import NamedFile
+from satchel.runtime.bundle.plain_graphs import without_custom
 from satchel.runtime.errors import BundleError, SatchelWarning
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _plain(bundle: Bundle) -> Bundle:
             f"{bundle.folder}: needs the operators of {_names(bundle.manifest.custom_ops)}, and has no graphs without "
             "them: pass the library with --custom-ops"
         )
-    return dataclasses.replace(bundle, manifest=bundle.manifest.without_custom(), specialized=None, whole=False)
+    return dataclasses.replace(bundle, manifest=without_custom(bundle.manifest), specialized=None, whole=False)
 
 
 def _names(files: Sequence[NamedFile]) -> str:

@@ -58,7 +58,7 @@ def open_bundle(
             except BundleError as error:
                 reason = str(error).partition(": copy the bundle")[0]
         if reason is not None:
-            reason += ": satchel specialize makes it ready for this machine"
+            reason += f": {_remedy(bundle.manifest, specialized)}"
     if custom is not None and require_signature is None and bundle.specialized is None:
         cached = _cached(bundle, meter)
         bundle, reason = (bundle, reason) if cached is None else (cached, None)
@@ -77,6 +77,17 @@ def misfit(manifest: Manifest, specialized: Specialized) -> str | None:
         return f"it was specialized for another processor ({specialized.processor})"
     reasons = (unusable(manifest.variant(name)) for name in specialized.variants)
     return next((f"it was specialized for {reason}" for reason in reasons if reason is not None), None)
+
+
+def _remedy(manifest: Manifest, specialized: Specialized) -> str:
+    if any(is_outdated(manifest.variant(name)) for name in specialized.variants):
+        return "export it again"
+    return "satchel specialize optimizes it for this machine"
+
+
+def is_outdated(variant: Variant) -> bool:
+    """Whether a variant is for another version of satchel's own kernels, which run here: only a new export helps."""
+    return library.reason() is None and variant.kernel_abi not in (None, library.VERSION)
 
 
 def unusable(variant: Variant) -> str | None:

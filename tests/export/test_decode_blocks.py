@@ -212,7 +212,7 @@ def test_what_the_certificate_does_not_allow_is_not_kept(
     before = files(bundle)
     assert cli.main(["specialize", str(bundle.folder), "--layout", "groups", *COMMAND]) == 2
     said = capsys.readouterr().err
-    assert "with decode_blocks it loses more than the certificate allows (prompt 1: KL 2" in said
+    assert "decode_blocks is less accurate than the certificate allows (prompt 1: KL 2" in said
     assert "--layout stored" in said
     assert files(bundle) == before
     with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from satchel.export.user_passes import open_passes
 from satchel.graphs.ir.contract import Report
 from satchel.runtime import Custom, Engine, open_bundle
 from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.plain_graphs import without_custom
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(3, VOCABULARY, 12)]
 GRAPHS = ("prefill_4", "prefill_8", "decode", "score")
@@ -81,7 +82,7 @@ def test_the_manifest_has_both_kinds_of_static_graphs(static: Path, checkpoint: 
     assert manifest.plain is not None
     assert (manifest.graphs, manifest.plain.graphs) == (None, None)
     files = [part.file for graph in graphs_of(manifest).values() for part in graph.parts]
-    plain = manifest.without_custom()
+    plain = without_custom(manifest)
     assert [part.file for graph in graphs_of(plain).values() for part in graph.parts] == [f"plain_{f}" for f in files]
     assert set(manifest.files) - set(plain.files) == {f"{name}.onnx" for name in GRAPHS}
     halved = [
@@ -110,7 +111,7 @@ def test_graphs_in_parts_are_switched_off_in_parts(common: Lowered, tmp_path: Pa
         tmp_path / "out", target="cann", max_context=32, prefill_lengths=(8,), passes=open_passes((halve_logits,))
     )
     manifest = write_static(common, config, 90_000)
-    for kind, prefix in ((manifest, ""), (manifest.without_custom(), "plain_")):
+    for kind, prefix in ((manifest, ""), (without_custom(manifest), "plain_")):
         files = [part.file for part in graphs_of(kind)["decode"].parts]
         assert files == [f"{prefix}decode.part{number}.onnx" for number in (1, 2)]
     plain = score(config.output, Custom(passes=False))

@@ -131,7 +131,7 @@ def test_a_worker_notes_why_it_failed(folder: Path, monkeypatch: pytest.MonkeyPa
     for name in ("alarm", "signal"):
         monkeypatch.setattr(worker.signal, name, lambda *_: None)
     monkeypatch.setattr(worker, "_give_way", lambda: None)
-    monkeypatch.setattr("satchel.runtime.optimize.specialize._check_room", _full)
+    monkeypatch.setattr("satchel.runtime.optimize.specialize._check_space", _full)
     before = files(folder)
     bundle = open_bundle(folder)
     machine.note_attempts(bundle, 2)

@@ -128,13 +128,15 @@ def test_inspect_names_every_graph_and_both_caches(static: Path, capsys: pytest.
     ]
     assert list(found["graphs"]) == names
     numbers = LAYERS * KV_HEADS * 2 * HEAD_DIM
-    assert found["cache_bytes_per_token"] == 2 * 4 * numbers
+    assert found["kv_cache"]["bytes_per_token"] == 2 * 4 * numbers
     assert "prefill of 32, part 2" in ran(capsys, "inspect", static)
 
 
 def test_specialize_refuses(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["specialize", str(static)]) == 2
-    assert "static, for cann" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(static) in error
+    assert "static graphs for cann" in error
 
 
 def test_the_bytes_of_a_step_are_those_of_all_parts(static: Path, dynamic: Path, tmp_path: Path) -> None:

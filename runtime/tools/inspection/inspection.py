@@ -21,6 +21,7 @@ from satchel.runtime.bundle.manifest import (
     Source,
     Specialized,
 )
+from satchel.runtime.bundle.plain_graphs import without_custom
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 
@@ -136,7 +137,7 @@ def _graphs(manifest: Manifest) -> dict[str, GraphSpec]:
     """Each graph by its phase, of static ones with the number of tokens, and the part where there are several."""
     found = _graphs_of(manifest)
     if manifest.plain is not None:
-        found |= {f"plain {name}": facts for name, facts in _graphs_of(manifest.without_custom()).items()}
+        found |= {f"plain {name}": facts for name, facts in _graphs_of(without_custom(manifest)).items()}
     return found
 
 
