@@ -1,1 +1,1 @@
-"""Which nodes of a graph an execution provider runs, from facts that ship with satchel."""
+"""Predicts which nodes of a graph an execution provider runs, from tables that ship with satchel."""

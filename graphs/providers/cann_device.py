@@ -1,4 +1,4 @@
-"""Rules of the CANN provider on what runs well: shapes, names, types, and which kernels there are on the device."""
+"""CANN rules on what runs well: shapes, names, types, and the kernels available on the device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from satchel.graphs.providers.findings import Finding, GraphView, at, is_constan
 NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 FLOAT16_MAX = 65504.0
 READ = 1 << 20
-"""A constant of at most so many bytes is read for its values."""
+"""Constants larger than this many bytes are not checked for their values."""
 
 SHAPE_OPERANDS = {
     "Range": (0, 1, 2), "Expand": (1,), "Reshape": (1,), "Slice": (1, 2, 3, 4), "Tile": (1,), "ConstantOfShape": (0,)
 }  # fmt: skip
-"""Inputs that say which shape the result has."""
+"""Inputs that determine the shape of the result."""
 
 FIXED_OPERANDS = {"Slice": (1, 2, 3, 4), "Split": (1,), "Expand": (1,), "Reshape": (1,)}
-"""Inputs that the toolkit's passes need as constants to choose a kernel."""
+"""Inputs that must be constant for the toolkit's passes to choose a device kernel."""
 
 BY_DATA = ("NonZero", "Compress", "Unique")
-"""Operators whose result has a shape that depends on values."""
+"""Operators with a data-dependent output shape."""
 
 ARITHMETIC = (
     "Abs", "Add", "CumSum", "Div", "Expand", "Gemm", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "ReduceMax",
@@ -35,17 +35,17 @@ INDEX_MOVES = ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape")
 
 
 def shapes_known(view: GraphView) -> Iterator[Finding]:
-    """No result has a shape that depends on data."""
+    """No output shape depends on data."""
     for node in of_type(view, *BY_DATA):
-        yield at(node, "the shape of its result depends on values")
+        yield at(node, "its output shape depends on data")
     for node in of_type(view, *SHAPE_OPERANDS):
         open_ones = _computed(node, SHAPE_OPERANDS[node.op_type])
         if open_ones:
-            yield at(node, f"the shape of its result depends on {open_ones}")
+            yield at(node, f"its output shape depends on {open_ones}")
 
 
 def names_are_plain(view: GraphView) -> Iterator[Finding]:
-    """The graph and its inputs have names of letters, digits, dots, hyphens and underscores."""
+    """Names of the graph and its inputs consist of letters, digits, dots, hyphens and underscores."""
     graph = view.model.graph
     for what, name in (("graph", graph.name), *(("input", value.name) for value in graph.inputs)):
         if not NAME.fullmatch(name or ""):
@@ -53,17 +53,17 @@ def names_are_plain(view: GraphView) -> Iterator[Finding]:
 
 
 def outputs_have_edges(view: GraphView) -> Iterator[Finding]:
-    """An output of the graph that a node of several outputs makes is read inside the graph, too."""
+    """A graph output that comes from a node with several outputs is also read inside the graph."""
     for node in view.nodes:
         if sum(bool(value.name) for value in node.outputs) < 2:
             continue
         for value in node.outputs:
             if value.is_graph_output() and not value.uses():
-                yield at(node, f"output {value.name} has no reader inside the graph")
+                yield at(node, f"output {value.name} is not read inside the graph")
 
 
 def inputs_and_outputs_are_computed(view: GraphView) -> Iterator[Finding]:
-    """No output is an input or a constant, and every input is read."""
+    """No graph output is an input or a constant, and every graph input is read."""
     graph = view.model.graph
     for value in graph.outputs:
         if value.producer() is None:
@@ -79,20 +79,20 @@ def constants_are_finite(view: GraphView) -> Iterator[Finding]:
     """Constants such as masks are finite in float16."""
     for value in view.model.graph.initializers.values():
         if value.const_value is not None and _beyond_float16(value.const_value):
-            yield Finding(f"constant {value.name} has numbers beyond +-65504")
+            yield Finding(f"constant {value.name} has values beyond +-65504")
     for node in of_type(view, "Constant", "ConstantOfShape"):
         for attribute in node.attributes.values():
             if _attribute_beyond_float16(attribute):
-                yield at(node, "it has numbers beyond +-65504")
+                yield at(node, "it has values beyond +-65504")
 
 
 def no_bfloat16(view: GraphView) -> Iterator[Finding]:
-    """Nothing is bfloat16."""
+    """No value is bfloat16."""
     yield from _of_dtype(view, ir.DataType.BFLOAT16)
 
 
 def no_wide_types(view: GraphView) -> Iterator[Finding]:
-    """Nothing is float64, and int64 is for ids, indices and shapes alone."""
+    """No value is float64, and int64 is used only for ids, indices and shapes."""
     yield from _of_dtype(view, ir.DataType.DOUBLE)
     without = cann_facts().no_int64
     for node in of_type(view, *ARITHMETIC):
@@ -101,33 +101,33 @@ def no_wide_types(view: GraphView) -> Iterator[Finding]:
             continue
         rank = known_rank(node.outputs[0])
         if node.op_type in without:
-            yield at(node, f"{data.name} is int64, which the device's kernel does not take")
+            yield at(node, f"{data.name} is int64, which the device kernel does not support")
         elif rank is not None and rank > 1:
-            yield at(node, f"arithmetic in int64 on {rank} dimensions")
+            yield at(node, f"int64 arithmetic on a tensor of rank {rank}")
 
 
 def cache_written_by_where(view: GraphView) -> Iterator[Finding]:
-    """The KV cache is written by Where, Concat or Pad, and nothing is scattered."""
+    """The KV cache is written with Where, Concat or Pad, not with a scatter."""
     for node in of_type(view, "Scatter", "ScatterElements", "ScatterND"):
         yield at(node, "it may run on the device's own CPU")
 
 
 def indices_stay_inside(view: GraphView) -> Iterator[Finding]:
-    """No output of the graph is made of indices that TopK, ArgMax or ArgMin found."""
+    """No graph output consists of indices from TopK, ArgMax or ArgMin."""
     indices = [node.outputs[1] for node in of_type(view, "TopK") if len(node.outputs) > 1]
     indices += [node.outputs[0] for node in of_type(view, "ArgMax", "ArgMin")]
     waiting = list(indices)
     while waiting:
         value = waiting.pop()
         if value.is_graph_output():
-            yield Finding(f"output {value.name} holds indices, which the device gives as int32")
+            yield Finding(f"output {value.name} holds indices, which the device returns as int32")
         for use in value.uses():
             if use.node.op_type in INDEX_MOVES and use.idx == 0:
                 waiting.extend(use.node.outputs)
 
 
 def operands_are_constant(view: GraphView) -> Iterator[Finding]:
-    """What Slice, Split, Expand and Reshape cut by is constant."""
+    """The operands of Slice, Split, Expand and Reshape other than the data are constant."""
     for node in of_type(view, *FIXED_OPERANDS):
         open_ones = _computed(node, FIXED_OPERANDS[node.op_type])
         if open_ones:
@@ -135,7 +135,7 @@ def operands_are_constant(view: GraphView) -> Iterator[Finding]:
 
 
 def _computed(node: ir.Node, indices: tuple[int, ...]) -> str:
-    """The names of the inputs at these places that are not constant."""
+    """The names of the inputs at these indices that are not constant."""
     values = [operand(node, index) for index in indices]
     return ", ".join(str(value.name) for value in values if value is not None and not is_constant(value))
 
@@ -159,7 +159,7 @@ def _attribute_beyond_float16(attribute: ir.Attr) -> bool:
 
 
 def _beyond_float16(tensor: ir.TensorProtocol) -> bool:
-    # What lies in another file is not read: the graph as it is handed over has small constants inside.
+    # External data is not read: small constants are inside the graph by the time the provider gets it.
     if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > READ or not tensor.dtype.is_floating_point():
         return False
     values = tensor.numpy().astype(np.float64)

@@ -1,4 +1,4 @@
-"""Rules of the CPU provider: each node needs a kernel of the installed ONNX Runtime."""
+"""CPU rules: each node needs a kernel in the installed ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from satchel.graphs.providers.findings import Finding, GraphView, at
 from satchel.graphs.providers.kernels import Match
 
 CASTS = {"float16": "float"}
-"""Types for which ONNX Runtime puts casts around a node without a kernel."""
+"""Types for which ONNX Runtime inserts casts around a node without a kernel."""
 
 
 def types_have_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel for its types, or one in float32 that casts lead to."""
+    """Every operator has a kernel for its types, or one in float32 reachable through casts."""
     for node in view.nodes:
         fit = view.fits[node]
         if fit.match is Match.NO_TYPE and not _by_casts(view, node):
@@ -22,7 +22,7 @@ def types_have_kernel(view: GraphView) -> Iterator[Finding]:
 
 
 def float16_has_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator on float16 has a kernel for it."""
+    """Every float16 operator has a float16 kernel."""
     for node in view.nodes:
         if view.fits[node].match is Match.NO_TYPE and _by_casts(view, node):
             yield at(node, "it runs in float32, with casts around it")

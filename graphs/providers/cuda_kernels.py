@@ -1,4 +1,4 @@
-"""Rules of the CUDA provider on which nodes have a kernel; those that have none run on the CPU, and nothing says so."""
+"""CUDA rules on which nodes have a kernel; nodes without one silently run on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTLY = ("RNN", "GRU", "LSTM", "ConvTranspose")
 
 
 def types_have_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel for its types, those with a rule of their own apart."""
+    """Every operator has a kernel for its types, except those with a separate rule."""
     for node in view.nodes:
         special = node.op_type in QDQ + NARROW or excluded(node) is not None
         if not special and view.fits[node].match is Match.NO_TYPE:
@@ -23,21 +23,21 @@ def types_have_kernel(view: GraphView) -> Iterator[Finding]:
 
 
 def quantized_types_have_kernel(view: GraphView) -> Iterator[Finding]:
-    """QuantizeLinear and DequantizeLinear are of types that have kernels: a bias in int32 is not."""
+    """QuantizeLinear and DequantizeLinear have types with kernels; an int32 bias does not."""
     for node in view.nodes:
         if node.op_type in QDQ and view.fits[node].match is Match.NO_TYPE:
             yield at(node, view.fits[node].detail)
 
 
 def narrow_types_have_kernel(view: GraphView) -> Iterator[Finding]:
-    """Where, CumSum and Range are of types that have kernels."""
+    """Where, CumSum and Range have types with kernels."""
     for node in of_type(view, *NARROW):
         if view.fits[node].match is Match.NO_TYPE:
             yield at(node, view.fits[node].detail)
 
 
 def not_excluded(view: GraphView) -> Iterator[Finding]:
-    """No node has a form that the provider leaves out although a kernel matches."""
+    """The provider excludes no node that a kernel matches."""
     for node in view.nodes:
         reason = excluded(node)
         if reason is not None and view.fits[node].match not in (Match.NO_KERNEL, Match.NO_VERSION):
@@ -45,14 +45,14 @@ def not_excluded(view: GraphView) -> Iterator[Finding]:
 
 
 def partly_supported(view: GraphView) -> Iterator[Finding]:
-    """There are no operators of which the provider takes some forms only."""
+    """There are no operators that the provider supports only in some forms."""
     for node in of_type(view, *PARTLY):
         if view.fits[node].match in (Match.FITS, Match.UNVERIFIED):
-            yield at(node, "whether its form is taken is not checked here")
+            yield at(node, "whether its form is supported is not checked")
 
 
 def shapes_on_host(view: GraphView) -> Iterator[Finding]:
-    """Arithmetic on shapes that ONNX Runtime prefers to do on the CPU."""
+    """Reports shape arithmetic that ONNX Runtime prefers to run on the CPU."""
     places = placements(view)
     for node in view.nodes:
         if places[node] is Place.HOST_PREFERRED:
@@ -60,24 +60,24 @@ def shapes_on_host(view: GraphView) -> Iterator[Finding]:
 
 
 def no_copies(view: GraphView) -> Iterator[Finding]:
-    """Nothing is copied between host and device while a prompt is read."""
+    """Nothing is copied between host and device in prefill."""
     if view.phase != "decode":
         yield from _copied(view)
 
 
 def no_copies_in_decode(view: GraphView) -> Iterator[Finding]:
-    """Nothing is copied between host and device inside decode."""
+    """Nothing is copied between host and device in decode."""
     if view.phase == "decode":
         yield from _copied(view)
 
 
 def ir_version(view: GraphView) -> Iterator[Finding]:
-    """The file's IR version is one that this ONNX Runtime loads."""
+    """This ONNX Runtime supports the file's IR version."""
     name = "" if view.kernels is None else view.kernels.name
     highest = next((cuda_ir_version(version) for version in VERSIONS if name.endswith(version)), None)
     found = view.model.ir_version
     if highest is not None and found > highest:
-        yield Finding(f"IR version {found}, and {name} loads up to {highest}")
+        yield Finding(f"IR version {found}, but {name} supports up to {highest}")
 
 
 def _copied(view: GraphView) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Where ONNX Runtime puts the nodes of a graph when it has the CUDA provider, and which values are then copied."""
+"""Predicts where ONNX Runtime with CUDA places the nodes of a graph, and which values are copied."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HOST_INPUTS: Mapping[str, tuple[int, ...]] = {
     "CumSum": (1,), "OneHot": (1,), "Trilu": (1,), "If": (0,), "Loop": (0, 1),
     "com.microsoft::GroupQueryAttention": (6,), **dict.fromkeys(REDUCTIONS, (1,)),
 }  # fmt: skip
-"""Inputs that a CUDA kernel reads in the host's memory."""
+"""Inputs that a CUDA kernel reads from host memory."""
 
 HOST_OUTPUTS = ("Shape", "Size")
-"""Operators whose CUDA kernel leaves its result in the host's memory."""
+"""Operators whose CUDA kernel writes its result to host memory."""
 
 SMALL = 100
-"""A constant of at most so many numbers may go to the host with its reader."""
+"""A constant of at most this many elements can move to the host with its consumer."""
 
 FLOAT8_AND_16 = ("float16", "bfloat16", "float8")
 
@@ -39,7 +39,7 @@ class Place(enum.Enum):
 
 
 def excluded(node: ir.Node) -> str | None:
-    """Why the provider leaves a node to the CPU although a kernel matches, or None."""
+    """Why the provider excludes a node although a kernel matches, or None."""
     if node.op_type in ("ArgMax", "ArgMin") and node.domain == "" and number(node, "select_last_index", 0):
         return "select_last_index is not supported"
     if node.op_type == "Cast" and node.domain == "" and number(node, "to", 0) == ir.DataType.STRING.value:
@@ -50,9 +50,9 @@ def excluded(node: ir.Node) -> str | None:
 def placements(view: GraphView) -> dict[ir.Node, Place]:
     """Where each node runs.
 
-    A node without a kernel falls back to the CPU. Of those with one, arithmetic on what is in the host's memory
-    anyway, which begins at Shape and Size, is left there: followed from node to node, as GetCpuPreferredNodes in ONNX
-    Runtime's fallback_cpu_capability.cc does.
+    A node without a kernel falls back to the CPU. Nodes with a kernel that only work on values in host memory, as
+    shape arithmetic after Shape and Size does, stay on the CPU. They are found node by node, as in
+    GetCpuPreferredNodes in ONNX Runtime's fallback_cpu_capability.cc.
     """
     places = {
         node: Place.DEVICE
@@ -67,7 +67,7 @@ def placements(view: GraphView) -> dict[ir.Node, Place]:
         if node.op_type in HOST_OUTPUTS and node.domain == "" and places[node] is Place.DEVICE:
             on_host.update(node.outputs)
             reached.update(_readers(node))
-    for node in view.nodes:  # readers come after their producers
+    for node in view.nodes:  # consumers come after their producers
         if node not in reached or node not in order:
             continue
         if places[node] is Place.DEVICE and _follows(node, on_host):
@@ -79,9 +79,9 @@ def placements(view: GraphView) -> dict[ir.Node, Place]:
 
 
 def copies(view: GraphView, places: Mapping[ir.Node, Place]) -> Iterator[tuple[ir.Node, ir.Value, str]]:
-    """Each value that is copied between host and device for a node that runs where it should: node, value, direction.
+    """Yield (node, value, direction) for each value copied between host and device for a correctly placed node.
 
-    Copies around nodes that fell back are not listed: they go with the fallback.
+    Copies around nodes that fall back to the CPU are not listed: they are a consequence of the fallback.
     """
     for node in view.nodes:
         if places[node] is Place.HOST_FALLBACK:
@@ -97,7 +97,7 @@ def copies(view: GraphView, places: Mapping[ir.Node, Place]) -> Iterator[tuple[i
 
 
 def _follows(node: ir.Node, on_host: set[ir.Value]) -> bool:
-    """Whether a node that reads a value in the host's memory has nothing that ties it to the device."""
+    """Whether nothing ties a node that reads a value in host memory to the device."""
     host_inputs = HOST_INPUTS.get(operator(node), ())
     for index, value in enumerate(node.inputs):
         if value is None:
@@ -120,7 +120,7 @@ def _leaves_on_host(node: ir.Node) -> bool:
 
 
 def _reads_shape_only(node: ir.Node) -> bool:
-    """Shape and Size look at no numbers, so that nothing is copied for them."""
+    """Shape and Size do not read values, so nothing is copied for them."""
     return node.domain == "" and node.op_type in HOST_OUTPUTS
 
 

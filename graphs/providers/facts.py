@@ -1,6 +1,6 @@
-"""What is known of the providers, read from the data files beside: which operators, versions and types they take.
+"""Tables of the operators, versions and types that each provider supports, read from cann.json and cuda.json.
 
-cann.json and cuda.json name the sources and their commits. In cuda.json a kernel is [since, until, types by variable,
+Both files name their sources and commits. In cuda.json a kernel is [since, until, types by variable,
 index of its signature, versions of ONNX Runtime that have it].
 """
 
@@ -16,23 +16,23 @@ from typing import Any
 from satchel.graphs.providers.kernels import Formal, Kernel, KernelTable, Signature
 
 VERSIONS = ("1.24.4", "1.30")
-"""Versions of ONNX Runtime that there are tables for, the oldest first."""
+"""Versions of ONNX Runtime with tables, oldest first."""
 
 OR = ";;or;;"
 
 
 @dataclass(frozen=True)
 class CannFacts:
-    """What ONNX Runtime's CANN provider and the toolkit's parser take.
+    """What ONNX Runtime's CANN provider and the toolkit's parser support.
 
     Attributes:
-        opsets: The lowest and the highest opset of the parser's entries.
-        recommended_opset: The one to export with.
-        ir_version: The highest that the released wheel loads.
-        whitelist: Operators that the provider takes where it looks at each node.
-        no_int64: Operators whose kernels take no int64 data.
-        parser: For each operator the opsets of its entries, on the development branch of the parser and on its
-            released branches; "" for none.
+        opsets: The lowest and highest opsets of the parser's entries.
+        recommended_opset: The opset to export with.
+        ir_version: The highest IR version that the released wheel supports.
+        whitelist: Operators that the provider runs with enable_cann_subgraph.
+        no_int64: Operators whose kernels do not support int64 data.
+        parser: The opsets of each operator's entries, on the parser's development branch and on its released branches;
+            "" for none.
     """
 
     opsets: tuple[int, int]
@@ -45,7 +45,7 @@ class CannFacts:
 
 @cache
 def cann_facts() -> CannFacts:
-    """The facts of cann.json."""
+    """Return the contents of cann.json."""
     document = _read("cann.json")
     low, high = document["opsets"]
     parser = {}
@@ -64,7 +64,7 @@ def cann_facts() -> CannFacts:
 
 @cache
 def cuda_kernels(version: str) -> KernelTable:
-    """The CUDA provider's kernels in a version of ONNX Runtime, one of `VERSIONS`."""
+    """Return the CUDA kernels of one of the `VERSIONS` of ONNX Runtime."""
     document = _read("cuda.json")
     types = {name: frozenset(listed.split()) for name, listed in document["types"].items()}
     kernels = {}
@@ -82,13 +82,13 @@ def cuda_kernels(version: str) -> KernelTable:
 
 @cache
 def cuda_ir_version(version: str) -> int | None:
-    """The highest IR version that a version of ONNX Runtime loads, None where it is not known."""
+    """Return the highest IR version that a version of ONNX Runtime supports, or None if unknown."""
     highest: int | None = _read("cuda.json")["ir_version"].get(version)
     return highest
 
 
 def covers(ranges: str, opset: int) -> bool:
-    """Whether a list such as "8,12-18" has a number in it."""
+    """Whether a list of ranges such as "8,12-18" contains an opset."""
     for part in filter(None, ranges.split(",")):
         first, _, last = part.partition("-")
         if int(first) <= opset <= int(last or first):
@@ -97,9 +97,9 @@ def covers(ranges: str, opset: int) -> bool:
 
 
 def _usable(signatures: list[Signature], variables: Mapping[str, str]) -> tuple[Signature, ...]:
-    """The signatures that bind all of a kernel's variables, all of them where none does.
+    """Return the signatures that bind all of a kernel's type variables, or all signatures if none does.
 
-    An operator's definitions have several, and a kernel's variables tell which definition it is for.
+    Versions of an operator differ in their signatures, and a kernel's variables tell which version it is for.
     """
     return tuple(s for s in signatures if set(variables) <= _types(s)) or tuple(signatures)
 
@@ -109,7 +109,7 @@ def _types(signature: Signature) -> set[str]:
 
 
 def _signature(text: str) -> Signature:
-    """A signature such as "in X:T; in Y:T; out Z:T1"."""
+    """Parse a signature such as "in X:T; in Y:T; out Z:T1"."""
     sides: dict[str, list[Formal]] = {"in": [], "out": []}
     for part in text.split(";"):
         side, _, rest = part.strip().partition(" ")

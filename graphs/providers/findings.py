@@ -1,4 +1,4 @@
-"""What a rule is and what it finds, and the graph that it is shown."""
+"""Rules, their findings, and the view of a graph that a rule checks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from satchel.graphs.providers.kernels import Fit, KernelTable, Match
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 SEVERITIES = (ERROR, WARNING, INFO)
-"""An error: the graph does not run there, or a node falls back to the CPU. A warning: it runs, slowly or in doubt."""
+"""Error: the graph does not run, or a node falls back to the CPU. Warning: it runs slowly, or might not run."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One place that breaks a rule.
+    """One violation of a rule.
 
     Attributes:
         message: What was found, without the node's name.
-        node: The node's name, None where it is the graph as a whole.
-        operator: The node's operator, with its domain where that is not ai.onnx.
-        severity: Where it differs from the rule's.
+        node: The node's name; None for the graph as a whole.
+        operator: The node's operator, prefixed with its domain unless that is ai.onnx.
+        severity: Overrides the rule's severity.
     """
 
     message: str
@@ -34,12 +34,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class GraphView:
-    """A graph as a rule sees it. Types of values are filled in as far as they are known.
+    """A graph as a rule sees it, with value types filled in as far as they are known.
 
     Attributes:
         phase: "prefill", "decode" or "score".
-        kernels: The provider's kernels, where it takes node by node; None for one that takes whole graphs.
-        libraries: Domains whose operators are of libraries that whoever runs the graph names.
+        kernels: The provider's kernels; None for a provider that takes whole graphs.
+        libraries: Domains of custom operators, whose library is given when the graph is run.
     """
 
     model: ir.Model
@@ -49,16 +49,16 @@ class GraphView:
 
     @cached_property
     def nodes(self) -> tuple[ir.Node, ...]:
-        """All nodes, those of inner graphs too, in the graph's order."""
+        """All nodes including those of subgraphs, in graph order."""
         return tuple(ir.traversal.RecursiveGraphIterator(self.model.graph))
 
     @cached_property
     def fits(self) -> Mapping[ir.Node, Fit]:
-        """For each node how it fits the kernels."""
+        """How each node fits the kernels."""
         table = self.kernels
         if table is None:
             return {}
-        imports, of_library = self.model.graph.opset_imports, Fit(Match.OF_LIBRARY, "its kernels are the library's")
+        imports, of_library = self.model.graph.opset_imports, Fit(Match.OF_LIBRARY, "its kernels are in a library")
         return {
             node: of_library if node.domain in self.libraries else table.fit(node, imports.get(node.domain, 1))
             for node in self.nodes
@@ -66,7 +66,7 @@ class GraphView:
 
     @cached_property
     def values(self) -> tuple[ir.Value, ...]:
-        """The graph's inputs, its initializers, and what its nodes make."""
+        """The graph's inputs, initializers and node outputs."""
         graph = self.model.graph
         made = [value for node in self.nodes for value in node.outputs]
         return (*graph.inputs, *graph.initializers.values(), *made)
@@ -80,13 +80,13 @@ class Rule:
     """A rule of a provider.
 
     Attributes:
-        id: As C01, for messages and documents.
+        id: An identifier such as C01, for messages and documents.
         severity: "error", "warning" or "info".
-        title: What is wrong where it is broken, in a few words.
+        title: The violation, in a few words.
         why: The reason.
-        remedy: What to do, "" for nothing.
-        check: A pure function from a graph to the places that break the rule.
-        of_file: Whether the file itself is judged, and not what ONNX Runtime makes of it before it hands it over.
+        remedy: What to do; "" for nothing.
+        check: A pure function that returns the violations in a graph.
+        of_file: Whether to check the file itself rather than the graph that ONNX Runtime passes to the provider.
     """
 
     id: str
@@ -99,23 +99,23 @@ class Rule:
 
 
 def operator(node: ir.Node) -> str:
-    """The operator's name, with its domain where that is not ai.onnx."""
+    """Return the operator's name, prefixed with its domain unless that is ai.onnx."""
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
 def at(node: ir.Node, message: str, severity: str | None = None) -> Finding:
-    """A finding at a node, which goes by its name or by that of its first output."""
+    """Return a finding at a node, identified by its name or by that of its first output."""
     name = node.name or next((str(value.name) for value in node.outputs if value.name), node.op_type)
     return Finding(message, name, operator(node), severity)
 
 
 def of_type(view: GraphView, *op_types: str) -> Iterator[ir.Node]:
-    """The view's nodes of these standard operators."""
+    """Return the nodes of these ai.onnx operators."""
     return (node for node in view.nodes if node.domain in ("", "ai.onnx") and node.op_type in op_types)
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is there before the graph runs: an initializer, or what a Constant node makes."""
+    """Whether a value is an initializer or the output of a Constant node."""
     if value is None:
         return False
     maker = value.producer()
@@ -123,16 +123,16 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def operand(node: ir.Node, index: int) -> ir.Value | None:
-    """The input at an index, None where it is left out."""
+    """Return the input at an index, or None if it is omitted."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def known_rank(value: ir.Value | None) -> int | None:
-    """The number of dimensions where it is known."""
+    """Return the number of dimensions, or None if unknown."""
     return None if value is None or value.shape is None else len(value.shape)
 
 
 def number(node: ir.Node, name: str, default: int) -> int:
-    """A node's attribute that is a whole number, the default where it has none of the name."""
+    """Return an integer attribute of a node, or the default if it has none of that name."""
     attribute = node.attributes.get(name)
     return attribute.value if attribute is not None and isinstance(attribute.value, int) else default

@@ -1,4 +1,4 @@
-"""Rules that every provider has whose nodes are matched with kernels one by one."""
+"""Rules common to all providers that match nodes to kernels one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from satchel.graphs.providers.kernels import Match
 
 
 def operator_has_kernel(view: GraphView) -> Iterator[Finding]:
-    """Every operator has a kernel of some version."""
+    """Every operator has a kernel for at least one version."""
     yield from _of_match(view, Match.NO_KERNEL)
 
 
@@ -24,7 +24,7 @@ def types_are_known(view: GraphView) -> Iterator[Finding]:
 
 
 def operator_of_library(view: GraphView) -> Iterator[Finding]:
-    """No operator is of a library of a user's own."""
+    """There are no custom operators."""
     yield from _of_match(view, Match.OF_LIBRARY)
 
 

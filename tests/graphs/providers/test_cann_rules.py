@@ -172,9 +172,9 @@ def findings(name: str, found: GraphView) -> list[tuple[str | None, str, str | N
 
 def test_what_released_parsers_alone_lack_is_a_warning() -> None:
     gemm = view("g (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = Gemm(x, w) }")
-    assert findings("C03", gemm) == [
-        ("n0", "open parsers know it at opset 17 on their development branch only", WARNING)
-    ]
+    ((node, message, severity),) = findings("C03", gemm)
+    assert (node, severity) == ("n0", WARNING)
+    assert "opset 17" in message
 
 
 def test_a_branch_is_a_warning_and_a_loop_an_error() -> None:
@@ -185,7 +185,9 @@ def test_a_branch_is_a_warning_and_a_loop_an_error() -> None:
 def test_operators_of_a_newer_opset_are_judged_at_the_one_to_export_with() -> None:
     newer = view("g (float[2] x) => (float[2] y) <float[2] s = {1, 1}> { y = RMSNormalization(x, s) }", opset=23)
     assert broken(newer) == {"C01", "C03", "C08"}
-    assert findings("C03", newer) == [("n0", "the parser knows it at no opset, not at 17", ERROR)]
+    ((node, message, severity),) = findings("C03", newer)
+    assert (node, severity) == ("n0", ERROR)
+    assert "at no opset, not at 17" in message
 
 
 def test_a_computed_shape_operand_breaks_both_rules_that_speak_of_it() -> None:
