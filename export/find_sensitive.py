@@ -1,4 +1,4 @@
-"""The story of `satchel sensitivity`: open, trace, transform, try each layer, choose."""
+"""The steps of `satchel sensitivity`: open, trace, transform, try each layer, choose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from satchel.graphs.quant.recipe import write_recipe
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What is asked for: see the command's flags."""
+    """The options of a search; see the command's flags."""
 
     precision: str
     recipe: str | None = None
@@ -40,7 +40,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Every product that was tried, those to raise, and the recipe that raises them."""
+    """Every linear layer tried, those to raise to 8 bits, and the recipe that raises them."""
 
     layers: list[Sensitivity]
     raised: list[Sensitivity]
@@ -48,13 +48,13 @@ class Found:
     bits: float
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the results as JSON data."""
         layers = [dataclasses.asdict(layer) | {"raised": layer in self.raised} for layer in self.layers]
         return {"layers": layers, "bits_per_weight": self.bits}
 
 
 def find_sensitive(source: str | Path, search: Search, *, progress: bool = False) -> Found:
-    """Measure what each product loses by the recipe alone, and choose those that keep 8 bits within a budget.
+    """Measure the loss from quantizing each linear layer alone, and choose those to keep at 8 bits within a budget.
 
     Raises:
         ExportError: The checkpoint, the text or an option cannot be used.
@@ -65,9 +65,9 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
     )  # fmt: skip
     recipe = recipe_of(config)
     if recipe is None:
-        raise ExportError(f"--precision {search.precision} rounds no layer: choose one with 4 bits")
+        raise ExportError(f"--precision {search.precision} quantizes no layer; choose a 4-bit precision")
     if not 1 <= search.windows <= CERTIFICATE_WINDOWS:
-        raise ExportError(f"--windows {search.windows}: give 1 to {CERTIFICATE_WINDOWS}")
+        raise ExportError(f"--windows {search.windows}: must be between 1 and {CERTIFICATE_WINDOWS}")
     stages = Stages(progress, STAGES[:4])
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
@@ -82,26 +82,26 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
         with stages.stage("rounding the weights"), stages.steps(count(common), "trying") as bar:
             turned, _ = transform(common, recipe)
             if texts.certificate is None:
-                raise ValueError("there is no text to measure on")
+                raise ValueError("no evaluation text")
             layers = measure(turned, recipe, texts.certificate[: search.windows], folder, bar)
     bits_now = _bits(turned, checkpoint.parameters)
     if not layers:
-        raise ExportError(f"recipe {recipe.name}: stores no product in fewer than 8 bits: there is nothing to raise")
+        raise ExportError(f"recipe {recipe.name}: no linear layer has fewer than 8 bits, so there is nothing to raise")
     raised = (
         [] if search.bits is None
         else raise_most_sensitive(recipe, layers, bits_now, search.bits, checkpoint.parameters)
     )  # fmt: skip
     if search.bits is not None and not raised:
         raise ExportError(
-            f"--bits {search.bits:g}: the recipe takes {bits_now:.2f} bits per weight as it is: give more than that"
+            f"--bits {search.bits:g}: the recipe already takes {bits_now:.2f} bits per weight; set a larger budget"
         )
     spent = sum(raising_costs(recipe, layer) for layer in raised) / checkpoint.parameters
-    comment = f"As {recipe.name}, with the layers in 8 bits that lose most by less."
+    comment = f"As {recipe.name}, with the most sensitive layers in 8 bits."
     return Found(layers, raised, write_recipe(raised_recipe(recipe, raised), comment), bits_now + spent)
 
 
 def _bits(model: Any, parameters: int) -> float:
-    """Bits per weight of a model whose weights are marked with their rules; what has none counts 32."""
+    """Bits per weight of a model whose weights are marked with their rules; weights without a rule count as 32."""
     chosen, total, seen = rules(model), 0.0, set()
     for node, lazy in quantizable(model):
         if lazy.name in seen:

@@ -1,4 +1,4 @@
-"""Runs a Python file of the user's own: a factory of modules, or graph passes."""
+"""Runs a user's Python file, which has a module factory or graph passes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import ModuleType
 
 
 def run_file(path: Path, role: str) -> ModuleType | None:
-    """Run a file as `python file.py` has it: modules beside it can be imported, and its own classes find their module.
+    """Run a file as `python file.py` does: it can import modules in its folder, and its classes find their module.
 
-    `role` keeps apart files of one name that serve two ends. None where the name does not end in .py. Raises whatever
-    the file's code does.
+    `role` separates files of the same name with different purposes. Returns None if the name does not end in .py.
+    Raises whatever the file's code raises.
     """
     spec = importlib.util.spec_from_file_location(f"satchel_{role}_{path.stem}", path)
     if spec is None or spec.loader is None:

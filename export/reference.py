@@ -1,7 +1,7 @@
-"""The reference that a bundle is measured against: the checkpoint itself in float32, read and run by transformers.
+"""The reference that a bundle is evaluated against: the checkpoint in float32, loaded and run by transformers.
 
-Nothing of the export takes part, neither its reading of weights nor its attention, so that what an export gets wrong
-shows. Only a module of the user's own shares the code that the export traces, with attention written out here.
+It shares no code with the export, neither the weight loading nor the attention, so that errors of the export show. Only
+a custom module shares the code that the export traces, with the attention implemented here.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ _LOAD_ERRORS = (
     ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ImportError, IndexError, SafetensorError,
     StrictDataclassError,
 )  # fmt: skip
-"""What transformers raises for checkpoints that it cannot load: it has no error of its own."""
+"""What transformers raises for checkpoints that it cannot load; it has no common error class."""
 
 
 def open_reference(source: str | Path) -> Reference:
-    """Load a checkpoint whole, and return what gives its logits.
+    """Load a whole checkpoint, and return a function that computes its logits.
 
     The reference maps token ids [sequence] int64 to logits [sequence, vocabulary] float32, computed in float32 on the
-    CPU without a cache. A Hugging Face folder or GGUF file is a model of transformers with its plainest attention
-    ("eager").
+    CPU without a cache. A Hugging Face folder or GGUF file runs as a transformers model with "eager" attention.
 
     Args:
-        source: A Hugging Face folder, a GGUF file, or `file.py:factory` for a module of one's own.
+        source: A Hugging Face folder, a GGUF file, or `file.py:factory` for a custom module.
 
     Raises:
-        ExportError: The source is missing, cannot be loaded, or has no values for some weights.
+        ExportError: The source is missing, cannot be loaded, or lacks some weights.
     """
     file, colon, factory = str(source).rpartition(":")
     if colon and file.endswith(".py"):
@@ -55,7 +54,7 @@ def open_reference(source: str | Path) -> Reference:
             path, {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         )
     raise ExportError(
-        f"{source}: no such file or folder; give a bundle, a checkpoint folder, a .gguf file or file.py:factory"
+        f"{source}: no such file or folder; pass a bundle, a checkpoint folder, a .gguf file or file.py:factory"
     )
 
 
@@ -63,10 +62,10 @@ def plain_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Causal grouped-query attention over a whole sequence, as the protocol for one's own module defines it.
+    """Causal grouped-query attention over a whole sequence, as the protocol for custom modules defines it.
 
     query [batch, heads, sequence, head_dim], key and value [batch, kv_heads, sequence, ...] ->
-    [batch, heads, sequence, value's last dimension].
+    [batch, heads, sequence, last dimension of value].
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -89,10 +88,10 @@ def _transformers_reference(path: Path, place: dict[str, str]) -> Reference:
             )  # fmt: skip
     except _LOAD_ERRORS as error:
         raise ExportError(f"{path}: transformers cannot load it as a reference: {one_line(error)}") from None
-    # Weights without a value are left random, which would make a reference of noise.
+    # Missing weights stay random, so the reference would be noise.
     unset = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]})
     if unset:
-        raise ExportError(f"{path}: has no fitting values for {unset[0]}, so it is no reference: complete it")
+        raise ExportError(f"{path}: {unset[0]} is missing or has the wrong shape; use a complete checkpoint")
     model.eval()
     return _reference(lambda ids: model(input_ids=ids, use_cache=False).logits)
 
@@ -116,6 +115,6 @@ def _reference(run: Callable[[torch.Tensor], torch.Tensor]) -> Reference:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, which ask nobody, off the user's terminal; its errors are exceptions."""
+    """Keep transformers' progress bars off the terminal; its errors are exceptions."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""Graph passes of a user's own: finding them, and telling their mistakes from satchel's."""
+"""Custom graph passes: loads them, and attributes their errors to them rather than to satchel."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _MODULE = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 
 @dataclasses.dataclass(frozen=True)
 class UserPass:
-    """A pass of a user's own.
+    """A custom pass.
 
     Attributes:
-        name: The module or file and the function, without a folder: what messages and the manifest call it.
-        file: The Python file that it is in; None where there is none.
-        graph_pass: What runs; its errors are ExportErrors that name the pass.
+        name: `module:function` or `file.py:function` without a folder, as in messages and the manifest.
+        file: The Python file that defines it, if any.
+        graph_pass: The pass to run; its errors are ExportErrors that name it.
     """
 
     name: str
@@ -44,14 +44,14 @@ class UserPass:
 
 
 def open_passes(given: Sequence[Any]) -> tuple[UserPass, ...]:
-    """Find the passes that an export is given.
+    """Load the custom passes of an export.
 
     Args:
-        given: Each a `module:function`, a `file.py:function`, or the function itself: a `GraphPass`, an edit in place
+        given: Each is `module:function`, `file.py:function`, or the function itself: a `GraphPass`, an in-place edit
             `(model, report)`, or a function from a model to a `PassResult`.
 
     Raises:
-        ExportError: There is no such file, module or function, or it is no pass.
+        ExportError: The file, module or function does not exist, or is not a pass.
     """
     return tuple(one if isinstance(one, UserPass) else _open(one) for one in given)
 
@@ -66,11 +66,11 @@ def _open(given: Any) -> UserPass:
     if in_file is not None:
         path = Path(in_file["file"])
         if not path.is_file():
-            raise ExportError(f"--pass {given}: no such file: give file.py:function with the path of your Python file")
+            raise ExportError(f"--pass {given}: no such file; pass file.py:function with the path of your Python file")
         return _user_pass(f"{path.name}:{in_file['function']}", given, _named(_run(path, given), in_file, given))
     if in_module is not None:
         return _user_pass(given, given, _named(_import(in_module["module"], given), in_module, given))
-    raise ExportError(f"--pass {given}: give module:function or file.py:function")
+    raise ExportError(f"--pass {given}: not a pass; use the form module:function or file.py:function")
 
 
 def _run(path: Path, given: str) -> ModuleType:
@@ -84,15 +84,13 @@ def _run(path: Path, given: str) -> ModuleType:
 
 
 def _import(name: str, given: str) -> ModuleType:
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ExportError(f"--pass {given}: cannot be imported: {one_line(error)}") from error
-        raise ExportError(
-            f"--pass {given}: there is no module {error.name} here: give file.py:function, or one that is installed"
-        ) from None
+        raise ExportError(f"--pass {given}: no module {error.name}; install it, or pass file.py:function") from None
     except Exception as error:
         raise ExportError(f"--pass {given}: cannot be imported: {_told(error, None)}") from error
 
@@ -100,7 +98,7 @@ def _import(name: str, given: str) -> ModuleType:
 def _named(module: ModuleType, match: re.Match[str], given: str) -> Any:
     found = getattr(module, match["function"], None)
     if found is None:
-        raise ExportError(f"--pass {given}: there is no {match['function']} in it: define it, or name another function")
+        raise ExportError(f"--pass {given}: it has no {match['function']}; define it, or name another function")
     return found
 
 
@@ -108,7 +106,7 @@ def _user_pass(name: str, given: str, found: Any) -> UserPass:
     if isinstance(found, GraphPass):
         edit = found.edit
     elif not callable(found):
-        raise ExportError(f"--pass {given}: is {type(found).__name__} and no function: give a pass")
+        raise ExportError(f"--pass {given}: found {type(found).__name__}, which is not a function; name a pass")
     else:
         edit = _as_edit(found, given)
     source = inspect.getsourcefile(inspect.unwrap(edit))
@@ -117,7 +115,7 @@ def _user_pass(name: str, given: str, found: Any) -> UserPass:
 
 
 def _as_edit(function: Callable[..., Any], given: str) -> Callable[[ir.Model, Report], None]:
-    """An edit in place of a plain function: one of (model, report), or one from a model to a PassResult."""
+    """Turn a function of (model, report), or one from a model to a PassResult, into an in-place edit."""
     try:
         taken = len(inspect.signature(function).parameters)
     except (TypeError, ValueError):
@@ -125,12 +123,12 @@ def _as_edit(function: Callable[..., Any], given: str) -> Callable[[ir.Model, Re
     if taken == 2:
         return graph_pass(function).edit
     if taken != 1:
-        raise ExportError(f"--pass {given}: takes {taken} arguments: a pass takes a model and a report, or a model")
+        raise ExportError(f"--pass {given}: takes {taken} arguments; a pass takes (model, report) or (model)")
 
     def edit(model: ir.Model, report: Report) -> None:
         result = function(model.clone())
         if not isinstance(result, PassResult):
-            raise TypeError(f"it returned {type(result).__name__}, and a pass returns a PassResult")
+            raise TypeError(f"it returned {type(result).__name__}; a pass must return a PassResult")
         if result.count:
             model.graph = result.model.graph
         report.count += result.count
@@ -143,7 +141,7 @@ def _as_edit(function: Callable[..., Any], given: str) -> Callable[[ir.Model, Re
 def _guarded(
     name: str, file: Path | None, edit: Callable[[ir.Model, Report], None]
 ) -> Callable[[ir.Model, Report], None]:
-    """The edit, whose errors name it, and which may not give a weight other values under its old name."""
+    """Wrap an edit: its errors name the pass, and it must not change a weight under its old name."""
 
     def run(model: ir.Model, report: Report) -> None:
         before = {key: weight(value) for key, value in model.graph.initializers.items()}
@@ -155,40 +153,42 @@ def _guarded(
             old = before.get(key)
             if old is not None and weight(value) is not old:
                 raise ExportError(
-                    f"--pass {name}: gives the weight {key} other values, and other graphs read it as it was: "
-                    "put them into a weight with a name of its own"
+                    f"--pass {name}: changes the values of weight {key}, which other graphs share; "
+                    "store the new values in a weight with a new name"
                 )
 
     return run
 
 
 def standard_only(user: UserPass, opset: int, target: str) -> GraphPass:
-    """The pass for a target that takes operators of one version of the standard set alone.
+    """Restrict a custom pass to ONNX's standard operators at one opset, for a target that supports no others.
 
-    Its errors name the pass where it leaves another one, or imports another version.
+    The pass fails if it leaves another operator, or imports another opset.
     """
 
     def run(model: ir.Model, report: Report) -> None:
         user.graph_pass.edit(model, report)
         imports = model.graph.opset_imports
-        said = f"--target {target} takes operators of the standard set of version {opset} alone"
+        said = f"--target {target} supports standard operators of opset {opset} only"
         if imports.get("") != opset:
-            raise ExportError(f"--pass {user.name}: imports version {imports.get('')}, and {said}: leave it as it is")
+            raise ExportError(
+                f"--pass {user.name}: imports opset {imports.get('')}, but {said}; do not change the opset"
+            )
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             if node.domain != "" or not onnx.defs.has(node.op_type, opset, ""):
-                raise ExportError(f"--pass {user.name}: leaves {operator(node)}, and {said}: write it with those")
-        for domain in set(imports) - {""}:  # of what it took out again
+                raise ExportError(f"--pass {user.name}: leaves {operator(node)}, but {said}; express it with those")
+        for domain in set(imports) - {""}:  # left behind by operators that it removed again
             del imports[domain]
 
     return dataclasses.replace(user.graph_pass, edit=run)
 
 
 def _told(error: BaseException, file: Path | None) -> str:
-    """The type and message of an error, and where in the user's file it came up."""
+    """Return the type and message of an error, and its line in the user's file."""
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if file is not None and Path(f.filename).resolve() == file.resolve()]
+    in_file = [f for f in frames if file is not None and Path(f.filename).resolve() == file.resolve()]
     if isinstance(error, SyntaxError):
         place = f" (line {error.lineno})"
     else:
-        place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+        place = f" ({Path(in_file[-1].filename).name}, line {in_file[-1].lineno})" if in_file else ""
     return f"{type(error).__name__}: {one_line(error)}{place}"

@@ -1,1 +1,1 @@
-"""Turns a float graph into quantized weights: calibration, rounding, and the search for sensitive layers."""
+"""Quantizes the weights of a float graph: calibration, rounding, and the search for sensitive layers."""

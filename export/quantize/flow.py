@@ -1,7 +1,7 @@
-"""Runs a graph over windows of text piece by piece, so that one piece's weights are in memory at a time.
+"""Runs a graph over windows of text segment by segment, with the weights of one segment in memory at a time.
 
-This is how an export looks into a model: calibration reads the inputs of each product on the way and may replace its
-weight before the flow goes on, and the certificate's reference is what comes out at the end.
+An export uses it for layer-wise calibration, which reads the inputs of each linear layer and can replace its weight
+before the next segment runs, and for the reference logits of the certificate.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from satchel.runtime.ort.session import default_threads
 from satchel.runtime.util.cpu import machine_cores
 
 Inputs = Callable[[], Iterator[NDArray[np.float32]]]
-"""The input of a product, one batch of windows after the other, [tokens, width]; may be read more than once."""
+"""Yields the input of a linear layer, [tokens, width], batch by batch; can be called more than once."""
 
 Visit = Callable[[ir.Node, Inputs], Mapping[str, NDArray[Any]]]
-"""Called for each node with large weights: returns replacements for weights, by name, for the rest of the flow."""
+"""Called for each node with large weights; returns replacement weights by name for the rest of the flow."""
 
 Observe = Callable[[str, NDArray[Any]], None]
 
 MAPPED_BYTES = 64 << 20
-"""A weight larger than this is written to a file and mapped."""
+"""A weight larger than this is written to a file and memory-mapped."""
 
 
 def _keep(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
@@ -40,21 +40,21 @@ def _keep(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
 
 
 class Flow:
-    """A graph on its way through windows of tokens, up to and without its last product, the head.
+    """A run of a graph over windows of tokens, up to but excluding the LM head.
 
     Args:
-        model: A graph before the phases part: logits for every position.
+        model: A graph before it is split into phases: logits for every position.
         windows: Token ids [windows, length] int64.
-        folder: An empty folder for what lies between two pieces: a batch's values are in memory while they are used.
-        batch: Windows at a time; must divide their number.
-        keep: Keep what lies between all pieces, so that the flow can be taken up again in the middle.
+        folder: An empty folder for the values between segments; only the batch in use is in memory.
+        batch: Windows per batch; must divide their number.
+        keep: Keep the values between all segments, so that a branch can start in the middle.
     """
 
     def __init__(
         self, model: ir.Model, windows: NDArray[np.int64], folder: Path, *, batch: int = 1, keep: bool = False
     ) -> None:
         if len(windows) % batch:
-            raise ValueError(f"{len(windows)} windows cannot be cut into batches of {batch}")
+            raise ValueError(f"{len(windows)} windows cannot be divided into batches of {batch}")
         self.model = model
         self.folder = folder
         self.batch = batch
@@ -80,11 +80,11 @@ class Flow:
         """Run all but the head.
 
         Args:
-            visit: Hears of each node with large weights, in the graph's order, before it runs.
-            observe: Hears of the values called `observed`, batch by batch.
-            observed: Names of values, such as the caches that attention hands out.
-            progress: Hears of each piece that is done.
-            first: The piece to begin with, where a flow that keeps what lies between has come by before.
+            visit: Called for each node with large weights, in graph order, before it runs.
+            observe: Called with each of the `observed` values, batch by batch.
+            observed: Names of values, such as the KV caches.
+            progress: Called after each segment.
+            first: The segment to start at, for a branch of a flow that kept its values.
         """
         segments = split(self.model, [LOGITS, *observed])
         self._head = segments.pop() if segments[-1].weights else None
@@ -98,17 +98,17 @@ class Flow:
             progress(1)
 
     def branch(self, folder: Path) -> Flow:
-        """A flow that goes on from what this one kept, and puts what it finds itself into `folder`."""
+        """Return a flow that starts from the values this one kept, and stores its own values in `folder`."""
         other = copy.copy(self)
         other.folder, other._values = folder, dict(self._values)
         return other
 
     def pieces(self) -> list[str]:
-        """The names of the nodes at which the pieces begin, the head left out."""
+        """Return the name of the first node of each segment, without the head."""
         return [str(segment.head.name) for segment in split(self.model, [LOGITS])[:-1]]
 
     def logits(self, index: int) -> NDArray[np.float32]:
-        """The logits of one batch of windows, [batch, length, vocabulary] float32, after `run`."""
+        """Return the logits of one batch of windows, [batch, length, vocabulary] float32, after `run`."""
         if self._head is None:
             return np.asarray(self._load(self._values[LOGITS][index]), np.float32)
         weights = {name: self._materialized(name, lazy) for name, lazy in self._head.weights.items()}
@@ -129,7 +129,7 @@ class Flow:
 
         replaced = visit(head, inputs)
         kept = {key: lazy for key, lazy in segment.weights.items() if key not in replaced}
-        if head.op_type == "Gather":  # only the rows that are looked up
+        if head.op_type == "Gather":  # reads only the rows that are looked up
             return {}
         return {**replaced, **{key: self._materialized(key, lazy) for key, lazy in kept.items()}}
 
@@ -173,7 +173,7 @@ class Flow:
         return self._session_for(segment, self._feeds(segment, index) | weights, False)
 
     def _session_for(self, segment: Segment, feeds: Mapping[str, NDArray[Any]], lookup: bool) -> ort.InferenceSession:
-        if lookup:  # its result is fed
+        if lookup:  # its output is fed as an input
             first = segment.head.outputs[0]
             segment = Segment(segment.nodes[1:], (*segment.reads, str(first.name)), {}, segment.keeps)
         model = build(segment, {name: array.dtype for name, array in feeds.items()}, self._opsets)
@@ -198,7 +198,7 @@ class Flow:
         match dims(value):
             case [_, int(heads), _, int(width)]:
                 return np.zeros((self.batch, heads, self.length, width), np.float32)
-        raise ValueError(f"{value.name} is no cache")
+        raise ValueError(f"{value.name} is not a cache")
 
     def _store(self, name: str, index: int, array: NDArray[Any]) -> Path | NDArray[Any]:
         if array.nbytes < 1 << 16:
@@ -217,7 +217,7 @@ class Flow:
 
 
 def _looked_up(segment: Segment, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The result of the look-up that a segment starts with, reading the rows that are asked for."""
+    """Compute the embedding lookup that a segment starts with, reading only the rows needed."""
     table, ids = (str(value.name) for value in segment.head.inputs[:2] if value is not None)
     wanted, places = np.unique(feeds[ids].astype(np.int64), return_inverse=True)
     rows = np.concatenate([segment.weights[table].rows(int(i), int(i) + 1) for i in wanted])
@@ -225,7 +225,7 @@ def _looked_up(segment: Segment, feeds: Mapping[str, NDArray[Any]]) -> dict[str,
 
 
 def fresh(folder: Path, name: str) -> Path:
-    """An empty folder called `name` in `folder`."""
+    """Create an empty folder called `name` in `folder`."""
     path = folder / name
     path.mkdir(parents=True)
     return path

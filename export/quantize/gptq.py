@@ -1,4 +1,4 @@
-"""Rounding that makes up for its own errors, by the second moments of a layer's inputs."""
+"""GPTQ: rounding with error feedback, from the second moments of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from numpy.typing import NDArray
 from satchel.graphs.quant.rounding import Grid
 
 DAMPING = 0.01
-"""Added to the diagonal of the second moments, as a share of its mean."""
+"""Fraction of the mean of the second moments' diagonal that is added to the diagonal."""
 
 COLUMNS = 128
-"""Inputs that are rounded before the rest of the weight hears of their errors."""
+"""Inputs that are rounded before their errors are propagated to the rest of the weight."""
 
 
 def round_with_feedback(weight: NDArray[np.float32], moments: NDArray[np.float32], grid: Grid) -> NDArray[np.int16]:
-    """Round a weight [outputs, inputs] to `grid`, one input after the other.
+    """Round a weight [outputs, inputs] to `grid`, one input after another.
 
-    Each rounding's error is made up for in the inputs that are still to come.
-
-    GPTQ (Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-    algorithm 1), inputs in the order of their moments, on a grid that is fixed beforehand.
+    The remaining inputs compensate for the rounding error of each input. This is GPTQ (Frantar et al. 2023, "GPTQ:
+    Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1) with inputs ordered by
+    descending second moment (act-order) and a fixed grid.
 
     Args:
-        weight: float32.
+        weight: [outputs, inputs] float32.
         moments: The sum of x x^T over the layer's inputs x, [inputs, inputs].
-        grid: Where codes may lie.
+        grid: The scales, zero points and range of the quantized values.
 
     Returns:
-        The codes, [outputs, inputs].
+        The quantized values, [outputs, inputs].
     """
     inputs = weight.shape[1]
     second = torch.from_numpy(moments).double()

@@ -1,4 +1,4 @@
-"""The story of quantizing: transform, calibrate, round."""
+"""The steps of quantization: transform, calibrate, round."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from satchel.runtime.bundle.contract import LOGITS, past_names, present_names
 Progress = Callable[[int], Any]
 
 ROWS = 4096
-"""Outputs whose scales are searched at a time."""
+"""Number of outputs whose scales are searched at a time."""
 
 MOVES = ("Reshape", "Transpose", "Split", "Slice", "RMSNormalization", "LayerNormalization", "Add")
-"""What may stand between a product and attention without turning channels into each other."""
+"""Operators allowed between a linear layer and attention because they do not mix channels."""
 
 BATCH = 4
-"""Windows that run through the model together."""
+"""Windows per batch."""
 
 
 def quantize(
@@ -52,22 +52,22 @@ def quantize(
     config: ExportConfig,
     progress: Progress,
 ) -> tuple[Quantized, list[Done]]:
-    """Transform, calibrate and round the weights of a graph by a recipe.
+    """Transform a graph, calibrate it, and quantize its weights by a recipe.
 
     Args:
         model: The graph that all phases share, its weights marked with their rules.
-        recipe: Which weight is stored how.
+        recipe: The precision of each weight.
         windows: Calibration text, [windows, length]; None for a recipe that needs none.
-        folder: A folder to be made, for codes and for what is between two pieces of the flow; whoever calls removes it
-            after the weights are written.
-        config: Whether to find scales for an int8 KV cache too.
-        progress: Hears of each piece of work that is done, out of `pieces(model, recipe)`.
+        folder: A folder to create, for quantized values and for the values between segments of the flow; the caller
+            removes it after the weights are written.
+        config: The options of the export, among them whether the KV cache is int8 and so needs scales.
+        progress: Called after each unit of work; `pieces(model, recipe, config)` is their number.
 
     Returns:
-        The weights, and what the transforms did.
+        The quantized weights, and the report of the transforms.
 
     Raises:
-        ExportError: A rule does not fit a layer that it matches, or a layer's cache cannot be stored in 8 bits.
+        ExportError: A rule cannot be applied to a layer that it matches, or a layer's KV cache cannot be int8.
     """
     if config.int8_cache:
         _caches_fit(model)
@@ -87,14 +87,14 @@ def quantize(
 
 
 def transform(model: ir.Model, recipe: Recipe) -> tuple[ir.Model, list[Done]]:
-    """Run the recipe's transforms that need no text: the rotations. Returns the graph and what they did."""
+    """Run the recipe's transforms that need no calibration: the rotations. Return the graph and their report."""
     if "rotate" not in recipe.transforms:
         return model, []
     return pipeline.run(model, ROTATE)
 
 
 def rules(model: ir.Model) -> dict[str, Rule]:
-    """The rule for each quantizable weight that one matched, by the weight's name, in the graph's order."""
+    """Return the rule of each quantizable weight that has one, by the weight's name, in graph order."""
     marked = {lazy.name: rule_of(lazy) for _, lazy in quantizable(model) if not lazy.computed}
     found = {name: rule for name, rule in marked.items() if rule is not None}
     for node in nodes(model, "MoE", MICROSOFT):
@@ -104,7 +104,7 @@ def rules(model: ir.Model) -> dict[str, Rule]:
 
 
 def _sharing_blocks(stacks: Sequence[LazyWeight], found: Mapping[str, Rule]) -> dict[str, Rule]:
-    """The rules of a mixture's stacks with those blocks alone that divide the inputs of all: its kernel wants one."""
+    """Limit the rules of a mixture's stacks to group sizes that divide the inputs of all: its kernel needs one size."""
     shared = {}
     for lazy in stacks:
         rule = found[lazy.name]
@@ -114,10 +114,10 @@ def _sharing_blocks(stacks: Sequence[LazyWeight], found: Mapping[str, Rule]) -> 
 
 
 def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
-    """Check that each weight can be stored as its rule says.
+    """Check that each weight can be stored by its rule.
 
     Raises:
-        ExportError: One cannot.
+        ExportError: A weight cannot.
     """
     for _, lazy in quantizable(model):
         rule = chosen.get(lazy.name)
@@ -130,7 +130,7 @@ def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
 
 
 def quantizable(model: ir.Model) -> Iterator[tuple[ir.Node, LazyWeight]]:
-    """Nodes that read a weight which can be quantized, with the weight."""
+    """Yield each node that reads a quantizable weight, with the weight."""
     places = {"MatMul": (1,), "Gather": (0,), "MoE": (2, 4)}
     for node in model.graph:
         for index in places.get(node.op_type, ()):
@@ -140,7 +140,7 @@ def quantizable(model: ir.Model) -> Iterator[tuple[ir.Node, LazyWeight]]:
 
 
 def by_outputs(node: ir.Node) -> bool:
-    """Whether the weight is stored [.., outputs, inputs]; products have it [inputs, outputs]."""
+    """Whether the weight is stored [.., outputs, inputs]; a MatMul's is [inputs, outputs]."""
     return node.op_type != "MatMul"
 
 
@@ -152,8 +152,10 @@ def _inputs(lazy: LazyWeight, model: ir.Model) -> int:
 def _observe(
     model: ir.Model, windows: NDArray[np.int64], folder: Path, int8_cache: bool, progress: Progress
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """The root mean square of each down projection's input channels, [inputs] by the product's name; and the largest
-    magnitudes of the caches, [kv_heads, head_dim] by output name.
+    """Collect the calibration statistics.
+
+    Returns the RMS of each down projection's input channels, [inputs] by node name, and the max magnitudes of the KV
+    caches, [kv_heads, head_dim] by output name.
     """
     statistics: dict[str, NDArray[np.float32]] = {}
     maxima: dict[str, NDArray[np.float32]] = {}
@@ -176,7 +178,7 @@ def _observe(
 
 
 def _gated(node: ir.Node) -> bool:
-    """Whether smoothing will look at the node: a down projection, or what it refuses as one."""
+    """Whether smoothing considers the node: a down projection, or a node that it refuses as one."""
     try:
         return gated_input(node) is not None
     except Refused:
@@ -191,8 +193,10 @@ def _round(
     quick: bool,
     progress: Progress,
 ) -> dict[str, QuantizedWeight]:
-    """Round each weight by its rule. A quick run sees fewer windows, and feeds back errors only where that pays most:
-    in layers with fewer inputs than outputs, which read the residual stream.
+    """Quantize each weight by its rule.
+
+    A quick run uses fewer windows, and GPTQ only where it gains most: in layers with fewer inputs than outputs, which
+    read the residual stream.
     """
     codes = fresh(folder, "codes")
     results: dict[str, QuantizedWeight] = {}
@@ -235,20 +239,20 @@ def round_weight(
     by_outputs: bool,
     moments: NDArray[np.float32] | None = None,
 ) -> QuantizedWeight:
-    """Round one weight by a rule; its codes go to a file in `folder` and are mapped.
+    """Quantize one weight by a rule; the quantized values go to a file in `folder` and are memory-mapped.
 
     Args:
         lazy: The weight, [.., outputs, inputs] if `by_outputs`, else [inputs, outputs].
-        rule: How.
-        folder: Where to.
-        by_outputs: See `lazy`.
-        moments: The sum of x x^T over the layer's inputs, for rounding "gptq"; without it scales are searched.
+        rule: The rule.
+        folder: The folder for the quantized values.
+        by_outputs: Whether outputs come before inputs; see `lazy`.
+        moments: The sum of x x^T over the layer's inputs, for rounding "gptq"; without it, only scales are searched.
     """
     inputs = lazy.dims[-1] if by_outputs else lazy.dims[0]
     outputs = lazy.size // inputs
     scheme = rule.scheme(inputs)
     if scheme is None:
-        raise ValueError(f"{lazy.name} stays in float")
+        raise ValueError(f"{lazy.name} has no quantization scheme")
     path = folder / f"{len(list(folder.iterdir()))}.codes"
     stored = np.memmap(path, np.int8 if scheme.symmetric else np.uint8, "w+", shape=(outputs, inputs))
     scales, points = [], []
@@ -268,7 +272,7 @@ def round_weight(
 
 
 def _parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The weight as [outputs, inputs], some outputs at a time, with the first output of each part."""
+    """Yield the weight as [outputs, inputs] in parts, each with the index of its first output."""
     if not by_outputs:
         whole = np.ascontiguousarray(lazy.numpy().T)
         for start in range(0, len(whole), ROWS):
@@ -283,7 +287,7 @@ def _parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[in
 
 
 def values(quantized: QuantizedWeight) -> NDArray[np.float32]:
-    """What a rounded weight stands for, [outputs, inputs] float32."""
+    """Dequantize a weight to [outputs, inputs] float32."""
     return quantized.grid.values(quantized.codes.astype(np.int16))
 
 
@@ -294,20 +298,20 @@ def _moments(inputs: Inputs) -> NDArray[np.float32]:
         batch = torch.from_numpy(np.array(x))
         total = batch.T @ batch if total is None else total.addmm_(batch.T, batch)
     if total is None:
-        raise ValueError("there is nothing to take moments of")
+        raise ValueError("the layer has no inputs")
     return total.numpy()
 
 
 def _caches_fit(model: ir.Model) -> None:
-    """Check that the fused operator, which alone reads codes, writes each layer's cache.
+    """Check that every layer uses the fused attention operator, the only one that supports an int8 cache.
 
     Raises:
-        ExportError: Another one does.
+        ExportError: A layer does not.
     """
     for node in nodes(model, "TensorScatter"):
         raise ExportError(
-            f"--kv-cache int8: {node.name} is of a layer whose attention GroupQueryAttention cannot express, and only "
-            "that reads an int8 cache: use --kv-cache float"
+            f"--kv-cache int8: the layer of {node.name} cannot use GroupQueryAttention, the only operator that "
+            "supports an int8 cache: use --kv-cache float"
         )
 
 
@@ -316,14 +320,14 @@ def _cache_scales(model: ir.Model, layer: int, maxima: Mapping[str, NDArray[np.f
     past = past_names(layer)[0]
     attention = next(n for n in nodes(model, "GroupQueryAttention", MICROSOFT) if n.inputs[3].name == past)  # type: ignore[union-attr]
     rotation = _rotation(attention)
-    if rotation is None:  # any two channels of a head may turn into each other
+    if rotation is None:  # any two channels of a head may be mixed
         whole = np.broadcast_to(maxima[key].max(-1, keepdims=True), maxima[key].shape)
         return kv_scales(whole, maxima[value], 0, False)
     return kv_scales(maxima[key], maxima[value], *rotation)
 
 
 def _rotation(attention: ir.Node) -> tuple[int, bool] | None:
-    """How many channels of a key are turned, and whether neighbors are pairs; None where that is not known."""
+    """Return the number of rotated channels of a key, and whether pairs are interleaved; None if unknown."""
     if attention.attributes.get_int("do_rotary", 0):
         width = last_dim(attention.inputs[7])
         return None if width is None else (2 * width, bool(attention.attributes.get_int("rotary_interleaved", 0)))
@@ -341,11 +345,11 @@ def _rotation(attention: ir.Node) -> tuple[int, bool] | None:
 
 
 def _batched(windows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Windows in full batches, the last ones left out."""
+    """Drop the windows that do not fill a batch."""
     return windows[: max(BATCH, len(windows) // BATCH * BATCH)]
 
 
 def pieces(model: ir.Model, recipe: Recipe, config: ExportConfig) -> int:
-    """How many pieces of work `quantize` reports: those of a flow that observes, and each weight that is rounded."""
+    """Return the units of work that `quantize` reports: segments of the calibration run, and quantized weights."""
     observes = config.int8_cache or "smooth" in recipe.transforms
     return (len(split(model, [])) - 1 if observes else 0) + len(rules(model))

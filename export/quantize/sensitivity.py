@@ -1,4 +1,4 @@
-"""Which layers lose most by few bits: each is rounded alone, and the logits compared."""
+"""Sensitivity of layers to quantization: each is quantized alone, and the logits are compared."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from satchel.graphs.quant.recipe import Recipe, Rule
 from satchel.runtime.evaluation.fidelity import log_softmax
 
 RAISED_BITS = 8
-"""What a sensitive layer is raised to."""
+"""Bits that a sensitive layer is raised to."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What rounding one product alone does.
+    """The effect of quantizing one linear layer alone.
 
     Attributes:
-        layers: The checkpoint's layers that the product is made of.
-        weights: How many weights it has.
-        inputs: How many inputs.
-        kl: Mean KL divergence, in nats, of the model with this weight rounded from the float model.
+        layers: The checkpoint's layers that are merged into this linear layer.
+        weights: Its number of weights.
+        inputs: Its number of inputs.
+        kl: Mean KL divergence in nats from the float model to the model with only this weight quantized.
     """
 
     layers: tuple[str, ...]
@@ -41,17 +41,17 @@ class Sensitivity:
 def measure(
     model: ir.Model, recipe: Recipe, windows: NDArray[np.int64], folder: Path, progress: Callable[[int], object]
 ) -> list[Sensitivity]:
-    """Round each product that `recipe` stores in fewer than 8 bits, alone, on searched scales; compare the logits.
+    """Quantize each linear layer with fewer than 8 bits alone, with searched scales, and compare the logits.
 
     Args:
         model: The graph that all phases share, its weights marked with their rules.
-        recipe: What is tried out.
+        recipe: The recipe under test.
         windows: Text, [windows, length].
         folder: An empty folder.
-        progress: Hears of each product.
+        progress: Called after each linear layer.
 
     Returns:
-        The products in the graph's order.
+        The linear layers in graph order.
     """
     flow = Flow(model, windows, fresh(folder, "float"), keep=True)
     flow.run()
@@ -75,21 +75,21 @@ def measure(
 
 
 def count(model: ir.Model) -> int:
-    """How many products `measure` tries at most."""
+    """Return the max number of linear layers that `measure` tries."""
     return sum(not by_outputs(node) for node, _ in quantizable(model))
 
 
 def raise_most_sensitive(
     recipe: Recipe, found: Sequence[Sensitivity], bits_now: float, bits: float, weights: int
 ) -> list[Sensitivity]:
-    """The layers to raise to 8 bits so that the model stays within a budget: those that lose most for their size.
+    """Choose the layers to raise to 8 bits within a budget: those with the highest loss per weight first.
 
     Args:
-        recipe: The recipe as it is.
-        found: What each product loses.
-        bits_now: Bits per weight of the whole model by `recipe`.
-        bits: How many it may have.
-        weights: Weights of the whole model.
+        recipe: The recipe to change.
+        found: The sensitivity of each linear layer.
+        bits_now: Bits per weight of the whole model with `recipe`.
+        bits: The max bits per weight of the whole model.
+        weights: Number of weights of the whole model.
     """
     spare = (bits - bits_now) * weights
     raised = []
@@ -102,14 +102,14 @@ def raise_most_sensitive(
 
 
 def raising_costs(recipe: Recipe, layer: Sensitivity) -> float:
-    """The bits that a product takes more at 8 bits than by the recipe, zero points included."""
+    """Return the additional bits that a linear layer takes at 8 bits, zero points included."""
     rule = _rule_of(recipe, layer)
     now, then = rule.scheme(layer.inputs), _raised(rule, ()).scheme(layer.inputs)
     return 0.0 if now is None or then is None else layer.weights * (then.bits_per_weight - now.bits_per_weight)
 
 
 def raised_recipe(recipe: Recipe, raised: Sequence[Sensitivity]) -> Recipe:
-    """The recipe with rules in front of its own that keep some layers at 8 bits, in the blocks that they have."""
+    """Prepend rules to the recipe that keep some layers at 8 bits, with their group sizes unchanged."""
     names: dict[Rule, list[str]] = {}
     for layer in raised:
         names.setdefault(_rule_of(recipe, layer), []).extend(layer.layers)
@@ -134,7 +134,7 @@ def _divergence(flow: Flow, branch: Flow) -> float:
     total, count = 0.0, 0
     for index in range(flow.batches):
         for expected, found in zip(flow.logits(index), branch.logits(index), strict=True):
-            theirs, ours = log_softmax(expected), log_softmax(found)
-            total += float((np.exp(theirs) * (theirs - ours)).sum())
-            count += len(theirs)
+            reference, actual = log_softmax(expected), log_softmax(found)
+            total += float((np.exp(reference) * (reference - actual)).sum())
+            count += len(reference)
     return total / count

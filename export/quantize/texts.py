@@ -1,4 +1,4 @@
-"""The texts that an export reads a model with: one to calibrate on, one to measure on."""
+"""The texts of an export: one for calibration, one for evaluation."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from satchel.runtime.generation.tokenizer import JsonTokenizer, SentencePieceTok
 
 FOLDER = Path(__file__).resolve().parent / "corpora"
 CALIBRATION = FOLDER / "calibration.txt"
-"""What is calibrated on where the user names nothing: stories, letters, articles, talks, code, nine languages."""
+"""The default calibration text: stories, letters, articles, talks and code in nine languages."""
 
 CERTIFICATE = FOLDER / "certificate.txt"
-"""What is measured on where the user names nothing; no part of it is in the calibration text."""
+"""The default evaluation text; disjoint from the calibration text."""
 
 CALIBRATION_WINDOWS = 48
-"""Windows of a longer text that are used, spread over all of it: more of them made no difference."""
+"""Max calibration windows, spread evenly over the text; more made no difference."""
 
 CERTIFICATE_WINDOWS = 8
-"""Windows that a certificate is measured on, from the text's start."""
+"""Windows that a certificate is measured on, from the start of the text."""
 
 FLOAT_CERTIFICATE_WINDOWS = 4
-"""As many in float, where nothing was rounded and more windows say no more."""
+"""The same for float models, where more windows add no information."""
 
 QUICK_WINDOWS = 4
-"""Windows of random ids that a quick export calibrates on."""
+"""Windows of random ids for the calibration of a quick export."""
 
 FEWEST = 8
-"""Windows that a calibration text must have; fewer say too little about a layer's inputs."""
+"""Min windows of a calibration text; fewer do not represent a layer's inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Windows of token ids, [windows, tokens], all of one length.
+    """Windows of token ids, [windows, tokens] int64.
 
     Attributes:
-        calibration: None where nothing is calibrated.
+        calibration: None without calibration.
         certificate: None without a certificate.
-        measured: What `certificate` was cut from; None for random ids.
+        measured: The text that `certificate` comes from; None for random ids.
     """
 
     calibration: NDArray[np.int64] | None
@@ -65,10 +65,10 @@ def open_texts(
 ) -> Texts:
     """Read and tokenize the texts of an export; a model without a tokenizer gets random ids.
 
-    `folder` takes the tokenizer's file while it is loaded; `option` is what the user calls the text to measure on.
+    The tokenizer's file is written to `folder` to load it; `option` is the flag that named the evaluation text.
 
     Raises:
-        ExportError: A text that the user named cannot be read or is too short, or there is no tokenizer for it.
+        ExportError: A text from the user cannot be read or is too short, or there is no tokenizer for it.
     """
     length = min(Window.LENGTH, config.context(checkpoint.max_context))
     tokenizer = _tokenizer(checkpoint, folder)
@@ -86,14 +86,14 @@ def open_texts(
 
 
 def calibration_file(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> Path | None:
-    """The text that an export calibrates on; None where it does not, or takes random ids."""
+    """Return the calibration text; None without calibration, or for random ids."""
     if checkpoint.tokenizer is None or not (config.reads_calibration_text and _calibrates(config, recipe)):
         return None
     return CALIBRATION if config.calibrate is None else config.calibrate
 
 
 def certificate_file(checkpoint: Checkpoint, config: ExportConfig) -> Path | None:
-    """The text that a bundle is measured on; None where it is not, or on random ids."""
+    """Return the evaluation text; None without a certificate, or for random ids."""
     if checkpoint.tokenizer is None or not config.certificate:
         return None
     return CERTIFICATE if config.eval_text is None else config.eval_text
@@ -104,7 +104,7 @@ def _calibrates(config: ExportConfig, recipe: Recipe | None) -> bool:
 
 
 def certificate_windows(config: ExportConfig) -> int:
-    """How many windows of the text a bundle of this precision is measured on."""
+    """Return the number of windows that a bundle of this precision is evaluated on."""
     return CERTIFICATE_WINDOWS if config.quantized else FLOAT_CERTIFICATE_WINDOWS
 
 
@@ -125,7 +125,7 @@ def _ids(
     if tokenizer is None:
         if chosen is not None:
             raise ExportError(
-                f"{option} {chosen}: {checkpoint.name} has no tokenizer to read it with: give --tokenizer"
+                f"{option} {chosen}: {checkpoint.name} has no tokenizer for it: pass one with --tokenizer"
             )
         return np.random.default_rng(0).integers(0, checkpoint.vocab_size, 16 * Window.LENGTH), None
     path = shipped if chosen is None else chosen
@@ -140,18 +140,18 @@ def _read(path: Path, option: str) -> bytes:
         content = path.read_bytes()
         text = content.decode("utf-8")
     except OSError as error:
-        raise ExportError(f"{option} {path}: cannot be read ({error.strerror}): give a text file") from None
+        raise ExportError(f"{option} {path}: cannot be read ({error.strerror}): pass a text file") from None
     except UnicodeDecodeError as error:
-        raise ExportError(f"{option} {path}: not UTF-8 at byte {error.start}: give a text in UTF-8") from None
+        raise ExportError(f"{option} {path}: not UTF-8 at byte {error.start}: pass UTF-8 text") from None
     if not text.strip():
-        raise ExportError(f"{option} {path}: is empty: give a text of some pages")
+        raise ExportError(f"{option} {path}: is empty: pass a text of a few pages")
     return content
 
 
 def _windows(ids: NDArray[np.int64], length: int, fewest: int, chosen: Path | None, option: str) -> NDArray[np.int64]:
     if chosen is not None and len(ids) < fewest * length:
         raise ExportError(
-            f"{option} {chosen}: has {len(ids)} tokens and {fewest * length} are needed: give a longer text"
+            f"{option} {chosen}: has {len(ids)} tokens, but needs at least {fewest * length}: pass a longer text"
         )
     return ids[: len(ids) // length * length].reshape(-1, length)
 

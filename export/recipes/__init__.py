@@ -1,4 +1,4 @@
-"""The recipes that ship with satchel, and the way to one of the user's own."""
+"""Loads the built-in recipes, or a recipe file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from satchel.graphs.quant.recipe import Recipe, RecipeError, parse_recipe
 FOLDER = Path(__file__).resolve().parent
 
 TARGET_RECIPES = {("cann", "a16w8"): "a16w8-channel", ("cuda", "int8"): "a16w8"}
-"""By target and precision: the recipe where the one that is called after the precision has no form there."""
+"""Recipe overrides, by target and precision, for targets that do not support the precision's default recipe."""
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that ship."""
+    """Return the names of the built-in recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def recipe_of(config: ExportConfig) -> Recipe | None:
-    """The recipe of an export as its effort uses it; None where weights stay in float. A quick one does not smooth.
+    """Return the recipe of an export; None if weights stay in float. Quick exports skip smoothing.
 
-    An int8 KV cache over float weights has a recipe without rules.
+    Float weights with an int8 KV cache have a recipe without rules.
 
     Raises:
         ExportError: The recipe cannot be read.
@@ -41,31 +41,31 @@ def recipe_of(config: ExportConfig) -> Recipe | None:
 
 
 def recipe_file(config: ExportConfig) -> Path | None:
-    """The file of an export's recipe; None where weights stay in float."""
+    """Return the recipe file of an export; None if weights stay in float."""
     return _path(_chosen(config)) if config.quantized else None
 
 
 def _chosen(config: ExportConfig) -> str | Path:
-    """The recipe that was asked for, or the default of the target and precision."""
+    """Return the recipe that the user chose, or the default for the target and precision."""
     default = TARGET_RECIPES.get((config.target, config.precision), config.precision)
     return default if config.recipe is None else config.recipe
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe from a TOML file, or one that ships, by its name.
+    """Load a recipe from a TOML file, or a built-in recipe by name.
 
     Raises:
-        ExportError: There is no such file, or it is no recipe.
+        ExportError: The file does not exist, or is not a recipe.
     """
     path = _path(name)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ExportError(
-            f"--recipe {name}: cannot be read ({error.strerror}): give a TOML file, or {', '.join(shipped())}"
+            f"--recipe {name}: cannot be read ({error.strerror}): pass a TOML file, or one of {', '.join(shipped())}"
         ) from None
     except UnicodeDecodeError as error:
-        raise ExportError(f"--recipe {name}: not UTF-8 at byte {error.start}: give a TOML file") from None
+        raise ExportError(f"--recipe {name}: not UTF-8 at byte {error.start}: pass a TOML file") from None
     try:
         return parse_recipe(text, path.stem)
     except RecipeError as error:
@@ -78,10 +78,10 @@ def _path(name: str | Path) -> Path:
 
 
 def check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Check a recipe against a model that is opened and not read.
+    """Check a recipe against a checkpoint without reading its weights.
 
     Raises:
-        ExportError: A pattern matches no layer, or a block size does not divide a layer's inputs.
+        ExportError: A pattern matches no layer, or no group size divides a layer's inputs.
     """
     layers = dict(_layers(checkpoint))
     try:
@@ -98,7 +98,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, int | None]]]:
-    """Each layer's name, its kind as far as the module tells, and the number of its inputs."""
+    """Yield each layer's name, its kind as far as the module shows, and its number of inputs if known."""
     modules = dict(checkpoint.module.named_modules())
     for name, lazy in checkpoint.weights.items():
         if len(lazy.dims) < 2:

@@ -29,7 +29,7 @@ def check_target(output: Path, force: bool) -> None:
             f"{output} is there and is not a bundle: choose another place (--force replaces bundles only)"
         )
     if not force:
-        raise ExportError(f"{output} is there already: choose another place, or replace it with --force")
+        raise ExportError(f"{output} already exists: choose another place, or replace it with --force")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def test_a_bundle_that_is_there_is_kept_without_force(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    says = (str(target), "is there already", "--force")
+    says = (str(target), "already exists", "--force")
     refused(capsys, tmp_path, tiny_checkpoint, "-o", target, says=says)
 
 
@@ -122,7 +122,7 @@ def test_what_a_killed_export_left_is_found_under_any_name(tmp_path: Path) -> No
 
 def test_a_bundle_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
-    with pytest.raises(ExportError, match="is there already"), staged(output, force=False):
+    with pytest.raises(ExportError, match="already exists"), staged(output, force=False):
         output.mkdir()
         (output / "manifest.json").write_text("another's")
     assert (output / "manifest.json").read_text() == "another's"

@@ -201,5 +201,5 @@ def test_what_lies_between_is_taken_away(common: ir.Model, tmp_path: Path) -> No
 
 
 def test_windows_that_make_no_whole_batches_are_an_error(common: ir.Model, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="4 windows cannot be cut into batches of 3"):
+    with pytest.raises(ValueError, match=r"4 windows .* batches of 3"):
         Flow(common, WINDOWS, tmp_path, batch=3)

@@ -81,20 +81,20 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
     ),
     "an absent calibration text": (
         plain("--precision", "int4", "--calibrate", "nowhere.txt"),
-        ("--calibrate nowhere.txt: cannot be read (No such file", "give a text file"),
+        ("--calibrate nowhere.txt: cannot be read (No such file",),
     ),
     "a folder as calibration text": (
         lambda folder: ("--precision", "int4", "--calibrate", folder),
         ("--calibrate", "cannot be read (Is a directory)"),
     ),
-    "an empty calibration text": (calibration(b" \n"), ("text.txt: is empty: give a text of some pages",)),
+    "an empty calibration text": (calibration(b" \n"), ("text.txt: is empty",)),
     "a tiny calibration text": (
         calibration(b"a few words, and no more"),
-        ("--calibrate", "text.txt: has ", "tokens and 1024 are needed: give a longer text"),
+        ("--calibrate", "text.txt: has ", "1024"),
     ),
     "a calibration text that is not UTF-8": (
         calibration(b"caf\xe9" * 2000),
-        ("text.txt: not UTF-8 at byte 3: give a text in UTF-8",),
+        ("text.txt: not UTF-8 at byte 3",),
     ),
     "calibrating floats": (
         calibration(b"words " * 5000, "--precision", "fp32"),
@@ -142,7 +142,7 @@ def test_a_text_needs_a_tokenizer(option: str, tmp_path: Path, capsys: pytest.Ca
     source, text = save_tiny(tmp_path / "mute"), tmp_path / "text.txt"
     text.write_text("words " * 5000)
     arguments = (source, "-o", tmp_path / "bundle", "--precision", "int4", option, text)
-    refused(capsys, tmp_path, *arguments, says=(option, "mute has no tokenizer to read it with: give --tokenizer"))
+    refused(capsys, tmp_path, *arguments, says=(option, "mute has no tokenizer", "--tokenizer"))
 
 
 @pytest.mark.usefixtures("_not_traced")
@@ -224,7 +224,7 @@ def test_a_file_comes_before_a_recipe_that_ships(tmp_path: Path, monkeypatch: py
 
 def test_a_recipe_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"# caf\xe9")
-    with pytest.raises(ExportError, match=r"mine\.toml: not UTF-8 at byte 5: give a TOML file"):
+    with pytest.raises(ExportError, match=r"mine\.toml: not UTF-8 at byte 5"):
         load_recipe(tmp_path / "mine.toml")
 
 

@@ -89,12 +89,12 @@ def test_weights_without_values_are_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ExportError, match=r"has no fitting values for model.layers.1.mlp.up_proj.weight, so it is no"):
+    with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         open_reference(folder)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="nowhere: no such file or folder; give a bundle, a checkpoint folder"):
+    with pytest.raises(ExportError, match="nowhere: no such file or folder"):
         open_reference(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match=r"empty: transformers cannot load it as a reference: "):

@@ -121,9 +121,9 @@ def test_graphs_in_parts_are_switched_off_in_parts(common: Lowered, tmp_path: Pa
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (leave_gelu, "leave_gelu: leaves Gelu, and --target cann takes operators of the standard set of version 17"),
-        (split_signs, "split_signs: leaves ai.onnx.contrib::NegPos, and --target cann"),
-        (import_newer, "import_newer: imports version 21, and --target cann"),
+        (leave_gelu, "leave_gelu: leaves Gelu, .*--target cann .* opset 17"),
+        (split_signs, "split_signs: leaves ai.onnx.contrib::NegPos, .*--target cann"),
+        (import_newer, "import_newer: imports opset 21, .*--target cann"),
     ],
 )
 def test_a_pass_that_leaves_what_the_target_does_not_know_is_named(
