@@ -1,4 +1,4 @@
-"""Writes a file that a user named whole or not at all."""
+"""Atomic writes of files that a user named."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from satchel.runtime.bundle.scratch import sweep
 
 
 def check_target(path: Path, option: str) -> None:
-    """Refuse a path that `atomic_write` could not write to, before there is anything to write.
+    """Check in advance that `atomic_write` can write to a path, which may be an existing file.
 
-    `option` is the flag that named it, for messages. A file that is there already is fine. Raises SatchelError.
+    `option` is the flag that named it, for messages. Raises SatchelError.
     """
     try:
         _check_target(path, option)
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a zero byte, a link to itself
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name that is too long or has a null byte, or a link to itself
         reason = getattr(error, "strerror", None) or error
-        raise SatchelError(f"{option} {path}: no file can have this name ({reason}): name another") from None
+        raise SatchelError(f"{option} {path}: not a valid file name ({reason}): choose another") from None
 
 
 def atomic_write(path: Path, content: str | bytes, option: str) -> None:
     """Write `content` into a file beside `path`, text as UTF-8, then give it that name; a link is followed.
 
-    What cannot be encoded is written as an escape. Raises SatchelError, and leaves what was there, on any failure.
+    Characters that cannot be encoded are escaped. On any failure it raises SatchelError and changes nothing.
     """
     write_parts(path, [content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content], option)
 
 
 def write_parts(path: Path, parts: Iterable[bytes | memoryview], option: str) -> None:
-    """As `atomic_write`, one part after the other, each taken when the one before is written.
+    """As `atomic_write`, with an iterator of parts, each requested after the previous one is written.
 
-    Whatever ends it early, be it an error while a part is made or an interrupt, leaves what was there.
+    An error in the iterator or an interrupt leaves an existing file unchanged.
     """
     check_target(path, option)
     target = path.resolve()
@@ -54,20 +58,22 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], option: str) ->
 
 
 def cannot_write(path: Path, option: str, error: OSError) -> SatchelError:
-    """The error for what could not be written to a path that the flag `option` named."""
+    """The error for a path, named by the flag `option`, that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return SatchelError(f"{option} {path}: cannot be written ({error.strerror}): free space, or name another disk")
-    return SatchelError(f"{option} {path}: cannot be written ({error.strerror}): name another")
+        return SatchelError(
+            f"{option} {path}: cannot be written ({error.strerror}): free space, or choose another disk"
+        )
+    return SatchelError(f"{option} {path}: cannot be written ({error.strerror}): choose another path")
 
 
 def _check_target(path: Path, option: str) -> None:
     if path.is_dir():
-        raise SatchelError(f"{option} {path}: this is a folder: name a file in it")
-    # Renaming would put a plain file in the place of a device or a pipe.
+        raise SatchelError(f"{option} {path}: this is a folder: give a file in it")
+    # Renaming would replace a device or a pipe with a regular file.
     if path.exists() and not path.is_file():
-        raise SatchelError(f"{option} {path}: not a regular file: name another")
+        raise SatchelError(f"{option} {path}: not a regular file: choose another path")
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise SatchelError(f"{option} {path}: there is no folder {folder}: make it first or name another")
+        raise SatchelError(f"{option} {path}: there is no folder {folder}: create it, or choose another path")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise SatchelError(f"{option} {path}: its folder cannot be written to: name another")
+        raise SatchelError(f"{option} {path}: its folder cannot be written to: choose another path")

@@ -1,7 +1,7 @@
-"""What a bundle's manifest certifies of its answers: figures against the reference, and golden prompts to replay.
+"""The certificate in a manifest: accuracy figures against the reference, and golden prompts to replay.
 
-Data only, and standard library only, since every reader of a manifest loads it; `runtime/evaluation/certify.py` makes
-and checks certificates.
+Data and standard library only, since reading any manifest imports it. `satchel.runtime.evaluation.certify` makes and
+checks certificates.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from satchel.runtime.bundle.strict_json import StrictJsonError
 
 
 class Window:
-    """The measure's defaults, which make figures of different runs comparable: tokens of a window, windows, and how
-    many positions at a window's start do not count, for want of context."""
+    """Defaults of the evaluation, with which figures of different runs are comparable: tokens per window, the number of
+    windows, and the positions at the start of a window that do not count because they have too little context."""
 
     LENGTH = 256
     WINDOWS = 16
@@ -23,12 +23,11 @@ class Window:
 
 @dataclass(frozen=True)
 class PhaseFidelity:
-    """How far one phase's predictions are from the reference's, over all positions that count.
+    """The accuracy of one phase against the reference, over all positions that count.
 
-    `kl_mean`, `kl_median` and `kl_p90` are of KL(reference || bundle) in nats, `top1` is the share of positions where
-    both find the same token most likely; all None without a reference. `perplexity` is that of the text's own next
-    tokens, and `reference_perplexity` the reference's. A certificate has them in 5 significant digits, of at most 9
-    decimals.
+    `kl_mean`, `kl_median` and `kl_p90` are of KL(reference || bundle) in nats. `top1` is the share of positions where
+    both have the same most likely token. All four are None without a reference. `perplexity` is the bundle's on the
+    text, `reference_perplexity` the reference's. A certificate stores 5 significant digits and at most 9 decimals.
     """
 
     kl_mean: float | None
@@ -41,7 +40,7 @@ class PhaseFidelity:
 
 @dataclass(frozen=True)
 class EvaluatedText:
-    """The text that figures were taken on: its file name, the SHA-256 of the file, and the tokens in it."""
+    """The evaluated text: its file name, the SHA-256 of the file, and its number of tokens."""
 
     name: str
     sha256: str
@@ -50,10 +49,10 @@ class EvaluatedText:
 
 @dataclass(frozen=True)
 class Margin:
-    """How far the figures of another machine may be from the recorded ones.
+    """How far figures on another machine may differ from the recorded ones.
 
-    A KL may be `kl_relative` times the recorded one and `kl_absolute` nats above it. A greedy token may be another
-    where the two best logits are less than `logit` apart, on either machine.
+    A KL may exceed the recorded one by `kl_relative` times that plus `kl_absolute` nats. A greedy token may differ if
+    its two best logits are less than `logit` apart on either machine.
     """
 
     kl_relative: float
@@ -63,10 +62,10 @@ class Margin:
 
 @dataclass(frozen=True)
 class GoldenPosition:
-    """The reference's prediction of one token: its most likely ids, falling, and their logits.
+    """The reference's prediction of one token: its most likely ids in descending order, and their logits.
 
-    `rest` is the log-sum-exp of all other logits, so that the softmax of (*logits, rest) is the prediction with all
-    other tokens as one class. Rounded to 4 decimals, which moves a probability by 0.005 % of itself at most.
+    `rest` is the log-sum-exp of all other logits: the softmax of (*logits, rest) is the prediction with all other
+    tokens as one class. Values are rounded to 4 decimals, which changes a probability by at most 0.005 % of itself.
     """
 
     ids: tuple[int, ...]
@@ -76,11 +75,11 @@ class GoldenPosition:
 
 @dataclass(frozen=True)
 class GoldenPrompt:
-    """The beginning of a text, how it goes on, and what the bundle made of both where it was certified.
+    """The ids of a prompt and its continuation, and the results of the reference and of the bundle on them.
 
     `positions` are the reference's predictions after `ids` and after each token of `continuation` but the last; `kl`
-    is the bundle's mean KL over them. `greedy_ids` is the bundle's own greedy continuation, which no end token stops,
-    and `gaps` how far apart its two best logits were.
+    is the bundle's mean KL over them. `greedy_ids` is the bundle's own greedy continuation, which ignores EOS, and
+    `gaps` are the differences of its two best logits.
     """
 
     ids: tuple[int, ...]
@@ -93,7 +92,7 @@ class GoldenPrompt:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of both phases where the bundle was made, for a prompt and a number of new tokens."""
+    """Prefill and decode speed in tokens per second on the exporting machine, for a prompt length and new tokens."""
 
     prompt_tokens: int
     new_tokens: int
@@ -104,11 +103,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured when the bundle was made, on what, and what must be found again.
+    """The accuracy measured at export, the conditions of the measurement, and prompts to verify it on another machine.
 
-    `prefill` and `decode` are over `windows` and `decode_windows` windows of `text` (None: random ids) of
+    `prefill` and `decode` are over `windows` and `decode_windows` windows of `text` (None: random ids). A window has
     `window_tokens` tokens, of which the first `skip` do not count. `onnxruntime` (a version), `provider` and
-    `processor` (a name to read) are those of the machine that measured.
+    `processor` (a display name) are those of the measurement.
     """
 
     text: EvaluatedText | None
@@ -127,11 +126,11 @@ class Certificate:
 
 
 def check_values(certificate: Certificate, vocabulary: int, max_context: int) -> None:
-    """Check what a certificate's types do not say: ids of the vocabulary, lists that belong together, finite numbers.
+    """Check ids against the vocabulary, lengths of lists against each other, and that numbers are finite.
 
-    Raises StrictJsonError naming the key.
+    Raises StrictJsonError, which names the key.
     """
-    _check(len(certificate.prompts) > 0, "prompts", "[]", "a list that is not empty")
+    _check(len(certificate.prompts) > 0, "prompts", "[]", "a non-empty list")
     for index, prompt in enumerate(certificate.prompts):
         key, steps = f"prompts[{index}]", len(prompt.continuation)
         for name in ("positions", "greedy_ids", "gaps"):

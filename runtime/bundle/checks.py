@@ -1,4 +1,4 @@
-"""What must be true of a manifest beyond its keys and types: names and counts that fit together, within the limits."""
+"""Checks a manifest beyond its keys and types: that names and counts are consistent and within the limits."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 PREPARED = ("prefill", "decode")
-"""The phases that variants run, and that a device prepares graphs for."""
+"""The phases that variants and specialized graphs run."""
 
 FLOATS = ("float32", "float16")
 LAYOUTS = tuple(layout.value for layout in Layout)
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Check that names, sizes and counts of a manifest fit together. Raises StrictJsonError, which names the key."""
+    """Check that the names, sizes and counts of a manifest are consistent. Raises StrictJsonError with the key."""
     model, cache, tokenizer = manifest.model, manifest.kv_cache, manifest.tokenizer
     for field in ("parameters", "vocab_size", "max_context"):
         _check(getattr(model, field) > 0, f"model.{field}", getattr(model, field), "a number above 0")
@@ -63,14 +63,19 @@ def check_manifest(manifest: Manifest) -> None:
         for field in ("kv_heads", "key_dim", "value_dim"):
             size = getattr(layer, field)
             _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
-    _check((manifest.graphs is None) != (manifest.static is None), "static", manifest.static, "there without 'graphs'")
+    _check(
+        (manifest.graphs is None) != (manifest.static is None),
+        "static",
+        manifest.static,
+        "set if and only if 'graphs' is not",
+    )
     if manifest.static is not None:
         _check_static(manifest, manifest.static)
     else:
         for phase in PHASES:
             _check_graph(manifest, manifest.graph(phase), phase, f"graphs.{phase}")
         chosen = [manifest.graph(phase).top_tokens for phase in ("prefill", "decode")]
-        _check(chosen[0] == chosen[1], "graphs.decode.outputs", chosen, "as many best tokens as prefill gives")
+        _check(chosen[0] == chosen[1], "graphs.decode.outputs", chosen, "as many top tokens as those of prefill")
     _check_variants(manifest)
     _check_one_of(manifest.float_weights, "float_weights", FLOATS)
     _check(manifest.token_multiple >= 1, "token_multiple", manifest.token_multiple, "a number above 0")
@@ -89,16 +94,18 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _check_variants(manifest: Manifest) -> None:
-    _check(manifest.graphs is not None or not manifest.variants, "variants", len(manifest.variants), "none of 'static'")
+    _check(
+        manifest.graphs is not None or not manifest.variants, "variants", len(manifest.variants), "none with 'static'"
+    )
     names = [*PHASES, *(variant.name for variant in manifest.variants)]
-    _check(len(set(names)) == len(names), "variants", names, "of different names, none of a phase")
+    _check(len(set(names)) == len(names), "variants", names, "names that differ from each other and from the phases")
     for index, variant in enumerate(manifest.variants):
         key, weights = f"variants[{index}]", variant.weights
         runs = bool(variant.runs) and set(variant.runs) <= set(PREPARED) and len(set(variant.runs)) == len(variant.runs)
         _check(runs, f"{key}.runs", list(variant.runs), f"some of {', '.join(PREPARED)}")
         _check_graph(manifest, variant.graph, variant.name, f"{key}.graph")
         same = variant.graph.top_tokens == manifest.graph(variant.runs[0]).top_tokens
-        _check(same, f"{key}.graph.outputs", variant.graph.top_tokens, "as many best tokens as prefill gives")
+        _check(same, f"{key}.graph.outputs", variant.graph.top_tokens, "as many top tokens as those of prefill")
         _check_one_of(weights.layout, f"{key}.weights.layout", LAYOUTS)
         made = "/" not in weights.file and not leads_outside(weights.file) and weights.file not in manifest.files
         _check(made, f"{key}.weights.file", weights.file, "the name of a file that is not in 'files'")
@@ -108,7 +115,7 @@ def _check_specialized(manifest: Manifest, specialized: Specialized) -> None:
     _check_files(specialized.files, "specialized.files")
     found, known = specialized.graphs, {variant.name: variant for variant in manifest.variants}
     fits = set(found) in ({"prefill"}, {"prefill", "decode"})
-    _check(fits, "specialized.graphs", sorted(found), "those of prefill, or of prefill and decode")
+    _check(fits, "specialized.graphs", sorted(found), "prefill, or prefill and decode")
     for phase, graph in found.items():
         key = f"specialized.graphs.{phase}"
         _check(graph.file in specialized.files, f"{key}.file", graph.file, "listed in 'specialized.files'")
@@ -149,7 +156,7 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str) -> N
 
 
 def _check_chosen(key: str, name: str, chosen: list[TensorSpec], vocabulary: int) -> None:
-    """Both outputs, for the one token that a graph gives logits of, of one number of tokens and the right types."""
+    """Check that both outputs exist, for the last token only, with equal shapes and the right types."""
     names = sorted(tensor.name for tensor in chosen)
     _check(names == sorted(TOP_OUTPUTS) and name != "score", key, names, "both of them, or neither")
     for tensor in chosen:
@@ -157,7 +164,7 @@ def _check_chosen(key: str, name: str, chosen: list[TensorSpec], vocabulary: int
         _check(tensor.dtype == dtype, f"{key}.{tensor.name}.dtype", tensor.dtype, dtype)
         fits = len(tensor.shape) == 3 and tensor.shape[1] == 1 and isinstance(count, int) and 1 <= count <= vocabulary
         _check(fits, f"{key}.{tensor.name}.shape", tensor.shape, "[batch, 1, a number of tokens]")
-    _check(chosen[0].shape == chosen[1].shape, key, [tensor.shape for tensor in chosen], "of one shape")
+    _check(chosen[0].shape == chosen[1].shape, key, [tensor.shape for tensor in chosen], "equal in shape")
 
 
 def _check_static(manifest: Manifest, static: StaticGraphs) -> None:
@@ -176,7 +183,9 @@ def _check_static(manifest: Manifest, static: StaticGraphs) -> None:
         _check(0 <= start < end <= size, f"{where}.offset", start, "within the file")
     lengths = [graph.tokens for graph in static.prefill]
     rising = bool(lengths) and lengths[0] >= 1 and all(a < b for a, b in itertools.pairwise(lengths))
-    _check(rising and lengths[-1] <= static.capacity, f"{key}.prefill", lengths, "rising lengths within the capacity")
+    _check(
+        rising and lengths[-1] <= static.capacity, f"{key}.prefill", lengths, "ascending lengths within the capacity"
+    )
     _check(static.decode.tokens == 1, f"{key}.decode.tokens", static.decode.tokens, "1")
     for where, graph in (
         *((f"{key}.prefill[{index}]", graph) for index, graph in enumerate(static.prefill)),
@@ -191,7 +200,7 @@ def _check_static_graph(manifest: Manifest, key: str, graph: StaticGraph) -> Non
     _check(static is not None and 1 <= graph.tokens <= static.capacity, f"{key}.tokens", graph.tokens, "a length")
     made: set[str] = set()
     fed: set[str] = set()
-    _check(bool(graph.parts), f"{key}.parts", graph.parts, "one graph at least")
+    _check(bool(graph.parts), f"{key}.parts", graph.parts, "at least one graph")
     for index, part in enumerate(graph.parts):
         where = f"{key}.parts[{index}]"
         _check(part.file in manifest.files, f"{where}.file", part.file, "listed in 'files'")
@@ -223,7 +232,7 @@ def _check(condition: bool, key: str, value: object, expected: str) -> None:
 
 
 def check_limits(manifest: Manifest) -> None:
-    """Compare a manifest with `LIMITS`. Raises StrictJsonError, which names the key, what was found and the limit."""
+    """Compare a manifest with `LIMITS`. Raises StrictJsonError with the key, the value and the limit."""
     model, cache, tokenizer = manifest.model, manifest.kv_cache, manifest.tokenizer
     _limit("model.vocab_size", model.vocab_size)
     _limit("model.max_context", model.max_context)
@@ -265,4 +274,4 @@ def _graphs(manifest: Manifest) -> Iterator[GraphSpec]:
 
 def _limit(key: str, found: int) -> None:
     if found > LIMITS[key].most:
-        raise StrictJsonError(f"{key}: {found:,} are more than the limit of {LIMITS[key].most:,}")
+        raise StrictJsonError(f"{key}: {found:,} exceeds the limit of {LIMITS[key].most:,}")

@@ -1,7 +1,6 @@
-"""The contract of a bundle's graphs: their names, and the names and dimensions of their inputs and outputs.
+"""The contract of a bundle's graphs between exporter and runner: names, and names and dimensions of inputs and outputs.
 
-The exporter writes graphs by it, and the runner feeds them by it. Most names are those that onnxruntime-genai's
-configuration has by default, so that other runners can run the graphs too.
+Most names are the defaults of onnxruntime-genai's configuration, so that other runners can run the graphs too.
 """
 
 from __future__ import annotations
@@ -12,29 +11,28 @@ PHASES = ("prefill", "decode", "score")
 """The graphs of every bundle."""
 
 PREFILL_INT8 = "prefill_int8"
-"""A graph of bundles with linear layers in 4 bits: prefill over int8 weights, which are made from these when the bundle
-is specialized. Prefill is compute-bound, and int8 matmuls are the fastest there are."""
+"""A variant for bundles with 4-bit linear layers: prefill over int8 weights, which are made from the 4-bit weights when
+the bundle is specialized. Prefill is compute-bound, and int8 matmuls are the fastest."""
 
 DECODE_BLOCKS = "decode_blocks"
-"""A graph of bundles whose decode takes int8 activations: decode over the same weights in groups, made when the bundle
-is specialized. Some processors multiply one row by groups faster."""
+"""A variant for bundles with int8 activations in decode: decode over the same weights in groups, made when the bundle
+is specialized. Some processors multiply a single row faster by groups."""
 
 NATIVE = "native"
-"""A graph for satchel's own kernels, for prefill and decode."""
+"""A variant for satchel's own kernels, for prefill and decode."""
 
 
 class Layout(enum.Enum):
-    """How the weights of a graph lie in memory, where a device makes them from those that the bundle stores."""
+    """Memory layouts of weights that are made from the stored weights when a bundle is specialized."""
 
     INT8 = "int8"
-    """Int8, one scale for each output, made of groups of 4 or 8 bits; as DequantizeLinear reads it."""
+    """Int8 with per-channel scales, made from 4-bit or 8-bit groups, as DequantizeLinear reads it."""
 
     GROUPS = "groups"
-    """Int8 in groups of inputs, made of int8 with one scale for each output: the same numbers as MatMulNBits reads
-    them."""
+    """Int8 in groups of inputs, made from per-channel int8: the same numbers, as MatMulNBits reads them."""
 
     PANELS = "panels"
-    """Panels of 16 outputs, as satchel's own kernels read them; the same numbers."""
+    """Panels of 16 outputs: the same numbers, as satchel's own kernels read them."""
 
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
@@ -49,7 +47,7 @@ TOP_IDS, TOP_LOGITS = TOP_OUTPUTS = ("top_ids", "top_logits")
 both [batch, 1, k]."""
 
 BATCH, SEQUENCE, TOTAL, CAPACITY = "batch", "sequence", "total", "capacity"
-"""Names of dynamic dimensions: sequences, new tokens, tokens so far with the new ones, and positions of the cache. An
+"""Names of dynamic dimensions: sequences, new tokens, all tokens including the new ones, and positions of the cache. An
 `attention_mask` of length `CAPACITY` covers the whole cache, with ones for the tokens so far and zeros after them; one
 of length `TOTAL` ends with the last token."""
 
@@ -57,8 +55,8 @@ CACHE_MODES = ("shared", "swapped")
 
 CACHE_ROWS, CACHE_INDEX, LAST_TOKEN = "cache_rows", "cache_index", "last_token"
 STATIC_INPUTS = frozenset({INPUT_IDS, CACHE_ROWS, CACHE_INDEX, LAST_TOKEN})
-"""What a static graph may take besides caches, masks and rows of lookup tables. `input_ids` [1, tokens] int64, padded
-with any id; `cache_rows` [1, 1, capacity, 1] bool, the positions that the new tokens are written to; `cache_index`
+"""Inputs of a static graph besides caches, masks and rows of lookup tables. `input_ids` [1, tokens] int64, padded
+with any id; `cache_rows` [1, 1, capacity, 1] bool, the cache positions to write; `cache_index`
 [capacity] int64, which new token goes there, any elsewhere (where tokens > 1); `last_token` [1] int64, the index of the
 last token that is not padding (where tokens > 1 and only its logits are wanted)."""
 

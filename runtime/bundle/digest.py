@@ -1,6 +1,6 @@
-"""The text of manifest.json: parsed, of a version that this satchel reads, and with the digest that covers it.
+"""Reads the text of manifest.json, and checks its version and its digest.
 
-The digest is one hash over all that a bundle says of itself and so, by the hashes of its files, over the whole bundle.
+The digest is one hash over the manifest and so, through the hashes of the files in it, over the whole bundle.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from satchel.runtime.bundle.limits import LIMITS
 FORMAT, VERSION = "satchel-bundle", 3
 
 UNCOVERED = ("digest", "specialized")
-"""Keys of a manifest that the digest leaves out: itself, and what a device made for itself."""
+"""Keys of a manifest that the digest does not cover: itself, and specialized graphs."""
 
 TIMINGS = "speed"
-"""The key of `certificate` that the digest leaves out: speed does not describe the bundle."""
+"""The key of `certificate` that the digest does not cover: speed is not a property of the bundle."""
 
 
 def manifest_digest(document: dict[str, Any]) -> str:
-    """The digest of a manifest, parsed JSON as it is in the file, as 64 hex digits.
+    """The digest of a manifest, given as parsed JSON, as 64 hex digits.
 
     It is the SHA-256 of the canonical JSON of all but `UNCOVERED` and `certificate.speed`: keys sorted by code point,
-    no spaces, UTF-8, numbers as Python writes them (whole ones without a point, others with the fewest digits that
-    read back the same). Raises ValueError for a string that is not valid Unicode.
+    no spaces, UTF-8, numbers as Python writes them (integers without a point, others with the fewest digits that
+    round-trip). Raises ValueError for a string that is not valid Unicode.
     """
     import hashlib  # as in hash_cache
 
@@ -41,9 +41,9 @@ def manifest_digest(document: dict[str, Any]) -> str:
 
 
 def read_content(path: Path, name: str, offset: int = 0, length: int | None = None) -> bytes:
-    """The bytes of a manifest: a file, or `length` bytes at `offset` of it; `name` is the file that messages name.
+    """The bytes of a manifest: a file, or `length` bytes at `offset` of it; `name` is the file in messages.
 
-    Raises BundleError where it cannot be read or is longer than any manifest.
+    Raises BundleError if it cannot be read or exceeds the limit.
     """
     limit = LIMITS["manifest.json bytes"].most
     try:
@@ -54,13 +54,13 @@ def read_content(path: Path, name: str, offset: int = 0, length: int | None = No
                 return file.read(length)
     except OSError as error:
         raise BundleError(f"{name}: cannot be read ({error.strerror}): check its permissions") from None
-    raise BundleError(f"{name}: more than the {limit:,} bytes that a manifest may have: do not trust this bundle")
+    raise BundleError(f"{name}: exceeds the limit of {limit:,} bytes for a manifest: do not trust this bundle")
 
 
 def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
-    """Parse the bytes of manifest.json; `name` is the file that messages name.
+    """Parse the bytes of manifest.json; `name` is the file in messages.
 
-    Raises BundleError for invalid JSON, for another document, and for another version than `VERSION`.
+    Raises BundleError for invalid JSON, for any other document, and for a version other than `VERSION`.
     """
     try:
         document = strict_json.loads(content)
@@ -70,7 +70,7 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
 
 
 def check_version(document: Any, name: str) -> dict[str, Any]:
-    """Parsed JSON that is a manifest of `VERSION`. Raises BundleError for any other."""
+    """Check that parsed JSON is a manifest of `VERSION`, and return it. Raises BundleError."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f"{name}: not a satchel manifest ('format' is not '{FORMAT}'): give a satchel bundle")
     found = document.get("version")
@@ -82,7 +82,7 @@ def check_version(document: Any, name: str) -> dict[str, Any]:
 
 
 def claimed_digest(document: dict[str, Any], name: str) -> str:
-    """The digest that a parsed manifest names, right or wrong. Raises BundleError where there is none."""
+    """The digest in a parsed manifest, not verified. Raises BundleError if there is none."""
     claimed = document.get("digest")
     if not isinstance(claimed, str):
         raise BundleError(f"{name}: missing key 'digest': export the bundle again with this satchel")
@@ -90,7 +90,7 @@ def claimed_digest(document: dict[str, Any], name: str) -> str:
 
 
 def check_digest(document: dict[str, Any], name: str) -> None:
-    """Raise BundleError unless a parsed manifest has the digest that it names."""
+    """Raise BundleError unless the digest in a parsed manifest is right."""
     try:
         digest = manifest_digest(document)
     except ValueError as error:  # half of a surrogate pair

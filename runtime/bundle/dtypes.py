@@ -1,4 +1,4 @@
-"""The one table of element types: their names in manifests, in ONNX files and in ONNX Runtime, and their sizes."""
+"""Element types: their names in manifests, in ONNX files and in ONNX Runtime, and their sizes."""
 
 from __future__ import annotations
 

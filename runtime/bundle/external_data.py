@@ -1,4 +1,4 @@
-"""What a graph file points at outside itself: weights in files that the manifest lists, and nothing else."""
+"""Checks that the external data of a graph file lies in files that the manifest lists."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.limits import LIMITS
 
 LOCATION = b"location"
-"""The key without which no data is external: a message that does not hold these bytes has none."""
+"""The required key of external data: a message without these bytes has none."""
 
-# Where a tensor can be, by the message's kind: its fields that hold further messages. After onnx.proto3.
+# Fields of each message type that can contain tensors at any depth, as in onnx.proto3.
 NESTED: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -23,55 +23,55 @@ NESTED: dict[str, dict[int, str]] = {
 }
 
 DEEPEST = 64
-"""How deep graphs may lie in graphs."""
+"""The maximum depth of nested graphs."""
 
 
 def check_external_data(model: bytes, sizes: Mapping[str, int], name: str) -> None:
     """Check a serialized graph before ONNX Runtime sees it.
 
-    Its initializers may have their data in the files of `sizes`, by name, within their bytes; nothing else in it may
-    have data outside. `name` is what messages call the graph. Raises BundleError.
+    Initializers may have external data within the files of `sizes` (bytes by name); no other tensor may have any.
+    `name` is the graph's name in messages. Raises BundleError.
     """
     if len(model) > LIMITS["graph bytes"].most:
-        raise BundleError(f"{name}: larger than any graph: export the bundle again, or do not trust it")
+        raise BundleError(f"{name}: exceeds the size limit for graphs: export the bundle again, or do not trust it")
     try:
         tensors = onnx_wire.external_tensors(model)
         places = sum(1 for _ in _places(model, "model", DEEPEST))
         if places != len(tensors):
             raise BundleError(
-                f"{name}: has data outside that belongs to no initializer of its own, which is not allowed: "
+                f"{name}: external data outside the initializers of the main graph is not allowed: "
                 "do not trust this bundle"
             )
         for tensor in tensors.values():
             _check_place(tensor, sizes, name)
-    except ValueError as error:  # no protobuf message, or no UTF-8
-        raise BundleError(f"{name}: no ONNX graph ({error}): export the bundle again") from None
+    except ValueError as error:  # invalid protobuf or UTF-8
+        raise BundleError(f"{name}: not an ONNX graph ({error}): export the bundle again") from None
 
 
 def _check_place(tensor: onnx_wire.Tensor, sizes: Mapping[str, int], name: str) -> None:
     location = tensor.place.get("location", "")
     if location not in sizes:
         raise BundleError(
-            f"{name}: the data of {tensor.name[:60]!r} lies in {location[:60]!r}, which is no file of the bundle: "
+            f"{name}: the data of {tensor.name[:60]!r} is in {location[:60]!r}, which is not part of the bundle: "
             "do not trust this bundle"
         )
     offset, length = (_number(tensor.place.get(key, "0")) for key in ("offset", "length"))
     if offset + length > sizes[location]:
         raise BundleError(
-            f"{name}: the data of {tensor.name[:60]!r} lies beyond the end of {location}: export the bundle again"
+            f"{name}: the data of {tensor.name[:60]!r} extends beyond the end of {location}: export the bundle again"
         )
 
 
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ValueError(f"{text[:30]!r} is no place in a file")
+        raise ValueError(f"{text[:30]!r} is not an offset or a length")
     return int(text)
 
 
-def _places(message: bytes, kind: str, room: int) -> Iterable[None]:
-    """One for each tensor in a message, at any depth, that has external data."""
-    if room == 0:
-        raise ValueError("graphs in graphs without end")
+def _places(message: bytes, kind: str, depth: int) -> Iterable[None]:
+    """Yields once for each tensor in a message, at any depth, that has external data."""
+    if depth == 0:
+        raise ValueError("graphs nested too deep")
     if kind == "tensor":
         numbers = {number for number, _, _ in onnx_wire.fields(message)}
         if onnx_wire.TENSOR_EXTERNAL_DATA in numbers:
@@ -80,4 +80,4 @@ def _places(message: bytes, kind: str, room: int) -> Iterable[None]:
     inner = NESTED[kind]
     for number, content, _ in onnx_wire.fields(message):
         if number in inner and LOCATION in content:
-            yield from _places(content, inner[number], room - 1)
+            yield from _places(content, inner[number], depth - 1)

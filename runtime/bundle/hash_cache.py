@@ -26,7 +26,7 @@ def sha256_of(path: Path, advance: Callable[[int], object], offset: int = 0, len
 
     `advance` is called with the number of bytes of each read. Raises OSError.
     """
-    import hashlib  # it loads a library of 3 MiB, which a bundle that was hashed before does not need
+    import hashlib  # it loads a 3 MiB library, which is not needed if the hash is cached
 
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -43,8 +43,8 @@ def sha256_of(path: Path, advance: Callable[[int], object], offset: int = 0, len
 class HashCache:
     """Hashes by path and file identity, kept in `$XDG_CACHE_HOME/satchel/hashes.json` (or under `~/.cache`).
 
-    A path with a `part` is for what lies in that file: a span of a packed bundle, or a manifest's digest. Where it
-    cannot be read or written, files are hashed again.
+    A path with a `part` is an entry for a part of that file: a span of a packed bundle, or a manifest's digest. If the
+    cache cannot be read or written, files are hashed again.
     """
 
     def __init__(self, entries: dict[str, tuple[Identity, str]]) -> None:
@@ -60,7 +60,7 @@ class HashCache:
             return cls({})
 
     def get(self, path: Path, part: str = "") -> str | None:
-        """The SHA-256 that was found for this very file, or None if it is new or has changed."""
+        """The cached SHA-256 of this file, or None if it is new or has changed."""
         identity, digest = self._entries.get(_key(path, part), (None, None))
         return digest if identity == file_identity(path) else None
 
@@ -69,7 +69,7 @@ class HashCache:
         self._entries[_key(path, part)] = (identity, digest)
 
     def save(self) -> None:
-        """Write the cache file atomically, without files that are gone."""
+        """Write the cache file atomically, without files that no longer exist."""
         entries = {key: entry for key, entry in self._entries.items() if os.path.exists(key.partition(_PART)[0])}
         target = _cache_file()
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -92,7 +92,7 @@ def _key(path: Path, part: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what satchel can make again: `$XDG_CACHE_HOME/satchel`, or under `~/.cache`."""
+    """The user's folder for data that can be made again: `$XDG_CACHE_HOME/satchel`, or under `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "satchel"
 

@@ -1,8 +1,7 @@
-"""The layouts of quantized weights that a device makes from those that a bundle stores: their names, shapes and bytes.
+"""Weight layouts that are made from the stored weights when a bundle is specialized: their names, shapes and bytes.
 
-A bundle stores each weight of a linear layer once, as DequantizeLinear reads it. Graphs that read it in another layout
-name its tensors by `parts`, and refer to a file that no bundle has, `file_name(layout)`; `pack` makes its content, when
-the bundle is specialized.
+A bundle stores each weight of a linear layer once, as DequantizeLinear reads it. Graphs that read another layout name
+its tensors by `parts`, and refer to a file that is not in the bundle, `file_name(layout)`; `pack` makes its content.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from satchel.runtime.bundle.dtypes import FLOAT32, INT8, UINT8, DType
 
 INT8_MAX = 127
 SMALLEST_RANGE = np.float32(1e-10)
-"""The largest magnitude of an output counts as this at least, so that zeros stay zeros."""
+"""The minimum for the largest magnitude of an output, so that zeros stay zeros."""
 
 GROUP_SIZE = 64
-"""Inputs of a group in `Layout.GROUPS`. With 128 a row's result would depend on how many rows there are."""
+"""Group size in `Layout.GROUPS`. With 128 the result of a row would depend on the number of rows."""
 
 PANEL = 16
-"""Outputs of a panel."""
+"""Outputs per panel."""
 
 TOGETHER = {8: 4, 4: 8}
-"""Bits -> neighboring inputs of one output in a panel: what one instruction multiplies."""
+"""Bits -> adjacent inputs of one output in a panel, which one instruction multiplies."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a quantized weight is, apart from its values. It has `groups` scales for each output."""
+    """Shape and quantization of a weight. It has `groups` scales for each output."""
 
     inputs: int
     outputs: int
@@ -45,7 +44,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a layout; `axis` is that of the outputs, or of the panels of outputs."""
+    """One tensor of a layout; `axis` is the axis of outputs, or of panels of outputs."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -70,24 +69,24 @@ class Weight:
 
     @property
     def form(self) -> Form:
-        """What it is, apart from its values."""
+        """Its shape and quantization."""
         inputs, outputs = self.values.shape
         return Form(inputs, outputs, len(self.scales), self.bits, self.zero_points is None)
 
 
 def file_name(layout: Layout) -> str:
-    """The file in which graphs say that weights of this layout are. No bundle has it."""
+    """The file that graphs name for weights in this layout. It is not in the bundle."""
     return f"{layout.value}.bin"
 
 
 def parts(layout: Layout, form: Form, *, gated: bool = False) -> dict[str, Part]:
-    """The tensors of a weight in this layout. The key is what follows the weight's name in that of the tensor.
+    """The tensors of a weight in this layout, by the suffix of the tensor's name after the weight's.
 
     Args:
         layout: The layout.
-        form: What the weight is.
-        gated: For panels: the outputs are two halves, of which one is multiplied by the activated other. Panels of the
-            halves alternate, so that both are computed at the same time.
+        form: The weight's shape and quantization.
+        gated: For panels: the outputs are two halves, up and gate of a gated MLP. Panels of the halves alternate, so
+            that both are computed together.
 
     Raises:
         ValueError: The layout cannot hold such a weight.
@@ -115,7 +114,7 @@ def parts(layout: Layout, form: Form, *, gated: bool = False) -> dict[str, Part]
 
 
 def values_ending(layout: Layout, *, gated: bool = False) -> str:
-    """What follows a weight's name in the name of the tensor that has its values: the first of its parts."""
+    """The name suffix of the tensor with the quantized values, which is the first of its parts."""
     if layout is Layout.PANELS:
         return ".gated_panels" if gated else ".panels"
     return {Layout.INT8: ".int8", Layout.GROUPS: ".block_codes"}[layout]
@@ -124,8 +123,8 @@ def values_ending(layout: Layout, *, gated: bool = False) -> str:
 def pack(layout: Layout, weight: Weight, *, gated: bool = False) -> dict[str, Array]:
     """The content of each tensor that `parts` names.
 
-    A weight may be packed a few outputs at a time, along each part's axis: panels a multiple of `PANEL` outputs at a
-    time, of a gated weight as many of each half.
+    A weight may be packed a few outputs at a time, along each part's axis: for panels a multiple of `PANEL` outputs,
+    and for a gated weight equally many of each half.
     """
     wanted = parts(layout, weight.form, gated=gated)
     if layout is Layout.PANELS:
@@ -136,7 +135,7 @@ def pack(layout: Layout, weight: Weight, *, gated: bool = False) -> dict[str, Ar
 
 
 def dequantized(weight: Weight) -> NDArray[np.float32]:
-    """What the quantized values stand for: (value - zero point) * scale, [inputs, outputs] float32."""
+    """The dequantized weight, (value - zero point) * scale: [inputs, outputs] float32."""
     values = weight.values.astype(np.float32)
     size = len(values) // len(weight.scales)
     if weight.zero_points is not None:
@@ -146,7 +145,7 @@ def dequantized(weight: Weight) -> NDArray[np.float32]:
 
 
 def _int8(weight: Weight) -> list[Array]:
-    """Int8 with one scale for each output, its largest magnitude / 127: the nearest steps, in float32."""
+    """Int8 rounded to nearest, with per-channel scales of the largest magnitude / 127; computed in float32."""
     values = dequantized(weight)
     scales = np.maximum(np.abs(values).max(axis=0), SMALLEST_RANGE) / np.float32(INT8_MAX)
     values /= scales
@@ -154,9 +153,9 @@ def _int8(weight: Weight) -> list[Array]:
 
 
 def _groups(weight: Weight) -> list[Array]:
-    """The same numbers as MatMulNBits reads them: 128 is added, and the last group is padded with zeros, that is 128.
+    """The same numbers as MatMulNBits reads them: with an offset of 128, and the last group padded with 128, a zero.
 
-    The scale of an output is that of each of its groups.
+    All groups of an output have the scale of the output.
     """
     inputs, outputs = weight.values.shape
     count = -(-inputs // GROUP_SIZE)
@@ -190,14 +189,14 @@ def _panels(weight: Weight, gated: bool) -> list[Array]:
 
 
 def _words(values: Array, bits: int) -> Array:
-    """Unsigned values [inputs, outputs] of whole panels as [panels, inputs / 4 or / 8, 16] words of four bytes."""
+    """Unsigned values [inputs, outputs] of whole panels as [panels, inputs / 4 or / 8, 16] 4-byte words."""
     outputs = values.shape[1]
     if bits == 4:
         eights = values.reshape(-1, 2, 4, outputs)
         fours = eights[:, 0] | eights[:, 1] << np.uint8(4)
     else:
         fours = _padded(values, 128, axis=0, multiple=4).reshape(-1, 4, outputs)
-    # With four bytes as one number, whole rows of a panel move at once.
+    # Viewed as 4-byte words, whole rows of a panel are transposed at once.
     together = np.empty((len(fours), outputs, 4), np.uint8)
     for place in range(4):
         together[:, :, place] = fours[:, place]
@@ -205,7 +204,7 @@ def _words(values: Array, bits: int) -> Array:
 
 
 def _unsigned(weight: Weight) -> Array:
-    """The values as numbers from 0 on: half the range is added to symmetric ones."""
+    """The values as unsigned numbers: half the range is added to symmetric ones."""
     values = weight.values.view(np.uint8)
     if weight.zero_points is not None:
         return values

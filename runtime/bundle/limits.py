@@ -1,4 +1,4 @@
-"""How large the parts of a bundle may be: one table. Far above any real model, far below what takes a machine down."""
+"""Size limits for the parts of a bundle: far above any real model, far below what exhausts a machine."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that there may be of something, and why there must be a most."""
+    """An upper limit and its reason."""
 
     most: int
     reason: str
 
 
 LIMITS: dict[str, Limit] = {
-    "manifest.json bytes": Limit(64 * MIB, "it is read and parsed whole; parsed, it takes ten times as much memory"),
-    "manifest.json nesting": Limit(DEEPEST, "readers of JSON recurse; a manifest nests 7 deep"),
-    "signature.json bytes": Limit(4096, "it is read whole, before anything is known of who wrote it"),
+    "manifest.json bytes": Limit(64 * MIB, "it is parsed as a whole, which takes ten times as much memory"),
+    "manifest.json nesting": Limit(DEEPEST, "JSON parsers recurse; a manifest is nested 7 deep"),
+    "signature.json bytes": Limit(4096, "it is read as a whole, before its author is known"),
     "files": Limit(100_000, "each is looked up and opened"),
-    "bytes of a file name": Limit(1024, "file systems take 255 bytes for each part"),
-    "bytes of a file": Limit(1 << 50, "sizes are added up, and compared with free space"),
-    "kv_cache.layers": Limit(10_000, "each is two buffers, and two inputs of each graph"),
+    "bytes of a file name": Limit(1024, "file systems allow 255 bytes per component"),
+    "bytes of a file": Limit(1 << 50, "sizes are summed and compared with free space"),
+    "kv_cache.layers": Limit(10_000, "each has two buffers, and two inputs in each graph"),
     "kv_cache sizes": Limit(1 << 20, "heads x width x positions is allocated"),
-    "variants": Limit(1000, "each is a graph, and names are compared with each other"),
-    "layers": Limit(1_000_000, "an entry for each quantized matrix"),
-    "graph inputs or outputs": Limit(50_000, "two for each layer of the cache, and few more"),
-    "dimensions of a tensor": Limit(16, "ONNX Runtime's own kernels take fewer"),
-    "static graphs": Limit(10_000, "parts are sessions"),
+    "variants": Limit(1000, "each is a graph, and their names must differ"),
+    "layers": Limit(1_000_000, "one for each quantized matrix"),
+    "graph inputs or outputs": Limit(50_000, "two for each cache layer, and a few more"),
+    "dimensions of a tensor": Limit(16, "ONNX Runtime's kernels support fewer"),
+    "static graphs": Limit(10_000, "each part is a session"),
     "model.vocab_size": Limit(1 << 24, "a row of logits is allocated for each sequence"),
-    "model.max_context": Limit(1 << 27, "a cache of that many positions can be asked for"),
+    "model.max_context": Limit(1 << 27, "a cache of as many positions can be requested"),
     "model.parameters": Limit(1 << 50, "figures are computed from it"),
     "model.eos_token_ids": Limit(10_000, "each token is looked up among them"),
     "tokenizer.corpus": Limit(10_000, "each text is encoded when the tokenizer is opened"),
-    "characters of a corpus text": Limit(1_000_000, "the same"),
+    "characters of a corpus text": Limit(1_000_000, "each text is encoded when the tokenizer is opened"),
     "certificate.prompts": Limit(10_000, "each is replayed by `satchel verify`"),
-    "packed entries": Limit(110_000, "the files, and the runner's own modules"),
-    "packed directory bytes": Limit(64 * MIB, "it is read whole"),
-    "graph bytes": Limit((1 << 31) - 1, "protobuf reads no more; weights lie outside"),
+    "packed entries": Limit(110_000, "the files and the runner's modules"),
+    "packed directory bytes": Limit(64 * MIB, "it is read as a whole"),
+    "graph bytes": Limit((1 << 31) - 1, "the limit of protobuf; weights are external"),
 }

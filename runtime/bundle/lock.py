@@ -1,4 +1,4 @@
-"""One process at a time for work that changes a bundle: a lock that ends with its process and leaves no file."""
+"""A lock for work that changes a bundle. It is released when its process ends, and leaves no file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class BusyError(Exception):
 def locked(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the lock of a bundle, a folder or a packed file, while the block runs.
 
-    Where another process has it, `waiting` is called and the lock waited for; without `waiting` BusyError is raised.
-    Where there are no such locks, as on some network file systems, or no such path, everyone is let through.
+    If another process has it, `waiting` is called before waiting for it; without `waiting`, BusyError is raised.
+    Without file locks, as on some network file systems, or if the path does not exist, nothing is locked.
     """
     try:
         import fcntl
 
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except (ImportError, OSError):  # on Windows; or whoever opens the bundle says what is wrong
+    except (ImportError, OSError):  # on Windows; or opening the bundle reports the error
         yield
         return
     try:

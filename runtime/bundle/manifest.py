@@ -1,4 +1,4 @@
-"""manifest.json: everything that the runner knows about a bundle, as data. Standard library only."""
+"""The manifest of a bundle, manifest.json, as dataclasses: all that a runner needs to know. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Source:
-    """What the bundle was made from: the kind of checkpoint, its file or folder name, and its `model_type`."""
+    """The exported checkpoint: its kind, its file or folder name, and its `model_type`."""
 
     kind: str
     name: str
@@ -35,7 +35,7 @@ class Source:
 
 @dataclass(frozen=True)
 class NamedFile:
-    """A file that is not in the bundle: its name without its folder, and its SHA-256 (64 lower-case hex digits)."""
+    """A file outside the bundle: its name without the folder, and its SHA-256 (64 lower-case hex digits)."""
 
     name: str
     sha256: str
@@ -43,12 +43,12 @@ class NamedFile:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an export read, how it was asked to go about it, and where: all that decides a bundle's bytes.
+    """The inputs, options and machine of an export: everything that determines the bytes of a bundle.
 
-    `options` are those of the export by their names in Python, opaque to the runner; a file among them is its name and
-    SHA-256. `source` has the files of the checkpoint that were read; none for a module that was handed over in Python.
-    `processor` is the architecture and the extensions that kernels choose by, `threads` the parts that sums were cut
-    into.
+    `options` are the export options by their Python names, opaque to the runner; a file is given by its name and
+    SHA-256. `source` lists the files that were read from the checkpoint, none for a module passed in Python.
+    `processor` is the architecture and the extensions that affect kernels, `threads` the number of threads that shared
+    each sum.
     """
 
     options: dict[str, Any]
@@ -59,7 +59,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Counts and special token ids of the model. `max_context` is in positions, `vocab_size` the logits' width."""
+    """Sizes and special token ids of the model. `max_context` is in positions, `vocab_size` is the logits' width."""
 
     parameters: int
     vocab_size: int
@@ -71,7 +71,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One layer's key and value buffers, [batch, kv_heads, capacity, key_dim or value_dim], and their graph names."""
+    """One layer's key and value buffers, [batch, kv_heads, capacity, key_dim or value_dim], and their tensor names."""
 
     kv_heads: int
     key_dim: int
@@ -86,8 +86,8 @@ class CacheLayer:
 class CacheSpec:
     """The KV cache.
 
-    Mode "shared": one buffer is bound as past and as present, and the graph writes in place. Mode "swapped": past and
-    present are two buffers, which change places after each step.
+    In mode "shared", one buffer is bound as both past and present, and the graph writes in place. In mode "swapped",
+    the cache is double-buffered: past and present are two buffers that are swapped after each step.
     """
 
     mode: str
@@ -97,7 +97,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output; each dimension is a size or the name of a dimension that varies."""
+    """A graph input or output; each dimension is a size, or a name if it is dynamic."""
 
     name: str
     dtype: str
@@ -106,10 +106,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph: its file in the bundle, session configuration entries for ONNX Runtime, and its signature.
+    """A graph: its file in the bundle, session configuration entries for ONNX Runtime, and its inputs and outputs.
 
-    `session_of` names the graph whose session runs this phase too, so that weights are in memory once; None means a
-    session of its own. The prefill graph takes any number of tokens, and so can run the decode phase.
+    `session_of` names the graph whose session runs this phase too, so that weights are loaded once; None means its own
+    session. The prefill graph takes any number of tokens, so it can run the decode phase.
     """
 
     file: str
@@ -120,14 +120,14 @@ class GraphSpec:
 
     @property
     def top_tokens(self) -> int:
-        """How many of the most likely tokens the graph itself chooses, as `TOP_OUTPUTS`; 0 for none."""
+        """The number of most likely tokens that the graph returns as `TOP_OUTPUTS`; 0 for none."""
         found = [tensor.shape[-1] for tensor in self.outputs if tensor.name == TOP_IDS]
         return found[0] if found and isinstance(found[0], int) else 0
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """The three graphs over one set of weights: the prompt, each further token, and all positions' logits."""
+    """The three graphs over one set of weights: the prompt, each further token, and the logits of all positions."""
 
     prefill: GraphSpec
     decode: GraphSpec
@@ -136,9 +136,9 @@ class Graphs:
 
 @dataclass(frozen=True)
 class VariantWeights:
-    """The weights of a variant: one of the layouts, and the file that its graph reads them from.
+    """The weights of a variant: their layout, and the file that its graph reads.
 
-    The bundle does not have that file: `satchel specialize` makes it from the weights of the portable graphs.
+    The file is not in the bundle: `satchel specialize` makes it from the weights of the portable graphs.
     """
 
     layout: str
@@ -147,11 +147,11 @@ class VariantWeights:
 
 @dataclass(frozen=True)
 class Variant:
-    """A graph that computes the same as the portable ones, faster on some machines.
+    """An alternative to the portable graphs that is faster on some machines.
 
-    `runs` are the phases that it can run; one that runs several needs one session for them. `requires` are features of
-    the processor (architecture and extensions), `kernel_abi` the version of satchel's own kernels that it is for, None
-    for a graph of standard operators.
+    `runs` are the phases that it can run, all in one session. `requires` are processor features (architecture and
+    extensions). `kernel_abi` is the version of satchel's own kernels that it needs, None for a graph of standard
+    operators.
     """
 
     name: str
@@ -164,10 +164,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A static graph's input that has one row for each new token, taken from a table by the token's position.
+    """An input of a static graph with one row per new token, looked up in a table by the token's position.
 
     The table, such as the cosines of a rotary embedding, is [positions, width] of `dtype` at `offset` of `file`,
-    little-endian, row by row; the input `input` is [1, tokens, width].
+    little-endian and row-major. The input `input` is [1, tokens, width].
     """
 
     input: str
@@ -179,9 +179,9 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class StaticGraph:
-    """A graph for exactly `tokens` new tokens, as parts that run one after the other.
+    """A graph for exactly `tokens` new tokens, as parts that run sequentially.
 
-    A part's outputs that are no output of the whole are inputs of later parts, under the same name.
+    Intermediate outputs of a part are inputs of later parts under the same name.
     """
 
     tokens: int
@@ -190,11 +190,11 @@ class StaticGraph:
 
 @dataclass(frozen=True)
 class StaticGraphs:
-    """Graphs in which every shape is a number, for devices that compile each shape anew.
+    """Graphs with static shapes, for devices that compile each shape separately.
 
-    `capacity` is the length of the cache. `masks` are the inputs, by name, that say which positions each new token
-    sees, with the window of their layers, 0 for none. `prefill` are graphs for chunks of several lengths, the shortest
-    first; `score` gives the logits of all tokens of a chunk.
+    `capacity` is the length of the cache. `masks` are the attention mask inputs by name, with the sliding window of
+    their layers, 0 for none. `prefill` are graphs for several chunk lengths, the shortest first; `score` returns the
+    logits of all tokens of a chunk.
     """
 
     capacity: int
@@ -207,7 +207,7 @@ class StaticGraphs:
 
 @dataclass(frozen=True)
 class PlainGraphs:
-    """The graphs as they are without the passes of a user's own, over the same weights: `graphs` or `static`."""
+    """The graphs without custom passes over the same weights: either `graphs` or `static`."""
 
     graphs: Graphs | None
     static: StaticGraphs | None
@@ -215,10 +215,10 @@ class PlainGraphs:
 
 @dataclass(frozen=True)
 class LayerPrecision:
-    """How one layer's weights are stored, and how its product takes its input in each phase.
+    """The quantization of one linear layer: its weights, and its activations in each phase.
 
-    `bits` is 8 or 4; `block` the number of inputs that share a scale, None for one scale per output channel;
-    `symmetric` is False where there are zero points. Activations are "float", or int8 with a scale per "token" or
+    `bits` is 8 or 4. `block` is the group size, the number of inputs that share a scale; None for per-channel scales.
+    `symmetric` is False if there are zero points. Activations are "float", or int8 with a scale per "token" or
     "tensor".
     """
 
@@ -231,7 +231,7 @@ class LayerPrecision:
 
 @dataclass(frozen=True)
 class CorpusEntry:
-    """A text and the token ids, special tokens included, that the checkpoint's own tokenizer made of it at export."""
+    """A text and its token ids, special tokens included, from the checkpoint's own tokenizer at export."""
 
     text: str
     ids: tuple[int, ...]
@@ -239,7 +239,7 @@ class CorpusEntry:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """The tokenizer's kind and file. `add_bos` is for "sentencepiece"; tokenizer.json adds its own special tokens."""
+    """The tokenizer's kind and file. `add_bos` is for "sentencepiece"; a tokenizer.json adds special tokens itself."""
 
     kind: str
     file: str
@@ -257,7 +257,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class PreparedGraph:
-    """A graph that is optimized for one kind of machine: its file, and the variant, None for the portable graph."""
+    """A graph optimized for one kind of machine: its file, and its variant, None for the portable graph."""
 
     file: str
     variant: str | None
@@ -267,10 +267,10 @@ class PreparedGraph:
 class Specialized:
     """Graphs and packed weights that `satchel specialize` made for one kind of machine.
 
-    They fit where `onnxruntime` (a version), `provider` and `features` (architecture and extensions of the processor)
-    are the same; `processor` is its name, for people. `graphs` has the graph of prefill and that of decode, of prefill
-    alone where its session runs decode, too. `tiled_attention` tells which of ONNX Runtime's two attention kernels was
-    faster. `files` lists all files.
+    They can be used if `onnxruntime` (a version), `provider` and `features` (the processor's architecture and
+    extensions) are the same; `processor` is its display name. `graphs` has the graphs of prefill and decode, or only
+    that of prefill if its session runs decode too. `tiled_attention` says which of ONNX Runtime's two attention kernels
+    was faster. `files` lists all files.
     """
 
     onnxruntime: str
@@ -287,7 +287,7 @@ class Specialized:
 
     @property
     def bytes(self) -> int:
-        """The size of all files together."""
+        """The total size of all files."""
         return sum(record.bytes for record in self.files.values())
 
     @property
@@ -299,16 +299,15 @@ class Specialized:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. `files` lists every file but manifest.json; `passes` is opaque to the runner.
+    """The whole manifest. `files` lists every file except manifest.json; `passes` is opaque to the runner.
 
-    `recipe` is the name of the recipe that quantized it, None where nothing is quantized.
-    `layers` names every layer whose weights are quantized; all others are in `float_weights`, a dtype.
-    `token_multiple`: some kernels take the tokens of a prompt in groups of so many and round an incomplete one
-    differently, so a prompt is split at multiples of it only.
-    A bundle has either `graphs`, whose shapes vary, or `static` ones. `variants` are further graphs for the former.
-    `plain` is for a bundle that passes of a user's own had a part in, and `custom_ops` are the libraries whose
-    operators its graphs need; those of `plain` need none.
-    `certificate` is None for a bundle that nobody certified, `specialized` for one that runs its portable graphs only.
+    `recipe` is the name of the quantization recipe, None if nothing is quantized. `layers` lists every layer with
+    quantized weights; other weights are in `float_weights`, a dtype. Prompts are split only at multiples of
+    `token_multiple`: some kernels process tokens in groups of that size and round an incomplete group differently.
+    A bundle has either `graphs`, with dynamic shapes, or `static` ones. `variants` are alternatives to `graphs`.
+    `plain` is for a bundle with custom passes: its graphs without them. `custom_ops` are the libraries whose operators
+    the graphs need; those of `plain` need none.
+    `certificate` is None for a bundle without one, and `specialized` for a bundle with portable graphs only.
     """
 
     producer: dict[str, str]
@@ -335,14 +334,14 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read and check a manifest file. Raises BundleError naming the file, the key and what to do."""
+        """Read and check a manifest file. Raises BundleError, which names the file, the key and the remedy."""
         document = parse_manifest(read_content(path, str(path)), str(path))
         check_digest(document, str(path))
         return cls.from_json(document, str(path))
 
     @classmethod
     def from_json(cls, document: Any, name: str = MANIFEST_NAME) -> Manifest:
-        """Check a parsed manifest and build it; `name` is the file that messages name. Raises BundleError."""
+        """Build a manifest from parsed JSON and check it; `name` is the file in messages. Raises BundleError."""
         document = check_version(document, name)
         fields = {key: value for key, value in document.items() if key not in ("format", "version", "digest")}
         try:
@@ -361,19 +360,19 @@ class Manifest:
 
     @property
     def has_fixed_mask(self) -> bool:
-        """Whether the decode graph takes a mask of the cache's whole length, so that its shapes never change."""
+        """Whether the decode graph takes an attention mask over the whole cache, so that its shapes never change."""
         inputs = () if self.graphs is None else self.graphs.decode.inputs
         return any(tensor.name == ATTENTION_MASK and tensor.shape[-1:] == (CAPACITY,) for tensor in inputs)
 
     def graph(self, name: str) -> GraphSpec:
-        """The graph of a phase, or of the variant of this name. Raises BundleError where there is none."""
+        """The graph of a phase, or of the variant with this name. Raises BundleError if there is none."""
         if self.graphs is None:
-            raise BundleError(f"this bundle has static graphs for {self.target}, and none for {name} of any length")
+            raise BundleError(f"this bundle has static graphs for {self.target}, and no dynamic {name} graph")
         found: GraphSpec | None = getattr(self.graphs, name, None)
         return self.variant(name).graph if found is None else found
 
     def variant(self, name: str) -> Variant:
-        """The variant of this name. Raises BundleError where there is none."""
+        """The variant with this name. Raises BundleError if there is none."""
         found = next((variant for variant in self.variants if variant.name == name), None)
         if found is None:
             others = ", ".join(variant.name for variant in self.variants) or "none"

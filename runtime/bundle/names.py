@@ -1,4 +1,4 @@
-"""Names of a bundle's files: relative, inside, told apart on every file system."""
+"""Rules for names of a bundle's files: relative, inside the bundle, and distinct on every file system."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import PurePosixPath
 from satchel.runtime.bundle.limits import LIMITS
 
 CONTROLS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
-"""The control characters of Unicode (category Cc); half a surrogate pair is none, and as bad."""
+"""The control characters of Unicode (category Cc)."""
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a name is no plain relative path: absolute, with `..`, a backslash, a colon or a control character."""
+    """Whether a name is not a plain relative path.
+
+    Such a name is absolute, or has `..`, a backslash, a colon, a control character or a lone surrogate.
+    """
     pure = PurePosixPath(name)
     plain = not pure.is_absolute() and ".." not in pure.parts and str(pure) == name and name != "."
     odd = any(char in "\\:" or char in CONTROLS or "\ud800" <= char <= "\udfff" for char in name)
@@ -20,12 +23,12 @@ def leads_outside(name: str) -> bool:
 
 
 def too_long(name: str) -> bool:
-    """Whether a name has more bytes than `LIMITS` allows. The name must be text."""
+    """Whether a name has more bytes than `LIMITS` allows."""
     return len(name.encode("utf-8", "surrogatepass")) > LIMITS["bytes of a file name"].most
 
 
 def equal_names(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that some file system takes for one, since they differ in case or in how accents are composed."""
+    """Two names that are equal on some file systems: they differ only in case or in Unicode normalization."""
     seen: dict[str, str] = {}
     for name in names:
         key = name.casefold() if name.isascii() else _composed(_composed(name).casefold())
@@ -36,6 +39,6 @@ def equal_names(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _composed(name: str) -> str:
-    import unicodedata  # a megabyte of tables, for names beyond ASCII alone
+    import unicodedata  # a megabyte of tables, which ASCII names do not need
 
     return unicodedata.normalize("NFC", name)

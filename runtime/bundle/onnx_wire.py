@@ -1,4 +1,4 @@
-"""Where the external data of an ONNX file lies, read and rewritten on the protobuf wire.
+"""Reads and rewrites the external data locations of an ONNX file, directly in protobuf wire format.
 
 Field numbers are those of onnx.proto3, the encoding that of the Protocol Buffers specification ("Encoding"). The
 protobuf package, which onnxruntime installs, could read this by a descriptor made at run time. It is not used, since
@@ -25,8 +25,8 @@ External = dict[str, str]
 def map_external_data(model: bytes, change: Callable[[External], External]) -> bytes:
     """A serialized ModelProto with the external data entries of each of its main graph's initializers replaced.
 
-    `change` is given the entries of one initializer, in the file's order, and returns those to write. Initializers
-    without external data are left alone, and so is all else, byte for byte.
+    `change` is called with the entries of one initializer, in file order, and returns those to write. All other
+    bytes are unchanged.
 
     Raises:
         ValueError: The bytes are not a protobuf message.
@@ -53,7 +53,7 @@ def map_external_data(model: bytes, change: Callable[[External], External]) -> b
 class Tensor:
     """An initializer. `dtype` is a number of TensorProto.DataType.
 
-    Its data, of `nbytes`, lies in another file at `place`, or in the graph as raw bytes, where `place` is empty.
+    Its data, of `nbytes`, is in another file at `place`, or in the graph as raw bytes if `place` is empty.
     """
 
     name: str
@@ -81,7 +81,7 @@ def external_data(model: bytes) -> list[External]:
 
 
 def numbers(content: bytes, raw: bytes) -> Iterator[int]:
-    """The numbers of a field: several where they are packed, or the one that follows the tag."""
+    """The integers of a field: several if it is packed, else the one after the tag."""
     position = 0
     if not content:
         _, position = varint(raw, 0)
@@ -105,7 +105,7 @@ def _tensor(message: bytes) -> Tensor:
         elif number == TENSOR_EXTERNAL_DATA:
             key, value = _entry(content)
             if key in place:
-                raise ValueError(f"the key {key[:30]!r} comes twice in the external data of {name[:60]!r}")
+                raise ValueError(f"duplicate key {key[:30]!r} in the external data of {name[:60]!r}")
             place[key] = value
         elif number == TENSOR_RAW_DATA:
             size = len(content)
@@ -127,7 +127,7 @@ def _entry(message: bytes) -> tuple[str, str]:
 def fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
     """Each field's number, its content (empty where it is not length-delimited), and its bytes with the tag.
 
-    Raises ValueError for what is no protobuf message.
+    Raises ValueError for bytes that are not a protobuf message.
     """
     position = 0
     while position < len(message):

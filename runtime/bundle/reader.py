@@ -189,7 +189,7 @@ def _spans(bundle: Bundle, files: Mapping[str, FileRecord]) -> Mapping[str, Span
 
 
 def _check_place(path: Path) -> None:
-    """Raise BundleError where there is no bundle, and say what there is instead."""
+    """Raise BundleError if there is no bundle, and say what is there instead."""
     if is_locked(path):
         raise BundleError(f"{path}: permission denied: check its permissions")
     if is_checkpoint(path):

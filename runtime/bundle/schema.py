@@ -1,6 +1,6 @@
-"""The JSON Schema of a manifest, made of the dataclasses that read it: `python -m satchel.runtime.bundle.schema`.
+"""Generates the JSON Schema of a manifest from its dataclasses: `python -m satchel.runtime.bundle.schema`.
 
-It says what is there and of which type; that names and counts fit together, only the reader checks.
+The schema covers keys and types; only the reader checks that names and counts are consistent.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ NARROWER: dict[str, dict[str, Any]] = {
     "TokenizerSpec.kind": {"enum": list(TOKENIZER_KINDS)},
     "TokenizerSpec.corpus": {"maxItems": LIMITS["tokenizer.corpus"].most},
 }
-"""What the types do not say, by class and field."""
+"""Constraints beyond the types, by class and field."""
 
 
 def manifest_schema() -> dict[str, Any]:
-    """The schema of a manifest of the present version, as plain JSON values."""
+    """The schema of the current manifest version, as plain JSON values."""
     definitions: dict[str, Any] = {}
     body = _object(Manifest, definitions)
     first = {
@@ -105,13 +105,13 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"no schema for {kind}")
     name = typing.cast(type, kind).__name__
     if name not in definitions:
-        definitions[name] = {}  # it is in the making
+        definitions[name] = {}  # in progress
         definitions[name] = _object(typing.cast(type, kind), definitions)
     return {"$ref": f"#/$defs/{name}"}
 
 
 def as_text() -> str:
-    """The schema as it is in `docs/manifest.schema.json`."""
+    """The schema as in `docs/manifest.schema.json`."""
     return json.dumps(manifest_schema(), indent=1, ensure_ascii=False) + "\n"
 
 

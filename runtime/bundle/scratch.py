@@ -1,7 +1,7 @@
-"""Temporary files and folders named after their process, so that what a killed process left is recognized and removed.
+"""Temporary files and folders with the process id in their names, so that those of a killed process can be removed.
 
-A name is PREFIX, the process id and, where there is more, a hyphen. Processes of other machines are not seen: do not
-let two of them work in one shared folder.
+A name is PREFIX and the process id, optionally followed by a hyphen and more. Processes on other machines are not
+visible: two machines must not work in one shared folder.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _started = time.time() - 1
-"""What is older and has this process's id is from an earlier container, in which another process had the same id."""
+"""An older path with this process's id is from an earlier container, where another process had the same id."""
 
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """An empty folder in `parent`, removed at the end; those that dead processes left there are removed first.
+    """An empty folder in `parent`, removed at the end; those left by dead processes are removed first.
 
-    Raises OSError where it cannot be made.
+    Raises OSError if it cannot be created.
     """
     sweep(parent, prefix)
     path = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
@@ -33,7 +33,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def sweep(parent: Path, prefix: str) -> None:
-    """Remove what dead processes left in `parent` under names that begin with `prefix`, as far as that is allowed."""
+    """Remove paths in `parent` with the prefix that dead processes left, as far as permissions allow."""
     for path in abandoned(parent, prefix):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -43,7 +43,7 @@ def sweep(parent: Path, prefix: str) -> None:
 
 
 def abandoned(parent: Path, prefix: str) -> list[Path]:
-    """The paths in `parent` whose name is `prefix` and the id of a process that is gone; none if it is unreadable."""
+    """The paths in `parent` named `prefix` and the id of a dead process; none if `parent` cannot be read."""
     try:
         names = os.listdir(parent)
     except OSError:

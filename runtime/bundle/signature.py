@@ -1,4 +1,4 @@
-"""Ed25519 signatures over a bundle's digest, which covers everything but what a device made for itself."""
+"""Ed25519 signatures over a bundle's digest, which covers everything except specialized graphs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 FORMAT, VERSION, ALGORITHM = "satchel-signature", 1, "ed25519"
 
 DOMAIN = b"satchel bundle digest, version 1\0"
-"""What a signed message begins with, so that no signature made for anything else is one of a bundle."""
+"""The prefix of a signed message (domain separation): a signature of anything else is never valid for a bundle."""
 
 KEY_BYTES = 1 << 16
-"""The most that is read of a key file."""
+"""The maximum bytes to read from a key file."""
 
 PRIVATE_MODE = 0o600
 
 
 def signed_message(digest: str) -> bytes:
-    """The bytes that are signed: `DOMAIN`, and the digest's 32 bytes."""
+    """The bytes to sign: `DOMAIN` and the 32 bytes of the digest."""
     return DOMAIN + bytes.fromhex(digest)
 
 
 def sign(digest: str, key: Path) -> bytes:
-    """The content of signature.json for a digest of 64 hex digits, by the private key in a PEM file.
+    """Sign a digest of 64 hex digits with the private key in a PEM file. Returns the content of signature.json.
 
-    Raises SatchelError for a key that cannot be read or is of another kind.
+    Raises SatchelError if the key cannot be read or is not an Ed25519 key.
     """
     private = _private_key(key)
     document = {
@@ -51,35 +51,35 @@ def sign(digest: str, key: Path) -> bytes:
 
 
 def check_signature(bundle: Path, signature: Span | None, digest: str, key: Path) -> None:
-    """Check that a bundle is signed by the private key of the public key in the PEM file `key`.
+    """Check that a bundle is signed with the private key that belongs to the public key in the PEM file `key`.
 
-    `signature` is where signature.json lies, None where there is none; `digest` is that of the bundle's manifest.
-    Raises SatchelError for a key that cannot be read or is of another kind, and BundleError for a bundle that is not
-    signed, or by another key, or whose signature is not valid.
+    `signature` is the span of signature.json, or None if there is none; `digest` is the manifest's. Raises SatchelError
+    if the key cannot be read or is not an Ed25519 key, and BundleError if the bundle is not signed, is signed with
+    another key, or has an invalid signature.
     """
     public = _public_key(key)
     if signature is None:
-        raise BundleError(f"{bundle}: is not signed, and --require-signature {key} wants it to be: do not trust it")
+        raise BundleError(f"{bundle}: not signed, but --require-signature {key} requires it: do not trust it")
     found = _read_signature(bundle, signature)
     if found["public_key"] != public.public_bytes_raw().hex():
         raise BundleError(
-            f"{bundle}: signed by another key ({found['public_key'][:16]}...) than {key}: "
-            "do not trust it, or give the public key of who made it"
+            f"{bundle}: signed with another key ({found['public_key'][:16]}...) than {key}: "
+            "do not trust it, or give the public key of its maker"
         )
     if found["digest"] != digest or not _holds(public, found["signature"], digest):
-        raise BundleError(f"{bundle}: its signature is not valid for what is in it: do not trust it")
+        raise BundleError(f"{bundle}: its signature does not match its content: do not trust it")
 
 
 def new_key_pair(name: Path) -> tuple[Path, Path]:
-    """Make a key pair, NAME.pem (private, for its owner alone to read) and NAME.pub.
+    """Create a key pair, NAME.pem (private, readable by its owner only) and NAME.pub.
 
-    Raises SatchelError where one of the files is there already or cannot be written.
+    Raises SatchelError if one of the files exists or cannot be written.
     """
     ed25519, serialization = _cryptography()
     private_file, public_file = (name.with_name(f"{name.name}.{suffix}") for suffix in ("pem", "pub"))
     for path in (private_file, public_file):
         if os.path.lexists(path):
-            raise SatchelError(f"--new-key {name}: {path} is there already: name another key, or remove it")
+            raise SatchelError(f"--new-key {name}: {path} already exists: choose another name, or remove it")
     private = ed25519.Ed25519PrivateKey.generate()
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
     secret = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
@@ -90,7 +90,7 @@ def new_key_pair(name: Path) -> tuple[Path, Path]:
             file.write(secret)
     except OSError as error:
         raise SatchelError(
-            f"--new-key {name}: {private_file} cannot be written ({error.strerror}): name another"
+            f"--new-key {name}: {private_file} cannot be written ({error.strerror}): choose another name"
         ) from None
     atomic_write(public_file, public, "--new-key")
     return private_file, public_file
@@ -99,11 +99,11 @@ def new_key_pair(name: Path) -> tuple[Path, Path]:
 def _read_signature(bundle: Path, span: Span) -> dict[str, str]:
     name = f"{bundle}/signature.json"
     if span.length > LIMITS["signature.json bytes"].most:
-        raise BundleError(f"{name}: longer than any signature: do not trust this bundle")
+        raise BundleError(f"{name}: exceeds the limit for signatures: do not trust this bundle")
     try:
         document = strict_json.loads(span.read())
     except OSError as error:
-        raise BundleError(f"{name}: cannot be read ({error.strerror}): give yourself the right to") from None
+        raise BundleError(f"{name}: cannot be read ({error.strerror}): check its permissions") from None
     except ValueError as error:
         raise BundleError(f"{name}: not valid JSON ({error}): sign the bundle again") from None
     fixed = {"format": FORMAT, "version": VERSION, "algorithm": ALGORITHM}
@@ -115,7 +115,7 @@ def _read_signature(bundle: Path, span: Span) -> dict[str, str]:
         and all(isinstance(document[key], str) for key in texts)
     )
     if not well_formed:
-        raise BundleError(f"{name}: no signature of a kind that this satchel knows: sign the bundle again")
+        raise BundleError(f"{name}: not a signature that this satchel can read: sign the bundle again")
     return {key: document[key] for key in texts}
 
 
@@ -136,10 +136,10 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         key = serialization.load_pem_private_key(content, password=None)
     except _key_errors():
         raise SatchelError(
-            f"--key {path}: no private key in PEM without a password: make one with satchel sign --new-key"
+            f"--key {path}: not a PEM private key without a password: create one with satchel sign --new-key"
         ) from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise SatchelError(f"--key {path}: a private key, but not of Ed25519: make one with satchel sign --new-key")
+        raise SatchelError(f"--key {path}: not an Ed25519 key: create one with satchel sign --new-key")
     return cast("Ed25519PrivateKey", key)
 
 
@@ -150,10 +150,12 @@ def _public_key(path: Path) -> Ed25519PublicKey:
         key = serialization.load_pem_public_key(content)
     except _key_errors():
         raise SatchelError(
-            f"--require-signature {path}: no public key in PEM: give the .pub file of satchel sign --new-key"
+            f"--require-signature {path}: not a PEM public key: give the .pub file of satchel sign --new-key"
         ) from None
     if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise SatchelError(f"--require-signature {path}: a public key, but not of Ed25519: give one that is")
+        raise SatchelError(
+            f"--require-signature {path}: not an Ed25519 key: give the .pub file of satchel sign --new-key"
+        )
     return cast("Ed25519PublicKey", key)
 
 
@@ -162,11 +164,11 @@ def _key_file(path: Path, option: str) -> bytes:
         with path.open("rb") as file:
             return file.read(KEY_BYTES)
     except OSError as error:
-        raise SatchelError(f"{option} {path}: cannot be read ({error.strerror}): give the file of a key") from None
+        raise SatchelError(f"{option} {path}: cannot be read ({error.strerror}): give a key file") from None
 
 
 def _key_errors() -> tuple[type[Exception], ...]:
-    """What reading a key raises where the file holds none, one with a password, or one of an unknown kind."""
+    """The exceptions for a file without a key, with an encrypted key, or with one of an unknown type."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     return (ValueError, TypeError, UnsupportedAlgorithm)
@@ -178,6 +180,6 @@ def _cryptography() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
         raise SatchelError(
-            "signatures need the package cryptography, which is not installed: pip install cryptography"
+            "signatures require cryptography, which is not installed: pip install cryptography"
         ) from None
     return ed25519, serialization

@@ -1,6 +1,6 @@
 """Reads parsed JSON into frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error.
 
-A key whose field has a default may be missing, and is not written where it has that value.
+A key whose field has a default is optional, and is not written if it has that value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ JSON_NAMES = {
 
 
 DEEPEST = 40
-"""How deep objects and lists may nest."""
+"""The maximum nesting depth of objects and lists."""
 
 
 class StrictJsonError(ValueError):
@@ -27,10 +27,10 @@ class StrictJsonError(ValueError):
 
 
 def loads(text: bytes) -> Any:
-    """Parse JSON of which every reader makes the same.
+    """Parse JSON that every parser reads in the same way.
 
-    Raises ValueError for what is no UTF-8 JSON, for a key that comes twice in an object, for a number that is none
-    (NaN, Infinity) and for what nests deeper than `DEEPEST`.
+    Raises ValueError for anything but UTF-8 JSON, for duplicate keys in an object, for NaN and Infinity, and for
+    nesting deeper than `DEEPEST`.
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_number)
@@ -44,7 +44,7 @@ def from_json(kind: Any, value: Any, key: str = "") -> Any:
     """Build a value of type `kind` from parsed JSON.
 
     `kind` is str, int, float, bool, Any, a frozen dataclass, `tuple[T, ...]`, `dict[str, T]`, or a union of those
-    (`T | None`, `int | str`). A whole number is a float too. `key` is the path of `value` in the document, for
+    (`T | None`, `int | str`). A whole number is also a float. `key` is the path of `value` in the document, for
     messages. Raises StrictJsonError.
     """
     if kind is Any:
@@ -93,21 +93,21 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:60]!r} comes twice in an object")
+        raise ValueError(f"duplicate key {twice[:60]!r} in an object")
     return found
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
-def _check_depth(value: Any, room: int) -> None:
+def _check_depth(value: Any, depth: int) -> None:
     if isinstance(value, dict | list):
-        if room == 0:
+        if depth == 0:
             raise ValueError(f"nested deeper than {DEEPEST}")
         for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, dict | list):
-                _check_depth(item, room - 1)
+                _check_depth(item, depth - 1)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Bundles in the user's cache: specialized copies of those that cannot be changed, and exports of checkpoints.
+"""Bundles in the user's cache: specialized copies of read-only bundles, and exports of checkpoints.
 
-They lie in `$XDG_CACHE_HOME/satchel/bundles` (or under `~/.cache`), a folder each, and appear whole or not at all. When
-they take more than `LIMIT_BYTES`, those that were used least recently are removed.
+Each is a folder in `$XDG_CACHE_HOME/satchel/bundles` (or under `~/.cache`) and is added atomically. Beyond
+`LIMIT_BYTES`, the least recently used ones are removed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from satchel.runtime.bundle.scratch import scratch_folder, sweep
 LIMIT_BYTES = 20 << 30
 
 MADE, GONE = ".new-", ".gone-"
-"""How names begin of what is being made, and of what is being removed."""
+"""Name prefixes of folders that are being made and removed."""
 
 
 def bundles_folder() -> Path:
-    """Where the bundles are; it may not be there yet."""
+    """The folder of the bundles; it may not exist yet."""
     return cache_folder() / "bundles"
 
 
 def find(name: str) -> Path | None:
-    """The bundle of this name, which now counts as used; None where there is none."""
+    """The bundle with this name, marked as used now; None if there is none."""
     path = bundles_folder() / name
     with contextlib.suppress(OSError):
         os.utime(path)
@@ -37,7 +37,7 @@ def find(name: str) -> Path | None:
 
 @contextlib.contextmanager
 def adding(name: str) -> Iterator[Path]:
-    """A path at which the block makes a folder that then gets this name, in the place of one that has it.
+    """A path at which the block creates a folder; it then gets this name and replaces any earlier one.
 
     Raises OSError.
     """
@@ -51,7 +51,7 @@ def adding(name: str) -> Iterator[Path]:
 
 
 def evict(keep: str) -> None:
-    """Remove the bundles that were used least recently until all take at most `LIMIT_BYTES`; `keep` stays."""
+    """Remove the least recently used bundles until the rest take at most `LIMIT_BYTES`; `keep` stays."""
     used = []
     with contextlib.suppress(OSError):
         used = [(path.stat().st_mtime, _size(path), path) for path in bundles_folder().iterdir() if path.is_dir()]
@@ -64,7 +64,7 @@ def evict(keep: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a bundle, as a whole: nobody finds half of it."""
+    """Remove a bundle atomically."""
     gone = path.with_name(f"{GONE}{os.getpid()}-{path.name}")
     with contextlib.suppress(OSError):
         path.rename(gone)

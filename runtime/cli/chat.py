@@ -270,6 +270,6 @@ def _read(path: Path, option: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise PromptError(f"{option} {path}: cannot be read ({error.strerror}): name another file") from None
+        raise PromptError(f"{option} {path}: cannot be read ({error.strerror}): choose another file") from None
     except UnicodeDecodeError:
         raise PromptError(f"{option} {path}: not UTF-8 text: convert it to UTF-8") from None

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
 
     check_target(args.output, "--output")
     if os.path.lexists(args.output) and not args.force:
-        raise SatchelError(f"--output {args.output}: is there already: name another file, or replace it with --force")
+        raise SatchelError(f"--output {args.output}: already exists: choose another path, or replace it with --force")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SatchelWarning)  # about specialized graphs, which stay behind
         bundle = open_bundle(

@@ -84,7 +84,7 @@ def unpack(bundle: Bundle, output: Path) -> None:
     if bundle.packed is None:
         raise SatchelError(f"{bundle.folder}: is a folder already: give a file made by satchel pack")
     if os.path.lexists(output):
-        raise SatchelError(f"--output {output}: is there already: name another folder")
+        raise SatchelError(f"--output {output}: already exists: choose another folder")
     try:
         with _staged(output) as stage:
             for name, span in bundle.packed.items():

@@ -267,5 +267,5 @@ def test_a_manifest_must_have_a_digest(folder: Path) -> None:
 
 def test_a_manifest_longer_than_any_is_not_parsed(folder: Path) -> None:
     os.truncate(folder / "manifest.json", (64 << 20) + 1)
-    with pytest.raises(BundleError, match=r"more than the 67,108,864 bytes that a manifest may have"):
+    with pytest.raises(BundleError, match=r"manifest\.json.*67,108,864 bytes"):
         open_bundle(folder)

@@ -191,7 +191,7 @@ def change(document: dict[str, Any], path: list[Any], value: Any) -> None:
     [
         (["surprise"], 1, "unknown key 'certificate.surprise'"),
         (["windows"], "2", "'certificate.windows' must be a whole number"),
-        (["prompts"], [], r"'certificate.prompts' must be a list that is not empty"),
+        (["prompts"], [], r"'certificate.prompts' must be a non-empty list"),
         (["prompts", 0, "gaps"], [1.0], r"'certificate.prompts\[0\].gaps' must be 16 entries"),
         (["prompts", 0, "ids"], [], r"'certificate.prompts\[0\].ids' must be ids that fit the context"),
         (["prompts", 0, "ids"], [5] * 50, r"'certificate.prompts\[0\].ids' must be ids that fit the context"),

@@ -190,7 +190,7 @@ def test_a_bundle_keeps_absolute_paths_of_its_libraries(
         (lambda m: m["custom_ops"][0].update(sha256="0"), "'custom_ops[0].sha256' must be 64 lower-case hex digits"),
         (lambda m: m["custom_ops"][0].update(name=3), "'custom_ops[0].name' must be"),
         (lambda m: m["plain"]["graphs"]["decode"].update(file="other.onnx"), "must be listed in 'files'"),
-        (lambda m: m["plain"].update(graphs=None), "'static' must be there without 'graphs'"),
+        (lambda m: m["plain"].update(graphs=None), "'static' must be set"),
         (lambda m: m["plain"].update(more=None), "unknown key 'plain.more'"),
     ],
 )

@@ -44,20 +44,20 @@ def test_data_in_files_of_the_bundle_is_allowed() -> None:
 )
 def test_data_elsewhere_is_refused(location: str) -> None:
     content = model([GOOD, outside("v", location=location, offset=0, length=8)])
-    with pytest.raises(BundleError, match=r"graph: the data of 'v' lies in '.*', which is no file of the bundle"):
+    with pytest.raises(BundleError, match=r"graph: the data of 'v' is in '.*', which is not part of the bundle"):
         check_external_data(content, SIZES, "graph")
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"offset": 93, "length": 8}, "lies beyond the end of weights.bin"),
-        ({"offset": 101}, "lies beyond the end of weights.bin"),
-        ({"offset": 1 << 62, "length": 1 << 62}, "lies beyond the end of weights.bin"),
-        ({"offset": -4, "length": 8}, "no ONNX graph \\('-4' is no place in a file"),
-        ({"offset": "٣", "length": 8}, "is no place in a file"),
-        ({"offset": "1e3"}, "is no place in a file"),
-        ({"offset": "9" * 5000}, "is no place in a file"),
+        ({"offset": 93, "length": 8}, "beyond the end of weights.bin"),
+        ({"offset": 101}, "beyond the end of weights.bin"),
+        ({"offset": 1 << 62, "length": 1 << 62}, "beyond the end of weights.bin"),
+        ({"offset": -4, "length": 8}, "not an ONNX graph.*'-4'"),
+        ({"offset": "٣", "length": 8}, "is not an offset"),
+        ({"offset": "1e3"}, "is not an offset"),
+        ({"offset": "9" * 5000}, "is not an offset"),
     ],
 )
 def test_data_beyond_a_file_is_refused(entries: dict[str, object], message: str) -> None:
@@ -68,7 +68,7 @@ def test_data_beyond_a_file_is_refused(entries: dict[str, object], message: str)
 def test_a_key_that_comes_twice_is_refused() -> None:
     tensor = outside(location="weights.bin", offset=0, length=8)
     tensor.external_data.add(key="location", value="/etc/passwd")
-    with pytest.raises(BundleError, match="'location' comes twice"):
+    with pytest.raises(BundleError, match="duplicate key 'location'"):
         check_external_data(model([tensor]), SIZES, "graph")
 
 
@@ -88,7 +88,7 @@ def test_data_of_anything_but_an_initializer_is_refused() -> None:
         sparse.SerializeToString(),
         function.SerializeToString(),
     ):
-        with pytest.raises(BundleError, match="has data outside that belongs to no initializer of its own"):
+        with pytest.raises(BundleError, match="external data outside the initializers"):
             check_external_data(content, SIZES, "graph")
 
 
@@ -101,7 +101,7 @@ def test_two_initializers_of_one_name_are_both_looked_at() -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff", b"\x3a\xff\xff", b"no graph at all"])
 def test_bytes_that_are_no_graph_are_refused_or_hold_nothing(content: bytes) -> None:
     if content:
-        with pytest.raises(BundleError, match="no ONNX graph"):
+        with pytest.raises(BundleError, match="not an ONNX graph"):
             check_external_data(content, SIZES, "graph")
     else:
         check_external_data(content, SIZES, "graph")

@@ -183,7 +183,7 @@ def test_a_profiler_that_lost_runs_is_an_error(
         (["TINY", "--top", "-1"], "--top -1: must be 0 or more"),
         (["TINY", "--threads", "0"], "--threads 0: there must be at least 1 thread"),
         (["TINY", "--provider", "tpu"], "--provider tpu: unknown: choose one of cpu"),
-        (["TINY", "--trace", "."], "--trace .: this is a folder: name a file in it"),
+        (["TINY", "--trace", "."], "--trace .: this is a folder"),
         (["TINY", "--trace", "no/trace.json"], "--trace no/trace.json: there is no folder"),
     ],
 )

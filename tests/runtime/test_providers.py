@@ -131,10 +131,10 @@ def test_a_manifest_may_have_the_best_tokens(tmp_path: Path) -> None:
         ),
         (lambda graphs: graphs["decode"]["outputs"][-1].update(dtype="int32"), "int64"),
         (lambda graphs: graphs["decode"]["outputs"][-2].update(dtype="float16"), "float32"),
-        (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 1, 3]), "of one shape"),
+        (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 1, 3]), "equal in shape"),
         (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 1, "k"]), "a number of tokens"),
         (lambda graphs: graphs["decode"]["outputs"][-1].update(shape=["batch", 12]), "a number of tokens"),
-        (lambda graphs: [graphs["decode"]["outputs"].pop() for _ in range(2)], "as many best tokens as prefill"),
+        (lambda graphs: [graphs["decode"]["outputs"].pop() for _ in range(2)], "as many top tokens"),
         (
             lambda graphs: graphs["score"]["outputs"].extend(graphs["decode"]["outputs"][-2:]),
             "both of them, or neither",

@@ -56,12 +56,12 @@ def test_the_signature_is_one_of_the_digest_by_any_other_library(signed: Path, k
 
 
 def test_an_unsigned_bundle_is_refused(tiny: Path, keys: Path) -> None:
-    with pytest.raises(BundleError, match=r"tiny: is not signed, and --require-signature .*maker\.pub wants it to be"):
+    with pytest.raises(BundleError, match=r"tiny: not signed, .*--require-signature .*maker\.pub"):
         open_bundle(tiny, require_signature=keys / "maker.pub")
 
 
 def test_a_bundle_signed_by_another_is_refused(signed: Path, keys: Path) -> None:
-    with pytest.raises(BundleError, match=r"signed by another key \([0-9a-f]{16}\.\.\.\) than .*other\.pub: do not"):
+    with pytest.raises(BundleError, match=r"another key \([0-9a-f]{16}\.\.\.\) than .*other\.pub"):
         open_bundle(signed, require_signature=keys / "other.pub")
 
 
@@ -70,7 +70,7 @@ def test_a_manifest_changed_with_a_right_digest_is_refused(signed: Path, keys: P
     document["model"]["eos_token_ids"] = [7]
     write_manifest(signed, document)
     open_bundle(signed)
-    with pytest.raises(BundleError, match="its signature is not valid for what is in it: do not trust it"):
+    with pytest.raises(BundleError, match="its signature does not match"):
         open_bundle(signed, require_signature=keys / "maker.pub")
 
 
@@ -81,22 +81,22 @@ def test_a_signature_with_the_new_digest_written_into_it_is_refused(signed: Path
     signature = json.loads((signed / "signature.json").read_text())
     signature["digest"] = read_manifest(signed)["digest"]
     (signed / "signature.json").write_text(json.dumps(signature))
-    with pytest.raises(BundleError, match="its signature is not valid"):
+    with pytest.raises(BundleError, match="its signature does not match"):
         open_bundle(signed, require_signature=keys / "maker.pub")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"signature": "00" * 64}, "its signature is not valid"),
-        ({"signature": "no hex"}, "its signature is not valid"),
-        ({"signature": ""}, "its signature is not valid"),
-        ({"signature": 1}, "no signature of a kind that this satchel knows"),
-        ({"version": 2}, "no signature of a kind"),
-        ({"version": True}, "no signature of a kind"),
-        ({"algorithm": "none"}, "no signature of a kind"),
-        ({"more": 1}, "no signature of a kind"),
-        ({"public_key": "x" * 5000}, "longer than any signature"),
+        ({"signature": "00" * 64}, "its signature does not match"),
+        ({"signature": "no hex"}, "its signature does not match"),
+        ({"signature": ""}, "its signature does not match"),
+        ({"signature": 1}, "not a signature that this satchel can read"),
+        ({"version": 2}, "not a signature"),
+        ({"version": True}, "not a signature"),
+        ({"algorithm": "none"}, "not a signature"),
+        ({"more": 1}, "not a signature"),
+        ({"public_key": "x" * 5000}, "exceeds the limit for signatures"),
     ],
 )
 def test_a_spoilt_signature_file_is_refused(signed: Path, keys: Path, change: dict, message: str) -> None:
@@ -109,7 +109,7 @@ def test_a_spoilt_signature_file_is_refused(signed: Path, keys: Path, change: di
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"a": 1, "a": 1}', b"\xff"])
 def test_a_signature_file_that_is_none_is_refused(signed: Path, keys: Path, content: bytes) -> None:
     (signed / "signature.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"signature\.json: (not valid JSON|no signature)"):
+    with pytest.raises(BundleError, match=r"signature\.json: (not valid JSON|not a signature)"):
         open_bundle(signed, require_signature=keys / "maker.pub")
 
 
@@ -146,7 +146,7 @@ def test_a_packed_bundle_keeps_its_signature_and_can_get_one(
     pack(open_bundle(signed), tmp_path / "signed.pyz")
     open_bundle(tmp_path / "signed.pyz", require_signature=public)
     pack(open_bundle(tiny), tmp_path / "plain.pyz")
-    with pytest.raises(BundleError, match="is not signed"):
+    with pytest.raises(BundleError, match="not signed"):
         open_bundle(tmp_path / "plain.pyz", require_signature=public)
     for _ in range(2):
         assert cli.main(["sign", str(tmp_path / "plain.pyz"), "--key", str(keys / "maker.pem"), "--quiet"]) == 0
@@ -164,7 +164,7 @@ def test_new_keys_are_for_their_owner_and_never_replaced(tmp_path: Path, capsys:
     assert before[1].startswith(b"-----BEGIN PUBLIC KEY-----")
     capsys.readouterr()
     assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 2
-    assert "v1.maker.pem is there already: name another key, or remove it" in capsys.readouterr().err
+    assert "v1.maker.pem already exists" in capsys.readouterr().err
     private.unlink()
     assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 2
     assert not private.exists()
@@ -194,19 +194,19 @@ def test_a_key_file_of_another_kind_is_refused(signed: Path, keys: Path, tmp_pat
     )
     (tmp_path / "locked.pem").write_bytes(locked)
     for key, message in (
-        (tmp_path / "ec.pub", "a public key, but not of Ed25519"),
-        (tmp_path / "none", "no public key in PEM"),
-        (keys / "maker.pem", "no public key in PEM"),
+        (tmp_path / "ec.pub", "not an Ed25519 key"),
+        (tmp_path / "none", "not a PEM public key"),
+        (keys / "maker.pem", "not a PEM public key"),
         (tmp_path / "nowhere", r"cannot be read \(No such file"),
         (tmp_path, r"cannot be read \(Is a directory"),
     ):
         with pytest.raises(SatchelError, match=rf"^--require-signature .*: {message}"):
             open_bundle(signed, require_signature=key)
     for key, message in (
-        (tmp_path / "ec.pem", "a private key, but not of Ed25519"),
-        (tmp_path / "none", "no private key in PEM without a password"),
-        (keys / "maker.pub", "no private key in PEM without a password"),
-        (tmp_path / "locked.pem", "no private key in PEM without a password"),
+        (tmp_path / "ec.pem", "not an Ed25519 key"),
+        (tmp_path / "none", "not a PEM private key"),
+        (keys / "maker.pub", "not a PEM private key"),
+        (tmp_path / "locked.pem", "not a PEM private key"),
         (tmp_path / "nowhere", "cannot be read (No such file"),
     ):
         assert cli.main(["sign", str(signed), "--key", str(key)]) == 2
@@ -225,7 +225,7 @@ def test_every_command_that_opens_a_bundle_checks(tiny: Path, keys: Path, tmp_pa
         arguments = [name, str(tiny), *further.get(name, []), "--require-signature", str(keys / "maker.pub")]
         assert cli.main(arguments) == 2, name
         out, err = capsys.readouterr()
-        assert "tiny: is not signed" in err, name
+        assert "tiny: not signed" in err, name
         assert (out, err.count("\n")) == ("", 1)
 
 

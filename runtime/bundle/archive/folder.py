@@ -1,4 +1,4 @@
-"""A bundle as a folder: finds a file by its name, and follows no link on the way."""
+"""Finds files of a bundle folder by name, without following links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from satchel.runtime.bundle.names import leads_outside, too_long
 
 
 def check_name(root: Path, name: str) -> None:
-    """Refuse a name by which a file outside the bundle `root` could be meant. Raises BundleError."""
+    """Check that a name cannot refer to a file outside the bundle `root`. Raises BundleError."""
     if leads_outside(name) or too_long(name):
         raise BundleError(
             f"{root}/manifest.json: {name[:200]!r} leads outside the bundle, which is not allowed: "
@@ -22,7 +22,7 @@ def check_name(root: Path, name: str) -> None:
 def folder_span(folder: Path, name: str) -> Span:
     """The file `name` of a bundle folder. The folder itself may be a link; nothing in it may be one.
 
-    Raises BundleError for a name that leads outside, and for what is missing, a link, or not a regular file.
+    Raises BundleError for a name that leads outside, and for a file that is missing, a link, or not a regular file.
     """
     check_name(folder, name)
     path, mode = folder, 0

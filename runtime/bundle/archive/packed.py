@@ -1,4 +1,4 @@
-"""A bundle as one file: which files it has, and where they lie in it."""
+"""A bundle as one file: its files and their spans."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from satchel.runtime.bundle.archive.zip_reader import read_directory
 from satchel.runtime.bundle.errors import BundleError
 
 FOLDER = "bundle/"
-"""The folder of a packed bundle in which the bundle's own files are."""
+"""The folder in a packed bundle that has the bundle's files."""
 
 PROGRAM = ("__main__.py", "satchel/", "satchel-")
-"""How the names of all other entries begin: the runner, and its version."""
+"""Name prefixes of all other entries: the runner and its metadata."""
 
 
 def packed_files(path: Path) -> dict[str, Span]:
-    """The bundle's files, by the names that they have in its folder. Raises BundleError, as `read_directory` does."""
+    """The spans of a bundle's files by name. Raises BundleError, as `read_directory` does."""
     files = {}
     for name, span in read_directory(path.resolve()).items():
         if name.startswith(FOLDER):

@@ -1,4 +1,4 @@
-"""Where bytes lie on disk: a file of its own, or a part of one."""
+"""A range of bytes on disk: a whole file, or a part of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Span:
-    """`length` bytes at `offset` of the file `path`. `whole` says that they are the file."""
+    """`length` bytes at `offset` of the file `path`. `whole` says that they are the whole file."""
 
     path: Path
     offset: int
@@ -16,7 +16,7 @@ class Span:
     whole: bool
 
     def read(self) -> bytes:
-        """All of the bytes. Raises OSError; may be fewer than `length` where the file was cut short meanwhile."""
+        """The bytes, fewer than `length` if the file was truncated in the meantime. Raises OSError."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.length)

@@ -1,6 +1,6 @@
-"""The records of a zip file, as bytes: those that a packed bundle has, and no others.
+"""The binary records of the zip format that a packed bundle uses.
 
-Field by field as in PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3 (Zip64).
+The fields are those of PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3 (Zip64).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ END_64_MAGIC, LOCATOR_64_MAGIC = b"PK\x06\x06", b"PK\x06\x07"
 
 STORED = 0
 UTF8 = 0x800
-"""The flag that says that a name is UTF-8."""
+"""The flag for UTF-8 names."""
 
 MANY, LARGE = 0xFFFF, 0xFFFFFFFF
-"""What stands where a number is too large for its field, and is in the Zip64 field instead."""
+"""Placeholders for numbers that are too large for their field and stored in the Zip64 field."""
 
 VERSION, VERSION_64 = 20, 45
 UNIX = 3 << 8
@@ -30,4 +30,4 @@ ZIP_64, ALIGNMENT = 0x0001, 0xD935
 """Kinds of extra fields: larger numbers, and padding in front of the data (as Android's zipalign writes it)."""
 
 DOS_TIME, DOS_DATE = 0, 0x21
-"""1 January 1980, the first day that a zip file knows: the same bundle gives the same bytes whenever it is packed."""
+"""1 January 1980, the earliest date of the format: a fixed time makes packing reproducible."""

@@ -1,9 +1,9 @@
-"""Reads the directory of a packed bundle, and takes only what `satchel pack` writes: no other zip file has one meaning.
+"""Reads the directory of a packed bundle, and accepts only what `satchel pack` writes: other zip files are ambiguous.
 
-Readers of zip files disagree where the two descriptions of an entry differ, where entries overlap, and where bytes lie
-that belong to no entry. All of that is refused here, before a byte of an entry is read. `zipfile` lacks what this
-needs: it does not say where an entry's data begins, compares no more of the local header than the name, skips gaps and
-what precedes or follows the archive, and takes an entry twice.
+Zip readers disagree if the local header of an entry differs from the directory, if entries overlap, or if bytes belong
+to no entry. All of that is refused here before any entry is read. `zipfile` is not strict enough: it does not say where
+an entry's data begins, compares only the name in the local header, skips gaps and data before or after the archive,
+and accepts duplicate entries.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.names import equal_names, leads_outside, too_long
 
 LONGEST_PREFIX = 128
-"""Bytes of the line in front of the first entry that names the interpreter."""
+"""The maximum bytes of the shebang line before the first entry."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the central directory says of an entry; `record` are the fields that its local header must repeat."""
+    """An entry of the central directory; `record` are the fields that its local header must repeat."""
 
     name: bytes
     record: tuple[int, ...]
@@ -35,15 +35,15 @@ class _Entry:
 
 
 class _Odd(ValueError):
-    """The file differs from what `satchel pack` writes; the message says where."""
+    """The file differs from what `satchel pack` writes; the message says how."""
 
 
 def read_directory(path: Path) -> dict[str, Span]:
-    """The entries of a packed bundle by their names, in the order in which they lie.
+    """The spans of the entries of a packed bundle by name, in file order.
 
     Raises BundleError for a file that is not a zip file, and for one that `satchel pack` would not have written: with
-    compression, encryption, comments, links, a name that comes twice or leads outside, entries that overlap or leave
-    gaps, or two descriptions of an entry that differ.
+    compression, encryption, comments, links, a name that is a duplicate or leads outside, overlaps or gaps between
+    entries, or a local header that differs from the directory.
     """
     try:
         with path.open("rb") as file:
@@ -124,7 +124,7 @@ def _central_entry(content: bytes, position: int) -> tuple[_Entry, int]:
 
 
 def _wide(extra: bytes) -> list[int]:
-    """The numbers of a Zip64 field, which is the only extra field that the directory may have."""
+    """The numbers of a Zip64 field, the only extra field allowed in the directory."""
     if not extra:
         return []
     kind, length = form.EXTRA.unpack_from(extra)
@@ -159,7 +159,7 @@ def _prefix(file: BinaryIO, entries: list[_Entry]) -> int:
 
 
 def _local(file: BinaryIO, entry: _Entry) -> int:
-    """Check an entry's local header against the directory; where its data starts."""
+    """Check an entry's local header against the directory. Returns the offset of its data."""
     fields = form.LOCAL.unpack(_at(file, entry.offset, form.LOCAL.size))
     magic, *record, packed, size, name_length, extra_length = fields
     _require(magic == form.LOCAL_MAGIC and tuple(record) == entry.record, f"{entry.name!r} is described in two ways")

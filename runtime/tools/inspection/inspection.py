@@ -25,7 +25,7 @@ from satchel.runtime.bundle.plain_graphs import without_custom
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 
-LARGEST_SIZE = 1 << 63  # bytes: whatever is above it is no size
+LARGEST_SIZE = 1 << 63  # bytes; larger sizes are impossible
 
 
 @dataclass(frozen=True)
