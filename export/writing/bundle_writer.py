@@ -32,7 +32,7 @@ line for one that is smaller than `LARGE`.
 
 LARGE = 1 << 20
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], object]
 
 
 def write_bundle(

@@ -1,6 +1,6 @@
-"""Reads a bundle on disk, a folder or a packed file: its manifest, and whether its files are all there and undamaged.
+"""Reads a bundle on disk, a folder or a packed file: parses its manifest and checks its files.
 
-Nothing here depends on the machine: which graphs run is decided in `satchel.runtime.ort.open_bundle`.
+Nothing here depends on the machine: the graphs to run are chosen in `satchel.runtime.ort.open_bundle`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from satchel.runtime.bundle.recognize import is_checkpoint, is_locked
 
 SIGNATURE_NAME = "signature.json"
 BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
-"""Files of a bundle that its manifest cannot list: itself, and the signature over it."""
+"""Files of a bundle that its manifest cannot list: itself and its signature."""
 
 SCRATCH_PREFIX = ".specialize-"
-"""How the names of the folders in a bundle begin in which it is being specialized."""
+"""The name prefix of temporary folders in a bundle that is being specialized."""
 
 Meter = Callable[[int], AbstractContextManager[Callable[[int], object]]]
-"""Shows how far hashing is: called with the bytes to hash, it yields what is called with the bytes of each read."""
+"""Shows the progress of hashing: called with the total bytes, it yields a function for the bytes of each read."""
 
 
 @contextlib.contextmanager
@@ -47,10 +47,10 @@ def no_meter(_: int) -> Iterator[Callable[[int], object]]:
 class Bundle:
     """A bundle. `satchel.runtime.open_bundle` makes one that is checked and ready to run.
 
-    `folder` is the folder, or the packed file. `specialized` is set where the manifest has graphs for this machine, and
-    None where the portable graphs run. `digest` is the manifest's, empty where it was not checked. `packed` says where
-    the files of a packed bundle lie, None for a folder. `custom_ops` are the operator libraries that its graphs need.
-    `whole` is False where `manifest` is reduced to the plain graphs.
+    `folder` is the folder or the packed file. `specialized` is set if the manifest has graphs for this machine, and
+    None if the portable graphs run. `digest` is the manifest's, empty if it was not checked. `packed` has the spans of
+    the files in a packed bundle, None for a folder. `custom_ops` are the operator libraries that the graphs need.
+    `whole` is False if `manifest` is reduced to the plain graphs.
     """
 
     folder: Path
@@ -62,14 +62,14 @@ class Bundle:
     whole: bool = True
 
     def span(self, name: str) -> Span:
-        """Where a file that the manifest lists lies on disk. Raises BundleError for any other name."""
+        """The span on disk of a file that the manifest lists. Raises BundleError for any other name."""
         self._check_listed(name)
         if self.packed is None:
             return Span(self.folder / name, 0, self._size(name), whole=True)
         return self.packed[name]
 
     def read(self, name: str) -> bytes:
-        """The content of a file that the manifest lists. Raises BundleError for any other, and if it cannot be read."""
+        """The content of a file that the manifest lists. Raises BundleError for other names and read errors."""
         try:
             return self.span(name).read()
         except OSError as error:
@@ -80,11 +80,13 @@ class Bundle:
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists, in a folder.
 
-        Raises BundleError for any other name, and for a packed bundle, whose files have none.
+        Raises BundleError for any other name, and for a packed bundle, whose files have no path.
         """
         self._check_listed(name)
         if self.packed is not None:
-            raise BundleError(f"{self.folder}: is packed in one file, and this needs a folder: satchel unpack it first")
+            raise BundleError(
+                f"{self.folder}: is packed into one file, but this needs a folder: extract it with satchel unpack"
+            )
         return self.folder / name
 
     def graph_path(self, phase: str) -> Path:
@@ -92,7 +94,7 @@ class Bundle:
         return self.path(self.manifest.graph(phase).file)
 
     def absolute(self) -> Bundle:
-        """The same with absolute paths, which stay right when the working directory is another one."""
+        """The same bundle with absolute paths, which do not depend on the working directory."""
         packed = self.packed
         if packed is not None:
             packed = {name: dataclasses.replace(span, path=span.path.absolute()) for name, span in packed.items()}
@@ -117,10 +119,10 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, as 64 hex digits, of what decides the numbers that the graphs compute and how a cache holds them.
+        """SHA-256, as 64 hex digits, of everything that affects computed numbers and the cache format.
 
-        That is the names and hashes of the manifest's files, the target, the precision and the cache's description.
-        Specialized graphs and a certificate leave it as it is.
+        It covers the names and hashes of the manifest's files, the target, the precision and the cache specification,
+        but not specialized graphs or a certificate.
         """
         import hashlib  # as in hash_cache
 
@@ -135,10 +137,10 @@ class Bundle:
 
 
 def read_bundle(path: str | Path, *, require_signature: str | Path | None = None) -> Bundle:
-    """Read the manifest of a folder or a packed file. Its files are where they should be, and of the listed sizes.
+    """Read the manifest of a folder or a packed file, and check that all files exist with the listed sizes.
 
-    Their contents are not read: `check_files` does. `require_signature` is the file of a public key that the manifest
-    must be signed for. Raises BundleError.
+    `check_files` checks their contents. `require_signature` is the file of a public key: the manifest must be signed
+    with its private key. Raises BundleError.
     """
     path = Path(path)
     _check_place(path)
@@ -163,16 +165,16 @@ def read_bundle(path: str | Path, *, require_signature: str | Path | None = None
 
 
 def check_files(bundle: Bundle, meter: Meter = no_meter, *, anew: bool = False) -> None:
-    """Compare every file that the manifest lists, those of specialized graphs apart, with its SHA-256.
+    """Check the SHA-256 of every file that the manifest lists, except those of specialized graphs.
 
-    A file that was hashed before and has not changed since is not read again, unless `anew`. Raises BundleError.
+    An unchanged file with a cached hash is not read again, unless `anew`. Raises BundleError.
     """
     files = bundle.manifest.files
     _check_hashes(bundle.folder, files, _spans(bundle, files), meter, anew)
 
 
 def with_specialized(bundle: Bundle, specialized: Specialized, meter: Meter = no_meter) -> Bundle:
-    """A bundle whose specialized graphs are used, once their files are checked. Raises BundleError."""
+    """The bundle with its specialized graphs in use, after checking their files. Raises BundleError."""
     spans = {name: folder_span(bundle.folder, name) for name in specialized.files}
     _check_sizes(bundle.folder, specialized.files, spans)
     _check_hashes(bundle.folder, specialized.files, spans, meter)
@@ -180,7 +182,7 @@ def with_specialized(bundle: Bundle, specialized: Specialized, meter: Meter = no
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether there is a bundle, or a file that could be a packed one, at `path`."""
+    """Whether `path` is a bundle, or a file that could be a packed bundle."""
     return (Path(path) / MANIFEST_NAME).is_file() or (Path(path).is_file() and Path(path).suffix == ".pyz")
 
 
@@ -205,7 +207,7 @@ def _check_place(path: Path) -> None:
 
 
 def _read_manifest(span: Span, name: str, *, anew: bool) -> tuple[dict[str, Any], str]:
-    """The parsed manifest and its digest, which is checked unless it was before and the file is the same."""
+    """The parsed manifest and its digest, which is checked unless the cache has it for the same file."""
     seen = file_identity(span.path)  # before it is read
     content = read_content(span.path, name, span.offset, span.length)
     document = parse_manifest(content, name)
@@ -229,13 +231,12 @@ def _check_names(name: str, manifest: Manifest, packed: Mapping[str, Span] | Non
     twins = equal_names(listed)
     if twins is not None:
         raise BundleError(
-            f"{name}: {twins[0]!r} and {twins[1]!r} are the same file on some systems, which is not allowed: "
-            "do not trust this bundle"
+            f"{name}: {twins[0]!r} and {twins[1]!r} are the same file on some systems: do not trust this bundle"
         )
     if packed is not None:
         odd = sorted(set(packed) - set(BESIDE) ^ set(manifest.files))
         if odd:
-            raise BundleError(f"{name}: {odd[0]!r} is listed and not there, or there and not listed: pack it again")
+            raise BundleError(f"{name}: {odd[0]!r} is listed but missing, or present but not listed: pack it again")
 
 
 def _check_sizes(folder: Path, files: Mapping[str, FileRecord], spans: Mapping[str, Span]) -> None:
@@ -243,7 +244,7 @@ def _check_sizes(folder: Path, files: Mapping[str, FileRecord], spans: Mapping[s
         found = spans[name].length
         if found != record.bytes:
             raise BundleError(
-                f"{folder / name}: {found} bytes where the manifest says {record.bytes}: "
+                f"{folder / name}: {found} bytes, but the manifest says {record.bytes}: "
                 "copy the bundle again, or export it again"
             )
 
@@ -251,7 +252,7 @@ def _check_sizes(folder: Path, files: Mapping[str, FileRecord], spans: Mapping[s
 def _check_hashes(
     folder: Path, files: Mapping[str, FileRecord], spans: Mapping[str, Span], meter: Meter, anew: bool = False
 ) -> None:
-    """Compare the hash of each file; `anew` ignores the hashes of earlier runs."""
+    """Check the hash of each file; `anew` ignores cached hashes."""
     cache = HashCache.load()
     unseen = [
         name

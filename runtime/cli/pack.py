@@ -12,12 +12,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Pack a bundle and the runner into one file. python FILE 'prompt' runs it wherever numpy, onnxruntime and "
         "a tokenizer library are; every command takes it as BUNDLE. Weights are not compressed, and are mapped from "
-        "the file. What satchel specialize made stays behind: it is for one kind of machine."
+        "the file. Specialized graphs are left out, since they are for one kind of machine."
     )
     parser.epilog = "example:\n  satchel pack out/smollm2-int8 -o smollm2.pyz"
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the file to write (.pyz)")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     if os.path.lexists(args.output) and not args.force:
         raise SatchelError(f"--output {args.output}: already exists: choose another path, or replace it with --force")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SatchelWarning)  # about specialized graphs, which stay behind
+        warnings.simplefilter("ignore", SatchelWarning)  # about specialized graphs, which are left out
         bundle = open_bundle(
             args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None
         )

@@ -1,4 +1,4 @@
-"""What happens before `run` and `chat` open BUNDLE: a checkpoint is exported, and a bundle specialized if asked to."""
+"""Prepares BUNDLE for `run` and `chat`: exports a checkpoint, and specializes a bundle with --specialize."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--specialize",
         action=argparse.BooleanOptionalAction,
-        help="make the bundle ready for this machine before anything else, or not at all (default: in the background "
-        "when it is first used)",
+        help="optimize the bundle for this machine first, or never (default: in the background on first use)",
     )
 
 
 def make_ready(args: argparse.Namespace) -> None:
-    """Export BUNDLE where it is a checkpoint, and specialize it first where --specialize is given.
+    """Export BUNDLE if it is a checkpoint, and specialize it if --specialize is given.
 
-    `args.bundle` is then the bundle. Raises SatchelError, and SystemExit where an export ends with an error of its own.
+    Sets `args.bundle` to the bundle. Raises SatchelError, and SystemExit if the export fails with its own error.
     """
     if args.require_signature is None and is_checkpoint(Path(args.bundle)):
         args.bundle = str(_exported(Path(args.bundle), quiet=args.quiet))
@@ -52,9 +51,9 @@ def make_ready(args: argparse.Namespace) -> None:
 
 
 def _exported(checkpoint: Path, *, quiet: bool) -> Path:
-    """The bundle of a checkpoint in the user's cache, exported by the defaults of `satchel export` if it is not there.
+    """The bundle of a checkpoint in the user's cache, exported with the defaults of `satchel export` if missing.
 
-    A checkpoint that was changed, or another version of satchel, is exported anew.
+    It is exported again if the checkpoint or the version of satchel has changed.
     """
     name = _cache_name(checkpoint)
     found = user_cache.find(name)
@@ -62,12 +61,12 @@ def _exported(checkpoint: Path, *, quiet: bool) -> Path:
         return found
     if requirements.missing("export"):
         raise SatchelError(
-            f"{checkpoint}: is a checkpoint, and to export it packages are missing: "
+            f"{checkpoint}: is a checkpoint; exporting it requires more packages: "
             f"{requirements.install_command('export')}"
         )
     output = user_cache.bundles_folder() / name
     if not quiet:
-        print(f"satchel: exporting {checkpoint} to {output}; later runs start from there", file=sys.stderr)
+        print(f"satchel: exporting {checkpoint} to {output}; later runs reuse it", file=sys.stderr)
     code = _export(checkpoint, output, ["--quiet"] if quiet else [])
     if code != 0 and not is_made_by_satchel(output):  # another process may have exported it meanwhile
         raise SystemExit(code)
@@ -76,7 +75,7 @@ def _exported(checkpoint: Path, *, quiet: bool) -> Path:
 
 
 def _cache_name(checkpoint: Path) -> str:
-    """A name that is another one for each checkpoint, its files as they are now, and each version of satchel."""
+    """A name that depends on the checkpoint, the state of its files, and the version of satchel."""
     import hashlib
     import json
     from importlib.metadata import version
@@ -89,7 +88,7 @@ def _cache_name(checkpoint: Path) -> str:
 
 
 def _export(checkpoint: Path, output: Path, flags: list[str]) -> int:
-    """Run `satchel export` in a process of its own, whose memory is free again when the model runs: its exit code."""
+    """Run `satchel export` in a child process, to free its memory before the model runs. Returns the exit code."""
     import signal
     import subprocess
 
@@ -98,7 +97,7 @@ def _export(checkpoint: Path, output: Path, flags: list[str]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": python_path()},
-        start_new_session=True,  # it is told once of Ctrl-C, here, and then removes what is half made
+        start_new_session=True,  # gets Ctrl-C once, from here, and then removes unfinished files
     )
     try:
         code = process.wait()

@@ -1,4 +1,4 @@
-"""`satchel specialize`: makes a bundle ready for this machine, so that it loads and runs faster."""
+"""`satchel specialize`: optimizes a bundle for this machine, so that it loads and runs faster."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("auto", "satchel", "onnxruntime"),
         default="auto",
-        help="what computes matmuls and attention: satchel's own kernels, where they are built and the processor has "
-        "what they need; ONNX Runtime's; or the faster of both as timed here (default %(default)s)",
+        help="kernels for matmuls and attention: satchel's own, if they are built and the processor supports them; "
+        "ONNX Runtime's; or the faster of both, as timed on this machine (default %(default)s)",
     )
     parser.add_argument(
         "--layout",
         choices=("auto", "stored", "groups", "int8"),
         default="auto",
-        help="weights for ONNX Runtime's kernels: as they are stored; a copy in groups of inputs for decode, which "
-        "some processors multiply faster, for more memory; an int8 copy of 4-bit weights for prefill, which is faster, "
-        "for more memory and a little less exact; or stored or groups, the faster as timed here (default %(default)s)",
+        help="weight layout for ONNX Runtime's kernels: as stored; a copy in groups of inputs for decode, faster on "
+        "some processors for more memory; an int8 copy of 4-bit weights for prefill, faster for more memory and "
+        "slightly less accurate; or auto, the faster of stored and groups as timed here (default %(default)s)",
     )
     custom_flags.add_library_flag(parser)
-    parser.add_argument("--force", action="store_true", help="make it again where the bundle is ready already")
-    parser.add_argument("--remove", action="store_true", help="remove what was made for this bundle")
+    parser.add_argument(
+        "--force", action="store_true", help="specialize again even if the bundle is specialized already"
+    )
+    parser.add_argument("--remove", action="store_true", help="remove the specialized graphs of this bundle")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
@@ -62,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"{args.bundle}: {line}", file=sys.stderr)
 
     if args.require_signature is not None:
-        raise SatchelError("--require-signature: no signature covers what specialize makes: leave it out")
+        raise SatchelError("--require-signature: a signature does not cover specialized graphs: leave it out")
     if args.remove:
         remove(path, custom_flags.custom_of(args))
         document = {"bundle": args.bundle, "made": False, "specialized": None, "bytes": 0}
@@ -79,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
             shown=not args.quiet,
             progress=stage_printer(shown=not args.quiet),
             say=say,
-            waiting=lambda: say("another process is specializing it: waiting for its end"),
+            waiting=lambda: say("another process is specializing it: waiting"),
         )
         specialized = found.bundle.specialized
         size = 0 if specialized is None else sum(record.bytes for record in specialized.files.values())

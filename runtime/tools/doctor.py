@@ -1,4 +1,4 @@
-"""Checks an installation, the machine and, where one is given, a bundle: what is here, and what will run."""
+"""Checks an installation, the machine and optionally a bundle: what is installed, and what will run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MB, GIB = 1e6, 1 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: its name, a sentence for people, the facts for programs, and whether it works."""
+    """The result of one check: its name, a text for people, facts for programs, and whether it works."""
 
     name: str
     text: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine(bundle: str | None = None) -> Iterator[Finding]:
-    """Look at one thing after the other. What is broken is a finding, not an error."""
+    """Run all checks. Broken parts are findings, not errors."""
     yield _satchel()
     yield _onnxruntime()
     features = cpu.processor_features()
@@ -56,7 +56,7 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
 
 
 def phases(bundle: Bundle) -> dict[str, str]:
-    """What computes prefill and decode of an opened bundle on this machine, in words."""
+    """The graphs and kernels of prefill and decode of an opened bundle on this machine, in words."""
     made = bundle.specialized
     if made is None:
         return dict.fromkeys(("prefill", "decode"), "portable graphs, ONNX Runtime's kernels")
@@ -89,7 +89,7 @@ def _onnxruntime() -> Finding:
         import onnxruntime
 
         providers = onnxruntime.get_available_providers()
-    except Exception as error:  # noqa: BLE001  # whatever keeps it from loading is what is to be told
+    except Exception as error:  # noqa: BLE001  # any reason why it does not load is reported
         text = f"does not load ({' '.join(str(error).split())}): pip install --force-reinstall onnxruntime"
         return Finding("onnxruntime", text, {"version": None, "tested": False, "providers": []}, works=False)
     version = onnxruntime.__version__

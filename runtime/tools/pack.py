@@ -1,4 +1,4 @@
-"""Packs a bundle into one file that Python runs, and puts it into a folder again."""
+"""Packs a bundle into one file that Python runs, and extracts it again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 SKIPPED = ("__pycache__", "py.typed", "entry")  # an editable install shows `satchel` itself as satchel.runtime.entry
 COMPILED = (".c", ".h", *importlib.machinery.EXTENSION_SUFFIXES)
-"""Ends of the names of satchel's own kernels: a library is loaded from no archive, and is for one machine."""
+"""Name suffixes of satchel's own kernels, which are machine-specific and cannot be loaded from an archive."""
 
 PROGRAM_MODE = 0o755
 
@@ -44,14 +44,14 @@ PROGRAM_MODE = 0o755
 def pack(bundle: Bundle, output: Path) -> None:
     """Write an opened bundle, with the runner, into one file. The same bundle gives the same bytes.
 
-    What was made on a device stays behind: the packed manifest has no `specialized`. The file appears whole or not at
-    all. Raises SatchelError where it cannot be written, BundleError where the bundle cannot be read.
+    Specialized graphs are left out of it. The file is written atomically. Raises SatchelError if it cannot be written,
+    and BundleError if the bundle cannot be read.
     """
     write_packed(bundle, bundle_entries(bundle), output, "--output")
 
 
 def write_packed(bundle: Bundle, files: list[Entry], output: Path, option: str) -> None:
-    """Write a packed bundle of these files of it; `option` is the flag that named `output`. Raises SatchelError."""
+    """Write a packed bundle with these files; `option` is the flag that named `output`. Raises SatchelError."""
     entries = [*_runner_entries(), *files]
     write_parts(output, zip_parts(PREFIX, entries), option)
     with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ def write_packed(bundle: Bundle, files: list[Entry], output: Path, option: str) 
 
 
 def bundle_entries(bundle: Bundle) -> list[Entry]:
-    """The files of a bundle as they are packed: manifest, signature, and what the manifest lists, by name."""
+    """The files of a bundle to pack: manifest, signature, and the files that the manifest lists, sorted by name."""
     spans = {name: bundle.span(name) for name in sorted(bundle.manifest.files)}
     beside = {name: content for name in BESIDE if (content := beside_content(bundle, name)) is not None}
     if bundle.packed is None and MANIFEST_NAME in beside:
@@ -69,7 +69,7 @@ def bundle_entries(bundle: Bundle) -> list[Entry]:
 
 
 def beside_content(bundle: Bundle, name: str) -> bytes | None:
-    """The content of a file that the manifest does not list, the manifest itself or a signature; None without one."""
+    """The content of the manifest or the signature, which the manifest does not list; None if there is none."""
     if bundle.packed is not None:
         return bundle.packed[name].read() if name in bundle.packed else None
     path = bundle.folder / name
@@ -77,9 +77,9 @@ def beside_content(bundle: Bundle, name: str) -> bytes | None:
 
 
 def unpack(bundle: Bundle, output: Path) -> None:
-    """Write the files of a packed bundle, which is opened and so checked, into a new folder.
+    """Extract the files of an opened packed bundle into a new folder.
 
-    The folder appears whole or not at all. Raises SatchelError where something is there, or it cannot be written.
+    The folder is created atomically. Raises SatchelError if it exists or cannot be written.
     """
     if bundle.packed is None:
         raise SatchelError(f"{bundle.folder}: is a folder already: give a file made by satchel pack")
@@ -98,7 +98,7 @@ def unpack(bundle: Bundle, output: Path) -> None:
 
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that becomes it when the block ends well, and is removed otherwise."""
+    """An empty folder beside `output`, renamed to it if the block succeeds, and removed otherwise."""
     with scratch_folder(output.absolute().parent, ".satchel-unpack-") as place:
         stage = place / "bundle"
         stage.mkdir()
@@ -107,7 +107,7 @@ def _staged(output: Path) -> Iterator[Path]:
 
 
 def _without_specialized(bundle: Bundle, content: bytes) -> bytes:
-    """The manifest's own bytes, or those of one without specialized graphs where it has some."""
+    """The bytes of the manifest without specialized graphs; unchanged if it has none."""
     if bundle.manifest.specialized is None:
         return content
     document = replace(bundle.manifest, specialized=None).to_json()
@@ -115,7 +115,7 @@ def _without_specialized(bundle: Bundle, content: bytes) -> bytes:
 
 
 def _runner_entries() -> list[Entry]:
-    """The program: its start, the runner's modules and data, and the version by which it knows itself."""
+    """The program: __main__.py, the runner's modules and data, and metadata with its version."""
     version = metadata.version("satchel")
     needed = [line for line in metadata.requires("satchel") or () if "extra ==" not in line]
     lines = ["Metadata-Version: 2.1", "Name: satchel", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needed)]

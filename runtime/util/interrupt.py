@@ -1,9 +1,9 @@
 """Ctrl-C at any moment of a command ends it with exit code 130 and one line, and never with a traceback.
 
 Python's own handler raises KeyboardInterrupt wherever the program is. In the middle of an import or of cleaning up,
-that turns into another error (ImportError, BufferError), or is printed and lost. So the handler here also remembers
-that it was called: whatever error then reaches the top is the interrupt. A second Ctrl-C ends the process at once.
-Standard library only, and little of it: this is imported before anything else.
+that turns into another error (ImportError, BufferError), or is printed and lost. The handler here therefore records
+that it was called: any error that then reaches the top level is the interrupt. A second Ctrl-C ends the process
+at once. Standard library only, and little of it: this is imported before anything else.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130
 MESSAGE = "satchel: interrupted\n"
-AGAIN_AFTER = 0.01  # seconds; raised inside the hook, it would be lost once more
+AGAIN_AFTER = 0.01  # seconds; an error raised inside the hook would be lost again
 
 _came = False
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command of a process that is satchel's own, and return its exit code; 130 after Ctrl-C.
+    """Run a command in a process that belongs to satchel. Returns its exit code, 130 after Ctrl-C.
 
-    Installs a handler for SIGINT, unless the parent process had it ignored, and hooks for errors that have no caller.
+    Installs a handler for SIGINT, unless the parent process ignores it, and hooks for uncaught errors.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -35,23 +35,23 @@ def guarded(command: Callable[[], int]) -> int:
         sys.unraisablehook = _unraisable
         threading.excepthook = _in_thread
     code = command()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; shutting the interpreter down is not to be seen
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is done: shutdown is not interrupted
     return code
 
 
 def came() -> bool:
-    """Whether Ctrl-C was pressed, and is not forgotten."""
+    """Whether Ctrl-C was pressed since the start or the last `forget`."""
     return _came
 
 
 def forget() -> None:
-    """Go on after a Ctrl-C that ended only a part of the work, such as an answer in a chat."""
+    """Continue after a Ctrl-C that ended only part of the work, such as an answer in a chat."""
     global _came
     _came = False
 
 
 def end() -> NoReturn:
-    """End the process after Ctrl-C. What can be flushed is; nothing else is waited for."""
+    """End the process after Ctrl-C: flush standard output and error, and wait for nothing else."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -81,7 +81,7 @@ def _at_top(kind: type[BaseException], error: BaseException, trace: Any) -> None
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Raise an interrupt again that was lost in a callback or a finalizer; say nothing else of a process that ends."""
+    """Raise an interrupt again that was lost in a callback or a finalizer; print nothing else after Ctrl-C."""
     global _came
     if not _came:
         sys.__unraisablehook__(unraisable)

@@ -1,4 +1,4 @@
-"""Which packages satchel needs, which of them are missing here, and the command that installs those.
+"""Packages that satchel requires, those that are missing, and the command that installs them.
 
 The source is the metadata of the installed satchel. Standard library only.
 """
@@ -12,14 +12,14 @@ from functools import cache
 from importlib import metadata
 
 EXTRAS = ("export", "plot", "sign")
-"""Optional parts of satchel that a user may want, by the names in pyproject.toml."""
+"""The user-facing extras of satchel, by their names in pyproject.toml."""
 
 _REQUIREMENT = re.compile(r"""([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;.*\bextra\s*==\s*["']([\w-]+)["'].*)?""")
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package by its name in an index, with its version bounds, and the extra that needs it; None: satchel does."""
+    """A package by its name and version bounds, and the extra that requires it; None for satchel itself."""
 
     name: str
     bounds: str
@@ -41,7 +41,7 @@ class Requirement:
 
 @cache
 def requirements() -> tuple[Requirement, ...]:
-    """What satchel's metadata lists, extras included; nothing where satchel runs without being installed."""
+    """The requirements in satchel's metadata, extras included; empty if satchel is not installed."""
     try:
         lines = metadata.requires("satchel") or []
     except metadata.PackageNotFoundError:
@@ -56,21 +56,21 @@ def missing(extra: str | None) -> list[Requirement]:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs what an extra lacks here."""
+    """The command that installs the missing packages of an extra."""
     return _command(missing(extra) or [each for each in requirements() if each.extra == extra])
 
 
 def not_installed(module: str) -> str | None:
     """The message about a module that cannot be imported: what is missing and the command that installs it.
 
-    None for a module that is of none of the packages that satchel asks for: then it is a fault, not a missing package.
+    None for a module of any other package: its absence is a bug.
     """
     package = module.split(".")[0]
     users = [each for each in requirements() if each.name.replace("-", "_").lower() == package.lower()]
     wanted = [each for each in users if each.extra is None] or [each for each in users if each.extra in EXTRAS]
     if not wanted:
         return None
-    extra = wanted[0].extra  # a bundle may do without some of satchel's own packages
+    extra = wanted[0].extra  # some bundles do not need all of satchel's own packages
     others = [] if extra is None else [each for each in missing(extra) if each.name != wanted[0].name]
     return f"{package} is not installed: {_command([wanted[0], *others])}"
 

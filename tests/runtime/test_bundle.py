@@ -121,7 +121,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 
 def test_a_truncated_file_is_noticed_without_hashing(folder: Path, hashed: list[str]) -> None:
     os.truncate(folder / "weights.bin", 1000)
-    with pytest.raises(BundleError, match=r"weights\.bin: 1000 bytes where the manifest says \d+: copy"):
+    with pytest.raises(BundleError, match=r"weights\.bin: 1000 bytes, .* \d+: copy"):
         open_bundle(folder)
     assert hashed == []
 

@@ -104,13 +104,13 @@ def test_the_facts_are_those_of_the_manifest(rich: Path, capsys: pytest.CaptureF
     whole = sum(path.stat().st_size for path in rich.iterdir())
     assert (code, err) == (0, "")
     assert ["source", "tiny (test, tiny)"] in lines
-    assert ["precision", "int4, by recipe mine"] in lines
+    assert ["precision", "int4, recipe mine"] in lines
     assert ["layers", "2 with 2 KV heads of 16"] in lines
     assert ["weights.bin", f"{weights:,}", f"{weights / whole:.1%}"] in lines
     assert ["all", f"{whole:,}"] in lines
     bits = 8 * weights / read_manifest(rich)["model"]["parameters"]
     assert [f"{whole / 1e6:.1f} MB; {bits:.2f} bits per weight"] in lines
-    assert ["a token", "512 bytes"] in lines  # 2 layers x 2 heads x (16 + 16) numbers x 4 bytes
+    assert ["per token", "512 bytes"] in lines  # 2 layers x 2 heads x (16 + 16) numbers x 4 bytes
     assert ["decode", "decode.onnx", "its own", "session.disable_prepacking = 1"] in lines
     assert ["common", "fuse_norms 1,200"] in lines
     assert ["decode", "single_token 1"] in lines
@@ -124,11 +124,11 @@ def test_equal_layers_and_equal_refusals_are_one_line(rich: Path, capsys: pytest
     _, out, _ = ran(capsys, rich)
     start = rows(out).index(["Weights"])
     assert rows(out)[start + 1 : start + 6] == [
-        ["model.layers.*.mlp.up", "4 bits, blocks of 32, with zero points, int8 activations per token", "x 5"],
-        ["model.layers.*.mlp.down", "8 bits, blocks of 32, symmetric, int8 activations per token",
+        ["model.layers.*.mlp.up", "4 bits, group size 32, with zero points, int8 activations per token", "x 5"],
+        ["model.layers.*.mlp.down", "8 bits, group size 32, symmetric, int8 activations per token",
          "x 3 (layers 0, 3-4)"],
-        ["model.layers.*.mlp.down", "4 bits, blocks of 32, symmetric, int8 activations per token", "x 2 (layers 1-2)"],
-        ["lm_head", "8 bits, a scale per output, symmetric, int8 activations per token, in decode per tensor"],
+        ["model.layers.*.mlp.down", "4 bits, group size 32, symmetric, int8 activations per token", "x 2 (layers 1-2)"],
+        ["lm_head", "8 bits, per-channel, symmetric, int8 activations per token, in decode per tensor"],
         ["all other weights", "float32"],
     ]  # fmt: skip
     assert ["common", "fuse_gates", "gate.0 and 2 more", "a bias <is> in the way"] in rows(out)
@@ -137,7 +137,7 @@ def test_equal_layers_and_equal_refusals_are_one_line(rich: Path, capsys: pytest
 def test_a_float_bundle_that_nobody_certified(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = ran(capsys, tiny)
     assert code == 0
-    for line in (["all weights", "float32"], ["none: nobody measured this bundle"], ["nothing"]):
+    for line in (["all weights", "float32"], ["none: the export measured no accuracy"], ["nothing"]):
         assert line in rows(out)
 
 
@@ -320,14 +320,14 @@ def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: (folder / "weights.bin").unlink(), "weights.bin: missing: copy the bundle again"),
-        (lambda folder: (folder / "weights.bin").write_bytes(b"short"), "weights.bin: 5 bytes where the manifest says"),
+        (lambda folder: (folder / "weights.bin").write_bytes(b"short"), "weights.bin: 5 bytes"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"{"), "manifest.json: not valid JSON"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json in it"),
         (lambda folder: shutil.rmtree(folder), "no such file or folder"),
         (lambda folder: spoil_passes(folder, {"graph": "common"}), "missing key 'passes[0].name'"),
         (lambda folder: spoil_passes(folder, {**PASSES[0], "count": "x"}), "'passes[0].count' must be a whole number"),
         (lambda folder: spoil_passes(folder, {**PASSES[0], "time": 1}), "unknown key 'passes[0].time'"),
-        (lambda folder: spoil_cache(folder), "its sizes are no sizes: export the bundle again"),
+        (lambda folder: spoil_cache(folder), "sizes are impossible"),
     ],
 )
 def test_a_bundle_that_is_damaged_is_one_line_and_exit_code_2(

@@ -1,4 +1,4 @@
-"""Lays out and writes a packed bundle: a zip file whose entries are stored as they are, and aligned."""
+"""Writes a packed bundle: a zip file with uncompressed, aligned entries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from satchel.runtime.bundle.archive import zip_format as form
 from satchel.runtime.bundle.archive.span import Span
 
 PAGE = 4096
-"""Bytes at whose multiples the files of a bundle start, so that the weights keep their own alignment and are mapped."""
+"""Alignment of a bundle's files in bytes, so that weights keep their own alignment and can be memory-mapped."""
 
 READ_SIZE = 1 << 20
 
@@ -21,7 +21,7 @@ MODE = stat.S_IFREG | 0o644
 
 @dataclass(frozen=True)
 class Entry:
-    """A file to pack: its name in the zip file, its content, in memory or on disk, and the alignment of its start."""
+    """A file to pack: its name in the zip file, its content in memory or on disk, and the alignment of its data."""
 
     name: str
     content: bytes | Span
@@ -33,7 +33,7 @@ class Entry:
         return len(self.content) if isinstance(self.content, bytes) else self.content.length
 
     def blocks(self) -> Iterator[bytes]:
-        """The content. Raises OSError, also where the file on disk has become shorter."""
+        """The content in blocks. Raises OSError, also if the file on disk has become shorter."""
         if isinstance(self.content, bytes):
             yield self.content
             return
@@ -66,7 +66,7 @@ class Placed:
 
 
 def lay_out(prefix: bytes, entries: Iterable[Entry], crcs: Sequence[int]) -> tuple[list[Placed], bytes]:
-    """Where each entry goes behind the prefix, and the directory that ends the file. `crcs` are of the entries."""
+    """The layout of the entries after the prefix, and the directory at the end. `crcs` are those of the entries."""
     placed, position = [], len(prefix)
     for entry, crc in zip(entries, crcs, strict=True):
         header = _local(entry, crc, position)
@@ -115,12 +115,12 @@ def _central(entry: Entry, crc: int, offset: int) -> bytes:
 
 
 def _common(wide: bool) -> tuple[int, ...]:
-    """Version needed, flags, method, time and date: what an entry's two descriptions begin with."""
+    """Version needed, flags, method, time and date: the first fields of both headers of an entry."""
     return (form.VERSION_64 if wide else form.VERSION, form.UTF8, form.STORED, form.DOS_TIME, form.DOS_DATE)
 
 
 def _padding(start: int, alignment: int) -> bytes:
-    """An extra field behind which content that would start at `start` is aligned; none where it is."""
+    """An extra field that aligns content which would start at `start`; empty if it is aligned."""
     if start % alignment == 0:
         return b""
     smallest = form.EXTRA.size + 2

@@ -1,4 +1,4 @@
-"""What a bundle's manifest says of it, put together for people: sizes, precision per layer, passes, certificate."""
+"""Collects what a manifest says about a bundle: sizes, precision per layer, passes, certificate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGEST_SIZE = 1 << 63  # bytes; larger sizes are impossible
 
 @dataclass(frozen=True)
 class Refused:
-    """A node that a pass left alone, and why."""
+    """A node that a pass did not change, and the reason."""
 
     node: str
     reason: str
@@ -38,7 +38,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class PassFacts:
-    """What a pass did to a graph: "common" (what all phases share) or that of a phase."""
+    """The result of a pass on a graph: "common" (shared by all phases) or that of a phase."""
 
     graph: str
     name: str
@@ -50,11 +50,10 @@ class PassFacts:
 class Inspection:
     """What is in a bundle. Sizes are in bytes; `files` has the largest first.
 
-    `bytes` is all files together without those that `specialized` lists, and `cache_bytes` the KV cache for the whole
-    context. `bits_per_weight` is 8 times the size of
-    weights.bin over the model's parameters, None without such a file. `layers` is as in the manifest: the quantized
-    ones; other weights are in `float_weights`. `graphs` are those of the phases and the variants, and as "plain" and
-    the phase those without custom passes.
+    `bytes` is the total of all files except those in `specialized`, and `cache_bytes` the KV cache for the whole
+    context. `bits_per_weight` is 8 times the size of weights.bin over the model's parameters, None without such a file.
+    `layers` are the quantized layers, as in the manifest; other weights are in `float_weights`. `graphs` are those of
+    the phases and the variants, and under "plain" and the phase those without custom passes.
     """
 
     bundle: str
@@ -81,7 +80,7 @@ class Inspection:
     specialized: Specialized | None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON values, in the order of the fields, golden prompts counted."""
+        """The fields as plain JSON values, with the number of golden prompts instead of the prompts."""
         values: dict[str, Any] = strict_json.to_json(self)
         if self.certificate is not None:
             values["certificate"]["prompts"] = len(self.certificate.prompts)
@@ -89,9 +88,9 @@ class Inspection:
 
 
 def inspect_bundle(bundle: Bundle) -> Inspection:
-    """Put together what the manifest of a bundle says; `read_bundle` is enough to have one.
+    """Collect what the manifest of a bundle says; `read_bundle` opens it well enough.
 
-    Raises BundleError when its list of passes is not of the form that an export writes, or a size cannot be.
+    Raises BundleError if its list of passes is malformed or a size is impossible.
     """
     manifest = bundle.manifest
     sizes = {MANIFEST_NAME: bundle.manifest_bytes}
@@ -100,7 +99,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     token_bytes, specialized = _bytes_per_token(manifest.kv_cache), manifest.specialized
     cache_bytes = token_bytes * manifest.model.max_context
     if max(cache_bytes, 0 if specialized is None else specialized.bytes) >= LARGEST_SIZE:
-        raise BundleError(f"{bundle.folder / MANIFEST_NAME}: its sizes are no sizes: export the bundle again")
+        raise BundleError(f"{bundle.folder / MANIFEST_NAME}: its sizes are impossible: export the bundle again")
     return Inspection(
         bundle=str(bundle.folder),
         source=manifest.source,
@@ -134,7 +133,7 @@ def _bytes_per_token(spec: CacheSpec) -> int:
 
 
 def _graphs(manifest: Manifest) -> dict[str, GraphSpec]:
-    """Each graph by its phase, of static ones with the number of tokens, and the part where there are several."""
+    """Each graph by its phase; static ones with the number of tokens, and the part if there are several."""
     found = _graphs_of(manifest)
     if manifest.plain is not None:
         found |= {f"plain {name}": facts for name, facts in _graphs_of(without_custom(manifest)).items()}

@@ -36,7 +36,7 @@ FIGURES: tuple[tuple[str, Callable[[PhaseFidelity], float | None], str], ...] = 
 class Table:
     """A titled table. `header` is empty where the first column names the rows; `right` are columns of numbers.
 
-    All cells are escaped for reading already. `note` stands under the table.
+    All cells are already escaped for display. `note` is printed below the table.
     """
 
     title: str
@@ -57,14 +57,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class BitsGrid:
-    """Bits per weight by layer: for each layer's number a cell per kind of weight, None where it is in float."""
+    """Bits per weight by layer: for each layer number a cell per kind of weight, None for float weights."""
 
     kinds: tuple[str, ...]
     rows: tuple[tuple[int, tuple[Bar | None, ...]], ...]
 
 
 def as_text(inspection: Inspection) -> str:
-    """The inspection for a terminal: equal layers and equal refusals in one line."""
+    """The inspection as text for a terminal; equal layers and equal refusals share a line."""
     lines = [printable(inspection.bundle)]
     tables = [
         _overview(inspection), _files(inspection), _cache(inspection), _grouped_layers(inspection),
@@ -78,7 +78,7 @@ def as_text(inspection: Inspection) -> str:
 
 
 def as_page(inspection: Inspection) -> str:
-    """The inspection as one HTML page that loads nothing: every layer, every pass and every refusal."""
+    """The inspection as a self-contained HTML page with every layer, pass and refusal."""
     from jinja2 import Environment
 
     template = resources.files("satchel.runtime.tools.inspection").joinpath(TEMPLATE).read_text(encoding="utf-8")
@@ -104,7 +104,7 @@ def _overview(found: Inspection) -> Table:
     rows = [
         ("source", f"{found.source.name} ({found.source.kind}, {found.source.model_type})"),
         ("target", found.target),
-        ("precision", found.precision + (f", by recipe {found.recipe}" if found.recipe else "")),
+        ("precision", found.precision + (f", recipe {found.recipe}" if found.recipe else "")),
         ("parameters", f"{model.parameters:,}"),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("context", f"{model.max_context:,} positions"),
@@ -149,8 +149,8 @@ def _files(found: Inspection) -> Table:
 def _cache(found: Inspection) -> Table:
     cache, context = found.kv_cache, found.model.max_context
     rows = [
-        ("numbers", f"{cache.dtype}, written in place" if cache.mode == "shared" else f"{cache.dtype}, {cache.mode}"),
-        ("a token", f"{found.cache_bytes_per_token:,} bytes"),
+        ("values", f"{cache.dtype}, written in place" if cache.mode == "shared" else f"{cache.dtype}, {cache.mode}"),
+        ("per token", f"{found.cache_bytes_per_token:,} bytes"),
         (f"{context:,} tokens", f"{found.cache_bytes / MIB:,.1f} MiB"),
     ]
     return Table("KV cache", _clean(rows))
@@ -176,21 +176,21 @@ def _all_layers(found: Inspection) -> Table:
         (
             name,
             str(layer.bits),
-            "output" if layer.block is None else str(layer.block),
+            "per channel" if layer.block is None else str(layer.block),
             "no" if layer.symmetric else "yes",
             layer.prefill_activations,
             layer.decode_activations,
         )
         for name, layer in found.layers.items()
     ]
-    header = ("weight", "bits", "block", "zero points", "activations in prefill", "in decode")
+    header = ("weight", "bits", "group size", "zero points", "activations in prefill", "in decode")
     rest = f"All {'other ' if rows else ''}weights: {found.float_weights}."
     return Table("Weights", _clean(rows), header if rows else (), (1, 2), rest)
 
 
 def describe(precision: LayerPrecision) -> str:
-    """How a weight is stored and its product fed, in words."""
-    scale = "a scale per output" if precision.block is None else f"blocks of {precision.block}"
+    """The quantization of a weight and of its activations, in words."""
+    scale = "per-channel" if precision.block is None else f"group size {precision.block}"
     zero = "symmetric" if precision.symmetric else "with zero points"
     prefill, decode = precision.prefill_activations, precision.decode_activations
     fed = "float activations" if prefill == "float" else f"int8 activations per {prefill}"
@@ -240,7 +240,7 @@ def _pass_counts(found: Inspection) -> Table:
     for graph, parts in by_graph.items():
         first, *more = textwrap.wrap(", ".join(parts) or "nothing", WRAP)
         rows += [(graph, first), *(("", line) for line in more)]
-    return Table("What passes changed", _clean(rows) or (("nothing is recorded",),))
+    return Table("What passes changed", _clean(rows) or (("not recorded",),))
 
 
 def _all_passes(found: Inspection) -> Table:
@@ -273,7 +273,7 @@ def _all_refusals(found: Inspection) -> Table:
 def _certificate(found: Inspection) -> list[Table]:
     certificate = found.certificate
     if certificate is None:
-        return [Table("Certificate", (("none: nobody measured this bundle",),))]
+        return [Table("Certificate", (("none: the export measured no accuracy",),))]
     figures = []
     for label, of, form in FIGURES:
         values = (of(certificate.prefill), of(certificate.decode))
@@ -302,7 +302,7 @@ def _measured(certificate: Certificate) -> list[tuple[str, str]]:
         (
             "margin",
             f"KL x {1 + margin.kl_relative:g} + {margin.kl_absolute:g} nats; "
-            f"another token where two logits are less than {margin.logit:g} apart",
+            f"a token may differ if its two best logits are less than {margin.logit:g} apart",
         ),
     ]
     if speed is not None:
@@ -319,19 +319,19 @@ def _measured(certificate: Certificate) -> list[tuple[str, str]]:
 def _provenance(found: Inspection) -> list[Table]:
     provenance = found.provenance
     if provenance is None:
-        return [Table("Made by", (("nothing is recorded",),))]
+        return [Table("Export", (("not recorded",),))]
     made = [(name, text) for name, value in provenance.options.items() if (text := _option(value))]
     made += [("processor", ", ".join(provenance.processor)), ("threads", str(provenance.threads))]
     files = [(name, f"{record.bytes:,}", record.sha256) for name, record in provenance.source.items()]
     header = ("file", "bytes", "SHA-256") if files else ()
     return [
-        Table("Made by", _clean(made)),
-        Table("Made from", _clean(files) or (("a module in memory",),), header, (1,)),
+        Table("Export", _clean(made)),
+        Table("Source files", _clean(files) or (("a module in memory",),), header, (1,)),
     ]
 
 
 def _option(value: Any) -> str:
-    """An option of the export in words; empty where it was not used."""
+    """An export option as text; empty if it was not set."""
     if isinstance(value, list):
         return "; ".join(map(_option, value))
     if isinstance(value, dict):
@@ -347,5 +347,5 @@ def _megabytes(size: int) -> str:
 
 
 def _clean(rows: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """The rows as they may be shown: names and reasons come out of the bundle."""
+    """The rows escaped for display, since names and reasons come from the bundle."""
     return tuple(tuple(map(printable, row)) for row in rows)
