@@ -1,4 +1,4 @@
-"""Reading checkpoints: a Hugging Face folder, a GGUF file or the user's own module, each opened lazily."""
+"""Reads checkpoints lazily: a Hugging Face folder, a GGUF file or a custom module."""
 
 from satchel.export.checkpoint.module import ModuleFacts, open_module
 from satchel.export.checkpoint.open import open_checkpoint

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that go into the bundle as they are."""
+"""The files of a checkpoint that are copied into the bundle unchanged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PATTERNS = ("generation_config.json", "tokenizer_config.json", "LICENSE*", "NOT
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON table; empty if the file is not there.
+    """Read a JSON object; empty if the file does not exist.
 
     Raises:
-        ExportError: If the file is there and holds anything else.
+        ExportError: If the file contains anything else.
     """
     if not path.is_file():
         return {}
@@ -24,12 +24,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         raise ExportError(f"{path}: not valid JSON; download it again") from None
     if not isinstance(table, dict):
-        raise ExportError(f"{path}: holds {type(table).__name__} instead of a table; download it again")
+        raise ExportError(f"{path}: holds {type(table).__name__} instead of a JSON object; download it again")
     return table
 
 
 def folder_companions(folder: Path) -> dict[str, bytes | Path]:
-    """The companions of a checkpoint folder: chat template, configs, license, notices, model card."""
+    """Return the companions in a checkpoint folder: chat template, configs, license, notices, model card."""
     found: dict[str, bytes | Path] = {
         path.name: path for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()
     }
@@ -44,7 +44,7 @@ def folder_companions(folder: Path) -> dict[str, bytes | Path]:
 
 
 def _template(stored: Any) -> str | None:
-    """The template text of a tokenizer_config.json, which holds one text, or a list of named ones."""
+    """Return the template in a tokenizer_config.json, which holds one string or a list of named ones."""
     if isinstance(stored, str):
         return stored
     if isinstance(stored, list):

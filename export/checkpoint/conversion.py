@@ -1,8 +1,8 @@
-"""From the names and layouts of a stored checkpoint to the module's parameters, without reading a value.
+"""Maps the tensors of a checkpoint to the module's parameters, without reading their values.
 
-transformers declares, per architecture, which stored names map to which parameters and which operations (stack the
-experts, join gate and up, split a fused matrix) lie between. Those declarations are followed here as its loader follows
-them, but each operation becomes a `LazyWeight` over the stored ones.
+For each architecture, transformers declares how stored names map to parameters, and by which operations (stack the
+experts, concatenate gate and up, split a fused matrix). This module follows the declarations as transformers' loader
+does, but each operation returns a `LazyWeight` over the stored tensors.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ Sources = dict[str, list[LazyWeight]]
 
 @dataclass
 class _Conversion:
-    """The stored tensors, by the converter's pattern, that become one parameter or a few."""
+    """The stored tensors, by the converter's pattern, that become one or more parameters."""
 
     converter: WeightConverter
     sources: Sources = field(default_factory=dict)
 
 
 def convert(module: PreTrainedModel, stored: Mapping[str, LazyWeight], source: str) -> dict[str, LazyWeight]:
-    """The module's weights from the stored ones; stored tensors that the module has no place for are left out.
+    """Return the module's weights from the stored tensors; tensors that the module does not use are dropped.
 
     Args:
-        module: The model; its `state_dict()` gives the names and shapes that are wanted.
-        stored: Tensors by the names that the checkpoint gives them.
+        module: The model; its `state_dict()` has the required names and shapes.
+        stored: Tensors by their names in the checkpoint.
         source: What to name in an error.
 
     Raises:
-        ExportError: If stored tensors do not fit together as the architecture's operations want them.
+        ExportError: If stored tensors do not fit the architecture's operations.
     """
     wanted = module.state_dict()
     transforms = get_model_conversion_mapping(module)
@@ -84,7 +84,7 @@ def _converted(
     target: str, conversion: _Conversion, module: PreTrainedModel, source: str, latest: _Latest
 ) -> dict[str, LazyWeight]:
     try:
-        # On the meta device the operations give the names and shapes of their results and check that the sources fit.
+        # On the meta device, the operations return names and shapes, and check that the sources fit.
         shapes = {name: tuple(t.shape) for name, t in _run(target, conversion, module, _meta).items()}
         lazy = _LAZY.get(_recipe(conversion.converter))
         whole = _Whole(target, conversion, module, latest)
@@ -105,8 +105,8 @@ def _real(weight: LazyWeight) -> torch.Tensor:
 def _run(
     target: str, conversion: _Conversion, module: PreTrainedModel, read: Callable[[LazyWeight], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """transformers' own operations on the sources, each as `read` gives it."""
-    converter: Any = deepcopy(conversion.converter)  # it takes callables as well as the futures it declares
+    """Run transformers' own operations on the sources, as returned by `read`."""
+    converter: Any = deepcopy(conversion.converter)  # it accepts callables besides the declared futures
     for pattern, weights in conversion.sources.items():
         for weight in weights:
             converter.add_tensor(target, weight.name, pattern, partial(read, weight))
@@ -116,14 +116,14 @@ def _run(
 
 @dataclass
 class _Latest:
-    """The results computed last, for all of a checkpoint's `_Whole` together: no more than one set is in memory."""
+    """The most recent results, shared by all `_Whole` of a checkpoint, so that only one set is in memory."""
 
     owner: _Whole | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Whole:
-    """Parameters whose operations have no lazy form: computed whole, held until those of another are asked for."""
+    """Parameters whose operations are not lazy: computed whole, and kept until another set is requested."""
 
     def __init__(self, target: str, conversion: _Conversion, module: PreTrainedModel, latest: _Latest) -> None:
         self._target, self._conversion, self._module, self._latest = target, conversion, module, latest
@@ -141,7 +141,7 @@ class _Whole:
 
 
 def _recipe(converter: WeightConverter) -> tuple[Any, ...]:
-    """The converter's operations as a key: (type, dim) of each; None for one that depends on more than that."""
+    """Return the converter's operations as a key: (type, dim) of each; None for one that depends on more."""
     return tuple(
         (type(op), op.dim) if getattr(op, "num_shards_attribute", None) is None and hasattr(op, "dim") else None
         for op in converter.operations
@@ -149,7 +149,7 @@ def _recipe(converter: WeightConverter) -> tuple[Any, ...]:
 
 
 def _stacks(conversion: _Conversion) -> list[LazyWeight]:
-    """One [experts, ...] weight for each pattern, in the converter's order; reading rows reads those experts only."""
+    """Return one [experts, ...] weight per pattern, in the converter's order; reading rows only reads those experts."""
     found = [conversion.sources[p] for p in conversion.converter.source_patterns if p in conversion.sources]
     return [_stack(weights) for weights in found]
 
@@ -178,7 +178,7 @@ def _joined_stacks(conversion: _Conversion) -> list[LazyWeight]:
 
 
 def _split(conversion: _Conversion) -> list[LazyWeight]:
-    """As many parts of the rows as there are targets, the last one shorter where they do not divide."""
+    """Split the rows into one part per target; the last part is shorter if they do not divide evenly."""
     (weight,) = next(iter(conversion.sources.values()))
     step = -(-weight.row_count // len(conversion.converter.target_patterns))
     return [_part(weight, low, min(low + step, weight.row_count)) for low in range(0, weight.row_count, step)]
@@ -199,4 +199,4 @@ _LAZY: dict[tuple[Any, ...], Callable[[_Conversion], list[LazyWeight]]] = {
     ((Concatenate, 1),): _joined(1),
     ((Chunk, 0),): _split,
 }
-"""Operations that need only the rows asked for; every other combination is computed whole, one parameter at a time."""
+"""Operations that only need the requested rows; all others are computed whole, one parameter at a time."""

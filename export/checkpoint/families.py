@@ -1,4 +1,4 @@
-"""Which model families are tested, and which are known not to work, with the reason."""
+"""The model families that are tested, and those known not to work, with the reason."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ PASSED: frozenset[str] = frozenset(
     starcoder2 vaultgemma
     """.split()  # noqa: SIM905
 )
-"""`model_type`s of which a small random model was exported and gave transformers' own logits."""
+"""`model_type`s for which an exported small random model matches the logits of transformers."""
 
 _REFUSED_FOR = {
-    "it has attention code of its own, which takes no attention function from outside": (
+    "its attention is hard-coded, so its attention function cannot be replaced": (
         "codegen cpmant ctrl diffllama doge falcon gpt_neo gpt_neox_japanese gptj openai-gpt xglm xlm xlnet"
     ),
-    "its attention adds a bias for the distance (ALiBi)": "bloom mpt",
-    "its layers keep a recurrent or convolutional state in place of a KV cache": (
+    "its attention adds a distance bias (ALiBi)": "bloom mpt",
+    "its layers keep a recurrent or convolutional state instead of a KV cache": (
         "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba "
         "mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm "
         "zamba zamba2"
     ),
-    "its attention works on compressed keys and values (multi-head latent attention)": (
+    "its attention uses compressed keys and values (multi-head latent attention)": (
         "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu"
     ),
-    "its attention has sinks": "flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
-    "its attention works in chunks": "llama4_text reformer",
-    "its layers exchange several streams and share their caches": "gemma3n_text",
+    "it has attention sinks": "flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
+    "its attention is chunked": "llama4_text reformer",
+    "its layers have several residual streams and share KV caches": "gemma3n_text",
 }
 REFUSED: dict[str, str] = {family: reason for reason, families in _REFUSED_FOR.items() for family in families.split()}
-"""`model_type` -> why satchel cannot export it."""
+"""Maps `model_type` to the reason that satchel cannot export it."""
 
 
 def check_family(model_type: str, source: str) -> None:
-    """Refuse a family that is known not to work; one that is in neither table is exported if its graph proves sound.
+    """Refuse a family that is known not to work; unknown families are exported if the graph passes `check_sound`.
 
     Raises:
-        ExportError: The family is one of these; the message says why.
+        ExportError: The family is known not to work; the message has the reason.
     """
     reason = REFUSED.get(model_type)
     if reason is not None:

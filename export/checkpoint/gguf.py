@@ -1,4 +1,4 @@
-"""Opening a GGUF file."""
+"""Opens a GGUF file as a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer
 
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""End of text, of a turn and of a message: each of them ends a generation."""
+"""End of text, of turn and of message: each of them ends generation."""
 
 
 def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | None) -> Checkpoint:
     """Open a GGUF file; see `open_checkpoint` for the arguments.
 
     Raises:
-        ExportError: If the file is damaged, or holds something that would have to be dropped.
+        ExportError: If the file is damaged, or contains something that the export would have to drop.
     """
     file = read_gguf(path)
     architecture = architecture_of(file)
@@ -68,7 +68,7 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _companions(metadata: Mapping[str, Any], path: Path, generation: dict[str, Any]) -> dict[str, bytes | Path]:
-    """The files that a checkpoint folder would hold, made from the metadata."""
+    """Generate the files that a checkpoint folder would contain, from the metadata."""
     tokens = {name: token for name, token in special_tokens(metadata, path).items() if token is not None}
     found: dict[str, bytes | Path] = {}
     for name, table in (("generation_config.json", generation), ("tokenizer_config.json", tokens)):

@@ -1,4 +1,4 @@
-"""What the metadata and tensor names of each GGUF architecture mean to transformers, as data."""
+"""Maps each GGUF architecture's metadata to transformers' config fields, as data."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _GEMMA_SOFTCAPS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one architecture of GGUF files is read.
+    """How to read one GGUF architecture.
 
     Attributes:
         model_type: transformers' name for it.
         required: Metadata keys, without the architecture's prefix, that become config fields.
-        optional: The same, for keys that a file may leave out.
-        config: Config fields that the runtime of GGUF files has built in rather than stored.
+        optional: The same, for keys that a file may omit.
+        config: Config fields that are built into llama.cpp rather than stored in the file.
         permuted: Whether the rows of the query and key projections are stored in the order of interleaved rotary pairs.
-        norm_offset: What the file adds to the weight of each norm.
+        norm_offset: The offset added to norm weights in the file.
         wide_layers: The number of layers at which the query scale is the hidden size per head instead of head_dim.
     """
 
@@ -76,7 +76,7 @@ HANDLED_KEYS = frozenset(
         "rope.scaling.original_context_length",
     }
 )
-"""Keys that become config fields together with others."""
+"""Keys that are combined into config fields."""
 
 SILENT_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"})
-"""Keys that say nothing the tensors do not say, or that no runtime acts on."""
+"""Keys that repeat what the tensors show, or have no effect in any runtime."""

@@ -1,4 +1,4 @@
-"""From a GGUF file's metadata to a transformers config, with nothing dropped on the way."""
+"""Converts a GGUF file's metadata to a transformers config, and refuses metadata that it would have to drop."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _DEFAULT_ROPE_BASE = 10000.0
 
 
 def architecture_of(file: GgufFile) -> Architecture:
-    """The file's architecture.
+    """Return the file's architecture.
 
     Raises:
-        ExportError: If it is one that satchel does not read, or the file is one of several.
+        ExportError: If satchel does not support it, or the file is one of several shards.
     """
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ExportError(
-            f"{file.path}: GGUF architecture {name!r}; satchel reads {', '.join(ARCHITECTURES)}: "
+            f"{file.path}: GGUF architecture {name!r} is not supported; satchel reads {', '.join(ARCHITECTURES)}: "
             "export from the checkpoint folder of the original model"
         )
     if file.metadata.get("split.count", 1) > 1:
@@ -37,17 +37,17 @@ def architecture_of(file: GgufFile) -> Architecture:
 
 
 def config_of(file: GgufFile) -> PreTrainedConfig:
-    """The transformers config that the metadata describes.
+    """Return the transformers config that the metadata describes.
 
     Raises:
-        ExportError: If a key is missing, or says something that the config cannot carry.
+        ExportError: If a key is missing, or cannot be represented in the config.
     """
     architecture = architecture_of(file)
     try:
         return AutoConfig.for_model(architecture.model_type, **_fields(file, architecture))
     except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise ExportError(
-            f"{file.path}: its metadata describes no {architecture.model_type} model: {one_line(error)}"
+            f"{file.path}: its metadata does not describe a valid {architecture.model_type} model: {one_line(error)}"
         ) from None
 
 
@@ -68,25 +68,25 @@ def _fields(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
 
 
 def _facts(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
-    """The metadata under the architecture's prefix, each key known."""
+    """Return the metadata under the architecture's prefix; every key must be known."""
     prefix = f"{file.metadata['general.architecture']}."
     facts = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     known = architecture.required.keys() | architecture.optional.keys() | HANDLED_KEYS | SILENT_KEYS
     for key, value in facts.items():
         if key not in known:
             raise ExportError(
-                f"{file.path}: {prefix}{key} = {value!r} is something satchel would have to drop; {_ORIGINAL}"
+                f"{file.path}: {prefix}{key} = {value!r} is not supported and would be dropped; {_ORIGINAL}"
             )
     missing = [key for key in architecture.required if key not in facts]
     if missing:
         raise ExportError(
-            f"{file.path}: {prefix}{missing[0]} is missing from the metadata; {_ORIGINAL}, or convert it again"
+            f"{file.path}: {prefix}{missing[0]} is missing from the metadata; {_ORIGINAL}, or convert the file again"
         )
     return facts
 
 
 def _scalar(file: GgufFile, key: str, value: Any) -> Any:
-    """One value for all layers."""
+    """Return the value that all layers share."""
     if not isinstance(value, list):
         return value
     if len(set(value)) != 1:
@@ -98,12 +98,12 @@ def _head_dim(file: GgufFile, facts: dict[str, Any], fields: dict[str, Any]) -> 
     head_dim = int(facts.get("attention.key_length", fields["hidden_size"] // fields["num_attention_heads"]))
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.get(key, head_dim) != head_dim:
-            raise ExportError(f"{file.path}: {key} is {facts[key]} where a head has {head_dim} dimensions; {_ORIGINAL}")
+            raise ExportError(f"{file.path}: {key} is {facts[key]}, but the head size is {head_dim}; {_ORIGINAL}")
     return head_dim
 
 
 def _rope(file: GgufFile, architecture: Architecture, facts: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters; of models with two kinds of layers, one set for each kind."""
+    """Return the rotary parameters; for models with two kinds of layers, one set per kind."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base", _DEFAULT_ROPE_BASE)}
     scaling = facts.get("rope.scaling.type", "none")
     if scaling in _ROPE_TYPES:
@@ -113,7 +113,7 @@ def _rope(file: GgufFile, architecture: Architecture, facts: dict[str, Any]) -> 
             rope["original_max_position_embeddings"] = original
     elif scaling != "none":
         raise ExportError(
-            f"{file.path}: rope scaling of type {scaling!r}; satchel carries over linear and yarn: {_ORIGINAL}"
+            f"{file.path}: rope scaling of type {scaling!r} is not supported, only linear and yarn; {_ORIGINAL}"
         )
     elif facts.get("rope.scaling.factor", 1.0) not in (0.0, 1.0):
         raise ExportError(f"{file.path}: a rope scaling factor without a type; {_ORIGINAL}")
@@ -124,7 +124,7 @@ def _rope(file: GgufFile, architecture: Architecture, facts: dict[str, Any]) -> 
 
 
 def _vocab_size(file: GgufFile) -> int:
-    """The rows of the embedding, which may be more than the tokenizer has tokens."""
+    """Return the number of embedding rows, which can exceed the tokenizer's vocabulary."""
     if "token_embd.weight" not in file.tensors:
         raise ExportError(f"{file.path}: tensor token_embd.weight is missing; download the file again")
     return file.tensors["token_embd.weight"].dims[0]

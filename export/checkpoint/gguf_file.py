@@ -1,7 +1,7 @@
-"""Reading a GGUF file: metadata and tensor table now, each tensor dequantized by rows when they are asked for.
+"""Reads GGUF files: metadata and the tensor table at once, and the rows of each tensor on demand, dequantized.
 
-The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is walked once: a vocabulary
-is an array of tens of thousands of strings, and each of them costs time.
+The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is parsed only once, since parsing the
+tens of thousands of strings of a vocabulary takes time.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class GgufFile:
     """The content of a GGUF file.
 
     Attributes:
-        path: The file.
-        metadata: Every key with its value: numbers, booleans, strings, or lists of them.
-        tensors: Every tensor by its name in the file, float32, dimensions in numpy's order.
-        stored_bytes: Bytes of the tensors in the file.
+        path: The path of the file.
+        metadata: All keys and values: numbers, booleans, strings, or lists of them.
+        tensors: All tensors by name, float32, with dimensions in numpy order.
+        stored_bytes: Total bytes of the tensors in the file.
     """
 
     path: Path
@@ -47,11 +47,11 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read all of a GGUF file but the values of its tensors, which stay mapped.
+    """Read a GGUF file except for the values of its tensors, which stay memory-mapped.
 
     Raises:
-        ExportError: If it is no GGUF file, cut short, of an unknown version, or has tensors of a type that the gguf
-            library cannot dequantize.
+        ExportError: If it is not a GGUF file, is cut short, has an unsupported version, or has tensors of a type that
+            the gguf library cannot dequantize.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -88,17 +88,17 @@ def read_gguf(path: Path) -> GgufFile:
 def dequantized(
     name: str, shape: tuple[int, ...], quantization: gguf.GGMLQuantizationType, data: np.ndarray
 ) -> LazyWeight:
-    """A weight over the bytes of a tensor; blocks run along the last axis and only those asked for are dequantized.
+    """Return a weight over the bytes of a tensor; only the requested blocks, along the last axis, are dequantized.
 
     Args:
         name: The tensor's name.
-        shape: Its shape, in numpy's order.
-        quantization: How it is stored.
+        shape: Its shape, in numpy order.
+        quantization: Its storage type.
         data: Its bytes, uint8, one-dimensional.
     """
     block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
     if len(shape) < 2:
-        # A vector is one row of blocks, so its rows are what columns are to a matrix.
+        # A vector is one row of blocks, so its rows are the columns of a one-row matrix.
         vector = dequantized(name, (1, math.prod(shape)), quantization, data)
         return LazyWeight(name, shape, ir.DataType.FLOAT, lambda a, b: vector.columns(a, b)[0])
     stored = data.reshape(*shape[:-1], shape[-1] // block * block_bytes)
@@ -134,7 +134,7 @@ class _Entry:
 
 
 class _Cursor:
-    """A position in the mapped file; every read checks that the file goes on that far."""
+    """A read position in the mapped file; every read is bounds-checked."""
 
     def __init__(self, path: Path, mapped: mmap.mmap, position: int) -> None:
         self.position = position
@@ -160,9 +160,7 @@ class _Cursor:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            raise ExportError(
-                f"{self._path}: metadata of the unknown type {kind}; the file is damaged: download it again"
-            )
+            raise ExportError(f"{self._path}: metadata of unknown type {kind}; the file is damaged: download it again")
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             code = f"<{count}{_SCALARS[kind]}"
@@ -183,12 +181,12 @@ class _Cursor:
             _dequantize(np.zeros(block_bytes, np.uint8), quantization)
         except (ValueError, KeyError, NotImplementedError):
             raise ExportError(
-                f"{self._path}: tensor {name} is stored in the type {_type_name(kind)}, which the gguf library cannot "
+                f"{self._path}: tensor {name} has type {_type_name(kind)}, which the gguf library cannot "
                 "dequantize; export a file of another type"
             ) from None
         if shape and shape[-1] % block:
             raise ExportError(
-                f"{self._path}: tensor {name} has rows of {shape[-1]}, its type needs multiples of {block}"
+                f"{self._path}: tensor {name} has rows of length {shape[-1]}, but its type needs multiples of {block}"
             )
         return _Entry(name, shape, quantization, offset, math.prod(shape) // block * block_bytes)
 

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describes."""
+"""Rebuilds the tokenizer that a GGUF file's metadata describes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REMEDY = "pass the tokenizer.json of the original model with --tokenizer"
 _PLAIN_SPLITS = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"})
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"})
-"""Vocabularies whose words are one token before any merge; they put BOS before a text unless the file says not to."""
+"""Pre-tokenizers that skip merges for whole words in the vocabulary, and add BOS unless the file disables it."""
 
 _SPECIAL = {
     "bos_token": "bos_token_id",
@@ -33,10 +33,10 @@ _SPECIAL = {
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles | None:
-    """The tokenizer in the metadata; None if the file has none.
+    """Return the tokenizer in the metadata, or None if the file has none.
 
     Raises:
-        ExportError: If it is of a kind, or splits text in a way, that is not known here.
+        ExportError: If its type or pre-tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
@@ -63,7 +63,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles | 
 
 
 def special_tokens(metadata: Mapping[str, Any], path: Path) -> dict[str, str | None]:
-    """The text of each special token, by transformers' name for it; None where the file names none."""
+    """Return the text of each special token by transformers' name; None if the file does not define it."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     found: dict[str, str | None] = {}
     for name, key in _SPECIAL.items():
@@ -75,12 +75,12 @@ def special_tokens(metadata: Mapping[str, Any], path: Path) -> dict[str, str | N
 
 
 def _check_split(kind: str, split: str | None, metadata: Mapping[str, Any], path: Path) -> None:
-    """Refuse what would be rebuilt as something else than it is."""
+    """Refuse a tokenizer that would be rebuilt incorrectly."""
     known = _PLAIN_SPLITS | _SINGLE_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys()
     if kind == "gpt2" and split not in known:
-        raise ExportError(f"{path}: its tokenizer splits text in the way {split!r}, which is not known here; {_REMEDY}")
+        raise ExportError(f"{path}: its pre-tokenizer {split!r} is not supported; {_REMEDY}")
     gemma = metadata["general.architecture"].startswith("gemma")
     if kind == "llama" and not gemma and metadata.get("tokenizer.ggml.add_space_prefix") is False:
         raise ExportError(
-            f"{path}: its SentencePiece tokenizer adds no space before a text, which is not known here; {_REMEDY}"
+            f"{path}: its SentencePiece tokenizer adds no space prefix, which is not supported; {_REMEDY}"
         )

@@ -1,4 +1,4 @@
-"""From the tensors of a GGUF file to the module's parameters, undoing what the conversion to GGUF did to them."""
+"""Maps the tensors of a GGUF file to the module's parameters, and undoes the changes of the conversion to GGUF."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _STACKED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 def gguf_weights(module: PreTrainedModel, file: GgufFile, architecture: Architecture) -> dict[str, LazyWeight]:
-    """The module's weights from the file's tensors; tied ones are left for `tie`.
+    """Return the module's weights from the file's tensors; tied weights are left to `tie`.
 
-    Rotary factors that the file stores as a tensor go into the module's frequency buffers, in place.
+    If the file stores rotary factors as a tensor, the module's frequency buffers are scaled in place.
 
     Raises:
-        ExportError: If the file holds a tensor that the module has no place for.
+        ExportError: If the file contains a tensor that the module does not use.
     """
     layers = module.config.num_hidden_layers
     kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[file.metadata["general.architecture"]]
@@ -44,14 +44,14 @@ def gguf_weights(module: PreTrainedModel, file: GgufFile, architecture: Architec
     left = sorted(file.tensors.keys() - placed)
     if left:
         raise ExportError(
-            f"{file.path}: satchel has no place for tensor {left[0]} in a {architecture.model_type} model; "
+            f"{file.path}: tensor {left[0]} is not part of a {architecture.model_type} model as satchel reads it; "
             "export from the original float checkpoint"
         )
     return weights
 
 
 def permuted_rows(weight: LazyWeight, heads: int) -> LazyWeight:
-    """Rows from the order of interleaved rotary pairs (0, half, 1, half + 1, ...) back to halves, head by head.
+    """Permute rows from interleaved rotary pairs (0, half, 1, half + 1, ...) back to halves, per head.
 
     This undoes the permutation that llama.cpp's conversion applies to the query and key projections of Llama models.
     """
@@ -70,14 +70,14 @@ def permuted_rows(weight: LazyWeight, heads: int) -> LazyWeight:
 
 
 def _stored_names(name: str, names: gguf.TensorNameMap) -> list[str]:
-    """The tensors of the file that a parameter is made of; a name that is in no file where the map knows none."""
+    """Return the tensors that a parameter consists of; an unknown parameter maps to a name that is in no file."""
     if name.endswith(_GATE_UP):
         layer = name.removesuffix(_GATE_UP).rpartition(".")[2]
         return [f"blk.{layer}.ffn_gate_exps.weight", f"blk.{layer}.ffn_up_exps.weight"]
     if name.endswith(_STACKED):
         return [f"{names.get_name(name)}.weight"]
     stem, _, suffix = name.rpartition(".")
-    # Gemma 2 has no row for the head, which it ties, but a file may store one all the same.
+    # The name map of Gemma 2 has no head, which is tied, but a file may store one anyway.
     stored = "output" if stem == "lm_head" else names.get_name(stem)
     return [f"{stored}.{suffix}"]
 
@@ -100,7 +100,7 @@ def _restored(
 
 
 def _scale_frequencies(module: PreTrainedModel, file: GgufFile) -> None:
-    """Divide the rotary frequencies by the file's factors, which is how Llama 3's scaling is stored."""
+    """Divide the rotary frequencies by the file's factors, the stored form of Llama 3's scaling."""
     factors = torch.from_numpy(np.array(file.tensors[_ROPE_FACTORS].numpy()))
     for name, buffer in module.named_buffers():
         if not name.endswith("inv_freq"):

@@ -1,6 +1,6 @@
-"""Texts that tell two tokenizers apart."""
+"""Texts on which different tokenizers disagree."""
 
-# ruff: noqa: RUF001 - characters that look like others are here on purpose
+# ruff: noqa: RUF001 - ambiguous characters are intended here
 
 HARD_STRINGS: tuple[str, ...] = (
     "a",

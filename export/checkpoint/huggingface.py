@@ -1,4 +1,4 @@
-"""Opening a checkpoint folder as transformers' `save_pretrained` writes it."""
+"""Opens a checkpoint folder in the layout of transformers' `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
     """Open a folder with config.json and safetensors or `.bin` weights; see `open_checkpoint` for the arguments.
 
     Raises:
-        ExportError: If the folder is incomplete or damaged, or the model is none that satchel exports.
+        ExportError: If the folder is incomplete or damaged, or satchel cannot export the model.
     """
     table = _config_table(folder)
     stored, stored_bytes = read_folder(folder)
@@ -38,7 +38,7 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
     files = folder_tokenizer(folder) if tokenizer is None else chosen_tokenizer(tokenizer)
     if files is not None:
         check_vocabulary(files, vocab_size, str(folder))
-    # The config class fills in ids of its own (Llama: 1 and 2), so those count only where there is no tokenizer to ask.
+    # The config class fills in default ids (Llama: 1 and 2), so they are only used without a tokenizer.
     last = vars(files) if files is not None else config.to_dict()
     ids = special_ids([read_json(folder / "generation_config.json"), table, last])
     return Checkpoint(
@@ -60,14 +60,14 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
 
 
 def _sources(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that an export reads, by name; a tokenizer's even where another one is chosen."""
+    """Return the files of a folder that an export reads, sorted; including its tokenizer even if another is used."""
     companions = [path for path in folder_companions(folder).values() if isinstance(path, Path)]
     files = {folder / "config.json", *weight_files(folder), *tokenizer_files(folder), *companions}
     return tuple(sorted(files))
 
 
 def _config_table(folder: Path) -> dict[str, Any]:
-    """config.json, with what it says about itself checked before transformers acts on it."""
+    """Read config.json, and check it before transformers acts on it."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
@@ -80,7 +80,7 @@ def _config_table(folder: Path) -> dict[str, Any]:
     model_type = table.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ExportError(
-            f"{path}: names no model_type, so the architecture is unknown; use the config of the original model"
+            f"{path}: has no model_type, so the architecture is unknown; use the config of the original model"
         )
     quantization = table.get("quantization_config")
     if quantization:
@@ -93,7 +93,7 @@ def _config_table(folder: Path) -> dict[str, Any]:
             "needs code from the checkpoint, which satchel does not run" if table.get("auto_map") else "is unknown"
         )
         raise ExportError(
-            f"{path}: model_type {model_type!r} {wants_code}; export an architecture that transformers holds itself"
+            f"{path}: model_type {model_type!r} {wants_code}; export an architecture that is part of transformers"
         )
     return table
 
@@ -104,7 +104,7 @@ def _config(folder: Path) -> PreTrainedConfig:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
-        raise ExportError(f"{folder / 'config.json'}: transformers refuses it: {one_line(error)}") from None
+        raise ExportError(f"{folder / 'config.json'}: transformers cannot load it: {one_line(error)}") from None
     return config
 
 
@@ -113,4 +113,4 @@ def _max_context(config: PreTrainedConfig, folder: Path) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise ExportError(f"{folder / 'config.json'}: names no longest context; add max_position_embeddings")
+    raise ExportError(f"{folder / 'config.json'}: does not specify the context length; add max_position_embeddings")

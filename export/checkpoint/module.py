@@ -1,4 +1,4 @@
-"""The user's own module as a checkpoint.
+"""Opens a custom module as a checkpoint.
 
 A module that follows this protocol is exported like any other model:
 
@@ -11,16 +11,16 @@ A module that follows this protocol is exported like any other model:
             ...
             return logits
 
-- `satchel`, on the class or the instance, holds what no weight says: a `ModuleFacts`.
+- `satchel`, on the class or the instance, is a `ModuleFacts` with the facts that the weights do not show.
 - `input_ids` and `position_ids` are int64 [batch, sequence]; `forward` returns logits, float32
   [batch, sequence, vocabulary].
 - `attention(query, key, value, *, scale=None, window=None, softcap=None)` takes query [batch, heads, sequence,
   head_dim] and key and value [batch, kv_heads, sequence, head_dim] of the new tokens only, and returns [batch, heads,
-  sequence, head_dim]. It is causal and it is what keeps the KV cache: the module never sees a past. `scale` multiplies
-  the scores (1/sqrt(head_dim) if None), `window` is how many positions back a token sees, itself included, `softcap`
-  bounds the scores by `softcap * tanh(scores / softcap)`.
-- Positions are applied inside `forward`, from `position_ids`: a rotary embedding, or a learned table.
-- The weights are what `state_dict()` holds.
+  sequence, head_dim]. It is causal and manages the KV cache; the module never sees past tokens. `scale` multiplies the
+  scores (1/sqrt(head_dim) if None), `window` is the sliding window in positions, including the token itself, and
+  `softcap` limits the scores to `softcap * tanh(scores / softcap)`.
+- `forward` applies the positions in `position_ids` itself, with a rotary or a learned embedding.
+- The weights are those in `state_dict()`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _ARGUMENTS = ("input_ids", "position_ids", "attention")
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """What satchel must know of a module of one's own and cannot read from its weights.
+    """The facts about a custom module that satchel cannot read from its weights.
 
     Attributes:
         vocab_size: The last dimension of the logits.
-        max_context: The longest sequence, in tokens.
-        eos_token_ids: The ids that end a generation.
+        max_context: Max sequence length in tokens.
+        eos_token_ids: The ids that end generation.
         bos_token_id: The id that starts a text.
-        pad_token_id: The id for padding.
+        pad_token_id: The padding id.
 
     Raises:
         ValueError: If a count is not positive, or an id is not in the vocabulary.
@@ -78,12 +78,12 @@ class ModuleFacts:
 
 
 def open_module(module: torch.nn.Module, *, name: str | None = None, tokenizer: Path | None = None) -> Checkpoint:
-    """A module of the user's as a checkpoint; it is put in evaluation mode and otherwise left as it is.
+    """Open a custom module as a checkpoint; it is set to evaluation mode and otherwise unchanged.
 
     Args:
         module: A module that follows the protocol above.
-        name: What the manifest calls it; the class name if not given.
-        tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder with either; without one the bundle takes ids.
+        name: Its name in the manifest; the class name by default.
+        tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder with either; if None, the bundle takes ids.
 
     Raises:
         ExportError: If the module does not follow the protocol, or the tokenizer does not fit it.
@@ -115,13 +115,13 @@ def load_module(file: Path, factory: str) -> torch.nn.Module:
     """Run the user's Python file and call `factory()` in it.
 
     Raises:
-        ExportError: If there is no such file or function, it fails, or what it returns is no torch module.
+        ExportError: If the file or function does not exist or fails, or the result is not a torch module.
     """
     if not file.is_file():
         raise ExportError(f"{file}: no such file; pass file.py:factory with the path of your Python file")
     build = getattr(_run(file), factory, None)
     if not callable(build):
-        raise ExportError(f"{file}: has no function {factory}; define it, or name another after the colon")
+        raise ExportError(f"{file}: has no function {factory}; define it, or name another function after the colon")
     try:
         module = build()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Opens a checkpoint of any supported form."""
+"""Opens a checkpoint in any supported format."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def open_checkpoint(
     experts_implementation: str | None = None,
     tokenizer: Path | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint: its config and structure at once, the values of a weight when they are needed.
+    """Open a checkpoint: its config and structure at once, the values of weights on demand.
 
     Args:
         source: A Hugging Face folder, a `.gguf` file, or `file.py:factory` for a custom module.
         attn_implementation: Name of the attention function in transformers' registry.
-        experts_implementation: The same for mixture-of-experts layers; None leaves the choice to transformers.
+        experts_implementation: The same for mixture-of-experts layers; None for transformers' default.
         tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder to use instead of the source's own.
 
     Raises:
@@ -44,14 +44,14 @@ def open_checkpoint(
         return dataclasses.replace(checkpoint, sources=(Path(factory["file"]),))
     path = Path(source)
     if is_locked(path):
-        raise ExportError(f"{path}: permission denied: check its permissions")
+        raise ExportError(f"{path}: permission denied: check the file's permissions")
     if is_made_by_satchel(path):
         raise ExportError(
-            f"{path}: is a bundle already: use it with satchel run or satchel chat, or give the checkpoint "
-            "that it was made from"
+            f"{path}: is already a bundle: use it with satchel run or satchel chat, or pass the checkpoint "
+            "that it was exported from"
         )
     if path.suffix == ".py":
-        raise ExportError(f"{path}: name the function that builds the module, too: {path}:FUNCTION")
+        raise ExportError(f"{path}: also name the function that builds the module: {path}:FUNCTION")
     if path.is_dir():
         return open_huggingface(path, implementations, tokenizer)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""What every kind of checkpoint is read into."""
+"""The common representation of all kinds of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from satchel.graphs.ir.weights import LazyWeight
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A causal language model as its source holds it, opened but not read.
+    """A causal language model in its source format, opened but not read.
 
     Attributes:
-        kind: Which reader opened it.
+        kind: The reader that opened it.
         name: The folder's or file's name, without its path.
-        model_type: `model_type` of the config, or the class name of the user's own module.
+        model_type: `model_type` of the config, or the class name of a custom module.
         module: The model in evaluation mode, in float32. Parameters and persistent buffers are on the meta device (real
-            for kind "module"); buffers that no checkpoint stores, such as `inv_freq`, are real and hold their values.
+            for kind "module"); buffers that checkpoints do not store, such as `inv_freq`, are real.
         weights: One entry for each name in `module.state_dict()`, float32 (integers and booleans keep their dtype).
-            Tied names map to the same object. Values are read from the source when asked for, and not kept.
-        vocab_size: Number of rows of the logits.
-        max_context: The longest sequence the model was made for, in tokens.
-        bos_token_id: The id that starts a sequence, if there is one.
-        eos_token_ids: Every id that ends a generation; may be empty.
-        pad_token_id: The id for padding, if there is one.
-        stored_bytes: Bytes of the tensors in the source.
-        tokenizer: The tokenizer to put in the bundle; None where the source has none.
-        companions: Content of further files for the bundle, by the name they have there: chat template, generation
+            Tied names map to the same object. Values are read from the source on demand, and not kept.
+        vocab_size: The last dimension of the logits.
+        max_context: The context length of the model, in tokens.
+        bos_token_id: The id that starts a sequence, if any.
+        eos_token_ids: All ids that end generation; may be empty.
+        pad_token_id: The padding id, if any.
+        stored_bytes: Total bytes of the tensors in the source.
+        tokenizer: The tokenizer for the bundle; None if the source has none.
+        companions: Contents of further files for the bundle, by their names there: chat template, generation
             config, license, model card.
-        sources: The files that it is read from; none for a module that was handed over.
+        sources: The files that it is read from; empty for a module object.
     """
 
     kind: Literal["huggingface", "gguf", "module"]
@@ -54,16 +54,16 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """The number of weights, tied ones counted once."""
+        """The number of weights, counting tied weights once."""
         return sum(weight.size for weight in {id(w): w for w in self.weights.values()}.values())
 
     @property
     def layers(self) -> int | None:
-        """The number of layers that the config promises; None for a module of the user's own."""
+        """The number of layers in the config; None for a custom module."""
         layers = self.fact("num_hidden_layers")
         return layers if self.kind != "module" else None
 
     def fact(self, name: str) -> int | None:
-        """A whole number from the config, or None where there is none of that name."""
+        """Return an integer from the config, or None if it has none of that name."""
         value = getattr(getattr(self.module, "config", None), name, None)
         return value if isinstance(value, int) else None

@@ -1,4 +1,4 @@
-"""Reading safetensors files: the header now, each tensor as a view of the mapped file."""
+"""Reads safetensors files: the header at once, each tensor as a view of the memory-mapped file."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _LENGTH_BYTES = 8
 
 
 def read_safetensors(path: Path) -> dict[str, LazyWeight]:
-    """The tensors of one safetensors file, as https://github.com/huggingface/safetensors#format lays them out.
+    """Return the tensors of a safetensors file (https://github.com/huggingface/safetensors#format).
 
-    Floating point tensors come out as float32, converted after slicing; the others as they are stored. Nothing is read
-    but the header: the values are views of the mapped file.
+    Floating point tensors are converted to float32 after slicing; others keep their dtype. Only the header is read: the
+    values are views of the memory-mapped file.
 
     Raises:
-        ExportError: If the file is cut short, its header is damaged, or a tensor has a dtype that is no plain number.
+        ExportError: If the file is cut short, its header is damaged, or a tensor has an unsupported dtype.
     """
     size = path.stat().st_size
     header, start = _read_header(path, size)
@@ -59,10 +59,10 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         header = json.loads(text)
     except ValueError:
         raise ExportError(
-            f"{path}: the header is not JSON, so this is no safetensors file; download it again"
+            f"{path}: the header is not JSON, so this is not a safetensors file; download it again"
         ) from None
     if not isinstance(header, dict):
-        raise ExportError(f"{path}: the header is not a table of tensors; download the file again")
+        raise ExportError(f"{path}: the header is not a JSON object; download the file again")
     return header, _LENGTH_BYTES + length
 
 
@@ -74,8 +74,7 @@ def _tensor(path: Path, name: str, entry: Any, data: np.ndarray) -> LazyWeight:
         raise ExportError(f"{path}: the header's entry for {name} is damaged; download the file again") from None
     if stored not in _DTYPES:
         raise ExportError(
-            f"{path}: tensor {name} is stored as {stored}, which is not a plain number type; "
-            "export from the original float checkpoint"
+            f"{path}: tensor {name} has unsupported dtype {stored}; export from the original float checkpoint"
         )
     dtype = np.dtype(_DTYPES[stored])
     if not 0 <= begin <= end <= data.size:
@@ -83,7 +82,7 @@ def _tensor(path: Path, name: str, entry: Any, data: np.ndarray) -> LazyWeight:
             f"{path}: cut short: tensor {name} ends at byte {end} of {data.size} bytes of data; download it again"
         )
     if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ExportError(f"{path}: tensor {name} holds {end - begin} bytes, its shape {shape} needs another number")
+        raise ExportError(f"{path}: tensor {name} has {end - begin} bytes, which does not match its shape {shape}")
     array = from_array(name, np.asarray(data[begin:end]).view(dtype).reshape(shape))
     if stored in ("F64", "F16", "BF16"):
         return cast(array, ir.DataType.FLOAT, name)

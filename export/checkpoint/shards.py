@@ -1,4 +1,4 @@
-"""Which files of a folder hold its tensors."""
+"""Finds and reads the weight files of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LAYOUTS: tuple[tuple[str, _Reader], ...] = (
     ("pytorch_model.bin", read_torch),
     ("pytorch_model.bin.index.json", read_torch),
 )
-"""The file names that `save_pretrained` gives, in the order in which transformers looks for them."""
+"""The file names that `save_pretrained` writes, in transformers' lookup order."""
 
 
 def read_folder(folder: Path) -> tuple[dict[str, LazyWeight], int]:
-    """All tensors of a checkpoint folder by their stored names, and the bytes of the files that hold them.
+    """Return all tensors of a checkpoint folder by name, and the total bytes of their files.
 
     Raises:
         ExportError: If there is no weight file, or a shard is missing or damaged.
@@ -45,7 +45,7 @@ def read_folder(folder: Path) -> tuple[dict[str, LazyWeight], int]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that `read_folder` reads, an index first."""
+    """Return the files that `read_folder` reads, an index first."""
     path = next(folder / name for name, _ in _LAYOUTS if (folder / name).is_file())
     return [path, *_shards(path)] if path.suffix == ".json" else [path]
 
@@ -60,10 +60,10 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ExportError(f'{index}: not an index of shards (no "weight_map"); download it again') from None
+        raise ExportError(f'{index}: not a shard index (no "weight_map"); download it again') from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise ExportError(f"{index}: names {file!r}, which is not a file of this folder; mend the index")
+            raise ExportError(f"{index}: names {file!r}, which is not a file name in this folder; fix the index")
     return dict(weight_map)
 
 
@@ -71,11 +71,11 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(_weight_map(index).values()))]
     for file in files:
         if not file.is_file():
-            raise ExportError(f"{index}: names {file.name}, which is not there; download the missing shard")
+            raise ExportError(f"{index}: names {file.name}, which does not exist; download the missing shard")
     return files
 
 
 def _check_index(index: Path, tensors: dict[str, LazyWeight]) -> None:
     for name, file in _weight_map(index).items():
         if name not in tensors:
-            raise ExportError(f"{index}: says that {file} holds {name}, but it does not; download both again")
+            raise ExportError(f"{index}: lists {name} in {file}, which does not contain it; download both again")

@@ -1,4 +1,4 @@
-"""Which token ids start, end and pad a text, when several files have a say."""
+"""Resolves the BOS, EOS and padding ids when several files define them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """BOS, every EOS and the padding id of a model."""
+    """The BOS id, all EOS ids and the padding id of a model."""
 
     bos: int | None
     eos: tuple[int, ...]
@@ -17,7 +17,7 @@ class SpecialIds:
 
 
 def special_ids(tables: Sequence[Mapping[str, Any]]) -> SpecialIds:
-    """The ids from the first table that names each, such as generation config, config, tokenizer, in that order."""
+    """Return each id from the first table that has it, such as generation config, config, then tokenizer."""
     bos, eos, pad = (_first(tables, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
     return SpecialIds(bos[0] if bos else None, tuple(dict.fromkeys(eos)), pad[0] if pad else None)
 
@@ -26,7 +26,7 @@ def _first(tables: Sequence[Mapping[str, Any]], name: str) -> list[int]:
     for table in tables:
         value = table.get(name)
         ids = value if isinstance(value, list) else [value]
-        # A negative id is how some configs say that there is none.
+        # Some configs use a negative id for none.
         known = [i for i in ids if isinstance(i, int) and i >= 0]
         if known:
             return known

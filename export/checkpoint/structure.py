@@ -1,4 +1,4 @@
-"""A model's modules without its weights."""
+"""Builds a model's modules without its weights."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _MESSAGE_LENGTH = 300
 
 @dataclass(frozen=True)
 class Implementations:
-    """Names, in transformers' registries, of the functions that the model is to call; None is transformers' choice."""
+    """Names of the functions in transformers' registries that the model calls; None for transformers' default."""
 
     attention: str
     experts: str | None = None
 
 
 def build_structure(config: PreTrainedConfig, implementations: Implementations, source: str) -> PreTrainedModel:
-    """The causal language model of a config, in evaluation mode and float32, without values for its weights.
+    """Build the causal language model of a config, in evaluation mode and float32, without values for its weights.
 
     Parameters and persistent buffers are on the meta device. Buffers that a checkpoint does not store (rotary
     frequencies, embedding scales) are computed on the CPU as transformers computes them when it loads a model.
 
     Args:
         config: A config of one of transformers' own causal language models.
-        implementations: The attention and experts functions that the modules are to call.
+        implementations: The attention and experts functions that the modules call.
         source: What to name in an error.
 
     Raises:
-        ExportError: If the config is no decoder-only model, or does not describe a model that can be built.
+        ExportError: If the config is not that of a decoder-only model, or the model cannot be built.
     """
     check_decoder(config, source)
     build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
@@ -56,14 +56,14 @@ def build_structure(config: PreTrainedConfig, implementations: Implementations, 
 
 
 def check_decoder(config: PreTrainedConfig, source: str) -> None:
-    """Refuse, by name, a config that is not that of a decoder-only text model, or is of a family known not to work."""
+    """Refuse a config that is not for a decoder-only text model, or whose family is known not to work."""
     model_type = config.model_type
     check_family(model_type, source)
     if config.is_encoder_decoder:
         raise ExportError(
             f"{source}: {model_type} is an encoder-decoder model; satchel exports decoder-only language models"
         )
-    # BERT and its kin can also be built as decoders; GPT-NeoX says `is_decoder: false` and is one all the same.
+    # BERT-like models can also be built as decoders; GPT-NeoX has `is_decoder: false` but is a decoder.
     encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)
     if encoder or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ExportError(
@@ -72,12 +72,12 @@ def check_decoder(config: PreTrainedConfig, source: str) -> None:
     if config.get_text_config() is not config:
         raise ExportError(
             f"{source}: {model_type} is a multimodal model; satchel exports text models: "
-            "save its language model alone, with that model's own config, and export that"
+            "save only its language model, with that model's own config, and export that"
         )
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, cut where it grows long; its type where it has none."""
+    """Return an error's message on one line, truncated if long; its type if the message is empty."""
     text = " ".join(str(error).split())
     if not text:
         return type(error).__name__
@@ -85,7 +85,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _owners(module: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, PreTrainedModel]]:
-    """Each submodule by name, with the nearest model above it, whose `_init_weights` knows how to fill it."""
+    """Yield each submodule with its name and nearest parent model, whose `_init_weights` initializes it."""
     owners: dict[str, PreTrainedModel] = {}
     for name, submodule in module.named_modules():
         owner = submodule if isinstance(submodule, PreTrainedModel) else owners[name.rpartition(".")[0]]
@@ -101,7 +101,7 @@ def _compute_buffers(module: PreTrainedModel, source: str) -> None:
             for name, buffer in submodule.named_buffers(recurse=False)
             if name in submodule._non_persistent_buffers_set
         }
-        # Filled from two different states, a buffer that nothing computes shows as a difference.
+        # With two different initial values, a buffer that nothing computes shows up as a difference.
         first, second = (_filled(owner, submodule, buffers, value) for value in (0, 1))
         for name in buffers:
             if not torch.equal(first[name], second[name]):
@@ -115,7 +115,7 @@ def _compute_buffers(module: PreTrainedModel, source: str) -> None:
 def _filled(
     owner: PreTrainedModel, submodule: torch.nn.Module, buffers: dict[str, torch.Tensor], value: int
 ) -> dict[str, torch.Tensor]:
-    """The buffers after transformers has initialized the submodule, with `value` in them before."""
+    """Return the buffers after transformers initializes the submodule, with `value` as their initial value."""
     real = {name: torch.full_like(buffer, value, device="cpu") for name, buffer in buffers.items()}
     submodule._buffers.update(real)
     initialize: Any = owner._init_weights  # untyped in transformers

@@ -1,4 +1,4 @@
-"""Making the weights complete: tied names share one weight, and every name of the module has one of the right shape."""
+"""Completes the weights: tied names share one weight, and every name of the module has one of the right shape."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from satchel.graphs.ir.weights import LazyWeight
 
 
 def tie(module: PreTrainedModel, weights: dict[str, LazyWeight]) -> None:
-    """Let names that the config ties share one weight, in place.
+    """Make names that the config ties share one weight, in place.
 
-    Where both are stored and differ, the checkpoint is right and the config is wrong: the module's parameters are
-    untied, which is what transformers does when it loads such a model.
+    If both are stored and differ, the checkpoint overrides the config: the module's parameters are untied, as in
+    transformers' loader.
     """
     for target, origin in list(module.all_tied_weights_keys.items()):
         if target in weights and origin in weights:
@@ -29,10 +29,10 @@ def tie(module: PreTrainedModel, weights: dict[str, LazyWeight]) -> None:
 
 
 def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str) -> dict[str, LazyWeight]:
-    """The weights in the order of `module.state_dict()`.
+    """Return the weights in the order of `module.state_dict()`.
 
     Raises:
-        ExportError: If one is missing or has another shape than the module's.
+        ExportError: If a weight is missing, or its shape differs from the module's.
     """
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in weights]
@@ -45,7 +45,7 @@ def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str
         found, expected = weights[name].dims, tuple(tensor.shape)
         if found != expected:
             raise ExportError(
-                f"{source}: tensor {name} has shape {list(found)}, the config asks for {list(expected)}; "
+                f"{source}: tensor {name} has shape {list(found)}, but the config specifies {list(expected)}; "
                 "use the config that belongs to these weights"
             )
     return {name: weights[name] for name in wanted}

@@ -1,4 +1,4 @@
-"""The tokenizer as the runner will load it, and the proof that it is the checkpoint's own."""
+"""Converts a checkpoint's tokenizer to the form that the runner loads, and verifies that both encode alike."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _REMEDY = "pass the model's tokenizer.json or SentencePiece .model with --tokeni
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """One tokenizer file and what it must do.
+    """A tokenizer file and its expected behavior.
 
     Attributes:
-        kind: Which library reads the file.
-        file: The file, or its content.
-        add_bos: Whether the BOS id goes before a text. For "tokenizer.json" the file's own post-processor puts it
-            there; for "sentencepiece" whoever encodes must.
-        corpus: Texts with the ids that the checkpoint's tokenizer gives them, special tokens as it adds them.
-        bos_token_id: The tokenizer's own ids, which count where no config names any.
+        kind: The library that reads the file.
+        file: The path of the file, or its contents.
+        add_bos: Whether the BOS id is prepended to a text. For "tokenizer.json" the file's post-processor does so; for
+            "sentencepiece" the caller must.
+        corpus: Texts with their ids from the checkpoint's tokenizer, including special tokens.
+        bos_token_id: The tokenizer's own id, used if no config defines one.
         eos_token_id: See `bos_token_id`.
         pad_token_id: See `bos_token_id`.
     """
@@ -56,10 +56,10 @@ class TokenizerFiles:
 
 
 def folder_tokenizer(folder: Path) -> TokenizerFiles | None:
-    """The tokenizer of a checkpoint folder as transformers loads it; None if the folder has none.
+    """Return the tokenizer of a checkpoint folder as transformers loads it, or None if it has none.
 
     Raises:
-        ExportError: If transformers cannot load it, or it cannot be written as a tokenizer.json that encodes the same.
+        ExportError: If transformers cannot load it, or it has no equivalent tokenizer.json.
     """
     if not any((folder / name).is_file() for name in _STORED):
         return None
@@ -74,15 +74,15 @@ def folder_tokenizer(folder: Path) -> TokenizerFiles | None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that a tokenizer may be read from."""
+    """Return the files of a folder that may belong to a tokenizer."""
     return [folder / name for name in (*_STORED, *_BESIDE) if (folder / name).is_file()]
 
 
 def chosen_tokenizer(path: Path) -> TokenizerFiles:
-    """The tokenizer that the user names: a tokenizer.json, a SentencePiece `.model`, or a folder with either.
+    """Return the tokenizer at a path: a tokenizer.json, a SentencePiece `.model`, or a folder with either.
 
     Raises:
-        ExportError: If there is none at `path`, or it cannot be read.
+        ExportError: If `path` has none, or it cannot be read.
     """
     if path.is_dir():
         found = folder_tokenizer(path)
@@ -97,19 +97,19 @@ def chosen_tokenizer(path: Path) -> TokenizerFiles:
         loaded = _load(path.read_bytes(), str(path))
         encode: Encode = lambda text: loaded.encode(text).ids  # noqa: E731
         return TokenizerFiles("tokenizer.json", path, _adds_bos(loaded), _corpus(encode))
-    raise ExportError(f"{path}: not a tokenizer that satchel knows; {_REMEDY}")
+    raise ExportError(f"{path}: not a supported tokenizer; {_REMEDY}")
 
 
 def transformers_tokenizer(original: Any, source: str) -> TokenizerFiles:
-    """A loaded transformers tokenizer as a tokenizer.json, proven to encode the hard strings alike.
+    """Convert a transformers tokenizer to tokenizer.json, and verify both on the hard strings.
 
     Raises:
-        ExportError: If it has no tokenizer.json form, or that form encodes a string differently.
+        ExportError: If it cannot be converted, or the result encodes a string differently.
     """
     backend = getattr(original, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
-            f"{source}: its {type(original).__name__} runs in Python only and has no tokenizer.json form; {_REMEDY}"
+            f"{source}: its {type(original).__name__} is Python-only and has no tokenizer.json form; {_REMEDY}"
         )
     content: bytes = backend.to_str(pretty=False).encode()
     corpus = _corpus(lambda text: original(text).input_ids)
@@ -118,7 +118,7 @@ def transformers_tokenizer(original: Any, source: str) -> TokenizerFiles:
         found = tuple(written.encode(text).ids)
         if found != ids:
             raise ExportError(
-                f"{source}: as a tokenizer.json its tokenizer encodes {text[:40]!r} as {list(found[:8])} instead of "
+                f"{source}: as tokenizer.json, its tokenizer encodes {text[:40]!r} as {list(found[:8])} instead of "
                 f"{list(ids[:8])}; {_REMEDY}"
             )
     return TokenizerFiles(
@@ -133,11 +133,11 @@ def transformers_tokenizer(original: Any, source: str) -> TokenizerFiles:
 
 
 def check_vocabulary(tokenizer: TokenizerFiles, vocab_size: int, source: str) -> None:
-    """Refuse a tokenizer that gives ids beyond the model's vocabulary."""
+    """Refuse a tokenizer with ids beyond the model's vocabulary."""
     highest = max(max(ids, default=0) for _, ids in tokenizer.corpus)
     if highest >= vocab_size:
         raise ExportError(
-            f"{source}: the tokenizer gives token id {highest}, the model has {vocab_size} ids; "
+            f"{source}: the tokenizer has token id {highest}, but the model has only {vocab_size} ids; "
             "pass the tokenizer that belongs to this model with --tokenizer"
         )
 
@@ -179,4 +179,4 @@ def _flag(config: Path, name: str, default: bool) -> bool:
     try:
         return bool(json.loads(config.read_bytes()).get(name, default))
     except (ValueError, AttributeError):
-        raise ExportError(f"{config}: not a JSON table; mend it or move it away") from None
+        raise ExportError(f"{config}: not a JSON object; fix or remove it") from None

@@ -1,4 +1,4 @@
-"""Reading PyTorch's own checkpoint files without running the code that a pickle may hold."""
+"""Reads PyTorch checkpoint files without running code that their pickle may contain."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 
 def read_torch(path: Path) -> dict[str, LazyWeight]:
-    """The tensors of one `.bin` file, mapped into memory; floating point comes out as float32, converted after slicing.
+    """Return the tensors of a `.bin` file, memory-mapped; floating point is converted to float32 after slicing.
 
     Raises:
-        ExportError: If the file is damaged, of the format before PyTorch 1.6 (which cannot be mapped), holds anything
-            but tensors, or is a pickle that wants to run code.
+        ExportError: If the file is damaged, in the format before PyTorch 1.6 (which cannot be mapped), or contains
+            anything but tensors, such as a pickle that would run code.
     """
     with path.open("rb") as file:
         magic = file.read(len(_ZIP_MAGIC))
     if magic != _ZIP_MAGIC:
         raise ExportError(
-            f"{path}: not a zip archive as torch.save writes them since 1.6, so old or damaged; download it again "
+            f"{path}: not a zip archive as written by torch.save since 1.6, so outdated or damaged; download it again "
             "or save the model with save_pretrained, which writes safetensors"
         )
     try:
@@ -39,12 +39,12 @@ def read_torch(path: Path) -> dict[str, LazyWeight]:
     except (RuntimeError, EOFError, OSError, KeyError):
         raise ExportError(f"{path}: cut short or damaged; download it again") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ExportError(f"{path}: not a table of tensors; save the model's state_dict, or use save_pretrained")
+        raise ExportError(f"{path}: not a dictionary of tensors; save the model's state_dict, or use save_pretrained")
     return {name: from_tensor(name, tensor) for name, tensor in tensors.items()}
 
 
 def from_tensor(name: str, tensor: torch.Tensor) -> LazyWeight:
-    """A weight over a torch tensor; floating point is read as float32, a few rows at a time."""
+    """Return a weight over a torch tensor; floating point is read as float32, a few rows at a time."""
     tensor = tensor.detach()
     if not tensor.is_floating_point():
         return from_array(name, tensor.numpy())

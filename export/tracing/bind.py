@@ -1,4 +1,4 @@
-"""Gives the initializers of a traced graph their values, lazily: from the checkpoint or from the trace itself."""
+"""Binds the initializers of a traced graph to lazy values from the checkpoint or the trace."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.weights import LazyWeight, from_array
 
 PREFIX = "module."
-"""What the tracer's wrapper puts in front of each name."""
+"""The prefix of names in the tracer's wrapper module."""
 
 
 def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model:
-    """Return the traced model with a value for every initializer that is read.
+    """Return the traced model with a value for every initializer in use.
 
     Args:
         trace: The traced graph.
         weights: The checkpoint's tensors by parameter name.
-        name: What to call the checkpoint in messages.
+        name: The checkpoint's name for messages.
 
     Raises:
-        ExportError: A tensor is in neither place, or its shape is not the module's.
+        ExportError: A tensor is missing, or its shape differs from the module's.
     """
     model = trace.model
     sweep(model.graph)
@@ -36,10 +36,10 @@ def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model
         if lazy is None and key in trace.constants:
             lazy = from_array(key, trace.constants[key], computed=True)
         if lazy is None:
-            raise ExportError(f"{name}: the model reads the tensor {key}, which the checkpoint does not hold")
+            raise ExportError(f"{name}: the model reads tensor {key}, which the checkpoint does not contain")
         wanted = tuple(value.shape.numpy()) if value.shape is not None else lazy.dims
         if lazy.dims != wanted:
-            raise ExportError(f"{name}: tensor {key} is {list(lazy.dims)}, and the model wants {list(wanted)}")
+            raise ExportError(f"{name}: tensor {key} has shape {list(lazy.dims)}, but the model expects {list(wanted)}")
         model.graph.initializers.pop(str(value.name))
         value.name = key
         value.const_value = LazyWeight(key, lazy.dims, lazy.dtype, lazy.rows, lazy.columns, computed=lazy.computed)

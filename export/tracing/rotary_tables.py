@@ -1,7 +1,7 @@
 """Evaluates rotary modules into lookup tables of cosines and sines by position.
 
-A table contains whatever scaling the module applies (linear, NTK, YaRN, Llama 3, longrope), with the factors for the
-bundle's context. Only the lookup is traced.
+The tables include any scaling of the module (linear, NTK, YaRN, Llama 3, longrope), with the factors for the bundle's
+context length. Only the lookup is traced.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from satchel.export.errors import ExportError
 
 @contextlib.contextmanager
 def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
-    """Replace, for the time of the trace, each rotary module's forward by a look-up in its own table for positions 0 ..
-    capacity - 1.
+    """Replace each rotary module's forward during the trace with a lookup in its table for positions 0 .. capacity - 1.
 
     Raises:
-        ExportError: A rotary module does not give cosines and sines.
+        ExportError: A rotary module does not return cosines and sines.
     """
     replaced: list[tuple[torch.nn.Module, list[str]]] = []
     try:
@@ -45,7 +44,7 @@ def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
                     tables = forward(torch.zeros(1, dtype=torch.float32), positions, *extra)
                 if not isinstance(tables, tuple) or len(tables) != 2:
                     raise ExportError(
-                        f"{type(part).__name__}: it gives no tables of cosines and sines (complex rotations, or none); "
+                        f"{type(part).__name__}: it does not return cosines and sines (complex rotations, or none); "
                         "this family is not supported"
                     )
                 for kind, table in zip(("cos", "sin"), tables, strict=True):

@@ -1,4 +1,4 @@
-"""Checks that a traced graph is a decoder that a KV cache can serve; what is not is refused by name."""
+"""Checks that a traced graph is a decoder that works with a KV cache, and refuses any other by name."""
 
 from __future__ import annotations
 
@@ -39,48 +39,48 @@ PRODUCTS = frozenset(("MatMul", "Gemm"))
 
 
 def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
-    """Check that tokens meet in attention only, once in each layer, and that nothing else reads the padding mask.
+    """Check that tokens interact only in attention, once per layer, and that nothing else reads the padding mask.
 
     Args:
         model: The traced and normalized graph, with its internal Attention operators.
-        name: What to call the model in messages.
-        layers: How many attention layers the configuration promises, if it does.
+        name: The model's name for messages.
+        layers: The number of attention layers in the config, if known.
 
     Raises:
-        ExportError: One of these does not hold.
+        ExportError: One of these conditions does not hold.
     """
     found = sorted(int(n.attributes["layer"].value) for n in nodes(model, "Attention", INTERNAL))
     expected = list(range(len(found) if layers is None else layers))
     if found != expected or not found:
         raise ExportError(
             f"{name}: {len(found)} attention layers were traced (indices {found}) where {len(expected)} are expected: "
-            "the model has attention code or layers of its own kind (recurrent, linear, shared), "
+            "the model has custom attention code or unusual layers (recurrent, linear, shared), "
             "which satchel does not support"
         )
     if _reads_values(graph_input(model, ATTENTION_MASK)):
         raise ExportError(
-            f"{name}: the model computes with the padding mask outside its attention, which satchel does not support"
+            f"{name}: the model uses the padding mask outside its attention, which satchel does not support"
         )
     for node in model.graph:
         reason = _mixes_tokens(node)
         if reason:
             raise ExportError(
-                f"{name}: {reason} (node {node.name}); a model in which tokens meet outside its attention cannot be "
-                "cached, so it is not exported"
+                f"{name}: {reason} (node {node.name}); a model in which tokens interact outside attention does not "
+                "work with a KV cache, so it is not exported"
             )
 
 
 def _mixes_tokens(node: ir.Node) -> str | None:
-    """Why this node may let one token see another, or None."""
+    """Why this node might mix tokens, or None."""
     kind = node.op_type
     if kind == "Cast" and node.domain == "" and _to_float(node) and _is_length(node.inputs[0]):
-        return "a length is used as a number"
+        return "a sequence length is used as a value"
     if node.domain == INTERNAL or kind in EACH_ELEMENT:
         return None
     if node.domain != "":
-        return f"the operator {node.domain}::{kind} is not known"
+        return f"the operator {node.domain}::{kind} is unknown"
     if kind in RESHAPES:
-        return None if _keeps_tokens_apart(node) else f"{kind} joins or divides tokens"
+        return None if _keeps_tokens_apart(node) else f"{kind} merges or splits tokens"
     if kind in ALONG_AN_AXIS:
         return _moves_tokens(node)
     if kind in MOVES:
@@ -89,38 +89,38 @@ def _mixes_tokens(node: ir.Node) -> str | None:
         fixed = weight(node.inputs[1]) is not None or constant(node.inputs[1]) is not None
         return None if fixed else f"{kind} multiplies two computed tensors"
     if kind in LAST_AXIS:
-        return None if _on_last_axis(node) else f"{kind} works across another axis than the channels"
+        return None if _on_last_axis(node) else f"{kind} works along an axis other than the channels"
     return f"the operator {kind} may work across tokens"
 
 
 def _moves_tokens(node: ir.Node) -> str | None:
-    """Slices, splits, joins and look-ups along the axis of the tokens change which token a row is."""
+    """Why a Slice, Split, Concat or Gather might move tokens, or None: it does so along the token axis."""
     data = node.inputs[0]
     alike = (*node.outputs, *node.inputs) if node.op_type == "Concat" else (data,)
     ndim = next((n for n in map(rank, alike) if n is not None), None)
     if ndim is not None and ndim <= 1:
-        return None  # shapes are computed with such vectors; a row of tokens has the batch in front of it
+        return None  # such vectors are shape arithmetic; tokens have a batch axis in front
     if node.op_type == "Slice":
         axes = constant(node.inputs[3]) if len(node.inputs) > 3 else None
         cut = [] if axes is None else [int(a) for a in axes]
     else:
         cut = [int(node.attributes["axis"].value) if "axis" in node.attributes else 0]
     if not cut or ndim is None:
-        return f"{node.op_type} is along an axis that is not known"
-    # Joined channels are a number; where tokens are joined, the result's axis has a name.
+        return f"{node.op_type} is along an unknown axis"
+    # The size of concatenated channels is static; that of concatenated tokens is symbolic.
     if not all(_is_fixed(node.outputs[0] if node.op_type == "Concat" else data, axis) for axis in cut):
-        return f"{node.op_type} is along the axis of the tokens"
+        return f"{node.op_type} is along the token axis"
     return None
 
 
 def _keeps_tokens_apart(node: ir.Node) -> bool:
-    """True if one token's channels, what follows the last axis of unknown size, are as many after as before."""
+    """Whether the number of channels per token, after the last symbolic axis, is unchanged."""
     before, after = (_channels(v) for v in (node.inputs[0], node.outputs[0]))
     return rank(node.inputs[0]) == 0 or (before is not None and before == after)
 
 
 def _channels(value: ir.Value | None) -> int | None:
-    """The product of the dimensions after the last one that is not a number."""
+    """Return the product of the dimensions after the last symbolic one."""
     if value is None or value.shape is None:
         return None
     fixed = list(itertools.takewhile(lambda d: isinstance(d, int), reversed(value.shape.dims)))
@@ -145,7 +145,7 @@ def _on_last_axis(node: ir.Node) -> bool:
 
 
 def _reads_values(mask: ir.Value) -> bool:
-    """True if anything but the number of rows of the padding mask is used."""
+    """Whether anything but the batch size of the padding mask is used."""
     return any(
         use.node.op_type != "Shape"
         or {name: use.node.attributes[name].value for name in use.node.attributes}
@@ -164,7 +164,7 @@ def _batch_only(shape: ir.Node) -> bool:
 
 
 def _is_length(value: ir.Value | None) -> bool:
-    """Whether the value comes from the shape of a tensor, more than its batch size, by arithmetic on lengths alone."""
+    """Whether the value derives from a tensor's shape, beyond its batch size, by integer arithmetic only."""
     waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()

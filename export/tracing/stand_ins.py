@@ -1,7 +1,7 @@
 """Replacements for attention, masks and experts while `transformers` runs under the tracer.
 
-`transformers` lets all three be replaced by name, so no model code is changed. A replacement refuses what it cannot
-express, and names the class that asked for it.
+`transformers` lets all three be replaced by name, so no model code is changed. A replacement refuses what it does not
+support, and names the class that needs it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ HARMLESS = {
     "is_causal",
     "deterministic",
 }
-"""Keyword arguments of an attention call that say nothing which the mask or the graph does not say already."""
+"""Keyword arguments of an attention call that are redundant, given the mask and the graph."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Stands in for a mask tensor during the trace: causal, and limited to the last `window` positions (0: no limit).
+    """Replaces a mask tensor during the trace: causal, and limited to the last `window` positions (0: no limit).
 
-    A model that computes with its mask fails on this object, and is refused, instead of losing what it computed.
+    A model that computes with its mask fails on this object, so it is refused instead of exported wrongly.
     """
 
     window: int
 
 
 def register_implementations() -> None:
-    """Make satchel's attention, mask and experts known to `transformers`; doing it again changes nothing."""
+    """Register satchel's attention, mask and experts with `transformers`; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -57,27 +57,27 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """The attention function that `transformers` calls.
 
-    query [batch, heads, new, head_dim] -> [batch, new, heads, head_dim], and no weights.
+    query [batch, heads, new, head_dim] -> [batch, new, heads, head_dim], and None for the attention weights.
     """
     where = type(module).__name__
     if not isinstance(attention_mask, Mask):
         raise ExportError(
-            f"{where}: its attention gets a mask of its own making ({type(attention_mask).__name__}); "
-            "satchel knows causal masks and windows only"
+            f"{where}: its attention gets a custom mask ({type(attention_mask).__name__}); "
+            "satchel supports only causal masks and sliding windows"
         )
     unknown = sorted(k for k, v in kwargs.items() if k not in HARMLESS and v is not None and v is not False)
     if unknown:
         raise ExportError(
-            f"{where}: its attention uses {', '.join(unknown)}, which satchel cannot carry over; "
+            f"{where}: its attention uses {', '.join(unknown)}, which satchel does not support; "
             "this family is not supported"
         )
     if kwargs.get("is_causal") is False:
         raise ExportError(
-            f"{where}: its attention looks ahead (is_causal=False); satchel exports causal language models only"
+            f"{where}: its attention is not causal (is_causal=False); satchel exports only causal language models"
         )
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise ExportError(f"{where}: its attention does not know its layer index, so its KV cache cannot be named")
+        raise ExportError(f"{where}: its attention has no layer index, so its KV cache cannot be named")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = torch.ops.satchel.attention(
         query, key, value, int(layer), scale, attention_mask.window, float(softcap or 0.0)
@@ -88,7 +88,7 @@ def _attention(
 def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> Mask:
     """The mask function that `transformers` calls.
 
-    It finds out by trying whether `mask_function` is causal, with or without a window.
+    It probes `mask_function` to check that it is causal, with or without a window.
     """
     window = int(local_size or 0)
     reach = window or 1 << 20
@@ -104,7 +104,7 @@ def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **_:
             same = False
     if not same:
         raise ExportError(
-            "the model asks for a mask that is neither causal nor a sliding window (chunked, packed or bidirectional); "
+            "the model uses a mask that is neither causal nor a sliding window (chunked, packed or bidirectional); "
             "satchel does not support it"
         )
     return Mask(window)
@@ -124,7 +124,7 @@ def _experts(
         "interleaved gates": not module.is_concatenated,
         "no gate": not module.has_gate,
         "a norm after each expert": module.has_post_expert_norm,
-        "a gate of its own": "_apply_gate" in type(module).__dict__
+        "a custom gate": "_apply_gate" in type(module).__dict__
         and type(module)._apply_gate.__name__ != "_default_apply_gate",
         f"the activation {type(activation).__name__}": not isinstance(activation, torch.nn.SiLU)
         and type(activation).__name__ != "SiLUActivation",
@@ -132,7 +132,7 @@ def _experts(
     found = [feature for feature, there in beyond.items() if there]
     if found:
         raise ExportError(
-            f"{where}: its experts have {', '.join(found)}, which satchel cannot express yet; "
+            f"{where}: its experts have {', '.join(found)}, which satchel does not support yet; "
             "this family is not supported"
         )
     out: torch.Tensor = torch.ops.satchel.experts(

@@ -23,8 +23,8 @@ DOMAIN = "satchel"
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float, window: int, softcap: float
 ) -> torch.Tensor:
-    """Attention of new tokens over all tokens so far; exists for tracing only."""
-    raise RuntimeError("satchel::attention has no implementation in torch: it stands for a graph operator")
+    """Attention of new tokens over all tokens so far; for tracing only."""
+    raise RuntimeError("satchel::attention has no implementation in torch: it is a placeholder for a graph operator")
 
 
 @attention.register_fake
@@ -39,8 +39,8 @@ def _(
 def experts(
     hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum over each token's chosen experts; exists for tracing only."""
-    raise RuntimeError("satchel::experts has no implementation in torch: it stands for a graph operator")
+    """Weighted sum over each token's chosen experts; for tracing only."""
+    raise RuntimeError("satchel::experts has no implementation in torch: it is a placeholder for a graph operator")
 
 
 @experts.register_fake
@@ -86,7 +86,7 @@ def _translate_experts(hidden: Any, index: Any, weights: Any, gate_up: Any, down
 
 
 def _translate_repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
-    """Each channel `repeats` times, as a look-up: the usual way by Expand leaves values of unknown shape behind."""
+    """Repeat each channel `repeats` times with a Gather: the default with Expand leaves values of unknown shape."""
     size = None if dim is None or x.shape is None else x.shape[dim]
     if not isinstance(size, int):
         raise NotImplementedError("repeat_interleave along an axis of unknown size")
@@ -99,4 +99,4 @@ TRANSLATIONS: dict[Any, Any] = {
     torch.ops.satchel.attention.default: _translate_attention,
     torch.ops.satchel.experts.default: _translate_experts,
 }
-"""For `torch.onnx.export(custom_translation_table=...)`."""
+"""Passed to `torch.onnx.export(custom_translation_table=...)`."""

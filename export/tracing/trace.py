@@ -1,8 +1,7 @@
-"""A module on meta tensors -> one ONNX graph in standard operators and two internal ones.
+"""Traces a module on meta tensors into one ONNX graph of standard operators and two internal ones.
 
 The graph maps `input_ids` and `position_ids` [batch, sequence] to `logits` [batch, sequence, vocabulary] for the new
-tokens only. What depends on earlier tokens stands in it as `satchel::Attention`, once per layer; the graph passes give
-that operator its KV cache later.
+tokens only. Only `satchel::Attention`, once per layer, depends on earlier tokens; graph passes add its KV cache later.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ OPSET = 24
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a trace gives.
+    """The result of a trace.
 
     Attributes:
         model: The graph; its initializers have no values yet.
-        constants: The values of those that no checkpoint holds, by name.
+        constants: The values of initializers that are not in the checkpoint, by name.
     """
 
     model: ir.Model
@@ -47,22 +46,22 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
 
     Args:
         module: Parameters on the meta device (or real); non-persistent buffers real, on the CPU.
-        name: What to call the model in messages.
-        capacity: Number of positions for which rotary tables are made; scaling rules that depend on the length
-            (longrope, dynamic) see this one.
-        protocol: True for a module of the user's own, whose forward takes the attention function as an argument.
+        name: The model's name for messages.
+        capacity: Number of positions in the rotary tables; length-dependent scaling (longrope, dynamic) uses it as the
+            length.
+        protocol: Whether this is a custom module, whose forward takes the attention function as an argument.
 
     Raises:
-        ExportError: The model does something that a decoder with a KV cache cannot express, or that torch cannot trace.
+        ExportError: The model is not compatible with a KV cache, or torch cannot trace it.
     """
     register_implementations()
     wrapper: torch.nn.Module = _ProtocolWrapper(module) if protocol else _ModelWrapper(module, name)
-    # Three tensors, not one three times: the tracer takes the same tensor for the same input.
+    # Three tensors, since the tracer treats the same tensor as the same input.
     device = next((p.device for p in module.parameters()), torch.device("meta"))
     examples = tuple(torch.zeros(2, length, dtype=torch.int64, device=device) for length in (7, 7, 11))
     batch, sequence, total = (torch.export.Dim(n) for n in (BATCH, SEQUENCE, TOTAL))
     dims = ({0: batch, 1: sequence}, {0: batch, 1: sequence}, {0: batch, 1: total})
-    # A user's own rotary module is traced as it is: only transformers' classes are known to give tables.
+    # A custom rotary module is traced unchanged: only transformers' classes are known to return tables.
     tables = contextlib.nullcontext() if protocol else tables_for_rotary(module, capacity)
     with _quiet(), tables, _buffers_on(device, module) as values, torch.no_grad():
         try:
@@ -90,7 +89,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
         ) as error:
             raise ExportError(f"{name}: torch cannot trace this model: {_root_cause(error)}") from error
     if onnx_program is None:
-        raise ExportError(f"{name}: torch gave no graph for this model")
+        raise ExportError(f"{name}: torch returned no graph for this model")
     model = onnx_program.model
     for value, wanted in zip(model.graph.inputs, (INPUT_IDS, POSITION_IDS, ATTENTION_MASK), strict=True):
         value.name = wanted
@@ -100,7 +99,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
 
 
 def _name_dimensions(model: ir.Model) -> None:
-    """Call the tracer's symbols by what they are, wherever they stand."""
+    """Rename the tracer's symbolic dimensions throughout the graph."""
     ids, _, mask = (value.shape for value in model.graph.inputs)
     if ids is None or mask is None:
         return
@@ -117,21 +116,20 @@ def _symbol(dim: int | ir.SymbolicDim) -> str:
 
 
 class _ModelWrapper(torch.nn.Module):
-    """Calls a `transformers` model with explicit positions and without a cache of its own."""
+    """Calls a `transformers` model with explicit positions and without its own KV cache."""
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         super().__init__()
         if "position_ids" not in inspect.signature(module.forward).parameters:
             raise ExportError(
-                f"{name}: this model takes no position_ids, so its positions cannot follow a KV cache; "
-                "satchel does not support it"
+                f"{name}: this model takes no position_ids, which a KV cache needs; satchel does not support it"
             )
         self.module = module
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        # The mask keeps transformers from guessing packed sequences out of position_ids; no graph may use it.
+        # The mask keeps transformers from inferring packed sequences from position_ids; no graph may use it.
         result = self.module(
             input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         )
@@ -140,7 +138,7 @@ class _ModelWrapper(torch.nn.Module):
 
 
 class _ProtocolWrapper(torch.nn.Module):
-    """Calls a module of the user's own with the attention function that the protocol promises."""
+    """Calls a custom module with the attention function of the protocol."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -171,9 +169,9 @@ class _ProtocolWrapper(torch.nn.Module):
 
 @contextlib.contextmanager
 def _buffers_on(device: torch.device, module: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
-    """Put real buffers where the parameters are for the time of the trace.
+    """Move real buffers to the parameters' device during the trace.
 
-    Yields their values by name, to be given back to the graph.
+    Yields their values by name, to be bound to the graph.
     """
     real = {name: b for name, b in module.named_buffers() if b.device.type != "meta"}
     places = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in real}
@@ -189,7 +187,7 @@ def _buffers_on(device: torch.device, module: torch.nn.Module) -> Iterator[dict[
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracer's own chatter off the user's terminal; its errors come back as exceptions."""
+    """Keep the tracer's output off the terminal; its errors are exceptions."""
     loggers = [
         logging.getLogger(n)
         for n in ("torch.onnx", "torch.export", "onnxscript", "torch.onnx._internal.exporter._registration")
@@ -207,7 +205,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost exception's first line, with the line of the model's code that raised it."""
+    """Return the first line of the innermost exception, and the line of model code that raised it."""
     while error.__cause__ is not None:
         error = error.__cause__
     frame, place = error.__traceback__, ""

@@ -1,4 +1,4 @@
-"""Writes a bundle's files into a folder: one weight file, three graphs that point into it, and what travels along."""
+"""Writes a bundle's files into a folder: one weight file, the graphs that refer to it, and the companion files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
 
 PAGE, LINE = 4096, 64
-"""Bytes at whose multiples a weight starts: a memory page for a large one, so that it can be mapped by itself; a cache
-line for one that is smaller than `LARGE`.
+"""Alignment of weights in bytes: a memory page for weights of at least `LARGE` bytes, so that each can be mapped
+separately, and a cache line for smaller ones.
 """
 
 LARGE = 1 << 20
@@ -46,10 +46,10 @@ def write_bundle(
 ) -> Manifest:
     """Write all files of a bundle into an empty folder, the manifest last.
 
-    `progress(total)` gives a context that hears of the weight file's bytes as they are written.
+    `progress(total)` returns a context manager whose value is called with the bytes of weights written.
 
     Raises:
-        PassError: A weight cannot be stored in the precision.
+        PassError: A weight cannot be stored at this precision.
         OSError: The disk is full, or a file cannot be written.
     """
     places = lay_out(models.values())
@@ -75,7 +75,7 @@ def write_bundle(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a weight lies in a file, in bytes."""
+    """The file of a weight, and its offset there in bytes."""
 
     weight: LazyWeight
     offset: int
@@ -83,13 +83,13 @@ class Place:
 
 
 def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
-    """Give each weight of the graphs its place, once: graphs that read a weight of the same name share its bytes. So do
-    those that take rows of the same table as an input.
+    """Assign each weight of the graphs a place, once: graphs share the bytes of weights with the same name.
 
-    Weights of another layout, which a device makes, have theirs in files that no bundle has (`file_name`).
+    The same holds for lookup tables whose rows are graph inputs. Weights in another layout, which are derived on the
+    machine that runs the bundle, are placed in files that are not part of the bundle (`file_name`).
 
     Raises:
-        ValueError: Two graphs have different weights of one name.
+        ValueError: Two graphs have different weights of the same name.
     """
     places: dict[str, Place] = {}
     ends = dict.fromkeys((WEIGHTS_NAME, *map(file_name, Layout)), 0)
@@ -99,7 +99,7 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
             there = places.get(lazy.name)
             if there is not None:
                 if (there.weight.dims, there.weight.dtype) != (lazy.dims, lazy.dtype):
-                    raise ValueError(f"two weights are called {lazy.name}: {there.weight} and {lazy}")
+                    raise ValueError(f"two weights have the name {lazy.name}: {there.weight} and {lazy}")
                 continue
             alignment = PAGE if lazy.nbytes >= LARGE else LINE
             layout = lazy.meta.get(LAYOUT)
@@ -111,7 +111,7 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
 
 
 def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -> FileRecord:
-    """Write the weight file, block by block, and hash it on the way; `advance` hears of each block's bytes."""
+    """Write the weight file block by block and hash it; `advance` is called with the size of each block."""
     digest, position = hashlib.sha256(), 0
     with (folder / WEIGHTS_NAME).open("wb") as file:
 
@@ -131,7 +131,7 @@ def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -
 
 
 def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, Place]) -> None:
-    """Write one graph, its weights as external data in the weight file."""
+    """Write one graph, with its weights as external data in the weight file."""
     model = model.clone()
     for value in model.graph.initializers.values():
         lazy = weight(value)
@@ -159,7 +159,7 @@ def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, P
 
 
 def write_companions(folder: Path, files: Mapping[str, bytes | Path]) -> None:
-    """Copy or write further files under their names in the bundle."""
+    """Copy or write companion files under their names in the bundle."""
     for name, content in files.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
@@ -168,11 +168,11 @@ def write_companions(folder: Path, files: Mapping[str, bytes | Path]) -> None:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON document for people and programs: indented, UTF-8, one newline at its end."""
+    """Write a JSON document: indented, UTF-8, with a trailing newline."""
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def record(path: Path) -> FileRecord:
-    """Size and hash of a small file."""
+    """Return the size and SHA-256 of a file."""
     with path.open("rb") as file:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

@@ -1,4 +1,4 @@
-"""Measures a written bundle against the float graph that it was made from, and puts the figures into its manifest."""
+"""Measures a bundle against the float graph that it comes from, and records the results in its manifest."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from satchel.runtime.evaluation.worker import REFERENCE, RESULT, WINDOWS
 
 
 def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries: Sequence[Path] = ()) -> Manifest:
-    """Certify a bundle that is not published yet.
+    """Certify a bundle before it is published.
 
-    The reference runs here, layer by layer, and its logits go to a file. The bundle runs as a user will run it, in a
-    process of its own.
+    The reference runs in this process, segment by segment, and its logits go to files. The bundle runs as for a user,
+    in a separate process.
 
     Args:
         bundle: The bundle's folder.
-        model: The float graph that all phases share, before anything was rounded.
-        texts: The windows to measure on.
-        folder: For the reference's logits; made here.
-        libraries: Those with the operators of a user's own that the bundle's graphs need.
+        model: The float graph that all phases share, before quantization.
+        texts: The windows to evaluate.
+        folder: A folder to create, for the reference's logits.
+        libraries: The libraries of custom operators that the bundle's graphs need.
 
     Returns:
-        The manifest, with the certificate, as it is now in the bundle.
+        The manifest with the certificate, as written to the bundle.
 
     Raises:
-        ExportError: The bundle does not run, or gives logits that are not finite.
+        ExportError: The bundle does not run, or its logits are not finite.
     """
     if texts.certificate is None:
-        raise ValueError("there is no text to measure on")
+        raise ValueError("no evaluation text")
     folder.mkdir(parents=True)
     windows = texts.certificate
     flow = Flow(model, windows, fresh(folder, "flow"))

@@ -1,4 +1,4 @@
-"""What the manifest says of a bundle: model facts, caches, graph signatures, tokenizer."""
+"""Builds the manifest of a bundle: model facts, KV caches, graph signatures, tokenizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from satchel.runtime.kernels import library
 
 @dataclass(frozen=True)
 class VariantKind:
-    """What the manifest says of a graph for certain machines, whichever model it is of. See `manifest.Variant`."""
+    """The part of a `manifest.Variant` that does not depend on the model."""
 
     runs: tuple[str, ...]
     layout: Layout
@@ -63,7 +63,7 @@ VARIANTS: Mapping[str, VariantKind] = {
         ("prefill", "decode"), Layout.PANELS, (library.ARCHITECTURES[0], *library.EXTENSIONS), library.VERSION
     ),
 }
-"""By the names of the graphs that a target makes beside the portable ones."""
+"""The variants by name: graphs that a target adds to the portable ones."""
 
 
 def describe(
@@ -75,7 +75,7 @@ def describe(
     files: Mapping[str, FileRecord],
     starts: Mapping[str, tuple[str, int]],
 ) -> Manifest:
-    """The manifest of a bundle whose files are written; `starts` says where in them each weight begins."""
+    """Return the manifest of a written bundle; `starts` has the file and offset of each weight."""
     layers = _layers(quantized)
     sessions, context = TARGETS[config.target].sessions(quantized), config.context(checkpoint.max_context)
 
@@ -109,7 +109,7 @@ def describe(
         custom_ops=tuple(named_file(path) for path in config.custom_ops),
         float_weights="float16" if config.precision == "fp16" or TARGETS[config.target].float16 else "float32",
         layers=layers,
-        # Kernels for 4 bits take the tokens of a prompt in pairs.
+        # The 4-bit kernels process the tokens of a prompt in pairs.
         token_multiple=2 if any(layer.bits == 4 for layer in layers.values()) else 1,
         tokenizer=tokenizer_spec(checkpoint),
         passes=tuple(report),
@@ -120,12 +120,12 @@ def describe(
 
 
 def _possible(checkpoint: Checkpoint, token: int | None) -> int | None:
-    """The id, or None where the logits do not reach it: some configs name a padding id that the model never had."""
+    """Return the id, or None if it is outside the logits: some configs name a padding id that the model lacks."""
     return token if token is not None and token < checkpoint.vocab_size else None
 
 
 def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpec:
-    """The KV cache as the inputs of the graphs declare it."""
+    """Return the KV cache as declared by the graphs' inputs."""
     by_name = {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
     layers = []
     for index in range(sum(name.endswith(".key") for name in by_name)):
@@ -136,7 +136,7 @@ def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpe
 
 
 def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
-    """The tokenizer's entry, with the name that its file has in the bundle."""
+    """Return the tokenizer's entry, with its file's name in the bundle."""
     files = checkpoint.tokenizer
     if files is None:
         return None
@@ -146,7 +146,7 @@ def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
 
 
 def _layers(quantized: Quantized | None) -> dict[str, LayerPrecision]:
-    """How each quantized layer is stored; layers that are not named are in the precision's float."""
+    """Return the precision of each quantized layer; all other layers are in float."""
     layers = {}
     for name, weight in ({} if quantized is None else quantized.weights).items():
         scheme, rule = weight.grid.scheme, quantized.rules[name]  # type: ignore[union-attr]

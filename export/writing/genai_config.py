@@ -1,4 +1,4 @@
-"""genai_config.json: how onnxruntime-genai opens the same folder."""
+"""genai_config.json: lets onnxruntime-genai open the bundle's folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from satchel.runtime.bundle.plain_graphs import without_custom
 
 
 def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] | None:
-    """The configuration, or None where that runner cannot express the model.
+    """Return the configuration, or None if onnxruntime-genai cannot run the model.
 
-    It knows one size of heads for all caches, keys and values alike, and hands a graph the same buffers as past and
-    present. It loads no libraries of operators: where the graphs need one it gets those without passes of a user's own.
-    Only graphs for the CPU are promised to run there. Where both phases share a session it gets one graph for
-    both, as satchel's own runner does. Otherwise it gets both as a pipeline, in which prompts run the first stage and
-    further tokens the second.
+    It supports a single head size for all keys and values, and passes the same buffers as past and present. It does not
+    load custom operators: if the graphs need them, it gets the graphs without custom passes. Only graphs for the CPU
+    are supported. If both phases share a session, it gets one graph for both, as in satchel's runner; otherwise it gets
+    a pipeline, in which the first stage runs prompts and the second runs further tokens.
     """
     if manifest.custom_ops:
         manifest = without_custom(manifest)
@@ -70,7 +69,7 @@ def genai_config(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any] |
 
 
 def _stage(graph: GraphSpec, *, prompt: bool) -> dict[str, Any]:
-    """One stage of a pipeline: the graph for prompts, or that for each token after them."""
+    """Return one stage of a pipeline: the graph for prompts, or the graph for each further token."""
     return {
         "filename": graph.file,
         "session_options": _session_options(graph),
@@ -82,12 +81,12 @@ def _stage(graph: GraphSpec, *, prompt: bool) -> dict[str, Any]:
 
 
 def _session_options(graph: GraphSpec) -> dict[str, Any]:
-    """The graph's session entries among that runner's own: it hands over every name that it does not know."""
+    """Merge the graph's session entries with its own options: it passes unknown names on to ONNX Runtime."""
     return {"log_id": "onnxruntime-genai", "provider_options": [], **graph.session}
 
 
 def _pad(manifest: Manifest) -> int:
-    """The token that fills up a batch, which that runner must be given: any will do for one sequence at a time."""
+    """Return the padding token, which is required, though unused with one sequence at a time."""
     facts = manifest.model
     if facts.pad_token_id is not None:
         return facts.pad_token_id

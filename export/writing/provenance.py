@@ -1,4 +1,4 @@
-"""What an export was made from and how, for the manifest: names and digests, never a path."""
+"""The provenance of a bundle for its manifest: inputs, options and versions, with names and digests but no paths."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ PACKAGES = (
     "satchel", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors", "gguf",
     "tokenizers", "sentencepiece",
 )  # fmt: skip
-"""Whose versions the manifest records."""
+"""Packages whose versions the manifest records."""
 
 SILENT = ("output", "force")
-"""Options that no byte of a bundle depends on."""
+"""Options that do not affect the bytes of a bundle."""
 
 
 def producer() -> dict[str, str]:
-    """The versions of Python and of the packages that an export uses."""
+    """Return the versions of Python and of the packages that an export uses."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
-    """What the bundle of a checkpoint was made from.
+    """Return the provenance of a checkpoint's bundle.
 
     Raises:
-        OSError: A file that was read is there no more.
+        OSError: An input file no longer exists.
     """
     recipe = recipe_of(config)
     files = {
@@ -57,12 +57,12 @@ def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
 
 
 def named_file(path: Path) -> NamedFile:
-    """A file by its name and digest."""
+    """Return a file's name and digest."""
     return NamedFile(path.name, sha256(path))
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits."""
+    """Return the SHA-256 of a file, as 64 hex digits."""
     return sha256_of(path, lambda read: None)
 
 
@@ -72,7 +72,7 @@ def _tokenizer(path: Path, file: Path | bytes) -> NamedFile:
 
 
 def _as_data(value: Any) -> Any:
-    """An option as JSON has it."""
+    """Convert an option to JSON data."""
     if isinstance(value, tuple):
         return [_as_data(item) for item in value]
     if isinstance(value, UserPass):

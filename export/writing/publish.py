@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: a folder is made beside its place and moved there when it is done."""
+"""Atomic creation of bundles: a folder is written next to its destination, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_target(output: Path, force: bool) -> None:
     """Check that a bundle may be written to `output`.
 
     Raises:
-        ExportError: Something is there and `force` is off, or what is there is no bundle, or its parent is no folder.
+        ExportError: `output` exists without `force`, or is not a bundle, or its parent is not a folder.
     """
     parent = output.absolute().parent
     if parent.exists() and not parent.is_dir():
@@ -25,21 +25,19 @@ def check_target(output: Path, force: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
-        raise ExportError(
-            f"{output} is there and is not a bundle: choose another place (--force replaces bundles only)"
-        )
+        raise ExportError(f"{output} exists and is not a bundle: choose another place (--force only replaces bundles)")
     if not force:
         raise ExportError(f"{output} already exists: choose another place, or replace it with --force")
 
 
 @contextlib.contextmanager
 def staged(output: Path, force: bool) -> Iterator[Path]:
-    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
+    """Yield an empty folder that replaces `output` when the block succeeds, and is removed otherwise.
 
-    Where `output` is a link, what it leads to is replaced.
+    If `output` is a symbolic link, its target is replaced.
 
     Raises:
-        ExportError: Something has come to be at `output` meanwhile, and `force` is off.
+        ExportError: `output` was created in the meantime, and `force` is off.
     """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +63,7 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """Yield an empty folder on the disk of `output` for what an export puts aside; it is removed at the end."""
+    """Yield an empty folder on the disk of `output` for temporary files; it is removed at the end."""
     output = output.resolve()
     place = next(parent for parent in output.parents if parent.is_dir())
     _remove_abandoned(place / output.name)
@@ -74,7 +72,7 @@ def scratch(output: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove what an export that was killed left here. A bundle that it had moved away and not replaced comes back."""
+    """Remove files of killed exports, and restore a bundle that one had moved aside without replacing it."""
     for kind in ("partial", "scratch", "old"):
         prefix = f".{output.name}.{kind}-"
         if kind == "old" and not output.exists():

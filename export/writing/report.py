@@ -1,4 +1,4 @@
-"""What an export says at its end of the bundle: size, fidelity and speed, in one row or as JSON."""
+"""The final report of an export: size, accuracy and speed of the bundle, as one line or JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from satchel.runtime.bundle.manifest import Manifest
 
 
 def report(manifest: Manifest) -> dict[str, Any]:
-    """The facts of a bundle that an export reports.
+    """Return the facts that an export reports about a bundle.
 
-    `bytes` is the whole bundle's size, `bits_per_weight` that of its weight file over the model's parameters. `kl`,
-    `top1` and `perplexity_change` (a ratio to the float model's, less 1) are those of the certificate, for prefill;
-    `decode_kl` for decode; `prefill` and `decode` are tokens per second. All of these are None without a certificate,
-    and speeds for bundles whose speed was not measured.
+    `bytes` is the size of the bundle, and `bits_per_weight` the size of its weight file per model parameter. From the
+    certificate, `kl`, `top1` and `perplexity_change` (relative to the float model) are for prefill, and `decode_kl` is
+    for decode; `prefill` and `decode` are in tokens/s. These are None without a certificate, and speeds also if they
+    were not measured.
     """
     certificate, parameters = manifest.certificate, manifest.model.parameters
     facts: dict[str, Any] = {
@@ -36,7 +36,7 @@ def report(manifest: Manifest) -> dict[str, Any]:
 
 
 def row(facts: dict[str, Any]) -> str:
-    """The facts on one line."""
+    """Format the facts as one line."""
     parts = [
         f"{facts['bundle']}: {facts['precision']}",
         f"{facts['bytes'] / 1e6:,.1f} MB",
@@ -48,4 +48,4 @@ def row(facts: dict[str, Any]) -> str:
         parts.append(f"perplexity {facts['perplexity_change']:+.2%}")
     if facts["prefill"] is not None:
         parts.append(f"prefill {facts['prefill']:,.0f} and decode {facts['decode']:,.0f} tokens/s")
-    return ", ".join(parts) + f"; made in {facts['seconds']:.1f} s"
+    return ", ".join(parts) + f"; exported in {facts['seconds']:.1f} s"

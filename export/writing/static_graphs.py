@@ -1,4 +1,4 @@
-"""The graphs of a static target: which there are, how they are made, and what the manifest says of them."""
+"""The graphs of targets with static shapes: their plan, their lowering, and their manifest entries."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FATAL = (
     "transpose_tied_head",
     "decompose_norms", "lower_opset", "quantize_folded",
 )  # fmt: skip
-"""Passes that a static graph cannot do without: what one of them refuses stops the export."""
+"""Passes that a static graph requires: a refusal by one of them stops the export."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One graph of a bundle: its name, the phase that it is for, and its number of tokens."""
+    """A planned graph of a bundle: its name, phase and number of tokens."""
 
     name: str
     phase: str
@@ -41,10 +41,10 @@ class Planned:
 
 
 def plan(config: ExportConfig, context: int) -> tuple[Planned, ...]:
-    """The graphs of a bundle: prefill at each length, decode, and score at the largest length.
+    """Return the graphs of a bundle: prefill at each length, decode, and score at the largest length.
 
     Raises:
-        ExportError: A length that was asked for is more than the bundle allows.
+        ExportError: A requested length exceeds the context of the bundle.
     """
     lengths = config.lengths(context)
     prefill = (Planned(f"prefill_{tokens}", "prefill", tokens) for tokens in lengths)
@@ -59,21 +59,21 @@ def lower_static(
     report: list[dict[str, Any]],
     limit: int = INLINE_LIMIT,
 ) -> dict[str, ir.Model]:
-    """The static graphs by the names of their files; a graph of several parts has one for each, NAME.part1 and so on.
+    """Return the static graphs by file name; a graph split into parts has NAME.part1, NAME.part2, ...
 
-    With passes of a user's own, also the graphs without them, as `PLAIN` and the name.
+    With custom passes, this includes the graphs without them, whose names are prefixed with `PLAIN`.
 
     Args:
         common: The graph that all phases share.
-        checkpoint: Where it comes from.
+        checkpoint: The source checkpoint.
         config: The options of the export.
-        quantized: What is stored for weights in 8 bits.
-        report: What the passes did is added to it.
-        limit: Bytes of weights in one part.
+        quantized: The quantized weights, if any.
+        report: The reports of the passes are appended to it.
+        limit: Max bytes of weights in one part.
 
     Raises:
-        ExportError: Something in the model has no form on the target.
-        PassError: A pass left a graph broken.
+        ExportError: The target does not support part of the model.
+        PassError: A pass produced an invalid graph.
     """
     target, context = TARGETS[config.target], config.context(checkpoint.max_context)
     custom = tuple(Step(standard_only(user, OPSET, config.target)) for user in config.passes)
@@ -84,7 +84,7 @@ def lower_static(
             steps = target.static_steps(phase, Lengths(planned.tokens, context), quantized, own)
             model, finished = pipeline.run(common, steps)
             _check_refusals(finished, checkpoint.name, config.target)
-            if not prefix:  # what runs where the user's passes are switched off is not told of
+            if not prefix:  # the report leaves out the graphs without custom passes
                 report += [done.as_json(planned.name) for done in finished]
             models |= _named_parts(f"{prefix}{planned.name}", model, limit, checkpoint.name)
     return models
@@ -94,7 +94,7 @@ def _check_refusals(finished: Iterable[Done], source: str, target: str) -> None:
     refused = [(done.name, refusal) for done in finished if done.name in FATAL for refusal in done.refusals]
     if refused:
         name, refusal = refused[0]
-        raise ExportError(f"{source}: {refusal.node} has no form on --target {target}: {refusal.reason} ({name})")
+        raise ExportError(f"{source}: --target {target} does not support {refusal.node}: {refusal.reason} ({name})")
 
 
 def _named_parts(name: str, model: ir.Model, limit: int, source: str) -> dict[str, ir.Model]:
@@ -104,12 +104,12 @@ def _named_parts(name: str, model: ir.Model, limit: int, source: str) -> dict[st
         raise ExportError(f"{source}: {error}") from None
     names = [name] if len(parts) == 1 else [f"{name}.part{index + 1}" for index in range(len(parts))]
     for key, part in zip(names, parts, strict=True):
-        part.graph.name = key  # Ascend's compiler calls its files after the graph
+        part.graph.name = key  # Ascend's compiler names its files after the graph
     return dict(zip(names, parts, strict=True))
 
 
 def parts_of(models: Mapping[str, ir.Model], name: str) -> dict[str, ir.Model]:
-    """The parts of the graph of that name, in their order, by the names of their files."""
+    """Return the parts of the named graph in order, by file name."""
     return {key: model for key, model in models.items() if key == name or key.startswith(f"{name}.part")}
 
 
@@ -121,10 +121,10 @@ def describe_static(
     starts: Mapping[str, tuple[str, int]],
     prefix: str = "",
 ) -> StaticGraphs:
-    """What the manifest says of the static graphs of a bundle whose files are written.
+    """Return the manifest entries of the static graphs of a written bundle.
 
-    `starts` are file and offset of each stored weight and table, by its name; `prefix` is `PLAIN` for the graphs
-    without passes of a user's own.
+    `starts` has the file and offset of each weight and lookup table by name; `prefix` is `PLAIN` for the graphs without
+    custom passes.
     """
     found = {planned: parts_of(models, f"{prefix}{planned.name}") for planned in plan(config, context)}
     graphs = {

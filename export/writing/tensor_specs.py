@@ -1,4 +1,4 @@
-"""Inputs and outputs of a graph as the manifest declares them."""
+"""Converts graph inputs and outputs to their manifest entries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from satchel.runtime.bundle.manifest import TensorSpec
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Graph inputs or outputs as the manifest declares them.
+    """Return the manifest entries of graph inputs or outputs.
 
     Raises:
-        ExportError: A shape or type is not known.
+        ExportError: A shape is unknown or a type is unexpected.
     """
     specs = []
     for value in values:

@@ -180,13 +180,13 @@ def test_a_file_without_tokenizer_has_none(tmp_path: Path) -> None:
 EXTRA = np.ones((2, 32), np.float32)
 REFUSALS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "longrope": ({"facts": {"rope.scaling.type": "longrope"}}, ("'longrope'", "linear and yarn", "original float")),
-    "unknown key": ({"facts": {"attention.scale": 0.5}}, ("llama.attention.scale", "would have to drop")),
+    "unknown key": ({"facts": {"attention.scale": 0.5}}, ("llama.attention.scale", "drop")),
     "yarn detail": ({"facts": {"rope.scaling.attn_factor": 2.0}}, ("rope.scaling.attn_factor", "drop")),
     "experts in llama": ({"facts": {"expert_count": 8}}, ("llama.expert_count", "drop")),
-    "partial rotary": ({"facts": {"rope.dimension_count": 8}}, ("rope.dimension_count is 8", "16 dimensions")),
-    "missing key": ({"facts": {"block_count": None}}, ("llama.block_count is missing", "convert it again")),
+    "partial rotary": ({"facts": {"rope.dimension_count": 8}}, ("rope.dimension_count is 8", "16")),
+    "missing key": ({"facts": {"block_count": None}}, ("llama.block_count is missing",)),
     "uneven layers": ({"facts": {"attention.head_count_kv": [2, 1]}}, ("head_count_kv differs between layers",)),
-    "unplaced tensor": ({"tensors": {"blk.0.attn_q.bias": EXTRA[0]}}, ("no place for tensor blk.0.attn_q.bias",)),
+    "unplaced tensor": ({"tensors": {"blk.0.attn_q.bias": EXTRA[0]}}, ("tensor blk.0.attn_q.bias",)),
     "unplaced factors": ({"tensors": {"rope_factors_long.weight": EXTRA[0]}}, ("rope_factors_long.weight",)),
     "wrong factors": ({"tensors": {"rope_freqs.weight": EXTRA[0]}}, ("32 factors for 8 frequencies",)),
     "missing tensor": ({"tensors": {"blk.1.ffn_up.weight": None}}, ("layers.1.mlp.up_proj.weight", "is missing")),
@@ -217,7 +217,7 @@ def test_what_would_be_dropped_is_refused_by_name(case: str, tmp_path: Path) -> 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", "mamba", {}, {"token_embd.weight": EXTRA})
-    with pytest.raises(ExportError, match=r"'mamba'; satchel reads llama, .*: export from the checkpoint folder"):
+    with pytest.raises(ExportError, match=r"'mamba'.* llama, .*checkpoint folder"):
         open_checkpoint(path)
 
 
@@ -241,5 +241,5 @@ def test_damaged_headers_are_refused(tmp_path: Path) -> None:
     name = b"blk.0.attn_norm.weight"
     kind = whole.index(name) + len(name) + 4 + 8
     path.write_bytes(whole[:kind] + (99).to_bytes(4, "little") + whole[kind + 4 :])
-    with pytest.raises(ExportError, match=r"blk\.0\.attn_norm\.weight is stored in the type 99.*another type"):
+    with pytest.raises(ExportError, match=r"blk\.0\.attn_norm\.weight .*type 99"):
         read_gguf(path)

@@ -33,15 +33,15 @@ CONFIG_CHANGES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, ("config.json", "awq", "original float")),
     "remote code": (
         {"model_type": "mystery", "auto_map": {"AutoConfig": "x.Y"}},
-        ("config.json", "mystery", "needs code", "transformers holds itself"),
+        ("config.json", "mystery", "needs code"),
     ),
-    "unknown": ({"model_type": "mystery"}, ("config.json", "mystery", "is unknown", "transformers holds itself")),
-    "no model type": ({"model_type": None}, ("config.json", "names no model_type", "original model")),
+    "unknown": ({"model_type": "mystery"}, ("config.json", "mystery", "is unknown")),
+    "no model type": ({"model_type": None}, ("config.json", "model_type", "original model")),
     "encoder": ({"model_type": "bert"}, ("bert is not a causal language model", "decoder-only")),
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, ("t5", "encoder-decoder", "decoder-only")),
     "multimodal": ({"model_type": "gemma3"}, ("gemma3 is a multimodal model", "export that")),
     "impossible": ({"num_attention_heads": 5}, ("config.json", "not a multiple of the number of attention heads")),
-    "wrong type": ({"vocab_size": "many"}, ("config.json", "transformers refuses it")),
+    "wrong type": ({"vocab_size": "many"}, ("config.json", "transformers")),
     "wrong shape": (
         {"intermediate_size": 32},
         ("mlp.gate_proj.weight", "[96, 64]", "[32, 64]", "belongs to these weights"),
@@ -103,7 +103,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
     index = shards(tmp_path)
     change_json(index, weight_map={"model.norm.weight": "../model.safetensors"})
-    refused(tmp_path, "index.json", "../model.safetensors", "not a file of this folder")
+    refused(tmp_path, "index.json", "../model.safetensors")
 
 
 def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(tmp_path: Path)
 def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:
     index = shards(tmp_path)
     index.write_text("[]")
-    refused(tmp_path, "index.json", "not an index of shards", "download it again")
+    refused(tmp_path, "index.json", "weight_map", "download it again")
 
 
 def header(entry: dict[str, object], data: bytes = b"\0" * 8) -> bytes:
@@ -131,7 +131,7 @@ SAFETENSORS: dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]] = {
     "cut in the header": (lambda whole: whole[:100], ("cut short", "inside its header")),
     "cut in the length": (lambda whole: whole[:5], ("cut short", "inside its header")),
     "no json": (lambda _: (4).to_bytes(8, "little") + b"abcd", ("not JSON",)),
-    "no table": (lambda _: (2).to_bytes(8, "little") + b"[]", ("not a table",)),
+    "no table": (lambda _: (2).to_bytes(8, "little") + b"[]", ("not a JSON object",)),
     "damaged entry": (lambda _: header({"dtype": "F32"}), ("model.norm.weight", "damaged")),
     "wrong length": (lambda _: header({**GOOD, "shape": [3]}), ("model.norm.weight", "8 bytes", "[3]")),
     "beyond the end": (lambda _: header({**GOOD, "data_offsets": [8, 16]}), ("model.norm.weight", "cut short")),
@@ -176,7 +176,7 @@ TORCH_FILES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda path: (torch.save({"a": torch.ones(2000)}, path), path.write_bytes(path.read_bytes()[:3000]))[0],
         ("cut short or damaged", "download it again"),
     ),
-    "no table": (lambda path: torch.save([torch.ones(2)], path), ("not a table of tensors", "state_dict")),
+    "no table": (lambda path: torch.save([torch.ones(2)], path), ("tensors", "state_dict")),
 }
 
 
@@ -200,5 +200,5 @@ def test_experts_of_unequal_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_longest_context_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"config\.json: names no longest context; add max_position_embeddings"):
+    with pytest.raises(ExportError, match=r"config\.json: .*max_position_embeddings"):
         huggingface._max_context(transformers.PreTrainedConfig(), tmp_path)

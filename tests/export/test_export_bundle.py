@@ -64,7 +64,7 @@ def test_the_forecast_and_the_stages_are_told_in_order(tiny_checkpoint: Path, tm
         r"\[4/6\] writing the bundle \.\.\. [\d.]+ s",
         r"\[5/6\] checking the bundle \.\.\. [\d.]+ s",
         r"\[6/6\] measuring the bundle \.\.\. [\d.]+ s",
-        r".*bundle: fp32, [\d.]+ MB, [\d.]+ bits per weight, KL 0\.00000 .*; made in [\d.]+ s",
+        r".*bundle: fp32, [\d.]+ MB, [\d.]+ bits per weight, KL 0\.00000 .*; exported in [\d.]+ s",
     ]
     assert len(lines) == len(expected), done.stderr
     for line, pattern in zip(lines, expected, strict=True):

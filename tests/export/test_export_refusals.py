@@ -56,7 +56,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "an index of absent files": (with_an_index_of_absent_files, ("model-00009.safetensors", "download")),
     "a tensor of another shape": (with_config(intermediate_size=32), ("mlp.gate_proj.weight", "[96, 64]", "[32, 64]")),
     "a missing tensor": (with_config(num_hidden_layers=3), ("model.layers.2.", "is missing", "download")),
-    "no model_type": (with_config(model_type=None), ("config.json", "names no model_type")),
+    "no model_type": (with_config(model_type=None), ("config.json", "model_type")),
     "an encoder": (with_config(model_type="bert"), ("bert is not a causal language model", "decoder-only")),
     "quantized weights": (with_config(quantization_config={"quant_method": "gptq"}), ("gptq", "original float")),
     "a GGUF file cut short": (short_gguf, ("model.gguf", "cut short", "download it again")),

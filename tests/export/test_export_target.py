@@ -45,7 +45,7 @@ def test_force_does_not_replace_what_is_no_bundle(
     (folder / "chapter 1").write_text("It was")
     file.write_text("Buy milk")
     for target in (folder, file):
-        says = (str(target), "is not a bundle", "choose another place", "--force replaces bundles only")
+        says = (str(target), "is not a bundle", "choose another place", "--force")
         refused(capsys, tmp_path, tiny_checkpoint, "-o", target, "--force", says=says)
 
 
@@ -150,7 +150,7 @@ def test_a_bundle_is_not_a_checkpoint(
         source = tmp_path / "bundle.pyz"
         assert cli.main(["pack", str(tiny_bundle), "-o", str(source)]) == 0
     before = tree(tiny_bundle)
-    refused(capsys, tmp_path, source, "-o", tmp_path / "new", says=(str(source), "is a bundle already", "satchel run"))
+    refused(capsys, tmp_path, source, "-o", tmp_path / "new", says=(str(source), "already a bundle", "satchel run"))
     assert tree(tiny_bundle) == before
 
 

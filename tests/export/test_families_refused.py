@@ -22,9 +22,9 @@ STATE: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon": ({}, "attention code of its own"),
-    "gptj": ({"rotary_dim": 8}, "attention code of its own"),
-    "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "attention code of its own"),
+    "falcon": ({}, "hard-coded"),
+    "gptj": ({"rotary_dim": 8}, "hard-coded"),
+    "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "hard-coded"),
     "bloom": ({}, "ALiBi"),
     "mpt": ({}, "ALiBi"),
     "mamba": ({}, "recurrent or convolutional state"),
@@ -32,15 +32,15 @@ BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
     "granitemoehybrid": ({**STATE, **MOE, "layer_types": ["mamba", "attention"]}, "recurrent or convolutional state"),
     "qwen3_next": ({**STATE, "head_dim": 16, "num_experts": 4}, "recurrent or convolutional state"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "recurrent or convolutional state"),
-    "gpt_oss": ({**MOE, "head_dim": 16}, "its attention has sinks"),
-    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "works in chunks"),
+    "gpt_oss": ({**MOE, "head_dim": 16}, "sinks"),
+    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "chunked"),
     "deepseek_v3": ({**LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "multi-head latent attention"),
     "bert": ({}, "not a causal language model"),
     "t5": ({"d_model": 64, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 16}, "encoder-decoder"),
 }  # fmt: skip
 BY_STRUCTURE: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_oss": ({**MOE, "head_dim": 16}, "its attention uses s_aux"),
-    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "no tables of cosines and sines"),
+    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "cosines and sines"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "1 attention layers were traced (indices [1]) where 2"),
     "diffllama": ({}, "attention layers were traced (indices [0, 0, 1, 1])"),
     "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "'FakeTensor' and 'Mask'"),

@@ -33,23 +33,23 @@ SOUND = {
     "the batch size of the mask": "n = Shape<start = 0, end = 1>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
 }
 UNSOUND = {
-    "the token before": ("a = Slice(mixed, one, end, one) y = Concat<axis = 1>(a, a)", "Slice is along the axis"),
+    "the token before": ("a = Slice(mixed, one, end, one) y = Concat<axis = 1>(a, a)", "Slice is along the token axis"),
     "tokens of one head": (
         "a = Slice(q, one, end, two) b = Transpose<perm = [0, 2, 1, 3]>(a) c = Reshape(b, flat) y = Add(mixed, c)",
-        "Slice is along the axis of the tokens",
+        "Slice is along the token axis",
     ),
-    "the last token": ("a = Gather<axis = 1>(mixed, last) y = Add(mixed, a)", "Gather is along the axis of the tokens"),
+    "the last token": ("a = Gather<axis = 1>(mixed, last) y = Add(mixed, a)", "Gather is along the token axis"),
     "shifted ids": (
         "a = Slice(input_ids, zero, last, one) b = Gather(table, a) y = Add(mixed, b)",
-        "Slice is along the axis of the tokens",
+        "Slice is along the token axis",
     ),
-    "tokens joined": ("y = Concat<axis = 1>(mixed, mixed)", "Concat is along the axis of the tokens"),
-    "two tokens as one": ("a = Reshape(mixed, pairs) b = Neg(a) y = Reshape(b, whole)", "joins or divides tokens"),
-    "the mean of all tokens": ("m = ReduceMean(mixed, one) y = Sub(mixed, m)", "another axis than the channels"),
-    "softmax over tokens": ("y = Softmax<axis = 1>(mixed)", "another axis than the channels"),
+    "tokens joined": ("y = Concat<axis = 1>(mixed, mixed)", "Concat is along the token axis"),
+    "two tokens as one": ("a = Reshape(mixed, pairs) b = Neg(a) y = Reshape(b, whole)", "Reshape"),
+    "the mean of all tokens": ("m = ReduceMean(mixed, one) y = Sub(mixed, m)", "along an axis"),
+    "softmax over tokens": ("y = Softmax<axis = 1>(mixed)", "along an axis"),
     "softmax over tokens moved last": (
         "a = Transpose<perm = [0, 2, 1]>(mixed) b = Softmax(a) y = Transpose<perm = [0, 2, 1]>(b)",
-        "another axis than the channels",
+        "along an axis",
     ),
     "attention by hand": (
         "t = Transpose<perm = [0, 2, 1]>(mixed) s = MatMul(mixed, t) y = MatMul(s, mixed)",
@@ -62,7 +62,7 @@ UNSOUND = {
     ),
     "a length as a number": (
         "n = Shape<start = 1, end = 2>(mixed) m = Cast<to = 1>(n) y = Mul(mixed, m)",
-        "a length is used as a number",
+        "sequence length",
     ),
     "the length of the mask": (
         "n = Shape<start = 1, end = 2>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
