@@ -80,11 +80,11 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
         with stages.stage("optimizing the graphs"):
             common, _ = lower(model, checkpoint, config, recipe)
         with stages.stage("rounding the weights"), stages.steps(count(common), "trying") as bar:
-            turned, _ = transform(common, recipe)
+            rotated, _ = transform(common, recipe)
             if texts.certificate is None:
                 raise ValueError("no evaluation text")
-            layers = measure(turned, recipe, texts.certificate[: search.windows], folder, bar)
-    bits_now = _bits(turned, checkpoint.parameters)
+            layers = measure(rotated, recipe, texts.certificate[: search.windows], folder, bar)
+    bits_now = _bits(rotated, checkpoint.parameters)
     if not layers:
         raise ExportError(f"recipe {recipe.name}: no linear layer has fewer than 8 bits, so there is nothing to raise")
     raised = (

@@ -219,11 +219,11 @@ def _round(
                 replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
         return replaced
 
-    products = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
+    linear = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
     if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
         read = _batched(windows[:QUICK_WINDOWS] if quick else windows)
         flow = Flow(model, read, fresh(folder, "round"), batch=BATCH)
-        flow.run(lambda node, inputs: visit(node, inputs) if node.name in products else {})
+        flow.run(lambda node, inputs: visit(node, inputs) if node.name in linear else {})
     for node, lazy in quantizable(model):
         if lazy.name in chosen and lazy.name not in results:
             results[lazy.name] = round_weight(lazy, chosen[lazy.name], codes, by_outputs=by_outputs(node))

@@ -35,7 +35,7 @@ LAST_AXIS = frozenset(
 LENGTH_ARITHMETIC = frozenset(
     ("Add", "Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
 )
-PRODUCTS = frozenset(("MatMul", "Gemm"))
+MATMULS = frozenset(("MatMul", "Gemm"))
 
 
 def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
@@ -85,7 +85,7 @@ def _mixes_tokens(node: ir.Node) -> str | None:
         return _moves_tokens(node)
     if kind in MOVES:
         return None
-    if kind in PRODUCTS:
+    if kind in MATMULS:
         fixed = weight(node.inputs[1]) is not None or constant(node.inputs[1]) is not None
         return None if fixed else f"{kind} multiplies two computed tensors"
     if kind in LAST_AXIS:

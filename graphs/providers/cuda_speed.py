@@ -10,7 +10,7 @@ from satchel.graphs.providers.facts import VERSIONS
 from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, number, of_type, operand
 
 FLOW = ("If", "Loop", "Scan")
-PRODUCTS = ("MatMul", "Gemm")
+MATMULS = ("MatMul", "Gemm")
 CACHE_RANK = 4
 SCATTERS = ("ScatterND", "ScatterElements", "TensorScatter")
 FEW_BITS = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
@@ -88,7 +88,7 @@ def _not_fused(dequantize: ir.Node, old: bool) -> str | None:
     if len(uses) != 1:
         return f"{len(uses)} nodes read it, but only one may"
     reader = next(iter(uses))
-    if reader.node.op_type not in PRODUCTS or reader.idx != 1:
+    if reader.node.op_type not in MATMULS or reader.idx != 1:
         return f"{reader.node.op_type} reads it, but the second input of a MatMul or Gemm must"
     if codes is None or scales is None or not is_constant(scales) or (zeros is not None and not is_constant(zeros)):
         return "its scales are computed"

@@ -173,7 +173,7 @@ CUDA = (
     ),
     Rule(
         "U12", WARNING, "decode has control flow",
-        "a CUDA graph cannot hold it", "unroll it", cuda_speed.decode_has_no_control_flow,
+        "a CUDA graph cannot contain it", "unroll it", cuda_speed.decode_has_no_control_flow,
     ),
     Rule(
         "U13", WARNING, "activations are quantized",
