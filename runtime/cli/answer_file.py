@@ -183,7 +183,7 @@ class AnswerFile:
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """A row as it is written, with its line end: one line also for readers that split at Unicode line ends."""
+    """A row as written, with its line end; readers that split at Unicode line ends also see one line."""
     text = json.dumps(row, ensure_ascii=False)
     return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 

@@ -34,7 +34,7 @@ class Defaults:
     raw: bool
 
     def raw_of(self, line: PromptLine) -> bool:
-        """Whether the text of a line is fed as it is."""
+        """Whether the text of a line is used without the chat template."""
         return not isinstance(line.prompt, Chat) and (self.raw if line.raw is None else line.raw)
 
     def options_of(self, line: PromptLine) -> GenerationOptions:
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace, options: dict[str, Any], open_generator: Call
 
 
 def request_digest(line: PromptLine, defaults: Defaults, common: Sequence[Any]) -> str:
-    """A digest of all that an answer depends on: the line's prompt and effective options, and what lines share."""
+    """A digest of everything an answer depends on: the prompt and effective options of a line, and shared settings."""
     prompt = dataclasses.asdict(line.prompt) if isinstance(line.prompt, Chat) else line.prompt
     request: list[Any] = [line.error]
     if line.error is None:
@@ -160,7 +160,7 @@ def answer_lines(
 
 
 def _request(generator: Generator, line: PromptLine, defaults: Defaults) -> Request:
-    """The request of a line. Raises SatchelError for what is wrong with it."""
+    """The request of a line. Raises SatchelError if it is invalid."""
     from satchel.runtime.generation.generator import Request
 
     if line.prompt is None:

@@ -30,7 +30,7 @@ class _Lines:
 
 
 def typed_turns() -> Iterator[str]:
-    """What the user types, turn by turn. Ctrl-C at the prompt clears what was typed."""
+    """The user's input, turn by turn. Ctrl-C at the prompt clears the line."""
     import readline  # noqa: F401  # gives input() its line editing and the arrow keys
 
     lines = _Lines()

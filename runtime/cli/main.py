@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps a text of one line, and leaves one of several lines, such as an example, as it is."""
+    """Wraps a text of one line, but does not change one of several lines, such as an example."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str], packed: str | None = None) -> argparse.Names
     if first.startswith("-") and first.partition("=")[0] not in parser.flags():
         parser.error(f"{first}: unknown before a command: satchel COMMAND {first}")
     args, rest = parser.parse_known_args(arguments)
-    # argparse settles an optional PROMPT where the first flag comes, and then knows no place for one behind it.
+    # argparse resolves an optional PROMPT at the first flag, and then accepts none after the flag.
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
         args.prompt = rest.pop()
     if rest:
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None, packed: str | None = None) -> i
             if interrupt.came():
                 interrupt.end()
             return interrupt.EXIT_INTERRUPTED
-        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
+        if isinstance(error, BrokenPipeError):  # the reader of the output has closed it
             _drop_output()
             return 0
         message = _message_of(error)
@@ -182,7 +182,7 @@ def _drop_output() -> None:
 
 
 def _refuse(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> NoReturn:
-    """Exit for arguments that a command does not take, with what was probably meant."""
+    """Exit for unknown arguments, with a suggestion."""
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
         flag = unknown[0].partition("=")[0]

@@ -1,4 +1,4 @@
-"""Reads JSON lines of prompts. A wrong line is kept, with what is wrong with it."""
+"""Reads JSON lines of prompts. An invalid line is kept with its error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A line that is not blank: its number from 1, its id, and either its prompt or what is wrong with it.
+    """A line that is not blank: its number from 1, its id, and either its prompt or its error.
 
     `error` begins with "line N: ", and `prompt` is then None. `options` are those of the line alone, by field. `raw`
     says whether a text is fed without the chat template; None leaves that to the command line.
@@ -75,7 +75,7 @@ def located(number: int, message: str) -> str:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys. Raises PromptError that says what is wrong."""
+    """A JSON object without duplicate keys. Raises PromptError."""
     try:
         parsed = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
