@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.errors import SatchelError, SatchelWarning
-from satchel.runtime.util import cpu, requirements
+from satchel.runtime.util import cpu, kl, requirements
 from satchel.runtime.util.memory import system_memory
 
 if TYPE_CHECKING:
+    from satchel.runtime.bundle.certificate import Certificate
     from satchel.runtime.bundle.manifest import Manifest
     from satchel.runtime.bundle.reader import Bundle
 
@@ -167,6 +168,8 @@ def _bundle(path: str) -> Iterator[Finding]:
         facts["fits"] = weights + cache <= available
         text += f": {'fits into' if facts['fits'] else 'more than'} the available memory"
     yield Finding("bundle", text, facts)
+    if manifest.certificate is not None:
+        yield _certificate(manifest.certificate)
     runs, made = phases(bundle), bundle.specialized is not None
     reason = "; ".join(str(warning.message) for warning in caught)
     text = "specialized for this machine" if made else "not specialized for this machine"
@@ -175,6 +178,16 @@ def _bundle(path: str) -> Iterator[Finding]:
     if reason or (not made and manifest.target == "cpu"):
         text += f" ({reason or f'faster after: satchel specialize {path}'})"
     yield Finding("speed", text, {"specialized": made, **runs, "reason": reason or None})
+
+
+def _certificate(certificate: Certificate) -> Finding:
+    phases = {"prefill": certificate.prefill, "decode": certificate.decode}
+    facts = {name: {"kl_mean": phase.kl_mean, "top1": phase.top1} for name, phase in phases.items()}
+    measured = [(name, phase.kl_mean, phase.top1) for name, phase in phases.items() if phase.kl_mean is not None]
+    text = ", ".join(f"mean KL {mean:.5f} in {name} (same top token {top1 or 0:.1%})" for name, mean, top1 in measured)
+    if measured:
+        text += f": {kl.grade(max(mean for _, mean, _ in measured))}"
+    return Finding("certificate", text or "without a reference", facts)
 
 
 def _number(version: str) -> tuple[int, ...]:

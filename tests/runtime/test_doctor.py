@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
 
+from satchel.runtime.bundle.certificate import PhaseFidelity
 from satchel.runtime.cli import main as cli
 from satchel.runtime.kernels import library
 from satchel.runtime.tools import doctor
+from satchel.runtime.util import kl
 
 
 def facts(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, dict[str, dict[str, object]]]:
@@ -59,3 +62,14 @@ def test_a_specialized_bundle_says_what_runs_each_phase(
     speed = facts(capsys, bundle)[1]["speed"]
     assert speed["specialized"] is True
     assert speed["prefill"] and speed["decode"]
+
+
+def test_a_certificate_is_shown_with_its_grade() -> None:
+    phases = {
+        "prefill": PhaseFidelity(0.004, 0.001, 0.01, 0.96, 20.0, 20.1),
+        "decode": PhaseFidelity(0.9, 0.5, 2.0, 0.5, 20.0, 20.1),
+    }
+    finding = doctor._certificate(SimpleNamespace(**phases))  # type: ignore[arg-type]
+    assert finding.facts["decode"] == {"kl_mean": 0.9, "top1": 0.5}
+    for part in ("0.00400", "96.0%", "0.90000", kl.grade(0.9)):
+        assert part in finding.text
