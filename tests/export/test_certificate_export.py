@@ -12,7 +12,7 @@ from support.checkpoints import CONTEXT, VOCABULARY, save_tiny
 from support.export_command import export
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.quantize.texts import CERTIFICATE, FLOAT_CERTIFICATE_WINDOWS
+from satchel.export.quantize.texts import CERTIFICATE, FEWER_CERTIFICATE_WINDOWS
 from satchel.export.writing import certify as certify_module
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import Manifest
@@ -48,7 +48,7 @@ def test_a_float_bundle_is_certified_to_be_the_model(tiny_bundle: Path) -> None:
         assert 0 <= phase.kl_mean < 1e-8
         assert phase.top1 == 1
         assert phase.perplexity == pytest.approx(phase.reference_perplexity, rel=1e-5)
-    assert (found.windows, found.decode_windows) == (FLOAT_CERTIFICATE_WINDOWS, FLOAT_DECODE_WINDOWS)
+    assert (found.windows, found.decode_windows) == (FEWER_CERTIFICATE_WINDOWS, FLOAT_DECODE_WINDOWS)
     assert (found.window_tokens, len(found.prompts)) == (CONTEXT, min(PROMPTS, found.windows))
 
 
@@ -56,7 +56,7 @@ def test_the_text_that_ships_is_named(tiny_bundle: Path) -> None:
     text = certificate(tiny_bundle).text
     assert text is not None
     assert (text.name, text.sha256) == ("certificate.txt", hashlib.sha256(CERTIFICATE.read_bytes()).hexdigest())
-    assert text.tokens > FLOAT_CERTIFICATE_WINDOWS * CONTEXT
+    assert text.tokens > FEWER_CERTIFICATE_WINDOWS * CONTEXT
 
 
 def test_a_quantized_bundle_is_certified_with_what_it_lost(int8: Path) -> None:

@@ -282,7 +282,7 @@ def test_a_bundle_in_the_place_of_a_checkpoint_is_named(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["export", str(tiny), "-o", str(tmp_path / "out")]) == 2
-    assert f"{tiny}: is a bundle already" in capsys.readouterr().err
+    assert f"{tiny}: is already a bundle" in capsys.readouterr().err
 
 
 def test_an_unreadable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -128,7 +128,7 @@ def test_inspect_names_every_graph_and_both_caches(static: Path, capsys: pytest.
     ]
     assert list(found["graphs"]) == names
     numbers = LAYERS * KV_HEADS * 2 * HEAD_DIM
-    assert found["kv_cache"]["bytes_per_token"] == 2 * 4 * numbers
+    assert found["cache_bytes_per_token"] == 2 * 4 * numbers
     assert "prefill of 32, part 2" in ran(capsys, "inspect", static)
 
 

@@ -110,7 +110,7 @@ test("no part is one token alone", () => {
 
 test("what cannot be run is refused with a reason", async () => {
   assert.throws(() => checkManifest({ ...MANIFEST, format: "other" }), /not that of a satchel bundle/);
-  assert.throws(() => checkManifest({ ...MANIFEST, version: 3 }), /version 3/);
+  assert.throws(() => checkManifest({ ...MANIFEST, version: 4 }), /version 4/);
   assert.throws(() => checkManifest({ ...MANIFEST, target: "cuda" }), /for cuda/);
   assert.throws(() => checkManifest({ ...MANIFEST, kv_cache: { mode: "shared", dtype: "float16" } }), /target cpu/);
   const bundle = new Bundle(standIn().ort, MANIFEST, null, null);
