@@ -47,7 +47,7 @@ class Reference:
 def gguf() -> Path:
     path = Path(os.environ.get("SATCHEL_SMOLLM2_GGUF", DEFAULT_GGUF))
     if not path.is_file():
-        pytest.skip(f"{path} is not there: `make test` fetches it, or name it in SATCHEL_SMOLLM2_GGUF")
+        pytest.skip(f"{path} is not there: `make test-all` fetches it, or name it in SATCHEL_SMOLLM2_GGUF")
     return path
 
 
