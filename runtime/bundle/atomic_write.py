@@ -74,6 +74,6 @@ def _check_target(path: Path, option: str) -> None:
         raise SatchelError(f"{option} {path}: not a regular file: choose another path")
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise SatchelError(f"{option} {path}: folder {folder} does not exist: create it, or choose another path")
+        raise SatchelError(f"{option} {path}: there is no folder {folder}: create it, or choose another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SatchelError(f"{option} {path}: its folder cannot be written to: choose another path")
