@@ -62,9 +62,7 @@ def test_tool_calls_parts_documents_and_further_arguments_reach_the_template_as_
             assert template.render(messages, add_generation_prompt=False, **arguments) == expected[0]
 
 
-@pytest.mark.skipif(
-    not GGUF.is_file(), reason=f"{GGUF} is not there: make test-all fetches it; or set {SMOLLM2}"
-)
+@pytest.mark.skipif(not GGUF.is_file(), reason=f"{GGUF} is not there: make test-all fetches it; or set {SMOLLM2}")
 def test_the_template_of_smollm2_renders_as_in_transformers() -> None:
     source = gguf.GGUFReader(GGUF).fields["tokenizer.chat_template"].contents()
     with ChatTemplate(source, SPECIAL) as template:
