@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="then measure the memory bandwidth in a separate process, and the share of it that decode reaches "
         "(default: on, unless --json or another provider than cpu is given)",
     )
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    provider_flags.add_threads(parser)
     parser.add_argument("--vocabulary", metavar="N", type=int, help="draw prompt ids below N (default: all)")
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")

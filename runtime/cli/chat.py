@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="size of the prefix cache, which keeps keys and values between turns (default: that of a full context)",
     )
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    provider_flags.add_threads(parser)
     ready.add_flag(parser)
     custom_flags.add_flags(parser)
     parser.add_argument(

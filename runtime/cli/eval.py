@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=Window.SKIP,
         help="positions not counted at its start (default %(default)s)",
     )
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    provider_flags.add_threads(parser)
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     provider_flags.add_flags(parser)

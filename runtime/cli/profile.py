@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", "--new-tokens", metavar="N", type=int, default=32, help="tokens to decode (default %(default)s)"
     )
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    provider_flags.add_threads(parser)
     parser.add_argument("--top", metavar="N", type=int, default=10, help="slowest nodes to list (default %(default)s)")
     custom_flags.add_flags(parser)
     parser.add_argument(

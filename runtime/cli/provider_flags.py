@@ -1,4 +1,4 @@
-"""The execution provider flags of all commands that run a bundle. Standard library only."""
+"""The flags for threads and execution providers, of all commands that run a bundle. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a provider option, such as device_id=1; repeatable",
     )
     group.add_argument("--strict", action="store_true", help="fail if part of a graph would run on another provider")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add --threads."""
+    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
 
 
 def choice_of(args: argparse.Namespace) -> ProviderChoice:

@@ -67,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-context", metavar="N", type=int, help="maximum positions of prompt and new text (default: the bundle's)"
     )
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    provider_flags.add_threads(parser)
     ready.add_flag(parser)
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")

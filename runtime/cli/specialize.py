@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from satchel.runtime.cli import custom_flags
+from satchel.runtime.cli import custom_flags, provider_flags
 
 MIB = 1 << 20
 
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example:\n  satchel specialize out/smollm2-int8"
     parser.add_argument("bundle", metavar="BUNDLE", help="made by satchel export (a folder) or satchel pack (a file)")
-    parser.add_argument("--threads", "-t", metavar="N", type=int, help="CPU threads (default: one per physical core)")
+    provider_flags.add_threads(parser)
     parser.add_argument(
         "--kernels",
         choices=("auto", "satchel", "onnxruntime"),

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from integration.conftest import CHECKOUT
+from support.chat_bundle import write_chat_bundle
 
 from satchel.export.checkpoint import families
+from satchel.runtime import Conversation, Generator
 from satchel.runtime.bundle import manifest
 
 README = CHECKOUT / "README.md"
@@ -33,6 +35,19 @@ def test_the_code_of_the_guide_to_passes_runs_and_its_tests_pass() -> None:
     assert len(tests) == 5
     for test in tests:
         test()
+
+
+def test_the_code_of_the_readme_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = write_chat_bundle(tmp_path / "BUNDLE")
+    continued = Generator.open(bundle).generate("The capital of France is", max_new_tokens=32).text
+    answer = "".join(Conversation(Generator.open(bundle)).ask("What is the capital of Italy?"))
+    monkeypatch.chdir(tmp_path)
+    (code,) = BLOCK.findall(README.read_text())
+    exec(compile(code, "README.md", "exec"), {})  # our own document
+    assert capsys.readouterr().out == f"{continued}\n{answer}"
+    assert continued and answer
 
 
 def test_the_page_of_models_lists_every_family() -> None:
@@ -66,10 +81,18 @@ def test_the_bundle_format_explains_every_key_of_the_manifest() -> None:
     assert {key for key in wanted if f"`{key}`" not in text} == set()
 
 
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(CHECKOUT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
-        assert link.startswith("https://") or (document.parent / link).exists(), link
+    for path, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", document.read_text()):
+        target = document.parent / path if path else document
+        assert path.startswith("https://") or target.exists(), path
+        assert not anchor or path.startswith("https://") or anchor in anchors(target), f"{path}#{anchor}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(CHECKOUT)))
