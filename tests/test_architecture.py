@@ -23,9 +23,6 @@ BOUNDARIES = {
 """The packages for devices, and the one module of the core that loads each, inside a function."""
 MAX_ROOT_MODULES = 5
 
-PENDING: set[tuple[str, str]] = set()
-"""Imports against the order that are still to be removed. A test says when one of them is gone."""
-
 
 class Edge(NamedTuple):
     """An import of one module by another; `lazy` inside a function."""
@@ -72,7 +69,7 @@ def package(module: str) -> str:
 
 
 def edges() -> list[Edge]:
-    """The imports between different packages, without the pending ones."""
+    """The imports between different packages."""
     found = set()
     for name, path in MODULES.items():
         for target, lazy in imports(ast.parse(path.read_text(encoding="utf-8"))):
@@ -81,8 +78,7 @@ def edges() -> list[Edge]:
     return sorted(found)
 
 
-EVERY = edges()
-EDGES = [edge for edge in EVERY if edge[:2] not in PENDING]
+EDGES = edges()
 
 
 def report(offending: Iterable[Edge]) -> str:
@@ -137,7 +133,7 @@ def test_the_packages_of_the_runner_are_a_stack() -> None:
 
 
 def test_what_is_for_devices_is_loaded_at_one_boundary() -> None:
-    offending = [edge for edge in EVERY if package(edge.target) in BOUNDARIES and not is_boundary(edge)]
+    offending = [edge for edge in EDGES if package(edge.target) in BOUNDARIES and not is_boundary(edge)]
     assert not offending, report(offending)
 
 
@@ -166,10 +162,5 @@ def test_graphs_know_nothing_but_the_format_of_bundles() -> None:
 
 @pytest.mark.parametrize("top", TOPS)
 def test_few_modules_lie_at_the_root_of_a_folder(top: str) -> None:
-    limit = {"runtime": MAX_ROOT_MODULES, "graphs": MAX_ROOT_MODULES, "export": 14}[top]
+    limit = {"runtime": MAX_ROOT_MODULES, "graphs": MAX_ROOT_MODULES, "export": 11}[top]
     assert 0 < len(list((ROOT / top).glob("*.py"))) <= limit
-
-
-def test_an_import_that_is_pending_is_still_there() -> None:
-    """When one is gone it leaves `PENDING`, which only shrinks."""
-    assert {edge[:2] for edge in EVERY} >= PENDING, PENDING - {edge[:2] for edge in EVERY}
