@@ -143,6 +143,7 @@ def _cache() -> Finding:
 
 def _bundle(path: str) -> Iterator[Finding]:
     from satchel.runtime.execution.kv_cache import position_bytes
+    from satchel.runtime.ort import machine
     from satchel.runtime.ort.open_bundle import open_bundle
 
     try:
@@ -171,7 +172,9 @@ def _bundle(path: str) -> Iterator[Finding]:
     if manifest.certificate is not None:
         yield _certificate(manifest.certificate)
     runs, made = phases(bundle), bundle.specialized is not None
-    reason = "; ".join(str(warning.message) for warning in caught)
+    failure = "" if made else machine.attempts(bundle)[1]
+    reasons = [str(warning.message) for warning in caught]
+    reason = "; ".join([*reasons, f"optimizing it in the background failed: {failure}"] if failure else reasons)
     text = "specialized for this machine" if made else "not specialized for this machine"
     text += ": " if bundle.folder == Path(path) else ", by a copy in the user's cache: "
     text += f"prefill runs {runs['prefill']}; decode runs {runs['decode']}"

@@ -10,8 +10,10 @@ import onnxruntime
 import pytest
 
 from satchel.runtime.bundle.certificate import PhaseFidelity
+from satchel.runtime.bundle.reader import read_bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.kernels import library
+from satchel.runtime.ort import machine
 from satchel.runtime.tools import doctor
 from satchel.runtime.util import kl
 
@@ -35,6 +37,14 @@ def test_json_has_the_facts(tiny: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found["onnxruntime"]["tested"] is True
     assert found["kernels"]["run"] is (library.reason() is None)
     assert (found["bundle"]["target"], found["bundle"]["fits"], found["speed"]["specialized"]) == ("cpu", True, False)
+
+
+def test_a_failed_background_attempt_gives_its_reason(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.note_attempts(read_bundle(tiny), 1, "the disk is full")
+    assert "the disk is full" in str(facts(capsys, tiny)[1]["speed"]["reason"])
 
 
 def test_a_bundle_that_does_not_open_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
