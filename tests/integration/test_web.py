@@ -23,10 +23,10 @@ from satchel.runtime import Engine, Generator, open_bundle
 
 WEB, NODE = CHECKOUT / "samples" / "web", CHECKOUT / "samples" / "node"
 FORMS: dict[str, dict[str, Any]] = {
-    "fp32": {},
+    "fp32": {"precision": "fp32"},
     "fp16": {"precision": "fp16"},
     "int8": {"precision": "int8"},
-    "int8-cache": {"kv_cache": "int8"},
+    "int8-cache": {"precision": "fp32", "kv_cache": "int8"},
 }
 IDS, COUNT = [418, 390, 17, 378, 378, 26, 166, 439, 426, 304, 180], 40
 REAL = [Path(name) for name in os.environ.get("SATCHEL_WEB_BUNDLES", "").split()]
