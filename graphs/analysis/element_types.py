@@ -13,13 +13,7 @@ Types = dict[ir.Value, ir.DataType | None]
 
 BOOL = {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
 INT64 = {"ArgMax", "ArgMin", "NonZero", "Shape", "Size"}
-LIKE_INPUT = {
-    "CastLike": 1,
-    "DequantizeLinear": 1,
-    "GatherBlockQuantized": 2,
-    "OneHot": 2,
-    "Where": 1,
-}
+LIKE_INPUT = {"CastLike": 1, "DequantizeLinear": 1, "GatherBlockQuantized": 2, "OneHot": 2, "Where": 1}
 """Operators whose results have the type of another input than the first."""
 
 

@@ -58,11 +58,7 @@ class Grid:
 
 
 def fit_grid(
-    weight: NDArray[np.float32],
-    scheme: Scheme,
-    importance: NDArray[np.float32] | None = None,
-    *,
-    search: bool = True,
+    weight: NDArray[np.float32], scheme: Scheme, importance: NDArray[np.float32] | None = None, *, search: bool = True
 ) -> Grid:
     """Choose scales (and zero points) for a weight [outputs, inputs].
 

@@ -128,10 +128,7 @@ PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     "score": (Step(fuse_skip_norms),),
 }
 
-PREFILL_CUDA = (
-    Step(slice_final_logits),
-    Step(fuse_skip_norms, after=("slice_final_logits",)),
-)
+PREFILL_CUDA = (Step(slice_final_logits), Step(fuse_skip_norms, after=("slice_final_logits",)))
 DECODE_CUDA = (*DECODE, Step(full_length_mask))
 """In steps of static shapes that wait for nothing on the host: such as a CUDA graph can replay."""
 
@@ -145,11 +142,7 @@ CUDA_OPSET = 23
 Unsqueeze and Squeeze have none for 24 in 1.24."""
 
 
-FINISH_CUDA = (
-    *FINISH,
-    Step(compute_float16),
-    Step(import_opset(CUDA_OPSET)),
-)
+FINISH_CUDA = (*FINISH, Step(compute_float16), Step(import_opset(CUDA_OPSET)))
 
 ROTATE = (Step(rotate_residual), Step(rotate_values))
 """Outliers are spread over all channels of the residual stream and of each value head."""

@@ -12,7 +12,7 @@ from support.checkpoints import CONTEXT, VOCABULARY, save_tiny
 from support.export_command import export
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.quantize.texts import CERTIFICATE, FEWER_CERTIFICATE_WINDOWS
+from satchel.export.quantize.texts import FEWER_CERTIFICATE_WINDOWS
 from satchel.export.writing import certify as certify_module
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import Manifest
@@ -50,13 +50,6 @@ def test_a_float_bundle_is_certified_to_be_the_model(tiny_bundle: Path) -> None:
         assert phase.perplexity == pytest.approx(phase.reference_perplexity, rel=1e-5)
     assert (found.windows, found.decode_windows) == (FEWER_CERTIFICATE_WINDOWS, FLOAT_DECODE_WINDOWS)
     assert (found.window_tokens, len(found.prompts)) == (CONTEXT, min(PROMPTS, found.windows))
-
-
-def test_the_text_that_ships_is_named(tiny_bundle: Path) -> None:
-    text = certificate(tiny_bundle).text
-    assert text is not None
-    assert (text.name, text.sha256) == ("certificate.txt", hashlib.sha256(CERTIFICATE.read_bytes()).hexdigest())
-    assert text.tokens > FEWER_CERTIFICATE_WINDOWS * CONTEXT
 
 
 def test_a_quantized_bundle_is_certified_with_what_it_lost(int8: Path) -> None:

@@ -192,10 +192,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "missing tensor": ({"tensors": {"blk.1.ffn_up.weight": None}}, ("layers.1.mlp.up_proj.weight", "is missing")),
     "wrong shape": ({"tensors": {"blk.1.ffn_up.weight": EXTRA}}, ("mlp.up_proj.weight", "[2, 32]", "[96, 64]")),
     "split file": ({"metadata": {"split.count": 3}}, ("one of 3 files", "gguf-split --merge")),
-    "unknown split": (
-        {"tokenizer": True, "metadata": {"tokenizer.ggml.pre": "strange"}},
-        ("'strange'", "--tokenizer"),
-    ),
+    "unknown split": ({"tokenizer": True, "metadata": {"tokenizer.ggml.pre": "strange"}}, ("'strange'", "--tokenizer")),
     "id beyond vocabulary": (
         {"tokenizer": True, "metadata": {"tokenizer.ggml.padding_token_id": 9999}},
         ("padding_token_id is 9999", "--tokenizer"),

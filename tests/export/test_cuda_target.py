@@ -15,12 +15,10 @@ from support.exported import CHUNK, PROMPT, difference, exported
 from support.families import FAMILIES, VOCABULARY, Family, build, by_family, save
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.recipes import recipe_of
 from satchel.graphs.providers.cuda_placement import copies, placements
 from satchel.graphs.providers.facts import VERSIONS, cuda_kernels
 from satchel.graphs.providers.findings import GraphView
 from satchel.graphs.providers.kernels import Match
-from satchel.graphs.targets.targets import CUDA_OPSET
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.engine import Engine
@@ -106,23 +104,6 @@ def test_greedy_tokens_are_those_of_the_float32_bundle(
     assert checked > (CAPACITY - PROMPT) / 2
 
 
-def test_decode_runs_in_prefills_session_and_its_shapes_are_fixed(tmp_path: Path) -> None:
-    folder, manifest = bundle(FAMILIES["gpt2"], tmp_path)  # learned positions, and a tied head
-    assert manifest.graph("decode").session_of == "prefill"
-    assert manifest.has_fixed_mask
-    assert manifest.graph("prefill").top_tokens == manifest.graph("decode").top_tokens == 64
-    assert manifest.graph("score").top_tokens == 0
-    shapes = {tensor.name: tensor.shape for tensor in manifest.graph("decode").inputs}
-    assert shapes["attention_mask"] == ("batch", "capacity")
-    assert shapes["past_key_values.0.key"][2] == "capacity"
-    for phase in ("prefill", "decode"):
-        graph = ir.load(folder / f"{phase}.onnx").graph
-        assert graph.opset_imports[""] == CUDA_OPSET
-        # What begins at a shape is on the host: nothing but the attention's own length does here.
-        host = [node for node in graph if node.op_type in ("Shape", "Size")]
-        assert [node.outputs[0].name for node in host] == ["mask.shape"]
-
-
 NEAR = 0.15
 """Of the largest logit: the CPU's kernels round activations to 8 bits as well, which was up to 0.09; against the model
 itself four bits are up to 1.2 off.
@@ -158,13 +139,6 @@ def test_codes_are_multiplied_by_float_activations(precision: str, cache: str, t
         found, past = graphs.decode([int(ids[position])], [position], past)
 
 
-def test_int8_is_a_weight_only_form_there() -> None:
-    named = {p: recipe_of(ExportConfig(Path("b"), target="cuda", precision=p)) for p in ("int8", "a16w8", "int4")}
-    assert {p: recipe.name for p, recipe in named.items() if recipe is not None} == {
-        "int8": "a16w8", "a16w8": "a16w8", "int4": "int4"
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -178,11 +152,6 @@ def test_what_has_no_kernel_there_is_refused(options: dict[str, str], says: tupl
         ExportConfig(Path("b"), **({"target": "cuda"} | options))  # type: ignore[arg-type]
     for part in says:
         assert part in str(caught.value)
-
-
-def test_each_target_has_a_default() -> None:
-    assert ExportConfig(Path("b")).precision == "int8"
-    assert ExportConfig(Path("b"), target="cuda").precision == "fp16"
 
 
 def test_the_certificate_is_measured_on_the_cpu_and_has_no_speed(tmp_path: Path) -> None:
@@ -217,7 +186,3 @@ def test_attention_that_its_operator_does_not_take_is_refused(tmp_path: Path) ->
     narrow = dataclasses.replace(family, options={**family.options, "head_dim": 12})
     with pytest.raises(ExportError, match=r"no form on cuda: heads are 12 channels wide.*multiple of 8"):
         bundle(narrow, tmp_path)
-
-
-def test_the_vocabulary_is_wider_than_the_tokens_that_are_handed_out() -> None:
-    assert VOCABULARY > 64

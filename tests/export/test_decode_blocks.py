@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
 import warnings
@@ -24,7 +23,6 @@ from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize import specialize, trials
 from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 BLOCKS_NAME = layouts.file_name(Layout.GROUPS)
 IDS = list(range(4, 28))
@@ -89,11 +87,6 @@ def timed(monkeypatch: pytest.MonkeyPatch, stored: float, in_blocks: float) -> N
     monkeypatch.setattr(specialize, "step_seconds", lambda *_: [stored, in_blocks])
 
 
-def test_no_bundle_holds_them(made: Bundle) -> None:
-    assert not (made.folder / BLOCKS_NAME).exists()
-    assert BLOCKS_NAME not in made.manifest.files
-
-
 def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(made: Bundle) -> None:
     folder = made.folder
     before = files(made)
@@ -135,28 +128,6 @@ def test_the_faster_form_is_kept_and_nothing_of_the_other(
     assert f"{1e3 * in_blocks:.1f} ms with decode_blocks" in said
 
 
-def test_a_second_call_may_decide_otherwise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = files(bundle).keys()
-    for in_blocks in (0.5, 2.0, 0.5):
-        timed(monkeypatch, 1.0, in_blocks)
-        specialize.specialize(open_bundle(bundle.folder), threads=1)
-        special = open_bundle(bundle.folder).specialized
-        assert special is not None
-        assert ("decode_blocks" in special.variants) is (in_blocks < 1)
-        assert files(bundle).keys() - before == special.files.keys()
-
-
-@pytest.mark.parametrize("decode", ["stored", "groups"])
-def test_what_is_asked_for_is_not_timed(bundle: Bundle, decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> list[float]:
-        raise AssertionError("timed")
-
-    monkeypatch.setattr(specialize, "step_seconds", never)
-    made = specialize.specialize(bundle, layout=decode, threads=1).specialized
-    assert made is not None
-    assert ("decode_blocks" in made.variants) is (decode == "groups")
-
-
 def test_where_both_phases_share_a_session_blocks_are_for_those_who_ask(
     exported: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,17 +139,6 @@ def test_where_both_phases_share_a_session_blocks_are_for_those_who_ask(
         assert made is not None
         assert ("decode_blocks" in made.variants) is own
         assert ("decode" in made.graphs) is own
-
-
-def test_steps_are_timed_in_both_forms(bundle: Bundle) -> None:
-    settings = trials.SessionSettings(threads=1)
-    other = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest))
-    stored, same = trials.step_seconds([bundle, other], settings)
-    assert 0 < stored < 10
-    assert 0 < same < 10
-    short = dataclasses.replace(bundle.manifest.model, max_context=1)
-    tiny = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, model=short))
-    assert trials.step_seconds([tiny], settings) == [0.0]
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,26 +178,6 @@ def test_what_the_certificate_does_not_allow_is_not_kept(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         specialize.specialize(bundle, layout="stored", threads=1)
-
-
-def test_a_step_reads_the_blocks(bundle: Bundle) -> None:
-    before = weight_bytes(bundle)
-    specialize.specialize(bundle, layout="groups", threads=1)
-    graph = onnx.load(bundle.graph_path("decode"), load_external_data=False).graph
-    products = [tuple(t.dims) for t in graph.initializer if t.name.endswith(".codes") and "layers" in t.name]
-    assert len(products) == 8
-    more = sum(inputs // 64 * outputs * 4 - outputs * 4 for inputs, outputs in products)
-    assert weight_bytes(open_bundle(bundle.folder)) - before == more > 0
-
-
-def test_graphs_that_do_not_belong_together_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    path = bundle.graph_path("decode_blocks")
-    graph = onnx.load(path, load_external_data=False)
-    for tensor in graph.graph.initializer:
-        tensor.name = tensor.name.replace(".block_", "x.block_")
-    path.write_bytes(graph.SerializeToString())
-    with pytest.raises(BundleError, match=r"the weight .* of decode_blocks"):
-        make_weights(bundle, bundle.manifest.variant("decode_blocks"), tmp_path / BLOCKS_NAME)
 
 
 def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -127,18 +126,6 @@ def test_a_bundle_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
         (output / "manifest.json").write_text("another's")
     assert (output / "manifest.json").read_text() == "another's"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_without_a_name_the_bundle_is_called_after_the_checkpoint_and_the_precision(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ran = export(capsys, tiny_checkpoint, "--no-certificate", "-p", "int8", "--json")
-    assert ran.code == 0, ran.err
-    name = f"{tiny_checkpoint.name}-int8"
-    assert json.loads(ran.out)["bundle"] == name
-    assert Manifest.read(tmp_path / name / MANIFEST_NAME).precision == "int8"
-    assert name in ran.err
 
 
 @pytest.mark.parametrize("packed", [False, True])

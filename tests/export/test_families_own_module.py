@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
 from support.batches import together
 from support.exported import difference
 from support.families import TOLERANCE
-from support.own_module import CONTEXT, HIDDEN, KEY_DIM, LAYERS, VOCABULARY, OwnModule, plain_attention
+from support.own_module import CONTEXT, HIDDEN, KEY_DIM, VOCABULARY, OwnModule, plain_attention
 
 from satchel.export import ExportConfig, ExportError, ModuleFacts, export_bundle
 from satchel.runtime.bundle.manifest import Manifest
@@ -64,24 +63,6 @@ def test_every_way_through_the_graphs_gives_the_logits_of_torch(
         found = [engine.prefill(state, ids[:PROMPT], chunk=chunk).copy()]
         found += [engine.decode(state, int(token)).copy() for token in ids[PROMPT:]]
         assert difference(np.stack(found), expected[PROMPT - 1 :]) <= TOLERANCE
-
-
-def test_the_form_of_the_attention_follows_from_its_widths(exported: tuple[str, OwnModule, Path, Manifest]) -> None:
-    name, _, folder, manifest = exported
-    operators = [node.op_type for node in ir.load(folder / "decode.onnx").graph]
-    counts = {(entry["graph"], entry["pass"]): entry["count"] for entry in manifest.passes}
-    reasons = [refusal["reason"] for entry in manifest.passes for refusal in entry["refusals"]]
-    assert counts["common", "share_tied_head"] == 1
-    assert [(c.key_dim, c.value_dim) for c in manifest.kv_cache.layers] == [
-        (KEY_DIM, VARIANTS[name]["value_dim"])
-    ] * LAYERS
-    if name == "equal widths":
-        assert operators.count("GroupQueryAttention") == LAYERS
-        assert reasons == []
-    else:
-        assert (operators.count("TensorScatter"), operators.count("Attention")) == (2 * LAYERS, LAYERS)
-        assert counts["common", "expand_attention"] == LAYERS
-        assert reasons == ["keys are 16 wide and values 8: GroupQueryAttention wants them alike"] * LAYERS
 
 
 def test_padded_rows_give_what_each_row_gives_alone(exported: tuple[str, OwnModule, Path, Manifest]) -> None:

@@ -180,26 +180,6 @@ def test_caches_are_observed_batch_by_batch(batch: int, common: ir.Model, tmp_pa
             np.testing.assert_allclose(np.concatenate(found[name]), wanted.numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_value_that_is_observed_may_be_read_on_the_way(
-    common: ir.Model, scored: NDArray[np.float32], tmp_path: Path
-) -> None:
-    name = str(common.graph.node("model.layers.0.mlp.down_proj").inputs[0].name)  # type: ignore[union-attr]
-    shapes: list[tuple[int, ...]] = []
-    flow = Flow(common, WINDOWS, tmp_path)
-    flow.run(observe=lambda key, array: shapes.append(array.shape), observed=[name])
-    assert shapes == [(1, 24, 192)] * len(WINDOWS)
-    np.testing.assert_allclose(logits(flow), scored, rtol=1e-5, atol=1e-5 * np.abs(scored).max())
-
-
-def test_what_lies_between_is_taken_away(common: ir.Model, tmp_path: Path) -> None:
-    windows = np.tile(WINDOWS, (1, 5))
-    flow = Flow(common, windows, tmp_path, batch=4)
-    flow.run()
-    assert flow.logits(0).shape == (4, 120, VOCABULARY)
-    left = {path.name.rpartition("-")[0] for path in tmp_path.iterdir()}
-    assert len(left) == 1, "only the head's input is left"
-
-
 def test_windows_that_make_no_whole_batches_are_an_error(common: ir.Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"4 windows .* batches of 3"):
         Flow(common, WINDOWS, tmp_path, batch=3)

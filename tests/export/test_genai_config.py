@@ -33,7 +33,6 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 FIRST = ("int8", "int4")
 """One in two sessions and one in one; the others are slow tests."""
-IN_ONE_SESSION = ("fp32", "fp16", "int4", "a8w8")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(f, marks=() if f in FIRST else pytest.mark.slow) for f in FORMS])
@@ -60,21 +59,6 @@ def test_the_tokens_and_logits_are_those_of_satchel(bundle: Path, tmp_path: Path
         assert difference(one, other) <= TOLERANCE
         assert len(one[0]) == COUNT
         assert len(set(one[0])) > 20
-
-
-def test_two_graphs_are_named_where_satchel_opens_two(form: str, bundle: Path) -> None:
-    config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
-    graphs = Manifest.read(bundle / MANIFEST_NAME).graphs
-    decoder = config["model"]["decoder"]
-    if form in IN_ONE_SESSION:
-        assert (config["model"]["type"], decoder["filename"]) == ("decoder", "prefill.onnx")
-        assert graphs.prefill.session.items() <= decoder["session_options"].items()
-        return
-    assert (config["model"]["type"], "filename" in decoder) == ("decoder-pipeline", False)
-    (prefill,), (decode,) = (stage.values() for stage in decoder["pipeline"])
-    assert (prefill["filename"], prefill["run_on_prompt"], prefill["run_on_token_gen"]) == ("prefill.onnx", True, False)
-    assert (decode["filename"], decode["run_on_prompt"], decode["run_on_token_gen"]) == ("decode.onnx", False, True)
-    assert graphs.decode.session.items() <= decode["session_options"].items()
 
 
 def test_one_graph_for_both_phases_would_give_other_logits_where_satchel_opens_two(
@@ -124,8 +108,3 @@ def test_caches_that_it_cannot_express_get_no_file(
         layers = [dataclasses.replace(layer, **changed) for layer in cache.layers[:count]]
         cache = dataclasses.replace(cache, layers=(*layers, *cache.layers[count:]))
     assert genai_config(opened, dataclasses.replace(manifest, kv_cache=cache)) is None
-
-
-def test_graphs_for_other_devices_get_no_file(opened: Checkpoint, tiny_bundle: Path) -> None:
-    manifest = Manifest.read(tiny_bundle / MANIFEST_NAME)
-    assert genai_config(opened, dataclasses.replace(manifest, target="cuda")) is None

@@ -17,7 +17,6 @@ from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.optimize import trials
 from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -35,11 +34,6 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     precision = "a16w4" if recipe == "a16w4" else "int4"
     export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=64, recipe=recipe))
     return open_bundle(folder / "bundle")
-
-
-def test_no_bundle_holds_them(bundle: Bundle) -> None:
-    assert not (bundle.folder / EXPANDED_NAME).exists()
-    assert EXPANDED_NAME not in bundle.manifest.files
 
 
 def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: Bundle) -> None:
@@ -72,16 +66,6 @@ def test_weights_that_are_wrong_are_not_kept(
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
     assert cli.main(["specialize", str(bundle.folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 2
     assert "differ from the portable ones" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
-
-
-def test_what_the_certificate_does_not_allow_is_not_kept(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trials, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
-    before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
-    assert cli.main(["specialize", str(bundle.folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 2
-    assert "certificate allows (prompt 1: KL 2" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
 
 

@@ -38,12 +38,6 @@ def test_a_rotated_key_stays_within_the_codes_at_every_angle() -> None:
     assert np.abs(turned / scales.key).max() < 127 * 2**0.5  # a pair of equals meets in one channel
 
 
-def test_the_given_maxima_are_left_alone() -> None:
-    keys = KEYS.copy()
-    kv_scales(keys, keys, 6, False)
-    np.testing.assert_array_equal(keys, KEYS)
-
-
 def test_a_channel_at_rest_gets_a_scale_all_the_same() -> None:
     maxima = np.asarray([[0, 8], [0, 0]], np.float32)
     scales = kv_scales(maxima, maxima, 0, False)

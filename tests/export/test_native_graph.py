@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +18,6 @@ from support.graphs import operators, run
 from support.native_ops import run_reference
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.export.checking.bundle_graphs import bundle_graphs
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.tracing.bind import bind
 from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
@@ -34,7 +32,6 @@ from satchel.graphs.targets.targets import FUSE, NORMALIZE, TARGETS
 from satchel.runtime.bundle.contract import NATIVE, Layout
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.kernels import library
 from satchel.runtime.optimize.derived import make_weights
@@ -96,23 +93,6 @@ def test_no_bundle_holds_them(bundle: Bundle) -> None:
     assert native.graph.outputs == graphs.prefill.outputs
 
 
-def test_a_layer_is_five_operators(bundle: Bundle) -> None:
-    graph = onnx.load(bundle.graph_path(NATIVE), load_external_data=False).graph
-    kinds = Counter(f"{node.domain}::{node.op_type}" for node in graph.node)
-    assert kinds["satchel::Attention"] == 2
-    assert kinds["satchel::Linear"] == 8 + 1  # the head, too
-    assert not {"::MatMul", "::Add", "::RMSNormalization", "::Split", "::Reshape", "::Mul"} & set(kinds)
-    layer = [node for node in graph.node if node.op_type == "Linear" and node.input[1].startswith("model.layers.0.")]
-    facts = [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in layer]
-    first, attended, gate, down = facts
-    assert first["epsilon"] > 0
-    assert "epsilon" not in attended
-    assert ["residual" if len(node.input) > 5 else "" for node in layer] == ["", "residual", "", "residual"]
-    assert gate["gate"] == b"silu"
-    assert gate["epsilon"] > 0
-    assert ("hadamard" in down) == (bundle.manifest.precision == "int8" and down["inputs"] % 128 == 0)
-
-
 def step(
     model: onnx.ModelProto, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: dict[str, NDArray[np.float32]]
 ) -> NDArray[np.float32]:
@@ -171,17 +151,6 @@ def test_rows_of_different_lengths_decode_together(opened: Callable[[str], onnx.
     mask = (np.arange(9) <= np.asarray(lengths)[:, None]).astype(np.int64)
     together = step(model, IDS[list(lengths)][:, None], mask, cache)
     np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5 * np.abs(together).max())
-
-
-def test_check_judges_the_graph_for_the_cpu(
-    exported: Callable[[str], Bundle], capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = exported("int8")
-    assert NATIVE in [graph.name for graph in bundle_graphs(found)]
-    assert cli.main(["check", str(found.folder), "--provider", "cpu"]) == 0
-    assert "native.onnx" in capsys.readouterr().out
-    cli.main(["check", str(found.folder), "--provider", "cuda"])
-    assert "native.onnx" not in capsys.readouterr().out
 
 
 # How many Linear, Attention and TableLinear two layers and a head become.

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy
-import onnx
 import pytest
-from support.checkpoints import gguf_metadata, save_tiny, tiny_model, to_gguf, write_gguf
+from support.checkpoints import gguf_metadata, tiny_model, to_gguf, write_gguf
 from support.export_command import export
 
 from satchel.export import ExportConfig, export_bundle
@@ -57,13 +54,6 @@ def test_a_bundle_has_it(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     assert (made.processor, made.threads) == (processor_features(), machine_cores())
 
 
-def test_versions_of_all_that_decides_bytes_are_in_producer(tiny_bundle: Path) -> None:
-    producer = Manifest.read(tiny_bundle / "manifest.json").producer
-    assert producer["python"] == platform.python_version()
-    assert (producer["numpy"], producer["onnx"]) == (numpy.__version__, onnx.__version__)
-    assert {"torch", "transformers", "onnxruntime", "safetensors", "gguf", "tokenizers"} <= set(producer)
-
-
 def test_no_path_is_in_a_manifest(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "mine.txt"
     text.write_bytes(CERTIFICATE.read_bytes())
@@ -95,24 +85,6 @@ def test_a_recipe_of_the_target_is_the_one_that_is_named(
     assert options["recipe"] == named(RECIPES / f"{recipe}.toml")
 
 
-def test_the_effort_is_an_option_and_a_quick_one_has_no_calibration_text(tiny_checkpoint: Path) -> None:
-    quick, normal = (found(tiny_checkpoint, precision="int8", effort=e)["options"] for e in ("quick", "normal"))
-    assert (quick["effort"], quick["calibrate"]) == ("quick", None)
-    assert (normal["effort"], normal["calibrate"]) == ("normal", named(CALIBRATION))
-    assert quick["recipe"] == normal["recipe"]
-
-
-def test_an_int8_cache_over_floats_is_calibrated_and_has_no_recipe(tiny_checkpoint: Path) -> None:
-    options = found(tiny_checkpoint, kv_cache="int8", certificate=False)["options"]
-    assert (options["recipe"], options["calibrate"]) == (None, named(CALIBRATION))
-    assert (options["certificate"], options["eval_text"]) == (False, None)
-
-
-def test_random_ids_are_no_text(tmp_path: Path) -> None:
-    options = found(save_tiny(tmp_path / "bare"), precision="int4")["options"]
-    assert (options["calibrate"], options["eval_text"]) == (None, None)
-
-
 def test_shards_and_their_index_are_listed(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="200KB")
     shards = [path.name for path in tmp_path.glob("*.safetensors")]
@@ -131,20 +103,6 @@ def test_a_factory_is_known_by_its_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("from support.own_module import OwnModule\n\ndef build():\n    return OwnModule(16)\n")
     assert found(f"{path}:build")["source"] == {"mine.py": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
-
-
-def test_a_chosen_tokenizer_is_an_option(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    chosen = tmp_path / "tokenizer.json"
-    shutil.copyfile(tiny_checkpoint / "tokenizer.json", chosen)
-    assert found(tiny_checkpoint, tokenizer=chosen)["options"]["tokenizer"] == named(chosen)
-
-
-def test_another_byte_in_the_checkpoint_is_another_provenance(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
-    assert found(other) == found(tiny_checkpoint)
-    (other / "config.json").write_bytes((other / "config.json").read_bytes() + b"\n")
-    first, second = found(tiny_checkpoint)["source"], found(other)["source"]
-    assert [name for name in first if first[name] != second[name]] == ["config.json"]
 
 
 def test_under_another_name_of_its_folder_only_the_name_differs(

@@ -55,10 +55,7 @@ LINEAR = '[[rule]]\nkinds = ["linear"]\nbits = 4\n'
 CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
     "unknown precision": (plain("--precision", "int3"), ("--precision int3", "int8 or int4")),
     "unknown cache": (plain("--kv-cache", "int4"), ("--kv-cache int4", "float or int8")),
-    "a recipe with fp32": (
-        plain("--precision", "fp32", "--recipe", "int4"),
-        ("--recipe", "--precision fp32"),
-    ),
+    "a recipe with fp32": (plain("--precision", "fp32", "--recipe", "int4"), ("--recipe", "--precision fp32")),
     "a recipe without a precision": (plain("--recipe", "int4"), ("--recipe int4", "--precision fp32")),
     "an absent recipe": (
         plain("--precision", "int4", "--recipe", "nowhere.toml"),
@@ -88,18 +85,9 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
         ("--calibrate", "cannot be read (Is a directory)"),
     ),
     "an empty calibration text": (calibration(b" \n"), ("text.txt: is empty",)),
-    "a tiny calibration text": (
-        calibration(b"a few words, and no more"),
-        ("--calibrate", "text.txt: has ", "1024"),
-    ),
-    "a calibration text that is not UTF-8": (
-        calibration(b"caf\xe9" * 2000),
-        ("text.txt: not UTF-8 at byte 3",),
-    ),
-    "calibrating floats": (
-        calibration(b"words " * 5000, "--precision", "fp32"),
-        ("--calibrate", "--precision fp32"),
-    ),
+    "a tiny calibration text": (calibration(b"a few words, and no more"), ("--calibrate", "text.txt: has ", "1024")),
+    "a calibration text that is not UTF-8": (calibration(b"caf\xe9" * 2000), ("text.txt: not UTF-8 at byte 3",)),
+    "calibrating floats": (calibration(b"words " * 5000, "--precision", "fp32"), ("--calibrate", "--precision fp32")),
     "calibrating without calibration": (
         calibration(b"words " * 5000, "--precision", "int4", "--effort", "quick"),
         ("--calibrate", "--effort quick"),
@@ -114,10 +102,7 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
         plain("--eval-text", "nowhere.txt"),
         ("--eval-text nowhere.txt: cannot be read",),
     ),
-    "too short a text for the certificate": (
-        lambda folder: ("--eval-text", short(folder)),
-        ("--eval-text", "128"),
-    ),
+    "too short a text for the certificate": (lambda folder: ("--eval-text", short(folder)), ("--eval-text", "128")),
 }
 
 
@@ -143,21 +128,6 @@ def test_a_text_needs_a_tokenizer(option: str, tmp_path: Path, capsys: pytest.Ca
     text.write_text("words " * 5000)
     arguments = (source, "-o", tmp_path / "bundle", "--precision", "int4", option, text)
     refused(capsys, tmp_path, *arguments, says=(option, "mute has no tokenizer", "--tokenizer"))
-
-
-@pytest.mark.usefixtures("_not_traced")
-def test_a_refused_text_leaves_no_folder_for_the_bundle_either(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--precision", "int4", "--calibrate", "nowhere.txt")
-    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "new" / "bundle", *options, says=("nowhere.txt",))
-
-
-@pytest.mark.parametrize(
-    "changes", [{"precision": "int4"}, {"kv_cache": "int8"}, {"precision": "fp16", "kv_cache": "int8"}]
-)
-def test_what_can_be_calibrated_may_be(changes: dict[str, str], tmp_path: Path) -> None:
-    assert ExportConfig(tmp_path, calibrate=tmp_path / "text.txt", **changes).calibrate is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in FLOAT_PRECISIONS])
@@ -238,11 +208,3 @@ def test_a_recipe_by_its_name_is_taken(
     assert (facts["precision"], facts["kl"]) == ("int4", None)
     assert 8 < facts["bits_per_weight"] < 9.5
     assert read_manifest(tmp_path / "bundle")["precision"] == "int4"
-
-
-def test_a_head_that_a_block_does_not_divide_is_refused_too(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = recipe('[[rule]]\nkinds = ["head"]\nbits = 8\nblocks = [128]')(tmp_path)
-    says = ("lm_head: 64 inputs cannot be cut into blocks of 128",)
-    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "bundle", *options, says=says)

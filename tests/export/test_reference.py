@@ -50,13 +50,6 @@ def test_a_gguf_file_gives_the_logits_of_the_model_that_was_written(tmp_path: Pa
     np.testing.assert_allclose(open_reference(path)(IDS), logits_of(model), rtol=1e-4, atol=1e-4)
 
 
-def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = save_tiny(tmp_path / "model")
-    capfd.readouterr()
-    open_reference(folder)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_a_module_of_ones_own_gives_its_logits(tmp_path: Path) -> None:
     file = tmp_path / "model.py"
     file.write_text(

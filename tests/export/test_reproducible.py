@@ -16,7 +16,6 @@ from support.checkpoints import save_tiny
 from threadpoolctl import threadpool_info
 
 from satchel.export.threads import fixed_threads
-from satchel.runtime.evaluation.certify import _rounded
 from satchel.runtime.util.cpu import machine_cores
 
 OPTIONS = {"precision": "int8", "effort": "normal", "kv_cache": "int8"}
@@ -112,10 +111,3 @@ def test_the_threads_of_a_process_come_back() -> None:
         assert blas_threads() == {machine_cores()}
     assert (torch.get_num_threads(), blas_threads()) == (machine_cores() + 1, blas)
     torch.set_num_threads(before)
-
-
-def test_figures_have_five_digits_and_nothing_below_a_billionth() -> None:
-    assert _rounded(0.0123456789) == 0.012346
-    assert _rounded(1234567.0) == 1234600.0
-    assert _rounded(1.23e-11) == 0.0
-    assert _rounded(-0.000123456) == -0.00012346

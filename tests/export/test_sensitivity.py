@@ -16,7 +16,7 @@ from support.export_command import Ran, tree
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.find_sensitive import Search, find_sensitive
-from satchel.export.quantize.sensitivity import Sensitivity, raise_most_sensitive, raised_recipe, raising_costs
+from satchel.export.quantize.sensitivity import Sensitivity, raise_most_sensitive, raised_recipe
 from satchel.export.recipes import load_recipe
 from satchel.export.writing.report import report
 from satchel.graphs.quant.recipe import Recipe, Rule, parse_recipe
@@ -200,11 +200,6 @@ GATE = Sensitivity(("a.gate", "a.up.gate"), 640, 64, 0.2)
 OTHER = Sensitivity(("a.o",), 640, 64, 0.01)
 
 
-@pytest.mark.parametrize(("layer", "bits"), [(DOWN, 4.0), (GATE, 4.125), (OTHER, 4.0)])
-def test_raising_costs_what_the_scheme_takes_more(layer: Sensitivity, bits: float) -> None:
-    assert raising_costs(BASE, layer) == layer.weights * bits
-
-
 @pytest.mark.parametrize(
     ("spare", "raised"),
     [
@@ -231,10 +226,6 @@ def test_raised_layers_keep_the_blocks_of_their_rules() -> None:
             assert (new.bits, new.blocks, new.symmetric) == (8, old.blocks, old.symmetric)
     assert recipe.rule("b.o", "linear") is BASE.rules[-1]
     assert recipe.rule("a.down", "experts") is BASE.rules[-1], "only products are raised"
-
-
-def test_nothing_raised_is_the_recipe_itself() -> None:
-    assert raised_recipe(BASE, []) == BASE
 
 
 def test_no_text_to_measure_on_names_the_command_s_own_option(wide: Path, tmp_path: Path) -> None:

@@ -48,18 +48,3 @@ def test_a_log_gets_lines_while_a_stage_runs(
     assert lines[0].startswith(f"[1/3] {ROUND}")
     assert all(line.startswith(f"  {ROUND}: ") and "left" in line for line in lines[1:3])
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"[1/3] {ROUND} ... ")
-
-
-def test_a_quick_stage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    told = Stages(True, (WRITE,))
-    with told.stage(WRITE), told.bytes(2) as advance:
-        advance(2)
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_nothing_is_printed_unless_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(stages, "LINE_EVERY", 0.001)
-    told = Stages(False)
-    with told.stage(WRITE):
-        time.sleep(0.02)
-    assert capsys.readouterr().err == ""

@@ -13,7 +13,6 @@ from support.families import FAMILIES, VOCABULARY, logits_of, reference, save
 from support.static_graphs import Lowered, Stepper, graphs_of, in_float32, lowered, optimized, write_static
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.recipes import load_recipe
 from satchel.graphs.analysis.cut import INLINE_LIMIT
 from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.fidelity import log_softmax
@@ -96,14 +95,6 @@ def test_parts_give_what_the_whole_gives(tmp_path: Path, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(found[2], found[0])
 
 
-def test_weights_are_stored_once_for_all_graphs_and_parts(tmp_path: Path) -> None:
-    sizes, model = [], tiny_llama(tmp_path)
-    for lengths, limit in (((8,), INLINE_LIMIT), ((2, 4, 8), 60_000)):
-        config = ExportConfig(tmp_path / str(limit), target="cann", max_context=32, prefill_lengths=lengths)
-        sizes.append(write_static(model, config, limit).files["weights.bin"].bytes)
-    assert sizes[0] == sizes[1]
-
-
 def test_one_weight_larger_than_a_part_is_an_error(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path)
     with pytest.raises(ExportError, match="alone reads"):
@@ -169,8 +160,3 @@ def test_a_recipe_with_blocks_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"has no scales for blocks of inputs: give blocks = \[.channel.\]"):
         export_bundle(checkpoint, config)
     assert not (tmp_path / "bundle").exists()
-
-
-def test_the_recipe_of_the_target_has_no_blocks() -> None:
-    rules = load_recipe("a16w8-channel").rules
-    assert {rule.blocks for rule in rules if rule.bits} == {("channel",)}

@@ -111,11 +111,6 @@ def test_the_transforms_do_to_a_family_what_the_table_says(family: Transformed) 
     assert all(reason.endswith(ending) for reason in reasons)
 
 
-def test_a_second_run_does_nothing(family: Transformed) -> None:
-    _, again = pipeline.run(family.after, transforms(family.before))
-    assert [step.count for step in again] == [0, 0, 0, 0]
-
-
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_phase_lowers_as_before_and_gives_the_same_logits(family: Transformed, phase: str) -> None:
     steps = (*PHASE_STEPS[phase], Step(stream_tied_head))

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from support.custom_ops import DOMAIN, LIBRARY, halve_logits, rename_sigmoids, split_signs
+from support.custom_ops import DOMAIN, LIBRARY, halve_logits, split_signs
 from support.export_command import export, refused
 from support.genai import by_genai, by_satchel
 
-from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export import ExportConfig, export_bundle
 from satchel.export.user_passes import open_passes
-from satchel.graphs.ir.contract import PassResult
-from satchel.runtime import Custom, Engine, SatchelError, open_bundle
+from satchel.runtime import Custom, Engine, open_bundle
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import SatchelWarning
 
@@ -46,14 +45,6 @@ def test_passes_run_and_can_be_switched_off(custom: Path, tiny_bundle: Path) -> 
     np.testing.assert_array_equal(plain, score(tiny_bundle, Custom()))
     np.testing.assert_allclose(score(custom, Custom((LIBRARY,))), plain / 2, rtol=1e-6)
     np.testing.assert_array_equal(score(custom, Custom(operators=False)), plain)
-
-
-def test_all_phases_agree(custom: Path) -> None:
-    engine = Engine.open(open_bundle(custom, custom=Custom((LIBRARY,))), threads=1)
-    whole = engine.score(IDS)
-    state = engine.new_state(len(IDS))
-    found = [engine.prefill(state, IDS[:-1]).copy(), engine.decode(state, IDS[-1])]
-    np.testing.assert_allclose(found, whole[-2:], rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_library_the_plain_graphs_run_and_one_line_says_so(custom: Path) -> None:
@@ -134,13 +125,6 @@ def test_int4_takes_passes_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert manifest.plain.graphs is not None
     plain = score(tmp_path / "out", Custom(passes=False))
     np.testing.assert_allclose(score(tmp_path / "out", Custom()), plain / 2, rtol=1e-5, atol=1e-6)
-
-
-def test_a_function_to_a_result_is_a_pass() -> None:
-    (user,) = open_passes([rename_sigmoids])
-    assert user.name == "support.custom_ops:rename_sigmoids"
-    assert user.file is not None
-    assert user.file.name == "custom_ops.py"
 
 
 def test_a_module_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,24 +209,6 @@ def test_libraries_are_refused(tiny_checkpoint: Path, tmp_path: Path, capsys: py
         ((*mine, "--custom-ops", text), ("text.so", "shared library")),
     ):
         refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "out", *flags, says=says)
-
-
-def test_errors_are_of_the_kinds_that_the_docs_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    def fails(model: object) -> PassResult:
-        raise ValueError("on purpose")
-
-    with pytest.raises(ExportError, match=r"fails: failed with ValueError: on purpose \(test_user_passes.py, line"):
-        export_bundle(
-            tiny_checkpoint, ExportConfig(tmp_path / "out", precision="fp32", passes=(fails,), certificate=False)
-        )
-    with pytest.raises(SatchelError, match="cannot be read"):
-        export_bundle(
-            tiny_checkpoint,
-            ExportConfig(
-                tmp_path / "out", precision="fp32", passes=(halve_logits,), custom_ops=(tmp_path / "none.so",)
-            ),
-        )
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_with_operators_is_specialized_with_its_library(

@@ -57,12 +57,6 @@ def test_the_rule_of_a_weight_goes_by_its_kind(name: str, index: int) -> None:
     assert rule_of(lazy(after, name)) is KINDS.rules[index]
 
 
-def test_a_weight_knows_its_layer() -> None:
-    after = marked(KINDS, model(), 4)
-    assert layers_of(lazy(after, "a.weight.T")) == ("a",)
-    assert layers_of(lazy(after, "embed.weight")) == ("embed",)
-
-
 def test_the_first_rule_that_matches_the_layer_counts() -> None:
     recipe = Recipe("mine", (Rule(("b",), bits=8), Rule(bits=4)))
     after = marked(recipe, model(), 4)
@@ -74,11 +68,6 @@ def test_a_layer_without_a_rule_and_one_left_in_float_have_none() -> None:
     assert [rule_of(lazy(after, name)) for name in ("a.weight.T", "b.weight.T")] == [None, None]
     assert layers_of(lazy(after, "b.weight.T")) == ("b",), "packing compares the rules of all layers"
     assert rule_of(lazy(after, "head.weight.T")) is not None
-
-
-def test_other_weights_are_not_marked() -> None:
-    norm = lazy(marked(KINDS, model(), 4), "norm.weight")
-    assert (rule_of(norm), layers_of(norm)) == (None, ())
 
 
 def test_a_tied_head_has_the_rule_of_its_table() -> None:

@@ -52,12 +52,6 @@ def test_parts_give_what_the_whole_gives(room: int) -> None:
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_what_fits_is_one_part() -> None:
-    (part,) = cut(graph(), TABLE_BYTES + LAYERS * LAYER_BYTES)
-    assert [v.name for v in part.graph.inputs] == ["ids", "rows", "past"]
-    assert [v.name for v in part.graph.outputs] == ["logits", "present"]
-
-
 def test_a_cut_lies_between_layers() -> None:
     first, second = cut(graph(), TABLE_BYTES + 2 * LAYER_BYTES)
     assert [v.name for v in first.graph.outputs] == ["present", "angles", "h2"]
@@ -74,11 +68,6 @@ def test_a_result_of_several_is_not_handed_on_alone() -> None:
 def test_what_constants_are_folded_into_counts() -> None:
     text = "(float[1,8] x) => (float[1,8] y) { w = Mul(scales, matrix) y = MatMul(x, w) }"
     assert inline_bytes(build(text, scales=normal(1, 8), matrix=normal(2, 8, 8))) == 4 * 64
-
-
-def test_constants_are_in_each_part_that_reads_them() -> None:
-    parts = cut(graph(), TABLE_BYTES + 2 * LAYER_BYTES)
-    assert [("table" in part.graph.initializers) for part in parts] == [True, True]
 
 
 def test_one_operator_that_is_too_large_is_an_error() -> None:

@@ -63,14 +63,6 @@ def test_the_input_is_divided_by_the_factors(alpha: float) -> None:
     np.testing.assert_allclose(found, wanted / factors, rtol=1e-4, atol=1e-5)
 
 
-def test_the_gate_is_left_as_it_is() -> None:
-    after = check(layer(BIASED, SILU, GATED, DOWN))
-    for name in ("gate_up.weight.T", "gate_up.bias"):
-        lazy = weight(after.graph.initializers[f"{name}.smoothed"])
-        assert lazy is not None
-        np.testing.assert_array_equal(lazy.numpy()[..., :INNER], WEIGHTS[name.replace(".", "__")][..., :INNER])
-
-
 def test_a_channel_that_is_always_zero_gets_a_small_factor() -> None:
     rms = np.where(np.arange(INNER) == 3, 0, RMS).astype(np.float32)
     down = weight(check(layer(PACKED, SILU, GATED, DOWN), rms).graph.node("down").inputs[1])

@@ -54,14 +54,6 @@ def test_rows_of_different_lengths_keep_to_their_own_tokens(name: str, capacity:
         np.testing.assert_allclose(step[row, 0], wanted[-1], rtol=1e-5, atol=2e-6)
 
 
-def test_the_cache_becomes_inputs_and_outputs_of_the_layers_own_number() -> None:
-    after = fired(expand_attention, PLAIN.graph(), 1, keeps_signature=False).model
-    shapes = {value.name: [str(d) for d in value.shape] for value in [*after.graph.inputs, *after.graph.outputs]}
-    for name in ("past_key_values.3", "present.3"):
-        assert shapes[f"{name}.key"] == ["batch", "2", "capacity", "7"]
-        assert shapes[f"{name}.value"] == ["batch", "2", "capacity", "5"]
-
-
 def test_layers_share_their_mask_if_they_have_the_same_window() -> None:
     layer = LAYERS["window"]
     attention = "= satchel.Attention<layer = {}, scale = 0.31, window = {}, softcap = 0.0>(q_moved, k_moved, v_moved)"

@@ -45,11 +45,6 @@ def test_a_product_that_something_else_reads_is_left_alone() -> None:
     assert untouched(fold_biases, expose(before, str(the(before, "Linear").outputs[0].name))) == []
 
 
-def test_what_is_computed_is_no_bias() -> None:
-    text = TEXT.replace('Add(p, "layer.bias")', "Add(p, b)").replace("p = ", 'b = Tanh("layer.bias") p = ')
-    assert untouched(fold_biases, with_linears(text, codes_of(), layer__bias=normal(3, 40))) == []
-
-
 def test_a_product_with_a_gate_or_a_residual_is_left_alone() -> None:
     text = TEXT.replace("y = Add(p,", "q = Add(p, r) y = Add(q,").replace("64] x)", "64] x, float[batch,n,40] r)")
     before = fold_residuals(with_linears(text, codes_of(), layer__bias=normal(3, 40))).model

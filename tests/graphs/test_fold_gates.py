@@ -46,26 +46,12 @@ def test_a_gate_is_computed_by_the_product(activation: str, name: str, swapped: 
     same_by_reference(before, after, X)
 
 
-@pytest.mark.parametrize(("bits", "block", "outputs"), [(4, 16, 64), (8, 32, 40), (8, None, 96)])
-def test_all_forms_of_codes_may_be_gated(bits: int, block: int | None, outputs: int) -> None:
-    codes, half = codes_of(outputs=outputs, bits=bits, block=block), str(outputs // 2)
-    text = TEXT.replace("20", half).replace("ACT", SILU)
-    before = with_linears(text, codes)
-    after = fired(fold_gates({codes.name: codes}), before, 1).model
-    same_by_reference(before, after, X)
-
-
 def test_a_bias_is_added_before_the_gate() -> None:
     text = TEXT.replace("(p, halves)", "(b, halves)").replace("g, u =", 'b = Add(p, "layer.bias") g, u =')
     before = with_linears(text.replace("ACT", SILU), CODES, layer__bias=normal(3, 40))
     after = fired(FOLD, fired(fold_biases, before, 1).model, 1).model
     assert operators(after) == {"satchel::Linear": 1}
     same_by_reference(before, after, X)
-
-
-def test_halves_of_another_size_are_refused() -> None:
-    text = TEXT.replace("{20, 20}", "{1, 39}").replace("float[batch,n,20] y", "float[batch,n,39] y")
-    assert untouched(FOLD, model(RELU, text)) == ["the linear layer is not split into two halves of its outputs"]
 
 
 def test_a_split_along_another_axis_is_refused() -> None:
@@ -101,11 +87,6 @@ def test_parts_that_something_else_reads_are_refused(name: str, reason: str) -> 
     assert untouched(FOLD, expose(model(), name)) == [reason]
 
 
-def test_a_further_reader_is_refused() -> None:
-    text = TEXT.replace("y = Mul(a, u)", "h = Mul(a, u) k = Neg(a) y = Add(h, k)")
-    assert untouched(FOLD, model(SILU, text)) == ["the activated half is read by something else too"]
-
-
 def test_an_attribute_that_is_not_known_is_refused() -> None:
     (reason,) = untouched(FOLD, tag(model(GELU), "Gelu", "other", 1))
     assert "other" in reason
@@ -117,3 +98,8 @@ def test_a_split_that_is_no_gate_is_left_alone() -> None:
 
 def test_weights_that_are_not_named_are_left_alone() -> None:
     assert untouched(fold_gates({}), model()) == []
+
+
+def test_a_further_reader_is_refused() -> None:
+    text = TEXT.replace("y = Mul(a, u)", "h = Mul(a, u) k = Neg(a) y = Add(h, k)")
+    assert untouched(FOLD, model(SILU, text)) == ["the activated half is read by something else too"]

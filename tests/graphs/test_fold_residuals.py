@@ -43,13 +43,6 @@ def test_of_two_products_one_adds_the_other() -> None:
     same_by_reference(before, after, FEEDS)
 
 
-def test_the_sum_may_be_read_again_and_be_an_output() -> None:
-    text = TEXT.replace("y = Add(p, s)", "t = Add(p, s) y = Neg(t)")
-    before = expose(with_linears(text, codes_of()), "t")
-    after = fired(fold_residuals, before, 1).model
-    same_by_reference(before, after, FEEDS)
-
-
 @pytest.mark.parametrize("r", ["float[1,1,40] r", "float[batch,1,40] r", "float[batch,?,40] r"])
 def test_summands_that_may_differ_in_shape_are_refused(r: str) -> None:
     before = with_linears(TEXT.replace("float[batch,n,40] r", r), codes_of())
@@ -59,11 +52,6 @@ def test_summands_that_may_differ_in_shape_are_refused(r: str) -> None:
 def test_a_product_that_something_else_reads_is_left_alone() -> None:
     before = with_linears(TEXT, codes_of())
     assert untouched(fold_residuals, expose(before, str(the(before, "Linear").outputs[0].name))) == []
-
-
-def test_a_product_added_to_itself_is_left_alone() -> None:
-    before = with_linears(TEXT.replace("y = Add(p, s)", "y = Add(p, p)"), codes_of())
-    assert untouched(fold_residuals, before) == []
 
 
 def test_a_second_residual_and_a_weight_are_left_alone() -> None:

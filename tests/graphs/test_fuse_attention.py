@@ -71,33 +71,6 @@ def test_rows_of_different_lengths_keep_to_their_own_tokens(name: str) -> None:
         np.testing.assert_allclose(step[row, 0], layer.plain(tokens, row, length + 1)[-1], rtol=1e-5, atol=2e-6)
 
 
-def test_the_cache_becomes_inputs_and_outputs_of_the_layers_own_number() -> None:
-    after = fired(fuse_attention, PLAIN.graph(), 1, keeps_signature=False).model
-    names = ("past_key_values.3.key", "past_key_values.3.value")
-    inputs = {value.name: value for value in after.graph.inputs}
-    assert list(inputs)[-2:] == list(names)
-    for name in names:
-        assert [str(d) for d in inputs[name].shape] == ["batch", "2", "capacity", "16"]
-    assert [value.name for value in after.graph.outputs] == ["y", "present.3.key", "present.3.value"]
-
-
-def test_every_number_of_the_layer_stands_in_the_operator() -> None:
-    layer = LAYERS["all at once"]
-    attributes = the(fired(fuse_attention, layer.graph(), 1, False).model, "GroupQueryAttention").attributes
-    found = {name: attribute.value for name, attribute in attributes.items()}
-    assert found.pop("scale") == pytest.approx(0.9)
-    assert found.pop("softcap") == pytest.approx(0.7)
-    assert found == {
-        "num_heads": 6, "kv_num_heads": 2, "local_window_size": 4, "do_rotary": 1, "rotary_interleaved": 1,
-    }  # fmt: skip
-
-
-def test_what_spread_the_heads_is_taken_back() -> None:
-    after = fired(fuse_attention, Layer(rotary=16).graph(), 1, keeps_signature=False).model
-    assert operators(after)["Transpose"] == 0
-    assert operators(after)["Reshape"] == 2  # both behind the attention
-
-
 MOVED = {
     "in two steps": "v_moved = Transpose<perm = [0, 1, 3, 2]>(v_turned) mixed = ",
     "by other operators": "sizes = Abs(v_first) signs = Sign(v_first) v_moved = Mul(sizes, signs) mixed = ",
@@ -116,17 +89,6 @@ def test_heads_that_are_moved_otherwise_are_moved_back(name: str) -> None:
     assert operators(after)["Transpose"] == (3 if name == "in two steps" else 2)
     tokens = PLAIN.tokens()
     np.testing.assert_allclose(Cached(after).feed_chunks(tokens, 5)[0], PLAIN.plain(tokens), rtol=1e-5, atol=2e-6)
-
-
-def test_two_layers_share_the_lengths() -> None:
-    attention = "= satchel.Attention<layer = {}, scale = 0.31, window = 0, softcap = 0.0>(q_moved, k_moved, v_moved)"
-    third, fourth = attention.format(3), attention.format(4)
-    shapes = ("] mixed>", "] mixed, float[batch,sequence,6,16] other>")
-    both = (f"mixed {third}", f"mixed {third} other {fourth} sum = Add(mixed, other)")
-    model = PLAIN.graph(shapes, both, ("(mixed, out_shape)", "(sum, out_shape)"))
-    after = fired(fuse_attention, model, 2, keeps_signature=False).model
-    assert operators(after)["ReduceSum"] == 1
-    assert len(after.graph.inputs) == 6 + 4
 
 
 REFUSED = {
@@ -208,3 +170,14 @@ def test_a_rotation_with_an_unknown_attribute_stays_outside_and_says_why() -> No
     result = fired(fuse_attention, tag(ROTARY.graph(), "RotaryEmbedding", "novelty", 1), 1, keeps_signature=False)
     assert ["novelty" in refusal.reason for refusal in result.refusals] == [True]
     assert operators(result.model)["RotaryEmbedding"] == 2
+
+
+def test_two_layers_share_the_lengths() -> None:
+    attention = "= satchel.Attention<layer = {}, scale = 0.31, window = 0, softcap = 0.0>(q_moved, k_moved, v_moved)"
+    third, fourth = attention.format(3), attention.format(4)
+    shapes = ("] mixed>", "] mixed, float[batch,sequence,6,16] other>")
+    both = (f"mixed {third}", f"mixed {third} other {fourth} sum = Add(mixed, other)")
+    model = PLAIN.graph(shapes, both, ("(mixed, out_shape)", "(sum, out_shape)"))
+    after = fired(fuse_attention, model, 2, keeps_signature=False).model
+    assert operators(after)["ReduceSum"] == 1
+    assert len(after.graph.inputs) == 6 + 4

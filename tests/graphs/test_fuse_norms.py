@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.graphs import build, expose, fired, normal, operators, same_numbers, tag, the, untouched
+from support.graphs import build, expose, fired, normal, operators, same_numbers, tag, untouched
 
 from satchel.graphs.passes.fuse.fuse_norms import fuse_norms
 
@@ -32,14 +32,6 @@ def rms(*changes: tuple[str, str], head: str = HEAD, scale: np.ndarray = SCALE) 
         assert old in text
         text = text.replace(old, new)
     return build(text, scale=scale)
-
-
-def test_a_norm_written_as_arithmetic_becomes_one_operator() -> None:
-    model = rms()
-    result = fired(fuse_norms, model, 1)
-    assert operators(result.model) == {"RMSNormalization": 1}
-    assert the(result.model, "RMSNormalization").attributes["epsilon"].value == pytest.approx(0.01)
-    same_numbers(model, result.model, X)
 
 
 @pytest.mark.parametrize(
@@ -75,24 +67,10 @@ def test_a_scale_that_is_no_vector_stays_a_product_after_the_norm(shape: tuple[i
     same_numbers(model, result.model, X)
 
 
-def test_a_scale_that_is_computed_stays_a_product_after_the_norm() -> None:
-    model = rms(("y = Mul(normed, scale)", "s = Add(scale, two) y = Mul(normed, s)"))
-    result = fired(fuse_norms, model, 1)
-    assert operators(result.model)["Mul"] == 1
-    same_numbers(model, result.model, X)
-
-
 def test_a_normed_value_with_two_readers_is_kept_before_its_scale() -> None:
     model = expose(rms(), "normed")
     result = fired(fuse_norms, model, 1)
     assert operators(result.model) == {"RMSNormalization": 1, "Mul": 1}
-    same_numbers(model, result.model, X)
-
-
-def test_a_mean_with_two_readers_is_still_computed() -> None:
-    model = expose(rms(), "mean")
-    result = fired(fuse_norms, model, 1)
-    assert operators(result.model) == {"RMSNormalization": 1, "Pow": 1, "ReduceMean": 1}
     same_numbers(model, result.model, X)
 
 
@@ -160,16 +138,6 @@ def layer(old: str = "", new: str = "") -> ir.Model:
 def test_a_norm_of_centered_values_becomes_a_layer_norm() -> None:
     model = layer()
     result = fired(fuse_norms, model, 1)
-    assert operators(result.model) == {"LayerNormalization": 1}
-    same_numbers(model, result.model, X)
-
-
-def test_a_layer_norm_written_out_whole_counts_both_fusions() -> None:
-    text = RMS.replace("(x,", "(centered,").replace(
-        "{", "{ average = ReduceMean(x, last) centered = Sub(x, average)", 1
-    )
-    model = build(HEAD + text, scale=SCALE)
-    result = fired(fuse_norms, model, 2)
     assert operators(result.model) == {"LayerNormalization": 1}
     same_numbers(model, result.model, X)
 

@@ -78,15 +78,6 @@ def rotation(kind: str = "halves", old: str = "", new: str = "", head: str = HEA
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_rotation_becomes_one_operator(kind: str) -> None:
-    model = rotation(kind)
-    after = fired(fuse_rotary, model, 1).model
-    assert operators(after) == {"RotaryEmbedding": 1, "Identity": 1}
-    assert set(after.graph.initializers) == {f"cos.{kind}", f"sin.{kind}"}
-    same_numbers(model, after, FEEDS)
-
-
-@pytest.mark.parametrize("kind", PARTS)
 def test_the_fused_rotation_is_the_published_one(kind: str) -> None:
     cos, sin = rotation_tables(2, POSITIONS, WIDTH, kind == "pairs")
     found = run(fired(fuse_rotary, rotation(kind), 1).model, FEEDS)["y"]
@@ -244,7 +235,3 @@ def test_a_rotation_without_a_head_axis_is_refused() -> None:
 def test_a_look_up_with_an_unknown_attribute_is_refused() -> None:
     (reason,) = untouched(fuse_rotary, tag(rotation(), "Gather", "novelty", 1))
     assert "novelty" in reason
-
-
-def test_a_look_up_along_another_axis_is_left_alone() -> None:
-    assert untouched(fuse_rotary, tag(rotation(), "Gather", "axis", 1)) == []

@@ -8,7 +8,7 @@ import pytest
 from support.attention_graphs import TOTAL, Layer
 from support.graphs import fired, operators, session, tag, the, untouched
 
-from satchel.graphs.ir.inputs import WINDOW, Lengths
+from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.passes.cache.drop_inputs import drop_inputs
 from satchel.graphs.passes.static.expand_attention import expand_attention
 from satchel.graphs.passes.static.fix_shapes import fix_shapes
@@ -66,16 +66,6 @@ def test_the_static_layer_is_the_plain_one(name: str, tokens: int) -> None:
     assert not {"Attention", "TensorScatter", "Shape", "Range", "Expand"} & set(operators(after))
     assert operators(after)["Gather"] == (2 if tokens > 1 else 0)
     np.testing.assert_allclose(stepped(after, layer, tokens), layer.plain(layer.tokens()), rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize(("name", "inputs"), [
-    ("shared heads", {"mask": 0}), ("window", {"mask_4": 4}), ("window beyond the cache", {"mask": 0}),
-])  # fmt: skip
-def test_masks_are_inputs_that_know_their_window(name: str, inputs: dict[str, int]) -> None:
-    after = lower_attention_static(fixed(LAYERS[name].graph(), 4)).model
-    found = {v.name: v for v in after.graph.inputs if str(v.name).startswith("mask")}
-    assert {n: v.meta[WINDOW] for n, v in found.items()} == inputs
-    assert all(v.shape == ir.Shape([1, 1, 4, CAPACITY]) for v in found.values())
 
 
 def test_shapes_that_vary_are_refused() -> None:

@@ -66,10 +66,6 @@ def test_other_blocks_are_refused(block: int) -> None:
     assert untouched(lower_embedding_matmul, tied(block=block)) == [BLOCKS]
 
 
-def test_other_sizes_are_refused() -> None:
-    assert untouched(lower_embedding_matmul, tag(tied(), "MatMulNBits", "N", 36)) == [BLOCKS]
-
-
 def test_an_attribute_that_is_not_known_is_refused() -> None:
     (reason,) = untouched(lower_embedding_matmul, tag(tied(), "MatMulNBits", "other", 1))
     assert "other" in reason

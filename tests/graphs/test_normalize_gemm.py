@@ -42,13 +42,6 @@ def test_a_gemm_without_bias_becomes_matmul(inputs: str) -> None:
     same_numbers(model, after, X)
 
 
-def test_a_bias_that_is_computed_is_carried_over() -> None:
-    model = gemm("product = Gemm(rows, w, b)", "c = Neg(b) product = Gemm(rows, w, c)")
-    after = fired(normalize_gemm, model, 1).model
-    assert operators(after) == {"MatMul": 1, "Add": 1, "Neg": 2}
-    same_numbers(model, after, X)
-
-
 @pytest.mark.parametrize("attribute", ["alpha = 0.5", "beta = 2.0", "transA = 1", "transB = 1"])
 def test_a_gemm_that_scales_or_transposes_is_refused(attribute: str) -> None:
     text = TEXT.replace("5", "7").replace("Gemm(", f"Gemm<{attribute}>(")
@@ -64,11 +57,6 @@ def test_a_gemm_with_a_bias_for_each_row_is_refused() -> None:
 
 def test_an_attribute_that_is_not_known_is_refused() -> None:
     assert "novelty" in untouched(normalize_gemm, tag(gemm(), "Gemm", "novelty", 1))[0]
-
-
-def test_a_gemm_that_says_its_defaults_fuses_all_the_same() -> None:
-    model = gemm("Gemm(", "Gemm<alpha = 1.0, beta = 1.0, transA = 0, transB = 0>(")
-    assert operators(fired(normalize_gemm, model, 1).model)["MatMul"] == 1
 
 
 @pytest.mark.parametrize(

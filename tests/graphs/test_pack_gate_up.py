@@ -72,10 +72,6 @@ def test_a_gate_that_is_an_output_too_keeps_its_name_and_numbers() -> None:
     check(expose(layer(f"{GATE} {UP} {SILU} {END}"), "gate"))
 
 
-def test_a_product_of_two_products_without_activation_is_packed() -> None:
-    assert operators(check(layer(f"{GATE} {UP} m = Mul(gate, up) y = Neg(m)")))["MatMul"] == 1
-
-
 def test_one_bias_of_two_is_refused() -> None:
     up = BIASED[BIASED.index("up0") :]
     model = layer(f"{GATE} {up} {SILU} {END}", **{f"{PATH}up_proj__bias": normal(6, 7)})

@@ -12,7 +12,6 @@ from support.codes import exact_rows, rounded, values
 from support.graphs import build, fired, normal, operators, run, same_numbers, tag, the, untouched
 
 from satchel.graphs.ir.values import weight
-from satchel.graphs.passes.logits.stream_tied_head import stream_tied_head
 from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddings
 
 VOCABULARY, HIDDEN, BLOCK = 37, 96, 32
@@ -48,15 +47,6 @@ def test_lookup_and_head_mean_what_the_codes_stand_for(bits: int, block: int, sy
     np.testing.assert_allclose(found["y"], wanted["y"], rtol=1e-5, atol=1e-3)  # sums of products of some hundreds
 
 
-def test_a_head_of_any_activations_is_near() -> None:
-    codes = rounded("table", TABLE)
-    after = fired(quantize_embeddings({"table": codes}), tied(), 1).model
-    x = normal(4, 2, 5, HIDDEN)
-    wanted = -x @ values(codes).T
-    error = run(after, {"ids": np.asarray([[0]]), "x": x})["y"] - wanted
-    assert np.linalg.norm(error) < 0.01 * np.linalg.norm(wanted), "int8 activations cost about half a percent"
-
-
 def test_a_head_can_take_its_input_as_it_is() -> None:
     codes = rounded("table", TABLE)
     after = fired(quantize_embeddings({"table": codes}, accuracy_level=0), tied(), 1).model
@@ -72,12 +62,6 @@ def test_a_table_without_a_head_is_looked_up() -> None:
     assert operators(after) == {"com.microsoft::GatherBlockQuantized": 1, "Neg": 1}
     assert sorted(after.graph.initializers) == ["table.row_scales", "table.rows"]
     same_numbers(build(LOOKUP, table=values(codes)), after, {"ids": np.asarray([7, 0, 36])}, exact=True)
-
-
-def test_two_lookups_share_the_codes() -> None:
-    two = LOOKUP.replace("y = Neg(e)", "f = Gather <axis=-2> (table, ids) y = Sub(f, e)")
-    after = fired(quantize_embeddings({"table": rounded("table", TABLE)}), build(two, table=TABLE), 1).model
-    assert operators(after)["com.microsoft::GatherBlockQuantized"] == 2
 
 
 def test_the_head_reads_the_bytes_of_the_lookup() -> None:
@@ -111,17 +95,9 @@ def test_an_id_outside_the_table_gives_zeros() -> None:
     np.testing.assert_array_equal(run(after, {"ids": np.asarray([VOCABULARY, -VOCABULARY - 1])})["y"], 0)
 
 
-def test_a_streamed_head_is_left_to_its_pass() -> None:
-    after = fired(quantize_embeddings({"table": rounded("table", TABLE)}), tied(TABLE, TEXT, ("rows", "1")), 1).model
-    assert untouched(stream_tied_head, after) == []
-
-
 @pytest.mark.parametrize(
     ("codes", "reason"),
-    [
-        (rounded("table", TABLE.T.copy(), block=None), "another shape"),
-        (rounded("table", TABLE, block=None), "per row"),
-    ],
+    [(rounded("table", TABLE.T.copy(), block=None), "another shape"), (rounded("table", TABLE, block=None), "per row")],
     ids=["shape", "no blocks"],
 )
 def test_codes_that_no_operator_reads_are_refused(codes: object, reason: str) -> None:

@@ -64,24 +64,6 @@ def test_the_mixture_is_that_of_what_the_codes_stand_for(bits: int, block: int |
     assert error < 0.02, "int8 activations cost about a percent"
 
 
-def test_codes_and_grids_stand_expert_by_expert() -> None:
-    codes = pair(4, 32, symmetric=False)
-    after = fired(quantize_experts(codes), mixture(), 1).model
-    shapes = [None if v is None else v.shape.numpy() for v in the(after, "QMoE").inputs[2:]]
-    rows, blocks = 2 * INNER, HIDDEN // 32
-    assert shapes == [
-        (EXPERTS, rows, HIDDEN // 2), (EXPERTS, rows, blocks), None,
-        (EXPERTS, HIDDEN, INNER // 2), (EXPERTS, HIDDEN, 1), None,
-        None, None, None, (EXPERTS, rows, 2), (EXPERTS, HIDDEN, 1),
-    ]  # fmt: skip
-    found = weight(the(after, "QMoE").inputs[2])
-    assert found is not None
-    expected = codes["gate_up"].codes.reshape(EXPERTS, rows, HIDDEN)
-    np.testing.assert_array_equal(found.numpy() & 15, expected[..., 0::2])
-    np.testing.assert_array_equal(found.rows(2, 4) >> 4, expected[2:4, :, 1::2])
-    assert found.base.name == "gate_up.rows"
-
-
 @pytest.mark.parametrize("k", [1, 2, EXPERTS])
 def test_a_lowered_mixture_keeps_its_own_weights(k: int) -> None:
     text = f"""(float[tokens,96] hidden, int64[tokens,{k}] index, float[tokens,{k}] weights) => (float[tokens,96] y)

@@ -9,10 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.attention_graphs import BATCH, TOTAL, Cached, Layer
-from support.graphs import fired, operators, rotated, rotation_tables, tag, the, untouched
+from support.graphs import fired, rotated, rotation_tables, tag, the, untouched
 
 from satchel.graphs.ir.contract import GraphPass
-from satchel.graphs.passes.cache.derive_positions import derive_positions
 from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
 from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
 from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
@@ -176,44 +175,6 @@ def test_rows_of_different_lengths_keep_to_their_own_tokens(last: str) -> None:
         np.testing.assert_allclose(found[row], wanted[0], rtol=1e-5, atol=2e-6)
         for name, codes in step.cache.items():
             np.testing.assert_array_equal(codes[row, :, : length + 1], after.cache[name][0, :, : length + 1])
-
-
-def test_layers_share_what_says_which_positions_are_new() -> None:
-    attention = "= satchel.Attention<layer = {}, scale = 0.31, window = 0, softcap = 0.0>(q_moved, k_moved, v_moved)"
-    shapes = ("] mixed>", "] mixed, float[batch,sequence,6,16] other>")
-    both = (
-        f"mixed {attention.format(3)}",
-        f"mixed {attention.format(3)} other {attention.format(4)} sum = Add(mixed, other)",
-    )
-    model = fuse_attention(Layer().graph(shapes, both, ("(mixed, out_shape)", "(sum, out_shape)"))).model
-    own = scales(Layer())
-    after = fired(quantize_kv_cache({3: own, 4: own}, "prefill"), model, 2).model
-    assert operators(after)["TensorScatter"] == 4
-    assert operators(after)["Range"] == 1
-    tokens = Layer().tokens()
-    found = Codes(after).feed_chunks(tokens, 5)
-    np.testing.assert_allclose(found, 2 * reference(Layer(), tokens, (5,)), rtol=1e-5, atol=4e-6)
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_the_cache_alone_changes_its_type(phase: str) -> None:
-    before = derive_positions(fused(ALL)).model
-    after = fired(quantized(ALL, phase), before, 1).model
-    for old, new in zip(
-        (*before.graph.inputs, *before.graph.outputs), (*after.graph.inputs, *after.graph.outputs), strict=True
-    ):
-        cache = str(new.name).startswith(("past_key_values.", "present."))
-        assert new.dtype == (ir.DataType.INT8 if cache else old.dtype)
-        assert new.shape == old.shape
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_every_attribute_is_carried_over(phase: str) -> None:
-    before = {n: a.value for n, a in the(fused(ALL), "GroupQueryAttention").attributes.items()}
-    model = quantized(ALL, phase)(fused(ALL)).model
-    after = {n: a.value for n, a in the(model, "GroupQueryAttention").attributes.items()}
-    added = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    assert after == before | (added if phase == "decode" else {})
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -36,16 +36,6 @@ def test_the_product_is_that_of_what_the_codes_stand_for(bits: int, block: int, 
     assert operators(after)["MatMul"] == 0
 
 
-def test_two_products_of_one_weight_read_the_same_codes() -> None:
-    codes = rounded(NAME, W.T.copy())
-    model = build(
-        TEXT.replace("y = Neg(p)", 'b = Sin(x) q = MatMul(b, "layer.weight.T") y = Add(p, q)'), layer__weight__T=W
-    )
-    after = fired(quantize_linear({NAME: codes}, {NAME: FLOAT}), model, 2).model
-    first, second = (node for node in after.graph if node.op_type == "MatMulNBits")
-    assert first.inputs[1:] == second.inputs[1:]
-
-
 def test_a_weight_that_is_not_quantized_is_left_alone() -> None:
     assert untouched(quantize_linear({}, {}), product()) == []
 

@@ -14,7 +14,7 @@ from support.codes import rounded, values
 from support.graphs import build, normal, run, the
 
 from satchel.graphs.ir.values import MICROSOFT, Builder, weight
-from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows, reshaped, stored
+from satchel.graphs.ir.weights import from_array, pack_rows, reshaped, stored
 from satchel.graphs.quant.quantized import LAYOUT, QuantizedWeight
 from satchel.graphs.quant.recipe import Scheme
 from satchel.graphs.quant.rounding import Grid
@@ -91,18 +91,6 @@ def test_scales_may_be_negative() -> None:
 
 
 @each
-def test_codes_by_columns_are_the_transposed_codes(bits: int, block: int | None, symmetric: bool) -> None:
-    codes = rounded("w", WEIGHT, bits, block, symmetric)
-    by_column, scales, points = codes.columns()
-    np.testing.assert_array_equal(by_column.numpy().astype(np.int16), codes.codes.T)
-    np.testing.assert_array_equal(by_column.rows(5, 9).astype(np.int16), codes.codes.T[5:9])
-    blocks = (OUTPUTS,) if block is None else (INPUTS // block, OUTPUTS)
-    assert scales.dims == blocks
-    assert (points is None) == symmetric
-    assert points is None or (points.dims, points.dtype) == (blocks, by_column.dtype)
-
-
-@each
 def test_codes_by_rows_can_be_unpacked(bits: int, block: int | None, symmetric: bool) -> None:
     codes = rounded("w", WEIGHT, bits, block, symmetric)
     by_row, scales, points = codes.rows()
@@ -127,15 +115,6 @@ def test_other_layouts_are_named_marked_and_made_as_the_bundle_format_says(layou
         assert (part.dims, part.dtype.numpy()) == (array.shape, array.dtype)
         np.testing.assert_array_equal(part.numpy(), array)
         np.testing.assert_array_equal(part.rows(1, 2), array[1:2])
-
-
-@pytest.mark.parametrize(
-    ("bits", "block", "symmetric", "fits"),
-    [(8, None, True, True), (8, None, False, False), (4, None, True, False), (4, 8, True, True), (8, 16, False, True),
-     (8, 4, True, False), (4, 12, False, False)],
-)  # fmt: skip
-def test_some_codes_have_no_panels(bits: int, block: int | None, symmetric: bool, fits: bool) -> None:
-    assert rounded("w", WEIGHT, bits, block, symmetric).fits_panels() is fits
 
 
 @each
@@ -173,11 +152,6 @@ def test_four_bit_numbers_are_stored_two_to_a_byte(dtype: type, count: int) -> N
     np.testing.assert_array_equal(nibbles, numbers & 15)
 
 
-@pytest.mark.parametrize("array", [WEIGHT, np.arange(5), WEIGHT.astype(np.float16), np.zeros((0, 3), np.float32)])
-def test_all_else_is_stored_as_it_is(array: np.ndarray) -> None:
-    assert stored(array).tobytes() == array.tobytes()
-
-
 def test_rows_of_an_odd_number_of_four_bit_codes_end_on_a_byte() -> None:
     np.testing.assert_array_equal(pack_rows(np.asarray([[1, 2, 3], [4, 5, 6]], np.uint8), 4), [[0x21, 3], [0x54, 6]])
 
@@ -195,8 +169,3 @@ def test_another_shape_reads_the_same_rows() -> None:
 def test_a_shape_that_cuts_rows_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cannot be read as"):
         reshaped(from_array("w", WEIGHT), shape, "v")
-
-
-def test_a_weight_of_its_own_is_its_base() -> None:
-    lazy = LazyWeight("w", (2,), ir.DataType.FLOAT, lambda a, b: np.zeros(b - a, np.float32))
-    assert lazy.base is lazy

@@ -27,7 +27,3 @@ def test_a_node_of_which_one_output_is_read_stays() -> None:
 
 def test_an_initializer_that_is_an_output_stays() -> None:
     assert untouched(remove_dead, build("(float[2] x) => (float[2] c) <float[2] c = {1.0, 2.0}> { }")) == []
-
-
-def test_a_graph_in_which_all_is_read_is_left_alone() -> None:
-    assert untouched(remove_dead, build("(float[3] x) => (float[3] y) { a = Neg(x) y = Abs(a) }")) == []

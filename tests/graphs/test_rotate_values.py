@@ -70,10 +70,6 @@ def test_the_cache_holds_rotated_values(width: int, matrix: np.ndarray) -> None:
         np.testing.assert_allclose(found, wanted @ turned, rtol=1e-4, atol=1e-5)
 
 
-def test_a_bias_behind_the_output_projection_stays() -> None:
-    check(layer(PACKED, ATTEND, 'o = MatMul(a, "o.weight.T") y = Mul(o, three)'))
-
-
 STANDS = "something stands between its values and their linear layer"
 REFUSED: dict[str, tuple[ir.Model, str]] = {
     "a norm of the values": (

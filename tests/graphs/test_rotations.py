@@ -47,8 +47,3 @@ def test_a_power_of_two_is_signs_times_hadamard() -> None:
     np.testing.assert_allclose(np.abs(signs), 1, rtol=1e-6)
     assert 0 < (signs < 0).sum() < 32
     np.testing.assert_allclose(matrix, signs[:, None] * hadamard(32) * np.sign(matrix[0, 0] * signs[0]), atol=1e-6)
-
-
-def test_the_seed_decides() -> None:
-    np.testing.assert_array_equal(rotation(24), rotation(24, seed=0))
-    assert not np.allclose(rotation(24), rotation(24, seed=1))

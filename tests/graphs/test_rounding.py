@@ -39,22 +39,6 @@ def by_trying(block: np.ndarray, scheme: Scheme) -> float:
     return float(np.square((codes - zeros) * scales - block).sum(-1).min())
 
 
-@pytest.mark.parametrize("scheme", EVERY, ids=name)
-def test_a_grid_has_a_scale_for_each_block(scheme: Scheme) -> None:
-    grid = fit_grid(WEIGHT, scheme)
-    blocks = 1 if scheme.block is None else 64 // scheme.block
-    assert (grid.scales.shape, grid.scales.dtype) == ((6, blocks), np.float32)
-    if scheme.symmetric:
-        assert grid.zero_points is None
-    else:
-        assert grid.zero_points is not None
-        assert (grid.zero_points.shape, grid.zero_points.dtype) == ((6, blocks), np.uint8)
-        assert grid.zero_points.max() < 1 << scheme.bits
-    assert (grid.low, grid.high) == {
-        (4, True): (-8, 7), (4, False): (0, 15), (8, True): (-128, 127), (8, False): (0, 255),
-    }[scheme.bits, scheme.symmetric]  # fmt: skip
-
-
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("scheme", EVERY, ids=name)
 def test_each_code_is_the_nearest(scheme: Scheme, search: bool) -> None:

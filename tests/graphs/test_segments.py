@@ -47,24 +47,10 @@ def one_by_one(segments: list[Segment], feeds: dict[str, np.ndarray]) -> dict[st
     return known
 
 
-def test_each_piece_begins_with_a_node_that_reads_a_large_weight() -> None:
-    segments = split(model(), ["y", "side"])
-    assert [[node.op_type for node in s.nodes] for s in segments] == [
-        ["Gather", "Mul"], ["MatMul", "Add", "Mul"], ["MatMul", "Neg"], ["MatMul", "Add"],
-    ]  # fmt: skip
-    assert [list(s.weights) for s in segments] == [["table"], ["first"], ["second"], ["third"]]
-    assert [s.head.op_type for s in segments] == ["Gather", "MatMul", "MatMul", "MatMul"]
-
-
 def test_a_piece_reads_and_keeps_what_crosses_its_edges() -> None:
     segments = split(model(), ["y", "side"])
     assert [s.reads for s in segments] == [("ids",), ("s", "past"), ("d",), ("q", "s")]
     assert [s.keeps for s in segments] == [("s",), ("d",), ("q", "side"), ("y",)]
-
-
-def test_only_what_is_wanted_is_kept_at_the_end() -> None:
-    segments = split(model(), ["c"])
-    assert [s.keeps for s in segments] == [("s",), ("c", "d"), ("q",), ()]
 
 
 def test_nodes_before_the_first_large_weight_are_a_piece_without_weights() -> None:
@@ -72,12 +58,6 @@ def test_nodes_before_the_first_large_weight_are_a_piece_without_weights() -> No
     segments = split(build(text, first=WEIGHTS["first"]), ["y"])
     assert [dict(s.weights).keys() for s in segments] == [set(), {"first"}]
     assert segments[0].keeps == ("b",)
-
-
-def test_a_graph_without_large_weights_is_one_piece() -> None:
-    text = "(float[n,160] x) => (float[n,160] y) { a = Mul(x, small) y = Neg(a) }"
-    (segment,) = split(build(text, small=WEIGHTS["small"]), ["y"])
-    assert (dict(segment.weights), segment.reads, segment.keeps) == ({}, ("x",), ("y",))
 
 
 def test_computed_tables_stay_where_they_are() -> None:

@@ -33,11 +33,6 @@ def test_a_head_that_is_the_table_multiplies_by_the_table_itself() -> None:
     same_numbers(model, after, IDS)
 
 
-def test_two_heads_over_one_table_share_it() -> None:
-    model = tied("y = Neg(p)", "n = Neg(e) q = MatMul(n, t) a = Abs(q) y = Add(p, a)")
-    same_numbers(model, fired(share_tied_head, model, 2).model, IDS)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "weights"),
     [

@@ -54,18 +54,6 @@ def test_allowzero_goes_since_a_zero_now_keeps_a_dimension() -> None:
     same_numbers(model, after, X, exact=True)
 
 
-def test_two_reshapes_of_the_same_kind_share_their_target() -> None:
-    text = """(float[batch,sequence,35] x) => (float[batch,sequence,5,7] y)
-        <int64[2] sizes = {5, 7}, int64[1] zero = {0}, int64[1] two = {2}, float[batch,sequence,5,7] a,
-         float[batch,sequence,5,7] b> {
-        all = Shape(x) first = Slice(all, zero, two) target = Concat<axis = 0>(first, sizes)
-        a = Reshape(x, target) n = Neg(x) b = Reshape(n, target) t = Mul(a, b) y = Neg(t)
-    }"""
-    after = fired(simplify_shapes, build(text), 2).model
-    assert list(after.graph.initializers) == ["const/shape.0_0_5_7"]
-    same_numbers(build(text), after, X, exact=True)
-
-
 @pytest.mark.parametrize(
     ("target", "result"),
     [("sequence, batch, whole", "sequence,batch,35"), ("rows, five, seven", "2,sequence_of_two,other,7")],
@@ -84,11 +72,6 @@ def test_a_reshape_of_unknown_shape_is_left_alone() -> None:
     model = reshape("batch, sequence, five, seven", "batch,sequence,5,7")
     the(model, "Reshape").outputs[0].shape = None
     assert untouched(simplify_shapes, model) == []
-
-
-def test_a_target_that_is_constant_is_left_alone() -> None:
-    text = "(float[2,15] x) => (float[6,5] y) <int64[2] target = {6, 5}> { r = Reshape(x, target) y = Neg(r) }"
-    assert untouched(simplify_shapes, build(text)) == []
 
 
 EXPAND = """(float[batch,sequence,35] x) => (float[batch,sequence,35] y) <float[batch,sequence,35] e> {

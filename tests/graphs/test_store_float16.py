@@ -45,20 +45,6 @@ def test_weights_are_stored_in_half_and_cast_before_their_readers() -> None:
     assert [node.op_type for node in after.graph].count("Cast") == 3
 
 
-def test_what_is_looked_up_is_cast_after_the_look_up() -> None:
-    after = fired(store_float16, layer(), 3).model
-    gather = after.graph[0]
-    assert gather.op_type == "Gather"
-    assert gather.inputs[0] is after.graph.initializers["table.fp16"]
-    assert [node.op_type for node in gather.outputs[0].consumers()] == ["Cast"]
-
-
-def test_a_weight_with_several_readers_is_cast_once() -> None:
-    change = ("y = Mul(s, two)", "q = MatMul(e, w) r = Add(q, s) y = Mul(r, b)")
-    after = check(layer(*change), 3, layer(*change, **rounded(WEIGHTS)))
-    assert operators(after)["Cast"] == 3
-
-
 def test_a_table_that_is_looked_up_and_multiplied_is_stored_once() -> None:
     end = "p = MatMul(e, w) s = Add(p, b) y = Mul(s, two)"
     assert end in TEXT
@@ -67,18 +53,6 @@ def test_a_table_that_is_looked_up_and_multiplied_is_stored_once() -> None:
     after = check(layer(end, other), 3, layer(end, other, **rounded(WEIGHTS)))
     assert [name for name in after.graph.initializers if "table" in name] == ["table.fp16"]
     assert operators(after)["Cast"] == 4
-
-
-def test_two_look_ups_of_one_table_are_cast_each() -> None:
-    change = ("p = MatMul(e, w)", "f = Gather(table, ids) g = Mul(e, f) p = MatMul(g, w)")
-    after = check(layer(*change), 3, layer(*change, **rounded(WEIGHTS)))
-    assert operators(after)["Cast"] == 4
-
-
-def test_a_look_up_with_several_readers_is_cast_once() -> None:
-    change = ("p = MatMul(e, w)", "f = Abs(e) g = Mul(e, f) p = MatMul(g, w)")
-    after = check(layer(*change), 3, layer(*change, **rounded(WEIGHTS)))
-    assert operators(after)["Cast"] == 3
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float16])

@@ -9,7 +9,6 @@ import onnxruntime as ort
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, serialized, untouched
 
-from satchel.graphs.ir.values import weight
 from satchel.graphs.passes.normalize.unsqueeze_biases import unsqueeze_biases
 
 WEIGHTS = {"w": normal(1, 6, 5), "b": normal(2, 5)}
@@ -31,13 +30,6 @@ def test_the_sum_is_the_same_and_stays_a_sum(order: str, tmp_path: Path) -> None
     same_numbers(model, after, {"x": normal(3, 1, 3, 6)}, exact=True)
     assert operators(optimized(model, tmp_path)) == {"Reshape": 2, "Gemm": 1}, "what the pass is there for"
     assert operators(optimized(after, tmp_path)) == {"MatMul": 1, "Add": 1}
-
-
-def test_the_bytes_are_stored_once() -> None:
-    after = unsqueeze_biases(build(TEXT, **WEIGHTS)).model
-    wide = weight(after.graph.initializers["b.wide"])
-    assert wide is not None
-    assert wide.base.name == "b"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -86,12 +84,6 @@ def test_rows_and_columns_are_slices(name: str) -> None:
             np.testing.assert_array_equal(weight.columns(start, stop), array[:, start:stop])
 
 
-def test_a_weight_is_written_to_a_file_as_it_is() -> None:
-    file = io.BytesIO()
-    MADE["columns joined"][0].tofile(file)
-    assert file.getvalue() == MADE["columns joined"][1].tobytes()
-
-
 def test_a_weight_can_be_an_initializer_of_a_model() -> None:
     tensor = ir.to_proto(ir.Value(name="w", const_value=MADE["transposed"][0]).const_value)
     np.testing.assert_array_equal(np.frombuffer(tensor.raw_data, np.float32).reshape(7, 13), A.T)
@@ -140,11 +132,6 @@ def test_blocks_read_each_row_once() -> None:
     source = Counted(A)
     list(source.weight.blocks(4 * 28))
     assert source.read == [("rows", 0, 4), ("rows", 4, 8), ("rows", 8, 12), ("rows", 12, 13)]
-
-
-def test_columns_without_a_shorter_way_are_cut_from_all_rows() -> None:
-    weight = LazyWeight("w", A.shape, ir.DataType.FLOAT, lambda start, stop: A[start:stop])
-    np.testing.assert_array_equal(weight.columns(2, 5), A[:, 2:5])
 
 
 def test_a_cast_rounds_to_nearest_even() -> None:

@@ -28,11 +28,7 @@ class Layer:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(heads, width) of each of query, key and value."""
-        return {
-            "q": (self.heads, self.width),
-            "k": (self.kv_heads, self.width),
-            "v": (self.kv_heads, self.value_width),
-        }
+        return {"q": (self.heads, self.width), "k": (self.kv_heads, self.width), "v": (self.kv_heads, self.value_width)}
 
     def tokens(self, batch: int = 1) -> dict[str, np.ndarray]:
         """Seeded q, k and v [batch, TOTAL, heads * width]."""

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime_extensions
 
-from satchel.graphs.ir.contract import PassResult, Report, graph_pass
-from satchel.graphs.ir.values import Builder, nodes, replace
+from satchel.graphs.ir.contract import Report, graph_pass
+from satchel.graphs.ir.values import Builder, replace
 
 LIBRARY = Path(onnxruntime_extensions.get_library_path())
 DOMAIN = "ai.onnx.contrib"
@@ -40,12 +40,3 @@ def halve_logits(model: ir.Model, report: Report) -> None:
     logits.name = "halved.input"
     scaled.replace_input_with(0, logits)
     report.count += 1
-
-
-def rename_sigmoids(model: ir.Model) -> PassResult:
-    """A function from a model to a result, that changes names."""
-    count = 0
-    for node in nodes(model, "Sigmoid"):
-        node.name = f"{node.name}.renamed"
-        count += 1
-    return PassResult(model, count, ())

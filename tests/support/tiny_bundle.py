@@ -219,11 +219,7 @@ def write_bundle(
             pad_token_id=None,
         ),
         kv_cache=CacheSpec(mode="shared", dtype="float32", layers=cache_layers()),
-        graphs=Graphs(
-            prefill=graph_spec("prefill"),
-            decode=graph_spec("decode"),
-            score=graph_spec("score"),
-        ),
+        graphs=Graphs(prefill=graph_spec("prefill"), decode=graph_spec("decode"), score=graph_spec("score")),
         variants=(),
         static=None,
         plain=None,

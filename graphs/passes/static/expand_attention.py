@@ -84,10 +84,7 @@ def _mask(model: ir.Model, before: ir.Node, window: int) -> ir.Value:
     past = next(v for v in model.graph.inputs if str(v.name).startswith("past_key_values."))
     queries = builder.value(
         "Unsqueeze",
-        [
-            graph_input(model, POSITION_IDS),
-            builder.constant(np.asarray([1, 3], np.int64), "axes.1_3"),
-        ],
+        [graph_input(model, POSITION_IDS), builder.constant(np.asarray([1, 3], np.int64), "axes.1_3")],
         f"{name}.queries",
     )  # [batch, 1, new, 1]
     capacity = builder.value(

@@ -25,12 +25,7 @@ def fix_shapes(lengths: Lengths) -> GraphPass:
     Args:
         lengths: What stands for sequence and capacity.
     """
-    numbers = {
-        BATCH: 1,
-        SEQUENCE: lengths.tokens,
-        TOTAL: lengths.capacity,
-        CAPACITY: lengths.capacity,
-    }
+    numbers = {BATCH: 1, SEQUENCE: lengths.tokens, TOTAL: lengths.capacity, CAPACITY: lengths.capacity}
 
     def edit(model: ir.Model, report: Report) -> None:
         for value in {*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)}:

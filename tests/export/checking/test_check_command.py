@@ -79,15 +79,6 @@ def test_a_bundle_for_the_cpu_is_ready_for_it(run: Run, bundle: Path) -> None:
     assert "decode.onnx" in output
 
 
-def test_a_bundle_for_the_cpu_is_not_ready_for_cann(run: Run, bundle: Path) -> None:
-    code, output, _ = run(bundle, "--provider", "cann")
-    assert code == 1
-    assert "C01 error: " in output and "(3 in prefill, decode, score)" in output
-    assert "  prefill: opset 21, " in output and "8 to 18 (and 2 more)" in output
-    assert "  do: export with --target cann" in output
-    assert output.splitlines()[-1].startswith("not ready for cann: ")
-
-
 def test_json_is_one_object_on_one_line(run: Run, bundle: Path) -> None:
     code, output, _ = run(bundle, "--provider", "cuda", "--json")
     assert code == 1
@@ -104,13 +95,6 @@ def test_json_is_one_object_on_one_line(run: Run, bundle: Path) -> None:
     assert result["errors"] == 6
 
 
-def test_a_whole_graph_is_taken_or_none_of_it(run: Run, bundle: Path) -> None:
-    put_graph(bundle, "decode", product(*DEQUANTIZED))
-    _, output, _ = run(bundle, "--provider", "cann", "--json")
-    graph = graph_of(output, "decode")
-    assert (graph["nodes"], graph["taken"], graph["refused"]) == (3, 0, {"DequantizeLinear": 1})
-
-
 def test_the_graph_is_judged_as_it_is_handed_over(run: Run, bundle: Path) -> None:
     put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.disable_quant_qdq": "1"})
     _, output, _ = run(bundle, "--provider", "cann", "--json")
@@ -122,13 +106,6 @@ def test_the_graph_is_judged_as_it_is_handed_over(run: Run, bundle: Path) -> Non
     _, output, _ = run(bundle, "--provider", "cann")
     assert "decode: fixed by ONNX Runtime before" in output
     assert "C04 (1)" in output
-
-
-def test_float16_is_judged_without_the_casts_that_a_cpu_needs(run: Run, bundle: Path) -> None:
-    put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.disable_quant_qdq": "1"})
-    _, output, _ = run(bundle, "--provider", "cpu", "--json")
-    graph = graph_of(output, "decode")
-    assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P04", "product")]
 
 
 @pytest.mark.parametrize(("provider", "nodes"), [("cann", 2), ("cuda", 2), ("cpu", 6)])
@@ -227,22 +204,6 @@ def test_wrong_options_are_refused(run: Run, bundle: Path, arguments: list[str],
 def test_the_nearest_table_is_taken(run: Run, bundle: Path, asked: str, tables: str) -> None:
     _, output, _ = run(bundle, "--provider", "cuda", "--ort-version", asked, "--json")
     assert json.loads(output)["tables"] == tables
-
-
-def test_a_folder_that_is_no_bundle_is_refused(run: Run, tmp_path: Path) -> None:
-    code, _, error = run(tmp_path, "--provider", "cpu")
-    assert code == 2
-    assert "give a folder made by satchel export" in error
-
-
-def test_a_damaged_graph_is_refused(run: Run, bundle: Path) -> None:
-    graph = bundle / "decode.onnx"
-    content = bytearray(graph.read_bytes())
-    content[len(content) // 2] ^= 1
-    graph.write_bytes(content)
-    code, output, error = run(bundle, "--provider", "cpu")
-    assert (code, output) == (2, "")
-    assert "damaged (its SHA-256 differs)" in error
 
 
 def damaged_graphs() -> dict[str, bytes]:

@@ -15,7 +15,6 @@ from satchel.export.checking.check import check_bundle
 from satchel.export.checking.report import as_text
 from satchel.export.checking.tables import provider_of
 from satchel.export.config import STATIC_TARGETS, TARGETS
-from satchel.graphs.providers.rules import RULES
 from satchel.runtime.bundle.reader import read_bundle
 
 
@@ -52,7 +51,3 @@ def test_the_parts_of_a_graph_that_was_cut_are_judged_each(tmp_path: Path) -> No
     assert {"decode, part 1", "decode, part 2", "score of 32 tokens, part 1"} <= set(names)
     assert len({graph.file for graph in result.graphs}) == len(names)
     assert result.errors == 0, as_text(result, strict=False)
-
-
-def test_every_target_has_rules() -> None:
-    assert set(TARGETS) <= set(RULES)

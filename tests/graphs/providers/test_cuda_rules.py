@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from satchel.graphs.providers.rules import CUDA
 OLD, NEW = VERSIONS
 
 
-def graph(text: str, version: str = NEW, **options: Any) -> Callable[[], GraphView]:
-    return lambda: view(text, kernels=cuda_kernels(version), **options)
+def graph(text: str, version: str = NEW, **options: Any) -> GraphView:
+    return view(text, kernels=cuda_kernels(version), **options)
 
 
 CLEAN = """decode (int64[1, 1] ids, int64[1, 2, 1, 3] place, float16[1, 2, 8, 4] past, float16[1, 1, 1, 8] mask)
@@ -71,7 +70,7 @@ CHOSEN_ONCE = """g (float[batch, capacity] mask, float[batch, 2, capacity, 4] pa
 GROWING = """g (float[batch, 2, before, 4] past, float[batch, 2, 1, 4] new)
     => (float[batch, 2, after, 4] present) { present = Concat<axis = 2>(past, new) }"""
 
-BREAKS: list[tuple[str, Callable[[], GraphView]]] = [
+BREAKS: list[tuple[str, GraphView]] = [
     ("U01", graph("g (float[2] x) => (uint8[2] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }")),
     ("U01", graph("g (float[2] x) => (float[2] y) { y = com.microsoft.NoSuchOperator(x) }")),
     ("U02", graph("g (float[2] x) => (float[2] y) { y = Identity(x) }", OLD, opset=21)),
@@ -114,7 +113,7 @@ BREAKS: list[tuple[str, Callable[[], GraphView]]] = [
     ("U18", graph("g (float[2] x) => (float[2] y) { y = mine.Twice(x) }", libraries=frozenset({"mine"}))),
 ]  # fmt: skip
 
-PASSES: list[Callable[[], GraphView]] = [
+PASSES: list[GraphView] = [
     graph(CLEAN, phase="decode"),
     graph(CLEAN, OLD, phase="decode"),
     graph(ATTENTION.format(type="float16")),
@@ -133,13 +132,13 @@ def broken(found: GraphView) -> set[str]:
 
 
 @pytest.mark.parametrize("whole", PASSES)
-def test_a_whole_graph_breaks_no_rule(whole: Callable[[], GraphView]) -> None:
-    assert broken(whole()) == set()
+def test_a_whole_graph_breaks_no_rule(whole: GraphView) -> None:
+    assert broken(whole) == set()
 
 
 @pytest.mark.parametrize(("rule", "wrong"), BREAKS)
-def test_a_graph_is_caught_by_the_rule_that_it_breaks_alone(rule: str, wrong: Callable[[], GraphView]) -> None:
-    assert broken(wrong()) == {rule}
+def test_a_graph_is_caught_by_the_rule_that_it_breaks_alone(rule: str, wrong: GraphView) -> None:
+    assert broken(wrong) == {rule}
 
 
 def test_every_rule_has_a_graph_that_breaks_it() -> None:
@@ -147,7 +146,7 @@ def test_every_rule_has_a_graph_that_breaks_it() -> None:
 
 
 def test_attention_in_float32_has_no_kernel() -> None:
-    found = graph(ATTENTION.format(type="float"))()
+    found = graph(ATTENTION.format(type="float"))
     assert broken(found) == {"U03"}
     rule = next(rule for rule in CUDA if rule.id == "U03")
     (place,) = rule.check(found)
@@ -155,7 +154,7 @@ def test_attention_in_float32_has_no_kernel() -> None:
 
 
 def test_shapes_are_followed_to_the_node_that_reads_them_on_the_host() -> None:
-    found = graph(SHAPES)()
+    found = graph(SHAPES)
     places = {node.op_type: place for node, place in placements(found).items()}
     assert places == {
         "Shape": Place.DEVICE, "Gather": Place.HOST_PREFERRED, "Mul": Place.HOST_PREFERRED,
@@ -164,5 +163,5 @@ def test_shapes_are_followed_to_the_node_that_reads_them_on_the_host() -> None:
 
 
 def test_a_copy_beside_a_node_without_a_kernel_is_not_told_again() -> None:
-    found = graph("g (float[2] x) => (float[2] y) { a = Relu(x) b = com.microsoft.NoSuchOperator(a) y = Abs(b) }")()
+    found = graph("g (float[2] x) => (float[2] y) { a = Relu(x) b = com.microsoft.NoSuchOperator(a) y = Abs(b) }")
     assert broken(found) == {"U01", "U17"}
