@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from satchel.graphs.analysis.matmul import product
 from satchel.graphs.ir.contract import Refused
-from satchel.graphs.ir.values import attributes, constant, last_dim, only_user, producer, rank, weight
+from satchel.graphs.ir.values import last_dim, only_user, producer, span, weight
 from satchel.graphs.ir.weights import LazyWeight
 
 
@@ -36,18 +36,10 @@ def channels(value: ir.Value | None) -> Channels | None:
     """
     if value is None:
         return None
-    source, start, stop = value, 0, last_dim(value)
-    split = producer(value, "Split")
-    if split is not None:
-        sizes = constant(split.inputs[1]) if len(split.inputs) > 1 else None
-        axis = attributes(split, axis=0, num_outputs=None)["axis"]
-        if sizes is None or split.inputs[0] is None or axis not in (-1, (rank(value) or 0) - 1):
-            return None
-        source, index = split.inputs[0], value.index() or 0
-        start = int(sizes[:index].sum())
-        stop = start + int(sizes[index])
+    cut = span(value) if producer(value, "Split") is not None else None
+    source, part = cut or (value, range(last_dim(value) or 0))
     found = product(source)
-    if found is None or stop is None:
+    if found is None or not part:
         return None
     for read in (value, source):
         if only_user(read) is None:
@@ -56,7 +48,7 @@ def channels(value: ir.Value | None) -> Channels | None:
     bias = _operand(found.value, found.bias) if found.bias is not None else None
     for weights in (matrix, bias):
         check_unshared(weights)
-    return Channels(matrix, bias, start, stop)
+    return Channels(matrix, bias, part.start, part.stop)
 
 
 def gated_input(node: ir.Node) -> Channels | None:

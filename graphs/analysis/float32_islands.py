@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from satchel.graphs.analysis.element_types import Types
-from satchel.graphs.ir.values import nodes, producer, scalar
+from satchel.graphs.ir.values import nodes, producer, square
 from satchel.runtime.bundle.contract import LOGITS
 
 MEANS = ("ReduceMean", "ReduceSumSquare", "ReduceL2")
@@ -30,7 +30,7 @@ def float32_islands(model: ir.Model, types: Types) -> set[ir.Node]:
     kept: set[ir.Node] = set()
     for op_type in (*MEANS, "ReduceSum"):
         for node in nodes(model, op_type):
-            if _is_float32(node, types) and (op_type != "ReduceSum" or _square(node.inputs[0]) is not None):
+            if _is_float32(node, types) and (op_type != "ReduceSum" or square(node.inputs[0]) is not None):
                 _keep_norm(node, kept)
     for op_type in ANGLES:
         for node in nodes(model, op_type):
@@ -47,19 +47,9 @@ def _is_float32(node: ir.Node, types: Types) -> bool:
     return types.get(node.outputs[0]) == ir.DataType.FLOAT
 
 
-def _square(value: ir.Value | None) -> ir.Node | None:
-    """The node that squares, if that is how `value` is made."""
-    power = producer(value, "Pow")
-    if power is not None:
-        return power if scalar(power.inputs[1]) == 2 else None
-    product = producer(value, "Mul")
-    return product if product is not None and product.inputs[0] is product.inputs[1] else None
-
-
 def _keep_norm(mean: ir.Node, kept: set[ir.Node]) -> None:
     """Keep a mean, the square in front of it, and what is done with it up to the tensor that it scales or shifts."""
-    square = _square(mean.inputs[0])
-    kept.update(node for node in (mean, square) if node is not None)
+    kept.update(node for node in (mean, square(mean.inputs[0])) if node is not None)
     waiting = [mean.outputs[0]]
     while waiting:
         statistic = waiting.pop()

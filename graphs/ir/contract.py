@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
@@ -37,6 +38,14 @@ class Report:
     def refuse(self, node: ir.Node, reason: str) -> None:
         self.refusals.append(Refusal(node.name or node.op_type, reason))
 
+    @contextlib.contextmanager
+    def refusing(self, node: ir.Node) -> Iterator[None]:
+        """Note the reason if what happens inside raises Refused, which it must do before it changes the graph."""
+        try:
+            yield
+        except Refused as refusal:
+            self.refuse(node, str(refusal))
+
 
 @dataclasses.dataclass(frozen=True)
 class PassResult:
@@ -67,11 +76,11 @@ class GraphPass:
         return PassResult(copy if report.count else model, report.count, tuple(report.refusals))
 
 
-def graph_pass(edit: Edit) -> GraphPass:
-    """Turn an edit in place, `edit(model, report)`, into a pass of the same name.
-
-    The pass also takes out what its change left unread.
+def graph_pass(edit: Edit, made_by: Callable[..., GraphPass] | None = None) -> GraphPass:
+    """Turn an edit in place, `edit(model, report)`, into a pass with the name and docstring of the edit, or of the
+    function that made it. The pass also takes out what its change left unread.
     """
+    named = made_by or edit
 
     @functools.wraps(edit)
     def edit_and_sweep(model: ir.Model, report: Report) -> None:
@@ -79,4 +88,4 @@ def graph_pass(edit: Edit) -> GraphPass:
         if report.count:
             sweep(model.graph)
 
-    return GraphPass(edit.__name__, edit_and_sweep, edit.__doc__ or "")
+    return GraphPass(named.__name__, edit_and_sweep, named.__doc__ or "")

@@ -78,6 +78,36 @@ def split_operand(node: ir.Node, wanted: str) -> tuple[ir.Node, ir.Value] | None
     return None
 
 
+def square(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes `value` by squaring its first input, a Pow or a Mul, or None."""
+    power = producer(value, "Pow")
+    if power is not None:
+        return power if scalar(power.inputs[1]) == 2 else None
+    product = producer(value, "Mul")
+    return product if product is not None and product.inputs[0] is product.inputs[1] else None
+
+
+def span(value: ir.Value | None) -> tuple[ir.Value, range] | None:
+    """(source, channels) if `value` is these channels of the source's last axis: a Slice of one axis, or an output of a
+    Split, by constants; None otherwise.
+    """
+    node = value.producer() if value is not None else None
+    source = node.inputs[0] if node is not None and node.domain == "" and node.inputs else None
+    if value is None or node is None or source is None:
+        return None
+    last = (-1, (rank(source) or 0) - 1)
+    operands = [constant(operand) for operand in node.inputs[1:]]
+    if node.op_type == "Split" and operands and operands[0] is not None:
+        start = int(operands[0][: value.index()].sum())
+        whole = node.attributes.get_int("axis", 0) in last
+        return (source, range(start, start + int(operands[0][value.index() or 0]))) if whole else None
+    if node.op_type == "Slice" and len(operands) > 2 and all(o is not None and o.size == 1 for o in operands):
+        start, end, axis, *step = (int(o.reshape(())) for o in operands if o is not None)
+        width = last_dim(source)
+        return (source, range(width)[slice(start, end, *step)]) if axis in last and width is not None else None
+    return None
+
+
 def attributes(node: ir.Node, **defaults: Any) -> dict[str, Any]:
     """The node's attributes over their defaults.
 

@@ -14,8 +14,8 @@ from satchel.graphs.ir.weights import concatenated
 from satchel.graphs.quant.assign import LAYERS, RULE, layers_of
 
 
-def join(model: ir.Model, products: Sequence[Product], name: str, before: ir.Node) -> None:
-    """Replace `products` by one linear layer and a Split of its result.
+def join(model: ir.Model, products: Sequence[Product], name: str) -> None:
+    """Replace `products` by one linear layer and a Split of its result, where the first of them stands.
 
     Raises:
         Refused: The linear layers have different inputs, only some have a bias, or a recipe stores them differently.
@@ -31,7 +31,8 @@ def join(model: ir.Model, products: Sequence[Product], name: str, before: ir.Nod
     path = ".".join([*_common_parts([p.matrix.name for p in products]), name])
     if f"{path}.weight.T" in model.graph.initializers:
         raise Refused(f"{path}.weight.T exists already: the layers share their weights")
-    builder = Builder(model, before)
+    makers = {p.value.producer() for p in products}
+    builder = Builder(model, next(node for node in model.graph if node in makers))
     joined = concatenated([p.matrix for p in products], 1, f"{path}.weight.T")
     joined.meta[LAYERS] = tuple(layer for p in products for layer in layers_of(p.matrix))
     matrix = builder.initializer(joined)

@@ -59,12 +59,10 @@ def quantize_kv_cache(scales: Mapping[int, KVScales], phase: str) -> GraphPass:
             if past is not None and past.is_graph_input() and past.dtype == ir.DataType.FLOAT:
                 report.refuse(node, "its cache is written by TensorScatter, not by GroupQueryAttention")
         for node in nodes(model, "GroupQueryAttention", MICROSOFT):
-            try:
+            with report.refusing(node):
                 layer = _layer(node)
                 if layer is not None:
                     found.append((node, layer, _checked(node, scales.get(layer))))
-            except Refused as refusal:
-                report.refuse(node, str(refusal))
         written = _written(model) if found and phase != "decode" else None
         for node, layer, own in found:
             if written is None:
@@ -73,7 +71,7 @@ def quantize_kv_cache(scales: Mapping[int, KVScales], phase: str) -> GraphPass:
                 _attend_in_float(model, node, layer, own, written)
             report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="quantize_kv_cache", doc=quantize_kv_cache.__doc__ or "")
+    return graph_pass(edit, quantize_kv_cache)
 
 
 def _layer(node: ir.Node) -> int | None:

@@ -61,16 +61,13 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
     is not known. expand_attention takes those layers.
     """
     for node in nodes(model, "Attention", INTERNAL):
-        try:
+        with report.refusing(node):
             options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
             if not options["scale"]:
                 raise Refused("GroupQueryAttention takes a scale of 0 for none given")
             layer = _match(model, node, report)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        _rewrite(model, node, layer, options)
-        report.count += 1
+            _rewrite(model, node, layer, options)
+            report.count += 1
 
 
 def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:

@@ -19,6 +19,7 @@ from satchel.graphs.ir.values import (
     replace,
     scalar,
     split_operand,
+    square,
     weight,
 )
 from satchel.graphs.ir.weights import from_array
@@ -54,31 +55,28 @@ def fuse_norms(model: ir.Model, report: Report) -> None:
 
 
 def _fuse(model: ir.Model, reciprocal: ir.Node, report: Report) -> None:
-    try:
+    with report.refusing(reciprocal):
         norm = _match(reciprocal)
-    except Refused as refusal:
-        report.refuse(reciprocal, str(refusal))
-        return
-    if norm is None:
-        return
-    end = norm.value.producer()
-    if end is None:
-        return
-    builder = Builder(model, end)
-    scale = norm.scale
-    if scale is None:
-        width = last_dim(norm.x)
-        if width is None:
-            report.refuse(reciprocal, "the width of the norm is not known")
+        if norm is None:
             return
-        name = f"ones.{width}"
-        ones = from_array(name, np.ones(width, np.float32), computed=True)
-        scale = model.graph.initializers.get(name) or builder.initializer(ones)
-    fused = builder.value(
-        "RMSNormalization", [norm.x, scale], f"{norm.value.name}.norm", norm.value, axis=-1, epsilon=norm.epsilon
-    )
-    replace(norm.value, fused)
-    report.count += 1
+        end = norm.value.producer()
+        if end is None:
+            return
+        builder = Builder(model, end)
+        scale = norm.scale
+        if scale is None:
+            width = last_dim(norm.x)
+            if width is None:
+                report.refuse(reciprocal, "the width of the norm is not known")
+                return
+            name = f"ones.{width}"
+            ones = from_array(name, np.ones(width, np.float32), computed=True)
+            scale = model.graph.initializers.get(name) or builder.initializer(ones)
+        fused = builder.value(
+            "RMSNormalization", [norm.x, scale], f"{norm.value.name}.norm", norm.value, axis=-1, epsilon=norm.epsilon
+        )
+        replace(norm.value, fused)
+        report.count += 1
 
 
 def _match(reciprocal: ir.Node) -> Norm | None:
@@ -89,7 +87,8 @@ def _match(reciprocal: ir.Node) -> Norm | None:
         return None
     mean, epsilon_value = split
     epsilon = scalar(epsilon_value)
-    x = _squared(mean.inputs[0])
+    squared = square(mean.inputs[0])
+    x = squared.inputs[0] if squared is not None else None
     if epsilon is None or x is None:
         return None
     _check_mean(mean)
@@ -103,14 +102,6 @@ def _match(reciprocal: ir.Node) -> Norm | None:
         if rank(other) == 1 and weight(other) is not None and last_dim(other) == last_dim(x):
             value, scale = following.outputs[0], other
     return Norm(x, scale, epsilon, value)
-
-
-def _squared(value: ir.Value | None) -> ir.Value | None:
-    power = producer(value, "Pow")
-    if power is not None:
-        return power.inputs[0] if scalar(power.inputs[1]) == 2 else None
-    product = producer(value, "Mul")
-    return product.inputs[0] if product is not None and product.inputs[0] is product.inputs[1] else None
 
 
 def _check_mean(mean: ir.Node) -> None:
@@ -127,16 +118,13 @@ def _fuse_layer_norm(model: ir.Model, node: ir.Node, report: Report) -> None:
     mean = producer(subtract.inputs[1], "ReduceMean") if subtract else None
     if subtract is None or mean is None or mean.inputs[0] is not subtract.inputs[0]:
         return
-    try:
+    with report.refusing(node):
         _check_mean(mean)
         options = attributes(node, axis=-1, epsilon=1e-5)
         if options["axis"] != -1 and options["axis"] != (rank(subtract.inputs[0]) or 0) - 1:
             raise Refused("the norm is not over the last axis alone")
-    except Refused as refusal:
-        report.refuse(node, str(refusal))
-        return
-    fused = Builder(model, node).value(
-        "LayerNormalization", [subtract.inputs[0], node.inputs[1]], f"{node.name}.layer", node.outputs[0], **options
-    )
-    replace(node.outputs[0], fused)
-    report.count += 1
+        fused = Builder(model, node).value(
+            "LayerNormalization", [subtract.inputs[0], node.inputs[1]], f"{node.name}.layer", node.outputs[0], **options
+        )
+        replace(node.outputs[0], fused)
+        report.count += 1

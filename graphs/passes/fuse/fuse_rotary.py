@@ -11,7 +11,6 @@ from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import (
     Builder,
     attributes,
-    constant,
     dims,
     last_dim,
     nodes,
@@ -19,6 +18,7 @@ from satchel.graphs.ir.values import (
     rank,
     replace,
     scalar,
+    span,
     weight,
 )
 from satchel.graphs.ir.weights import LazyWeight, from_array
@@ -52,13 +52,11 @@ def fuse_rotary(model: ir.Model, report: Report) -> None:
     Source: RoFormer, Su et al. 2021, arXiv:2104.09864; ONNX operator set 23.
     """
     for add in nodes(model, "Add"):
-        try:
+        with report.refusing(add):
             rotation = _match(add)
             if rotation is not None:
                 _rewrite(model, _widen(rotation))
                 report.count += 1
-        except Refused as refusal:
-            report.refuse(add, str(refusal))
 
 
 def _match(add: ir.Node) -> Rotation | None:
@@ -133,27 +131,9 @@ def _rotated_kind(rotated: ir.Value, x: ir.Value) -> bool | None:
 
 
 def _channels(value: ir.Value | None, x: ir.Value) -> range | None:
-    """Which channels of the last axis of `x` the value holds, if it is a Slice or an output of a Split of it."""
-    width = last_dim(x)
-    cut = value.producer() if value is not None else None
-    if value is None or cut is None or cut.domain != "" or cut.inputs[0] is not x or width is None:
-        return None
-    if cut.op_type == "Split":
-        sizes, axis = (
-            constant(cut.inputs[1]) if len(cut.inputs) > 1 else None,
-            attributes(cut, axis=0, num_outputs=None)["axis"],
-        )
-        if axis not in (-1, 3) or sizes is None:
-            return None
-        start = int(sizes[: value.index()].sum())
-        return range(start, start + int(sizes[value.index()]))
-    if cut.op_type != "Slice":
-        return None
-    parts = [constant(v) for v in cut.inputs[1:]] + [np.ones(1, np.int64)]
-    if any(p is None or p.size != 1 for p in parts[:4]) or len(parts) < 4:
-        return None
-    start, end, axis, step = (int(p.reshape(())) for p in parts[:4] if p is not None)
-    return range(width)[start:end:step] if axis in (-1, 3) else None
+    """Which channels of the last axis of `x` the value holds, if it is cut out of it."""
+    found = span(value)
+    return found[1] if found is not None and found[0] is x else None
 
 
 def _widen(rotation: Rotation) -> Rotation:

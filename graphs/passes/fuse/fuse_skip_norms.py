@@ -27,14 +27,11 @@ def fuse_skip_norms(model: ir.Model, report: Report) -> None:
             add = producer(norm.inputs[0], "Add")
             if add is None or rank(add.outputs[0]) != 3:
                 continue
-            try:
+            with report.refusing(norm):
                 options = attributes(norm, axis=-1, epsilon=1e-5, stash_type=1)
                 _check(norm, add, options)
-            except Refused as refusal:
-                report.refuse(norm, str(refusal))
-                continue
-            _rewrite(model, norm, add, fused, options["epsilon"])
-            report.count += 1
+                _rewrite(model, norm, add, fused, options["epsilon"])
+                report.count += 1
 
 
 def _check(norm: ir.Node, add: ir.Node, options: dict[str, Any]) -> None:

@@ -23,16 +23,13 @@ def lower_experts(model: ir.Model, report: Report) -> None:
     refuses when: the expert weights are not constants, k is not known, or an attribute is not known.
     """
     for node in nodes(model, "Experts", INTERNAL):
-        try:
+        with report.refusing(node):
             attributes(node)
             gate_up, k = weight(node.inputs[3]), last_dim(node.inputs[1])
             if gate_up is None or weight(node.inputs[4]) is None or k is None:
                 raise Refused("the expert weights are not constants, or the number of experts per token is not known")
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        _lower(model, node, gate_up, k)
-        report.count += 1
+            _lower(model, node, gate_up, k)
+            report.count += 1
 
 
 def _lower(model: ir.Model, node: ir.Node, gate_up: LazyWeight, k: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from satchel.graphs.analysis.matmul import Product, product
-from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import nodes
 from satchel.graphs.quant.joining import join
 
@@ -27,12 +27,9 @@ def pack_gate_up(model: ir.Model, report: Report) -> None:
             gate = _gate(mul.inputs[1 - index], up) if up is not None else None
             if up is None or gate is None:
                 continue
-            makers = {id(gate.value.producer()), id(up.value.producer())}
-            try:
-                join(model, [gate, up], "gate_up_proj", next(n for n in model.graph if id(n) in makers))
+            with report.refusing(mul):
+                join(model, [gate, up], "gate_up_proj")
                 report.count += 1
-            except Refused as refusal:
-                report.refuse(mul, str(refusal))
             break
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -44,20 +43,17 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
             found = _gated(split)
             if found is None:
                 continue  # the three parts of an attention's linear layer, for example
-            try:
+            with report.refusing(split):
                 _check(split, product)
                 gate = _activation(split, found)
-            except Refused as refusal:
-                report.refuse(split, str(refusal))
-                continue
-            for index, lazy in enumerate(quantized.derived(Layout.PANELS, gated=True)):
-                set_input(product, CODES + index, Builder(model).shared(lazy))
-            product.attributes.add(ir.AttrString("gate", gate))
-            product.outputs[0].shape = found.outputs[0].shape
-            replace(found.outputs[0], product.outputs[0])
-            report.count += 1
+                for index, lazy in enumerate(quantized.derived(Layout.PANELS, gated=True)):
+                    set_input(product, CODES + index, Builder(model).shared(lazy))
+                product.attributes.add(ir.AttrString("gate", gate))
+                product.outputs[0].shape = found.outputs[0].shape
+                replace(found.outputs[0], product.outputs[0])
+                report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="fold_gates", doc=fold_gates.__doc__ or "")
+    return graph_pass(edit, fold_gates)
 
 
 def _gated(split: ir.Node) -> ir.Node | None:

@@ -27,15 +27,12 @@ def fold_hadamards(model: ir.Model, report: Report) -> None:
         split = producer(mix.inputs[0], "Reshape") if mix is not None else None
         if join is None or mix is None or split is None or split.inputs[0] is None:
             continue
-        try:
+        with report.refusing(node):
             size = _size(mix.inputs[1])
             _check(node, split, join, size)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        node.replace_input_with(X, split.inputs[0])
-        node.attributes.add(ir.AttrInt64("hadamard", size))
-        report.count += 1
+            node.replace_input_with(X, split.inputs[0])
+            node.attributes.add(ir.AttrInt64("hadamard", size))
+            report.count += 1
 
 
 def _size(value: ir.Value | None) -> int:

@@ -25,18 +25,15 @@ def fold_norms(model: ir.Model, report: Report) -> None:
         readers = [use.node for use in norm.outputs[0].uses()]
         if not any(reader is linear(reader.outputs[0]) for reader in readers):
             continue
-        try:
+        with report.refusing(norm):
             epsilon, gain = _checked(norm, readers)
-        except Refused as refusal:
-            report.refuse(norm, str(refusal))
-            continue
-        ones = constant(gain)
-        for reader in readers:
-            reader.replace_input_with(X, norm.inputs[0])
-            reader.attributes.add(ir.AttrFloat32("epsilon", epsilon))
-            if ones is None or not np.array_equal(ones, np.ones_like(ones)):
-                set_input(reader, NORM_WEIGHT, gain)
-        report.count += 1
+            ones = constant(gain)
+            for reader in readers:
+                reader.replace_input_with(X, norm.inputs[0])
+                reader.attributes.add(ir.AttrFloat32("epsilon", epsilon))
+                if ones is None or not np.array_equal(ones, np.ones_like(ones)):
+                    set_input(reader, NORM_WEIGHT, gain)
+            report.count += 1
 
 
 def _checked(norm: ir.Node, readers: list[ir.Node]) -> tuple[float, ir.Value]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -39,7 +38,7 @@ def insert_linear(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
                 _rewrite(model, node, quantized)
                 report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="insert_linear", doc=insert_linear.__doc__ or "")
+    return graph_pass(edit, insert_linear)
 
 
 def _rewrite(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:

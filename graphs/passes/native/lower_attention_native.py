@@ -23,13 +23,10 @@ def lower_attention_native(model: ir.Model, report: Report) -> None:
     cache that is not in float32.
     """
     for node in nodes(model, "GroupQueryAttention", MICROSOFT):
-        try:
+        with report.refusing(node):
             options = _options(node)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        _rewrite(model, node, options)
-        report.count += 1
+            _rewrite(model, node, options)
+            report.count += 1
 
 
 def _options(node: ir.Node) -> dict[str, Any]:

@@ -31,17 +31,14 @@ def lower_embedding_matmul(model: ir.Model, report: Report) -> None:
         codes = weight(node.inputs[1])
         if codes is None or codes.base.name not in tables:
             continue
-        try:
+        with report.refusing(node):
             options = _options(node)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        sizes = {"inputs": options["K"], "outputs": options["N"], "block": options["block_size"]}
-        product = native_operator(
-            Builder(model, node), "TableLinear", node.inputs[:3], f"{node.name}.table", node.outputs[0], sizes
-        )
-        replace(node.outputs[0], product)
-        report.count += 1
+            sizes = {"inputs": options["K"], "outputs": options["N"], "block": options["block_size"]}
+            product = native_operator(
+                Builder(model, node), "TableLinear", node.inputs[:3], f"{node.name}.table", node.outputs[0], sizes
+            )
+            replace(node.outputs[0], product)
+            report.count += 1
 
 
 def _options(node: ir.Node) -> dict[str, Any]:

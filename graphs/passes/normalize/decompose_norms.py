@@ -27,12 +27,9 @@ def decompose_norms(model: ir.Model, report: Report) -> None:
     """
     for op_type in ("RMSNormalization", "LayerNormalization"):
         for node in nodes(model, op_type):
-            try:
+            with report.refusing(node):
                 _spell(model, node)
-            except Refused as refusal:
-                report.refuse(node, str(refusal))
-                continue
-            report.count += 1
+                report.count += 1
 
 
 def _spell(model: ir.Model, node: ir.Node) -> None:

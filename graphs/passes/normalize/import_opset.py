@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import GraphPass, PassError, Report, graph_pass
@@ -49,4 +47,4 @@ def import_opset(version: int) -> GraphPass:
         model.graph.opset_imports[""] = version
         report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="import_opset", doc=import_opset.__doc__ or "")
+    return graph_pass(edit, import_opset)

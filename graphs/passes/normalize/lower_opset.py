@@ -37,10 +37,8 @@ def lower_opset(model: ir.Model, report: Report) -> None:
     if model.graph.opset_imports.get("") == OPSET:
         return
     for node in list(model.graph):
-        try:
+        with report.refusing(node):
             report.count += _lower(model, node)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
     if report.refusals:
         return
     for node in model.graph:

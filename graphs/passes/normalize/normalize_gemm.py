@@ -32,19 +32,16 @@ def normalize_gemm(model: ir.Model, report: Report) -> None:
             or (inner[-1], outer[-1]) != matrix.dims
         ):
             continue
-        try:
+        with report.refusing(gemm):
             options = attributes(gemm, alpha=1.0, beta=1.0, transA=0, transB=0)
             if options != {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}:
                 raise Refused("the Gemm scales or transposes")
             bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
             if bias is not None and rank(bias) != 1:
                 raise Refused("the Gemm adds more than one row")
-        except Refused as refusal:
-            report.refuse(gemm, str(refusal))
-            continue
-        builder = Builder(model, gemm)
-        product = builder.value("MatMul", [x, gemm.inputs[1]], f"{gemm.name}.product", y)
-        if bias is not None:
-            product = builder.value("Add", [product, bias], f"{gemm.name}.biased", y)
-        replace(y, product)
-        report.count += 1
+            builder = Builder(model, gemm)
+            product = builder.value("MatMul", [x, gemm.inputs[1]], f"{gemm.name}.product", y)
+            if bias is not None:
+                product = builder.value("Add", [product, bias], f"{gemm.name}.biased", y)
+            replace(y, product)
+            report.count += 1

@@ -23,12 +23,9 @@ def normalize_lookups(model: ir.Model, report: Report) -> None:
         axes = constant(unsqueeze.inputs[1]) if unsqueeze is not None else None
         if index is None or axes is None or axes.tolist() not in ([-1], [rank(index)]):
             continue
-        try:
+        with report.refusing(node):
             if attributes(node, batch_dims=0)["batch_dims"] != 0:
                 raise Refused("the look-up has batch dimensions of its own")
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        output = node.outputs[0]
-        replace(output, Builder(model, node).value("Gather", [table, index], f"{node.name}.rows", output, axis=0))
-        report.count += 1
+            output = node.outputs[0]
+            replace(output, Builder(model, node).value("Gather", [table, index], f"{node.name}.rows", output, axis=0))
+            report.count += 1

@@ -18,11 +18,9 @@ def normalize_splits(model: ir.Model, report: Report) -> None:
     refuses when: the axis has no known size, the parts' sizes or numbers are computed, or an attribute is not known.
     """
     for node in nodes(model, "SplitToSequence"):
-        try:
+        with report.refusing(node):
             _rewrite(model, node)
             report.count += 1
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
 
 
 def _rewrite(model: ir.Model, node: ir.Node) -> None:

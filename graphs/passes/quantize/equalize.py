@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,18 +39,15 @@ def equalize(statistics: Mapping[str, np.ndarray], alpha: float = 0.5) -> GraphP
             rms = statistics.get(str(node.name))
             if rms is None or marked(node.inputs[1], MARK):
                 continue
-            try:
+            with report.refusing(node):
                 up = gated_input(node)
                 if up is None:
                     raise Refused("its input is not an up projection times an activation")
                 factors = _factors(rms, up.stop - up.start, alpha)
-            except Refused as refusal:
-                report.refuse(node, str(refusal))
-                continue
-            _smooth(model, node, up, factors)
-            report.count += 1
+                _smooth(model, node, up, factors)
+                report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="equalize", doc=equalize.__doc__ or "")
+    return graph_pass(edit, equalize)
 
 
 def _factors(rms: np.ndarray, width: int, alpha: float) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 
@@ -39,7 +37,7 @@ def insert_hadamard(block: int) -> GraphPass:
     def edit(model: ir.Model, report: Report) -> None:
         shared: ir.Value | None = None
         for node in nodes(model, "MatMul"):
-            try:
+            with report.refusing(node):
                 up = gated_input(node)
                 if up is None:
                     continue
@@ -47,14 +45,11 @@ def insert_hadamard(block: int) -> GraphPass:
                     raise Refused(f"{up.stop - up.start} channels are not a multiple of {block}")
                 if rank(node.inputs[0]) != 3:
                     raise Refused("its input does not have three dimensions")
-            except Refused as refusal:
-                report.refuse(node, str(refusal))
-                continue
-            shared = shared or Builder(model).constant(matrix, f"hadamard.{block}")
-            _insert(model, node, matrix, shared)
-            report.count += 1
+                shared = shared or Builder(model).constant(matrix, f"hadamard.{block}")
+                _insert(model, node, matrix, shared)
+                report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="insert_hadamard", doc=insert_hadamard.__doc__ or "")
+    return graph_pass(edit, insert_hadamard)
 
 
 def _insert(model: ir.Model, node: ir.Node, matrix: np.ndarray, shared: ir.Value) -> None:

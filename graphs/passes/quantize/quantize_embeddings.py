@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -38,15 +37,12 @@ def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: 
             lazy = weight(table)
             if quantized is None or lazy is None or not any(node.op_type == "Gather" for node in readers):
                 continue
-            try:
+            with report.refusing(readers[0]):
                 _check(table, lazy, quantized)
-            except Refused as refusal:
-                report.refuse(readers[0], str(refusal))
-                continue
-            _rewrite(model, readers, quantized, accuracy_level)
-            report.count += 1
+                _rewrite(model, readers, quantized, accuracy_level)
+                report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="quantize_embeddings", doc=quantize_embeddings.__doc__ or "")
+    return graph_pass(edit, quantize_embeddings)
 
 
 def _check(table: ir.Value, lazy: LazyWeight, quantized: QuantizedWeight) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,19 +43,16 @@ def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
             first, second = (None if stack is None else weights.get(stack.name) for stack in stacks)
             if first is None and second is None:
                 continue
-            try:
+            with report.refusing(node):
                 if first is None or second is None:
                     raise Refused("only one of its two stacks of matrices is quantized")
                 _check(node, first, second)
                 kept = _attributes(node)
                 parts = [_stack(quantized, stack) for quantized, stack in zip((first, second), stacks, strict=True)]
-            except Refused as refusal:
-                report.refuse(node, str(refusal))
-                continue
-            _rewrite(model, node, first.grid.scheme, parts, kept)
-            report.count += 1
+                _rewrite(model, node, first.grid.scheme, parts, kept)
+                report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="quantize_experts", doc=quantize_experts.__doc__ or "")
+    return graph_pass(edit, quantize_experts)
 
 
 def _check(node: ir.Node, first: QuantizedWeight, second: QuantizedWeight) -> None:

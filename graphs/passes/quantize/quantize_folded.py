@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -37,15 +36,12 @@ def quantize_folded(weights: Mapping[str, QuantizedWeight], rules: Mapping[str, 
             if lazy is None or quantized is None:
                 continue
             reader = next(iter(value.uses())).node
-            try:
+            with report.refusing(reader):
                 _check(quantized, rules[name], lazy)
-            except Refused as refusal:
-                report.refuse(reader, str(refusal))
-                continue
-            _store(model, value, quantized)
-            report.count += 1
+                _store(model, value, quantized)
+                report.count += 1
 
-    return dataclasses.replace(graph_pass(edit), name="quantize_folded", doc=quantize_folded.__doc__ or "")
+    return graph_pass(edit, quantize_folded)
 
 
 def _check(quantized: QuantizedWeight, rule: Rule, lazy: LazyWeight) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -31,18 +30,15 @@ def quantize_linear(weights: Mapping[str, QuantizedWeight], rules: Mapping[str, 
 
     def edit(model: ir.Model, report: Report) -> None:
         for node, quantized in quantized_products(model, weights):
-            try:
+            with report.refusing(node):
                 _check(quantized, rules[quantized.name])
-            except Refused as refusal:
-                report.refuse(node, str(refusal))
-                continue
-            _rewrite(model, node, quantized)
-            report.count += 1
+                _rewrite(model, node, quantized)
+                report.count += 1
         for node in nodes(model, "MoE", MICROSOFT):
             if any((lazy := weight(value)) is not None and lazy.name in weights for value in node.inputs):
                 report.refuse(node, "quantized experts would have to be in the device's own layout")
 
-    return dataclasses.replace(graph_pass(edit), name="quantize_linear", doc=quantize_linear.__doc__ or "")
+    return graph_pass(edit, quantize_linear)
 
 
 def _check(quantized: QuantizedWeight, rule: Rule) -> None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from satchel.graphs.analysis.channels import marked
 from satchel.graphs.analysis.residual import EXPERT_INPUT, Norm, find_residual, vector
 from satchel.graphs.analysis.rotations import rotation
-from satchel.graphs.ir.contract import Refused, Report, graph_pass
+from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.inputs import graph_input
 from satchel.graphs.ir.values import Builder, last_dim, nodes, only_user, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, from_array, left_multiplied, right_multiplied, scaled
@@ -34,20 +34,17 @@ def rotate_residual(model: ir.Model, report: Report) -> None:
     for lookup in nodes(model, "Gather"):
         if lookup.inputs[1] is not ids or marked(lookup.inputs[0], MARK):
             continue
-        try:
+        with report.refusing(lookup):
             stream = find_residual(lookup)
-        except Refused as refusal:
-            report.refuse(lookup, str(refusal))
-            continue
-        centered = any(norm.node.op_type == "LayerNormalization" for norm in stream.norms)
-        matrix = rotation(stream.size, keeps_mean=centered)
-        for value in stream.written:
-            _swap(model, value, right_multiplied(_lazy(value), matrix, f"{value.name}.{MARK}"))
-        for value in stream.experts:
-            _swap(model, value, left_multiplied(_lazy(value), matrix.T, f"{value.name}.{MARK}"))
-        for norm in stream.norms:
-            _fold(model, norm, matrix)
-        report.count += 1
+            centered = any(norm.node.op_type == "LayerNormalization" for norm in stream.norms)
+            matrix = rotation(stream.size, keeps_mean=centered)
+            for value in stream.written:
+                _swap(model, value, right_multiplied(_lazy(value), matrix, f"{value.name}.{MARK}"))
+            for value in stream.experts:
+                _swap(model, value, left_multiplied(_lazy(value), matrix.T, f"{value.name}.{MARK}"))
+            for norm in stream.norms:
+                _fold(model, norm, matrix)
+            report.count += 1
 
 
 def _lazy(value: ir.Value) -> LazyWeight:

@@ -31,14 +31,11 @@ def rotate_values(model: ir.Model, report: Report) -> None:
     Source: QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
     for attention in nodes(model, "GroupQueryAttention", MICROSOFT):
-        try:
+        with report.refusing(attention):
             match = _match(attention)
-        except Refused as refusal:
-            report.refuse(attention, str(refusal))
-            continue
-        if match is not None:
-            _rotate(model, match)
-            report.count += 1
+            if match is not None:
+                _rotate(model, match)
+                report.count += 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,18 +27,15 @@ def expand_attention(model: ir.Model, report: Report) -> None:
     Such a model cannot be exported.
     """
     for node in nodes(model, "Attention", INTERNAL):
-        try:
+        with report.refusing(node):
             options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
             (heads, _), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, node.inputs)
             if heads % kv_heads or kv_heads != value_heads:
                 raise Refused(
                     f"{heads} query heads cannot be shared out over {kv_heads} key, {value_heads} value heads"
                 )
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        _rewrite(model, node, options, (kv_heads, key_dim, value_dim))
-        report.count += 1
+            _rewrite(model, node, options, (kv_heads, key_dim, value_dim))
+            report.count += 1
 
 
 def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tuple[int, int, int]) -> None:

@@ -26,13 +26,10 @@ def hoist_position_gathers(model: ir.Model, report: Report) -> None:
         lazy, offset = weight(table), _offset(model, index)
         if lazy is None or offset is None:
             continue
-        try:
+        with report.refusing(node):
             rows = _input(model, node, lazy, offset)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        replace(node.outputs[0], rows)
-        report.count += 1
+            replace(node.outputs[0], rows)
+            report.count += 1
 
 
 def _offset(model: ir.Model, index: ir.Value | None) -> int | None:

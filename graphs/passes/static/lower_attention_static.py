@@ -51,13 +51,10 @@ def lower_attention_static(model: ir.Model, report: Report) -> None:
     nor a window over the cache's positions.
     """
     for node in nodes(model, "Attention"):
-        try:
+        with report.refusing(node):
             layer = _match(node)
-        except Refused as refusal:
-            report.refuse(node, str(refusal))
-            continue
-        _rewrite(model, node, layer)
-        report.count += 1
+            _rewrite(model, node, layer)
+            report.count += 1
 
 
 def _match(node: ir.Node) -> Layer:
