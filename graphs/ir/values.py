@@ -211,6 +211,10 @@ class Builder:
             return there
         return self.initializer(ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
 
+    def shape(self, *sizes: int) -> ir.Value:
+        """A constant for the target of a Reshape, `const/shape.a_b_c`; 0 keeps a dimension, -1 is inferred."""
+        return self.constant(np.asarray(sizes, np.int64), "shape." + "_".join(map(str, sizes)))
+
     def shared(self, lazy: LazyWeight) -> ir.Value:
         """An initializer for a weight that may be read in several places; one of its name is used again.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from satchel.graphs.providers.facts import CannFacts, cann_facts, covers
-from satchel.graphs.providers.findings import WARNING, Finding, GraphView, at, is_constant, operand
+from satchel.graphs.providers.findings import WARNING, Finding, GraphView, at, is_constant, of_type, operand
 
 STANDARD = ("", "ai.onnx")
 QUANTIZED = (
@@ -56,19 +56,17 @@ def parser_entry(view: GraphView) -> Iterator[Finding]:
 
 def no_quantized(view: GraphView) -> Iterator[Finding]:
     """No quantized operator remains after constants are folded."""
-    for node in view.nodes:
-        if node.domain in STANDARD and node.op_type in QUANTIZED:
-            what = "weights" if is_constant(operand(node, 0)) else "activations"
-            yield at(node, f"it works on {what}, and the parser supports it at no opset")
+    for node in of_type(view, *QUANTIZED):
+        what = "weights" if is_constant(operand(node, 0)) else "activations"
+        yield at(node, f"it works on {what}, and the parser supports it at no opset")
 
 
 def no_loops(view: GraphView) -> Iterator[Finding]:
     """There are no loops, and no branches, which enable_cann_subgraph leaves to the CPU."""
-    for node in view.nodes:
-        if node.domain in STANDARD and node.op_type in LOOPS:
-            yield at(node, "the parser does not support loops")
-        elif node.domain in STANDARD and node.op_type == "If":
-            yield at(node, "with enable_cann_subgraph it runs on the CPU", severity=WARNING)
+    for node in of_type(view, *LOOPS):
+        yield at(node, "the parser does not support loops")
+    for node in of_type(view, "If"):
+        yield at(node, "with enable_cann_subgraph it runs on the CPU", severity=WARNING)
 
 
 def whitelisted(view: GraphView) -> Iterator[Finding]:
@@ -85,9 +83,8 @@ def whitelisted(view: GraphView) -> Iterator[Finding]:
 
 def no_layer_normalization(view: GraphView) -> Iterator[Finding]:
     """There is no LayerNormalization."""
-    for node in view.nodes:
-        if node.domain in STANDARD and node.op_type == "LayerNormalization":
-            yield at(node, "only the parser's development branch supports it, at opsets 17 and 18")
+    for node in of_type(view, "LayerNormalization"):
+        yield at(node, "only the parser's development branch supports it, at opsets 17 and 18")
 
 
 def static_inputs(view: GraphView) -> Iterator[Finding]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import onnx_ir as ir
 
 from satchel.graphs.providers.cuda_placement import Place, copies, excluded, placements
 from satchel.graphs.providers.facts import VERSIONS, cuda_ir_version
@@ -16,24 +18,17 @@ PARTLY = ("RNN", "GRU", "LSTM", "ConvTranspose")
 
 def types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """Every operator has a kernel for its types, except those with a separate rule."""
-    for node in view.nodes:
-        special = node.op_type in QDQ + NARROW or excluded(node) is not None
-        if not special and view.fits[node].match is Match.NO_TYPE:
-            yield at(node, view.fits[node].detail)
+    yield from _misfits(view, (n for n in view.nodes if n.op_type not in QDQ + NARROW and excluded(n) is None))
 
 
 def quantized_types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """QuantizeLinear and DequantizeLinear have types with kernels; an int32 bias does not."""
-    for node in view.nodes:
-        if node.op_type in QDQ and view.fits[node].match is Match.NO_TYPE:
-            yield at(node, view.fits[node].detail)
+    yield from _misfits(view, (node for node in view.nodes if node.op_type in QDQ))
 
 
 def narrow_types_have_kernel(view: GraphView) -> Iterator[Finding]:
     """Where, CumSum and Range have types with kernels."""
-    for node in of_type(view, *NARROW):
-        if view.fits[node].match is Match.NO_TYPE:
-            yield at(node, view.fits[node].detail)
+    yield from _misfits(view, of_type(view, *NARROW))
 
 
 def not_excluded(view: GraphView) -> Iterator[Finding]:
@@ -78,6 +73,12 @@ def ir_version(view: GraphView) -> Iterator[Finding]:
     found = view.model.ir_version
     if highest is not None and found > highest:
         yield Finding(f"IR version {found}, but {name} supports up to {highest}")
+
+
+def _misfits(view: GraphView, nodes: Iterable[ir.Node]) -> Iterator[Finding]:
+    for node in nodes:
+        if view.fits[node].match is Match.NO_TYPE:
+            yield at(node, view.fits[node].detail)
 
 
 def _copied(view: GraphView) -> Iterator[Finding]:

@@ -64,7 +64,7 @@ def placements(view: GraphView) -> dict[ir.Node, Place]:
     on_host: set[ir.Value] = set()
     reached: set[ir.Node] = set()
     for node in view.nodes:
-        if node.op_type in HOST_OUTPUTS and node.domain == "" and places[node] is Place.DEVICE:
+        if _gives_shape(node) and places[node] is Place.DEVICE:
             on_host.update(node.outputs)
             reached.update(_readers(node))
     for node in view.nodes:  # consumers come after their producers
@@ -90,9 +90,9 @@ def copies(view: GraphView, places: Mapping[ir.Node, Place]) -> Iterator[tuple[i
             maker = None if value is None else value.producer()
             if value is None or maker is None or is_constant(value) or places.get(maker) in (None, Place.HOST_FALLBACK):
                 continue
-            made_on_host = places[maker] is Place.HOST_PREFERRED or _leaves_on_host(maker)
+            made_on_host = places[maker] is Place.HOST_PREFERRED or _gives_shape(maker)
             read_on_host = places[node] is Place.HOST_PREFERRED or index in HOST_INPUTS.get(operator(node), ())
-            if made_on_host != read_on_host and not _reads_shape_only(node):
+            if made_on_host != read_on_host and not _gives_shape(node):
                 yield node, value, "from host to device" if made_on_host else "from device to host"
 
 
@@ -115,12 +115,8 @@ def _is_small_constant(value: ir.Value) -> bool:
     return value.const_value is not None and value.const_value.size <= SMALL
 
 
-def _leaves_on_host(node: ir.Node) -> bool:
-    return node.domain == "" and node.op_type in HOST_OUTPUTS
-
-
-def _reads_shape_only(node: ir.Node) -> bool:
-    """Shape and Size do not read values, so nothing is copied for them."""
+def _gives_shape(node: ir.Node) -> bool:
+    """Shape and Size leave their result on the host, and read no values, so that nothing is copied for them."""
     return node.domain == "" and node.op_type in HOST_OUTPUTS
 
 

@@ -184,5 +184,5 @@ def test_experts_are_not_quantized(tmp_path: Path) -> None:
 def test_attention_that_its_operator_does_not_take_is_refused(tmp_path: Path) -> None:
     family = FAMILIES["llama"]
     narrow = dataclasses.replace(family, options={**family.options, "head_dim": 12})
-    with pytest.raises(ExportError, match=r"no form on cuda: heads are 12 channels wide.*multiple of 8"):
+    with pytest.raises(ExportError, match=r"cuda.* 12 .*multiple of 8"):
         bundle(narrow, tmp_path)

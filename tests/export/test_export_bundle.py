@@ -62,12 +62,3 @@ def test_json_is_one_object_on_one_line(
     assert found["parameters"] == manifest.model.parameters
     assert found["bytes"] == sum(file.bytes for file in manifest.files.values())
     assert 0 < found["seconds"] < 300
-
-
-def test_exporting_in_python_is_silent_unless_asked(
-    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    manifest = export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
-    assert capfd.readouterr() == ("", "")
-    assert manifest == Manifest.read(tmp_path / "bundle" / MANIFEST_NAME)
-    assert manifest.producer["satchel"]

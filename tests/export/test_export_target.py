@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.checkpoints import save_tiny
 from support.export_command import export, refused, tree
 
 from satchel.export import ExportConfig, ExportError, export_bundle
@@ -111,14 +110,6 @@ def test_force_through_a_link_replaces_the_bundle_that_it_leads_to(tiny_checkpoi
     assert (real / "manifest.json").read_text() != "old"
 
 
-def test_what_a_killed_export_left_is_found_under_any_name(tmp_path: Path) -> None:
-    output = tmp_path / "b[1]"
-    (tmp_path / f".b[1].partial-{(1 << 22) + 1}").mkdir()
-    with staged(output, force=False):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["b[1]"]
-
-
 def test_a_bundle_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     with pytest.raises(ExportError, match="already exists"), staged(output, force=False):
@@ -139,11 +130,3 @@ def test_a_bundle_is_not_a_checkpoint(
     before = tree(tiny_bundle)
     refused(capsys, tmp_path, source, "-o", tmp_path / "new", says=(str(source), "already a bundle", "satchel run"))
     assert tree(tiny_bundle) == before
-
-
-def test_a_missing_tokenizer_is_told_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = export(capsys, save_tiny(tmp_path / "mute"), "-o", tmp_path / "bundle", "--no-certificate")
-    assert ran.code == 0, ran.err
-    warning, work = (ran.err.index(part) for part in ("no tokenizer", "tracing the model"))
-    assert warning < work
-    assert "--tokenizer" in ran.err

@@ -88,7 +88,7 @@ def test_the_comparison_would_notice_the_loss_of_a_feature(feature: str) -> None
 def test_options_of_attention_that_mean_nothing_are_refused(options: dict[str, float], tmp_path: Path) -> None:
     module = OwnModule(KEY_DIM)
     module.options[0] = options
-    with pytest.raises(ExportError, match="scale must not be 0, window at least 1 and softcap above 0"):
+    with pytest.raises(ExportError, match=r"scale.*window.*softcap"):
         export_bundle(module, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
     assert not list(tmp_path.iterdir())
 
@@ -96,7 +96,7 @@ def test_options_of_attention_that_mean_nothing_are_refused(options: dict[str, f
 def test_a_vocabulary_of_another_size_than_the_logits_is_refused(tmp_path: Path) -> None:
     module = OwnModule(KEY_DIM)
     module.satchel = ModuleFacts(vocab_size=VOCABULARY + 5, max_context=CONTEXT)
-    with pytest.raises(ExportError, match=f"logits are {VOCABULARY} wide, and vocab_size says {VOCABULARY + 5}"):
+    with pytest.raises(ExportError, match=f"{VOCABULARY} .*vocab_size.* {VOCABULARY + 5}"):
         export_bundle(module, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
 
 

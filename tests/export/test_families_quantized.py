@@ -228,27 +228,8 @@ def test_stacks_of_experts_take_a_block_that_divides_the_inputs_of_both(tmp_path
     assert blocks == {16}
 
 
-def test_a_module_of_ones_own_is_quantized(tmp_path: Path) -> None:
-    module = OwnModule(KEY_DIM, window=7, softcap=1.5)
-    config = ExportConfig(tmp_path / "bundle", precision="int4", kv_cache="int8", certificate=False)
-    bundle = Bundle(tmp_path / "bundle", export_bundle(module, config))
-    engine = Engine.open(bundle, threads=1)
-    ids = np.random.default_rng(2).integers(0, 61, PROMPT + STEPS)
-    assert error(steps_of(engine, ids), engine.score(ids)[PROMPT - 1 :]) <= OTHER_FORM
-
-
 def test_an_int8_cache_under_attention_that_cannot_read_it_is_refused(tmp_path: Path) -> None:
     config = ExportConfig(tmp_path / "bundle", precision="fp32", kv_cache="int8", certificate=False)
     with pytest.raises(ExportError, match=r"GroupQueryAttention.*use --kv-cache float"):
         export_bundle(OwnModule(KEY_DIM // 2), config)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_table_that_no_block_divides_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    family = FAMILIES["llama"]
-    family = dataclasses.replace(family, options={**family.options, "hidden_size": 60})
-    config = ExportConfig(tmp_path / "bundle", precision="int8", max_context=64, certificate=False)
-    with pytest.raises(
-        ExportError, match="60 inputs cannot be cut into blocks of 64, 32, 16: choose a block that divides them"
-    ):
-        export_bundle(save(family, tmp_path / "checkpoint"), config)

@@ -33,7 +33,6 @@ from satchel.runtime.bundle.contract import NATIVE, Layout
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.kernels import library
 from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -70,27 +69,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle
 @pytest.fixture(params=FORMS)
 def bundle(request: pytest.FixtureRequest, exported: Callable[[str], Bundle]) -> Bundle:
     return exported(request.param)
-
-
-def own_weights(bundle: Bundle) -> dict[str, onnx.TensorProto]:
-    """What the native graph reads from the file that a device makes."""
-    graph = onnx.load(bundle.graph_path(NATIVE), load_external_data=False).graph
-    return {t.name: t for t in graph.initializer if any(e.value == NATIVE_NAME for e in t.external_data)}
-
-
-def test_no_bundle_holds_them(bundle: Bundle) -> None:
-    names = [name for name in own_weights(bundle) if name.endswith("panels")]
-    assert len(names) == 8 + ("lm_head" in " ".join(names))
-    assert sum(".gated_" in name for name in names) == 2
-    assert not (bundle.folder / NATIVE_NAME).exists()
-    assert NATIVE_NAME not in bundle.manifest.files
-    graphs = bundle.manifest.graphs
-    assert graphs is not None
-    native = bundle.manifest.variant(NATIVE)
-    assert (native.runs, native.kernel_abi) == (("prefill", "decode"), library.VERSION)
-    assert native.graph.session_of is None
-    assert [spec.name for spec in native.graph.inputs] == [spec.name for spec in graphs.prefill.inputs]
-    assert native.graph.outputs == graphs.prefill.outputs
 
 
 def step(

@@ -75,16 +75,6 @@ def test_a_recipe_and_the_text_behind_it_are_named(tiny_checkpoint: Path, tmp_pa
     assert (options["recipe"], options["calibrate"], options["max_context"]) == (named(mine), named(text), 64)
 
 
-@pytest.mark.parametrize(
-    ("target", "precision", "recipe"), [("cuda", "int8", "a16w8"), ("cann", "a16w8", "a16w8-channel")]
-)
-def test_a_recipe_of_the_target_is_the_one_that_is_named(
-    target: str, precision: str, recipe: str, tiny_checkpoint: Path
-) -> None:
-    options = found(tiny_checkpoint, precision=precision, target=target, max_context=64)["options"]
-    assert options["recipe"] == named(RECIPES / f"{recipe}.toml")
-
-
 def test_shards_and_their_index_are_listed(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="200KB")
     shards = [path.name for path in tmp_path.glob("*.safetensors")]
@@ -97,12 +87,6 @@ def test_shards_and_their_index_are_listed(tmp_path: Path) -> None:
 def test_a_gguf_file_is_its_own_source(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", gguf_metadata("llama"), to_gguf("llama", tiny_model("llama")))
     assert found(path)["source"] == {"m.gguf": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
-
-
-def test_a_factory_is_known_by_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text("from support.own_module import OwnModule\n\ndef build():\n    return OwnModule(16)\n")
-    assert found(f"{path}:build")["source"] == {"mine.py": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
 
 
 def test_under_another_name_of_its_folder_only_the_name_differs(

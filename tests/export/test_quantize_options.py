@@ -15,8 +15,7 @@ from support.tiny_bundle import read_manifest
 
 from satchel.export import ExportConfig, ExportError
 from satchel.export.compile import open_source
-from satchel.export.config import FLOAT_PRECISIONS, PRECISIONS
-from satchel.export.recipes import check_recipe, load_recipe, recipe_of, shipped
+from satchel.export.recipes import check_recipe, load_recipe, shipped
 
 Options = Callable[[Path], tuple[str | Path, ...]]
 
@@ -130,14 +129,6 @@ def test_a_text_needs_a_tokenizer(option: str, tmp_path: Path, capsys: pytest.Ca
     refused(capsys, tmp_path, *arguments, says=(option, "mute has no tokenizer", "--tokenizer"))
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in FLOAT_PRECISIONS])
-def test_each_quantized_precision_has_a_recipe_that_ships(precision: str, tmp_path: Path) -> None:
-    recipe = recipe_of(ExportConfig(tmp_path, precision=precision))
-    assert recipe is not None
-    assert recipe.name == precision
-    assert precision in shipped()
-
-
 @pytest.mark.parametrize(
     ("options", "effort"),
     [
@@ -160,30 +151,11 @@ def test_the_default_effort_calibrates_only_where_it_pays_or_is_asked_for(
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_quick_recipe_does_not_smooth_and_keeps_all_else(name: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"precision": "int8", "recipe": name}
-    quick, normal = (recipe_of(ExportConfig(tmp_path, effort=effort, **options)) for effort in ("quick", "normal"))
-    assert quick is not None
-    assert normal is not None
-    assert "smooth" not in quick.transforms
-    assert dataclasses.replace(quick, transforms=normal.transforms) == normal
-    assert set(normal.transforms) - set(quick.transforms) <= {"smooth"}
-
-
-@pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
 def test_recipes_that_ship_suit_every_family(name: str, family: str, tmp_path: Path) -> None:
     check_recipe(
         load_recipe(name), open_source(save_tiny(tmp_path / family, family), ExportConfig(tmp_path, precision="fp32"))
     )
-
-
-@pytest.mark.parametrize("precision", FLOAT_PRECISIONS)
-def test_floats_have_no_recipe_unless_the_cache_has_one(precision: str, tmp_path: Path) -> None:
-    assert recipe_of(ExportConfig(tmp_path, precision=precision)) is None
-    recipe = recipe_of(ExportConfig(tmp_path, precision=precision, kv_cache="int8"))
-    assert recipe is not None
-    assert recipe.rules == ()
 
 
 def test_a_file_comes_before_a_recipe_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,6 @@ def test_a_folder_gives_the_logits_of_the_model_that_was_saved(tmp_path: Path, f
     np.testing.assert_allclose(found, logits_of(tiny_model(family)), rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_weights_are_computed_in_float32(tmp_path: Path) -> None:
-    found = open_reference(save_tiny(tmp_path / "model", dtype=torch.bfloat16))(IDS)
-    np.testing.assert_allclose(found, logits_of(tiny_model("llama", torch.bfloat16).float()), rtol=1e-5, atol=1e-5)
-
-
 def test_a_gguf_file_gives_the_logits_of_the_model_that_was_written(tmp_path: Path) -> None:
     model = tiny_model("llama")
     tensors = to_gguf("llama", model)
@@ -90,10 +85,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nowhere: no such file or folder"):
         open_reference(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ExportError, match=r"empty: transformers cannot load it as a reference: "):
+    with pytest.raises(ExportError, match=r"empty: .*reference"):
         open_reference(tmp_path / "empty")
     (tmp_path / "noise.gguf").write_bytes(b"noise")
-    with pytest.raises(ExportError, match=r"noise.gguf: transformers cannot load it as a reference: "):
+    with pytest.raises(ExportError, match=r"noise.gguf: .*reference"):
         open_reference(tmp_path / "noise.gguf")
     with pytest.raises(ExportError, match=r"missing.py: no such file"):
         open_reference(f"{tmp_path}/missing.py:build")
@@ -125,3 +120,8 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     assert "the reference's logits are [40, 500] where the bundle's are [40, 448]" in err
+
+
+def test_half_precision_weights_are_computed_in_float32(tmp_path: Path) -> None:
+    found = open_reference(save_tiny(tmp_path / "model", dtype=torch.bfloat16))(IDS)
+    np.testing.assert_allclose(found, logits_of(tiny_model("llama", torch.bfloat16).float()), rtol=1e-5, atol=1e-5)

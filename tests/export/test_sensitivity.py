@@ -14,7 +14,7 @@ import torch
 from support.checkpoints import CONTEXT, add_tokenizer, tiny_model
 from support.export_command import Ran, tree
 
-from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export import ExportConfig, export_bundle
 from satchel.export.find_sensitive import Search, find_sensitive
 from satchel.export.quantize.sensitivity import Sensitivity, raise_most_sensitive, raised_recipe
 from satchel.export.recipes import load_recipe
@@ -226,9 +226,3 @@ def test_raised_layers_keep_the_blocks_of_their_rules() -> None:
             assert (new.bits, new.blocks, new.symmetric) == (8, old.blocks, old.symmetric)
     assert recipe.rule("b.o", "linear") is BASE.rules[-1]
     assert recipe.rule("a.down", "experts") is BASE.rules[-1], "only products are raised"
-
-
-def test_no_text_to_measure_on_names_the_command_s_own_option(wide: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(ExportError, match=r"^--text .*short\.txt: has \d+ tokens, .* 128"):
-        find_sensitive(wide, Search("int4", text=tmp_path / "short.txt"))

@@ -90,5 +90,5 @@ def test_tokens_that_meet_outside_attention_are_refused(between: str, reason: st
 
 @pytest.mark.parametrize("layers", [0, 2])
 def test_another_number_of_attention_layers_than_promised_is_refused(layers: int) -> None:
-    with pytest.raises(ExportError, match=rf"tiny: 1 attention layers .* where {layers} are expected"):
+    with pytest.raises(ExportError, match=rf"tiny: 1 .* {layers} "):
         check_sound(graph(SOUND["nothing"]), "tiny", layers)

@@ -113,6 +113,6 @@ def test_what_a_provider_sees_has_none_of_these_either(case: Case, tmp_path: Pat
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     checkpoint = save(FAMILIES["mixtral"], tmp_path / "checkpoint")
-    with pytest.raises(ExportError, match=r"mixtures of experts have no form on --target cann: choose --target cpu"):
+    with pytest.raises(ExportError, match=r"experts.*--target cann.*--target cpu"):
         write_static(checkpoint, ExportConfig(tmp_path / "bundle", target="cann", max_context=64))
     assert not (tmp_path / "bundle").exists()

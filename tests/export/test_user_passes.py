@@ -94,11 +94,6 @@ def test_another_runner_gets_graphs_that_need_no_library(
     np.testing.assert_allclose(halved[1], np.asarray(expected) / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_of_one_kind_of_graphs_is_not_taken_for_the_other(custom: Path) -> None:
-    whole = open_bundle(custom, custom=Custom((LIBRARY,)))
-    assert whole.fingerprint != open_bundle(custom, custom=Custom(passes=False)).fingerprint
-
-
 def test_a_certificate_is_of_the_graphs_with_the_passes(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,3 +226,8 @@ def test_a_bundle_with_operators_is_specialized_with_its_library(
     np.testing.assert_allclose(found, score(custom, Custom((LIBRARY,))), rtol=1e-4, atol=1e-5)
     assert cli.main(["specialize", str(bundle), "--quiet", "--remove"]) == 0
     assert json.loads((bundle / "manifest.json").read_text()) == json.loads((custom / "manifest.json").read_text())
+
+
+def test_a_cache_of_one_kind_of_graphs_is_not_taken_for_the_other(custom: Path) -> None:
+    whole = open_bundle(custom, custom=Custom((LIBRARY,)))
+    assert whole.fingerprint != open_bundle(custom, custom=Custom(passes=False)).fingerprint

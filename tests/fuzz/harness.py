@@ -30,7 +30,6 @@ ESCAPED = 99
 GOOD = ("ran", "refused", "died")
 """Endings that are allowed; a death is of ONNX Runtime, whose parser is not ours, and is listed."""
 
-
 DEATHS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
@@ -123,9 +122,7 @@ def judge(status: int | None, said: str) -> str:
         return "hung"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return (
-            "died" if number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL) else f"signal {number}"
-        )
+        return "died" if number in DEATHS else f"signal {number}"
     code = os.WEXITSTATUS(status)
     if code == ESCAPED or "Traceback" in said:
         return "let an exception through"

@@ -191,13 +191,9 @@ def graph_structure(rng: Random, folder: Path) -> Trial:
     for _ in range(rng.choice((1, 1, 2, 3))):
         node, tensor = rng.choice(graph.node), rng.choice(graph.initializer)
         value = rng.choice((*graph.input, *graph.output))
-        what = rng.choice(
-            ("operator", "input", "output", "dims", "type", "attribute", "remove", "loop", "opset", "shape")
-        )
+        what = rng.choice(GRAPH_CHANGES)
         if what == "operator":
-            node.op_type = rng.choice(
-                ("Identity", "If", "Loop", "MatMul", "Nothing", "Gather", "EPContext", "", "Reshape")
-            )
+            node.op_type = rng.choice(OPERATORS)
         elif what == "input" and node.input:
             node.input[rng.randrange(len(node.input))] = rng.choice((tensor.name, node.output[0], "", "nowhere"))
         elif what == "output":
@@ -237,9 +233,7 @@ def graph_data(rng: Random, folder: Path) -> Trial:
         elif entry.key == "location":
             entry.value = rng.choice(LOCATIONS)
         else:
-            entry.value = rng.choice(
-                ("-1", "0", "1", "63", "", "x", "1e3", str(1 << 62), str(1 << 64), "9" * 400, "+4")
-            )
+            entry.value = rng.choice(OFFSETS)
         notes.append(f"{tensor.name} {entry.key} {entry.value[:20]}")
     (folder / name).write_bytes(model.SerializeToString())
     mend(folder)

@@ -84,16 +84,6 @@ def test_a_layer_norm_written_as_arithmetic_stays_in_float32() -> None:
     assert operators(after)["Cast"] == 3
 
 
-@pytest.mark.parametrize("norm", ["RMSNormalization", "LayerNormalization"])
-def test_a_norm_in_one_operator_takes_float16(norm: str) -> None:
-    change = (NORM, f"scaled = {norm}(e, gain)")
-    large = {"table": 1000 * WEIGHTS["table"]}
-    after = converted(layer(*change, **large))
-    close(layer(*change, **large), after, IDS)
-    assert types(after, norm) == {(HALF, HALF)}
-    assert operators(after)["Cast"] == 1
-
-
 def test_what_follows_the_heads_product_stays_in_float32() -> None:
     end = "logits = MatMul(r, head)"
     change = (end, "m = MatMul(r, head) d = Div(m, epsilon) t = Tanh(d) logits = Mul(t, epsilon)")
@@ -194,5 +184,5 @@ def test_a_weight_beyond_float16_fails_by_name_when_it_is_written() -> None:
     large[3, 2] = -65520
     lazy = compute_float16(layer(w=large)).model.graph.initializers["w.fp16"].const_value
     assert lazy is not None
-    with pytest.raises(PassError, match=r"^w has a value of 6.552e\+04, beyond float16's 65504: .*--target cpu"):
+    with pytest.raises(PassError, match=r"^w .*6.552e\+04.*65504.*--target cpu"):
         lazy.numpy()

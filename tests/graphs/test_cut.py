@@ -65,11 +65,6 @@ def test_a_result_of_several_is_not_handed_on_alone() -> None:
     assert [v.name for v in parts[0].graph.outputs] == ["b"]
 
 
-def test_what_constants_are_folded_into_counts() -> None:
-    text = "(float[1,8] x) => (float[1,8] y) { w = Mul(scales, matrix) y = MatMul(x, w) }"
-    assert inline_bytes(build(text, scales=normal(1, 8), matrix=normal(2, 8, 8))) == 4 * 64
-
-
 def test_one_operator_that_is_too_large_is_an_error() -> None:
     with pytest.raises(CutError, match="alone reads 352 bytes"):
         cut(graph(), TABLE_BYTES - 1)

@@ -48,11 +48,6 @@ def inputs(model: ir.Model) -> list[str | None]:
     return [value.name for value in model.graph.inputs]
 
 
-def test_no_number_goes_from_the_host_to_the_device() -> None:
-    after = fired(derive_positions, build(TEXT), 1, keeps_signature=False).model
-    assert not {"Shape", "Size", "Range"} & {node.op_type for node in after.graph}
-
-
 def test_positions_that_nothing_reads_go_without_a_trace() -> None:
     text = TEXT.replace("Abs(position_ids)", "Abs(input_ids)").replace("Add(position_ids", "Add(input_ids")
     after = fired(derive_positions, build(text), 1, keeps_signature=False).model

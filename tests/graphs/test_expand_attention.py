@@ -54,21 +54,6 @@ def test_rows_of_different_lengths_keep_to_their_own_tokens(name: str, capacity:
         np.testing.assert_allclose(step[row, 0], wanted[-1], rtol=1e-5, atol=2e-6)
 
 
-def test_layers_share_their_mask_if_they_have_the_same_window() -> None:
-    layer = LAYERS["window"]
-    attention = "= satchel.Attention<layer = {}, scale = 0.31, window = {}, softcap = 0.0>(q_moved, k_moved, v_moved)"
-    third, fourth, fifth = attention.format(3, 4), attention.format(4, 4), attention.format(5, 0)
-    shapes = ("] mixed>", "] mixed, float[batch,sequence,6,5] b, float[batch,sequence,6,5] c>")
-    nodes = (f"mixed {third}", f"mixed {third} b {fourth} c {fifth} s = Add(mixed, b) sum = Add(s, c)")
-    model = layer.graph(shapes, nodes, ("(mixed, out_shape)", "(sum, out_shape)"))
-    after = fired(expand_attention, model, 3, keeps_signature=False).model
-    assert operators(after)["LessOrEqual"] == 2  # one with the window, one without
-    tokens = layer.tokens()
-    found = Cached(after).feed_chunks(tokens, 5)[0]
-    whole = Layer(width=7, value_width=5)
-    np.testing.assert_allclose(found, 2 * layer.plain(tokens) + whole.plain(tokens), rtol=1e-5, atol=4e-6)
-
-
 def test_heads_that_do_not_divide_are_refused() -> None:
     (reason,) = untouched(expand_attention, Layer(heads=5, width=7, value_width=5).graph())
     assert reason.startswith("5 query heads cannot be shared out over 2 key, 2 value heads")
@@ -85,3 +70,18 @@ def test_heads_of_unknown_number_are_refused() -> None:
     assert value is not None
     value.shape = None
     assert untouched(expand_attention, model) == ["the number or width of its heads is not known"]
+
+
+def test_layers_share_their_mask_if_they_have_the_same_window() -> None:
+    layer = LAYERS["window"]
+    attention = "= satchel.Attention<layer = {}, scale = 0.31, window = {}, softcap = 0.0>(q_moved, k_moved, v_moved)"
+    third, fourth, fifth = attention.format(3, 4), attention.format(4, 4), attention.format(5, 0)
+    shapes = ("] mixed>", "] mixed, float[batch,sequence,6,5] b, float[batch,sequence,6,5] c>")
+    nodes = (f"mixed {third}", f"mixed {third} b {fourth} c {fifth} s = Add(mixed, b) sum = Add(s, c)")
+    model = layer.graph(shapes, nodes, ("(mixed, out_shape)", "(sum, out_shape)"))
+    after = fired(expand_attention, model, 3, keeps_signature=False).model
+    assert operators(after)["LessOrEqual"] == 2  # one with the window, one without
+    tokens = layer.tokens()
+    found = Cached(after).feed_chunks(tokens, 5)[0]
+    whole = Layer(width=7, value_width=5)
+    np.testing.assert_allclose(found, 2 * layer.plain(tokens) + whole.plain(tokens), rtol=1e-5, atol=4e-6)

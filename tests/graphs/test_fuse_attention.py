@@ -40,22 +40,6 @@ def test_the_fused_layer_is_the_plain_one_up_to_a_full_cache(name: str, chunks: 
     np.testing.assert_allclose(found[0], layer.plain(tokens), rtol=1e-5, atol=2e-6)
 
 
-FEATURES = {
-    "scale": (Layer(scale=1.3), Layer(scale=0.25)),
-    "window": (Layer(window=4), PLAIN),
-    "softcap": (Layer(softcap=0.7), PLAIN),
-    "rotation": (Layer(rotary=16), PLAIN),
-    "pairs": (Layer(rotary=16, pairs=True), Layer(rotary=16)),
-    "partial rotation": (Layer(width=32, value_width=32, rotary=16), Layer(width=32, value_width=32, rotary=32)),
-}
-
-
-@pytest.mark.parametrize("feature", FEATURES)
-def test_losing_a_feature_would_show(feature: str) -> None:
-    with_it, without = FEATURES[feature]
-    assert np.abs(with_it.plain(with_it.tokens()) - without.plain(without.tokens())).max() > 1e-2
-
-
 @pytest.mark.parametrize("name", ["plain", "all at once"])
 def test_rows_of_different_lengths_keep_to_their_own_tokens(name: str) -> None:
     layer = LAYERS[name]

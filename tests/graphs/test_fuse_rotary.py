@@ -108,14 +108,6 @@ def test_every_spelling_of_the_same_rotation_fuses(old: str, new: str) -> None:
     same_numbers(model, after, FEEDS)
 
 
-def test_two_rotations_by_the_same_tables_share_their_halves() -> None:
-    model = rotation("halves", END, nodes(x="r", n="_again") + " y = Identity(r_again) ")
-    after = fired(fuse_rotary, model, 2).model
-    assert operators(after) == {"RotaryEmbedding": 2, "Identity": 1}
-    assert set(after.graph.initializers) == {"cos.halves", "sin.halves"}
-    same_numbers(model, after, FEEDS)
-
-
 PARTIAL = HEAD.replace("sequence,10", "sequence,14").replace(" x,", " whole,")
 CUT = "x = Slice(whole, zero, width, last) rest = Slice(whole, width, end, last)"
 JOIN = " joined = Concat<axis = -1>(r, rest) y = Identity(joined) "
@@ -155,16 +147,6 @@ def test_other_joins_stay_outside_the_rotation(cut: str, join: str) -> None:
     assert operators(after)["Concat"] >= 1
     assert the(after, "RotaryEmbedding").attributes["rotary_embedding_dim"].value == 0
     same_numbers(model, after, PARTIAL_FEEDS)
-
-
-def test_a_join_over_another_axis_stays_outside_the_rotation() -> None:
-    head = HEAD.replace("sequence,10] x", "sequence,20] whole").replace(
-        "batch,3,sequence,10] y", "batch,6,sequence,10] y"
-    )
-    model = partial(join=JOIN.replace("-1", "1"), head=head)
-    after = fired(fuse_rotary, model, 1).model
-    assert operators(after)["Concat"] == 1
-    same_numbers(model, after, FEEDS | {"whole": normal(3, BATCH, HEADS, SEQUENCE, 2 * WIDTH)})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 from support.graphs import build, expose, fired, normal, operators, run, untouched
 
 from satchel.graphs.analysis.rotations import hadamard
-from satchel.graphs.passes.quantize.equalize import equalize
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 
 HIDDEN, INNER = 6, 16
@@ -46,13 +45,6 @@ def test_the_input_is_mixed_in_blocks() -> None:
     assert [str(d) for d in mixed.shape] == ["batch", "sequence", "16"]
     wanted = run(expose(before, "m"), X)["m"].reshape(2, 3, 4, 4) @ hadamard(4)
     np.testing.assert_allclose(run(expose(after, mixed.name), X)[mixed.name], wanted.reshape(2, 3, 16), atol=1e-5)
-
-
-def test_smoothed_products_are_mixed_too() -> None:
-    before = layer(GATED, DOWN)
-    next(n for n in before.graph if n.outputs[0].name == "y").name = "down"
-    smoothed = equalize({"down": np.linspace(0.1, 3, INNER, dtype=np.float32)})(before).model
-    check(smoothed, 8)
 
 
 def test_a_width_that_is_no_multiple_is_refused() -> None:

@@ -139,22 +139,6 @@ def test_a_token_gets_the_same_codes_in_every_phase(name: str) -> None:
         np.testing.assert_array_equal(codes, caches[2][name_])
 
 
-def test_numbers_between_two_codes_fall_to_the_same_side_in_every_phase() -> None:
-    layer = Layer()
-    own, rng = scales(layer), np.random.default_rng(5)
-    tokens = layer.tokens()
-    for part, scale in (("k", own.key), ("v", own.value)):
-        halves = rng.integers(-150, 150, (TOTAL, *scale.shape)) + 0.5
-        tokens[part] = (halves * scale.astype(np.float64)).astype(np.float32).reshape(1, TOTAL, -1)
-    found = []
-    for phase, starts in (("prefill", ()), ("decode", range(1, TOTAL))):
-        cached = Codes(quantized(layer, phase)(fused(layer)).model)
-        cached.feed_chunks(tokens, *starts)
-        found.append(cached.cache["past_key_values.3.key"])
-    np.testing.assert_array_equal(*found)
-    assert (found[0].min(), found[0].max()) == (-128, 127)
-
-
 @pytest.mark.parametrize("last", ["decode", "prefill"])
 def test_rows_of_different_lengths_keep_to_their_own_tokens(last: str) -> None:
     layer, lengths = ALL, [3, 7]
@@ -243,3 +227,19 @@ def test_a_cache_of_another_name_is_refused() -> None:
     past.name = "memory"
     (reason,) = untouched(quantized(Layer(), "prefill"), model)
     assert reason == "its cache is called past_key_values.3.key and memory"
+
+
+def test_numbers_between_two_codes_fall_to_the_same_side_in_every_phase() -> None:
+    layer = Layer()
+    own, rng = scales(layer), np.random.default_rng(5)
+    tokens = layer.tokens()
+    for part, scale in (("k", own.key), ("v", own.value)):
+        halves = rng.integers(-150, 150, (TOTAL, *scale.shape)) + 0.5
+        tokens[part] = (halves * scale.astype(np.float64)).astype(np.float32).reshape(1, TOTAL, -1)
+    found = []
+    for phase, starts in (("prefill", ()), ("decode", range(1, TOTAL))):
+        cached = Codes(quantized(layer, phase)(fused(layer)).model)
+        cached.feed_chunks(tokens, *starts)
+        found.append(cached.cache["past_key_values.3.key"])
+    np.testing.assert_array_equal(*found)
+    assert (found[0].min(), found[0].max()) == (-128, 127)

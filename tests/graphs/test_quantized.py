@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -16,8 +15,6 @@ from support.graphs import build, normal, run, the
 from satchel.graphs.ir.values import MICROSOFT, Builder, weight
 from satchel.graphs.ir.weights import from_array, pack_rows, reshaped, stored
 from satchel.graphs.quant.quantized import LAYOUT, QuantizedWeight
-from satchel.graphs.quant.recipe import Scheme
-from satchel.graphs.quant.rounding import Grid
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.layouts import Weight, pack
 
@@ -81,15 +78,6 @@ def test_rows_are_multiplied_as_the_grid_s_values(bits: int, block: int, symmetr
     np.testing.assert_allclose(-found.T, values(codes), rtol=1e-5, atol=1e-6)
 
 
-def test_scales_may_be_negative() -> None:
-    grid = Grid(Scheme(4, 32), -np.random.default_rng(2).uniform(0.1, 1, (OUTPUTS, 3)).astype(np.float32), None)
-    codes = QuantizedWeight("w", grid, grid.round(WEIGHT).astype(np.int8))
-    found = run(multiplied(codes, 4), {"x": np.eye(INPUTS, dtype=np.float32)})["y"]
-    np.testing.assert_allclose(-found.T, values(codes), rtol=1e-5, atol=1e-6)
-    found = run(decoded(codes), {"x": np.zeros((1, 1), np.float32)})["y"]
-    np.testing.assert_array_equal(-found.T, values(codes))
-
-
 @each
 def test_codes_by_rows_can_be_unpacked(bits: int, block: int | None, symmetric: bool) -> None:
     codes = rounded("w", WEIGHT, bits, block, symmetric)
@@ -140,16 +128,6 @@ def test_four_bits_written_in_blocks_are_what_onnx_reads(tmp_path: Path, size: i
     session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["y"], {"x": np.zeros((1, 1), np.float32)})
     np.testing.assert_array_equal(-found.T, values(codes))
-
-
-@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4], ids=["int4", "uint4"])
-@pytest.mark.parametrize("count", [1, 2, 7, 8])
-def test_four_bit_numbers_are_stored_two_to_a_byte(dtype: type, count: int) -> None:
-    numbers = np.arange(count) * 3 % 16 - (8 if dtype is ml_dtypes.int4 else 0)
-    packed = stored(numbers.astype(dtype))
-    assert packed.nbytes == (count + 1) // 2
-    nibbles = np.stack([packed & 15, packed >> 4], 1).reshape(-1)[:count]
-    np.testing.assert_array_equal(nibbles, numbers & 15)
 
 
 def test_rows_of_an_odd_number_of_four_bit_codes_end_on_a_byte() -> None:

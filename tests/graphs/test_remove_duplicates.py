@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from support.graphs import build, fired, normal, operators, same_numbers, untouched
 
@@ -38,14 +37,6 @@ def test_equal_constants_become_one_initializer() -> None:
     same_numbers(model, result.model, X, exact=True)
 
 
-def test_nodes_over_equal_constants_become_one() -> None:
-    text = two("Mul(x, c)", "Mul(x, d)", "float[1] c = {2.0}, float[1] d = {2.0}").replace("Sub(a, b)", "Add(a, b)")
-    model = build(text)
-    result = fired(remove_duplicates, model, 2)
-    assert operators(result.model) == {"Mul": 1, "Add": 1}
-    same_numbers(model, result.model, X, exact=True)
-
-
 @pytest.mark.parametrize(
     "other",
     ["float[1] d = {3.0}", "float d = {2.0}", "float[1,1] d = {2.0}"],
@@ -60,12 +51,6 @@ def test_constants_of_the_same_bytes_but_another_type_stay_two() -> None:
         s = Cast<to = 1>(c) t = Cast<to = 1>(d) u = Cast<to = 1>(e) a = Add(x, s) b = Add(a, t) y = Add(b, u)
     }"""
     assert untouched(remove_duplicates, build(text)) == []
-
-
-def test_large_weights_are_not_compared() -> None:
-    text = "(float[5,200] x) => (float[5,200] y) { a = MatMul(x, v) b = MatMul(a, w) y = Neg(b) }"
-    weight = np.zeros((200, 200), np.float32)
-    assert untouched(remove_duplicates, build(text, v=weight, w=weight)) == []
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,6 @@ def test_a_cycle_of_three_axes_twice_is_no_inverse(perm: str) -> None:
     assert untouched(remove_identity, model) == []
 
 
-def test_transposes_without_a_permutation_are_left_alone() -> None:
-    assert untouched(remove_identity, between("t = Transpose(a) b = Transpose(t)")) == []
-
-
 def test_a_transpose_between_a_pair_that_has_other_readers_stays_for_them() -> None:
     model = expose(between("t = Transpose<perm = [1, 2, 0]>(a) b = Transpose<perm = [2, 0, 1]>(t)"), "t")
     result = fired(remove_identity, model, 1)
@@ -124,15 +120,6 @@ def test_reshapes_whose_targets_cannot_be_joined_are_left_alone(nodes: str, resu
 )
 def test_a_node_that_changes_something_is_left_alone(nodes: str, result: str, kind: str) -> None:
     assert untouched(remove_identity, between(nodes, result=result, kind=kind)) == []
-
-
-@pytest.mark.parametrize("node", ["Slice(a, zero, two, one)", "Reshape(a, kept)"])
-def test_dimensions_without_a_name_are_not_taken_for_equal(node: str) -> None:
-    assert untouched(remove_identity, between(f"b = {node}", source="?,?,5", result="?,?,5")) == []
-
-
-def test_the_operators_of_another_domain_are_left_alone() -> None:
-    assert untouched(remove_identity, between("b = com.microsoft.Identity(a)")) == []
 
 
 def test_an_output_keeps_its_name_when_its_node_goes() -> None:

@@ -115,7 +115,3 @@ def test_a_product_without_a_shape_gets_that_of_its_operands() -> None:
     assert [str(d) for d in the(after, "MatMul").outputs[0].shape or ()] == ["batch", "sequence", "7"]
     feeds = {"x": normal(4, 2, 3, 5), "plain": normal(5, 5, 7)}
     same_numbers(model, after, feeds, exact=True)
-
-
-def test_a_product_of_two_inputs_stays_without_a_shape() -> None:
-    assert untouched(simplify_shapes, without_shape(PRODUCT.replace("MatMul(x, w)", "MatMul(x, plain)"))) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from support.graphs import build, expose, fired, normal, same_numbers, untouched
+from support.graphs import build, fired, normal, same_numbers, untouched
 
 from satchel.graphs.passes.normalize.sink_transposes import sink_transposes
 
@@ -61,7 +61,3 @@ def test_a_transpose_that_the_norm_depends_on_is_left_alone(changes: list[tuple[
 
 def test_a_scale_that_is_no_vector_is_left_alone() -> None:
     assert untouched(sink_transposes, norm(NORMS["RMSNormalization"], shape=(3, 7))) == []
-
-
-def test_a_transposed_value_with_two_readers_is_left_alone() -> None:
-    assert untouched(sink_transposes, expose(norm(NORMS["RMSNormalization"]), "moved")) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.graphs import build, fired, normal, operators, run, untouched
+from support.graphs import build, fired, normal, run, untouched
 
 from satchel.graphs.ir.contract import PassError
 from satchel.graphs.passes.float16.store_float16 import store_float16
@@ -45,16 +45,6 @@ def test_weights_are_stored_in_half_and_cast_before_their_readers() -> None:
     assert [node.op_type for node in after.graph].count("Cast") == 3
 
 
-def test_a_table_that_is_looked_up_and_multiplied_is_stored_once() -> None:
-    end = "p = MatMul(e, w) s = Add(p, b) y = Mul(s, two)"
-    assert end in TEXT
-    other = """d = MatMul(e, w) r = Add(d, b) t = Transpose(table) o = Abs(e) q = MatMul(o, t)
-        m = ReduceMean(q) s = Add(r, m) y = Mul(s, two)"""
-    after = check(layer(end, other), 3, layer(end, other, **rounded(WEIGHTS)))
-    assert [name for name in after.graph.initializers if "table" in name] == ["table.fp16"]
-    assert operators(after)["Cast"] == 4
-
-
 @pytest.mark.parametrize("dtype", [np.int64, np.float16])
 def test_weights_that_are_not_float32_are_left_alone(dtype: type) -> None:
     text = "(float[5] x) => (float[5] y) { c = Cast<to = 1>(w) y = Add(x, c) }"
@@ -71,9 +61,7 @@ def test_a_value_beyond_float16_fails_by_name_when_it_is_written() -> None:
     large[3, 2] = -65520
     lazy = store_float16(layer(w=large)).model.graph.initializers["w.fp16"].const_value
     assert lazy is not None
-    with pytest.raises(
-        PassError, match=r"^w has a value of 6.552e\+04, beyond float16's 65504: export with --precision"
-    ):
+    with pytest.raises(PassError, match=r"^w .*6.552e\+04.*65504.*--precision"):
         lazy.numpy()
 
 

@@ -112,13 +112,6 @@ def test_nothing_is_read_before_values_are_asked_for() -> None:
     assert source.read == []
 
 
-def test_rows_of_a_transpose_read_columns_only() -> None:
-    source = Counted(A)
-    transposed(source.weight, "t").rows(2, 5)
-    transposed(source.weight, "t").columns(3, 4)
-    assert source.read == [("columns", 2, 5), ("rows", 3, 4)]
-
-
 def test_rows_of_a_join_read_their_own_part_only() -> None:
     first, second = Counted(A), Counted(B)
     joined = concatenated([first.weight, second.weight], 0, "c")
@@ -126,12 +119,6 @@ def test_rows_of_a_join_read_their_own_part_only() -> None:
     assert (first.read, second.read) == ([("rows", 11, 13)], [("rows", 0, 2)])
     joined.rows(13, 14)
     assert first.read == [("rows", 11, 13)]
-
-
-def test_blocks_read_each_row_once() -> None:
-    source = Counted(A)
-    list(source.weight.blocks(4 * 28))
-    assert source.read == [("rows", 0, 4), ("rows", 4, 8), ("rows", 8, 12), ("rows", 12, 13)]
 
 
 def test_a_cast_rounds_to_nearest_even() -> None:

@@ -74,13 +74,6 @@ def test_parts_of_a_product_are_those_of_the_whole(name: str) -> None:
             np.testing.assert_allclose(weight.columns(start, stop), array[:, start:stop], rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_stays_half_precision() -> None:
-    half = lazy(A.astype(np.float16))
-    for made in (scaled(half, lazy(VECTOR), "s"), right_multiplied(half, EIGHT, "r"), left_multiplied(half, FOUR, "l")):
-        assert made.dtype == ir.DataType.FLOAT16
-        assert made.numpy().dtype == np.float16
-
-
 def test_all_of_a_chain_of_products_is_one_read() -> None:
     read = list[tuple[int, int]]()
 

@@ -131,9 +131,7 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
     output = node.outputs[0]
     fused.outputs[0].shape = ir.Shape([*list(output.shape or ())[:2], layer.heads * layer.head_dim])
     fused.outputs[0].type = output.type
-    shape = builder.constant(
-        np.asarray([0, 0, layer.heads, layer.head_dim], np.int64), f"shape.0_0_{layer.heads}_{layer.head_dim}"
-    )
+    shape = builder.shape(0, 0, layer.heads, layer.head_dim)
     replace(output, builder.value("Reshape", [fused.outputs[0], shape], f"{name}.heads", output))
     add_present(model, index, (fused.outputs[1], fused.outputs[2]), past)
 
@@ -144,13 +142,8 @@ def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
     What spread the heads is taken back where it is there.
     """
     transpose = producer(value, "Transpose")
-    if (
-        transpose is not None
-        and transpose.attributes.get_ints("perm") == (0, 2, 1, 3)
-        and transpose.inputs[0] is not None
-    ):
-        spread = transpose.inputs[0]
-    else:
+    spread = transpose.inputs[0] if transpose is not None else None
+    if transpose is None or spread is None or transpose.attributes.get_ints("perm") != (0, 2, 1, 3):
         spread = builder.value("Transpose", [value], f"{name}.by_token", perm=[0, 2, 1, 3])
         batch, heads, new, head_dim = dims(value) or []
         spread.shape, spread.type = ir.Shape([batch, new, heads, head_dim]), value.type
@@ -161,8 +154,7 @@ def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:
         flat = reshape.inputs[0]
         if flat is not None:
             return flat
-    shape = builder.constant(np.asarray([0, 0, width], np.int64), f"shape.0_0_{width}")
-    flat = builder.value("Reshape", [spread, shape], f"{name}.flat")
+    flat = builder.value("Reshape", [spread, builder.shape(0, 0, width)], f"{name}.flat")
     flat.shape, flat.type = ir.Shape([batch, new, width]), value.type
     return flat
 

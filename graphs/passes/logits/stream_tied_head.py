@@ -30,8 +30,7 @@ def stream_tied_head(model: ir.Model, report: Report) -> None:
             report.refuse(node, "the linear layer scales or transposes in another way than by transB")
             continue
         builder, name = Builder(model, node), str(node.name)
-        flat = builder.constant(np.asarray([-1, hidden], np.int64), f"shape.-1_{hidden}")
-        rows = builder.value("Reshape", [x, flat], f"{name}.rows")
+        rows = builder.value("Reshape", [x, builder.shape(-1, hidden)], f"{name}.rows")
         columns = builder.value("Transpose", [rows], f"{name}.columns", perm=[1, 0])  # [hidden, batch]
         product = builder.value("MatMul", [table, columns], f"{name}.streamed")  # [vocabulary, batch]
         by_row = builder.value("Transpose", [product], f"{name}.by_row", perm=[1, 0])

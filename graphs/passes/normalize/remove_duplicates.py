@@ -12,15 +12,8 @@ from satchel.graphs.ir.values import INTERNAL, MICROSOFT, constant, replace, wei
 from satchel.graphs.quant.quantized import LAYOUT
 
 RANDOM = {
-    "RandomNormal",
-    "RandomUniform",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "Bernoulli",
-    "Multinomial",
-    "Dropout",
-}
-
+    "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"
+}  # fmt: skip
 
 KNOWN = ("", MICROSOFT, INTERNAL)
 """Domains whose operators are known to give equal results for equal inputs."""
@@ -51,13 +44,7 @@ def remove_duplicates(model: ir.Model, report: Report) -> None:
         attributes = _attributes_key(node)
         if attributes is None or node.op_type in RANDOM or node.domain not in KNOWN:
             continue
-        node_key = (
-            node.domain,
-            node.op_type,
-            attributes,
-            tuple(id(v) if v is not None else None for v in node.inputs),
-            len(node.outputs),
-        )
+        node_key = (node.domain, node.op_type, attributes, tuple(map(id, node.inputs)), len(node.outputs))
         first_node = seen.setdefault(node_key, node)
         if first_node is node or any(o.is_graph_output() for o in node.outputs):
             continue

@@ -45,11 +45,8 @@ def _identity(node: ir.Node) -> ir.Value | None:
 
 def _cast(node: ir.Node) -> ir.Value | None:
     source = node.inputs[0]
-    return (
-        source
-        if source is not None and source.dtype is not None and source.dtype == node.attributes["to"].value
-        else None
-    )
+    known = source is not None and source.dtype is not None
+    return source if known and source.dtype == node.attributes["to"].value else None  # type: ignore[union-attr]
 
 
 def _cast_like(node: ir.Node) -> ir.Value | None:
@@ -125,17 +122,9 @@ def _alone(node: ir.Node) -> ir.Value | None:
 def _expand(node: ir.Node) -> ir.Value | None:
     """What is expanded to its own shape."""
     shape = producer(node.inputs[1], "Shape")
-    whole = (
-        shape is not None
-        and shape.inputs[0] is node.inputs[0]
-        and _first_axis(shape) == 0
-        and "end" not in shape.attributes
-    )
-    return node.inputs[0] if whole else None
-
-
-def _first_axis(shape: ir.Node) -> int:
-    return int(shape.attributes["start"].value) if "start" in shape.attributes else 0
+    if shape is None or shape.inputs[0] is not node.inputs[0] or "end" in shape.attributes:
+        return None
+    return node.inputs[0] if shape.attributes.get_int("start", 0) == 0 else None
 
 
 RULES: dict[str, Callable[[ir.Node], ir.Value | None]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Report, graph_pass
@@ -25,8 +24,7 @@ def simplify_shapes(model: ir.Model, report: Report) -> None:
         target = _target(dims(node.inputs[0]), dims(node.outputs[0]))
         if target is None:
             continue
-        shape = Builder(model).constant(np.asarray(target, np.int64), "shape." + "_".join(map(str, target)))
-        node.replace_input_with(1, shape)
+        node.replace_input_with(1, Builder(model).shape(*target))
         node.attributes.pop("allowzero", None)
         report.count += 1
     for node in nodes(model, "Expand"):

@@ -57,15 +57,11 @@ def _insert(model: ir.Model, node: ir.Node, matrix: np.ndarray, shared: ir.Value
     if x is None or x.shape is None or down is None or node.inputs[1] is None:
         return
     builder, name, block, width = Builder(model, node), str(node.name), len(matrix), down.dims[0]
-    blocks = _shape(builder, 0, 0, width // block, block)
+    blocks = builder.shape(0, 0, width // block, block)
     split = builder.value("Reshape", [x, blocks], f"{name}.blocks")
     mixed = builder.value("MatMul", [split, shared], f"{name}.hadamard")
     for value in (split, mixed):
         value.shape, value.type = ir.Shape([*list(x.shape)[:-1], width // block, block]), x.type
-    whole = _shape(builder, 0, 0, width)
+    whole = builder.shape(0, 0, width)
     node.replace_input_with(0, builder.value("Reshape", [mixed, whole], f"{name}.mixed", x))
     replace(node.inputs[1], builder.initializer(left_multiplied(down, matrix.T, f"{down.name}.hadamard")))
-
-
-def _shape(builder: Builder, *sizes: int) -> ir.Value:
-    return builder.constant(np.asarray(sizes, np.int64), "shape." + "_".join(map(str, sizes)))

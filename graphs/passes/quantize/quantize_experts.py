@@ -11,15 +11,13 @@ import onnx_ir as ir
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
 from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, nodes, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows, reshaped
-from satchel.graphs.quant.quantized import QuantizedWeight
+from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight
 from satchel.graphs.quant.recipe import Scheme
 
 Parts = tuple[LazyWeight, LazyWeight, LazyWeight | None]
 """Quantized values, scales and zero points."""
 FIRST, SECOND = 2, 4
 """Which inputs of MoE are its two stacks of matrices."""
-INT8_PRODUCTS = 4
-"""The `accuracy_level` at which the kernel rounds activations to 8 bits, group by group, where there are groups."""
 
 
 def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:

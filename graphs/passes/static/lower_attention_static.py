@@ -115,8 +115,7 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer) -> None:
     def reshape(value: ir.Value, part: str, shape: list[int]) -> ir.Value:
         if dims(value) == shape:
             return value
-        target = builder.constant(np.asarray(shape, np.int64), "shape." + "_".join(map(str, shape)))
-        return make("Reshape", [value, target], part, shape)
+        return make("Reshape", [value, builder.shape(*shape)], part, shape)
 
     key_dim = int(dims(layer.query)[-1])  # type: ignore[index, arg-type]
     scaled = make("Mul", [layer.query, number(layer.options["scale"])], "scaled", [1, heads, tokens, key_dim])
