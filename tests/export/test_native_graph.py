@@ -13,22 +13,18 @@ import pytest
 from numpy.typing import NDArray
 from support.checkpoints import save_tiny
 from support.codes import rounded
-from support.families import FAMILIES, VOCABULARY, save
+from support.families import VOCABULARY
 from support.graphs import operators, run
 from support.native_ops import run_reference
+from support.static_graphs import lowered_family
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.export.checkpoint import open_checkpoint
-from satchel.export.tracing.bind import bind
-from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
-from satchel.export.tracing.trace import trace
 from satchel.graphs.ir import pipeline
-from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.ir.values import weight
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Rule
-from satchel.graphs.targets.targets import FUSE, NORMALIZE, TARGETS
+from satchel.graphs.targets.targets import TARGETS
 from satchel.runtime.bundle.contract import NATIVE, Layout
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.reader import Bundle
@@ -160,14 +156,7 @@ def test_families_compute_the_same_by_satchel_s_own_operators(
 
 def common(name: str, places: pytest.TempPathFactory) -> ir.Model:
     """The family's graph as all phases begin with it, with Hadamard matrices."""
-    register_implementations()
-    checkpoint = open_checkpoint(
-        save(FAMILIES[name], places.mktemp(name) / "checkpoint"),
-        attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION,
-    )  # fmt: skip
-    traced = trace(checkpoint.module, checkpoint.name, FAMILIES[name].context, protocol=False)
-    steps = (*NORMALIZE, *FUSE, Step(insert_hadamard(16)))
-    return pipeline.run(bind(traced, checkpoint.weights, checkpoint.name), steps)[0]
+    return insert_hadamard(16)(lowered_family(name, places)).model
 
 
 def plainly_rounded(model: ir.Model) -> Quantized:

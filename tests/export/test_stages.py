@@ -1,13 +1,10 @@
-"""What an export prints while it works: its stages, a line every few seconds in a log, and the time left."""
+"""The time left of an export, by the pace of the stages that are done."""
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from satchel.export import stages
-from satchel.export.stages import Pace, Stages
+from satchel.export.stages import Pace
 
 ROUND, WRITE, MEASURE = "rounding the weights", "writing the bundle", "measuring the bundle"
 EXPECTED = {ROUND: 10.0, WRITE: 5.0, MEASURE: 20.0}
@@ -29,22 +26,3 @@ def test_what_is_done_of_a_stage_corrects_its_forecast() -> None:
 
 def test_a_stage_beyond_its_forecast_leaves_what_comes_later() -> None:
     assert Pace(EXPECTED).left(ROUND, 50.0, None) == 25.0
-
-
-def test_a_log_gets_lines_while_a_stage_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(stages, "LINE_EVERY", 0.01)
-    told = Stages(True, tuple(EXPECTED))
-    told.expect(EXPECTED)
-    with told.stage(ROUND), told.steps(4, "rounding") as advance:
-        advance(1)
-        deadline = time.monotonic() + 60
-        text = ""
-        while text.count("25%, ") < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-            text += capsys.readouterr().err
-    lines = text.splitlines()
-    assert lines[0].startswith(f"[1/3] {ROUND}")
-    assert all(line.startswith(f"  {ROUND}: ") and "left" in line for line in lines[1:3])
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"[1/3] {ROUND} ... ")

@@ -9,13 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.exported import difference
-from support.families import FAMILIES, VOCABULARY, by_family, save
+from support.families import VOCABULARY, by_family
 from support.graphs import run
+from support.static_graphs import lowered_family
 
-from satchel.export.checkpoint import open_checkpoint
-from satchel.export.tracing.bind import bind
-from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
-from satchel.export.tracing.trace import trace
 from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.pipeline import Done, Step
 from satchel.graphs.ir.values import last_dim
@@ -24,7 +21,7 @@ from satchel.graphs.passes.quantize.equalize import equalize
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.passes.quantize.rotate_residual import rotate_residual
 from satchel.graphs.passes.quantize.rotate_values import rotate_values
-from satchel.graphs.targets.targets import FUSE, NORMALIZE, PHASE_STEPS
+from satchel.graphs.targets.targets import PHASE_STEPS
 from satchel.runtime.bundle.contract import PHASES
 
 TOLERANCE = 1e-5
@@ -65,20 +62,9 @@ class Transformed:
 
 @pytest.fixture(scope="module", params=by_family(EXPECTED))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transformed]:
-    before = fused(request.param, tmp_path_factory)
+    before = lowered_family(request.param, tmp_path_factory)
     after, done = pipeline.run(before, transforms(before))
     yield Transformed(request.param, before, after, done)
-
-
-def fused(name: str, places: pytest.TempPathFactory) -> ir.Model:
-    """The family's graph as all phases begin with it."""
-    register_implementations()
-    checkpoint = open_checkpoint(
-        save(FAMILIES[name], places.mktemp(name) / "checkpoint"),
-        attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION,
-    )  # fmt: skip
-    traced = trace(checkpoint.module, checkpoint.name, FAMILIES[name].context, protocol=False)
-    return pipeline.run(bind(traced, checkpoint.weights, checkpoint.name), (*NORMALIZE, *FUSE))[0]
 
 
 def transforms(model: ir.Model) -> tuple[Step, ...]:
@@ -124,7 +110,7 @@ def test_every_phase_lowers_as_before_and_gives_the_same_logits(family: Transfor
 def test_the_comparison_would_notice_a_weight_that_is_not_rotated(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    before = fused(name, tmp_path_factory)
+    before = lowered_family(name, tmp_path_factory)
     after, _ = pipeline.run(before, transforms(before))
     whole = logits(after, "score")
     for value in after.graph.initializers.values():

@@ -127,3 +127,9 @@ def test_passes_load_of_the_runtime_only_the_bundle_format() -> None:
     runtime = {name for name in loaded if name.startswith("satchel.runtime.")}
     assert "satchel.runtime.bundle.contract" in runtime
     assert {name for name in runtime if not name.startswith("satchel.runtime.bundle")} == set()
+
+
+def test_a_pass_says_what_it_does_and_when_it_refuses() -> None:
+    for step in {step.name: step for steps in PIPELINES.values() for step in steps}.values():
+        before, after, refuses = map(step.graph_pass.doc.find, ("before:", "after:", "refuses when:"))
+        assert -1 < before < after < refuses, step.name

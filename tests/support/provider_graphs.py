@@ -9,6 +9,21 @@ import onnx_ir as ir
 from satchel.graphs.providers.findings import GraphView
 from satchel.graphs.providers.kernels import KernelTable
 
+ATTEND = """qs = Reshape(query, heads)
+    ks = Reshape(key, heads)
+    qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+    kt = Transpose<perm = [0, 2, 1, 3]>(ks)
+    present = WRITE
+    turned = Transpose<perm = [0, 1, 3, 2]>(present)
+    scores = MatMul(qt, turned)
+    masked = Add(scores, mask)
+    weights = Softmax<axis = -1>(masked)
+    mixed = MatMul(weights, present)
+    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
+    merged = Reshape(back, flat)
+    logits = MatMul(merged, head)"""
+"""One layer's attention over a cache that WRITE writes, for a graph with `query`, `key` and what else it reads."""
+
 
 def view(
     text: str,

@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 from numpy.typing import NDArray
+from support.families import FAMILIES, save
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.compile import check_logits, lower, open_source, trace_source
@@ -43,6 +45,12 @@ def lowered(checkpoint: Path, config: ExportConfig) -> Lowered:
     """Trace a checkpoint and run the passes that all graphs share."""
     opened = open_source(checkpoint, config)
     return Lowered(opened, *lower(trace_source(opened, config), opened, config))
+
+
+def lowered_family(name: str, places: pytest.TempPathFactory) -> ir.Model:
+    """The graph that all phases of one of `FAMILIES` share, for the CPU."""
+    config = ExportConfig(Path("unused"), precision="fp32", max_context=FAMILIES[name].context)
+    return lowered(save(FAMILIES[name], places.mktemp(name) / "checkpoint"), config).common
 
 
 def write_static(checkpoint: Path | Lowered, config: ExportConfig, limit: int = INLINE_LIMIT) -> Manifest:

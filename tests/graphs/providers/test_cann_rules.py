@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from support.provider_graphs import view
+from support.provider_graphs import ATTEND, view
 
 from satchel.graphs.providers.findings import ERROR, WARNING, GraphView
 from satchel.graphs.providers.rules import CANN
@@ -23,20 +23,8 @@ CLEAN = """decode (int64[1, 1] ids, float16[1, 1, 1, 8] mask, bool[1, 1, 8, 1] r
     x = Cast<to = 10>(normal)
     query = MatMul(x, q)
     key = MatMul(x, k)
-    qs = Reshape(query, heads)
-    ks = Reshape(key, heads)
-    qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-    kt = Transpose<perm = [0, 2, 1, 3]>(ks)
-    present = Where(rows, kt, past)
-    turned = Transpose<perm = [0, 1, 3, 2]>(present)
-    scores = MatMul(qt, turned)
-    masked = Add(scores, mask)
-    weights = Softmax<axis = -1>(masked)
-    mixed = MatMul(weights, present)
-    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
-    merged = Reshape(back, flat)
-    logits = MatMul(merged, head)
-}"""
+    ATTEND
+}""".replace("ATTEND", ATTEND.replace("WRITE", "Where(rows, kt, past)"))
 
 
 def quoted(model: ir.Model, name: str) -> None:

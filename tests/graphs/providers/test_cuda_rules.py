@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.provider_graphs import view
+from support.provider_graphs import ATTEND, view
 
 from satchel.graphs.providers.cuda_placement import Place, placements
 from satchel.graphs.providers.facts import VERSIONS, cuda_kernels
@@ -26,20 +26,8 @@ CLEAN = """decode (int64[1, 1] ids, int64[1, 2, 1, 3] place, float16[1, 2, 8, 4]
     h = Gather(embed, ids)
     query = MatMul(h, q)
     key = MatMul(h, k)
-    qs = Reshape(query, heads)
-    ks = Reshape(key, heads)
-    qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-    kt = Transpose<perm = [0, 2, 1, 3]>(ks)
-    present = ScatterND(past, place, kt)
-    turned = Transpose<perm = [0, 1, 3, 2]>(present)
-    scores = MatMul(qt, turned)
-    masked = Add(scores, mask)
-    weights = Softmax<axis = -1>(masked)
-    mixed = MatMul(weights, present)
-    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
-    merged = Reshape(back, flat)
-    logits = MatMul(merged, head)
-}"""
+    ATTEND
+}""".replace("ATTEND", ATTEND.replace("WRITE", "ScatterND(past, place, kt)"))
 
 ATTENTION = """g ({type}[1, 1, 48] qkv, {type}[1, 1, 8, 16] k, {type}[1, 1, 8, 16] v, int32[1] last, int32[1] total)
     => ({type}[1, 1, 16] y, {type}[1, 1, 8, 16] pk, {type}[1, 1, 8, 16] pv) {{
