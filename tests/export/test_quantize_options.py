@@ -52,7 +52,6 @@ def plain(*options: str) -> Options:
 
 LINEAR = '[[rule]]\nkinds = ["linear"]\nbits = 4\n'
 CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
-    "unknown precision": (plain("--precision", "int3"), ("--precision int3", "int8 or int4")),
     "unknown cache": (plain("--kv-cache", "int4"), ("--kv-cache int4", "float or int8")),
     "a recipe with fp32": (plain("--precision", "fp32", "--recipe", "int4"), ("--recipe", "--precision fp32")),
     "a recipe without a precision": (plain("--recipe", "int4"), ("--recipe int4", "--precision fp32")),
@@ -60,8 +59,6 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
         plain("--precision", "int4", "--recipe", "nowhere.toml"),
         ("--recipe nowhere.toml: cannot be read", "a16w4, a16w8, a16w8-channel, a8w8, int4"),
     ),
-    "a recipe that is no TOML": (recipe("[[rule"), ("mine.toml: not valid TOML",)),
-    "an empty recipe": (recipe(""), ("mine.toml: there is no [[rule]]",)),
     "three bits": (recipe("[[rule]]\nbits = 3"), ("mine.toml: rule 1: bits 3: choose 4, 8",)),
     "an unknown layer": (
         recipe(f'[[rule]]\nlayers = ["*.c_fc"]\nbits = 8\n{LINEAR}'),
@@ -71,17 +68,9 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
         recipe(f"{LINEAR}blocks = [64]"),
         ("recipe mine: model.layers.0.mlp.down_proj: 96 inputs cannot be cut into blocks of 64", "choose a block"),
     ),
-    "a block that does not divide an embedding's width": (
-        recipe('[[rule]]\nkinds = ["embedding"]\nbits = 8\nblocks = [128]'),
-        ("recipe mine: model.embed_tokens: 64 inputs cannot be cut into blocks of 128",),
-    ),
     "an absent calibration text": (
         plain("--precision", "int4", "--calibrate", "nowhere.txt"),
         ("--calibrate nowhere.txt: cannot be read (No such file",),
-    ),
-    "a folder as calibration text": (
-        lambda folder: ("--precision", "int4", "--calibrate", folder),
-        ("--calibrate", "cannot be read (Is a directory)"),
     ),
     "an empty calibration text": (calibration(b" \n"), ("text.txt: is empty",)),
     "a tiny calibration text": (calibration(b"a few words, and no more"), ("--calibrate", "text.txt: has ", "1024")),
@@ -92,7 +81,6 @@ CASES: dict[str, tuple[Options, tuple[str, ...]]] = {
         ("--calibrate", "--effort quick"),
     ),
     "an effort without rounding": (plain("--effort", "quick"), ("--effort quick", "--precision fp32")),
-    "an unknown effort": (plain("--precision", "int8", "--effort", "slow"), ("--effort slow", "quick or normal")),
     "a text for no certificate": (
         plain("--no-certificate", "--eval-text", "text.txt"),
         ("--eval-text", "--no-certificate"),

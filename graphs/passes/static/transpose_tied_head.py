@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Report, graph_pass
@@ -41,8 +40,7 @@ def _rewrite(model: ir.Model, node: ir.Node, tokens: int, hidden: int, vocabular
 
     def make(op_type: str, inputs: list[ir.Value | None], part: str, shape: list[int], **options: Any) -> ir.Value:
         if op_type == "Reshape":
-            target = builder.constant(np.asarray(shape, np.int64), "shape." + "_".join(map(str, shape)))
-            inputs = [*inputs, target]
+            inputs = [*inputs, builder.shape(*shape)]
         value = builder.value(op_type, inputs, f"{name}.{part}", **options)
         value.shape, value.type = ir.Shape(shape), node.outputs[0].type
         return value
