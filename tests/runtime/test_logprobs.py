@@ -80,14 +80,14 @@ def test_a_prompt_of_one_token_has_none() -> None:
 def test_what_has_no_log_probability_is_refused() -> None:
     wrong = LOGITS.copy()
     wrong[2, 9] = np.nan
-    with pytest.raises(BundleError, match=r"^the logits of prompt position 2 are not finite \(NaN at token 9\)"):
+    with pytest.raises(BundleError, match=r"prompt position 2 .*NaN at token 9"):
         prompt_log_probabilities(wrong, [1] * 5, 0)
-    with pytest.raises(BundleError, match=r"^the logits are not finite \(NaN at token 9\)"):
+    with pytest.raises(BundleError, match="NaN at token 9"):
         log_probabilities(wrong[2], 1, 0)
     for token in (-1, VOCABULARY):
-        with pytest.raises(PromptError, match=f"^token id {token} is outside the vocabulary: use ids from 0 to 299$"):
+        with pytest.raises(PromptError, match=rf"token id {token} .* 0 to 299"):
             log_probabilities(LOGITS[0], token, 0)
-    with pytest.raises(PromptError, match=r"^the -1 most likely tokens were asked for: give 0 or more$"):
+    with pytest.raises(PromptError, match="-1 most likely"):
         log_probabilities(LOGITS[0], 1, -1)
-    with pytest.raises(PromptError, match=r"^there are logits of 5 tokens for a prompt of 4: score the same prompt$"):
+    with pytest.raises(PromptError, match="5 tokens for a prompt of 4"):
         prompt_log_probabilities(LOGITS, [1] * 4, 0)

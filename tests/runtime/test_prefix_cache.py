@@ -203,10 +203,3 @@ def test_threads_find_only_what_is_theirs_and_stay_under_the_limit() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "length"), [("", "", 0), ("abc", "abc", 3), ("abc", "abd", 2), ("abc", "ab", 2), ("x", "y", 0)]
-)
-def test_the_common_length_ends_at_the_first_difference(left: str, right: str, length: int) -> None:
-    assert common_length(array(left), array(right)) == common_length(array(right), array(left)) == length

@@ -116,21 +116,6 @@ def shape_of(event: dict[str, Any]) -> list[int]:
     return shape
 
 
-def test_tables_for_both_phases(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ran(capsys, named, *WORK, "--top", "2")
-    assert (code, err) == (0, "")
-    assert re.search(r"^prefill: a prompt of 20 tokens takes [\d.]+ ms in 3 runs of the graph, mean of 3$", out, re.M)
-    assert re.search(r"^decode: a token takes [\d.]+ ms in 1 run of the graph, mean of 6$", out, re.M)
-    assert re.search(r"^  GroupQueryAttention +6 +[\d.]+ +[\d.]+%$", out, re.M)
-    assert len(re.findall(r"^  between kernels +[\d.]+ +[\d.]+%$", out, re.M)) == 2
-    assert re.findall(r"^(before|0|1|after)(?: +[\d.]+ +[\d.]+%){2}$", out, re.M) == ["before", "0", "1", "after"]
-    _, _, slowest = out.partition("slowest nodes in prefill\n")
-    assert [line.split()[0] for line in slowest.splitlines()[:1]] == ["node"]
-    assert len(slowest.partition("\n\n")[0].splitlines()) == 3
-    code, out, _ = ran(capsys, named, *WORK, "--top", "0")
-    assert (code, "slowest" in out) == (0, False)
-
-
 def kernel(name: str, operator: str, duration: int) -> Kernel:
     return Kernel(name, operator, 0, duration, {})
 

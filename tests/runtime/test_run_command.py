@@ -18,7 +18,6 @@ from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import CHAT_DEFAULTS
-from satchel.runtime.util import progress
 from satchel.runtime.util.defaults import PREFIX_CACHE_MIB
 
 
@@ -194,51 +193,6 @@ def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypa
     assert len(out) > 1
     assert out.endswith("\n")
     assert err == "satchel: error: no more\n"
-
-
-def test_the_bar_counts_the_prompt_and_is_gone_once_that_is_read(
-    tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[object] = []
-
-    class Bar:
-        def __init__(self, total: int, label: str, unit: str, *, shown: bool) -> None:
-            events.append((total, shown))
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.close()
-
-        def update(self, count: int) -> None:
-            events.append(count)
-
-        def close(self) -> None:
-            events.append("closed")
-
-    class Output:
-        def write(self, text: str) -> None:
-            events.append("text")
-
-        def flush(self) -> None:
-            pass
-
-    def decoding(self: CpuState, *arguments: Any) -> Any:
-        events.append("decoding")
-        return decode(self, *arguments)
-
-    decode = CpuState.decode
-    monkeypatch.setattr(CpuState, "decode", decoding)
-    monkeypatch.setattr(progress, "progress_bar", Bar)
-    for flags, shown in ((["--max-new-tokens", 3], True), (["--quiet", "--json"], False)):
-        events.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", Output())
-            assert run(tiny, *flags) == 0
-        assert events[:3] == [(4, shown), 4, "closed"]
-        assert events.index("closed") < events.index("decoding")
-        assert events.index("closed") < events.index("text")
 
 
 def test_a_prompt_goes_into_the_chat_template_unless_it_is_raw(chatty: Path, capsys: Capture) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.generation.sampling import sampler as module
+from satchel.runtime.errors import BundleError
 from satchel.runtime.generation.sampling.options import SamplingOptions
 from satchel.runtime.generation.sampling.sampler import Sampler, check_finite, draw
 
@@ -120,43 +119,10 @@ def test_greedy_takes_the_most_likely_token_and_the_lowest_id_at_par() -> None:
     assert make().choose(np.array([0, 2, 1, 2, *[0] * 8], np.float32)) == 1
 
 
-class Watched(np.ndarray):
-    """Logits that count how often their most likely token is searched."""
-
-    searches = 0
-
-    def argmax(self, *arguments: Any, **named: Any) -> Any:
-        Watched.searches += 1
-        return super().argmax(*arguments, **named)
-
-
-def test_options_that_change_nothing_run_no_filter_and_make_no_random_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("not on the fast path")
-
-    for name in ("adjusted", "narrowed", "draw"):
-        monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr(np.random, "SeedSequence", refuse)
-    assert set(tokens(make())) == {int(P.argmax())}
-    make().choose(LOGITS.view(Watched))
-    assert Watched.searches == 1
-    with pytest.raises(AssertionError, match="fast path"):
-        make(presence_penalty=1.0).choose(LOGITS)
-
-
 def test_greedy_with_penalties_takes_the_most_likely_of_what_they_leave() -> None:
     ranked = [int(token) for token in np.argsort(-LOGITS)]
     assert tokens(make(prompt=(ranked[0], ranked[2]), no_repeat_ngram_size=1), 9) == [ranked[1], *ranked[3:11]]
     assert tokens(make(logit_bias={ranked[0]: -np.inf}), 3) == [ranked[1]] * 3
-
-
-def test_a_text_that_exhausts_the_vocabulary_stops_with_the_options_named() -> None:
-    sampler = make(prompt=(0,), no_repeat_ngram_size=1, temperature=1.0, seed=1)
-    assert sorted(tokens(sampler, 11)) == list(range(1, 12))
-    with pytest.raises(
-        PromptError, match=r"^no token is left to choose from at step 11: loosen --no-repeat-ngram-size$"
-    ):
-        sampler.choose(LOGITS)
 
 
 def test_the_repetition_penalty_counts_the_prompt_and_the_presence_penalty_does_not() -> None:
@@ -164,12 +130,6 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_presence_penalty_does_
     assert tokens(make(prompt=(0,), repetition_penalty=1.5), 2, logits) == [1, 0]
     assert tokens(make(prompt=(0,), presence_penalty=0.5), 3, logits) == [0, 1, 0]
     assert tokens(make(prompt=(0,), frequency_penalty=0.5), 5, logits) == [0, 1, 0, 1, 0]
-
-
-def test_the_end_does_not_come_before_the_shortest_text() -> None:
-    logits = np.zeros(VOCABULARY, np.float32)
-    logits[[END, 5]] = 9, 8
-    assert tokens(make(min_new_tokens=3), 5, logits) == [5, 5, 5, END, END]
 
 
 def test_an_end_token_beyond_the_vocabulary_needs_no_ban() -> None:
@@ -185,14 +145,6 @@ def test_a_long_text_is_remembered_whole() -> None:
     assert sampler.step == 200
     triples = list(zip(chosen, chosen[1:], chosen[2:], strict=False))
     assert len(set(triples)) == len(triples)
-
-
-def test_a_fork_is_a_new_sampler_of_that_row_and_touches_nothing_of_the_first() -> None:
-    options = {"temperature": 1.5, "seed": 4, "presence_penalty": 1.0}
-    first = make(**options)
-    forks = [first.fork(row) for row in (1, 2)]
-    chosen = [tokens(sampler) for sampler in (forks[1], first, forks[0])]
-    assert chosen == [tokens(make(row=row, **options)) for row in (2, 0, 1)]
 
 
 def test_forks_that_choose_in_turn_keep_histories_of_their_own() -> None:
@@ -261,10 +213,3 @@ def test_masked_logits_are_finite_enough() -> None:
     masked[6] = -3
     assert check_finite(masked, 0) == 6
     assert tokens(make(temperature=1.0, top_k=3, top_p=0.9, min_p=0.1, typical_p=0.9), 3, masked) == [6] * 3
-
-
-def test_wrong_options_are_refused_before_anything_is_chosen() -> None:
-    with pytest.raises(PromptError, match=r"^--top-p 1.5: must be above 0 and at most 1$"):
-        make(temperature=1.0, top_p=1.5)
-    with pytest.raises(PromptError, match=r"^--logit-bias 12=1.0: outside the vocabulary: use ids from 0 to 11$"):
-        make(logit_bias={12: 1.0})

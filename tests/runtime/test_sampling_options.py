@@ -162,17 +162,6 @@ def test_what_shapes_the_draw_contradicts_a_temperature_of_0(field: str, value: 
     dataclasses.replace(wrong, temperature=0.1).check()
 
 
-def test_penalties_and_bias_go_with_greedy_decoding() -> None:
-    SamplingOptions(
-        repetition_penalty=1.2,
-        presence_penalty=1,
-        frequency_penalty=1,
-        no_repeat_ngram_size=2,
-        logit_bias={1: -INF},
-        min_new_tokens=3,
-    ).check(max_new_tokens=3, vocabulary=2)
-
-
 def test_more_new_tokens_at_least_than_at_most_contradict() -> None:
     wrong = SamplingOptions(min_new_tokens=6)
     wrong.check()

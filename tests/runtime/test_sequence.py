@@ -329,21 +329,9 @@ def test_a_special_token_that_stops_is_banned_like_an_end_token(generator: Gener
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 1}])
-@pytest.mark.parametrize(
-    ("value", "step", "message"),
-    [
-        (np.nan, 3, r"the logits of step 3 are not finite \(NaN at token 7\)"),
-        (np.inf, 1, r"the logits of step 1 are not finite \(\+inf at token 7\)"),
-        (np.nan, 0, r"the logits of step 0 are not finite \(NaN at token 7\)"),
-    ],
-)
-def test_logits_that_are_not_finite_stop_it_with_the_step_named(
-    fresh: Generator,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, float],
-    value: float,
-    step: int,
-    message: str,
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_logits_that_are_not_finite_end_a_generation_with_the_step_named(
+    fresh: Generator, monkeypatch: pytest.MonkeyPatch, options: dict[str, float], step: int
 ) -> None:
     for name, after in (("prefill", 0), ("decode", len(PROMPT) + step - 1)):
         plain = getattr(CpuState, name)
@@ -352,12 +340,12 @@ def test_logits_that_are_not_finite_stop_it_with_the_step_named(
             at = state.cache.length
             plain(state, ids)
             if at == after:
-                state.logits[7] = value
+                state.logits[7] = np.nan
 
         if (name == "prefill") == (step == 0):
             monkeypatch.setattr(CpuState, name, spoiled)
     stream = fresh.stream(PROMPT, 9, **options)
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=rf"step {step} .*NaN at token 7"):
         stream.result()
     assert (stream.result().finish_reason, stream.result().new_tokens) == ("error", step)
     assert fresh.prefix_cache.positions == 0

@@ -13,12 +13,11 @@ import onnxruntime as ort
 import pytest
 from support.tiny_bundle import read_manifest, write_manifest
 
-from satchel.runtime.errors import BundleError, ProviderError, SatchelError
+from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort import session as session_module
 from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.ort.providers import Provider
 from satchel.runtime.ort.session import SessionSettings, default_threads, open_session
 
 
@@ -33,25 +32,6 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
     document = read_manifest(folder)
     document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(folder, document)
-
-
-def test_an_unknown_provider_is_refused_with_the_known_ones(tiny: Path) -> None:
-    with pytest.raises(ProviderError, match="--provider tpu: unknown: choose one of cpu"):
-        Engine.open(open_bundle(tiny), "tpu")
-
-
-def test_a_provider_that_is_not_there_is_refused_with_those_that_are(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(session_module.PROVIDERS, "moon", Provider("MoonExecutionProvider", None, "onnxruntime-moon"))
-    expected = r"no MoonExecutionProvider, only .*CPUExecutionProvider.*: choose another .* install onnxruntime-moon"
-    with pytest.raises(ProviderError, match=expected):
-        Engine.open(open_bundle(tiny), "moon")
-
-
-def test_fewer_than_one_thread_is_refused(tiny: Path) -> None:
-    with pytest.raises(SatchelError, match="--threads 0: there must be at least 1 thread"):
-        Engine.open(open_bundle(tiny), threads=0)
 
 
 def test_engines_may_differ_in_threads_and_leave_other_sessions_alone(tiny: Path) -> None:

@@ -20,7 +20,7 @@ from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.kernels import library
 from satchel.runtime.optimize import specialize, trials
-from satchel.runtime.ort.open_bundle import misfit, open_bundle
+from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 
 
@@ -206,9 +206,3 @@ def test_a_library_that_does_not_load_is_named(made: Path, tmp_path: Path, monke
     monkeypatch.setattr(library, "_built", lambda: broken)
     with pytest.raises(BundleError, match=r"broken.so: ONNX Runtime .* cannot load it .*: install satchel again"):
         Engine.open(bundle, threads=1)
-
-
-@needs_kernels
-def test_a_bundle_that_fits_opens_without_a_word(made: Path) -> None:
-    bundle = open_bundle(made)
-    assert misfit(bundle.manifest, bundle.specialized) is None  # type: ignore[arg-type]

@@ -21,9 +21,8 @@ from satchel.runtime.execution.experimental.device_memory import HostMemory
 from satchel.runtime.execution.experimental.static_inputs import HIDDEN, fill_mask
 from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
 from satchel.runtime.execution.kv_cache import KVCache
-from satchel.runtime.execution.spans import covering, padded_spans
-from satchel.runtime.generation.generator import Generator, Request
-from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.execution.spans import padded_spans
+from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.open_bundle import open_bundle
 
 IDS = np.random.default_rng(5).integers(3, VOCABULARY, 45)
@@ -220,10 +219,6 @@ def test_spans_are_as_few_as_the_lengths_allow(total: int, size: int | None, spa
     assert [span.stop - span.start for span in padded_spans(total, size, LENGTHS)] == spans
 
 
-def test_the_shortest_graph_that_covers_is_taken() -> None:
-    assert [covering(count, (4, 16)) for count in (1, 4, 5, 16)] == [0, 0, 1, 1]
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
 def test_a_mask_shows_each_token_what_it_sees_and_padding_the_first_position(dtype: str, window: int) -> None:
@@ -283,14 +278,6 @@ def test_a_released_cache_serves_the_next_sequence(dynamic: Generator, static: G
     state = engine.new_state(9)
     assert state.cache is old.cache
     assert_same(engine.prefill(state, IDS[3:12]), dynamic.engine.prefill(dynamic.engine.new_state(9), IDS[3:12]))
-
-
-def test_requests_of_different_ends_run_beside_each_other(dynamic: Generator, static: Generator) -> None:
-    requests = [Request(IDS[:count], GenerationOptions(max_new_tokens=new)) for count, new in ((3, 9), (7, 2), (2, 5))]
-    found = [dict(each.run_requests(requests, rows=2)) for each in (dynamic, static)]
-    assert {key: value.token_ids for key, value in found[1].items()} == {
-        key: value.token_ids for key, value in found[0].items()
-    }
 
 
 def test_a_graph_of_another_shape_than_the_manifest_says_is_refused(folder: Path, tmp_path: Path) -> None:

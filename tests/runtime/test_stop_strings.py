@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from satchel.runtime.generation.stop_strings import StopStrings
 
 
@@ -34,41 +32,6 @@ def unsafe(strings: tuple[str, ...], text: str) -> int:
     """How many characters at the end of a text may be the beginning of a string."""
     sizes = (size for string in strings for size in range(1, len(string)) if text[len(text) - size :] == string[:size])
     return max((size for size in sizes if size <= len(text)), default=0)
-
-
-@pytest.mark.parametrize(
-    "pieces", [["one END two"], ["one E", "N", "D two"], ["one ", "END", " two"], [*"one END two"]]
-)
-def test_a_stop_string_is_found_however_the_text_is_split(pieces: list[str]) -> None:
-    assert run(("END",), pieces) == ("one ", True)
-
-
-@pytest.mark.parametrize(
-    ("strings", "text", "shown"),
-    [
-        (("aab",), "aaab", "a"),
-        (("aab",), "aaaaabaab", "aaa"),
-        (("abab",), "abaabab", "aba"),
-        (("abcabd",), "abcabcabd", "abc"),
-        (("a",), "a", ""),
-        (("\n\n",), "x\n\n\n", "x"),
-        (("猫犬",), "猫猫犬", "猫"),
-    ],
-)
-def test_a_string_that_begins_like_itself_is_found_where_it_comes_first(
-    strings: tuple[str, ...], text: str, shown: str
-) -> None:
-    assert run(strings, [*text]) == run(strings, [text]) == (shown, True)
-
-
-def test_of_several_strings_the_one_that_is_whole_first_counts() -> None:
-    for pieces in (["abcdef"], [*"abcdef"], ["abc", "def"]):
-        assert run(("abcdef", "cd"), pieces) == run(("cd", "abcdef"), pieces) == ("ab", True)
-
-
-def test_of_strings_that_are_whole_at_once_the_longest_is_hidden() -> None:
-    for pieces in (["xabc"], [*"xabc"]):
-        assert run(("c", "abc", "bc"), pieces) == ("x", True)
 
 
 def test_what_may_be_a_beginning_is_held_back_and_let_go_when_it_is_none() -> None:

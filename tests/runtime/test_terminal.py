@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
-from satchel.runtime.util.terminal import columns, printable
+from satchel.runtime.util.terminal import printable
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,6 @@ from satchel.runtime.util.terminal import columns, printable
 def test_what_is_not_for_reading_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable(text).encode()
-
-
-def test_columns_line_up_to_the_widest_cell() -> None:
-    assert columns([("a", "1"), ("bcd", "200")], right=(1,)) == ["a      1", "bcd  200"]
-    assert columns([("a", "1"), ("bcd",), ("e", "2", "f")]) == ["a    1", "bcd", "e    2  f"]
-    assert columns([]) == []
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,6 @@ def test_a_damaged_bundle_is_an_error_as_for_every_command(
     assert "weights.bin: damaged (its SHA-256 differs)" in err
 
 
-def test_an_unknown_provider_is_one_line(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = ran(capsys, certified, "--provider", "tpu")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "--provider tpu" in err
-
-
 def test_a_text_that_differs_after_a_near_tie_is_explained(
     changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
