@@ -15,6 +15,7 @@ import torch
 
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.families import PASSED
+from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.forecast import check_disk, forecast
@@ -78,7 +79,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     _announce(checkpoint, config, stages)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:
-        texts = open_texts(checkpoint, config, recipe, folder)
+        texts = open_texts(checkpoint, config, recipe)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):
@@ -229,6 +230,9 @@ def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages) -> N
             f"warning: {checkpoint.name} has no tokenizer: the bundle will take and give token ids only, and is "
             "measured on random ids; name one with --tokenizer"
         )
+    else:
+        for note in notes_on(checkpoint.tokenizer, checkpoint.vocab_size):
+            stages.say(f"warning: {checkpoint.name}: {note}")
     check_disk(needed, config.output)
     stages.expect(needed.stages)
 

@@ -74,7 +74,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
     check_recipe(recipe, checkpoint)
     with fixed_threads(), tempfile.TemporaryDirectory(prefix="satchel-") as name:
         folder = Path(name)
-        texts = open_texts(checkpoint, config, None, folder, option="--text")
+        texts = open_texts(checkpoint, config, None, option="--text")
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):

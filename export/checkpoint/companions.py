@@ -1,14 +1,16 @@
-"""The files of a checkpoint that are copied into the bundle unchanged."""
+"""The files of a checkpoint that go into the bundle beside the model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from satchel.export.errors import ExportError
 
-_PATTERNS = ("generation_config.json", "tokenizer_config.json", "LICENSE*", "NOTICE*", "README.md")
+_CONFIG = "tokenizer_config.json"
+_PATTERNS = ("generation_config.json", _CONFIG, "LICENSE*", "NOTICE*", "README.md")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,27 +30,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def folder_companions(folder: Path) -> dict[str, bytes | Path]:
-    """Return the companions in a checkpoint folder: chat template, configs, license, notices, model card."""
-    found: dict[str, bytes | Path] = {
-        path.name: path for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()
-    }
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        found[template.name] = template
-    else:
-        text = _template(read_json(folder / "tokenizer_config.json").get("chat_template"))
-        if text is not None:
-            found[template.name] = text.encode()
-    return found
+def folder_companions(folder: Path) -> dict[str, Path]:
+    """Return the companions in a checkpoint folder apart from chat templates: configs, license, notices, model card."""
+    return {path.name: path for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def _template(stored: Any) -> str | None:
-    """Return the template in a tokenizer_config.json, which holds one string or a list of named ones."""
-    if isinstance(stored, str):
-        return stored
-    if isinstance(stored, list):
-        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
-        default = named.get("default")
-        return default if isinstance(default, str) else None
-    return None
+def with_names(companions: Mapping[str, bytes | Path], names: Mapping[str, str | None]) -> dict[str, bytes | Path]:
+    """Put the names of special tokens, of whatever file they are, into the companions' tokenizer_config.json."""
+    stored = companions.get(_CONFIG)
+    table = read_json(stored) if isinstance(stored, Path) else {}
+    changed = {name: text for name, text in names.items() if name not in table or _text(table[name]) != text}
+    if not changed:
+        return dict(companions)
+    return {**companions, _CONFIG: json.dumps(table | changed, indent=2, ensure_ascii=False).encode()}
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token

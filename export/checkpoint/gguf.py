@@ -14,8 +14,10 @@ from satchel.export.checkpoint.gguf_weights import gguf_weights
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.special_ids import special_ids
 from satchel.export.checkpoint.structure import Implementations, build_structure
+from satchel.export.checkpoint.templates import template_files
 from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer
+from satchel.runtime.generation.templates.chat_template import DEFAULT
 
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """End of text, of turn and of message: each of them ends generation."""
@@ -74,9 +76,9 @@ def _companions(metadata: Mapping[str, Any], path: Path, generation: dict[str, A
     for name, table in (("generation_config.json", generation), ("tokenizer_config.json", tokens)):
         if table:
             found[name] = json.dumps(table, indent=2, ensure_ascii=False).encode()
-    template = metadata.get("tokenizer.chat_template")
-    if template:
-        found["chat_template.jinja"] = template.encode()
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    found |= template_files(({DEFAULT: metadata[key]} if metadata.get(key) else {}) | named, str(path))
     license = metadata.get("general.license")
     if license:
         title = metadata.get("general.name", path.stem)

@@ -9,12 +9,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from satchel.export.checkpoint.companions import folder_companions, read_json
+from satchel.export.checkpoint.companions import folder_companions, read_json, with_names
 from satchel.export.checkpoint.conversion import convert
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.shards import read_folder, weight_files
 from satchel.export.checkpoint.special_ids import special_ids
 from satchel.export.checkpoint.structure import Implementations, build_structure, one_line
+from satchel.export.checkpoint.templates import folder_templates, template_sources
 from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer, folder_tokenizer, tokenizer_files
 from satchel.export.errors import ExportError
@@ -40,6 +41,7 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
         check_vocabulary(files, vocab_size, str(folder))
     # The config class fills in default ids (Llama: 1 and 2), so they are only used without a tokenizer.
     last = vars(files) if files is not None else config.to_dict()
+    companions = folder_companions(folder) | folder_templates(folder)
     ids = special_ids([read_json(folder / "generation_config.json"), table, last])
     return Checkpoint(
         kind="huggingface",
@@ -54,15 +56,15 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
         pad_token_id=ids.pad,
         stored_bytes=stored_bytes,
         tokenizer=files,
-        companions=folder_companions(folder),
+        companions=with_names(companions, {} if files is None else files.names),
         sources=_sources(folder),
     )
 
 
 def _sources(folder: Path) -> tuple[Path, ...]:
     """Return the files of a folder that an export reads, sorted; including its tokenizer even if another is used."""
-    companions = [path for path in folder_companions(folder).values() if isinstance(path, Path)]
-    files = {folder / "config.json", *weight_files(folder), *tokenizer_files(folder), *companions}
+    beside = [*folder_companions(folder).values(), *template_sources(folder)]
+    files = {folder / "config.json", *weight_files(folder), *tokenizer_files(folder), *beside}
     return tuple(sorted(files))
 
 

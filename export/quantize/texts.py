@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.quantize.flow import fresh
 from satchel.graphs.quant.recipe import Recipe
 from satchel.runtime.bundle.certificate import EvaluatedText, Window
 from satchel.runtime.evaluation.fidelity import text_ids
-from satchel.runtime.generation.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from satchel.runtime.generation.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).resolve().parent / "corpora"
 CALIBRATION = FOLDER / "calibration.txt"
@@ -60,18 +59,17 @@ def open_texts(
     checkpoint: Checkpoint,
     config: ExportConfig,
     recipe: Recipe | None,
-    folder: Path,
     option: str = "--eval-text",
 ) -> Texts:
     """Read and tokenize the texts of an export; a model without a tokenizer gets random ids.
 
-    The tokenizer's file is written to `folder` to load it; `option` is the flag that named the evaluation text.
+    `option` is the flag that named the evaluation text.
 
     Raises:
         ExportError: A text from the user cannot be read or is too short, or there is no tokenizer for it.
     """
     length = min(Window.LENGTH, config.context(checkpoint.max_context))
-    tokenizer = _tokenizer(checkpoint, folder)
+    tokenizer = None if checkpoint.tokenizer is None else checkpoint.tokenizer.load()
     calibration = certificate = measured = None
     if _calibrates(config, recipe) and not config.reads_calibration_text:
         calibration = np.random.default_rng(0).integers(0, checkpoint.vocab_size, (QUICK_WINDOWS, length))
@@ -106,17 +104,6 @@ def _calibrates(config: ExportConfig, recipe: Recipe | None) -> bool:
 def certificate_windows(config: ExportConfig) -> int:
     """Return the number of windows that a bundle of this precision and effort is evaluated on."""
     return CERTIFICATE_WINDOWS if config.effort == "normal" else FEWER_CERTIFICATE_WINDOWS
-
-
-def _tokenizer(checkpoint: Checkpoint, folder: Path) -> Tokenizer | None:
-    files = checkpoint.tokenizer
-    if files is None:
-        return None
-    path = files.file
-    if isinstance(path, bytes):
-        path = fresh(folder, "tokenizer") / "tokenizer.json"
-        path.write_bytes(files.file)  # type: ignore[arg-type]
-    return JsonTokenizer(path) if files.kind == "tokenizer.json" else SentencePieceTokenizer(path, files.add_bos)
 
 
 def _ids(

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
-from satchel.export.writing.describe import describe, tokenizer_spec
+from satchel.export.writing.describe import describe
 from satchel.export.writing.genai_config import genai_config
 from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
@@ -57,10 +57,9 @@ def write_bundle(
         files = {WEIGHTS_NAME: write_weights(folder, places, advance)}
     for phase, model in models.items():
         write_graph(folder, f"{phase}.onnx", model, places)
-    tokenizer = tokenizer_spec(checkpoint)
     companions = dict(checkpoint.companions)
-    if checkpoint.tokenizer is not None and tokenizer is not None:
-        companions[tokenizer.file] = checkpoint.tokenizer.file
+    if checkpoint.tokenizer is not None:
+        companions[checkpoint.tokenizer.spec.file] = checkpoint.tokenizer.file
     write_companions(folder, companions)
     starts = {name: (place.file, place.offset) for name, place in places.items()}
     manifest = describe(checkpoint, config, models, quantized, report, files, starts)

@@ -29,7 +29,6 @@ from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import (
     CacheLayer,
     CacheSpec,
-    CorpusEntry,
     FileRecord,
     Graphs,
     GraphSpec,
@@ -39,7 +38,6 @@ from satchel.runtime.bundle.manifest import (
     PlainGraphs,
     Source,
     StaticGraphs,
-    TokenizerSpec,
     Variant,
     VariantWeights,
 )
@@ -111,7 +109,7 @@ def describe(
         layers=layers,
         # The 4-bit kernels process the tokens of a prompt in pairs.
         token_multiple=2 if any(layer.bits == 4 for layer in layers.values()) else 1,
-        tokenizer=tokenizer_spec(checkpoint),
+        tokenizer=None if checkpoint.tokenizer is None else checkpoint.tokenizer.spec,
         passes=tuple(report),
         files=dict(files),
         certificate=None,
@@ -133,16 +131,6 @@ def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpe
         (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
         layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
     return CacheSpec(mode, by_name[past[0]].dtype if layers else "float32", tuple(layers))
-
-
-def tokenizer_spec(checkpoint: Checkpoint) -> TokenizerSpec | None:
-    """Return the tokenizer's entry, with its file's name in the bundle."""
-    files = checkpoint.tokenizer
-    if files is None:
-        return None
-    name = "tokenizer.json" if files.kind == "tokenizer.json" else "tokenizer.model"
-    corpus = tuple(CorpusEntry(text, tuple(ids)) for text, ids in files.corpus)
-    return TokenizerSpec(files.kind, name, files.add_bos, corpus)
 
 
 def _layers(quantized: Quantized | None) -> dict[str, LayerPrecision]:

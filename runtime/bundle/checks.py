@@ -82,6 +82,9 @@ def check_manifest(manifest: Manifest) -> None:
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
+        for index, token in enumerate(tokenizer.added):
+            _check(token.id >= 0, f"tokenizer.added[{index}].id", token.id, "0 or more")
+            _check(token.content != "", f"tokenizer.added[{index}].content", token.content, "a text that is not empty")
     _check_files(manifest.files, "files")
     for index, library in enumerate(manifest.custom_ops):
         _check_sha256(library.sha256, f"custom_ops[{index}].sha256")
@@ -254,6 +257,7 @@ def check_limits(manifest: Manifest) -> None:
                 _limit("dimensions of a tensor", len(tensor.shape))
     if tokenizer is not None:
         _limit("tokenizer.corpus", len(tokenizer.corpus))
+        _limit("tokenizer.added", len(tokenizer.added))
         for entry in tokenizer.corpus:
             _limit("characters of a corpus text", len(entry.text))
     if manifest.certificate is not None:

@@ -36,6 +36,7 @@ LIMITS: dict[str, Limit] = {
     "model.parameters": Limit(1 << 50, "figures are computed from it"),
     "model.eos_token_ids": Limit(10_000, "each token is looked up among them"),
     "tokenizer.corpus": Limit(10_000, "each text is encoded when the tokenizer is opened"),
+    "tokenizer.added": Limit(100_000, "one pattern looks for all of them"),
     "characters of a corpus text": Limit(1_000_000, "each text is encoded when the tokenizer is opened"),
     "certificate.prompts": Limit(10_000, "each is replayed by `satchel verify`"),
     "packed entries": Limit(110_000, "the files and the runner's modules"),

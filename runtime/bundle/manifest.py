@@ -238,13 +238,36 @@ class CorpusEntry:
 
 
 @dataclass(frozen=True)
+class AddedToken:
+    """A text that always becomes one token, before a SentencePiece model sees the rest.
+
+    The whitespace to the left of it (`lstrip`), or to the right (`rstrip`), belongs to it. When it is decoded, a
+    `special` token has no text.
+    """
+
+    id: int
+    content: str
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
 class TokenizerSpec:
-    """The tokenizer's kind and file. `add_bos` is for "sentencepiece"; a tokenizer.json adds special tokens itself."""
+    """The tokenizer's kind and file.
+
+    What follows is for "sentencepiece"; a tokenizer.json holds its added tokens, and adds special tokens itself.
+    `add_bos` says whether BOS is prepended to a text: `bos_id`, or the model's own for None. `eos_id` is appended,
+    unless it is None. `added` are tokens beside those of the model.
+    """
 
     kind: str
     file: str
     add_bos: bool
     corpus: tuple[CorpusEntry, ...]
+    bos_id: int | None = None
+    eos_id: int | None = None
+    added: tuple[AddedToken, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ NARROWER: dict[str, dict[str, Any]] = {
     "TensorSpec.dtype": {"enum": list(DTYPES)},
     "TokenizerSpec.kind": {"enum": list(TOKENIZER_KINDS)},
     "TokenizerSpec.corpus": {"maxItems": LIMITS["tokenizer.corpus"].most},
+    "TokenizerSpec.added": {"maxItems": LIMITS["tokenizer.added"].most},
+    "AddedToken.id": {"minimum": 0},
+    "AddedToken.content": {"minLength": 1},
 }
 """Constraints beyond the types, by class and field."""
 

@@ -28,14 +28,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What holds for each line that says nothing else: options of the command line, and whether prompts are raw."""
+    """What holds for each line that says nothing else: options, whether prompts are raw, and the template's name."""
 
     options: Mapping[str, Any]
     raw: bool
+    template: str | None = None
 
     def raw_of(self, line: PromptLine) -> bool:
         """Whether the text of a line is used without the chat template."""
         return not isinstance(line.prompt, Chat) and (self.raw if line.raw is None else line.raw)
+
+    def template_of(self, line: PromptLine) -> str | None:
+        """The name of the chat template of a line; None for the default choice."""
+        own = line.prompt.template if isinstance(line.prompt, Chat) else None
+        return self.template if own is None else own
 
     def options_of(self, line: PromptLine) -> GenerationOptions:
         """The effective options of a line."""
@@ -76,11 +82,11 @@ def main(args: argparse.Namespace, options: dict[str, Any], open_generator: Call
     Raises SatchelError for an input, output or bundle that cannot be used, and for wrong options of the command line.
     """
     from satchel.runtime.bundle.reader import read_bundle
-    from satchel.runtime.generation.templates.chat_template import TEMPLATE_NAME
+    from satchel.runtime.generation.templates.chat_template import template_files
 
     lines = read_lines(_read(args.input, args.output))
     bundle = read_bundle(args.bundle, require_signature=args.require_signature)
-    defaults = Defaults(options, args.raw or TEMPLATE_NAME not in bundle.manifest.files)
+    defaults = Defaults(options, args.raw or not template_files(bundle), args.template)
     defaults.options_of(PromptLine(0, 0, "")).check_all(bundle.manifest.model.vocab_size)
     context = args.max_context or bundle.manifest.model.max_context
     common = (bundle.fingerprint, context, args.force_batch)
@@ -110,7 +116,8 @@ def request_digest(line: PromptLine, defaults: Defaults, common: Sequence[Any]) 
     if line.error is None:
         options = defaults.options_of(line)
         fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-        request = [*common, prompt, defaults.raw_of(line), fields | {"logit_bias": dict(options.logit_bias)}]
+        fields |= {"logit_bias": dict(options.logit_bias), "template": defaults.template_of(line)}
+        request = [*common, prompt, defaults.raw_of(line), fields]
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()[:32]
 
 
@@ -169,8 +176,13 @@ def _request(generator: Generator, line: PromptLine, defaults: Defaults) -> Requ
     options.check_all(generator.engine.vocabulary, f"line {line.number}")
     if isinstance(line.prompt, Chat):
         chat = line.prompt
-        return Request(generator.encode_chat(chat.messages, tools=chat.tools, arguments=chat.arguments), options)
-    return Request(line.prompt if defaults.raw_of(line) else generator.encode_chat(line.prompt), options)
+        ids = generator.encode_chat(
+            chat.messages, tools=chat.tools, arguments=chat.arguments, template=defaults.template_of(line)
+        )
+        return Request(ids, options)
+    if defaults.raw_of(line):
+        return Request(line.prompt, options)
+    return Request(generator.encode_chat(line.prompt, template=defaults.template_of(line)), options)
 
 
 def _read(source: str, target: str | None) -> bytes:

@@ -62,6 +62,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a further variable of the template, such as enable_thinking=false; may be repeated",
     )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="one of the bundle's chat templates (default: tool_use with --tools, if there is one; else default)",
+    )
     parser.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template in place of the bundle's")
     parser.add_argument("--load-state", metavar="FILE", type=Path, help="continue a saved conversation")
     parser.add_argument(
@@ -126,6 +131,8 @@ def _check(args: argparse.Namespace) -> None:
         args.prompt = args.prompt_flag
     if args.logprobs is not None and not args.json:
         raise PromptError("--logprobs requires --json")
+    if args.template is not None and args.chat_template is not None:
+        raise PromptError("--template cannot be combined with --chat-template: the file is the only template then")
     if args.system is not None and args.load_state is not None:
         raise PromptError("--system cannot be combined with --load-state: a saved conversation has its own")
 
@@ -166,7 +173,9 @@ def _open(args: argparse.Namespace) -> Conversation:
         generator.template = ChatTemplate(template, special)
     options = checkpoint_options(generator, given)
     options.check_all(generator.engine.vocabulary)
-    return Conversation(generator, system=args.system, tools=tools, arguments=arguments, options=options)
+    return Conversation(
+        generator, system=args.system, tools=tools, arguments=arguments, options=options, template=args.template
+    )
 
 
 def _answer(conversation: Conversation, text: str, args: argparse.Namespace) -> None:

@@ -15,17 +15,18 @@ from satchel.runtime.util.terminal import printable
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 OPTION_KEYS = tuple(option.name for option in dataclasses.fields(GenerationOptions))
-OWN_KEYS = ("id", "prompt", "raw", "messages", "tools", "arguments")
-TAKEN = ("messages", "tools", "self")  # names that "arguments" cannot have
+OWN_KEYS = ("id", "prompt", "raw", "messages", "tools", "arguments", "template")
+TAKEN = ("messages", "tools", "template", "self")  # names that "arguments" cannot have
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages for the chat template, with its tools and further variables."""
+    """Messages for the chat template, with its tools and further variables; `template` names one of several."""
 
     messages: Sequence[Any]
     tools: Sequence[Any] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,10 @@ def _prompt(row: dict[str, Any]) -> str | Chat:
         taken = next((key for key in TAKEN if key in arguments), None)
         if taken is not None:
             raise PromptError(f"arguments has {taken}, a reserved name: remove it")
-        return Chat(messages, tools, arguments)
-    beside = next((key for key in ("tools", "arguments") if key in row), None)
+        template = row.get("template")
+        _require(template is None or isinstance(template, str), "template", template, "a text")
+        return Chat(messages, tools, arguments, template)
+    beside = next((key for key in ("tools", "arguments", "template") if key in row), None)
     if beside is not None:
         raise PromptError(f"has {beside} but no messages: only a chat template uses them")
     _require(isinstance(row["prompt"], str), "prompt", row["prompt"], "a text")

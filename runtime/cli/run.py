@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     if not prompt:
         raise PromptError("the prompt is empty: give some text")
     templated = generator.has_template and not args.raw
-    ids = generator.encode_chat(prompt) if templated else generator.encode(prompt)
+    ids = generator.encode_chat(prompt, template=args.template) if templated else generator.encode(prompt)
     if args.num_return_sequences is None and args.beams is None:
         result = _run_single(args, generator, ids, CHAT_DEFAULTS | options if templated else options, templated)
         if args.save_state is not None:

@@ -32,13 +32,13 @@ REQUIRES = {
 """Flags that need another one, or one of two."""
 
 EPILOG = """\
-JSON lines: each line of --input is an object with "prompt", a text, or "messages" for the chat template (then "tools"
-and "arguments" are allowed too). "raw": true feeds the prompt of that line without the template. "id", a text or a
-whole number, names the line (default: its line number). Options such as "max_new_tokens": 20 or "logit_bias":
-{"50256": -1} override the flags. An answer is a line with "id", "text", "finish_reason", "prompt_tokens", "new_tokens"
-and "request" (and "logprobs" if asked for), or with "id", "error" and "request", in the order in which they finish. Run
-the same command again to resume: lines that have an answer in --output are skipped; answers to another request, or of
-another bundle, are computed again. Exit code 1 means that some lines failed.
+JSON lines: each line of --input is an object with "prompt", a text, or "messages" for the chat template (then "tools",
+"arguments" and "template", a name, are allowed too). "raw": true feeds the prompt of that line without the template.
+"id", a text or a whole number, names the line (default: its line number). Options such as "max_new_tokens": 20 or
+"logit_bias": {"50256": -1} override the flags. An answer is a line with "id", "text", "finish_reason", "prompt_tokens",
+"new_tokens" and "request" (and "logprobs" if asked for), or with "id", "error" and "request", in the order in which
+they finish. Run the same command again to resume: lines that have an answer in --output are skipped; answers to another
+request, or of another bundle, are computed again. Exit code 1 means that some lines failed.
 
 example:
   satchel run out/smollm2-int8 "What is a satchel?" -n 100"""
@@ -64,6 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-p", "--prompt", metavar="TEXT", dest="prompt_flag", help="the same as PROMPT")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--template", metavar="NAME", help="one of the bundle's chat templates (default: default)")
     parser.add_argument(
         "--max-context", metavar="N", type=int, help="maximum positions of prompt and new text (default: the bundle's)"
     )
@@ -96,6 +97,8 @@ def check(args: argparse.Namespace) -> None:
     for flag, others in REQUIRES.items():
         if _given(args, flag) and not any(_given(args, other) for other in others):
             raise PromptError(f"{flag} requires {' or '.join(others)}")
+    if args.template is not None and args.raw:
+        raise PromptError("--template cannot be combined with --raw, which uses no chat template")
     for flag in ("--load-state", "--save-state"):
         if _given(args, flag) and args.prefix_cache_mib == 0:
             raise PromptError(f"{flag} cannot be combined with --prefix-cache-mib 0: it uses the prefix cache")

@@ -24,7 +24,7 @@ from satchel.runtime.generation.sampling.options import SamplingOptions, from_ge
 from satchel.runtime.generation.sequence import Callback
 from satchel.runtime.generation.session_file import SavedState
 from satchel.runtime.generation.stream import TokenStream
-from satchel.runtime.generation.templates.chat_template import check_messages
+from satchel.runtime.generation.templates.messages import check_messages
 
 GENERATION_CONFIG = "generation_config.json"
 LEADING_ROLES = ("system", "developer")  # of messages that are never dropped
@@ -61,24 +61,27 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
         options: GenerationOptions | None = None,
+        template: str | None = None,
     ) -> None:
         """Begin, with or without a system prompt.
 
         `tools` are JSON schemas of functions, `arguments` further variables of the template. `options` None means
-        `checkpoint_options`. Raises BundleError for a bundle without a chat template, PromptError for one without a
-        tokenizer or with an invalid template.
+        `checkpoint_options`. `template` names one of several templates, as in `Generator.encode_chat`. Raises
+        BundleError for a bundle without a chat template, PromptError for one without a tokenizer or with an invalid
+        template.
         """
         generator.need_tokenizer()
         self.generator = generator
         self.tools = tools
         self.arguments = dict(arguments or {})
+        self.template = template
         self.options = checkpoint_options(generator) if options is None else options
         self.messages: list[Message] = []
         self.dropped_messages = 0
         self._ids: Ids = np.empty(0, np.int64)
         self._text = ""
         self._open_answer: Answer | None = None
-        generator.template.start()
+        generator.template.start(template, tools)
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -193,7 +196,7 @@ class Conversation:
         Encoding the whole anew could split an answer differently from the model, and what follows would have to be fed
         again. Only new text that begins with a special token is encoded alone: no token spans that boundary.
         """
-        text = self.generator.template.render(messages, tools=self.tools, **self.arguments)
+        text = self.generator.template.render(messages, tools=self.tools, template=self.template, **self.arguments)
         tokenizer = self.generator.need_tokenizer()
         if self._text and text.startswith(self._text):
             new = tokenizer.encode_rendered(text[len(self._text) :])

@@ -29,7 +29,7 @@ from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
 from satchel.runtime.generation.session_file import SavedState, check_size, read_state, write_state
 from satchel.runtime.generation.stream import TokenStream
-from satchel.runtime.generation.templates.chat_template import TEMPLATE_NAME, ChatTemplate
+from satchel.runtime.generation.templates.chat_template import ChatTemplate, template_files
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.ort.background import specialize_in_background
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
@@ -312,25 +312,27 @@ class Generator:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> NDArray[np.int64]:
         """The token ids of messages in the chat template, up to where the answer begins.
 
         A text is one message of a user. `tools` are JSON schemas of functions, `arguments` further variables of the
-        template. Raises PromptError, and BundleError for a bundle without a template.
+        template. `template` names one of several templates; None takes that for tools if there are tools, else the
+        default one. Raises PromptError, and BundleError for a bundle without a template.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.template.render(messages, tools=tools, **(arguments or {}))
+        text = self.template.render(messages, tools=tools, template=template, **(arguments or {}))
         return self.engine.check_ids(self.need_tokenizer().encode_rendered(text))
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template: the bundle's, or one that was set."""
-        return self._template is not None or TEMPLATE_NAME in self.engine.bundle.manifest.files
+        """Whether there are chat templates: the bundle's, or others that were set."""
+        return self._template is not None or bool(template_files(self.engine.bundle))
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template: the bundle's, unless another was set. Raises BundleError for a bundle without one."""
+        """The chat templates: the bundle's, unless others were set. Raises BundleError for a bundle without one."""
         with self._template_lock:
             if self._template is None:
                 self._template = ChatTemplate.open(self.engine.bundle, self.need_tokenizer())

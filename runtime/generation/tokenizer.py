@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from satchel.runtime.bundle.manifest import TokenizerSpec
+from satchel.runtime.bundle.manifest import AddedToken, TokenizerSpec
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError
 
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
         if spec is None:
             raise BundleError(f"{bundle.folder}: has no tokenizer: use token ids, or export it again with --tokenizer")
         path = bundle.folder / spec.file
-        tokenizer = _load(spec, bundle.read(spec.file), path)
+        tokenizer = load_tokenizer(spec, path, bundle.read(spec.file))
         for entry in spec.corpus:
             if tokenizer.encode(entry.text) != list(entry.ids):
                 raise BundleError(
@@ -151,10 +151,19 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; BOS is added here, where the bundle says so."""
+    """A SentencePiece model with BOS, EOS and added tokens beside it, as the bundle says."""
 
-    def __init__(self, path: Path, add_bos: bool, content: bytes | None = None) -> None:
-        """`content` is that of the file; None reads it."""
+    def __init__(
+        self,
+        path: Path,
+        add_bos: bool,
+        content: bytes | None = None,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        added: Sequence[AddedToken] = (),
+    ) -> None:
+        """`content` is that of the file, None reads it; the others are those of `TokenizerSpec`."""
         import sentencepiece
 
         try:
@@ -168,26 +177,37 @@ class SentencePieceTokenizer(Tokenizer):
         ) as error:  # the last if a piece in an error message is not UTF-8
             raise _unreadable(path, "sentencepiece", sentencepiece.__version__, error) from None
         self._size = self._processor.get_piece_size()
-        self._add_bos = add_bos
+        self._start = [self._processor.bos_id() if bos_id is None else bos_id] if add_bos else []
+        self._end = [] if eos_id is None else [eos_id]
+        self._added = {token.content: token for token in added}
+        self._texts = {token.id: token.content for token in added}
+        self._special = frozenset(token.id for token in added if token.special)
 
     def is_hidden(self, token: int) -> bool:
+        if token in self._texts:
+            return token in self._special
         return not 0 <= token < self._size or self._processor.is_control(token)
 
     def token_text(self, token: int) -> str | None:
+        if token in self._texts:
+            return self._texts[token]
         return str(self._processor.id_to_piece(token)) if 0 <= token < self._size else None
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text, out_type=int, add_bos=self._add_bos)
-        return ids
+        return [*self._start, *self._encode_parts(text, self._added_texts), *self._end]
 
     def _encode_rendered(self, text: str) -> list[int]:
+        return self._encode_parts(text, self._special_texts)
+
+    def _encode_parts(self, text: str, tokens: re.Pattern[str]) -> list[int]:
+        """The ids of a text in which `tokens` matches those that the model does not encode itself."""
         # SentencePiece puts a space in front of each text; it belongs in front of the first part only.
         ids: list[int] = []
         start = 0
-        for special in self._special_pieces.finditer(text):
-            ids += self._encode_part(text[start : special.start()], at_start=start == 0)
-            ids.append(self._processor.piece_to_id(special.group()))
-            start = special.end()
+        for found in tokens.finditer(text):
+            ids += self._encode_part(text[start : found.start()], at_start=start == 0)
+            ids.append(self._id_of(found.group()))
+            start = found.end()
         return ids + self._encode_part(text[start:], at_start=start == 0)
 
     def _encode_part(self, text: str, at_start: bool) -> list[int]:
@@ -195,13 +215,21 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = processor.encode(text, out_type=int)
         return ids
 
+    def _id_of(self, matched: str) -> int:
+        token = self._added.get(matched) or self._added.get(matched.strip())
+        return int(self._processor.piece_to_id(matched)) if token is None else token.id
+
     @cached_property
-    def _special_pieces(self) -> re.Pattern[str]:
-        """Matches the pieces that text never encodes to: control pieces and the unknown piece."""
+    def _added_texts(self) -> re.Pattern[str]:
+        return _any_of(self._added.values())
+
+    @cached_property
+    def _special_texts(self) -> re.Pattern[str]:
+        """Matches added tokens, and the pieces that text never encodes to: control pieces and the unknown piece."""
         processor = self._processor
-        special = (i for i in range(self._size) if processor.is_control(i) or processor.is_unknown(i))
-        longest_first = sorted((str(processor.id_to_piece(i)) for i in special), key=len, reverse=True)
-        return re.compile("|".join(re.escape(piece) for piece in longest_first))
+        ids = (i for i in range(self._size) if processor.is_control(i) or processor.is_unknown(i))
+        pieces = [AddedToken(i, str(processor.id_to_piece(i))) for i in ids if i not in self._texts]
+        return _any_of([*self._added.values(), *pieces])
 
     @cached_property
     def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
@@ -211,7 +239,35 @@ class SentencePieceTokenizer(Tokenizer):
         return sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._processor.decode(list(ids)))
+        text, start = "", 0
+        for end in (*(i for i, token in enumerate(ids) if token in self._texts), len(ids)):
+            processor = self._processor if start == 0 else self._without_prefix
+            text += str(processor.decode(list(ids[start:end])))
+            text += "".join(self._texts[token] for token in ids[end : end + 1])
+            start = end + 1
+        return text
+
+
+def load_tokenizer(spec: TokenizerSpec, path: Path, content: bytes | None = None) -> Tokenizer:
+    """The tokenizer that `spec` describes, from a file or its content, without a check of its corpus.
+
+    Raises BundleError for a file that the library cannot read.
+    """
+    if spec.kind == "sentencepiece":
+        return SentencePieceTokenizer(
+            path, spec.add_bos, content, bos_id=spec.bos_id, eos_id=spec.eos_id, added=spec.added
+        )
+    return JsonTokenizer(path, content)
+
+
+def _any_of(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Matches each of the tokens with the whitespace that belongs to it, the longest one first; nothing for none."""
+    space = r"\s*"
+    parts = [
+        space * token.lstrip + re.escape(token.content) + space * token.rstrip
+        for token in sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    ]
+    return re.compile("|".join(parts) or "(?!)")
 
 
 def _check_unicode(text: str) -> None:
@@ -248,9 +304,3 @@ def _unreadable(path: Path, library: str, version: str, error: BaseException) ->
         f"{path}: {library} {version} cannot read it ({' '.join(str(error).split())}): "
         "export the bundle again, or install the version that its manifest names"
     )
-
-
-def _load(spec: TokenizerSpec, content: bytes, path: Path) -> Tokenizer:
-    if spec.kind == "sentencepiece":
-        return SentencePieceTokenizer(path, spec.add_bos, content)
-    return JsonTokenizer(path, content)

@@ -26,9 +26,9 @@ def test_a_folder_without_tokenizer_files_has_none(tmp_path: Path) -> None:
 def test_the_corpus_is_what_transformers_encodes_and_the_file_encodes_it_too(tmp_path: Path) -> None:
     add_tokenizer(tmp_path)
     found = folder_tokenizer(tmp_path)
-    assert found is not None and isinstance(found.file, bytes)
+    assert found is not None and found.file == tmp_path / "tokenizer.json" and not found.notes
     original = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    written = tokenizers.Tokenizer.from_str(found.file.decode())
+    written = tokenizers.Tokenizer.from_str(byte_level_json().decode())
     assert [text for text, _ in found.corpus] == list(HARD_STRINGS)
     for text, ids in found.corpus:
         assert list(ids) == original(text).input_ids == written.encode(text).ids
@@ -37,13 +37,14 @@ def test_the_corpus_is_what_transformers_encodes_and_the_file_encodes_it_too(tmp
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_a_sentencepiece_folder_becomes_a_tokenizer_json_with_its_bos(add_bos: bool, tmp_path: Path) -> None:
+def test_a_sentencepiece_folder_keeps_its_model_with_its_bos(add_bos: bool, tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     table = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": add_bos}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
     found = folder_tokenizer(tmp_path)
-    assert found is not None and (found.kind, found.add_bos) == ("tokenizer.json", add_bos)
+    assert found is not None and (found.kind, found.add_bos) == ("sentencepiece", add_bos)
+    assert found.file == tmp_path / "tokenizer.model"
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     expected = [1] * add_bos + processor.EncodeAsIds("Hello, world!")
     assert list(dict(found.corpus)["Hello, world!"]) == expected

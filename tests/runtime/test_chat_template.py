@@ -159,7 +159,7 @@ def test_messages_that_are_none_are_named_before_anything_starts(messages: Any, 
     template = ChatTemplate("{{ messages }}")
     with pytest.raises(PromptError, match=message):
         template.render(messages)
-    assert template._process is None
+    assert not template._processes
 
 
 def test_arguments_that_are_no_json_are_refused() -> None:
@@ -201,8 +201,8 @@ def test_a_template_that_fails_says_where_and_why_in_one_line(source: str, messa
 def test_a_refusal_ends_no_process_and_the_next_messages_render() -> None:
     with ChatTemplate(LLAMA2, SPECIAL) as template:
         template.start()
-        first = template._process
+        first = template._processes["default"]
         with pytest.raises(PromptError, match=r"refuses these messages: user and assistant must take turns$"):
             template.render(TURNS[1:])
         assert template.render(TURNS) == reference(LLAMA2, TURNS)
-        assert template._process is first
+        assert template._processes["default"] is first

@@ -79,8 +79,8 @@ def ended(pid: int, seconds: float = 10.0) -> bool:
 
 def pid_of(template: ChatTemplate) -> int:
     template.start()
-    assert template._process is not None
-    return template._process._child.pid
+    assert "default" in template._processes
+    return template._processes["default"]._child.pid
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -203,7 +203,7 @@ import os, signal
 from satchel.runtime.generation.templates.chat_template import ChatTemplate
 template = ChatTemplate("x")
 template.start()
-print(template._process._child.pid, flush=True)
+print(template._processes["default"]._child.pid, flush=True)
 {last_line}
 """
         done = run_python(code)
@@ -219,12 +219,12 @@ template = ChatTemplate("{{ messages[0].content }}")
 def render(text):
     return template.render([{"role": "user", "content": text}])
 render("before")
-first = template._process._child.pid
+first = template._processes["default"]._child.pid
 forked = os.fork()
 if not forked:
-    os._exit(0 if render("there") == "there" and template._process._child.pid != first else 1)
+    os._exit(0 if render("there") == "there" and template._processes["default"]._child.pid != first else 1)
 assert os.waitpid(forked, 0)[1] == 0
-assert render("here") == "here" and template._process._child.pid == first
+assert render("here") == "here" and template._processes["default"]._child.pid == first
 """
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")

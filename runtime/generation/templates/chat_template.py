@@ -7,6 +7,7 @@ it is compiled and rendered in a child process under limits.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,82 +15,112 @@ from typing import Any, Self
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.generation.templates.messages import check_messages, cut_at_ending, normalized, open_ending
 from satchel.runtime.generation.templates.render_process import TemplateProcess, request_line
 from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.util.terminal import printable
 
-TEMPLATE_NAME = "chat_template.jinja"
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of the template that is taken if none is named: TOOL_USE, if there is one and tools are given, else DEFAULT."""
+
+TEMPLATE_FILE = re.compile(r"chat_template(?:\.([A-Za-z0-9_][A-Za-z0-9_.-]{0,63}))?\.jinja")
+"""The names of files in a bundle that hold chat templates; without a name in it, the default one."""
+
 CONFIG_NAME = "tokenizer_config.json"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
-    """A Jinja template and the special tokens that it may use. Threads may share one: they render one after another.
+    """Jinja templates by name, and the special tokens that they may use.
 
-    The child process starts with the first rendering, is kept for the next, and is replaced if a rendering breaks it;
-    `limits.py` has its limits.
+    Threads may share one: they render one after another. The child process of a template starts with its first
+    rendering, is kept for the next, and is replaced if a rendering breaks it; `limits.py` has its limits.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:
-        """`special` are strings by name, such as {"bos_token": "<s>"}."""
-        self.source = source
+    def __init__(self, source: str | Mapping[str, str], special: Mapping[str, str] | None = None) -> None:
+        """`source` is one template, or several by name; `special` are strings by name, such as {"bos_token": "<s>"}."""
+        self.sources = {DEFAULT: source} if isinstance(source, str) else dict(source)
         self.special = dict(special or {})
         self._lock = threading.Lock()
-        self._process: TemplateProcess | None = None
+        self._processes: dict[str, TemplateProcess] = {}
 
     @classmethod
     def open(cls, bundle: Bundle, tokenizer: Tokenizer | None = None) -> ChatTemplate:
-        """The template of a bundle. `tokenizer` is the bundle's, if it is open already.
+        """The templates of a bundle. `tokenizer` is the bundle's, if it is open already.
 
         Raises BundleError for a bundle without a template, or with one that is not UTF-8.
         """
-        if TEMPLATE_NAME not in bundle.manifest.files:
+        files = template_files(bundle)
+        if not files:
             raise BundleError(
                 f"{bundle.folder}: has no chat template: use satchel run, or name one with --chat-template FILE"
             )
-        return cls(_read_text(bundle, TEMPLATE_NAME), special_tokens(bundle, tokenizer))
+        sources = {name: _read_text(bundle, file) for name, file in files.items()}
+        return cls(sources, special_tokens(bundle, tokenizer))
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
         **arguments: Any,
     ) -> str:
         """The text of a conversation, by default up to where the model's answer begins.
 
-        `tools` are JSON schemas of functions, `documents` are objects with "title" and "text"; `arguments` are further
-        variables of the template, and may replace a special token. Raises PromptError for invalid messages, and for
-        every way in which a template can fail: in one line, and the next rendering works again.
+        `continue_final_message` ends the text inside the last message instead, for the model to continue its content,
+        or the key of that name. `tools` are JSON schemas of functions, `documents` are objects with "title" and "text".
+        `template` names one of several templates; None chooses as transformers does. `arguments` are further variables
+        of the template, and may replace a special token. Raises PromptError for invalid messages, and for every way in
+        which a template can fail: in one line, and the next rendering works again.
         """
         check_messages(messages)
+        prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        if add_generation_prompt and continue_final_message:
+            raise PromptError("add_generation_prompt and continue_final_message exclude each other: leave one out")
+        name = self.choose(template, tools)
+        ending = None
+        given = normalized(messages)
+        if continue_final_message:
+            key = continue_final_message if isinstance(continue_final_message, str) else "content"
+            ending = open_ending(given, key, self.sources[name])
         variables = {
             **self.special,
-            "messages": list(messages),
+            "messages": given,
             "tools": None if tools is None else list(tools),
             "documents": None if documents is None else list(documents),
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": prompt,
             **arguments,
         }
-        request = request_line({"variables": variables})
-        with self._lock:
-            process = self._started()
-            try:
-                return process.render(request)
-            finally:
-                if not process.usable:
-                    self._stop()
+        text = self._render(name, request_line({"variables": variables}))
+        return text if ending is None else cut_at_ending(text, ending)
 
-    def start(self) -> None:
+    def choose(self, template: str | None, tools: object = None) -> str:
+        """The name of the template to render. Raises PromptError if there is none."""
+        names = f"choose {' or '.join(map(printable, self.sources))}"
+        if template is not None:
+            if template not in self.sources:
+                raise PromptError(f"--template {printable(template)}: there is no such chat template: {names}")
+            return template
+        if tools is not None and TOOL_USE in self.sources:
+            return TOOL_USE
+        if DEFAULT not in self.sources:
+            raise PromptError(f"none of several chat templates is the default: {names} with --template")
+        return DEFAULT
+
+    def start(self, template: str | None = None, tools: object = None) -> None:
         """Start the child process and compile the template, unless that is done. Raises PromptError."""
+        name = self.choose(template, tools)
         with self._lock:
-            self._started()
+            self._started(name)
 
     def close(self) -> None:
-        """End the child process. A later rendering starts another one."""
+        """End the child processes. A later rendering starts another one."""
         with self._lock:
-            self._stop()
+            for name in [*self._processes]:
+                self._stop(name)
 
     def __enter__(self) -> Self:
         return self
@@ -99,27 +130,47 @@ class ChatTemplate:
     ) -> None:
         self.close()
 
-    def _started(self) -> TemplateProcess:
-        if self._process is not None and not self._process.usable:
-            self._stop()
-        if self._process is None:
-            self._process = TemplateProcess(self.source)
-        return self._process
+    def _render(self, name: str, request: bytes) -> str:
+        with self._lock:
+            process = self._started(name)
+            try:
+                return process.render(request)
+            finally:
+                if not process.usable:
+                    self._stop(name)
 
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.close()
+    def _started(self, name: str) -> TemplateProcess:
+        if name in self._processes and not self._processes[name].usable:
+            self._stop(name)
+        if name not in self._processes:
+            self._processes[name] = TemplateProcess(self.sources[name])
+        return self._processes[name]
+
+    def _stop(self, name: str) -> None:
+        self._processes.pop(name).close()
+
+
+def template_files(bundle: Bundle) -> dict[str, str]:
+    """The files of a bundle's chat templates, by the names of the templates."""
+    found = ((TEMPLATE_FILE.fullmatch(file), file) for file in sorted(bundle.manifest.files))
+    return {match[1] or DEFAULT: file for match, file in found if match is not None}
+
+
+def template_file(name: str) -> str:
+    """The file of a bundle that holds the template of this name."""
+    return "chat_template.jinja" if name == DEFAULT else f"chat_template.{name}.jinja"
 
 
 def special_tokens(bundle: Bundle, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """The special tokens by name, as strings, from the bundle's tokenizer_config.json.
+    """The special tokens by name, as strings, from the bundle's tokenizer_config.json: the standard ones and others.
 
     BOS, EOS and padding that it does not mention are those of the manifest, as the tokenizer writes them. `tokenizer`
     None opens the bundle's if it is needed. Raises BundleError.
     """
     config = _read_config(bundle)
-    named = {name: _content(config[name]) for name in SPECIAL_TOKENS if name in config}
+    extra = config.get("extra_special_tokens")
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    named = {name: _content(value) for name, value in (tokens | (extra if isinstance(extra, dict) else {})).items()}
     found = {name: text for name, text in named.items() if text is not None}
     model = bundle.manifest.model
     ids = {
@@ -158,40 +209,3 @@ def _read_text(bundle: Bundle, name: str) -> str:
     except UnicodeDecodeError as error:
         path = bundle.folder / name
         raise BundleError(f"{path}: not UTF-8 text (byte {error.start}): export the bundle again") from None
-
-
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raise PromptError, naming the first wrong message by its index, unless all are messages of a chat.
-
-    A message is an object with a `role`. Its `content` is a text, a list of parts (each an object with a `type`), or
-    null or absent if there are `tool_calls`.
-    """
-    if not _is_list(messages) or not messages:
-        raise PromptError("messages: must be a list with at least one message")
-    for index, message in enumerate(messages):
-        complaint = _complaint(message)
-        if complaint:
-            raise PromptError(f"messages[{index}]{complaint}")
-
-
-def _complaint(message: Any) -> str | None:
-    if not isinstance(message, Mapping):
-        return f': must be an object like {{"role": "user", "content": "..."}}, found {type(message).__name__}'
-    if not isinstance(message.get("role"), str):
-        return '.role: must be a text such as "user"'
-    content = message.get("content")
-    if content is None:
-        return None if message.get("tool_calls") else ".content: must be a text, unless there are tool_calls"
-    if _is_list(content):
-        wrong = (i for i, part in enumerate(content) if not _is_part(part))
-        found = next(wrong, None)
-        return None if found is None else f'.content[{found}]: must be an object with a "type"'
-    return None if isinstance(content, str) else f".content: must be a text, found {type(content).__name__}"
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _is_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and isinstance(part.get("type"), str)
