@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from satchel.export.checkpoint.gguf_config import architecture_of, config_of
-from satchel.export.checkpoint.gguf_file import read_gguf
-from satchel.export.checkpoint.gguf_tokenizer import gguf_tokenizer, special_tokens
+from satchel.export.checkpoint.gguf_parts import open_parts
+from satchel.export.checkpoint.gguf_tokenizer import gguf_tokenizer
+from satchel.export.checkpoint.gguf_vocabulary import Vocabulary, read_vocabulary
 from satchel.export.checkpoint.gguf_weights import gguf_weights
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.special_ids import special_ids
@@ -19,17 +20,21 @@ from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer
 from satchel.runtime.generation.templates.chat_template import DEFAULT
 
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""End of text, of turn and of message: each of them ends generation."""
+_TOKEN_KEYS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 
 def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | None) -> Checkpoint:
-    """Open a GGUF file; see `open_checkpoint` for the arguments.
+    """Open a GGUF file, or any part of a split one; see `open_checkpoint` for the arguments.
 
     Raises:
         ExportError: If the file is damaged, or contains something that the export would have to drop.
     """
-    file = read_gguf(path)
+    file = open_parts(path)
     architecture = architecture_of(file)
     config = config_of(file)
     module = build_structure(config, implementations, str(path))
@@ -37,10 +42,15 @@ def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | No
     tie(module, weights)
     weights = checked(module, weights, str(path))
 
-    files = gguf_tokenizer(file.metadata, path) if tokenizer is None else chosen_tokenizer(tokenizer)
+    vocabulary, files = None, None
+    if tokenizer is not None:
+        files = chosen_tokenizer(tokenizer)
+    else:
+        vocabulary = read_vocabulary(file.metadata, path)
+        files = None if vocabulary is None else gguf_tokenizer(vocabulary, path)
     if files is not None:
         check_vocabulary(files, config.vocab_size, str(path))
-    generation = _generation_config(file.metadata)
+    generation = _generation_config(vocabulary)
     ids = special_ids([generation, {} if files is None else vars(files)])
     return Checkpoint(
         kind="gguf",
@@ -55,23 +65,27 @@ def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | No
         pad_token_id=ids.pad,
         stored_bytes=file.stored_bytes,
         tokenizer=files,
-        companions=_companions(file.metadata, path, generation),
-        sources=(path,),
+        companions=_companions(file.metadata, vocabulary, path, generation),
+        sources=file.parts,
     )
 
 
-def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    stored = {
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": [i for i in (metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS) if i is not None],
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-    }
-    return {name: value for name, value in stored.items() if value not in (None, [])}
+def _generation_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """Return the special ids as a generation_config.json states them; all that end generation are `eos_token_id`."""
+    if vocabulary is None:
+        return {}
+    ids = vocabulary.ids
+    stored = {"bos_token_id": ids.get("bos_token_id"), "pad_token_id": ids.get("padding_token_id")}
+    found: dict[str, Any] = {name: value for name, value in stored.items() if value is not None}
+    return {**found, "eos_token_id": list(vocabulary.ends)} if vocabulary.ends else found
 
 
-def _companions(metadata: Mapping[str, Any], path: Path, generation: dict[str, Any]) -> dict[str, bytes | Path]:
+def _companions(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary | None, path: Path, generation: dict[str, Any]
+) -> dict[str, bytes | Path]:
     """Generate the files that a checkpoint folder would contain, from the metadata."""
-    tokens = {name: token for name, token in special_tokens(metadata, path).items() if token is not None}
+    tokens = {name: vocabulary.token(key) for name, key in _TOKEN_KEYS.items()} if vocabulary else {}
+    tokens = {name: token for name, token in tokens.items() if token is not None}
     found: dict[str, bytes | Path] = {}
     for name, table in (("generation_config.json", generation), ("tokenizer_config.json", tokens)):
         if table:

@@ -24,34 +24,41 @@ from satchel.graphs.ir.weights import LazyWeight
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-_MAX_DIMENSIONS = 8
+_MAX_DIMENSIONS = 4
+_MAX_ELEMENTS = 1 << 24
+"""Numbers in one array of the metadata; the largest that a model needs are the scores of its tokens."""
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The content of a GGUF file.
+    """The content of a GGUF file, or of all parts of a split one.
 
     Attributes:
-        path: The path of the file.
+        path: The path of the file, or of its first part.
         metadata: All keys and values: numbers, booleans, strings, or lists of them.
         tensors: All tensors by name, float32, with dimensions in numpy order.
+        types: The storage type of each tensor.
         stored_bytes: Total bytes of the tensors in the file.
+        parts: The files that were read.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, LazyWeight]
+    types: Mapping[str, gguf.GGMLQuantizationType]
     stored_bytes: int
+    parts: tuple[Path, ...]
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read a GGUF file except for the values of its tensors, which stay memory-mapped.
+    """Read one GGUF file except for the values of its tensors, which stay memory-mapped.
 
     Raises:
-        ExportError: If it is not a GGUF file, is cut short, has an unsupported version, or has tensors of a type that
-            the gguf library cannot dequantize.
+        ExportError: If it is not a GGUF file, is cut short, has an unsupported version, has tensors of a type that the
+            gguf library cannot dequantize, or says something about itself that cannot be.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -65,24 +72,39 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path}: GGUF version {version}; satchel reads versions 2 and 3 (little-endian): convert it again"
         )
     tensor_count, key_count = cursor.number("Q"), cursor.number("Q")
-    metadata = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(key_count)}
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = cursor.text()
+        if key in metadata:
+            raise _damaged(path, f"has the key {key[:80]} twice")
+        metadata[key] = cursor.value(cursor.number("I"))
     entries = [cursor.tensor() for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ExportError(f"{path}: general.alignment is {alignment!r}; the file is damaged: download it again")
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise _damaged(path, f"has general.alignment {alignment!r}, which is not a power of 2")
     start = -(-cursor.position // alignment) * alignment
 
     data = np.frombuffer(mapped, dtype=np.uint8)
-    tensors, stored_bytes = {}, 0
+    tensors: dict[str, LazyWeight] = {}
     for entry in entries:
         begin = start + entry.offset
+        if entry.name in tensors:
+            raise _damaged(path, f"has the tensor {entry.name[:80]} twice")
+        if entry.offset % alignment:
+            raise _damaged(
+                path, f"has tensor {entry.name[:80]} at offset {entry.offset}, not a multiple of {alignment}"
+            )
         if begin + entry.nbytes > size:
             raise ExportError(
-                f"{path}: cut short: tensor {entry.name} ends beyond the file's {size} bytes; download it again"
+                f"{path}: cut short: tensor {entry.name[:80]} ends beyond the file's {size} bytes; download it again"
             )
         tensors[entry.name] = dequantized(entry.name, entry.shape, entry.type, data[begin : begin + entry.nbytes])
-        stored_bytes += entry.nbytes
-    return GgufFile(path, metadata, tensors, stored_bytes)
+    types = {entry.name: entry.type for entry in entries}
+    return GgufFile(path, metadata, tensors, types, sum(entry.nbytes for entry in entries), (path,))
+
+
+def _damaged(path: Path, what: str) -> ExportError:
+    return ExportError(f"{path}: the file is damaged: it {what}; download it again")
 
 
 def dequantized(
@@ -160,8 +182,12 @@ class _Cursor:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            raise ExportError(f"{self._path}: metadata of unknown type {kind}; the file is damaged: download it again")
+            raise _damaged(self._path, f"has metadata of unknown type {kind}")
         kind, count = self.number("I"), self.number("Q")
+        if kind == _ARRAY:
+            raise _damaged(self._path, "has an array of arrays")
+        if count > _MAX_ELEMENTS:
+            raise _damaged(self._path, f"has an array of {count} elements")
         if kind in _SCALARS:
             code = f"<{count}{_SCALARS[kind]}"
             return list(struct.unpack(code, self.take(count * struct.calcsize("<" + _SCALARS[kind]))))
@@ -169,11 +195,11 @@ class _Cursor:
 
     def tensor(self) -> _Entry:
         name, dimensions = self.text(), self.number("I")
-        if dimensions > _MAX_DIMENSIONS:
-            raise ExportError(
-                f"{self._path}: tensor {name} has {dimensions} dimensions; the file is damaged: download it again"
-            )
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise _damaged(self._path, f"has tensor {name[:80]} with {dimensions} dimensions")
         shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
+        if 0 in shape:
+            raise _damaged(self._path, f"has tensor {name[:80]} with a dimension of 0")
         kind, offset = self.number("I"), self.number("Q")
         try:
             quantization = gguf.GGMLQuantizationType(kind)
@@ -181,12 +207,12 @@ class _Cursor:
             _dequantize(np.zeros(block_bytes, np.uint8), quantization)
         except (ValueError, KeyError, NotImplementedError):
             raise ExportError(
-                f"{self._path}: tensor {name} has type {_type_name(kind)}, which the gguf library cannot "
+                f"{self._path}: tensor {name[:80]} has type {_type_name(kind)}, which the gguf library cannot "
                 "dequantize; export a file of another type"
             ) from None
         if shape and shape[-1] % block:
             raise ExportError(
-                f"{self._path}: tensor {name} has rows of length {shape[-1]}, but its type needs multiples of {block}"
+                f"{self._path}: tensor {name[:80]} has rows of {shape[-1]}, but its type needs multiples of {block}"
             )
         return _Entry(name, shape, quantization, offset, math.prod(shape) // block * block_bytes)
 

@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import gguf
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from satchel.export.checkpoint.gguf_architectures import Architecture
+from satchel.export.checkpoint.gguf_config import LONG_FACTORS, SHORT_FACTORS
 from satchel.export.checkpoint.gguf_file import GgufFile
+from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
-from satchel.graphs.ir.weights import LazyWeight, concatenated, mapped
+from satchel.graphs.ir.weights import LazyWeight, concatenated, from_array, mapped, transposed
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_GATE_UP = ".mlp.experts.gate_up_proj"
-_STACKED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+_QUERY, _KEY, _VALUE, _QKV = "attn_q", "attn_k", "attn_v", "attn_qkv"
+_EXPERTS: dict[str, tuple[str, tuple[str, ...], int]] = {
+    ".experts.gate_up_proj": ("ffn_gate_up_exps.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), 1),
+    ".experts.down_proj": ("ffn_down_exps.weight", (), 1),
+    ".shared_mlp.input_linear.weight": (
+        "ffn_gate_up_shexp.weight",
+        ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+        0,
+    ),
+    ".e_score_correction_bias": ("exp_probs_b.bias", (), 0),
+}
+"""Parameters of experts: the tensor that holds one whole, or those to join, and along which axis."""
+
+_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
+_HEAD_NORM = re.compile(r"\.(q|k)_layernorm\.norms\.(\d+)\.weight$")
+_UNUSED = re.compile(r"blk\.\d+\.(?:attn_rot_embd|rope_freqs)(?:\.weight)?|rope_freqs\.weight")
+"""Tensors that no runtime reads for itself."""
 
 
 def gguf_weights(module: PreTrainedModel, file: GgufFile, architecture: Architecture) -> dict[str, LazyWeight]:
     """Return the module's weights from the file's tensors; tied weights are left to `tie`.
 
-    If the file stores rotary factors as a tensor, the module's frequency buffers are scaled in place.
+    A bias that no layer of the file has is zero. If the file stores rotary factors as a tensor, the module's frequency
+    buffers are scaled in place.
 
     Raises:
         ExportError: If the file contains a tensor that the module does not use.
     """
-    layers = module.config.num_hidden_layers
-    kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[file.metadata["general.architecture"]]
-    names = gguf.get_tensor_name_map(kind, layers)
-    placed: set[str] = set()
-    weights: dict[str, LazyWeight] = {}
-    for name, parameter in module.state_dict().items():
-        sources = _stored_names(name, names)
-        if not all(source in file.tensors for source in sources):
-            continue
-        placed.update(sources)
-        tensors = [file.tensors[source] for source in sources]
-        weight = tensors[0] if len(tensors) == 1 else concatenated(tensors, 1, name)
-        weights[name] = _restored(name, weight, architecture, module, tuple(parameter.shape))
+    finder = _Finder(module, file, architecture)
+    wanted = module.state_dict()
+    weights = {}
+    for name, parameter in wanted.items():
+        try:
+            weight = finder.find(name)
+        except ValueError as error:
+            raise ExportError(
+                f"{file.path}: the tensors of {name} do not fit together: {one_line(error)}; convert the file again"
+            ) from None
+        if weight is not None:
+            weights[name] = _shaped(weight, tuple(parameter.shape))
+    found = {_LAYER.sub(".", name) for name in weights}
+    for name, parameter in wanted.items():
+        if name.endswith(".bias") and _LAYER.sub(".", name) not in found:
+            weights[name] = from_array(name, np.zeros(tuple(parameter.shape), np.float32))
     if _ROPE_FACTORS in file.tensors:
         _scale_frequencies(module, file)
-        placed.add(_ROPE_FACTORS)
-    left = sorted(file.tensors.keys() - placed)
+    used = finder.used | ({LONG_FACTORS, SHORT_FACTORS} if _has_longrope(module) else set())
+    left = sorted(name for name in file.tensors.keys() - used if not _is_unread(name, module))
     if left:
         raise ExportError(
             f"{file.path}: tensor {left[0]} is not part of a {architecture.model_type} model as satchel reads it; "
@@ -50,53 +75,164 @@ def gguf_weights(module: PreTrainedModel, file: GgufFile, architecture: Architec
     return weights
 
 
+class _Finder:
+    """Finds the tensors of a file that a parameter consists of, and notes them as used."""
+
+    def __init__(self, module: PreTrainedModel, file: GgufFile, architecture: Architecture) -> None:
+        config: Any = module.config
+        self.used: set[str] = set()
+        self._tensors, self._architecture = file.tensors, architecture
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._head_dim = config.head_dim
+        kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[file.metadata["general.architecture"]]
+        self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+
+    def find(self, name: str) -> LazyWeight | None:
+        """Return a parameter as the module has it, except for its shape; None if the file does not have it."""
+        layer = _LAYER.search(name)
+        block = f"blk.{layer[1]}." if layer else ""
+        head_norm = _HEAD_NORM.search(name)
+        if head_norm:
+            return self._row(f"{block}attn_{head_norm[1]}_norm.weight", int(head_norm[2]))
+        for end, (whole, parts, axis) in _EXPERTS.items():
+            if name.endswith(end):
+                found = self._take(f"{block}{whole}")
+                return found or self._joined([f"{block}{part}" for part in parts], axis, name)
+        stem, _, suffix = name.rpartition(".")
+        stored = self._stored(stem, block)
+        weight = self._whole(stored, suffix, name)
+        return None if weight is None else self._restored(name, stored, weight)
+
+    def _stored(self, stem: str, block: str) -> str:
+        """Return the name of the tensor, without its suffix, that holds a module's parameter."""
+        for end, tensor in self._architecture.names.items():
+            if stem.endswith(f".{end}"):
+                return f"{block}{tensor}"
+        # The name maps of some families have no head, which is tied, but a file may store one anyway.
+        return "output" if stem == "lm_head" else str(self._names.get_name(stem))
+
+    def _whole(self, stored: str, suffix: str, name: str) -> LazyWeight | None:
+        """Return a tensor, split from or joined of those that the file has instead."""
+        found = self._take(f"{stored}.{suffix}")
+        if found is not None and not (name.endswith("gate_up_proj.weight") and self._gate(stored) in self._tensors):
+            return found
+        block, _, kind = stored.rpartition(".")
+        if kind == _QKV:
+            return self._joined([f"{block}.{part}.{suffix}" for part in (_QUERY, _KEY, _VALUE)], 0, name)
+        if kind in (_QUERY, _KEY, _VALUE):
+            fused = self._take(f"{block}.{_QKV}.{suffix}")
+            return None if fused is None else self._part(fused, kind)
+        if name.endswith("gate_up_proj.weight"):
+            return self._joined([self._gate(stored), f"{stored}.{suffix}"], 0, name)
+        return None
+
+    def _gate(self, stored: str) -> str:
+        return f"{stored.rpartition('.')[0]}.ffn_gate.weight"
+
+    def _part(self, fused: LazyWeight, kind: str) -> LazyWeight:
+        sizes = {_QUERY: self._heads, _KEY: self._kv_heads, _VALUE: self._kv_heads}
+        low = 0
+        for part, heads in sizes.items():
+            if part == kind:
+                return _span(fused, low, low + heads * self._head_dim)
+            low += heads * self._head_dim
+        raise KeyError(kind)
+
+    def _take(self, name: str) -> LazyWeight | None:
+        if name not in self._tensors:
+            return None
+        self.used.add(name)
+        return self._tensors[name]
+
+    def _joined(self, names: list[str], axis: int, name: str) -> LazyWeight | None:
+        if not names or not all(part in self._tensors for part in names):
+            return None
+        self.used.update(names)
+        return concatenated([self._tensors[part] for part in names], axis, name)
+
+    def _row(self, name: str, index: int) -> LazyWeight | None:
+        stacked = self._take(name)
+        if stacked is None or len(stacked.dims) != 2 or index >= stacked.row_count:
+            return None
+        return LazyWeight(name, stacked.dims[1:], stacked.dtype, lambda a, b: stacked.rows(index, index + 1)[0, a:b])
+
+    def _restored(self, name: str, stored: str, weight: LazyWeight) -> LazyWeight:
+        architecture, kind = self._architecture, stored.rpartition(".")[2]
+        if architecture.permuted and kind in (_QUERY, _KEY):
+            return permuted_rows(weight, self._heads if kind == _QUERY else self._kv_heads)
+        if architecture.per_head and kind == _QKV:
+            return _rows_by_head(weight, self._heads)
+        if name.endswith(architecture.transposed):
+            return transposed(weight, weight.name)
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            offset = np.float32(architecture.norm_offset)
+            return mapped(weight, lambda values: values - offset, weight.name)
+        return weight
+
+
 def permuted_rows(weight: LazyWeight, heads: int) -> LazyWeight:
     """Permute rows from interleaved rotary pairs (0, half, 1, half + 1, ...) back to halves, per head.
 
     This undoes the permutation that llama.cpp's conversion applies to the query and key projections of Llama models.
     """
-    head_dim = weight.row_count // heads
 
-    def restore(values: np.ndarray) -> np.ndarray:
-        pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])  # [heads, pair, half, ...]
-        return pairs.swapaxes(1, 2).reshape(values.shape)
+    def order(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # [heads, pair, half]
+
+    return _reordered(weight, order, weight.row_count // heads)
+
+
+def _rows_by_head(weight: LazyWeight, heads: int) -> LazyWeight:
+    """Order the rows of a fused projection by head, then query, key, value; stored the other way round."""
+
+    def order(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
+
+    return _reordered(weight, order, weight.row_count)
+
+
+def _reordered(weight: LazyWeight, order: Callable[[np.ndarray], np.ndarray], group: int) -> LazyWeight:
+    """Return row `order(all rows)[i]` of a weight as row i; each group of rows is made of itself."""
+    if group < 2 or weight.row_count % group:
+        raise ValueError(f"{weight!r} cannot be ordered in groups of {group}")
+    source = order(np.arange(weight.row_count))
 
     def rows(start: int, stop: int) -> np.ndarray:
-        low, high = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
-        return restore(weight.rows(low, high))[start - low : stop - low]
+        low, high = start // group * group, -(-stop // group) * group
+        taken: np.ndarray = weight.rows(low, high)[source[start:stop] - low]
+        return taken
 
-    columns = (lambda a, b: restore(weight.columns(a, b))) if len(weight.dims) > 1 else None
+    columns = (lambda a, b: weight.columns(a, b)[source]) if len(weight.dims) > 1 else None
     return LazyWeight(weight.name, weight.dims, weight.dtype, rows, columns)
 
 
-def _stored_names(name: str, names: gguf.TensorNameMap) -> list[str]:
-    """Return the tensors that a parameter consists of; an unknown parameter maps to a name that is in no file."""
-    if name.endswith(_GATE_UP):
-        layer = name.removesuffix(_GATE_UP).rpartition(".")[2]
-        return [f"blk.{layer}.ffn_gate_exps.weight", f"blk.{layer}.ffn_up_exps.weight"]
-    if name.endswith(_STACKED):
-        return [f"{names.get_name(name)}.weight"]
-    stem, _, suffix = name.rpartition(".")
-    # The name map of Gemma 2 has no head, which is tied, but a file may store one anyway.
-    stored = "output" if stem == "lm_head" else names.get_name(stem)
-    return [f"{stored}.{suffix}"]
+def _span(weight: LazyWeight, low: int, high: int) -> LazyWeight:
+    """Return the rows `low` to `high` of a weight."""
+    return LazyWeight(
+        weight.name, (min(high, weight.row_count) - min(low, weight.row_count), *weight.dims[1:]), weight.dtype,
+        rows=lambda a, b: weight.rows(low + a, low + b),
+        columns=(lambda a, b: weight.columns(a, b)[low:high]) if len(weight.dims) > 1 else None,
+    )  # fmt: skip
 
 
-def _restored(
-    name: str, weight: LazyWeight, architecture: Architecture, module: PreTrainedModel, shape: tuple[int, ...]
-) -> LazyWeight:
-    config = module.config
-    if architecture.permuted and ".self_attn.q_proj." in name:
-        return permuted_rows(weight, config.num_attention_heads)
-    if architecture.permuted and ".self_attn.k_proj." in name:
-        return permuted_rows(weight, config.num_key_value_heads)
-    if architecture.norm_offset and name.endswith("norm.weight"):
-        offset = np.float32(architecture.norm_offset)
-        return mapped(weight, lambda values: values - offset, weight.name)
-    if len(shape) == 2 and shape[0] == 1 and len(weight.dims) == 1:
-        # The gate of the shared expert is stored as a vector.
-        return LazyWeight(weight.name, (1, *weight.dims), weight.dtype, lambda a, b: weight.numpy()[None][a:b])
+def _shaped(weight: LazyWeight, shape: tuple[int, ...]) -> LazyWeight:
+    """Add or drop a dimension of 1, as the gate of a shared expert has, which files store both ways."""
+    if weight.dims == (1, *shape) and len(shape) == 1:
+        return LazyWeight(weight.name, shape, weight.dtype, lambda a, b: weight.columns(a, b)[0])
+    if shape == (1, *weight.dims) and len(shape) == 2:
+        return LazyWeight(weight.name, shape, weight.dtype, lambda a, b: weight.numpy()[None][a:b])
     return weight
+
+
+def _is_unread(name: str, module: PreTrainedModel) -> bool:
+    """Whether no runtime reads a tensor for itself, or it belongs to blocks that predict further tokens."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    return bool(_UNUSED.fullmatch(name)) or (layer is not None and int(layer[1]) >= module.config.num_hidden_layers)
+
+
+def _has_longrope(module: PreTrainedModel) -> bool:
+    rope: Any = getattr(module.config, "rope_parameters", None) or {}
+    return bool(rope.get("rope_type") == "longrope")
 
 
 def _scale_frequencies(module: PreTrainedModel, file: GgufFile) -> None:
