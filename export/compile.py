@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
+from satchel.export.checkpoint.companions import generation_complaints
 from satchel.export.checkpoint.families import PASSED
 from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import ExportConfig
@@ -43,6 +44,7 @@ from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.targets.targets import PLAIN, TARGETS
 from satchel.runtime.bundle.contract import LOGITS, PHASES
 from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.generation.generation_config import FILE
 from satchel.runtime.ort.session import check_loads
 
 
@@ -233,6 +235,8 @@ def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages) -> N
     else:
         for note in notes_on(checkpoint.tokenizer, checkpoint.vocab_size):
             stages.say(f"warning: {checkpoint.name}: {note}")
+    for complaint in generation_complaints(checkpoint.companions, checkpoint.vocab_size):
+        stages.say(f"warning: {checkpoint.name}: {FILE}: {complaint}")
     check_disk(needed, config.output)
     stages.expect(needed.stages)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.export.errors import ExportError
+from satchel.runtime.generation.generation_config import FILE, complaints
 
 _CONFIG = "tokenizer_config.json"
 _PATTERNS = ("generation_config.json", _CONFIG, "LICENSE*", "NOTICE*", "README.md")
@@ -47,3 +48,17 @@ def with_names(companions: Mapping[str, bytes | Path], names: Mapping[str, str |
 
 def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
+
+
+def generation_complaints(companions: Mapping[str, bytes | Path], vocabulary: int) -> list[str]:
+    """What is wrong with the checkpoint's generation_config.json, and which of its keys are not followed."""
+    stored = companions.get(FILE)
+    if stored is None:
+        return []
+    try:
+        document = json.loads(stored if isinstance(stored, bytes) else stored.read_bytes())
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        return ["not a JSON object: correct the file"]
+    return complaints(document, vocabulary)

@@ -17,6 +17,7 @@ from satchel.runtime.cli.generation_json import answer_json
 from satchel.runtime.cli.prompt_lines import Chat, PromptLine, located, read_lines
 from satchel.runtime.cli.run_flags import STANDARD
 from satchel.runtime.errors import PromptError, SatchelError
+from satchel.runtime.generation.generation_config import stored_rules
 from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
 from satchel.runtime.util.defaults import BATCH_ROWS
 from satchel.runtime.util.progress import progress_bar
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace, options: dict[str, Any], open_generator: Call
 
     lines = read_lines(_read(args.input, args.output))
     bundle = read_bundle(args.bundle, require_signature=args.require_signature)
-    defaults = Defaults(options, args.raw or not template_files(bundle), args.template)
+    defaults = Defaults(stored_rules(bundle, options) | options, args.raw or not template_files(bundle), args.template)
     defaults.options_of(PromptLine(0, 0, "")).check_all(bundle.manifest.model.vocab_size)
     context = args.max_context or bundle.manifest.model.max_context
     common = (bundle.fingerprint, context, args.force_batch)

@@ -15,7 +15,11 @@ from satchel.runtime.generation.tokenizer import Tokenizer
 
 
 def adjustment(
-    options: SamplingOptions, prompt_tokens: int, end_tokens: Collection[int], vocabulary: int
+    options: SamplingOptions,
+    prompt_tokens: int,
+    end_tokens: Collection[int],
+    vocabulary: int,
+    limit: int | None = None,
 ) -> Adjust | None:
     """The penalties, bans and bias of `options` as a function of log-probabilities, as in transformers.
 
@@ -24,7 +28,7 @@ def adjustment(
     if not adjusts(options):
         return None
     ends = np.array([token for token in end_tokens if 0 <= token < vocabulary], np.int64)
-    return lambda scores, ids: adjusted(scores, options, ids, prompt_tokens, ends)
+    return lambda scores, ids: adjusted(scores, options, ids, prompt_tokens, ends, limit)
 
 
 def beam_results(search: BeamSearch, tokenizer: Tokenizer | None) -> list[Generation]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +13,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.generation_config import read_stored, stored_options
 from satchel.runtime.generation.generator import Generator, Request
 from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.sampling.options import SamplingOptions, from_generation_config
 from satchel.runtime.generation.sequence import Callback
 from satchel.runtime.generation.session_file import SavedState
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.messages import check_messages
 
-GENERATION_CONFIG = "generation_config.json"
 LEADING_ROLES = ("system", "developer")  # of messages that are never dropped
 
 Message = dict[str, Any]
@@ -273,23 +270,10 @@ class Answer:
 
 
 def checkpoint_options(generator: Generator, given: Mapping[str, Any] | None = None) -> GenerationOptions:
-    """The sampling options of the checkpoint (its generation_config.json) and `CHAT_DEFAULTS`, overridden by `given`.
+    """The options of the checkpoint (its generation_config.json) and `CHAT_DEFAULTS`, overridden by `given`.
 
-    Raises BundleError for an invalid file.
+    Raises BundleError for an invalid file, or a value in it that `given` does not replace.
     """
-    sampling = _generation_config(generator.engine.bundle)
-    fields = {name: getattr(sampling, name) for name in SamplingOptions.__dataclass_fields__}
-    return GenerationOptions(**fields, **CHAT_DEFAULTS).updated(given or {})
-
-
-def _generation_config(bundle: Bundle) -> SamplingOptions:
-    if GENERATION_CONFIG not in bundle.manifest.files:
-        return SamplingOptions()
-    path = bundle.folder / GENERATION_CONFIG
-    try:
-        document = json.loads(bundle.read(GENERATION_CONFIG))
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise BundleError(f"{path}: not a JSON object: export the bundle again")
-    return from_generation_config(document)
+    given = given or {}
+    stored = stored_options(read_stored(generator.engine.bundle), given)
+    return GenerationOptions(**CHAT_DEFAULTS | stored).updated(given)

@@ -244,7 +244,7 @@ class Generator:
         checked = self.new_sequence(request)
         ids, ends = checked.prompt, self._end_tokens(request.options)
         settings = BeamSettings(beams, checked.limit, ends, length_penalty, early_stopping, request.options.time_limit)
-        adjust = adjustment(request.options, len(ids), ends, self.engine.vocabulary)
+        adjust = adjustment(request.options, len(ids), ends, self.engine.vocabulary, checked.limit)
         return beam_results(BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust), self.tokenizer)
 
     def prompt_logprobs(self, prompt: Prompt, top_n: int = 0) -> list[TokenLogprob | None]:
@@ -357,13 +357,18 @@ class Generator:
         if options.stop:
             self.need_tokenizer()
         self._check_length(ids)
-        limit = min(options.max_new_tokens, self.max_context - len(ids) + 1)
+        limit = self._limit(options, ids)
         text = IncrementalDetokenizer(self.tokenizer, ids.tolist()) if self.tokenizer else None
         chosen = self._sampler(options, ids) if choose is None else choose
         return ActiveSequence(ids, options, limit, chosen, self._end_tokens(options), text, callback)
 
     def _sampler(self, options: GenerationOptions, ids: NDArray[np.int64]) -> Sampler:
-        return Sampler(options, self._end_tokens(options), self.engine.vocabulary, ids)
+        limit = self._limit(options, ids)
+        return Sampler(options, self._end_tokens(options), self.engine.vocabulary, ids, limit=limit)
+
+    def _limit(self, options: GenerationOptions, ids: NDArray[np.int64]) -> int:
+        """The maximum number of new tokens after `ids`."""
+        return min(options.max_new_tokens, self.max_context - len(ids) + 1)
 
     def _end_tokens(self, options: GenerationOptions) -> frozenset[int]:
         """The model's end tokens, and special tokens among the stop strings: those have no text to look for."""

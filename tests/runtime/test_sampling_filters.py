@@ -13,8 +13,9 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as theirs
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.generation_config import TRANSFORMERS_TOP_K
 from satchel.runtime.generation.sampling import filters
-from satchel.runtime.generation.sampling.options import TRANSFORMERS_TOP_K, SamplingOptions
+from satchel.runtime.generation.sampling.options import SamplingOptions
 
 VOCABULARY = 500
 PROMPT_TOKENS = 30
@@ -118,6 +119,82 @@ def test_min_p_keeps_what_transformers_keeps(seed: int, share: float) -> None:
 def test_typical_p_keeps_what_transformers_keeps(seed: int, mass: float) -> None:
     logits = random_logits(seed)
     assert_same(filters.typical_p(logits, mass), run_theirs([theirs.TypicalLogitsWarper(mass)], logits))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("share", [0.01, 0.4, 0.9])
+def test_top_h_keeps_what_transformers_keeps(seed: int, share: float) -> None:
+    logits = random_logits(seed)
+    logits += np.random.default_rng(100 + seed).normal(0, 1e-3, VOCABULARY).astype(np.float32)
+    # transformers adds 0 * -inf for masked tokens: it gets numbers in their place
+    expected = run_theirs([theirs.TopHLogitsWarper(share)], np.maximum(logits, -1e4).astype(np.float32))
+    assert_same(filters.top_h(logits, share), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("least", [1e-5, 3e-3, 0.3])
+def test_the_cutoffs_keep_what_transformers_keeps(seed: int, least: float) -> None:
+    logits = random_logits(seed)
+    assert_same(filters.epsilon_cutoff(logits, least), run_theirs([theirs.EpsilonLogitsWarper(least)], logits))
+    assert_same(filters.eta_cutoff(logits, least), run_theirs([theirs.EtaLogitsWarper(least)], logits))
+
+
+ENDS = torch.from_numpy(END_TOKENS)
+RULES: dict[str, tuple[dict[str, Any], list[theirs.LogitsProcessor]]] = {
+    "sequence_bias": (
+        {"sequence_bias": [[[9], 2.5], [[3, 1], -4.0], [[5, 3, 8], 3.0], [[9, 9, 8], 1.0]]},
+        [theirs.SequenceBiasLogitsProcessor([[[9], 2.5], [[3, 1], -4.0], [[5, 3, 8], 3.0], [[9, 9, 8], 1.0]])],
+    ),
+    "bad_words_ids": (
+        {"bad_words_ids": [[9], [3, 1], [4, 1], [5, 3, 8], [2]]},
+        [theirs.NoBadWordsLogitsProcessor([[9], [3, 1], [4, 1], [5, 3, 8], [2]], ENDS)],
+    ),
+    "suppress_tokens": ({"suppress_tokens": [4, 400]}, [theirs.SuppressTokensLogitsProcessor([4, 400])]),
+    "begin_suppress_tokens": (
+        {"begin_suppress_tokens": [4, 400]},
+        [theirs.SuppressTokensAtBeginLogitsProcessor([4, 400], PROMPT_TOKENS)],
+    ),
+    "forced_eos_token_id": (
+        {"forced_eos_token_id": [7, 9]}, [theirs.ForcedEOSTokenLogitsProcessor(PROMPT_TOKENS + 11, [7, 9])]
+    ),
+    "min_length": ({"min_length": PROMPT_TOKENS + 5}, [theirs.MinLengthLogitsProcessor(PROMPT_TOKENS + 5, ENDS)]),
+    "exponential_decay_length_penalty": (
+        {"exponential_decay_length_penalty": [4, 1.1]},
+        [theirs.ExponentialDecayLengthPenalty((4, 1.1), ENDS, PROMPT_TOKENS)],
+    ),
+    "renormalize_logits": ({"renormalize_logits": True}, [theirs.LogitNormalization()]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 4, 5, 10])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_on_tokens_is_that_of_transformers(rule: str, count: int) -> None:
+    options, processors = RULES[rule]
+    logits, ids = random_logits(5), random_ids(7, PROMPT_TOKENS + count)
+    logits[END_TOKENS] = [0.5, -0.25]
+    ids[-2:] = [5, 3]
+    ours = filters.adjusted(logits, SamplingOptions(**options), ids, PROMPT_TOKENS, END_TOKENS, 11)
+    expected = run_theirs(processors, logits, ids)
+    assert_same(ours, expected)
+    applies = {"begin_suppress_tokens": [0], "forced_eos_token_id": [10], "min_length": [0, 4]}
+    applies["exponential_decay_length_penalty"] = [5, 10]
+    assert (ours != logits).any() == (count in applies.get(rule, [0, 4, 5, 10]))
+
+
+def test_a_prompt_of_one_token_is_followed_by_the_forced_one_which_counts_as_the_beginning() -> None:
+    options = SamplingOptions(forced_bos_token_id=4, begin_suppress_tokens=(4, 9))
+    logits = random_logits(5)
+    first = filters.adjusted(logits, options, np.array([1]), 1, END_TOKENS)
+    assert_same(first, run_theirs([theirs.ForcedBOSTokenLogitsProcessor(4)], logits, np.array([1])))
+    second = filters.adjusted(logits, options, np.array([1, 4]), 1, END_TOKENS)
+    assert np.flatnonzero(second != logits).tolist() == [4, 9]
+
+
+def test_invalid_values_are_removed_as_by_transformers() -> None:
+    logits = random_logits(5)
+    logits[[3, 4, 5]] = np.nan, np.inf, -np.inf
+    ours = filters.adjusted(logits, SamplingOptions(remove_invalid_values=True), random_ids(1), 5, END_TOKENS)
+    np.testing.assert_allclose(ours, run_theirs([theirs.InfNanRemoveLogitsProcessor()], logits), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

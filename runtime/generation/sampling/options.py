@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import numbers
 from collections import Counter
 from collections.abc import Mapping
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
-from satchel.runtime.errors import BundleError, PromptError
+from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.sampling.table import BY_FIELD, OPTIONS, Option, shown
-
-TRANSFORMERS_TOP_K = 50  # the default of transformers if generation_config.json has no top_k
+from satchel.runtime.generation.sampling.token_rules import Ids, ids_in
 
 # They affect sampling alone, so they contradict a temperature of 0.
-DRAW_ONLY = ("top_k", "top_p", "min_p", "typical_p", "seed")
+DRAW_ONLY = ("top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "seed")
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,32 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    top_h: float = 0.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     min_new_tokens: int = 0
+    min_length: int = 0
+    suppress_tokens: Ids = ()
+    begin_suppress_tokens: Ids = ()
+    bad_words_ids: tuple[Ids, ...] = ()
+    sequence_bias: tuple[tuple[Ids, float], ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: Ids | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    renormalize_logits: bool = False
+    remove_invalid_values: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for option in OPTIONS:
+            value = getattr(self, option.field)
+            if option.read is not None and value is not None and option.complaint(value) is None:
+                object.__setattr__(self, option.field, option.read(value))
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
 
     @property
@@ -71,8 +88,14 @@ class SamplingOptions:
             value = getattr(self, option.field)
             if option.kind is dict:
                 self._check_bias(option, vocabulary, where)
-            elif (value is not None or option.field != "seed") and (wrong := option.complaint(value)):
+            elif not (value is None and option.optional) and (wrong := option.complaint(value)):
                 raise PromptError(option.name(where) + wrong)
+            elif option.read is not None and vocabulary is not None:
+                for token in ids_in(option.field, value):
+                    if token >= vocabulary:
+                        raise PromptError(
+                            f"{option.name(where)} {token}: outside the vocabulary: use ids from 0 to {vocabulary - 1}"
+                        )
         for option in (BY_FIELD[field] for field in DRAW_ONLY if self.greedy and self.differs(field)):
             raise PromptError(
                 f"{option.name(where)} {getattr(self, option.field)}: has no effect at temperature 0, which always "
@@ -105,6 +128,10 @@ def add_flags(parser: argparse.ArgumentParser, description: str | None = None) -
     for option in OPTIONS:
         if option.kind is dict:
             group.add_argument(option.flag, metavar=option.metavar, type=_bias, action="append", help=option.help)
+        elif option.kind is bool:
+            group.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=None, help=option.help)
+        elif option.read is not None:
+            group.add_argument(option.flag, metavar=option.metavar, type=_json, help=option.help)
         else:
             group.add_argument(option.flag, metavar=option.metavar, type=option.kind, help=option.help)
 
@@ -117,6 +144,10 @@ def given_in(args: argparse.Namespace) -> dict[str, Any]:
         if twice:
             raise PromptError(f"--logit-bias {twice[0]}: the token has different biases: remove one")
         given["logit_bias"] = dict(pairs)
+    for field, value in given.items():
+        option = BY_FIELD[field]
+        if option.read is not None and option.complaint(value) is None:  # `check` says what is wrong with others
+            given[field] = option.read(value)
     return given
 
 
@@ -136,33 +167,8 @@ def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
         elif wrong := option.complaint(value):
             raise PromptError(option.name(where) + wrong)
         else:
-            given[key] = option.kind(value)
+            given[key] = option.kind(value) if option.read is None else option.read(value)
     return given
-
-
-def from_generation_config(document: Mapping[str, object]) -> SamplingOptions:
-    """The options in a checkpoint's generation_config.json, with the defaults of transformers; null means absent.
-
-    Without `do_sample` decoding is greedy, and only penalties apply. Raises BundleError naming the file and key.
-    """
-    name = "generation_config.json"
-    samples = document.get("do_sample")
-    if samples is not None and not isinstance(samples, bool):
-        raise BundleError(f"{name}: do_sample {shown(samples)}: must be true or false: correct the file")
-    found: dict[str, Any] = {"temperature": 1.0, "top_k": TRANSFORMERS_TOP_K} if samples else {}
-    keys = ["repetition_penalty", "no_repeat_ngram_size"]
-    if samples:
-        keys += ["temperature", "top_k", "top_p", "min_p", "typical_p"]
-    for key in keys:
-        value, option = document.get(key), BY_FIELD[key]
-        if value is None:
-            continue
-        if wrong := option.complaint(value):
-            raise BundleError(f"{name}: {key}{wrong}: correct the file")
-        found[key] = option.kind(value)
-    if samples and found["temperature"] == 0:
-        raise BundleError(f"{name}: temperature 0: must be above 0 if do_sample is true: correct the file")
-    return SamplingOptions(**found)
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -171,6 +177,13 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be ID=BIAS, such as 50256=-inf") from None
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{text!r} must be JSON, such as [1, 2]") from None
 
 
 def _bias_object(value: object, option: Option, where: str) -> dict[int, float]:

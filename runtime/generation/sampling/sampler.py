@@ -32,15 +32,20 @@ class Sampler:
         vocabulary: int,
         prompt_ids: Sequence[int] | NDArray[np.int64],
         row: int = 0,
+        limit: int | None = None,
     ) -> None:
-        """Start after the prompt, whose ids are in the vocabulary. Raises PromptError for wrong options."""
+        """Start after the prompt, whose ids are in the vocabulary; `limit` is the maximum number of new tokens.
+
+        Raises PromptError for wrong options.
+        """
         options.check(vocabulary=vocabulary)
         self.options = options
         # A model can name an end token beyond its logits, which can never be chosen.
         self._end_tokens = np.array([token for token in end_tokens if 0 <= token < vocabulary], np.int64)
         self._adjusts = adjusts(options)
         # How many of the most likely tokens are enough to choose; 0 for all.
-        self._enough = 1 if options.greedy else options.top_k + 1 if options.top_k else 0
+        self._enough = 1 if options.greedy else options.top_k + 1 if options.top_k and not options.top_h else 0
+        self._limit = limit
         self._prompt_tokens = self._length = len(prompt_ids)
         self._ids = np.empty(self._length + 64, np.int64)
         self._ids[: self._length] = prompt_ids
@@ -57,7 +62,7 @@ class Sampler:
 
         Raises BundleError for logits that are not finite, PromptError if the options leave no token.
         """
-        token = check_finite(logits, self.step)
+        token = 0 if self.options.remove_invalid_values else check_finite(logits, self.step)
         if self._adjusts or self._random is not None:
             token = self._filtered(logits)
         return self._remember(token)
@@ -102,7 +107,7 @@ class Sampler:
         row: NDArray[np.floating[Any]] = logits
         if self._adjusts:
             ids = self._ids[: self._length]
-            row = adjusted(logits, self.options, ids, self._prompt_tokens, self._end_tokens)
+            row = adjusted(logits, self.options, ids, self._prompt_tokens, self._end_tokens, self._limit)
         if self._random is None:
             return int(row.argmax())
         return draw(narrowed(row, self.options), self._random.random())

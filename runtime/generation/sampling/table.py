@@ -8,13 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from satchel.runtime.generation.sampling.token_rules import (
+    read_biases,
+    read_decay,
+    read_ends,
+    read_id,
+    read_ids,
+    read_words,
+)
+
 
 @dataclass(frozen=True)
 class Option:
     """One option: its field and JSON key, metavar and help of its flag, and its allowed values.
 
-    `kind` is float, int or dict (token ids to numbers). A value, or each number of a dict, must satisfy `allows`, which
-    `rule` states in words. A `finite` option does not take infinity.
+    `kind` is float, int, bool, dict (token ids to numbers) or tuple. A value, or each number of a dict, must satisfy
+    `allows`, which `rule` states in words. One of kind tuple is normalized by `read`, which raises ValueError; its flag
+    takes JSON. A `finite` option does not take infinity. An option that is `optional` may be None, for off.
     """
 
     field: str
@@ -22,8 +32,10 @@ class Option:
     metavar: str
     help: str
     rule: str
-    allows: Callable[[float], bool]
+    allows: Callable[[float], bool] = lambda value: True
     finite: bool = True
+    read: Callable[[object], Any] | None = None
+    optional: bool = False
 
     @property
     def flag(self) -> str:
@@ -39,7 +51,15 @@ class Option:
         return self.flag if where is None else f"{where}: {self.field}"
 
     def complaint(self, value: object) -> str | None:
-        """What a message says after the name if the number `value` is not allowed; None if it is."""
+        """What a message says after the name if `value` is not allowed; None if it is."""
+        if self.read is not None:
+            try:
+                self.read(value)
+            except ValueError as error:
+                return f" {shown(value)}: must be {error}"
+            return None
+        if self.kind is bool:
+            return None if isinstance(value, bool) else f" {shown(value)}: must be true or false"
         wanted, what = (numbers.Integral, "a whole number") if self.kind is int else (numbers.Real, "a number")
         if isinstance(value, bool) or not isinstance(value, wanted):
             return f" {shown(value)}: must be {what}"
@@ -61,6 +81,14 @@ def _penalty(field: str, text: str) -> Option:
     return Option(field, float, "X", text, "at least -2 and at most 2", lambda value: -2 <= value <= 2)
 
 
+def _structure(field: str, metavar: str, text: str, read: Callable[[object], Any], *, optional: bool = False) -> Option:
+    return Option(field, tuple, metavar, text, "", read=read, optional=optional)
+
+
+def _cutoff(field: str, text: str) -> Option:
+    return Option(field, float, "P", text, "at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
 OPTIONS = (
     Option(
         "temperature", float, "T", "divide logits by T before sampling; 0 is greedy decoding",
@@ -74,6 +102,12 @@ OPTIONS = (
     ),
     _share("typical_p", "P", "sample among the most typical tokens with total probability P; 1 is off"),
     Option(
+        "top_h", float, "H", "sample among the most likely tokens with a share H of the entropy; 0 is off",
+        "at least 0 and at most 1", lambda value: 0 <= value <= 1,
+    ),
+    _cutoff("epsilon_cutoff", "sample among tokens with a probability of at least P; 0 is off"),
+    _cutoff("eta_cutoff", "as --epsilon-cutoff, with a lower bound where the entropy is high; 0 is off"),
+    Option(
         "repetition_penalty", float, "X",
         "penalize tokens of prompt and text: divide logits above 0 by X, multiply those below; 1 is off",
         "finite and above 0", lambda value: value > 0,
@@ -86,7 +120,27 @@ OPTIONS = (
         "a finite number, or -inf for never", lambda value: value < math.inf, finite=False,
     ),
     _count("min_new_tokens", "N", "minimum number of new tokens"),
-    _count("seed", "N", "random seed: the same seed gives the same text"),
+    _count("min_length", "N", "minimum number of tokens of prompt and text"),
+    _structure("suppress_tokens", "[ID,...]", "tokens that are never chosen", read_ids),
+    _structure("begin_suppress_tokens", "[ID,...]", "tokens that are not chosen as the first new one", read_ids),
+    _structure("bad_words_ids", "[[ID,...],...]", "sequences of tokens that never occur", read_words),
+    _structure(
+        "sequence_bias", "[[[ID,...],BIAS],...]", "add BIAS to the logit of a token that would complete a sequence",
+        read_biases,
+    ),
+    _structure("forced_bos_token_id", "ID", "the token after a prompt of one token", read_id, optional=True),
+    _structure("forced_eos_token_id", "ID", "the token at --max-new-tokens, an id or a list", read_ends, optional=True),
+    _structure(
+        "exponential_decay_length_penalty", "[N,X]",
+        "from N new tokens on, raise the logits of end tokens by their size times (X to the power of further ones) - 1",
+        read_decay, optional=True,
+    ),
+    Option("renormalize_logits", bool, "", "normalize log-probabilities again after the penalties (beams)", ""),
+    Option("remove_invalid_values", bool, "", "NaN logits become 0, and infinite ones the largest number", ""),
+    Option(
+        "seed", int, "N", "random seed: the same seed gives the same text", "0 or more", lambda value: value >= 0,
+        finite=False, optional=True,
+    ),
 )  # fmt: skip
 BY_FIELD = {option.field: option for option in OPTIONS}
 
