@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 from support.tiny_bundle import read_manifest
 
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.bundle.schema import NARROWER, as_text, manifest_schema
+from satchel.runtime.bundle.schema import as_text
 from satchel.runtime.errors import BundleError
 from satchel.runtime.optimize.specialize import specialize
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -32,12 +30,6 @@ def validator() -> jsonschema.Draft202012Validator:
 def test_the_file_is_what_the_dataclasses_say() -> None:
     remedy = "make it again: python -m satchel.runtime.bundle.schema > docs/manifest.schema.json"
     assert SCHEMA.read_text(encoding="utf-8") == as_text(), remedy
-
-
-def test_every_narrower_rule_is_of_a_field_that_there_is() -> None:
-    found = manifest_schema()
-    known = {f"{name}.{field}" for name, body in found["$defs"].items() for field in body["properties"]}
-    assert set(NARROWER) <= known | {f"Manifest.{field.name}" for field in dataclasses.fields(Manifest)}
 
 
 def test_real_manifests_are_valid(validator: jsonschema.Draft202012Validator, chatty: Path, tmp_path: Path) -> None:
@@ -83,11 +75,11 @@ def put(*path: Any, value: Any) -> Any:
     ],
 )
 def test_a_broken_manifest_is_not_valid_and_not_read(
-    validator: jsonschema.Draft202012Validator, chatty: Path, change: Any
+    validator: jsonschema.Draft202012Validator, chatty: Path, tmp_path: Path, change: Any
 ) -> None:
-    document = copy.deepcopy(read_manifest(chatty))
+    document = read_manifest(chatty)
     change(document)
     assert not validator.is_valid(document)
-    if "digest" in document and document["digest"] == read_manifest(chatty)["digest"] and document["version"] == 2:
-        with pytest.raises(BundleError):
-            Manifest.from_json(document)
+    (tmp_path / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError):
+        Manifest.read(tmp_path / "manifest.json")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,9 +68,10 @@ def choosing(tokens: Iterable[int], then: Callable[[], object] = lambda: None) -
     return choose
 
 
-def write(generator: Generator, text: str, *more: int, count: int = 40, **options: object) -> TokenStream:
-    """A stream that writes a text, byte by byte, and then the tokens `more`."""
-    tokens = [*spelled(generator, text), *more]
+def write(generator: Generator, text: str, *more: int | str, count: int = 40, **options: object) -> TokenStream:
+    """A stream that writes a text, byte by byte, and then the tokens `more`: ids, or what is a token each."""
+    encode = generator.tokenizer.encode_rendered
+    tokens = [*spelled(generator, text), *(part if isinstance(part, int) else encode(part)[0] for part in more)]
     return generator.stream(PROMPT, min(count, len(tokens)), choose=choosing(tokens), **options)
 
 
@@ -81,49 +83,28 @@ def test_an_end_token_ends_it_and_is_neither_shown_nor_counted(tmp_path: Path) -
     assert result.decode_steps == 3
 
 
-def test_a_stop_string_that_is_split_over_tokens_is_not_shown_but_counted(generator: Generator) -> None:
-    stream = write(generator, "one END two", stop="END", logprobs=0)
-    assert "".join(stream) == "one "
-    result = stream.result()
-    assert (result.text, result.finish_reason) == ("one ", "stop")
-    assert list(result.token_ids) == spelled(generator, "one END")
+@pytest.mark.parametrize(
+    ("text", "more", "options", "shown", "reason", "new"),
+    [
+        ("one END two", (), {"stop": "END"}, "one ", "stop", 7),  # split over tokens: not shown but counted
+        ("one", (" the", 9), {"stop": ("h", "x")}, "one t", "stop", 4),  # inside a token
+        ("one", (END, "t", "w", "o"), {}, "onetwo", "length", 7),
+        ("one", (END, "t", "w", "o"), {"stop": ("zzz", "</s>")}, "one", "stop", 3),  # a special token
+        ("one EN", (END,), {"stop": ("END", "</s>")}, "one EN", "stop", 6),  # what was held back
+        ("one END", (), {"count": 6, "stop": "END"}, "one EN", "length", 6),
+        ("a猫", (), {"count": 3}, "a\ufffd", "length", 3),  # a character that never came whole
+        ("a猫", (), {}, "a猫", "length", 4),
+        ("a猫", (), {"count": 3, "stop": "\ufffd"}, "a", "length", 3),
+    ],
+)
+def test_text_is_shown_up_to_its_end(
+    generator: Generator,
+    text: str, more: tuple[int | str, ...], options: dict[str, Any], shown: str, reason: str, new: int,
+) -> None:  # fmt: skip
+    stream = write(generator, text, *more, logprobs=0, **options)
+    pieces, result = "".join(stream), stream.result()
+    assert (pieces, result.text, result.finish_reason, result.new_tokens) == (shown, shown, reason, new)
     assert [entry.token for entry in result.logprobs] == list(result.token_ids)
-
-
-def test_a_stop_string_inside_a_token_cuts_its_text(generator: Generator) -> None:
-    (token,) = generator.tokenizer.encode_rendered(" the")
-    assert generator.tokenizer.decode([token]) == " the"
-    result = write(generator, "one", token, 9, stop=("h", "x")).result()
-    assert (result.text, result.finish_reason) == ("one t", "stop")
-    assert result.token_ids[-1] == token
-
-
-def test_a_special_token_can_be_a_stop_string(generator: Generator) -> None:
-    assert write(generator, "one", END, *spelled(generator, "two")).result().text == "onetwo"
-    result = write(generator, "one", END, *spelled(generator, "two"), stop=("zzz", "</s>")).result()
-    assert (result.text, result.finish_reason, result.new_tokens) == ("one", "stop", 3)
-
-
-def test_length_ends_it_and_what_was_held_back_is_shown(generator: Generator) -> None:
-    stream = write(generator, "one END", count=6, stop="END")
-    assert list(stream) == ["o", "n", "e", " ", "EN"]
-    assert (stream.result().text, stream.result().finish_reason) == ("one EN", "length")
-
-
-def test_the_bytes_of_a_character_that_never_came_whole_are_shown_at_the_end(generator: Generator) -> None:
-    result = write(generator, "a猫", count=3).result()
-    assert result.text == "a\ufffd"
-    assert result.finish_reason == "length"
-    assert write(generator, "a猫").result().text == "a猫"
-
-
-def test_a_stop_string_is_found_in_the_bytes_that_never_came_whole(generator: Generator) -> None:
-    assert write(generator, "a猫", count=3, stop="\ufffd").result().text == "a"
-
-
-def test_an_end_token_shows_what_was_held_back(generator: Generator) -> None:
-    result = write(generator, "one EN", END, stop=("END", "</s>")).result()
-    assert (result.text, result.finish_reason) == ("one EN", "stop")
 
 
 def test_the_time_limit_ends_it_between_tokens(generator: Generator, clock: Clock) -> None:
@@ -192,12 +173,11 @@ def test_the_callback_hears_what_was_held_back_too(generator: Generator) -> None
     heard: list[str] = []
     result = write(generator, "oEE", stop="EEx", callback=lambda piece: heard.append(piece) or piece == "oEE").result()
     assert "".join(heard) == result.text == "oEE"
-    (cat,) = generator.tokenizer.encode_rendered(" cat")
     heard.clear()
-    result = write(generator, "x", cat, *spelled(generator, "y"), stop="tz", callback=heard.append).result()
+    result = write(generator, "x", " cat", "y", stop="tz", callback=heard.append).result()
     assert heard == ["x", " ca", "ty"]
     heard.clear()
-    stream = write(generator, "x", cat, 9, stop="tz", callback=lambda piece: heard.append(piece) or piece == " ca")
+    stream = write(generator, "x", " cat", 9, stop="tz", callback=lambda piece: heard.append(piece) or piece == " ca")
     assert "".join(stream) == "".join(heard) == "x cat"
     assert stream.result().finish_reason == "callback"
 
@@ -235,16 +215,6 @@ def test_a_stream_that_was_never_read_can_be_closed(fresh: Generator) -> None:
     result = stream.result()
     assert (result.finish_reason, result.new_tokens, result.prefill_seconds) == ("closed", 0, 0)
     assert fresh.prefix_cache.positions == 0
-
-
-def test_an_ended_sequence_stays_as_it_is(generator: Generator) -> None:
-    stream = write(generator, "one EN", stop="END")
-    first = stream.result()
-    stream._sequence.close("time")
-    stream._sequence.check_time()
-    stream.close()
-    assert stream.result() == first
-    assert first.finish_reason == "length"
 
 
 def test_after_an_error_there_is_no_more_and_nothing_is_kept(fresh: Generator) -> None:
@@ -352,18 +322,16 @@ def test_logits_that_are_not_finite_end_a_generation_with_the_step_named(
 
 
 def test_wrong_options_of_the_end_are_refused(generator: Generator) -> None:
-    wrong: Iterator[tuple[dict[str, object], str]] = iter(
-        [
-            ({"stop": ""}, "--stop: must be"),
-            ({"stop": ["a", 3]}, "--stop: must be"),
-            ({"time_limit": 0}, "--time-limit 0: must be seconds, above 0"),
-            ({"time_limit": float("nan")}, "--time-limit nan: must be seconds"),
-            ({"logprobs": 101}, "--logprobs 101: must be from 0 to 100"),
-            ({"logprobs": True}, "--logprobs True: must be"),
-            ({"max_new_tokens": 2.0}, r"--max-new-tokens 2.0: must be 0 or more"),
-            ({"max_new_tokens": 2, "min_new_tokens": 3}, "--min-new-tokens 3: is more than --max-new-tokens 2"),
-        ]
-    )
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"stop": ""}, "--stop: must be"),
+        ({"stop": ["a", 3]}, "--stop: must be"),
+        ({"time_limit": 0}, "--time-limit 0: must be seconds, above 0"),
+        ({"time_limit": float("nan")}, "--time-limit nan: must be seconds"),
+        ({"logprobs": 101}, "--logprobs 101: must be from 0 to 100"),
+        ({"logprobs": True}, "--logprobs True: must be"),
+        ({"max_new_tokens": 2.0}, r"--max-new-tokens 2.0: must be 0 or more"),
+        ({"max_new_tokens": 2, "min_new_tokens": 3}, "--min-new-tokens 3: is more than --max-new-tokens 2"),
+    ]
     for options, message in wrong:
         with pytest.raises(PromptError, match=message):
             generator.stream(PROMPT, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -21,6 +20,7 @@ from support.tiny_bundle import (
     LAYERS,
     VOCABULARY,
     read_manifest,
+    replace_file,
     write_bundle,
     write_manifest,
 )
@@ -129,7 +129,6 @@ def test_inspect_names_every_graph_and_both_caches(static: Path, capsys: pytest.
     assert list(found["graphs"]) == names
     numbers = LAYERS * KV_HEADS * 2 * HEAD_DIM
     assert found["cache_bytes_per_token"] == 2 * 4 * numbers
-    assert "prefill of 32, part 2" in ran(capsys, "inspect", static)
 
 
 def test_specialize_refuses(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,10 +143,7 @@ def test_the_bytes_of_a_step_are_those_of_all_parts(static: Path, dynamic: Path,
     assert wanted <= weight_bytes(open_bundle(static)) < wanted + shapes
     inside = write_static_bundle(tmp_path / "inside", **OPTIONS)
     content = onnx.load(inside / "decode-1-0.onnx").SerializeToString()  # with its weights
-    (inside / "decode-1-0.onnx").write_bytes(content)
-    document = read_manifest(inside)
-    document["files"]["decode-1-0.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(inside, document)
+    replace_file(inside, "decode-1-0.onnx", content)
     assert wanted <= weight_bytes(open_bundle(inside)) < wanted + shapes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 import pytest
@@ -29,19 +28,10 @@ def test_floats_are_read_and_written_again() -> None:
     assert from_json(Figures, json.loads(json.dumps(to_json(figures)))) == figures
 
 
-@pytest.mark.parametrize("value", [0.1, 1e-300, -1.5, 3.0, math.pi])
-def test_a_float_keeps_every_bit(value: float) -> None:
-    assert from_json(float, json.loads(json.dumps(value))) == value
-
-
-@pytest.mark.parametrize("key", ["kl", "speed"])
-def test_a_whole_number_is_a_float_too(key: str) -> None:
-    found = getattr(from_json(Figures, {**GOOD, key: 7}), key)
-    assert (found, type(found)) == (7.0, float)
-
-
-def test_a_whole_number_in_a_list_of_floats_is_one() -> None:
-    assert [type(gap) for gap in from_json(Figures, {**GOOD, "gaps": [1, 2.5]}).gaps] == [float, float]
+def test_a_whole_number_is_a_float_too() -> None:
+    found = from_json(Figures, {"kl": 7, "tokens": 3, "speed": 7, "gaps": [1, 2.5]})
+    assert [type(each) for each in (found.kl, found.speed, *found.gaps)] == [float] * 4
+    assert (found.kl, found.gaps) == (7.0, (1.0, 2.5))
 
 
 @pytest.mark.parametrize(
@@ -49,12 +39,9 @@ def test_a_whole_number_in_a_list_of_floats_is_one() -> None:
     [
         ({"kl": "0.25"}, "'kl' must be a number, found '0.25'"),
         ({"kl": True}, "'kl' must be a number, found 'True'"),
-        ({"kl": None}, "'kl' must be a number, found 'None'"),
-        ({"kl": [0.25]}, "'kl' must be a number"),
         ({"tokens": 3.0}, "'tokens' must be a whole number, found '3.0'"),
         ({"tokens": True}, "'tokens' must be a whole number"),
         ({"speed": "fast"}, "'speed' must be a number, found 'fast'"),
-        ({"speed": False}, "'speed' must be a number, found 'False'"),
         ({"gaps": [1.5, "2"]}, "'gaps[1]' must be a number, found '2'"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,14 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
+from support.tiny_bundle import VOCABULARY, read_manifest, replace_file, write_manifest
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.certify import make_certificate
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.util.cpu import processor_name
-from satchel.runtime.util.kl import KL_MEANING, NEAR_TIES, grade
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +31,12 @@ def certified(tiny: Path, engine: Engine, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def changed(certified: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a copy whose manifest, and the content of one file, are changed as told; the file's hash is corrected."""
+    """Makes a copy whose manifest is changed as told."""
 
-    def make(change: Callable[[dict[str, Any]], None] | None = None, name: str = "", content: bytes = b"") -> Path:
-        folder = tmp_path / "changed"
-        shutil.copytree(certified, folder)
+    def make(change: Callable[[dict[str, Any]], None] = lambda manifest: None) -> Path:
+        folder = Path(shutil.copytree(certified, tmp_path / "changed"))
         manifest = read_manifest(folder)
-        if change:
-            change(manifest)
-        if name:
-            (folder / name).write_bytes(content)
-            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        change(manifest)
         write_manifest(folder, manifest)
         return folder
 
@@ -58,19 +50,10 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 def test_the_bundle_that_was_certified_holds(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = ran(capsys, certified)
-    lines = out.splitlines()
-    assert (code, err) == (0, "")
-    assert lines[0] == f"recorded  ONNX Runtime {onnxruntime.__version__}, cpu, {processor_name()}"
-    assert lines[3].split() == ["prompt", "1", "0.00000", "0.00000", "16", "of", "16"]
-    assert lines[5].split() == ["all", "prompts", "0.00000", "0.00000"]
-    assert lines[-1] == "OK"
-
-
-def test_json_is_one_object_on_one_line(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (code, err, out.splitlines()[-1]) == (0, "", "OK")
     code, out, err = ran(capsys, certified, "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
     found = json.loads(out)
-    assert list(found) == ["bundle", "ok", "mismatches", "kl", "prompts", "onnxruntime", "provider", "processor"]
     assert (found["bundle"], found["ok"], found["mismatches"]) == (str(certified), True, [])
     assert found["kl"]["found"] == pytest.approx(found["kl"]["recorded"], abs=1e-6)
     assert [(p["same_tokens"], p["new_tokens"]) for p in found["prompts"]] == [(16, 16), (8, 8)]
@@ -80,7 +63,8 @@ def test_json_is_one_object_on_one_line(certified: Path, capsys: pytest.CaptureF
 def test_other_weights_fail(certified: Path, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     weights = np.frombuffer((certified / "weights.bin").read_bytes(), np.float32).copy()
     weights[: len(weights) // 2] += 0.3
-    folder = changed(name="weights.bin", content=weights.tobytes())
+    folder = changed()
+    replace_file(folder, "weights.bin", weights.tobytes())
     code, out, err = ran(capsys, folder)
     mismatches = [line for line in out.splitlines() if line.startswith("MISMATCH ")]
     assert (code, err) == (1, "")
@@ -120,18 +104,6 @@ def test_a_bundle_without_certificate_cannot(tiny: Path, capsys: pytest.CaptureF
     assert f"{tiny}: has no certificate" in err
 
 
-def test_a_damaged_bundle_is_an_error_as_for_every_command(
-    certified: Path, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = changed()
-    weights = bytearray((folder / "weights.bin").read_bytes())
-    weights[100] ^= 1
-    (folder / "weights.bin").write_bytes(weights)
-    code, out, err = ran(capsys, folder)
-    assert (code, out) == (2, "")
-    assert "weights.bin: damaged (its SHA-256 differs)" in err
-
-
 def test_a_text_that_differs_after_a_near_tie_is_explained(
     changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,12 +116,3 @@ def test_a_text_that_differs_after_a_near_tie_is_explained(
     assert (code, out.splitlines()[-1]) == (0, "OK")
     assert "prompt 1: the text differs from token 7 on" in out
     assert "0.03 logits" in out
-    assert NEAR_TIES in out
-    assert KL_MEANING in out
-
-
-@pytest.mark.parametrize(
-    ("kl", "word"), [(0.0, "indistinguishable"), (0.004, "8-bit"), (0.05, "4-bit"), (0.5, "noticeably")]
-)
-def test_a_kl_is_graded(kl: float, word: str) -> None:
-    assert word in grade(kl)

@@ -250,3 +250,11 @@ def write_manifest(folder: Path, document: object) -> None:
     if isinstance(document, dict) and "digest" in document:
         document = {**document, "digest": manifest_digest(document)}
     (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Put other content into a listed file, with the manifest's record to match."""
+    (folder / name).write_bytes(content)
+    document = read_manifest(folder)
+    document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(folder, document)
