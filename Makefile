@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-web | coverage | fuzz | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-all | test-web | coverage | fuzz | fuzz-gguf | lint | types | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ WORKERS ?= 2
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-all test-web coverage fuzz lint types clean
+.PHONY: demo test test-all test-web coverage fuzz fuzz-gguf lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -44,6 +44,10 @@ coverage: $(VENV)/.dev
 # Opens changed bundles, thousands of them; exits with 1 if one is not refused as it should be.
 fuzz: $(VENV)/.dev
 	cd tests && ../$(BIN)/python -m fuzz --mutants $(MUTANTS) --seed $(SEED)
+
+# Opens 20,000 changed GGUF files, and exits with 1 if one is neither opened nor refused in one line.
+fuzz-gguf: $(VENV)/.dev
+	cd tests && ../$(BIN)/python -m fuzz.gguf_files --seed $(SEED)
 
 ifeq ($(and $(shell command -v node),$(shell command -v npm)),)
 test-web:

@@ -28,6 +28,11 @@ _TOKEN_KEYS = {
 }
 
 
+_SAMPLING = "general.sampling."
+_SAMPLING_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+"""The settings of llama.cpp that a generation_config.json calls otherwise."""
+
+
 def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | None) -> Checkpoint:
     """Open a GGUF file, or any part of a split one; see `open_checkpoint` for the arguments.
 
@@ -50,7 +55,7 @@ def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | No
         files = None if vocabulary is None else gguf_tokenizer(vocabulary, path)
     if files is not None:
         check_vocabulary(files, config.vocab_size, str(path))
-    generation = _generation_config(vocabulary)
+    generation = _sampling(file.metadata) | _generation_config(vocabulary)
     ids = special_ids([generation, {} if files is None else vars(files)])
     return Checkpoint(
         kind="gguf",
@@ -70,6 +75,14 @@ def open_gguf(path: Path, implementations: Implementations, tokenizer: Path | No
     )
 
 
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling settings that a file recommends, by their names in a generation_config.json."""
+    stored = {key.removeprefix(_SAMPLING): value for key, value in metadata.items() if key.startswith(_SAMPLING)}
+    found = {_SAMPLING_NAMES.get(key, key): value for key, value in stored.items()}
+    # llama.cpp samples unless the temperature is 0; a generation_config.json has to say so.
+    return {**found, "do_sample": found.get("temperature") != 0} if found else {}
+
+
 def _generation_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
     """Return the special ids as a generation_config.json states them; all that end generation are `eos_token_id`."""
     if vocabulary is None:
@@ -77,6 +90,8 @@ def _generation_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
     ids = vocabulary.ids
     stored = {"bos_token_id": ids.get("bos_token_id"), "pad_token_id": ids.get("padding_token_id")}
     found: dict[str, Any] = {name: value for name, value in stored.items() if value is not None}
+    if vocabulary.suppressed:
+        found["suppress_tokens"] = list(vocabulary.suppressed)
     return {**found, "eos_token_id": list(vocabulary.ends)} if vocabulary.ends else found
 
 

@@ -118,7 +118,7 @@ def _facts(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
         neutral = architecture.neutral.get(key, NEUTRAL_KEYS.get(key))
         if key not in known and (neutral is None or (neutral != ANY and value not in neutral)):
             raise ExportError(
-                f"{file.path}: {prefix}{key} = {value!r} is not supported and would be dropped; {_ORIGINAL}"
+                f"{file.path}: {prefix}{key} = {repr(value)[:80]} is not supported and would be dropped; {_ORIGINAL}"
             )
     for key in (*architecture.optional, "feed_forward_length"):
         if key not in facts and key in _WIDTHS:

@@ -74,7 +74,7 @@ def read_gguf(path: Path) -> GgufFile:
     tensor_count, key_count = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
-        key = cursor.text()
+        key = cursor.name()
         if key in metadata:
             raise _damaged(path, f"has the key {key[:80]} twice")
         metadata[key] = cursor.value(cursor.number("I"))
@@ -176,6 +176,13 @@ class _Cursor:
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
+    def name(self) -> str:
+        """Read the name of a key or tensor, as it can stand in a message."""
+        found = self.text()
+        if not found.isprintable():
+            raise _damaged(self._path, f"has the name {found[:40]!r}")
+        return found
+
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
@@ -194,7 +201,7 @@ class _Cursor:
         return [self.value(kind) for _ in range(count)]
 
     def tensor(self) -> _Entry:
-        name, dimensions = self.text(), self.number("I")
+        name, dimensions = self.name(), self.number("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise _damaged(self._path, f"has tensor {name[:80]} with {dimensions} dimensions")
         shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))

@@ -81,6 +81,7 @@ class Vocabulary:
         split: How byte-level BPE splits a text into words; None otherwise.
         ids: The special ids by their keys, such as "bos_token_id".
         ends: The ids that end generation, that of `eos_token_id` first.
+        suppressed: The ids that are never generated.
         add_bos: Whether a text starts with the BOS id.
         add_eos: Whether a text ends with the EOS id.
         add_space: Whether a text, and what follows a special token, starts with a space.
@@ -96,6 +97,7 @@ class Vocabulary:
     split: Split | None
     ids: Mapping[str, int]
     ends: tuple[int, ...]
+    suppressed: tuple[int, ...]
     add_bos: bool
     add_eos: bool
     add_space: bool
@@ -139,6 +141,7 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary | Non
         split=split,
         ids=ids,
         ends=ends,
+        suppressed=_suppressed(facts.get("suppress_tokens"), len(tokens)),
         add_bos=_flag(facts, "add_bos_token", model == "llama" or bool(split and split.add_bos), path),
         add_eos=_flag(facts, "add_eos_token", False, path),
         add_space=_flag(facts, "add_space_prefix", model != "gpt2", path),
@@ -167,6 +170,12 @@ def _list(facts: Mapping[str, Any], key: str, count: int, types: tuple[type, ...
     if not isinstance(values, list) or len(values) < count or not all(type(v) in types for v in values):
         raise ExportError(f"{path}: tokenizer.ggml.{key} does not have a number for each of {count} tokens; {REMEDY}")
     return values[:count]
+
+
+def _suppressed(stored: Any, count: int) -> tuple[int, ...]:
+    """Return the ids that are never generated; those beyond the vocabulary are dropped, as in llama.cpp."""
+    ids = stored if isinstance(stored, list) else []
+    return tuple(index for index in ids if type(index) is int and 0 <= index < count)
 
 
 def _kinds(facts: Mapping[str, Any], count: int, path: Path) -> list[int]:

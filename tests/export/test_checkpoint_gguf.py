@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_the_tokenizer_and_its_ids_come_from_the_metadata(tmp_path: Path) -> Non
     assert checkpoint.tokenizer is not None and checkpoint.tokenizer.add_bos
 
 
+def test_sampling_settings_of_the_metadata_are_those_of_a_generation_config(tmp_path: Path) -> None:
+    sampling = {"temp": 0.5, "top_k": 20, "top_p": 0.75, "penalty_repeat": 1.25}
+    metadata = {f"general.sampling.{key}": value for key, value in sampling.items()}
+    path = tiny_gguf(tmp_path, tokenizer=True, metadata={**metadata, "tokenizer.ggml.suppress_tokens": [5, 7]})
+    assert json.loads(open_checkpoint(path).companions["generation_config.json"]) == {
+        "temperature": 0.5, "top_k": 20, "top_p": 0.75, "repetition_penalty": 1.25, "do_sample": True,
+        "suppress_tokens": [5, 7], "bos_token_id": 1, "eos_token_id": [2],
+    }  # fmt: skip
+
+
 def test_a_vocabulary_that_splits_single_digits_does_so(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path, tokenizer=True, metadata={"tokenizer.ggml.pre": "smollm"})
     tokenizer = open_checkpoint(path).tokenizer
@@ -258,4 +269,56 @@ def test_damaged_headers_are_refused(tmp_path: Path) -> None:
     kind = whole.index(name) + len(name) + 4 + 8
     path.write_bytes(whole[:kind] + (99).to_bytes(4, "little") + whole[kind + 4 :])
     with pytest.raises(ExportError, match=r"blk\.0\.attn_norm\.weight .*type 99"):
+        read_gguf(path)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def tensor(name: str = "w", shape: tuple[int, ...] = (8,), kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def number(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", 4, value)
+
+
+HUGE = 1 << 63
+DAMAGED: dict[str, tuple[list[bytes], list[bytes], str]] = {
+    "sizes that overflow": ([], [tensor(shape=(HUGE, HUGE))], "tensor w ends beyond"),
+    "a size that overflows with its type": ([], [tensor(shape=(HUGE - 32, 4), kind=2)], "tensor w ends beyond"),
+    "an offset that overflows": ([], [tensor(offset=(1 << 64) - 32)], "tensor w ends beyond"),
+    "an offset beside the alignment": ([], [tensor(offset=8)], "offset 8, not a multiple of 32"),
+    "a dimension of 0": ([], [tensor(shape=(0, HUGE))], "dimension of 0"),
+    "many dimensions": ([], [tensor(shape=(1,) * 9)], "9 dimensions"),
+    "no dimensions": ([], [tensor(shape=())], "0 dimensions"),
+    "rows of half a block": ([], [tensor(shape=(16, 2), kind=2)], "rows of 16"),
+    "a tensor twice": ([], [tensor(), tensor()], "tensor w twice"),
+    "a key twice": ([number("a", 1), number("a", 2)], [], "key a twice"),
+    "a name of control characters": ([], [tensor(name="a\nb")], r"name 'a\\nb'"),
+    "a text that overflows": ([struct.pack("<Q", HUGE) + b"a"], [], "ends inside its metadata"),
+    "an array that overflows": ([text("a") + struct.pack("<IIQ", 9, 10, HUGE)], [], f"array of {HUGE} elements"),
+    "an array of arrays": ([text("a") + struct.pack("<IIQ", 9, 9, 1)], [], "array of arrays"),
+    "an unknown type": ([text("a") + struct.pack("<I", 77)], [], "unknown type 77"),
+    "an alignment of 3": ([number("general.alignment", 3)], [], "general.alignment 3"),
+    "an alignment of 0": ([number("general.alignment", 0)], [], "general.alignment 0"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_overflows_or_leaves_the_file_is_refused(case: str, tmp_path: Path) -> None:
+    keys, tensors, part = DAMAGED[case]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys + tensors) + bytes(128))
+    with pytest.raises(ExportError, match=rf"m\.gguf: .*{part}.*") as caught:
+        read_gguf(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [(HUGE, 0), (0, HUGE), ((1 << 64) - 1, (1 << 64) - 1)])
+def test_counts_beyond_the_file_are_refused(counts: tuple[int, int], tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts))
+    with pytest.raises(ExportError, match=r"m\.gguf: cut short"):
         read_gguf(path)
