@@ -58,7 +58,7 @@ def build_structure(config: PreTrainedConfig, implementations: Implementations, 
 def check_decoder(config: PreTrainedConfig, source: str) -> None:
     """Refuse a config that is not for a decoder-only text model, or whose family is known not to work."""
     model_type = config.model_type
-    check_family(model_type, source)
+    check_family(model_type, source, getattr(config, "layer_types", None) or ())
     if config.is_encoder_decoder:
         raise ExportError(
             f"{source}: {model_type} is an encoder-decoder model; satchel exports decoder-only language models"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,6 +24,7 @@ def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
         ExportError: A rotary module does not return cosines and sines.
     """
     replaced: list[tuple[torch.nn.Module, list[str]]] = []
+    restore = contextlib.ExitStack()
     try:
         for part in list(module.modules()):
             forward = part.forward
@@ -42,10 +44,12 @@ def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
                 extra = () if key is None else (key,)
                 with torch.no_grad():
                     tables = forward(torch.zeros(1, dtype=torch.float32), positions, *extra)
+                if isinstance(tables, torch.Tensor) and tables.is_complex():
+                    restore.enter_context(_real_rotation(part, tables))
+                    tables = tuple(each.repeat_interleave(2, dim=-1) for each in (tables.real, tables.imag))
                 if not isinstance(tables, tuple) or len(tables) != 2:
                     raise ExportError(
-                        f"{type(part).__name__}: it does not return cosines and sines (complex rotations, or none); "
-                        "this family is not supported"
+                        f"{type(part).__name__}: it does not return cosines and sines; this family is not supported"
                     )
                 for kind, table in zip(("cos", "sin"), tables, strict=True):
                     names.append(_table_name(kind, key))
@@ -53,10 +57,63 @@ def tables_for_rotary(module: torch.nn.Module, capacity: int) -> Iterator[None]:
             part.forward = _look_up(part)
         yield
     finally:
+        restore.close()
         for part, names in replaced:
             part.__dict__.pop("forward", None)
             for name in names:
                 delattr(part, name)
+
+
+class Rotation(tuple[torch.Tensor, torch.Tensor]):
+    """Cosines and sines [batch, sequence, head_dim] in place of the complex numbers that a model passes around."""
+
+    def to(self, *_: object) -> Rotation:
+        return self
+
+
+@contextlib.contextmanager
+def _real_rotation(part: torch.nn.Module, table: torch.Tensor) -> Iterator[None]:
+    """While it is entered, the `apply_rotary_emb` beside a complex rotary module rotates by real arithmetic.
+
+    Raises:
+        ExportError: There is no such function, or it does something else with complex numbers [1, sequence, half].
+    """
+    module = sys.modules[type(part).__module__]
+    original = getattr(module, "apply_rotary_emb", None)
+    random = torch.Generator().manual_seed(0)
+    heads, length, half = 3, 5, table.shape[-1]
+    rotation = Rotation(each[:, :length].repeat_interleave(2, dim=-1) for each in (table.real, table.imag))
+    for axis, shape in ((1, (1, heads, length, 2 * half)), (2, (1, length, heads, 2 * half))):
+        query, key = torch.randn(2, *shape, generator=random)
+        rotate = _rotates(axis)
+        try:
+            expected = original(query, key, table[:, :length]) if original is not None else ()
+        except RuntimeError:  # the shapes do not fit: the heads lie along another axis
+            continue
+        found = rotate(query, key, rotation)
+        if len(expected) == 2 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)):
+            break
+    else:
+        raise ExportError(
+            f"{type(part).__name__}: it has complex rotations of an unknown form; this family is not supported"
+        )
+    module.apply_rotary_emb = rotate  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.apply_rotary_emb = original  # type: ignore[attr-defined]
+
+
+def _rotates(axis: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A function that rotates pairs of neighboring channels of queries and keys, whose heads lie along `axis`."""
+
+    def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (each.unsqueeze(axis) for each in rotation)
+        turned = (torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) for x in (query, key))
+        rotated = [x * cos + y * sin for x, y in zip((query, key), turned, strict=True)]
+        return rotated[0], rotated[1]
+
+    return rotate
 
 
 def _table_name(kind: str, key: str | None) -> str:
@@ -67,10 +124,9 @@ def _look_up(part: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.T
     def forward(
         x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = (
+        return Rotation(
             torch.nn.functional.embedding(position_ids, getattr(part, _table_name(kind, layer_type)))
             for kind in ("cos", "sin")
         )
-        return cos, sin
 
     return forward

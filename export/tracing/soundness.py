@@ -26,7 +26,7 @@ MOVES = frozenset(
 )
 ALONG_AN_AXIS = frozenset(("Concat", "Gather", "Slice", "Split"))
 RESHAPES = frozenset(("Flatten", "Reshape"))
-LAST_AXIS = frozenset(
+ON_CHANNELS = frozenset(
     """
     ArgMax GatherElements LayerNormalization LogSoftmax OneHot ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
     ReduceSum ReduceSumSquare RMSNormalization ScatterElements Softmax TopK
@@ -87,9 +87,10 @@ def _mixes_tokens(node: ir.Node) -> str | None:
         return None
     if kind in MATMULS:
         fixed = weight(node.inputs[1]) is not None or constant(node.inputs[1]) is not None
+        fixed = fixed or all(_is_fixed(value, -1) and _is_fixed(value, -2) for value in node.inputs[:2])
         return None if fixed else f"{kind} multiplies two computed tensors"
-    if kind in LAST_AXIS:
-        return None if _on_last_axis(node) else f"{kind} works along an axis other than the channels"
+    if kind in ON_CHANNELS:
+        return None if _on_channels(node) else f"{kind} works along an axis other than the channels"
     return f"the operator {kind} may work across tokens"
 
 
@@ -114,31 +115,35 @@ def _moves_tokens(node: ir.Node) -> str | None:
 
 
 def _keeps_tokens_apart(node: ir.Node) -> bool:
-    """Whether the number of channels per token, after the last symbolic axis, is unchanged."""
+    """Whether the numbers of channels in front of the tokens and behind them are unchanged."""
     before, after = (_channels(v) for v in (node.inputs[0], node.outputs[0]))
     return rank(node.inputs[0]) == 0 or (before is not None and before == after)
 
 
-def _channels(value: ir.Value | None) -> int | None:
-    """Return the product of the dimensions after the last symbolic one."""
+def _channels(value: ir.Value | None) -> tuple[int, int] | None:
+    """The products of the dimensions before the first symbolic one and after the last."""
     if value is None or value.shape is None:
         return None
-    fixed = list(itertools.takewhile(lambda d: isinstance(d, int), reversed(value.shape.dims)))
-    return math.prod(d for d in fixed if isinstance(d, int))
+    products = []
+    for dims in (value.shape.dims, reversed(value.shape.dims)):
+        products.append(
+            math.prod(d for d in itertools.takewhile(lambda d: isinstance(d, int), dims) if isinstance(d, int))
+        )
+    return products[0], products[1]
 
 
 def _is_fixed(value: ir.Value | None, axis: int) -> bool:
     return value is not None and value.shape is not None and isinstance(value.shape[axis], int)
 
 
-def _on_last_axis(node: ir.Node) -> bool:
+def _on_channels(node: ir.Node) -> bool:
     ndim = rank(node.inputs[0])
     last = (-1,) if ndim is None else (-1, ndim - 1)
-    if not _is_fixed(node.inputs[0], -1):
-        return False
     if node.op_type.startswith("Reduce"):
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        return axes is not None and axes.size == 1 and int(axes.reshape(())) in last
+        return axes is not None and all(_is_fixed(node.inputs[0], int(axis)) for axis in axes.reshape(-1))
+    if not _is_fixed(node.inputs[0], -1):
+        return False
     if "axis" not in node.attributes:
         return node.op_type not in ("ArgMax", "GatherElements", "ScatterElements")
     return int(node.attributes["axis"].value) in last

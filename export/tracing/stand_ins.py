@@ -6,8 +6,11 @@ support, and names the class that needs it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,12 +36,21 @@ HARMLESS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Replaces a mask tensor during the trace: causal, and limited to the last `window` positions (0: no limit).
+    """Replaces a mask tensor during the trace: causal, and limited to the last `window` positions or to the token's own
+    chunk of `chunk` positions (0: no limit).
 
     A model that computes with its mask fails on this object, so it is refused instead of exported wrongly.
     """
 
-    window: int
+    window: int = 0
+    chunk: int = 0
+
+    def __getitem__(self, index: Any) -> Mask:
+        """The mask itself, if the index takes all of it."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) and not part.start and part.stop is None for part in parts):
+            raise TypeError("a part of the mask is taken")
+        return self
 
 
 def register_implementations() -> None:
@@ -53,7 +65,7 @@ def register_implementations() -> None:
 
 def _attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-    scaling: float | None = None, softcap: float | None = None, **kwargs: Any,
+    scaling: float | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """The attention function that `transformers` calls.
 
@@ -80,7 +92,15 @@ def _attention(
         raise ExportError(f"{where}: its attention has no layer index, so its KV cache cannot be named")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = torch.ops.satchel.attention(
-        query, key, value, int(layer), scale, attention_mask.window, float(softcap or 0.0)
+        query,
+        key,
+        value,
+        s_aux,
+        int(layer),
+        scale,
+        attention_mask.window,
+        attention_mask.chunk,
+        float(softcap or 0.0),
     )
     return out, None
 
@@ -88,26 +108,49 @@ def _attention(
 def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> Mask:
     """The mask function that `transformers` calls.
 
-    It probes `mask_function` to check that it is causal, with or without a window.
+    It probes `mask_function` to check that it is causal, alone or with a window or chunks of `local_size` positions.
     """
-    window = int(local_size or 0)
-    reach = window or 1 << 20
+    size = int(local_size or 0)
+    reach = size or 1 << 20
     query = reach + 3
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        keys = torch.tensor([0, query - reach, query - reach + 1, query - 1, query, query + 1])
-        wanted = (keys <= query) & (keys > query - (window or query + 1))
+        keys = torch.tensor([0, query - reach, query - reach + 1, reach - 1, reach, query - 1, query, query + 1])
         zero = torch.zeros_like(keys)
         try:
-            found = mask_function(zero, zero, torch.full_like(keys, query), keys)
-            same = torch.equal(torch.as_tensor(found).broadcast_to(wanted.shape), wanted)
+            found = torch.as_tensor(mask_function(zero, zero, torch.full_like(keys, query), keys)).broadcast_to(
+                keys.shape
+            )
         except (RuntimeError, TypeError, AttributeError, IndexError):
-            same = False
-    if not same:
-        raise ExportError(
-            "the model uses a mask that is neither causal nor a sliding window (chunked, packed or bidirectional); "
-            "satchel does not support it"
-        )
-    return Mask(window)
+            found = None
+        causal = keys <= query
+        if found is not None and torch.equal(found, causal & (keys > query - (size or query + 1))):
+            return Mask(window=size)
+        if found is not None and size and torch.equal(found, causal & (keys // size == query // size)):
+            return Mask(chunk=size)
+    raise ExportError(
+        "the model uses a mask that is neither causal nor limited to a window or to chunks (packed or bidirectional); "
+        "satchel does not support it"
+    )
+
+
+@contextlib.contextmanager
+def chunks_without_padding() -> Iterator[None]:
+    """While it is entered, the masks of `transformers` count chunks from position 0, as in a batch without padding.
+
+    They count from the first token that is not padding, which they read from the mask: a tensor, of which the tracer
+    knows no values. satchel's batches have no padding on the left.
+    """
+    from transformers import masking_utils
+
+    def overlay(chunk_size: int, left_padding: torch.Tensor) -> Callable[..., Any]:
+        return lambda batch, head, query, key: key // chunk_size == query // chunk_size
+
+    original = masking_utils.chunked_overlay
+    masking_utils.chunked_overlay = overlay
+    try:
+        yield
+    finally:
+        masking_utils.chunked_overlay = original
 
 
 def _experts(
@@ -118,16 +161,14 @@ def _experts(
     [tokens, hidden] and the chosen experts' indices and weights [tokens, k] -> [tokens, hidden].
     """
     where, activation = type(module).__name__, getattr(module, "act_fn", None)
+    own_gate = "_apply_gate" in type(module).__dict__ and type(module)._apply_gate.__name__ != "_default_apply_gate"
+    swiglu = own_gate and _is_clipped_swiglu(module)
+    silu = isinstance(activation, torch.nn.SiLU) or type(activation).__name__ == "SiLUActivation"
     beyond = {
-        "biases": module.has_bias,
-        "transposed weights": module.is_transposed,
-        "interleaved gates": not module.is_concatenated,
         "no gate": not module.has_gate,
         "a norm after each expert": module.has_post_expert_norm,
-        "a custom gate": "_apply_gate" in type(module).__dict__
-        and type(module)._apply_gate.__name__ != "_default_apply_gate",
-        f"the activation {type(activation).__name__}": not isinstance(activation, torch.nn.SiLU)
-        and type(activation).__name__ != "SiLUActivation",
+        "a custom gate": own_gate and not swiglu,
+        f"the activation {type(activation).__name__}": not silu and not own_gate,
     }
     found = [feature for feature, there in beyond.items() if there]
     if found:
@@ -135,7 +176,89 @@ def _experts(
             f"{where}: its experts have {', '.join(found)}, which satchel does not support yet; "
             "this family is not supported"
         )
+    biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
+    alpha, beta, limit = (float(module.alpha), 1.0, float(module.limit)) if swiglu else (1.0, 0.0, 0.0)
     out: torch.Tensor = torch.ops.satchel.experts(
-        hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), module.gate_up_proj, module.down_proj
-    )
+        hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), module.gate_up_proj, module.down_proj,
+        *biases, alpha, beta, limit, not module.is_concatenated, module.is_transposed,
+    )  # fmt: skip
     return out
+
+
+def _llama4_experts(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward of Llama 4's mixture, which feeds every token to every expert, with inputs of zero for all but one.
+
+    [batch, tokens, hidden] -> [batch * tokens, hidden], and the router's logits. An input is scaled by its score.
+
+    Raises:
+        ExportError: A token goes to several experts, each of which scales the input differently.
+    """
+    if module.top_k != 1:
+        raise ExportError(f"{type(module).__name__}: {module.top_k} experts per token are not supported, only 1")
+    hidden = hidden_states.reshape(-1, module.hidden_dim)
+    logits = torch.nn.functional.linear(hidden, module.router.weight)
+    score, index = torch.topk(logits, 1, dim=1)
+    experts = module.experts
+    out: torch.Tensor = torch.ops.satchel.experts(
+        hidden * torch.sigmoid(score), index, torch.ones_like(score), experts.gate_up_proj, experts.down_proj,
+        None, None, 1.0, 0.0, 0.0, False, True,
+    )  # fmt: skip
+    return module.shared_expert(hidden) + out, logits
+
+
+def _gaussian_top_k(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Gemma 3n's sparse activations: what exceeds a quantile of a normal distribution, the quantile as a number."""
+    quantile = statistics.NormalDist().inv_cdf(module.activation_sparsity)
+    mean = inputs.mean(-1, keepdim=True)
+    deviation = (inputs - mean).square().mean(-1, keepdim=True).sqrt()
+    return torch.nn.functional.relu(inputs - (mean + deviation * quantile))
+
+
+METHODS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("Llama4TextMoe", "forward"): _llama4_experts,
+    ("Gemma3nTextMLP", "_gaussian_topk"): _gaussian_top_k,
+}
+"""Replacements for methods of classes of `transformers` that cannot be traced as they are."""
+
+
+@contextlib.contextmanager
+def replaced_methods(module: torch.nn.Module) -> Iterator[None]:
+    """While it is entered, parts of a model run the methods in `METHODS`."""
+    found = [
+        (part, name) for part in module.modules() for kind, name in METHODS if kind == type(part).__name__
+    ]  # fmt: skip
+    for part, name in found:
+        setattr(part, name, functools.partial(METHODS[type(part).__name__, name], part))
+    try:
+        yield
+    finally:
+        for part, name in found:
+            part.__dict__.pop(name)
+
+
+def without_temperature(module: torch.nn.Module, capacity: int) -> None:
+    """Switch the attention temperature of Llama 4 off, which is 1 up to the first `floor_scale` positions.
+
+    Raises:
+        ExportError: The context is longer.
+    """
+    for part in (each for each in module.modules() if getattr(each, "attn_temperature_tuning", None)):
+        last = int(getattr(part, "floor_scale", 0)) - 1
+        if capacity > last:
+            raise ExportError(
+                f"{type(part).__name__}: its attention changes from position {last} on, which is not supported: "
+                f"export with --max-context {last} or less"
+            )
+        setattr(part, "attn_temperature_tuning", False)  # noqa: B010 (a module's attributes are typed as modules)
+
+
+def _is_clipped_swiglu(module: Any) -> bool:
+    """Whether the gate is g * sigmoid(alpha * g) * (u + 1) over clipped g and u, tried on values beyond the limit."""
+    if not all(isinstance(getattr(module, name, None), float | int) for name in ("alpha", "limit")):
+        return False
+    alpha, limit = float(module.alpha), float(module.limit)
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        tried = torch.linspace(-2 * limit, 2 * limit, 48).reshape(1, 48)
+        gate, up = (tried[:, :24], tried[:, 24:]) if module.is_concatenated else (tried[:, ::2], tried[:, 1::2])
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return torch.allclose(module._apply_gate(tried), gate * torch.sigmoid(alpha * gate) * (up + 1))

@@ -1,15 +1,20 @@
 """Placeholder operators in a traced graph, which a pass lowers later.
 
 `satchel::Attention`: query [batch, heads, new, key_dim], key [batch, kv_heads, new, key_dim] and value [batch,
-kv_heads, new, value_dim] of the new tokens -> [batch, new, heads, value_dim]. Attributes: layer, scale, window and
-softcap, where 0 means none.
+kv_heads, new, value_dim] of the new tokens, and optionally sinks [heads], a logit of each head that takes part in the
+softmax and has no value -> [batch, new, heads, value_dim]. Attributes: layer, scale, window (the last positions that a
+token sees), chunk (it sees its own chunk of so many positions) and softcap, where 0 means none.
 
 `satchel::Experts`: hidden [tokens, hidden], index and weights [tokens, k] of the chosen experts, gate_up [experts,
-2 x inner, hidden], down [experts, hidden, inner] -> [tokens, hidden]. The activation is SiLU.
+2 x inner, hidden], down [experts, hidden, inner], and optionally a bias of each, [experts, 2 x inner] and [experts,
+hidden] -> [tokens, hidden]. The gate is g * sigmoid(alpha * g) * (u + beta) with g at most `limit` and u within -limit
+and limit (0: no limit). Attributes: alpha, beta, limit; interleaved, where gates and ups alternate in gate_up; and
+transposed, where the last two axes of both matrices are the other way round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import onnx
@@ -17,45 +22,54 @@ import onnxscript
 import torch
 
 DOMAIN = "satchel"
+SINGLE, OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Single, onnx.defs.OpSchema.FormalParameterOption.Optional
 
 
 @torch.library.custom_op("satchel::attention", mutates_args=())
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float, window: int, softcap: float
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
+    layer: int, scale: float, window: int, chunk: int, softcap: float,
+) -> torch.Tensor:  # fmt: skip
     """Attention of new tokens over all tokens so far; for tracing only."""
     raise RuntimeError("satchel::attention has no implementation in torch: it is a placeholder for a graph operator")
 
 
 @attention.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float, window: int, softcap: float
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
+    layer: int, scale: float, window: int, chunk: int, softcap: float,
+) -> torch.Tensor:  # fmt: skip
     batch, heads, new, _ = query.shape
     return query.new_empty(batch, new, heads, value.shape[-1])
 
 
 @torch.library.custom_op("satchel::experts", mutates_args=())
 def experts(
-    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None,
+    alpha: float, beta: float, limit: float, interleaved: bool, transposed: bool,
+) -> torch.Tensor:  # fmt: skip
     """Weighted sum over each token's chosen experts; for tracing only."""
     raise RuntimeError("satchel::experts has no implementation in torch: it is a placeholder for a graph operator")
 
 
 @experts.register_fake
-def _(
-    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+def _(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(hidden)
 
 
 def _operator(
-    name: str, inputs: dict[str, str], attributes: dict[str, onnx.defs.OpSchema.AttrType]
+    name: str,
+    inputs: dict[str, str],
+    attributes: dict[str, onnx.defs.OpSchema.AttrType],
+    optional: Collection[str] = (),
 ) -> onnxscript.values.Op:
     schema = onnx.defs.OpSchema(
         name, DOMAIN, 1,
-        inputs=[onnx.defs.OpSchema.FormalParameter(n, t) for n, t in inputs.items()],
+        inputs=[
+            onnx.defs.OpSchema.FormalParameter(n, t, param_option=OPTIONAL if n in optional else SINGLE)
+            for n, t in inputs.items()
+        ],
         outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
         type_constraints=[("T", ["tensor(float)"], "")],
         attributes=[onnx.defs.OpSchema.Attribute(n, t, required=True) for n, t in attributes.items()],
@@ -67,22 +81,37 @@ _STANDARD: Any = onnxscript.opset18
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
 _ATTENTION = _operator(
     "Attention",
-    {"query": "T", "key": "T", "value": "T"},
-    {"layer": _INT, "scale": _FLOAT, "window": _INT, "softcap": _FLOAT},
+    {"query": "T", "key": "T", "value": "T", "sinks": "T"},
+    {"layer": _INT, "scale": _FLOAT, "window": _INT, "chunk": _INT, "softcap": _FLOAT},
+    optional=("sinks",),
 )
 _EXPERTS = _operator(
-    "Experts", {"hidden": "T", "index": "tensor(int64)", "weights": "T", "gate_up": "T", "down": "T"}, {}
-)
+    "Experts",
+    {
+        "hidden": "T", "index": "tensor(int64)", "weights": "T", "gate_up": "T", "down": "T", "gate_up_bias": "T",
+        "down_bias": "T",
+    },
+    {"alpha": _FLOAT, "beta": _FLOAT, "limit": _FLOAT, "interleaved": _INT, "transposed": _INT},
+    optional=("gate_up_bias", "down_bias"),
+)  # fmt: skip
 
 
 def _translate_attention(
-    query: Any, key: Any, value: Any, layer: int, scale: float, window: int, softcap: float
+    query: Any, key: Any, value: Any, sinks: Any, layer: int, scale: float, window: int, chunk: int, softcap: float
 ) -> Any:
-    return _ATTENTION(query, key, value, layer=layer, scale=scale, window=window, softcap=softcap)
+    inputs = [query, key, value] if sinks is None else [query, key, value, sinks]
+    return _ATTENTION(*inputs, layer=layer, scale=scale, window=window, chunk=chunk, softcap=softcap)
 
 
-def _translate_experts(hidden: Any, index: Any, weights: Any, gate_up: Any, down: Any) -> Any:
-    return _EXPERTS(hidden, index, weights, gate_up, down)
+def _translate_experts(
+    hidden: Any, index: Any, weights: Any, gate_up: Any, down: Any, gate_up_bias: Any, down_bias: Any,
+    alpha: float, beta: float, limit: float, interleaved: bool, transposed: bool,
+) -> Any:  # fmt: skip
+    biases = [] if gate_up_bias is None else [gate_up_bias, down_bias]
+    return _EXPERTS(
+        hidden, index, weights, gate_up, down, *biases,
+        alpha=alpha, beta=beta, limit=limit, interleaved=int(interleaved), transposed=int(transposed),
+    )  # fmt: skip
 
 
 def _translate_repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
@@ -94,8 +123,29 @@ def _translate_repeat_interleave(x: Any, repeats: int, dim: int | None = None, o
     return _STANDARD.Gather(x, _STANDARD.Constant(value_ints=index), axis=dim)
 
 
+def _translate_slice_scatter(
+    x: Any, source: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    """Put `source` between the slices of x around it: the default scatters by computed indices."""
+    size = None if x.shape is None else x.shape[dim]
+    if not isinstance(size, int) or step != 1:
+        raise NotImplementedError("slice_scatter along an axis of unknown size, or in steps")
+    first, last, _ = slice(start, end).indices(size)
+    parts = [(0, first), None, (last, size)]
+    values = [
+        source if part is None else _slice(x, *part, dim) for part in parts if part is None or part[0] < part[1]
+    ]  # fmt: skip
+    return _STANDARD.Concat(*values, axis=dim) if len(values) > 1 else source
+
+
+def _slice(x: Any, start: int, end: int, axis: int) -> Any:
+    bounds = [_STANDARD.Constant(value_ints=[number]) for number in (start, end, axis)]
+    return _STANDARD.Slice(x, *bounds)
+
+
 TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.repeat_interleave.self_int: _translate_repeat_interleave,
+    torch.ops.aten.slice_scatter.default: _translate_slice_scatter,
     torch.ops.satchel.attention.default: _translate_attention,
     torch.ops.satchel.experts.default: _translate_experts,
 }

@@ -21,7 +21,13 @@ import torch
 from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
 from satchel.export.tracing.rotary_tables import tables_for_rotary
-from satchel.export.tracing.stand_ins import register_implementations
+from satchel.export.tracing.stand_ins import (
+    chunks_without_padding,
+    register_implementations,
+    replaced_methods,
+    without_temperature,
+)
+from satchel.graphs.ir.values import INTERNAL, nodes
 from satchel.runtime.bundle.contract import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, POSITION_IDS, SEQUENCE, TOTAL
 
 OPSET = 24
@@ -63,7 +69,12 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     dims = ({0: batch, 1: sequence}, {0: batch, 1: sequence}, {0: batch, 1: total})
     # A custom rotary module is traced unchanged: only transformers' classes are known to return tables.
     tables = contextlib.nullcontext() if protocol else tables_for_rotary(module, capacity)
-    with _quiet(), tables, _buffers_on(device, module) as values, torch.no_grad():
+    without_temperature(module, capacity)
+    replaced = contextlib.ExitStack()
+    replaced.enter_context(tables)
+    replaced.enter_context(chunks_without_padding())
+    replaced.enter_context(replaced_methods(module))
+    with _quiet(), replaced, _buffers_on(device, module) as values, torch.no_grad():
         try:
             program = torch.export.export(wrapper, examples, dynamic_shapes=dims, strict=False)
             onnx_program = torch.onnx.export(
@@ -95,6 +106,9 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
         value.name = wanted
     model.graph.outputs[0].name = LOGITS
     _name_dimensions(model)
+    for node in nodes(model, "Attention", INTERNAL):
+        if node.attributes.get_int("chunk", 0) >= capacity:
+            node.attributes["chunk"] = ir.AttrInt64("chunk", 0)  # all positions are in one chunk
     return Trace(model, dict(values))
 
 

@@ -38,6 +38,7 @@ from satchel.graphs.passes.normalize.lower_opset import lower_opset
 from satchel.graphs.passes.normalize.name_projections import name_projections
 from satchel.graphs.passes.normalize.normalize_gemm import normalize_gemm
 from satchel.graphs.passes.normalize.normalize_lookups import normalize_lookups
+from satchel.graphs.passes.normalize.normalize_slices import normalize_slices
 from satchel.graphs.passes.normalize.normalize_splits import normalize_splits
 from satchel.graphs.passes.normalize.remove_dead import remove_dead
 from satchel.graphs.passes.normalize.remove_duplicates import remove_duplicates
@@ -77,6 +78,7 @@ NORMALIZE = (
     Step(normalize_gemm, after=("remove_identity",)),
     Step(normalize_lookups, after=("remove_identity",)),  # the index comes through an Expand that changes nothing
     Step(normalize_splits, after=("fold_constants",)),
+    Step(normalize_slices, after=("fold_constants",)),
     Step(remove_duplicates),
     Step(remove_dead),
 )

@@ -16,7 +16,6 @@ from satchel.export.checkpoint.families import PASSED, REFUSED
 
 SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-LATENT: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 16}
 STATE: dict[str, Any] = {
     "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
@@ -32,16 +31,15 @@ BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
     "granitemoehybrid": ({**STATE, **MOE, "layer_types": ["mamba", "attention"]}, "recurrent or convolutional state"),
     "qwen3_next": ({**STATE, "head_dim": 16, "num_experts": 4}, "recurrent or convolutional state"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "recurrent or convolutional state"),
-    "gpt_oss": ({**MOE, "head_dim": 16}, "sinks"),
-    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "chunked"),
-    "deepseek_v3": ({**LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "multi-head latent attention"),
+    "deepseek_v32": ({"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "sparse attention"),
     "bert": ({}, "not a causal language model"),
     "t5": ({"d_model": 64, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 16}, "encoder-decoder"),
 }  # fmt: skip
 BY_STRUCTURE: dict[str, tuple[dict[str, Any], str]] = {
-    "gpt_oss": ({**MOE, "head_dim": 16}, "its attention uses s_aux"),
-    "llama4_text": ({**MOE, "head_dim": 16, "intermediate_size_mlp": 48}, "cosines and sines"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "1 attention layers were traced (indices [1]) where 2"),
+    "llama4_text": (
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48},
+        "2 experts per token",
+    ),
     "diffllama": ({}, "attention layers were traced (indices [0, 0, 1, 1])"),
     "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "'FakeTensor' and 'Mask'"),
     "doge": ({}, "'Mask' object has no attribute"),

@@ -12,6 +12,16 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from support.lost_features import (
+    Model,
+    sequential,
+    skipping,
+    uncentered,
+    unrotated,
+    unscaled_embeddings,
+    without_sinks,
+    zeroing,
+)
 
 TOLERANCE = 1e-4
 """Largest allowed difference between logits, as a part of the largest logit."""
@@ -26,7 +36,6 @@ COMMON: dict[str, Any] = {
 QUICK = {"llama", "gemma2", "cohere", "gpt2", "phi3_long", "granite", "smollm3", "stablelm", "qwen3_moe"}
 """Families that together have each kind of norm, rotation, attention and layer; the others are slow tests."""
 
-Model = transformers.PreTrainedModel
 Without = Mapping[str, Any] | Callable[[Model], None]
 """How to take a feature away from a reference model: other options for its config, or a change to the built model."""
 
@@ -127,72 +136,6 @@ def _is_norm(name: str) -> bool:
     return "norm" in name or ".ln_" in name
 
 
-def skipping(*leaves: str) -> Callable[[Model], None]:
-    """Replace the submodules of these names by the identity."""
-
-    def change(model: Model) -> None:
-        found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
-        if not found:
-            raise ValueError(f"no module is called {' or '.join(leaves)}")
-        for name in found:
-            model.set_submodule(name, torch.nn.Identity())
-
-    return change
-
-
-def zeroing(*endings: str) -> Callable[[Model], None]:
-    """Set the parameters whose names end so to zero."""
-
-    def change(model: Model) -> None:
-        found = [p for name, p in model.named_parameters() if name.endswith(endings)]
-        if not found:
-            raise ValueError(f"no parameter ends in {' or '.join(endings)}")
-        for parameter in found:
-            torch.nn.init.zeros_(parameter)
-
-    return change
-
-
-def unrotated(model: Model) -> None:
-    """Rotate by nothing, wherever the token stands."""
-    for name, module in model.named_modules():
-        if name.endswith("rotary_emb"):
-            forward = module.forward
-
-            def still(*args: Any, forward: Any = forward, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-                cos, sin = forward(*args, **options)
-                return torch.ones_like(cos), torch.zeros_like(sin)
-
-            module.forward = still  # type: ignore[method-assign]
-
-
-def unscaled_embeddings(model: Model) -> None:
-    """Gemma's embeddings as they are stored."""
-    model.get_input_embeddings().embed_scale.fill_(1.0)
-
-
-def uncentered(model: Model) -> None:
-    """Norms that leave the mean in, as root-mean-square norms do."""
-    for module in model.modules():
-        if type(module).__name__.endswith("LayerNorm"):
-
-            def scale_only(x: torch.Tensor, module: Any = module) -> torch.Tensor:
-                return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-
-            module.forward = scale_only  # type: ignore[method-assign]
-
-
-def sequential(model: Model) -> None:
-    """Feed-forward after attention instead of beside it, for blocks with one norm."""
-    for layer in model.get_decoder().layers:
-
-        def forward(hidden: torch.Tensor, layer: Any = layer, **options: Any) -> torch.Tensor:
-            attended = hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)[0]
-            return attended + layer.mlp(layer.input_layernorm(attended))
-
-        layer.forward = forward
-
-
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -231,6 +174,14 @@ def _phi3(chosen: list[float], other: list[float], context: int, seed: int = 0) 
 def _rope(part: float) -> dict[str, Any]:
     return {**PLAIN_ROPE, "partial_rotary_factor": part}
 
+
+LATENT = {
+    "kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+"""Latent attention with keys of 32 channels and values of 24."""
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+SECOND_EXPERT = {"the second expert": {"num_experts_per_tok": 1}}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", {"head_dim": HEAD_DIM}, {"rotation": unrotated}, seed=2),
@@ -356,5 +307,80 @@ FAMILIES: dict[str, Family] = {
             "expert weights that do not sum to 1": {"norm_topk_prob": True},
             "norms of queries and keys": HEAD_NORMS,
         },
+    ),
+    "deepseek_v2": Family(
+        "deepseek_v2",
+        {**LATENT, **ROUTED, "first_k_dense_replace": 1, "topk_method": "greedy"},
+        {**SECOND_EXPERT},
+    ),
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        {**LATENT, **ROUTED, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+        {"rotation": unrotated, **SECOND_EXPERT, "groups of experts": {"topk_group": 2}},
+    ),
+    "glm4_moe_lite": Family(
+        "glm4_moe_lite", {**LATENT, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}, {"rotation": unrotated}
+    ),
+    "minicpm3": Family("minicpm3", {**LATENT, "scale_emb": 1.0, "dim_model_base": 64}, {"rotation": unrotated}, seed=3),
+    "youtu": Family("youtu", LATENT, {"rotation": unrotated}, seed=1),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {
+            "head_dim": HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+            "layer_types": ALTERNATING, "rope_parameters": PLAIN_ROPE, "swiglu_limit": 1.0,
+        },
+        {
+            "sinks": without_sinks,
+            "window": {"layer_types": ALWAYS_FULL},
+            "biases of the experts": zeroing("proj_bias"),
+            "clipped gates": {"swiglu_limit": 1000.0},
+            **SECOND_EXPERT,
+        },
+    ),
+    "granite_swa": Family(
+        "granite_swa", {"sliding_window": WINDOW}, {"sinks": without_sinks, "window": {"sliding_window": 128}}
+    ),
+    "granitemoe_swa": Family(
+        "granitemoe_swa",
+        {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"sinks": without_sinks, **SECOND_EXPERT},
+    ),
+    "granitemoehybrid": Family(
+        "granitemoehybrid",
+        {
+            "layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+        },
+        SECOND_EXPERT,
+        seed=1,
+    ),
+    "llama4_text": Family(
+        "llama4_text",
+        {
+            "head_dim": HEAD_DIM, "attention_chunk_size": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "pad_token_id": 0,
+            "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
+        },
+        {"chunks": {"attention_chunk_size": 128}, "the layer without rotation": {"no_rope_layers": [1, 1]}},
+        seed=2,
+    ),
+    "gemma4_text": Family(
+        "gemma4_text",
+        {
+            "head_dim": HEAD_DIM, "global_head_dim": 2 * HEAD_DIM, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+            "layer_types": 2 * ALTERNATING, "sliding_window": WINDOW, "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        },
+        {"window": {"sliding_window": 128}},
+        seed=14,
+    ),
+    "gemma3n_text": Family(
+        "gemma3n_text",
+        {
+            "head_dim": HEAD_DIM, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": 2 * ALTERNATING,
+            "sliding_window": WINDOW, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        },
+        {"window": {"sliding_window": 128}, "sparse activations": {"activation_sparsity_pattern": [0.0] * 4}},
     ),
 }  # fmt: skip

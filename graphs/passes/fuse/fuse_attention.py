@@ -25,6 +25,9 @@ from satchel.graphs.ir.values import (
 )
 from satchel.runtime.bundle.contract import ATTENTION_MASK, POSITION_IDS
 
+SINKS = 11
+"""Which input of GroupQueryAttention the sinks are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -34,6 +37,7 @@ class Layer:
         query, key, value: [batch, heads, new, head_dim]; before their rotation, where the operator does it.
         rotary: The rotation's tables, where the operator does it.
         interleaved: Which channels rotate together.
+        sinks: A logit of each head for attending to nothing, [heads].
     """
 
     query: ir.Value
@@ -44,6 +48,7 @@ class Layer:
     heads: int
     kv_heads: int
     head_dim: int
+    sinks: ir.Value | None
 
 
 @graph_pass
@@ -52,17 +57,19 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
 
     The rotation goes inside where query and key share it.
 
-    before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention(layer, scale, window, softcap) ->
-            [batch, new, heads, head_dim]
-    after:  query, key, value [batch, new, heads * head_dim], past_key_values.N -> GroupQueryAttention -> Reshape ->
-            [batch, new, heads, head_dim]
-                                                                             \\-> present.N
-    refuses when: keys and values differ in width, the width is not a multiple of 8, the heads do not divide, or a size
-    is not known. expand_attention takes those layers.
+    before: query, key, value [batch, heads, new, head_dim], sinks -> satchel::Attention(layer, scale, window, chunk,
+            softcap) -> [batch, new, heads, head_dim]
+    after:  query, key, value [batch, new, heads * head_dim], past_key_values.N, sinks -> GroupQueryAttention ->
+            Reshape -> [batch, new, heads, head_dim]
+                                                                                      \\-> present.N
+    refuses when: tokens see chunks, keys and values differ in width, the width is not a multiple of 8, the heads do
+    not divide, or a size is not known. expand_attention takes those layers.
     """
     for node in nodes(model, "Attention", INTERNAL):
         with report.refusing(node):
-            options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
+            options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0)
+            if options["chunk"]:
+                raise Refused("its tokens see chunks, which GroupQueryAttention does not have")
             if not options["scale"]:
                 raise Refused("GroupQueryAttention takes a scale of 0 for none given")
             layer = _match(model, node, report)
@@ -71,7 +78,7 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
 
 
 def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
-    query, key, value = (v for v in node.inputs if v is not None)
+    query, key, value, *sinks = (v for v in node.inputs if v is not None)
     (heads, head_dim), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, (query, key, value))
     if key_dim != value_dim:
         raise Refused(f"keys are {key_dim} wide and values {value_dim}: GroupQueryAttention wants them alike")
@@ -79,7 +86,7 @@ def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
         raise Refused(f"{heads} query heads cannot be shared out over {kv_heads} key and {value_heads} value heads")
     if head_dim % 8:
         raise Refused(f"heads are {head_dim} channels wide: GroupQueryAttention wants a multiple of 8")
-    layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim)
+    layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim, sinks[0] if sinks else None)
     try:
         return _with_rotation(model, layer)
     except Refused as refusal:
@@ -122,8 +129,11 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
     ]  # fmt: skip
     past = add_cache(model, index, (layer.kv_heads, layer.head_dim, layer.head_dim))
     lengths = _lengths(model)
+    inputs: list[ir.Value | None] = [*flat, *past, *lengths, *(layer.rotary or ())]
+    if layer.sinks is not None:
+        inputs += [None] * (SINKS - len(inputs)) + [layer.sinks]
     fused = builder.node(
-        "GroupQueryAttention", [*flat, *past, *lengths, *(layer.rotary or ())], name, MICROSOFT, outputs=3,
+        "GroupQueryAttention", inputs, name, MICROSOFT, outputs=3,
         num_heads=layer.heads, kv_num_heads=layer.kv_heads, scale=options["scale"], softcap=options["softcap"] or None,
         local_window_size=options["window"] or None, do_rotary=int(layer.rotary is not None),
         rotary_interleaved=int(layer.interleaved) if layer.rotary else None,

@@ -17,7 +17,7 @@ from satchel.graphs.quant.recipe import Scheme
 Parts = tuple[LazyWeight, LazyWeight, LazyWeight | None]
 """Quantized values, scales and zero points."""
 FIRST, SECOND = 2, 4
-"""Which inputs of MoE are its two stacks of matrices."""
+"""Which inputs of MoE are its two stacks of matrices; the bias of each comes after it."""
 
 
 def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
@@ -28,7 +28,7 @@ def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     The attributes are MoE's. A stack [experts, outputs, inputs] is quantized as one weight [experts * outputs, inputs].
     refuses when: only one of the two stacks is quantized; their bits, groups or symmetry differ, for which the kernel
     has one setting; the quantized values are of another shape than the stack; four-bit rows do not end on a whole
-    byte; there are biases or a third stack; weights are not scaled to a sum of 1 per token; or an attribute is not
+    byte; there is a third stack; weights are not scaled to a sum of 1 per token; or an attribute is not
     known.
 
     Args:
@@ -57,8 +57,8 @@ def _check(node: ir.Node, first: QuantizedWeight, second: QuantizedWeight) -> No
     """Raise Refused where the kernel has no such mixture over quantized values."""
     if first.grid.scheme != second.grid.scheme:
         raise Refused(f"its stacks of matrices are stored as {first.grid.scheme} and {second.grid.scheme}")
-    if any(value is not None for i, value in enumerate(node.inputs) if i > 1 and i not in (FIRST, SECOND)):
-        raise Refused("it has biases or a third stack of matrices")
+    if any(value is not None for value in node.inputs[SECOND + 2 :]):
+        raise Refused("it has a third stack of matrices")
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
@@ -111,9 +111,10 @@ def _rewrite(model: ir.Model, node: ir.Node, scheme: Scheme, parts: Sequence[Par
     (codes_1, scales_1, points_1), (codes_2, scales_2, points_2) = (
         [None if part is None else builder.shared(part) for part in stack] for stack in parts
     )
-    inputs = [*node.inputs[:2], codes_1, scales_1, None, codes_2, scales_2]
+    bias_1, bias_2 = (node.inputs[i + 1] if i + 1 < len(node.inputs) else None for i in (FIRST, SECOND))
+    inputs = [*node.inputs[:2], codes_1, scales_1, bias_1, codes_2, scales_2, bias_2]
     if points_1 is not None:
-        inputs += [None, None, None, None, points_1, points_2]
+        inputs += [None, None, None, points_1, points_2]
     mixed = builder.value(
         "QMoE", inputs, f"{node.name}.codes", node.outputs[0], MICROSOFT, **kept, quant_type="int",
         expert_weight_bits=scheme.bits, block_size=scheme.block, accuracy_level=INT8_PRODUCTS,

@@ -28,8 +28,10 @@ def expand_attention(model: ir.Model, report: Report) -> None:
     """
     for node in nodes(model, "Attention", INTERNAL):
         with report.refusing(node):
-            options = attributes(node, layer=None, scale=None, window=0, softcap=0.0)
-            (heads, _), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, node.inputs)
+            options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0)
+            if len(node.inputs) > 3 and node.inputs[3] is not None:
+                raise Refused("attention sinks, which the standard operator does not have")
+            (heads, _), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, node.inputs[:3])
             if heads % kv_heads or kv_heads != value_heads:
                 raise Refused(
                     f"{heads} query heads cannot be shared out over {kv_heads} key, {value_heads} value heads"
@@ -40,14 +42,14 @@ def expand_attention(model: ir.Model, report: Report) -> None:
 
 def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
-    query, key, value = node.inputs
+    query, key, value = node.inputs[:3]
     past = add_cache(model, index, sizes)
     first = _first_positions(model)
     present = tuple(
         builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
         for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
     )
-    mask = _mask(model, node, int(options["window"]))
+    mask = _mask(model, node, int(options["window"]), int(options["chunk"]))
     mixed = builder.value(
         "Attention", [query, *present, mask], name, scale=options["scale"], softcap=options["softcap"]
     )
@@ -71,31 +73,32 @@ def _first_positions(model: ir.Model) -> ir.Value:
     return builder.value("Gather", [graph_input(model, POSITION_IDS), zero], "cache.first", axis=1)
 
 
-def _mask(model: ir.Model, before: ir.Node, window: int) -> ir.Value:
-    """Which cached positions each new token sees: [batch, 1, new, capacity] bool, made once per window."""
-    name = f"mask.window_{window}"
+def _mask(model: ir.Model, before: ir.Node, window: int, chunk: int) -> ir.Value:
+    """Which cached positions each new token sees: [batch, 1, new, capacity] bool, made once for each limit."""
+    name = f"mask.chunk_{chunk}" if chunk else f"mask.window_{window}"
     there = _named(model, name)
     if there is not None:
         return there
     builder = Builder(model, before)
+
+    def number(value: int, called: str) -> ir.Value:
+        return builder.constant(np.asarray(value, np.int64), called)
+
     past = next(v for v in model.graph.inputs if str(v.name).startswith("past_key_values."))
-    queries = builder.value(
-        "Unsqueeze",
-        [graph_input(model, POSITION_IDS), builder.constant(np.asarray([1, 3], np.int64), "axes.1_3")],
-        f"{name}.queries",
-    )  # [batch, 1, new, 1]
-    capacity = builder.value(
-        "Gather",
-        [builder.value("Shape", [past], f"{name}.shape"), builder.constant(np.asarray(2, np.int64), "two")],
-        f"{name}.capacity",
-        axis=0,
-    )
-    zero, one = builder.constant(np.asarray(0, np.int64), "zero"), builder.constant(np.asarray(1, np.int64), "one")
-    keys = builder.value("Range", [zero, capacity, one], f"{name}.keys")
-    if not window:
+    axes = builder.constant(np.asarray([1, 3], np.int64), "axes.1_3")
+    positions = graph_input(model, POSITION_IDS)
+    queries = builder.value("Unsqueeze", [positions, axes], f"{name}.queries")  # [batch, 1, new, 1]
+    shape = builder.value("Shape", [past], f"{name}.shape")
+    capacity = builder.value("Gather", [shape, number(2, "two")], f"{name}.capacity", axis=0)
+    keys = builder.value("Range", [number(0, "zero"), capacity, number(1, "one")], f"{name}.keys")
+    if not window and not chunk:
         return builder.value("LessOrEqual", [keys, queries], name)
     causal = builder.value("LessOrEqual", [keys, queries], f"{name}.causal")
-    reach = builder.value(
-        "Sub", [queries, builder.constant(np.asarray(window, np.int64), f"window.{window}")], f"{name}.reach"
-    )
+    if chunk:
+        of_keys, of_queries = (
+            builder.value("Div", [value, number(chunk, f"chunk.{chunk}")], f"{name}.{part}_chunk")
+            for part, value in (("key", keys), ("query", queries))
+        )
+        return builder.value("And", [causal, builder.value("Equal", [of_keys, of_queries], f"{name}.own")], name)
+    reach = builder.value("Sub", [queries, number(window, f"window.{window}")], f"{name}.reach")
     return builder.value("And", [causal, builder.value("Greater", [keys, reach], f"{name}.near")], name)
