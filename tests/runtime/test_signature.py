@@ -60,22 +60,16 @@ def test_a_bundle_signed_by_another_is_refused(signed: Path, keys: Path) -> None
         open_bundle(signed, require_signature=keys / "other.pub")
 
 
-def test_a_manifest_changed_with_a_right_digest_is_refused(signed: Path, keys: Path) -> None:
+@pytest.mark.parametrize("digest", ["old", "new"])
+def test_a_manifest_changed_with_a_right_digest_is_refused(signed: Path, keys: Path, digest: str) -> None:
     document = read_manifest(signed)
     document["model"]["eos_token_ids"] = [7]
     write_manifest(signed, document)
+    if digest == "new":
+        signature = json.loads((signed / "signature.json").read_text())
+        signature["digest"] = read_manifest(signed)["digest"]
+        (signed / "signature.json").write_text(json.dumps(signature))
     open_bundle(signed)
-    with pytest.raises(BundleError, match="its signature does not match"):
-        open_bundle(signed, require_signature=keys / "maker.pub")
-
-
-def test_a_signature_with_the_new_digest_written_into_it_is_refused(signed: Path, keys: Path) -> None:
-    document = read_manifest(signed)
-    document["model"]["eos_token_ids"] = [7]
-    write_manifest(signed, document)
-    signature = json.loads((signed / "signature.json").read_text())
-    signature["digest"] = read_manifest(signed)["digest"]
-    (signed / "signature.json").write_text(json.dumps(signature))
     with pytest.raises(BundleError, match="its signature does not match"):
         open_bundle(signed, require_signature=keys / "maker.pub")
 
@@ -85,26 +79,20 @@ def test_a_signature_with_the_new_digest_written_into_it_is_refused(signed: Path
     [
         ({"signature": "00" * 64}, "its signature does not match"),
         ({"signature": "no hex"}, "its signature does not match"),
-        ({"signature": ""}, "its signature does not match"),
-        ({"signature": 1}, "not a signature that this satchel can read"),
+        ({"signature": 1}, "not a signature"),
         ({"version": 2}, "not a signature"),
         ({"version": True}, "not a signature"),
         ({"algorithm": "none"}, "not a signature"),
         ({"more": 1}, "not a signature"),
         ({"public_key": "x" * 5000}, "exceeds the limit for signatures"),
+        *((content, r"signature\.json: not") for content in (b"", b"[]", b'{"a": 1, "a": 1}', b"\xff")),
     ],
 )
-def test_a_spoilt_signature_file_is_refused(signed: Path, keys: Path, change: dict, message: str) -> None:
+def test_a_spoilt_signature_file_is_refused(signed: Path, keys: Path, change: dict | bytes, message: str) -> None:
     document = json.loads((signed / "signature.json").read_text())
-    (signed / "signature.json").write_text(json.dumps({**document, **change}))
-    with pytest.raises(BundleError, match=message):
-        open_bundle(signed, require_signature=keys / "maker.pub")
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"a": 1, "a": 1}', b"\xff"])
-def test_a_signature_file_that_is_none_is_refused(signed: Path, keys: Path, content: bytes) -> None:
+    content = change if isinstance(change, bytes) else json.dumps({**document, **change}).encode()
     (signed / "signature.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"signature\.json: (not valid JSON|not a signature)"):
+    with pytest.raises(BundleError, match=message):
         open_bundle(signed, require_signature=keys / "maker.pub")
 
 
@@ -166,43 +154,31 @@ def test_new_keys_are_for_their_owner_and_never_replaced(tmp_path: Path, capsys:
     assert public.read_bytes() == before[1]
 
 
-def pem(private: object) -> tuple[bytes, bytes]:
-    plain = serialization.NoEncryption()
-    secret = private.private_bytes(  # type: ignore[attr-defined]
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain
-    )
-    public = private.public_key().public_bytes(  # type: ignore[attr-defined]
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return secret, public
-
-
 def test_a_key_file_of_another_kind_is_refused(signed: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
-    secret, public = pem(ec.generate_private_key(ec.SECP256R1()))
-    (tmp_path / "ec.pem").write_bytes(secret)
-    (tmp_path / "ec.pub").write_bytes(public)
-    (tmp_path / "none").write_bytes(b"hello")
-    locked = ed25519.Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(b"x"),
-    )
-    (tmp_path / "locked.pem").write_bytes(locked)
+    encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    curve, plain = ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption()
+    locked = serialization.BestAvailableEncryption(b"x")
+    for name, content in {
+        "ec.pem": curve.private_bytes(encoding, private, plain),
+        "ec.pub": curve.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo),
+        "locked.pem": ed25519.Ed25519PrivateKey.generate().private_bytes(encoding, private, locked),
+        "none": b"hello",
+    }.items():
+        (tmp_path / name).write_bytes(content)
     for key, message in (
         (tmp_path / "ec.pub", "not an Ed25519 key"),
         (tmp_path / "none", "not a PEM public key"),
         (keys / "maker.pem", "not a PEM public key"),
-        (tmp_path / "nowhere", r"cannot be read \(No such file"),
-        (tmp_path, r"cannot be read \(Is a directory"),
+        (tmp_path / "nowhere", "cannot be read"),
+        (tmp_path, "cannot be read"),
     ):
         with pytest.raises(SatchelError, match=rf"^--require-signature .*: {message}"):
             open_bundle(signed, require_signature=key)
     for key, message in (
         (tmp_path / "ec.pem", "not an Ed25519 key"),
-        (tmp_path / "none", "not a PEM private key"),
         (keys / "maker.pub", "not a PEM private key"),
         (tmp_path / "locked.pem", "not a PEM private key"),
-        (tmp_path / "nowhere", "cannot be read (No such file"),
+        (tmp_path / "nowhere", "cannot be read"),
     ):
         assert cli.main(["sign", str(signed), "--key", str(key)]) == 2
         assert message in capsys.readouterr().err
