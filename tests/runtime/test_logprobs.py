@@ -40,14 +40,6 @@ def test_log_probabilities_are_those_of_a_plain_softmax(token: int, top_n: int) 
     np.testing.assert_array_equal(LOGITS, before)
 
 
-def test_all_probabilities_add_up_to_one_and_are_plain_python_numbers() -> None:
-    found = log_probabilities(LOGITS[0], 4, VOCABULARY)
-    assert math.fsum(math.exp(value) for _, value in found.top) == pytest.approx(1, rel=1e-12)
-    assert {type(found.token), *(type(token) for token, _ in found.top)} == {int}
-    assert {type(found.logprob), *(type(value) for _, value in found.top)} == {float}
-    assert dict(found.top)[4] == found.logprob
-
-
 def test_at_par_the_lower_id_comes_first() -> None:
     logits = np.array([1, 3, 2, 3, 3, 2], np.float32)
     assert [token for token, _ in log_probabilities(logits, 0, 2).top] == [1, 3]
@@ -70,11 +62,6 @@ def test_each_prompt_token_is_judged_by_the_logits_before_it(top_n: int) -> None
     for position, found in enumerate(others, start=1):
         assert_is(found, LOGITS[position - 1], ids[position], top_n)
     assert prompt_log_probabilities(LOGITS, ids, top_n) == [first, *others]
-
-
-def test_a_prompt_of_one_token_has_none() -> None:
-    assert prompt_log_probabilities(LOGITS[:1], [3], 2) == [None]
-    assert prompt_log_probabilities(LOGITS[:0], [], 2) == []
 
 
 def test_what_has_no_log_probability_is_refused() -> None:

@@ -86,21 +86,16 @@ def test_a_copy_is_kept_of_what_the_cache_holds_and_no_more() -> None:
     assert kept.capacity == kept.length == 3
 
 
-def test_a_longer_prefix_takes_the_place_of_those_that_it_begins_with() -> None:
+def test_of_prefixes_that_begin_alike_the_longest_is_kept_alone() -> None:
     store = store_of(100)
     for ids in ("ab", "abcd", "abX", "abcdef"):
         keep(store, ids)
     assert store.positions == len("abX") + len("abcdef")
-    assert holds(store.longest(array("abcdef"))[1], "abcdef")
-
-
-def test_what_a_longer_prefix_has_is_not_kept_again() -> None:
-    store = store_of(100)
-    keep(store, "abcdef")
-    keep(store, "abc")
-    keep(store, "abcdef")
+    for ids in ("abc", "abcdef"):
+        keep(store, ids)
     store.put(Prefix(array("ab"), cache_of("ab")))
-    assert store.positions == 6
+    assert store.positions == len("abX") + len("abcdef")
+    assert holds(store.longest(array("abcdef"))[1], "abcdef")
 
 
 def test_those_that_were_not_used_for_longest_go_first() -> None:
@@ -116,38 +111,16 @@ def test_those_that_were_not_used_for_longest_go_first() -> None:
     assert store.positions == 8
 
 
-def test_among_equals_the_one_that_was_used_last_is_found_and_used() -> None:
-    store = store_of(6)
-    keep(store, "abX")
-    keep(store, "abY")
-    assert holds(store.longest(array("ab"))[1], "abY")
-    keep(store, "Z")
-    assert [known(store, ids) for ids in ("abX", "abY")] == [2, 3]
-
-
-def test_the_limit_is_in_whole_positions() -> None:
+def test_of_what_is_larger_than_the_limit_the_beginning_is_kept() -> None:
     assert position_bytes(SPEC) == (2 * (4 + 2) + 1 * (2 + 4)) * 4
     store = PrefixCache(SPEC, 5 * position_bytes(SPEC) - 1)
-    assert store.max_positions == 4
-    keep(store, "abc")
-    keep(store, "xyz")
-    assert store.positions == 3
-
-
-def test_of_what_is_larger_than_the_limit_the_beginning_is_kept() -> None:
-    store = store_of(4)
     keep(store, "xy")
+    store.put(Prefix(array("abcde"), cache_of("abcde")))  # too large: the others stay
+    assert (known(store, "xy"), known(store, "abcde")) == (2, 0)
     keep(store, "abcdefgh")
     count, cache = store.longest(array("abcdefgh"))
-    assert (count, store.positions) == (4, 4)
+    assert (count, store.positions, store.max_positions) == (4, 4, 4)
     assert holds(cache, "abcd")
-
-
-def test_a_prefix_that_is_too_large_leaves_the_others() -> None:
-    store = store_of(4)
-    keep(store, "xy")
-    store.put(Prefix(array("abcde"), cache_of("abcde")))
-    assert (known(store, "xy"), known(store, "abcde")) == (2, 0)
 
 
 @pytest.mark.parametrize("limit", [0, 1, -5])
@@ -159,12 +132,6 @@ def test_a_store_of_nothing_keeps_nothing(limit: int) -> None:
     assert store.longest(array("abc")) == NOTHING
 
 
-def test_an_empty_cache_is_not_kept() -> None:
-    store = store_of(10)
-    store.keep(array("abc"), KVCache(SPEC, 3, 3))
-    assert store.longest(array("abc")) == NOTHING
-
-
 def test_a_cache_that_was_found_stays_whole_when_its_prefix_goes() -> None:
     store = store_of(4)
     keep(store, "abc")
@@ -172,19 +139,6 @@ def test_a_cache_that_was_found_stays_whole_when_its_prefix_goes() -> None:
     keep(store, "wxyz")
     assert known(store, "abc") == 0
     assert holds(cache, "abc")
-
-
-def test_room_is_made_before_a_copy_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = store_of(6)
-    keep(store, "aaaa")
-    before = []
-    copy_from = KVCache.copy_from
-    monkeypatch.setattr(
-        KVCache, "copy_from", lambda self, *rest: before.append(store.positions) or copy_from(self, *rest)
-    )
-    keep(store, "bbbb")
-    keep(store, "bbbbcc")
-    assert before == [0, 0]
 
 
 def test_threads_find_only_what_is_theirs_and_stay_under_the_limit() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 from support.tiny_bundle import read_manifest, write_manifest
-from support.tiny_cuda_bundle import TOP, write_cuda_bundle
+from support.tiny_cuda_bundle import write_cuda_bundle
 from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime.bundle.manifest import Manifest
@@ -40,35 +40,23 @@ def test_flags_make_a_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("provider", "options", "facts"),
     [
-        (["--provider", "tpu"], "--provider tpu: unknown: choose one of cpu, cuda, cann"),
-        (["--provider-option", "x=1"], "--provider-option x=1: cpu has no such option: this provider has none"),
-        (
-            ["--provider", "cann", "--provider-option", "dynamic_dims=1"],
-            "--provider-option dynamic_dims=1: cann has no such option: choose one of arena_extend_strategy, ",
-        ),
+        ("tpu", [], "--provider tpu: .*cpu, cuda, cann"),
+        ("cpu", ["x=1"], "--provider-option x=1: cpu has no such option"),
+        ("cann", ["dynamic_dims=1"], "--provider-option dynamic_dims=1: .*choose one of arena_extend_strategy, "),
+        ("cuda", ["device_id"], "KEY=VALUE"),
+        ("cuda", ["=1"], "KEY=VALUE"),
+        ("cuda", [""], "KEY=VALUE"),
+        ("cuda", ["device_id=1", "device_id=2"], r"device_id.*\b1\b.*\b2\b"),
+        ("cuda", ["device_id=first"], "device_id=first: must be a whole number"),
     ],
 )
-def test_what_is_not_known_is_refused_with_what_is(flags: list[str], message: str) -> None:
-    with pytest.raises(ProviderError) as caught:
-        provider_flags.choice_of(parsed(*flags))
-    assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("given", "facts"),
-    [*((["device_id=1", wrong], "KEY=VALUE") for wrong in ("device_id", "=1", "")),
-     (["device_id=1", "device_id=2"], r"device_id.*\b1\b.*\b2\b")],
-)  # fmt: skip
-def test_an_option_without_key_or_value_or_with_two_values_is_refused(given: list[str], facts: str) -> None:
-    with pytest.raises(PromptError, match=facts):
-        provider_flags.choice_of(parsed("--provider", "cuda", *(f"--provider-option={one}" for one in given)))
-
-
-def test_a_device_must_be_a_number() -> None:
-    with pytest.raises(ProviderError, match="device_id=first: must be a whole number"):
-        _ = ProviderChoice("cuda", {"device_id": "first"}).device
+def test_what_is_not_known_or_no_option_is_refused(provider: str, options: list[str], facts: str) -> None:
+    with pytest.raises((ProviderError, PromptError), match=facts):
+        _ = provider_flags.choice_of(
+            parsed("--provider", provider, *(f"--provider-option={each}" for each in options))
+        ).device
 
 
 @pytest.mark.parametrize(
@@ -110,13 +98,6 @@ def test_the_real_cpu_provider_has_every_node(tiny: Path) -> None:
     assert strayed is not None
     assert any(node.startswith("GroupQueryAttention ") and node.endswith("(CPUExecutionProvider)") for node in strayed)
     assert not any(node.startswith(("Shape ", "Squeeze ")) for node in strayed)
-
-
-def test_a_manifest_may_have_the_best_tokens(tmp_path: Path) -> None:
-    manifest = Manifest.read(write_cuda_bundle(tmp_path / "bundle") / "manifest.json")
-    assert (manifest.graph("decode").top_tokens, manifest.graph("score").top_tokens) == (TOP, 0)
-    assert manifest.has_fixed_mask
-    assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 @pytest.mark.parametrize(

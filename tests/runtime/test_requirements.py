@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from satchel.runtime.util import requirements
-from satchel.runtime.util.requirements import Requirement
 
 LISTED = [
     "numpy>=1.26",
@@ -30,13 +29,6 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> None:
     requirements.requirements.cache_clear()
     yield
     requirements.requirements.cache_clear()
-
-
-def test_requirements_are_read_from_the_metadata(listed: None) -> None:
-    assert requirements.requirements()[:2] == (
-        Requirement("numpy", ">=1.26", None),
-        Requirement("torch", "<3,>=2.13", "export"),
-    )
 
 
 def test_a_missing_module_is_named_with_all_that_its_extra_lacks(listed: None) -> None:

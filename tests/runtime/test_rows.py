@@ -60,16 +60,6 @@ def test_a_row_that_is_dropped_leaves_the_others_as_they_are(engine: Engine, dro
     check_steps(engine, rows, states, 3)
 
 
-def test_a_row_is_free_again_for_another_prompt(engine: Engine) -> None:
-    rows = engine.new_batch(2, 30)
-    states = filled(engine, rows, (9, 4))
-    rows.drop(0)
-    rows.drop(0)
-    assert len(rows) == 0
-    states = filled(engine, rows, (2, 11))
-    check_steps(engine, rows, states, 3)
-
-
 def test_a_copied_row_goes_its_own_way(engine: Engine) -> None:
     rows = engine.new_batch(2, 30)
     (state,) = filled(engine, rows, (9,))
@@ -105,16 +95,11 @@ def test_rows_that_are_full_say_so(engine: Engine) -> None:
         rows.add()
     with pytest.raises(PromptError, match=r"4 \+ 1 tokens do not fit 4 positions"):
         rows.decode([1, 2])
+    with pytest.raises(PromptError, match="token id 400 is outside the vocabulary"):
+        rows.decode([1, 400])
     assert [state.cache.length for state in rows.states] == [4, 2]
     with pytest.raises(PromptError, match=r"--batch 0: must be 1 or more"):
         engine.new_batch(0, 4)
-
-
-def test_a_token_outside_the_vocabulary_is_refused(engine: Engine) -> None:
-    rows = engine.new_batch(2, 30)
-    filled(engine, rows, (4, 2))
-    with pytest.raises(PromptError, match="token id 400 is outside the vocabulary"):
-        rows.decode([1, 400])
 
 
 def engine_of(folder: Path, change: Callable[[dict], None] = lambda document: None) -> Engine:
@@ -124,10 +109,6 @@ def engine_of(folder: Path, change: Callable[[dict], None] = lambda document: No
     return Engine.open(open_bundle(folder), threads=1)
 
 
-def test_a_graph_that_keeps_rows_apart_is_batch_invariant(engine: Engine) -> None:
-    assert engine.batch_invariant
-
-
 def test_a_graph_whose_rows_change_each_other_is_not_batch_invariant(tmp_path: Path) -> None:
     mixed = engine_of(write_bundle(tmp_path / "mixed", rows_mix=1e-3))
     assert not mixed.batch_invariant
@@ -135,7 +116,8 @@ def test_a_graph_whose_rows_change_each_other_is_not_batch_invariant(tmp_path: P
     check_steps(mixed, rows, filled(mixed, rows, (5, 9)), 3)  # so each is decoded alone
 
 
-def test_rounding_in_another_order_keeps_batch_invariance(tmp_path: Path) -> None:
+def test_rounding_in_another_order_keeps_batch_invariance(tmp_path: Path, engine: Engine) -> None:
+    assert engine.batch_invariant
     assert engine_of(write_bundle(tmp_path / "rounded", rows_mix=1e-7)).batch_invariant
 
 
@@ -147,19 +129,14 @@ def test_rows_run_together_if_forced(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows.decode([1, 2])
 
 
-def fix_rows(document: dict) -> None:
-    document["graphs"]["decode"]["inputs"][0]["shape"] = [1, 1]
+def test_rows_of_a_fixed_batch_are_decoded_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fix_rows(document: dict) -> None:
+        document["graphs"]["decode"]["inputs"][0]["shape"] = [1, 1]
 
-
-def test_a_graph_of_fixed_rows_cannot_run_them_together(tmp_path: Path) -> None:
     fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
     assert not fixed.batch_invariant
     with pytest.raises(PromptError, match="takes a fixed number of rows"):
         fixed.new_batch(2, 30, force=True)
-
-
-def test_rows_of_a_fixed_batch_are_decoded_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = engine_of(write_bundle(tmp_path / "fixed"), fix_rows)
     alone: list[int] = []
     decode = CpuState.decode
     rows = fixed.new_batch(3, 30)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import Any
 
 import pytest
 from support.run_command import PROMPT, Capture, run, run_json
-from support.tiny_bundle import write_bundle
 
 from satchel.runtime.cli import main as cli
-from satchel.runtime.cli import run_flags
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import CHAT_DEFAULTS
-from satchel.runtime.util.defaults import PREFIX_CACHE_MIB
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +51,6 @@ def test_every_option_has_a_flag_that_does_the_same(
     assert (found["text"], found["finish_reason"]) == (expected.text, expected.finish_reason)
     plain = generator.generate(PROMPT, 20)
     assert not options or (plain.token_ids, plain.finish_reason) != (expected.token_ids, expected.finish_reason)
-
-
-def test_a_raw_prompt_gets_128_new_tokens_by_default(tmp_path: Path, capsys: Capture) -> None:
-    assert run_json(write_bundle(tmp_path / "long", max_context=300), capsys)["new_tokens"] == 128
 
 
 @pytest.mark.parametrize(
@@ -151,20 +143,6 @@ def test_json_has_the_log_probabilities_that_were_asked_for(tiny: Path, generato
     assert found["prompt_logprobs"][2]["text"] == " cat"
 
 
-def test_memory_for_prefixes_is_there_where_it_can_be_of_use() -> None:
-    parser = argparse.ArgumentParser()
-    run_flags.configure(parser)
-    for flags, expected in (
-        ([], 0),
-        (["--prefix-cache-mib", "5"], 5),
-        (["--input", "f"], PREFIX_CACHE_MIB),
-        (["--input", "f", "--prefix-cache-mib", "0"], 0),
-        (["--load-state", "f"], PREFIX_CACHE_MIB),
-        (["--save-state", "f"], PREFIX_CACHE_MIB),
-    ):
-        assert run_flags.prefix_cache_mib(parser.parse_args(["bundle", *flags])) == expected
-
-
 def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, calls = CpuState.decode, []
 
@@ -217,14 +195,3 @@ def test_the_prompt_is_an_argument_a_flag_or_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     assert cli.main(command) == 2
     assert "the prompt is empty" in capsys.readouterr().err
-
-
-def test_a_prompt_from_a_terminal_is_announced(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Typed(io.TextIOWrapper):
-        def isatty(self) -> bool:
-            return True
-
-    for flags, announced in ((["--json"], True), (["--json", "--quiet"], False)):
-        monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(PROMPT.encode())))
-        assert cli.main(["run", str(tiny), "-n", "2", *flags]) == 0
-        assert ("Ctrl-D" in capsys.readouterr().err) == announced

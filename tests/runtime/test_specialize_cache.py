@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import subprocess
@@ -86,11 +85,6 @@ def test_only_the_same_bundle_on_the_same_machine_has_it(
     assert open_bundle(packed).specialized is None
 
 
-def test_callers_that_run_nothing_get_the_bundle_itself(packed: Path) -> None:
-    prepare(packed, threads=1)
-    assert open_bundle(packed, custom=None).folder == packed
-
-
 def test_a_damaged_copy_is_removed(packed: Path, cache: Path) -> None:
     prepare(packed, threads=1)
     [copy] = cache.iterdir()
@@ -142,14 +136,3 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     assert cli.main(["specialize", str(packed), "--threads", "1", "--quiet"]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)
-
-
-def test_the_command_says_where_the_copy_is(packed: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["specialize", str(packed), "--threads", "1", "--json"]) == 0
-    captured = capsys.readouterr()
-    found = json.loads(captured.out)
-    assert found["made"]
-    assert Path(found["folder"]).parent == cache
-    assert found["folder"] in captured.err
-    assert cli.main(["specialize", str(packed), "--remove", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["specialized"] is None

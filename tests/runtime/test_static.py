@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,7 +20,6 @@ from satchel.runtime.execution.experimental.device_memory import HostMemory
 from satchel.runtime.execution.experimental.static_inputs import HIDDEN, fill_mask
 from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
 from satchel.runtime.execution.kv_cache import KVCache
-from satchel.runtime.execution.spans import padded_spans
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -48,8 +46,8 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
     assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3, 4, 7, 16, 100])
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 17, 21, 45])
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize("count", [1, 4, 17, 45])
 def test_a_prompt_in_chunks_gives_the_logits_of_dynamic_graphs(
     dynamic: Generator, static: Generator, count: int, chunk: int | None
 ) -> None:
@@ -62,7 +60,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_dynamic_graphs(
 
 def test_every_step_of_decode_gives_the_logits_of_dynamic_graphs(dynamic: Generator, static: Generator) -> None:
     states = [each.engine.new_state(MAX_CONTEXT) for each in (dynamic, static)]
-    for token in IDS:
+    for token in IDS[:9]:
         assert_same(static.engine.decode(states[1], int(token)), dynamic.engine.decode(states[0], int(token)))
 
 
@@ -71,25 +69,11 @@ def test_score_gives_the_logits_of_dynamic_graphs(dynamic: Generator, static: Ge
     assert_same(static.engine.score(IDS[:count]), dynamic.engine.score(IDS[:count]))
 
 
-@pytest.mark.parametrize("count", [1, 12, 40])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 1.3, "seed": 8}, {"temperature": 1.0, "top_k": 9, "seed": 1}, {"repetition_penalty": 1.4}],
-)
-def test_texts_are_those_of_dynamic_graphs(
-    dynamic: Generator, static: Generator, count: int, options: dict[str, Any]
-) -> None:
-    expected = dynamic.generate(IDS[:count], 20, **options)
-    found = static.generate(IDS[:count], 20, **options)
-    assert (found.token_ids, found.text) == (expected.token_ids, expected.text)
-
-
 def test_a_context_can_be_filled_to_its_last_position(dynamic: Generator, static: Generator) -> None:
     ids = np.resize(IDS, MAX_CONTEXT)
-    assert static.generate(ids, 5).token_ids == dynamic.generate(ids, 5).token_ids
-    assert static.generate(ids[:-3], 9).token_ids == dynamic.generate(ids[:-3], 9).token_ids
-    with pytest.raises(PromptError, match="context"):
-        static.generate(np.resize(IDS, MAX_CONTEXT + 1), 5)
+    options = {"temperature": 1.0, "top_k": 9, "seed": 1}
+    for prompt in (ids, ids[:-3]):
+        assert static.generate(prompt, 9, **options).token_ids == dynamic.generate(prompt, 9, **options).token_ids
 
 
 def test_a_full_cache_says_so_and_keeps_what_it_holds(static: Generator) -> None:
@@ -141,11 +125,6 @@ def test_a_state_that_was_saved_is_loaded_again(folder: Path, static: Generator,
     other.load_state(tmp_path / "state")
     found = other.generate(IDS[:21], 8)
     assert (found.token_ids, found.reused_tokens) == (expected.token_ids, 19)
-
-
-def test_the_log_probabilities_of_a_prompt_are_those_of_dynamic_graphs(dynamic: Generator, static: Generator) -> None:
-    expected, found = ([entry.logprob for entry in each.prompt_logprobs(IDS)[1:]] for each in (dynamic, static))
-    assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 class Recorded:
@@ -204,21 +183,6 @@ def test_no_graph_ever_sees_a_second_shape(
     assert [len(found) for found in shapes.values()] == [1] * len(shapes)
 
 
-@pytest.mark.parametrize(
-    ("total", "size", "spans"),
-    [
-        (1, None, [1]),
-        (16, None, [16]),
-        (20, None, [16, 4]),
-        (37, None, [16, 16, 5]),
-        (9, 7, [4, 4, 1]),
-        (5, 2, [2, 2, 1]),
-    ],
-)
-def test_spans_are_as_few_as_the_lengths_allow(total: int, size: int | None, spans: list[int]) -> None:
-    assert [span.stop - span.start for span in padded_spans(total, size, LENGTHS)] == spans
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
 def test_a_mask_shows_each_token_what_it_sees_and_padding_the_first_position(dtype: str, window: int) -> None:
@@ -252,32 +216,6 @@ def test_a_swapped_cache_takes_from_any_other_and_gives_to_any_other(folder: Pat
     with pytest.raises(PromptError, match="context is full"):
         swapped.copy_from(KVCache(spec, 30, 64), 21)
     assert swapped.nbytes == 2 * sum(values.nbytes for values in KVCache(spec, 64, 64).past.values())
-
-
-def test_each_step_writes_the_set_that_the_last_one_read(static: Generator) -> None:
-    state = static.engine.new_state(9)
-    cache = state.cache
-    assert isinstance(cache, SwappedCache)
-    sides = [cache.side]
-    for token in (5, 6, 7):
-        before = {name: buffer.read() for name, buffer in cache.inputs().items()}
-        kept = {name: values.copy() for name, values in before.items()}
-        static.engine.decode(state, token)
-        sides.append(cache.side)
-        for name, values in before.items():
-            assert_array_equal(values, kept[name])
-            assert not np.shares_memory(values, cache.past[name])
-    assert sides == [0, 1, 0, 1]
-
-
-def test_a_released_cache_serves_the_next_sequence(dynamic: Generator, static: Generator) -> None:
-    engine = static.engine
-    old = engine.new_state(30)
-    engine.prefill(old, IDS[:30])
-    engine.release(old.cache)
-    state = engine.new_state(9)
-    assert state.cache is old.cache
-    assert_same(engine.prefill(state, IDS[3:12]), dynamic.engine.prefill(dynamic.engine.new_state(9), IDS[3:12]))
 
 
 def test_a_graph_of_another_shape_than_the_manifest_says_is_refused(folder: Path, tmp_path: Path) -> None:

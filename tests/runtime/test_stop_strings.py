@@ -34,23 +34,6 @@ def unsafe(strings: tuple[str, ...], text: str) -> int:
     return max((size for size in sizes if size <= len(text)), default=0)
 
 
-def test_what_may_be_a_beginning_is_held_back_and_let_go_when_it_is_none() -> None:
-    stops = StopStrings(["END", "Enough"])
-    assert stops.add("the En") == ("the ", False)
-    assert stops.add("") == ("", False)
-    assert stops.add("o") == ("", False)
-    assert stops.add("E") == ("Eno", False)
-    assert stops.add("N") == ("", False)
-    assert stops.finish() == "EN"
-    assert stops.finish() == ""
-
-
-def test_without_strings_everything_passes() -> None:
-    stops = StopStrings(())
-    assert stops.add("anything") == ("anything", False)
-    assert stops.finish() == ""
-
-
 def test_random_texts_are_cut_as_by_looking_at_all_of_them() -> None:
     rng = random.Random(7)
     stopped = 0

@@ -13,7 +13,6 @@ from satchel.runtime.util.terminal import printable
     [
         ("model.layers.0 猫", "model.layers.0 猫"),
         ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
-        ("two\nlines\t", r"two\nlines\t"),
         ("a\u202eb", r"a\u202eb"),
         ("half \ud800", r"half \ud800"),
     ],
@@ -31,8 +30,6 @@ def test_what_is_not_for_reading_is_escaped(text: str, shown: str) -> None:
         ("attention.7", 7, "attention.*"),
         ("model.layers.2.mlp.experts.5.up", 2, "model.layers.*.mlp.experts.*.up"),
         ("node_silu_4/QuickGeluFusion/", None, "node_silu_4/QuickGeluFusion/"),
-        ("mul_180.norm.skip", None, "mul_180.norm.skip"),
-        ("lm_head", None, "lm_head"),
         ("a." + "9" * 5000, None, "a." + "9" * 5000),
     ],
 )

@@ -36,12 +36,6 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert list(packed_files(tmp_path / "a.zip")) == ["ä", "empty"]
 
 
-def test_a_file_without_entries_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    path.write_bytes(b"".join(zip_parts(b"", [])))
-    assert read_directory(path) == {}
-
-
 def test_entries_beyond_4_gib_are_read(tmp_path: Path) -> None:
     """Contents are holes in a sparse file, as long as what is written would be."""
     size = (1 << 32) + 4321
@@ -109,19 +103,19 @@ def streamed(path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: path.write_bytes(b""), "it is too short"),
+        *((lambda path, cut=cut: path.write_bytes(b"".join(zip_parts(PREFIX, ENTRIES))[:-cut]), "not a packed bundle")
+          for cut in (1, 22, 100)),
         (lambda path: path.write_bytes(b"x" * 100), "it does not end as a zip file without a comment does"),
         (commented, "it does not end as a zip file without a comment does"),
         (bomb, "'bundle/zeros' is compressed"),
         (linked, "'bundle/link' is not a regular file"),
         (streamed, "is encrypted or has its sizes behind it"),
         (lambda path: written(path, prefix=b"MZ\n"), "something lies in front of its first entry"),
-        (lambda path: written(path, prefix=b"#!/a\n#!/b\n"), "something lies in front of its first entry"),
         (lambda path: written(path, [Entry("bundle/a", b"")] * 2), "two entries have one name"),
         (lambda path: written(path, [Entry("bundle/a", b""), Entry("bundle/A", b"")]), "are the same on some file"),
         (lambda path: written(path, [Entry("bundle/../a", b"")]), "the name 'bundle/../a' leads outside"),
-        (lambda path: written(path, [Entry("/etc/passwd", b"")]), "the name '/etc/passwd' leads outside"),
-        (lambda path: written(path, [Entry("bundle/a\\b", b"")]), "leads outside"),
-        (lambda path: written(path, [Entry("bundle/folder/", b"")]), "leads outside"),
+        *((lambda path, name=name: written(path, [Entry(name, b"")]), "leads outside")
+          for name in ("/etc/passwd", "bundle/a\\b", "bundle/folder/")),
     ],
 )  # fmt: skip
 def test_a_zip_file_of_another_kind_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
@@ -158,14 +152,6 @@ def test_a_local_header_that_differs_from_its_directory_entry_is_refused(
     content = path.read_bytes()
     start = content.index(signature)
     path.write_bytes(changed(content, start + offset, field, value))
-    with pytest.raises(BundleError, match="not a packed bundle"):
-        read_directory(path)
-
-
-@pytest.mark.parametrize("cut", [1, 21, 22, 23, 100])
-def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
-    path = written(tmp_path / "a.pyz")
-    path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(BundleError, match="not a packed bundle"):
         read_directory(path)
 
