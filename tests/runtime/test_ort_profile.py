@@ -34,10 +34,6 @@ STEP = [
 ]
 
 
-def places(names: list[str], layers: int = 2) -> list[int | str]:
-    return [place.layer for place in place_kernels(names, layers)]
-
-
 def test_a_node_without_a_layer_in_its_name_has_that_of_its_neighbors() -> None:
     names = [name for name, _ in STEP]
     found = place_kernels(names, 2)
@@ -50,13 +46,16 @@ def test_the_nodes_of_an_int8_cache_do_not_draw_others_into_their_layer() -> Non
     before = ["kv_cache.ids", "kv_cache.1.value.codes", "kv_cache.0.key.codes"]
     after = ["kv_cache.1.value.new", "present.1.value", "kv_cache.0.key.new", "present.0.key"]
     names = [*before, *(name for name, _ in STEP), *after]
-    assert places(names) == [BEFORE, 1, 0, *(layer for _, layer in STEP), 1, 1, 0, 0]
-
-
-def test_numbers_beyond_the_layers_are_none() -> None:
-    assert places(["table.9", "layers.0.up", "experts.7", "layers.0.down"]) == [BEFORE, 0, 0, 0]
-    assert places(["a", "b"]) == [BEFORE, BEFORE]
-    assert places([]) == []
+    assert [place.layer for place in place_kernels(names, 2)] == [
+        BEFORE,
+        1,
+        0,
+        *(layer for _, layer in STEP),
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def event(name: str, start: int, duration: int = 1, operator: str | None = None) -> dict[str, Any]:

@@ -125,11 +125,10 @@ def test_graphs_with_and_without_passes_of_a_users_own_travel_along(chatty: Path
     assert "its SHA-256 is" in done.stderr
 
 
-@pytest.mark.parametrize("package", ["numpy", "onnxruntime", "tokenizers"])
-def test_without_a_package_that_it_needs_it_says_what_to_install(packed: Path, package: str) -> None:
-    done = run_packed(packed, "the cat", missing=[*MISSING, package])
+def test_without_a_package_that_it_needs_it_says_what_to_install(packed: Path) -> None:
+    done = run_packed(packed, "the cat", missing=[*MISSING, "onnxruntime"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"satchel: error: {package} is not installed: pip install '{package}>=")
+    assert done.stderr.startswith("satchel: error: onnxruntime is not installed: pip install 'onnxruntime>=")
 
 
 def test_its_first_argument_may_be_a_command(packed: Path) -> None:
@@ -137,14 +136,6 @@ def test_its_first_argument_may_be_a_command(packed: Path) -> None:
     assert json.loads(done.stdout)["source"]["name"] == "tiny"
     assert "satchel 0" in run_packed(packed, "--version").stdout
     assert "BUNDLE" not in run_packed(packed, "verify", "--help").stdout
-
-
-def test_it_may_be_renamed_and_moved(packed: Path, tmp_path: Path) -> None:
-    (tmp_path / "a folder").mkdir()
-    file = Path(shutil.copyfile(packed, tmp_path / "a folder" / "ein Modell.bin"))
-    (tmp_path / "link.pyz").symlink_to(file)
-    for path in (file, tmp_path / "link.pyz"):
-        assert Generator.open(path, threads=1).generate("the cat", 2).token_ids
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

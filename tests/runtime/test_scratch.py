@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from support.tiny_bundle import write_bundle
 
 from satchel.runtime.bundle.atomic_write import atomic_write
 from satchel.runtime.bundle.scratch import scratch_folder
-from satchel.runtime.optimize import packing
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.pack import pack, unpack
 from satchel.runtime.util.child_path import python_path
@@ -75,13 +73,3 @@ def test_of_this_process_id_only_what_is_in_use_stays(tmp_path: Path) -> None:
         assert first.is_dir()
         assert second.is_dir()
         assert not old.exists()
-
-
-def test_an_interrupt_passes_through_a_mapped_file(tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(bytes(100))
-    held = []
-    with pytest.raises(KeyboardInterrupt), packing._mapped(path) as content:
-        held.append(content[10:20])  # as a frame of the traceback does
-        raise KeyboardInterrupt
-    assert held[0].nbytes == 10

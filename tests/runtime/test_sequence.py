@@ -182,19 +182,6 @@ def test_the_callback_hears_what_was_held_back_too(generator: Generator) -> None
     assert stream.result().finish_reason == "callback"
 
 
-def test_a_callback_that_fails_ends_it(fresh: Generator) -> None:
-    def callback(piece: str) -> None:
-        if piece == "e":
-            raise ValueError("no more")
-
-    for count in (40, 3):  # also where it fails at the end
-        stream = write(fresh, "one two", count=count, callback=callback)
-        with pytest.raises(ValueError, match="no more"):
-            stream.result()
-        assert stream.result().finish_reason == "error"
-    assert fresh.prefix_cache.positions == 0
-
-
 def test_closing_it_shows_what_was_held_back_and_keeps_what_is_known(fresh: Generator) -> None:
     with write(fresh, "oENDLESS", stop="ENDS") as stream:
         assert next(stream) == "o"
@@ -214,6 +201,19 @@ def test_a_stream_that_was_never_read_can_be_closed(fresh: Generator) -> None:
     assert list(stream) == []
     result = stream.result()
     assert (result.finish_reason, result.new_tokens, result.prefill_seconds) == ("closed", 0, 0)
+    assert fresh.prefix_cache.positions == 0
+
+
+def test_a_callback_that_fails_ends_it(fresh: Generator) -> None:
+    def callback(piece: str) -> None:
+        if piece == "e":
+            raise ValueError("no more")
+
+    for count in (40, 3):  # also where it fails at the end
+        stream = write(fresh, "one two", count=count, callback=callback)
+        with pytest.raises(ValueError, match="no more"):
+            stream.result()
+        assert stream.result().finish_reason == "error"
     assert fresh.prefix_cache.positions == 0
 
 

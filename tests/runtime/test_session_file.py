@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,11 +87,6 @@ def test_generation_goes_on_in_another_generator_as_if_it_had_not_stopped(tiny: 
     wanted = Generator.open(tiny, threads=1).generate(whole, 15)
     assert (found.reused_tokens, wanted.reused_tokens) == (saved, 0)
     assert found.token_ids == wanted.token_ids
-    again = Generator.open(tiny, threads=1)
-    again.load_state(tmp_path / "talk.state")
-    result = again.generate(whole[:saved], 1)
-    assert result.reused_tokens == saved - 2
-    assert result.token_ids == (answer[-1],)
 
 
 def test_only_the_common_beginning_is_saved(tiny: Path, tmp_path: Path, bundle: Bundle) -> None:
@@ -100,9 +94,6 @@ def test_only_the_common_beginning_is_saved(tiny: Path, tmp_path: Path, bundle: 
     generator.generate([5, 80, 199, 12], 5)
     assert generator.save_state(tmp_path / "talk.state", [5, 80, 13, 12, 40]) == 2
     assert read_state(tmp_path / "talk.state", bundle).prefix.ids.tolist() == [5, 80]
-    text = "the cat sat"
-    generator.generate(text, 5)
-    assert generator.save_state(tmp_path / "talk.state", text) == len(generator.encode(text))
 
 
 def test_what_is_not_kept_cannot_be_saved(tiny: Path, tmp_path: Path) -> None:
@@ -164,14 +155,10 @@ def test_a_write_that_fails_leaves_the_state_that_was_there(
 
 
 def test_a_place_that_cannot_be_written_to_is_named_with_its_option(
-    tmp_path: Path, bundle: Bundle, state: SavedState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bundle: Bundle, state: SavedState
 ) -> None:
     with pytest.raises(SatchelError, match=r"^/save .*/none/talk\.state: there is no folder"):
         write_state(tmp_path / "none" / "talk.state", bundle.fingerprint, state, "/save")
-    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    with pytest.raises(SatchelError, match=r"^--save-state .*: its folder cannot be written to"):
-        write_state(tmp_path / "talk.state", bundle.fingerprint, state)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_messages_that_are_no_json_are_refused(tmp_path: Path, bundle: Bundle, state: SavedState) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from support.states import bundle_with, join, make_state, resigned, same, split
-from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
+from support.tiny_bundle import VOCABULARY, write_bundle
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
-from satchel.runtime.execution.kv_cache import KVCache
 from satchel.runtime.generation import session_file
 from satchel.runtime.generation.session_file import SavedState, read_state, write_state
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -167,21 +166,6 @@ def test_memory_is_taken_only_for_what_the_file_holds(
             entry["data_offsets"] = [begin, end]
     monkeypatch.setattr(session_file, "KVCache", None)
     check_refused(tmp_path, huge, resigned(header, payload), "2600 bytes of tensors, where")
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_refused(
-    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "long.state"
-    write_state(path, bundle.fingerprint, make_state(bundle.manifest.kv_cache, tokens=MAX_CONTEXT))
-
-    def shrinking(*arguments: Any) -> KVCache:
-        os.truncate(path, path.stat().st_size - 1)
-        return KVCache(*arguments)
-
-    monkeypatch.setattr(session_file, "KVCache", shrinking)
-    with pytest.raises(BundleError, match=r"long\.state: damaged: "):
-        read_state(path, bundle)
 
 
 def test_random_damage_ends_in_a_clear_error_or_an_equal_state(
