@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
-from support.tiny_static_bundle import LENGTHS, write_static_bundle
+from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import BundleError, PromptError
@@ -125,62 +122,6 @@ def test_a_state_that_was_saved_is_loaded_again(folder: Path, static: Generator,
     other.load_state(tmp_path / "state")
     found = other.generate(IDS[:21], 8)
     assert (found.token_ids, found.reused_tokens) == (expected.token_ids, 19)
-
-
-class Recorded:
-    """A session that notes the shapes of its inputs at each run, as they were bound last."""
-
-    def __init__(self, session: ort.InferenceSession, seen: dict[int, set[tuple[object, ...]]]) -> None:
-        self._session, self._seen = session, seen
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._session, name)
-
-    def io_binding(self) -> RecordedBinding:
-        return RecordedBinding(self._session.io_binding())
-
-    def run_with_iobinding(self, binding: RecordedBinding, options: ort.RunOptions | None = None) -> None:
-        self._seen[id(self)].add(tuple(sorted(binding.shapes.items())))
-        self._session.run_with_iobinding(binding.real, options)
-
-
-class RecordedBinding:
-    def __init__(self, real: ort.IOBinding) -> None:
-        self.real = real
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.real, name)
-
-    def bind_input(self, name: str, device: str, number: int, dtype: type, shape: tuple[int, ...], at: int) -> None:
-        self.shapes[name] = tuple(shape)
-        self.real.bind_input(name, device, number, dtype, shape, at)
-
-
-@pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, set[tuple[object, ...]]]]:
-    seen: dict[int, set[tuple[object, ...]]] = defaultdict(set)
-    opened = ort.InferenceSession
-    monkeypatch.setattr(ort, "InferenceSession", lambda *all, **more: Recorded(opened(*all, **more), seen))
-    yield seen
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_no_graph_ever_sees_a_second_shape(
-    tmp_path: Path, shapes: dict[int, set[tuple[object, ...]]], parts: int
-) -> None:
-    static = Generator.open(write_static_bundle(tmp_path / "bundle", parts=parts), threads=1)
-    ids = IDS[:5].tolist()
-    for turn, options in enumerate(({}, {"temperature": 1.0, "seed": 1}, {"stop": "e"}, {"max_new_tokens": 3})):
-        result = static.generate([*ids], **{"max_new_tokens": 6} | options)
-        assert (result.reused_tokens > 0) == (turn > 0)
-        ids += [*result.token_ids, 11, 12, 13 + turn]
-    static.generate(IDS[:45], 10)
-    static.generate_batch([IDS[:3], IDS[2:20]], rows=2, max_new_tokens=4)
-    static.beam_search(IDS[:4], 2, max_new_tokens=4)
-    static.prompt_logprobs(IDS[:23])
-    assert len(shapes) == (len(LENGTHS) + 2) * parts
-    assert [len(found) for found in shapes.values()] == [1] * len(shapes)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

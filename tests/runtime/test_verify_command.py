@@ -91,13 +91,6 @@ def test_a_tokenizer_that_encodes_otherwise_fails(
     assert "the cat" in mismatches[0]
 
 
-def test_a_bundle_without_tokenizer_can_be_verified(
-    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = ran(capsys, changed(lambda manifest: manifest.update(tokenizer=None)))
-    assert (code, out.splitlines()[-1]) == (0, "OK")
-
-
 def test_a_bundle_without_certificate_cannot(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = ran(capsys, tiny)
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -230,8 +230,8 @@ def write_bundle(
         tokenizer=spec,
         passes=(),
         files={
-            name: FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-            for name, content in contents.items()
+            name: FileRecord(**record(content))
+            for name, content in contents.items()  # type: ignore[arg-type]
         },
         certificate=None,
         specialized=None,
@@ -256,5 +256,10 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
     """Put other content into a listed file, with the manifest's record to match."""
     (folder / name).write_bytes(content)
     document = read_manifest(folder)
-    document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    document["files"][name] = record(content)
     write_manifest(folder, document)
+
+
+def record(content: bytes) -> dict[str, object]:
+    """What a manifest says of a file with this content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

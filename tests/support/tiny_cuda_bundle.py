@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import read_manifest, record, write_bundle, write_manifest
 
 TOP = 12
 
@@ -46,4 +45,4 @@ def _choose(folder: Path, document: dict[str, Any], phase: str, top: int) -> Non
         document["graphs"][phase]["outputs"].append({"name": output, "dtype": dtype, "shape": shape})
     content = model.SerializeToString()
     (folder / name).write_bytes(content)
-    document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    document["files"][name] = record(content)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from support.tiny_bundle import HIDDEN, VOCABULARY, read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import HIDDEN, VOCABULARY, read_manifest, record, write_bundle, write_manifest
 
 from satchel.runtime.kernels import library
 
@@ -80,7 +79,6 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
         }
     ]
     for name in ("prefill.onnx", "decode.onnx", "score.onnx", "native.onnx", "weights.bin"):
-        data = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"][name] = record((folder / name).read_bytes())
     write_manifest(folder, manifest)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from support.tiny_bundle import (
     cache_layers,
     make_weights,
     read_manifest,
+    record,
     write_bundle,
     write_manifest,
 )
@@ -92,7 +92,7 @@ def _chain(
         inputs, outputs = _signature(phase, tokens, capacity, first, last)
         content = _graph(weights, phase, tokens, (first, last), inputs, outputs, capacity).SerializeToString()
         (folder / file).write_bytes(content)
-        document["files"][file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        document["files"][file] = record(content)
         entries.append({
             "file": file,
             "session": {"session.disable_prepacking": "1"},
