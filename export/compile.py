@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.companions import generation_complaints
 from satchel.export.checkpoint.families import PASSED
 from satchel.export.checkpoint.tokenizer import notes_on
-from satchel.export.config import ExportConfig
+from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.forecast import check_disk, forecast
+from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids
 from satchel.export.quantize.quantize import pieces, quantize
 from satchel.export.quantize.texts import open_texts
 from satchel.export.recipes import check_recipe, recipe_of
@@ -41,7 +42,8 @@ from satchel.graphs.ir.values import INTERNAL, nodes
 from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
-from satchel.graphs.targets.targets import PLAIN, TARGETS
+from satchel.graphs.quant.stored import StoredGrid, orders_of
+from satchel.graphs.targets.targets import PLAIN, TARGETS, order_steps
 from satchel.runtime.bundle.contract import LOGITS, PHASES
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
@@ -76,20 +78,23 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     check_target(config.output, config.force)
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
+    config, notes = resolve(config, checkpoint)
+    grids = stored_grids(checkpoint)
+    recipe = kept_recipe(recipe_of(config), config, grids)
     if recipe is not None:
         check_recipe(recipe, checkpoint)
-    _announce(checkpoint, config, stages)
+    _announce(checkpoint, config, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:
         texts = open_texts(checkpoint, config, recipe)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):
-            common, report = lower(model, checkpoint, config, recipe)
+            common, report = lower(model, checkpoint, config, recipe, grids)
         quantized = None
         if recipe is not None:
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
-                quantized, done = quantize(common, recipe, texts.calibration, folder / "rounding", config, bar)
+                quantized, done = quantize(common, recipe, texts.calibration, folder / "rounding", config, bar, grids)
                 report += [step.as_json("common") for step in done]
         lowered = lower_static if config.static else lower_phases
         models = lowered(common if quantized is None else quantized.model, checkpoint, config, quantized, report)
@@ -131,7 +136,11 @@ def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
 
 
 def lower(
-    model: ir.Model, checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None = None
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    recipe: Recipe | None = None,
+    grids: Mapping[str, StoredGrid] | None = None,
 ) -> tuple[ir.Model, list[dict[str, Any]]]:
     """Run the passes over the traced graph that all phases share.
 
@@ -145,7 +154,8 @@ def lower(
     target = TARGETS[config.target]
     normal, normalized = pipeline.run(model, target.normalize)
     check_sound(normal, checkpoint.name, checkpoint.layers)
-    marks = () if recipe is None else (Step(assign(recipe)),)
+    orders = {} if grids is None or config.precision != STORED else orders_of(grids)
+    marks = () if recipe is None else (Step(assign(recipe)), *order_steps(orders))
     common, fused = pipeline.run(normal, (*marks, *target.fuse))
     left = {str(node.name) for node in nodes(common, "Attention", INTERNAL)}
     reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
@@ -215,13 +225,15 @@ def _skipped(config: ExportConfig, recipe: Recipe | None) -> set[str]:
     return skipped if recipe is not None else {"rounding the weights", *skipped}
 
 
-def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages) -> None:
+def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages, notes: Sequence[str]) -> None:
     """Print what the export needs and what the user should know before it starts, and check the disk space."""
     needed = forecast(checkpoint, config)
     context = config.context(checkpoint.max_context)
     stages.say(
         f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, context {context:,}; needs {needed}"
     )
+    for note in notes:
+        stages.say(note)
     if checkpoint.kind != "module" and checkpoint.model_type not in PASSED:
         stages.say(
             f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested "

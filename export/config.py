@@ -9,9 +9,12 @@ from typing import Any
 
 from satchel.export.errors import ExportError
 
-PRECISIONS = ("int8", "int4", "a8w8", "a16w8", "a16w4", "fp16", "fp32")
+STORED = "stored"
+"""The precision that keeps the quantized values of the checkpoint."""
+
+PRECISIONS = ("int8", "int4", "a8w8", "a16w8", "a16w4", "fp16", "fp32", STORED)
 FLOAT_PRECISIONS = ("fp32", "fp16")
-QUICK_PRECISIONS = ("int8", "a8w8", "a16w8")
+QUICK_PRECISIONS = ("int8", "a8w8", "a16w8", STORED)
 """Precisions that lose little without calibration; their default effort is quick."""
 
 EFFORTS = ("quick", "normal")
@@ -47,7 +50,8 @@ class ExportConfig:
     Attributes:
         output: The bundle's folder.
         precision: fp32; fp16, which the CPU computes in float32; or a quantized form, by the recipe of that name.
-            Empty for the target's default, the first of TARGET_PRECISIONS.
+            Empty for the default: stored if the checkpoint has quantized values that the target's kernels read,
+            otherwise the first of TARGET_PRECISIONS.
         max_context: Positions that the bundle allows; None for the model's own, at most DEFAULT_CONTEXT.
         target: What the graphs are made for.
         force: Replace an existing bundle at `output`.
@@ -65,6 +69,8 @@ class ExportConfig:
         custom_ops: Shared libraries with the operators that these passes put into the graphs.
         prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, in ascending order;
             empty for PREFILL_LENGTHS as far as the context allows.
+        keep_stored: Whether quantized values of the checkpoint are kept in place of what `precision` says; None for
+            where neither a precision nor a recipe is given.
 
     Raises:
         ExportError: A value is not allowed, or two options contradict each other.
@@ -85,9 +91,12 @@ class ExportConfig:
     passes: tuple[Any, ...] = ()
     custom_ops: tuple[Path, ...] = ()
     prefill_lengths: tuple[int, ...] = ()
+    keep_stored: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        if self.keep_stored is None:
+            object.__setattr__(self, "keep_stored", not self.precision and self.recipe is None)
         if not self.precision and self.target in TARGETS:
             object.__setattr__(self, "precision", TARGET_PRECISIONS[self.target][0])
         for option, value, allowed in (

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from satchel.export.checkpoint import Checkpoint
-from satchel.export.config import ExportConfig
+from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.texts import CALIBRATION_WINDOWS, certificate_windows
 from satchel.export.stages import duration
 from satchel.graphs.ir.weights import BLOCK_BYTES
+from satchel.graphs.quant.stored import GRID, StoredGrid
 from satchel.runtime.bundle.certificate import Window
 
 MIB = 1 << 20
@@ -72,7 +73,7 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
     layers = checkpoint.layers or 1
     elements = [w.size for w in {id(w): w for w in checkpoint.weights.values()}.values()]
     total, largest = sum(elements), 4 * max(elements, default=0)
-    disk = int(total * BYTES[config.precision]) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
+    disk = _weight_bytes(checkpoint, config) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
     memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES
     if checkpoint.kind == "gguf":  # a weight that is transposed is decoded whole; all else is read a block at a time
         memory += largest
@@ -99,6 +100,14 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
         scratch += 4 * checkpoint.vocab_size * windows * Window.LENGTH
         stages["measuring the bundle"] = MEASURING_SECONDS * windows * total
     return Forecast(memory, disk, scratch, stages)
+
+
+def _weight_bytes(checkpoint: Checkpoint, config: ExportConfig) -> int:
+    weights = {id(w): w for w in checkpoint.weights.values()}.values()
+    if config.precision != STORED:
+        return int(sum(w.size for w in weights) * BYTES[config.precision])
+    grids = ((w.size, w.meta.get(GRID)) for w in weights)
+    return int(sum(n * (g.scheme.bits_per_weight / 8 if isinstance(g, StoredGrid) else 4) for n, g in grids))
 
 
 def check_disk(needed: Forecast, output: Path) -> None:

@@ -7,6 +7,7 @@ does, but each operation returns a `LazyWeight` over the stored tensors.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
 from satchel.graphs.ir.weights import LazyWeight, concatenated
+from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid
 
 Sources = dict[str, list[LazyWeight]]
 
@@ -89,9 +91,46 @@ def _converted(
         lazy = _LAZY.get(_recipe(conversion.converter))
         whole = _Whole(target, conversion, module, latest)
         weights = lazy(conversion) if lazy is not None else [whole.weight(n, s) for n, s in shapes.items()]
+        mark_converted(weights, conversion, lazy)
         return dict(zip(shapes, weights, strict=True))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ExportError(f"{source}: the tensors stored for {target} do not fit together: {one_line(error)}") from None
+
+
+def mark_converted(
+    weights: list[LazyWeight], conversion: _Conversion, lazy: Callable[[_Conversion], list[LazyWeight]] | None
+) -> None:
+    """Mark what is made of quantized weights with the grid that the same operation makes of theirs."""
+    sources = [weight for found in conversion.sources.values() for weight in found]
+    grids = [weight.meta.get(GRID) for weight in sources]
+    stored = [grid for grid in grids if isinstance(grid, StoredGrid)]
+    if not stored and not any(WIDENED in weight.meta for weight in sources):
+        return
+    form = dataclasses.replace(stored[0], scales=sources[0], zero_points=None) if stored else None
+    if form is None or lazy is None or len(stored) < len(sources) or any(not same_form(g, form) for g in stored):
+        reasons = [str(weight.meta[WIDENED]) for weight in sources if WIDENED in weight.meta]
+        for weight in weights:
+            weight.meta[WIDENED] = reasons[0] if reasons else "it is made of weights that are quantized differently"
+        return
+
+    def made(part: Callable[[StoredGrid], LazyWeight | None]) -> list[LazyWeight]:
+        parts = {p: [part(w.meta[GRID]) for w in found] for p, found in conversion.sources.items()}  # type: ignore[arg-type]
+        return lazy(_Conversion(conversion.converter, parts))  # type: ignore[arg-type]
+
+    scales = made(lambda grid: grid.scales)
+    points = [None] * len(scales) if stored[0].zero_points is None else made(lambda grid: grid.zero_points)
+    for weight, scale, point in zip(weights, scales, points, strict=True):
+        weight.meta[GRID] = dataclasses.replace(stored[0], scales=scale, zero_points=point)
+
+
+def same_form(grid: StoredGrid, other: StoredGrid) -> bool:
+    """Whether weights on the two grids can be one weight."""
+    return (
+        grid.scheme == other.scheme
+        and grid.token_activations == other.token_activations
+        and grid.order is None
+        and other.order is None
+    )
 
 
 def _meta(weight: LazyWeight) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from satchel.export.checkpoint.companions import folder_companions, read_json, with_names
 from satchel.export.checkpoint.conversion import convert
+from satchel.export.checkpoint.quantized import read_quantized, settings_of
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.shards import read_folder, weight_files
 from satchel.export.checkpoint.special_ids import special_ids
@@ -28,7 +29,9 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
         ExportError: If the folder is incomplete or damaged, or satchel cannot export the model.
     """
     table = _config_table(folder)
+    settings = settings_of(folder, table)
     stored, stored_bytes = read_folder(folder)
+    stored = read_quantized(stored, settings, str(folder))
     config = _config(folder)
     module = build_structure(config, implementations, str(folder))
     weights = convert(module, stored, str(folder))
@@ -84,12 +87,6 @@ def _config_table(folder: Path) -> dict[str, Any]:
         raise ExportError(
             f"{path}: has no model_type, so the architecture is unknown; use the config of the original model"
         )
-    quantization = table.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        )
-        raise ExportError(f"{path}: the weights are quantized by {method}; export from the original float checkpoint")
     if model_type not in CONFIG_MAPPING:
         wants_code = (
             "needs code from the checkpoint, which satchel does not run" if table.get("auto_map") else "is unknown"

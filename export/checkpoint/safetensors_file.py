@@ -19,6 +19,9 @@ _DTYPES: dict[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -32,8 +35,8 @@ _LENGTH_BYTES = 8
 def read_safetensors(path: Path) -> dict[str, LazyWeight]:
     """Return the tensors of a safetensors file (https://github.com/huggingface/safetensors#format).
 
-    Floating point tensors are converted to float32 after slicing; others keep their dtype. Only the header is read: the
-    values are views of the memory-mapped file.
+    Floating point tensors are converted to float32 after slicing; integers and 8-bit floats keep their dtype. Only the
+    header is read: the values are views of the memory-mapped file.
 
     Raises:
         ExportError: If the file is cut short, its header is damaged, or a tensor has an unsupported dtype.

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from satchel.export.config import FLOAT_PRECISIONS, PRECISIONS
+from satchel.export.config import FLOAT_PRECISIONS, PRECISIONS, STORED
 from satchel.runtime.util.progress import waiting
 
 EXAMPLE = """\
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "8 bits."
     )
     parser.epilog = EXAMPLE
-    quantized = [p for p in PRECISIONS if p not in FLOAT_PRECISIONS]
+    quantized = [p for p in PRECISIONS if p not in (*FLOAT_PRECISIONS, STORED)]
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a GGUF file, or file.py:factory"
     )

@@ -25,10 +25,12 @@ from satchel.graphs.ir.contract import Refused
 from satchel.graphs.ir.pipeline import Done
 from satchel.graphs.ir.values import MICROSOFT, last_dim, nodes, weight
 from satchel.graphs.ir.weights import LazyWeight
-from satchel.graphs.quant.assign import layer_name, rule_of
+from satchel.graphs.passes.fuse.lower_experts import INTERLEAVED, interleaved
+from satchel.graphs.quant.assign import layer_name, layers_of, rule_of
 from satchel.graphs.quant.quantized import KVScales, Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
+from satchel.graphs.quant.stored import STORED, StoredGrid, grid_of
 from satchel.graphs.targets.targets import ROTATE, equalize_steps
 from satchel.runtime.bundle.contract import LOGITS, past_names, present_names
 
@@ -51,6 +53,7 @@ def quantize(
     folder: Path,
     config: ExportConfig,
     progress: Progress,
+    grids: Mapping[str, StoredGrid] | None = None,
 ) -> tuple[Quantized, list[Done]]:
     """Transform a graph, calibrate it, and quantize its weights by a recipe.
 
@@ -62,6 +65,7 @@ def quantize(
             removes it after the weights are written.
         config: The options of the export, among them whether the KV cache is int8 and so needs scales.
         progress: Called after each unit of work; `pieces(model, recipe, config)` is their number.
+        grids: Where the checkpoint's own quantized values lie, by layer, for the rules that keep them.
 
     Returns:
         The quantized weights, and the report of the transforms.
@@ -81,7 +85,7 @@ def quantize(
     model, ran = pipeline.run(model, equalize_steps(recipe, statistics))
     done += ran
     chosen = rules(model)
-    weights = _round(model, chosen, windows, folder, config.effort == "quick", progress)
+    weights = _round(model, chosen, windows, folder, config.effort == "quick", progress, grids or {})
     scales = {layer: _cache_scales(model, layer, maxima) for layer in range(len(maxima) // 2)}
     return Quantized(model, weights, chosen, scales, recipe.name), done
 
@@ -192,6 +196,7 @@ def _round(
     folder: Path,
     quick: bool,
     progress: Progress,
+    grids: Mapping[str, StoredGrid],
 ) -> dict[str, QuantizedWeight]:
     """Quantize each weight by its rule.
 
@@ -213,7 +218,9 @@ def _round(
                 pays = not quick or lazy.dims[0] < lazy.dims[-1]
                 if rule.rounding == "gptq" and node.op_type == "MatMul" and pays:
                     moments = _moments(inputs)
-                results[lazy.name] = round_weight(lazy, rule, codes, by_outputs=by_outputs(node), moments=moments)
+                results[lazy.name] = round_weight(
+                    lazy, rule, codes, by_outputs=by_outputs(node), moments=moments, kept=kept_grid(lazy, rule, grids)
+                )
                 progress(1)
             if not by_outputs(node):
                 replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
@@ -226,7 +233,10 @@ def _round(
         flow.run(lambda node, inputs: visit(node, inputs) if node.name in linear else {})
     for node, lazy in quantizable(model):
         if lazy.name in chosen and lazy.name not in results:
-            results[lazy.name] = round_weight(lazy, chosen[lazy.name], codes, by_outputs=by_outputs(node))
+            rule = chosen[lazy.name]
+            results[lazy.name] = round_weight(
+                lazy, rule, codes, by_outputs=by_outputs(node), kept=kept_grid(lazy, rule, grids)
+            )
             progress(1)
     return results
 
@@ -238,6 +248,7 @@ def round_weight(
     *,
     by_outputs: bool,
     moments: NDArray[np.float32] | None = None,
+    kept: Grid | None = None,
 ) -> QuantizedWeight:
     """Quantize one weight by a rule; the quantized values go to a file in `folder` and are memory-mapped.
 
@@ -247,6 +258,10 @@ def round_weight(
         folder: The folder for the quantized values.
         by_outputs: Whether outputs come before inputs; see `lazy`.
         moments: The sum of x x^T over the layer's inputs, for rounding "gptq"; without it, only scales are searched.
+        kept: The grid that the weight is on already, so that nothing is rounded.
+
+    Raises:
+        ExportError: The weight is not on `kept`.
     """
     inputs = lazy.dims[-1] if by_outputs else lazy.dims[0]
     outputs = lazy.size // inputs
@@ -259,16 +274,46 @@ def round_weight(
     search = rule.rounding != "nearest"
     importance = None if moments is None else np.ascontiguousarray(moments.diagonal())
     for start, part in _parts(lazy, by_outputs, inputs):
-        grid = fit_grid(part, scheme, importance, search=search)
-        stored[start : start + len(part)] = (
-            grid.round(part) if moments is None else round_with_feedback(part, moments, grid)
-        )
+        if kept is not None:
+            grid = kept.part(start, start + len(part))
+            stored[start : start + len(part)] = _codes_on(grid, part, lazy)
+        else:
+            grid = fit_grid(part, scheme, importance, search=search)
+            stored[start : start + len(part)] = (
+                grid.round(part) if moments is None else round_with_feedback(part, moments, grid)
+            )
         scales.append(grid.scales)
         points.append(grid.zero_points)
     stored.flush()
     zero_points = None if scheme.symmetric else np.concatenate([p for p in points if p is not None])
     mapped: NDArray[Any] = np.memmap(path, stored.dtype, "r", shape=stored.shape)
     return QuantizedWeight(lazy.name, Grid(scheme, np.concatenate(scales), zero_points), mapped)
+
+
+def kept_grid(lazy: LazyWeight, rule: Rule, grids: Mapping[str, StoredGrid]) -> Grid | None:
+    """The grid of a weight whose rule keeps the checkpoint's quantized values; None for another rule."""
+    if rule.rounding != STORED:
+        return None
+    found = [grids[layer] for layer in layers_of(lazy)]
+    if lazy.name.endswith(INTERLEAVED):
+        found = [grid.mapped(interleaved) for grid in found]
+    return grid_of(found)
+
+
+def _codes_on(grid: Grid, part: NDArray[np.float32], lazy: LazyWeight) -> NDArray[np.int16]:
+    """The quantized values of a weight on its grid.
+
+    Raises:
+        ExportError: It is not on the grid: a scale is not finite, or the values belong to another one.
+    """
+    divisors = np.where(grid.scales == 0, np.float32(1), grid.scales)  # a group of zeros may have no scale
+    codes = dataclasses.replace(grid, scales=divisors).round(np.nan_to_num(part))
+    if not np.array_equal(grid.values(codes), part):
+        raise ExportError(
+            f"{layer_name(lazy)}: its stored quantized values and scales do not fit together; "
+            "download the checkpoint again"
+        )
+    return codes
 
 
 def _parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -39,6 +39,11 @@ class Grid:
     def high(self) -> int:
         return self.low + (1 << self.scheme.bits) - 1
 
+    def part(self, start: int, stop: int) -> Grid:
+        """The grid of the outputs from `start` to `stop`."""
+        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
+        return Grid(self.scheme, self.scales[start:stop], zero_points)
+
     def expanded(self, inputs: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Scale and zero point of each weight, [outputs, inputs] float32."""
         width = inputs // self.scales.shape[1]

@@ -50,6 +50,7 @@ from satchel.graphs.passes.normalize.unsqueeze_biases import unsqueeze_biases
 from satchel.graphs.passes.quantize.equalize import equalize
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
+from satchel.graphs.passes.quantize.order_inputs import order_inputs
 from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddings
 from satchel.graphs.passes.quantize.quantize_experts import quantize_experts
 from satchel.graphs.passes.quantize.quantize_folded import quantize_folded
@@ -63,6 +64,7 @@ from satchel.graphs.passes.static.lower_attention_static import lower_attention_
 from satchel.graphs.passes.static.transpose_tied_head import transpose_tied_head
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
+from satchel.graphs.quant.stored import STORED
 from satchel.graphs.targets.native import has_linear, native_steps
 from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8, Layout
 
@@ -159,12 +161,20 @@ def equalize_steps(recipe: Recipe, statistics: Mapping[str, NDArray[np.float32]]
     return (*smooth, Step(insert_hadamard(recipe.hadamard_block), after=("equalize",)))
 
 
+def order_steps(orders: Mapping[str, NDArray[np.int64]]) -> tuple[Step, ...]:
+    """The pass that brings scattered groups together, where there are any; `orders` are those of order_inputs."""
+    return (Step(order_inputs(orders), after=("assign",)),) if orders else ()
+
+
 def quantize_steps(phase: str, quantized: Quantized) -> tuple[Step, ...]:
     """The passes that put quantized weights and caches into the graph of a phase."""
     if phase == NATIVE:
         return native_steps(quantized, {name: rule.prefill for name, rule in quantized.rules.items()})
     weights = quantized.weights
     activations = {name: ACTIVATIONS[phase](rule) for name, rule in quantized.rules.items()}
+    if phase in PHASES and not _only_kept_fours(quantized):
+        kept = [name for name, rule in quantized.rules.items() if rule.rounding == STORED]
+        activations |= {name: "twice" for name in kept if activations[name] == "float"}
     steps = (
         Step(quantize_embeddings(weights), after=("slice_last_logits",)),  # the slice looks for the plain head
         Step(quantize_experts(weights)),
@@ -197,6 +207,12 @@ def finish_cuda(phase: str, precision: str) -> tuple[Step, ...]:
     """The same for a device that computes in float16 whatever the weights are."""
     top = (Step(add_top_k, after=("compute_float16",), changes_signature=True),) if phase != "score" else ()
     return (*FINISH_CUDA, *top)
+
+
+def _only_kept_fours(quantized: Quantized) -> bool:
+    """Whether all quantized values are the checkpoint's own, of 4 bits."""
+    rules = quantized.rules.values()
+    return bool(rules) and all(rule.rounding == STORED and rule.bits == 4 for rule in rules)
 
 
 def _gains_by_int8(rule: Rule) -> bool:
@@ -302,8 +318,10 @@ def cpu_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
     if not quantized.weights:  # an int8 cache alone
         return {"prefill": Session(), "decode": Session(), "score": Session({"session.disable_prepacking": "1"})}
     same = not quantized.kv_scales and all(rule.prefill == rule.decode for rule in quantized.rules.values())
-    # Int8 activations inside the kernel: without them a step of one token takes 50 times as long.
-    config = {"session.qdq_matmulnbits_accuracy_level": "4"}
+    # Int8 activations inside the kernel: without them a step of one token of 8 bits takes 50 times as long, of 4 bits
+    # little longer, so that kept values of 4 bits are multiplied in float.
+    level = "1" if _only_kept_fours(quantized) else "4"
+    config = {"session.qdq_matmulnbits_accuracy_level": level}
     return {
         "prefill": Session(config),
         "decode": Session(config, of="prefill" if same else None),

@@ -30,7 +30,7 @@ def refused(source: Path | str, *parts: str) -> None:
 
 
 CONFIG_CHANGES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
-    "quantized": ({"quantization_config": {"quant_method": "awq"}}, ("config.json", "awq", "original float")),
+    "quantized": ({"quantization_config": {"quant_method": "aqlm"}}, ("config.json", "aqlm", "original float")),
     "remote code": (
         {"model_type": "mystery", "auto_map": {"AutoConfig": "x.Y"}},
         ("config.json", "mystery", "needs code"),

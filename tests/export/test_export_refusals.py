@@ -58,7 +58,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "a missing tensor": (with_config(num_hidden_layers=3), ("model.layers.2.", "is missing", "download")),
     "no model_type": (with_config(model_type=None), ("config.json", "model_type")),
     "an encoder": (with_config(model_type="bert"), ("bert is not a causal language model", "decoder-only")),
-    "quantized weights": (with_config(quantization_config={"quant_method": "gptq"}), ("gptq", "original float")),
+    "quantized weights": (with_config(quantization_config={"quant_method": "aqlm"}), ("aqlm", "original float")),
     "a GGUF file cut short": (short_gguf, ("model.gguf", "cut short", "download it again")),
 }
 

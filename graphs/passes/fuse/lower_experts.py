@@ -11,6 +11,9 @@ from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, attributes, last_dim, nodes, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, marked_like
 
+INTERLEAVED = ".interleaved"
+"""What the name of such a weight ends with."""
+
 
 @graph_pass
 def lower_experts(model: ir.Model, report: Report) -> None:
@@ -40,7 +43,7 @@ def _lower(model: ir.Model, node: ir.Node, stacks: list[LazyWeight], k: int, opt
     if options["transposed"]:
         stacks = [*map(_transposed, stacks[:2]), *stacks[2:]]
     if not options["interleaved"]:
-        stacks[::2] = map(_interleaved, stacks[::2])
+        stacks[::2] = map(interleaved, stacks[::2])
     builder, name, experts = Builder(model, node), str(node.name), stacks[0].dims[0]
     tokens = builder.value("Shape", [index], f"{name}.tokens", end=1)
     count = builder.constant(np.asarray([experts], np.int64), f"experts.{experts}")
@@ -64,7 +67,7 @@ def _lower(model: ir.Model, node: ir.Node, stacks: list[LazyWeight], k: int, opt
     replace(node.outputs[0], builder.value("Mul", [mixed, total], f"{name}.scaled", node.outputs[0]))
 
 
-def _interleaved(gate_up: LazyWeight) -> LazyWeight:
+def interleaved(gate_up: LazyWeight) -> LazyWeight:
     """The order that MoE reads: [experts, gates then ups, ...] -> [experts, gate, up, gate, up, ..., ...]."""
     _, rows, *rest = gate_up.dims
 
@@ -72,7 +75,7 @@ def _interleaved(gate_up: LazyWeight) -> LazyWeight:
         block = gate_up.rows(start, stop).reshape(stop - start, 2, rows // 2, *rest)
         return block.swapaxes(1, 2).reshape(stop - start, rows, *rest)
 
-    return marked_like(LazyWeight(f"{gate_up.name}.interleaved", gate_up.dims, gate_up.dtype, read), gate_up)
+    return marked_like(LazyWeight(f"{gate_up.name}{INTERLEAVED}", gate_up.dims, gate_up.dtype, read), gate_up)
 
 
 def _transposed(stack: LazyWeight) -> LazyWeight:

@@ -1,0 +1,82 @@
+"""Keeps the quantized values that a checkpoint stores, where kernels read them, and says what is done with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from satchel.export.checkpoint import Checkpoint
+from satchel.export.config import STORED, TARGET_PRECISIONS, ExportConfig
+from satchel.export.errors import ExportError
+from satchel.graphs.quant.recipe import Recipe
+from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid, keeping
+
+
+def stored_grids(checkpoint: Checkpoint) -> dict[str, StoredGrid]:
+    """The grids of the weights that the checkpoint stores quantized, by layer."""
+    found = {name.removesuffix(".weight"): weight.meta.get(GRID) for name, weight in checkpoint.weights.items()}
+    return {layer: grid for layer, grid in found.items() if isinstance(grid, StoredGrid)}
+
+
+def widened(checkpoint: Checkpoint) -> dict[str, str]:
+    """Why weights that are stored quantized are widened to float, by layer."""
+    found = {name.removesuffix(".weight"): weight.meta.get(WIDENED) for name, weight in checkpoint.weights.items()}
+    return {layer: str(reason) for layer, reason in found.items() if reason is not None}
+
+
+def resolve(config: ExportConfig, checkpoint: Checkpoint) -> tuple[ExportConfig, list[str]]:
+    """Choose the precision that keeps a checkpoint's quantized values where no other was asked for.
+
+    Returns:
+        The config, and what to tell the user about the values.
+
+    Raises:
+        ExportError: --precision stored was asked for, and there is nothing to keep or a recipe that changes it; or
+            no precision was, and the checkpoint's form is one that would be kept but for its group sizes.
+    """
+    name, grids, floats = checkpoint.name, stored_grids(checkpoint), widened(checkpoint)
+    asked = config.precision == STORED
+    if not grids and not floats:
+        if asked:
+            raise ExportError(f"{name}: --precision {STORED}: its weights are not quantized: choose another precision")
+        return config, []
+    reason = next(iter(floats.values()), "")
+    if asked and not grids:
+        raise ExportError(f"{name}: --precision {STORED}: {reason}: choose fp32 or int8")
+    possible = STORED in TARGET_PRECISIONS[config.target]
+    if grids and not asked and config.keep_stored and possible:
+        config = dataclasses.replace(config, precision=STORED)
+    if config.precision == STORED:
+        forms = ", ".join(sorted({_form(grid) for grid in grids.values()}))
+        lines = [f"{name}: the quantized values of {len(grids)} layers are kept as they are stored ({forms})"]
+        if floats:
+            first = next(iter(floats))
+            lines.append(f"{name}: {len(floats)} layers are widened to float: {first}: {reason}")
+        return config, lines
+    if config.quantized:
+        again = "rounds them again" if grids else "rounds them a second time, as no kernel reads them"
+        keep = f": leave it out, or choose {STORED}, to keep them" if grids and possible else ""
+        return config, [f"warning: {name} has quantized weights; --precision {config.precision} {again}{keep}"]
+    return config, [f"{name}: its quantized weights are widened to float{f' ({reason})' if reason else ''}"]
+
+
+def kept_recipe(recipe: Recipe | None, config: ExportConfig, grids: Mapping[str, StoredGrid]) -> Recipe | None:
+    """The recipe with the rules that keep the stored values first, where the precision is that.
+
+    Raises:
+        ExportError: The recipe transforms weights, which would take them off their grids.
+    """
+    if recipe is None or config.precision != STORED:
+        return recipe
+    if recipe.transforms:
+        raise ExportError(
+            f"--recipe {config.recipe}: its transforms ({', '.join(recipe.transforms)}) do not go with --precision "
+            f"{STORED}, which keeps weights as they are: leave them out"
+        )
+    return keeping(recipe, grids)
+
+
+def _form(grid: StoredGrid) -> str:
+    scheme = grid.scheme
+    groups = "per-channel" if scheme.block is None else f"group size {scheme.block}"
+    return f"{scheme.bits} bits, {groups}{'' if scheme.symmetric else ' with zero points'}"
