@@ -60,23 +60,17 @@ def close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE)
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
-def test_a_token_of_a_prompt_gets_what_it_gets_in_another(product: Product) -> None:
-    feeds = product.feeds(101, seed=3)
-    together = product.session(0, feeds).run(None, feeds)[0]
-    alone = product.session(0, feeds, threads=1)
-    for row in (0, 5, 99):
-        part = {name: value[:, row : row + 2] for name, value in feeds.items()}
-        np.testing.assert_array_equal(alone.run(None, part)[0], together[:, row : row + 2])
-
-
-@pytest.mark.parametrize("product", PRODUCTS, ids=str)
-def test_a_row_of_a_batch_gets_what_it_gets_alone(product: Product) -> None:
-    feeds = product.feeds(19, seed=3, single=True)
-    together = product.session(0, feeds).run(None, feeds)[0]
-    alone = product.session(0, feeds, threads=1)
-    for row in (0, 5, 18):
-        part = {name: value[row : row + 1] for name, value in feeds.items()}
-        np.testing.assert_array_equal(alone.run(None, part)[0], together[row : row + 1])
+def test_a_token_of_a_prompt_and_a_row_of_a_batch_get_what_they_get_alone(product: Product) -> None:
+    prompt, batch = product.feeds(101, seed=3), product.feeds(19, seed=3, single=True)
+    for feeds, parts in (
+        (prompt, [np.s_[:, row : row + 2] for row in (0, 5, 99)]),
+        (batch, [np.s_[row : row + 1] for row in (0, 5, 18)]),
+    ):
+        together = product.session(0, feeds).run(None, feeds)[0]
+        alone = product.session(0, feeds, threads=1)
+        for part in parts:
+            found = alone.run(None, {name: value[part] for name, value in feeds.items()})[0]
+            np.testing.assert_array_equal(found, together[part])
 
 
 def test_two_dimensions_are_enough() -> None:
@@ -209,8 +203,7 @@ def test_tables_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -
     "changes", [{"block": 24}, {"block": 8}, {"block": 128}, {"inputs": 0}, {"outputs": 0}], ids=str
 )
 def test_attributes_of_a_table_that_do_not_go_together_are_refused(changes: dict[str, int]) -> None:
-    table = TABLES[0]
-    feeds = {"x": np.zeros((1, 64), np.float32)}
+    table, feeds = TABLES[0], {"x": np.zeros((1, 64), np.float32)}
     with pytest.raises(Exception, match=r"satchel:TableLinear: .*attributes"):
         operator_session("TableLinear", table.attributes | changes, ["x", "codes", "scales"], feeds, table.constants())
 

@@ -75,22 +75,16 @@ def test_packed_weights_are_mapped_and_stored_once(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    ("why", "reason"),
     [
         ({"onnxruntime": "1.0.0"}, "for ONNX Runtime 1.0.0 and this is"),
         ({"features": ["z80"], "processor": "Zilog"}, r"for another processor \(Zilog\)"),
+        ("damaged", r"\.bin: damaged"),
+        ("missing", r"\.bin: missing"),
+        ("outside", "leads outside the bundle"),
     ],
 )
-def test_elsewhere_the_portable_graphs_run(made: Path, values: dict[str, Any], reason: str) -> None:
-    change(made, **values)
-    with pytest.warns(SatchelWarning, match=f"the portable graphs run, since it was specialized {reason}"):
-        bundle = open_bundle(made)
-    assert bundle.specialized is None
-    assert np.isfinite(logits(bundle)).all()
-
-
-@pytest.mark.parametrize("why", ["damaged", "missing", "leads outside the bundle"])
-def test_files_that_are_not_what_was_made_are_not_used(made: Path, why: str) -> None:
+def test_elsewhere_and_with_other_files_the_portable_graphs_run(made: Path, why: Any, reason: str) -> None:
     specialized = read_manifest(made)["specialized"]
     path = made / next(name for name in specialized["files"] if name.endswith(".bin"))
     if why == "damaged":
@@ -98,11 +92,15 @@ def test_files_that_are_not_what_was_made_are_not_used(made: Path, why: str) -> 
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif why == "missing":
         path.unlink()
-    else:
+    elif why == "outside":
         shutil.copy(made / "weights.bin", made.parent / "outside.bin")
         change(made, files=specialized["files"] | {"../outside.bin": read_manifest(made)["files"]["weights.bin"]})
-    with pytest.warns(SatchelWarning, match=why):
-        assert open_bundle(made).specialized is None
+    else:
+        change(made, **why)
+    with pytest.warns(SatchelWarning, match=f"the portable graphs run, since .*{reason}"):
+        bundle = open_bundle(made)
+    assert bundle.specialized is None
+    assert np.isfinite(logits(bundle)).all()
 
 
 @pytest.mark.parametrize(

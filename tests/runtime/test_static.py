@@ -10,13 +10,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
 from support.tiny_static_bundle import write_static_bundle
 
-from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.experimental.device_memory import HostMemory
 from satchel.runtime.execution.experimental.static_inputs import HIDDEN, fill_mask
-from satchel.runtime.execution.experimental.swapped_cache import SwappedCache
-from satchel.runtime.execution.kv_cache import KVCache
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -136,27 +132,6 @@ def test_a_mask_shows_each_token_what_it_sees_and_padding_the_first_position(dty
         assert set(np.flatnonzero(mask[0, 0, row] == 0)) == seen
         assert set(np.unique(mask[0, 0, row])) == {0, HIDDEN}
     assert np.isfinite(mask).all()
-
-
-def test_a_swapped_cache_takes_from_any_other_and_gives_to_any_other(folder: Path) -> None:
-    spec = Manifest.read(folder / "manifest.json").kv_cache
-    rng = np.random.default_rng(0)
-    plain = KVCache(spec, 9, 64)
-    for values in plain.past.values():
-        values[...] = rng.normal(size=values.shape)
-    plain.advance(9)
-    swapped = SwappedCache(spec, HostMemory(), 64, 20, 64)
-    swapped.copy_from(plain, 7)
-    swapped.swap(1)
-    assert (swapped.length, swapped.side) == (8, 1)
-    swapped.copy_from(plain, 9, 0)
-    back = KVCache(spec, 9, 64)
-    back.copy_from(swapped, 9)
-    for name, values in back.past.items():
-        assert_array_equal(values, plain.past[name])
-    with pytest.raises(PromptError, match="context is full"):
-        swapped.copy_from(KVCache(spec, 30, 64), 21)
-    assert swapped.nbytes == 2 * sum(values.nbytes for values in KVCache(spec, 64, 64).past.values())
 
 
 def test_a_graph_of_another_shape_than_the_manifest_says_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -57,18 +57,10 @@ class Grown:
     native: bool = False
 
 
-@pytest.mark.parametrize(("document", "native"), [({"kl": 0.5}, False), ({"kl": 0.5, "native": True}, True)])
-def test_a_key_with_a_default_may_be_missing_and_is_not_written_where_it_says_nothing(
-    document: dict[str, Any], native: bool
-) -> None:
-    assert from_json(Grown, document) == Grown(0.5, native)
+@pytest.mark.parametrize("native", [False, True])
+def test_a_key_with_a_default_may_be_missing_and_is_not_written_where_it_says_nothing(native: bool) -> None:
+    document = {"kl": 0.5, "native": True} if native else {"kl": 0.5}
+    assert from_json(Grown, document) == from_json(Grown, {"kl": 0.5, "native": native}) == Grown(0.5, native)
     assert to_json(Grown(0.5, native)) == document
-    assert from_json(Grown, {"kl": 0.5, "native": False}) == Grown(0.5)
-
-
-@pytest.mark.parametrize(
-    ("document", "message"), [({"native": True}, "missing key 'kl'"), ({"kl": 1, "native": 1}, "'native' must")]
-)
-def test_a_default_excuses_nothing_else(document: dict[str, Any], message: str) -> None:
-    with pytest.raises(StrictJsonError, match=message):
-        from_json(Grown, document)
+    with pytest.raises(StrictJsonError, match="missing key 'kl'"):
+        from_json(Grown, {"native": True})
