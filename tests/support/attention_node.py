@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto, helper
 from support.kernels import found
+from support.native_ops import Attention
 
 Array = npt.NDArray[Any]
 
@@ -107,42 +108,7 @@ def packed(feeds: dict[str, Array]) -> dict[str, Array]:
     return {"query": joined} | {name: array for name, array in feeds.items() if name not in ("query", "key", "value")}
 
 
-def rotated(step: Step, x: Array, feeds: dict[str, Array], positions: Array) -> Array:
-    """x [tokens, heads, head_dim] of float64, each token rotated by its position."""
-    if not step.rotary:
-        return x
-    half = step.rotary // 2
-    cos, sin = (feeds[name][positions][:, None].astype(np.float64) for name in ("cos", "sin"))
-    first = np.arange(half) * 2 if step.interleaved else np.arange(half)
-    second = first + (1 if step.interleaved else half)
-    y = x.copy()
-    y[..., first] = x[..., first] * cos - x[..., second] * sin
-    y[..., second] = x[..., second] * cos + x[..., first] * sin
-    return y
-
-
-def expected(step: Step, feeds: dict[str, Array]) -> list[Array]:
-    """(y, present_key, present_value) in float64; the present is compared up to each row's last token."""
-    out, keys, values = [], feeds["past_key"].astype(np.float64), feeds["past_value"].astype(np.float64)
-    for row, past in enumerate(step.pasts):
-        query, key, value = (
-            feeds[name][row].reshape(step.tokens, -1, step.head_dim).astype(np.float64)
-            for name in ("query", "key", "value")
-        )
-        positions = past + np.arange(step.tokens)
-        end = past + step.tokens
-        keys[row, :, past:end] = rotated(step, key, feeds, positions).swapaxes(0, 1)
-        values[row, :, past:end] = value.swapaxes(0, 1)
-        group = step.heads // step.kv_heads
-        near = np.repeat(keys[row, :, :end], group, axis=0)
-        scores = np.einsum("thd,hkd->htk", rotated(step, query, feeds, positions), near)
-        scores *= step.scale or step.head_dim**-0.5
-        if step.softcap:
-            scores = step.softcap * np.tanh(scores / step.softcap)
-        distance = positions[:, None] - np.arange(end)
-        hidden = (distance < 0) | ((distance >= step.window) if step.window > 0 else False)
-        scores = np.where(hidden, -np.inf, scores)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        out.append(np.einsum("htk,hkd->thd", weights, np.repeat(values[row, :, :end], group, axis=0)))
-    return [np.stack(out).reshape(feeds["query"].shape), keys, values]
+def expected(step: Step, feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """(y, present_key, present_value) by numpy in float64; the present is compared up to each row's last token."""
+    options = step.attributes() | {"scale": step.scale or step.head_dim**-0.5}
+    return Attention._run(None, *(feeds.get(name) for name in INPUTS), **options)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from support.native_ops import ACTIVATIONS, mixed, rounded_rows
 
 from satchel.runtime.kernels.library import library
 
 needs_kernels = pytest.mark.own_kernels
-
-ACTIVATIONS = {
-    "silu": lambda x: x / (1 + np.exp(-x)),
-    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x: np.maximum(x, 0),
-}
 
 
 def operator_session(
@@ -168,27 +161,11 @@ class Product:
         x = feeds["x"].astype(np.float64).reshape(-1, self.inputs)
         if self.epsilon:
             x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * constants.get("g", 1.0)
-        if self.hadamard:
-            x = (x.reshape(len(x), -1, self.hadamard) @ sylvester(self.hadamard)).reshape(x.shape)
+        x = mixed(x, self.hadamard) if self.hadamard else x
         if self.block or not single:
-            x = rounded(x, self.block or self.inputs)
+            x = rounded_rows(x, self.block)
         steps = codes.reshape(self.outputs, scales.shape[1], -1) - zeros[..., None].astype(np.float64)
         y = x @ (steps * scales[..., None]).reshape(self.outputs, self.inputs).T + constants.get("b", 0.0)
         if self.gate:
             y = ACTIVATIONS[self.gate](y[:, : self.width]) * y[:, self.width :]
         return y.reshape(*shape, self.width) + feeds.get("r", 0.0)
-
-
-def sylvester(size: int) -> NDArray[np.float64]:
-    """Sylvester's Hadamard matrix / sqrt(size): the sign is that of the bits that row and column have in common."""
-    number = np.arange(size)
-    common = np.bitwise_and.outer(number, number)
-    signs = np.array([(-1) ** int(value).bit_count() for value in common.ravel()])
-    return signs.reshape(size, size) / np.sqrt(size)
-
-
-def rounded(x: NDArray[np.float64], block: int) -> NDArray[np.float64]:
-    """Rows to multiples of 1/127 of each block's largest magnitude."""
-    blocks = x.reshape(len(x), -1, block)
-    step = np.maximum(np.abs(blocks).max(-1, keepdims=True), 1e-10) / 127
-    return (np.rint(blocks / step) * step).reshape(x.shape)

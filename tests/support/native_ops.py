@@ -50,8 +50,8 @@ def lanes(array: Array, outputs: int, gated: bool = False) -> Array:
 
 def rounded_rows(x: Array, block: int) -> Array:
     """Rows [rows, inputs] as whole numbers times a step for each row, or each block of a row."""
-    parts = x.astype(np.float32).reshape(len(x), -1, block or x.shape[1])
-    step = np.maximum(np.abs(parts).max(-1, keepdims=True), np.float32(1e-10)) / np.float32(127)
+    parts = x.reshape(len(x), -1, block or x.shape[1])
+    step = np.maximum(np.abs(parts).max(-1, keepdims=True), 1e-10) / 127
     return (np.rint(parts / step).astype(np.float64) * step).reshape(x.shape)
 
 
@@ -60,7 +60,7 @@ def mixed(x: Array, size: int) -> Array:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron(np.asarray([[1, 1], [1, -1]]), matrix)
-    return (x.reshape(-1, size) @ (matrix / np.sqrt(size)).astype(np.float32)).reshape(x.shape)
+    return (x.reshape(-1, size) @ (matrix / np.sqrt(size)).astype(x.dtype)).reshape(x.shape)
 
 
 ACTIVATIONS = {
