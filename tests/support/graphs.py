@@ -164,10 +164,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 def attention(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float, window: int = 0, softcap: float = 0.0
 ) -> np.ndarray:
-    """What satchel::Attention means, over whole sequences of one row and without a cache.
+    """What satchel::Attention means, for one row: the queries are those of the last positions that there are keys for.
 
     Args:
-        query: [heads, sequence, key_dim]; key [kv_heads, sequence, key_dim], value [kv_heads, sequence, value_dim].
+        query: [heads, sequence, key_dim]; key [kv_heads, total, key_dim], value [kv_heads, total, value_dim].
         scale: Factor of the scores.
         window: How many positions each token sees, itself included; 0 for all.
         softcap: Scores s become softcap * tanh(s / softcap); 0 for none.
@@ -182,7 +182,8 @@ def attention(
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     rows, columns = np.indices(scores.shape[1:])
-    seen = (columns <= rows) & (columns > rows - (window or len(rows)))
+    rows += key.shape[1] - query.shape[1]
+    seen = (columns <= rows) & (columns > rows - (window or key.shape[1]))
     return (softmax(np.where(seen, scores, -np.inf)) @ value).swapaxes(0, 1)
 
 

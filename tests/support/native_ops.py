@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from support.graphs import serialized, softmax
+from support.graphs import attention, serialized
 
 Array = np.ndarray[Any, Any]
 Optional = Array | None
@@ -146,15 +146,8 @@ class Attention(OpRun):
                 q, k = (rotated(a, cos[first:], sin[first:], bool(options["rotary_interleaved"])) for a in (q, k))
             for buffer, part in zip(present, (k, v), strict=True):
                 buffer[row, :, first : first + new] = part
-            seen = first + new
-            every = [np.repeat(buffer[row, :, :seen].astype(np.float64), heads // kv_heads, 0) for buffer in present]
-            scores = options["scale"] * q @ every[0].swapaxes(1, 2)
-            if options["softcap"]:
-                scores = options["softcap"] * np.tanh(scores / options["softcap"])
-            at, column = np.arange(first, seen)[:, None], np.arange(seen)[None]
-            window = options["local_window_size"] if options["local_window_size"] > 0 else seen
-            visible = (column <= at) & (column > at - window)
-            y[row] = (softmax(np.where(visible, scores, -np.inf)) @ every[1]).swapaxes(0, 1)
+            every = (buffer[row, :, : first + new] for buffer in present)
+            y[row] = attention(q, *every, options["scale"], max(options["local_window_size"], 0), options["softcap"])
         return y.reshape(batch, new, -1), *present
 
 
