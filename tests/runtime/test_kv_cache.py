@@ -46,29 +46,11 @@ def test_a_cache_beyond_the_memory_says_what_to_lower() -> None:
         KVCache(SPEC, capacity=1 << 50, limit=1 << 50)
 
 
-def test_a_row_is_a_cache_of_its_own_in_the_memory_of_the_whole() -> None:
-    cache = KVCache(SPEC, 5, 64, rows=3)
-    row = cache.row(1)
-    row.advance(2)
-    assert (row.rows, row.length, cache.length, row.capacity) == (1, 2, 0, 5)
-    for name, buffer in row.past.items():
-        assert buffer.shape == (1, 2, 5, 16)
-        buffer[:] = 7
-        assert [int(part.max()) for part in cache.past[name]] == [0, 7, 0]
-        assert row.present[name.replace("past_key_values", "present")][0, 0, 0, 0] == 7
-    assert row.nbytes == cache.nbytes / 3
-
-
 def test_a_copy_holds_what_was_copied_and_leaves_the_rest() -> None:
     source, target = KVCache(SPEC, 7, 64), KVCache(SPEC, 5, 64)
-    for number, buffer in enumerate(source.past.values()):
-        buffer[:] = np.arange(7)[:, None] + 10 * number
+    for buffer in source.past.values():
+        buffer[:] = np.arange(7)[:, None]
     source.advance(6)
     target.copy_from(source, 4, start=1)
     assert target.length == 4
-    for number, buffer in enumerate(target.past.values()):
-        assert buffer[0, 1, :, 3].tolist() == [0, *(10 * number + position for position in (1, 2, 3)), 0]
-    target.clear()
-    assert target.length == 0
-    with pytest.raises(PromptError, match=r"0 \+ 6 tokens do not fit 5 positions"):
-        target.copy_from(source, 6)
+    assert all(buffer[0, 1, :, 3].tolist() == [0, 1, 2, 3, 0] for buffer in target.past.values())

@@ -61,7 +61,6 @@ def test_each_prompt_token_is_judged_by_the_logits_before_it(top_n: int) -> None
     assert len(others) == 4
     for position, found in enumerate(others, start=1):
         assert_is(found, LOGITS[position - 1], ids[position], top_n)
-    assert prompt_log_probabilities(LOGITS, ids, top_n) == [first, *others]
 
 
 def test_what_has_no_log_probability_is_refused() -> None:

@@ -170,10 +170,8 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     ("path", "value", "message"),
     [
         (["model", "vocab_size"], (1 << 24) + 1, "model.vocab_size: 16,777,217.*16,777,216"),
-        (["model", "max_context"], 1 << 40, "model.max_context: .* exceeds"),
         (["model", "eos_token_ids"], [1] * 10_001, "model.eos_token_ids: 10,001 exceeds"),
         (["kv_cache", "layers", 0, "kv_heads"], 1 << 21, "kv_cache sizes: .* exceeds"),
-        (["graphs", "prefill", "inputs", 0, "shape"], [1] * 17, "dimensions of a tensor: 17 exceeds"),
         (["tokenizer", "corpus"], [{"text": "", "ids": []}] * 10_001, "tokenizer.corpus: 10,001 exceeds"),
         (["files", "weights.bin", "bytes"], 1 << 51, "bytes of a file: .* exceeds"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -52,23 +53,15 @@ def test_nothing_shows_off_a_terminal_or_when_it_is_turned_off(
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_long_work_is_drawn_while_it_sits_in_one_call_and_cleared_at_its_end(terminal: Terminal, make: Make) -> None:
-    with make(shown=True):
+@pytest.mark.parametrize("error", [None, ValueError("too bad")])
+def test_long_work_is_drawn_and_cleared_at_its_end(terminal: Terminal, make: Make, error: Exception | None) -> None:
+    with pytest.raises(ValueError, match="too bad") if error else nullcontext(), make(shown=True):
         assert drawn(terminal, "at it")
+        if error:
+            raise error
     *_, before, cleared, line = terminal.getvalue().split("\r")
     assert (cleared.strip(), line) == ("", "")
     assert len(cleared) >= len(before.rstrip())
-
-
-def test_an_error_goes_through_and_the_line_is_cleared(terminal: Terminal) -> None:
-    def fail() -> None:
-        with waiting("at it", shown=True):
-            assert drawn(terminal, "at it")
-            raise ValueError("too bad")
-
-    with pytest.raises(ValueError, match="too bad"):
-        fail()
-    assert terminal.getvalue().endswith(" \r")
 
 
 def test_a_bar_shows_what_is_done_of_a_total_that_may_be_set_later(terminal: Terminal) -> None:

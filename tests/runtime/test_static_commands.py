@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +80,6 @@ def test_run_and_eval_give_what_dynamic_graphs_give(
 
 def test_verify_reports_ok(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ran(capsys, "verify", static).endswith("OK\n")
-
-
-def test_chat_answers_as_dynamic_graphs_do(
-    static: Path, dynamic: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    for folder in (static, dynamic):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\nthe cat\n")))
-        out = ran(capsys, "chat", folder, "--max-new-tokens", "7", "--json")
-        found.append([json.loads(line) for line in out.splitlines()])
-    assert [each["token_ids"] for each in found[0]] == [each["token_ids"] for each in found[1]]
-    assert [each["reused_tokens"] for each in found[0]] == [each["reused_tokens"] for each in found[1]]
-    assert found[0][1]["reused_tokens"] > 0
 
 
 def test_bench_and_profile_measure_all_parts(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
