@@ -7,7 +7,7 @@ transformers would build from them is compared, and never followed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from satchel.export.checkpoint.special_tokens import NOTHING, SPECIAL_TOKENS, De
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
 from satchel.runtime.bundle.manifest import AddedToken, CorpusEntry, TokenizerSpec
-from satchel.runtime.generation.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from satchel.runtime.errors import BundleError
+from satchel.runtime.generation.tokenizer import Tokenizer, load_tokenizer
 
 Encode = Callable[[str], list[int]]
 
@@ -125,8 +126,7 @@ def chosen_tokenizer(path: Path) -> TokenizerFiles:
     if not path.is_file():
         raise ExportError(f"{path}: no such file; {_REMEDY}")
     if path.suffix == ".model":
-        beside = declared(path.parent)
-        return sentencepiece_tokenizer(path, str(path), Declared(add_bos=beside.add_bos, add_eos=beside.add_eos))
+        return sentencepiece_tokenizer(path, str(path), declared(path.parent))
     if path.suffix == ".json":
         return json_tokenizer(path, str(path))
     raise ExportError(f"{path}: not a supported tokenizer; {_REMEDY}")
@@ -146,17 +146,19 @@ def json_tokenizer(file: Path | bytes, source: str, found: Declared = NOTHING) -
     loaded.no_padding()
     notes, changed = _add_declared(loaded, found)
     vocabulary = loaded.get_vocab(with_added_tokens=True)
-    return TokenizerFiles(
+    files = TokenizerFiles(
         "tokenizer.json",
         loaded.to_str(pretty=False).encode() if settings or changed else file,
-        _adds_bos(loaded),
-        _corpus(lambda text: list(loaded.encode(text).ids)),
+        False,
+        (),
         **_named_ids(found.names, vocabulary),
         vocabulary=vocabulary,
         added_ids=frozenset(vocabulary.values()) - frozenset(loaded.get_vocab(with_added_tokens=False).values()),
         names=found.names,
-        notes=tuple(f"{source}: {note}" for note in notes),
+        notes=tuple(notes),
     )
+    files, tokenizer = _recorded(files)
+    return dataclasses.replace(files, add_bos=_adds_bos(tokenizer, files.corpus))
 
 
 def sentencepiece_tokenizer(file: Path | bytes, source: str, found: Declared = NOTHING) -> TokenizerFiles:
@@ -181,12 +183,11 @@ def sentencepiece_tokenizer(file: Path | bytes, source: str, found: Declared = N
     add_bos = ids["bos_token_id"] is not None and found.add_bos is not False
     bos_id = None if ids["bos_token_id"] == own["bos_token"] else ids["bos_token_id"]
     eos_id = ids["eos_token_id"] if found.add_eos else None
-    runner = SentencePieceTokenizer(Path(source), add_bos, model, bos_id=bos_id, eos_id=eos_id, added=added)
-    return TokenizerFiles(
+    files = TokenizerFiles(
         "sentencepiece",
         file,
         add_bos,
-        _corpus(runner.encode),
+        (),
         **ids,
         bos_id=bos_id,
         eos_id=eos_id,
@@ -195,6 +196,7 @@ def sentencepiece_tokenizer(file: Path | bytes, source: str, found: Declared = N
         added_ids=frozenset(token.id for token in added) - frozenset(pieces.values()),
         names=names,
     )
+    return _recorded(files)[0]
 
 
 def transformers_tokenizer(original: Any, source: str) -> TokenizerFiles:
@@ -210,9 +212,9 @@ def transformers_tokenizer(original: Any, source: str) -> TokenizerFiles:
         raise ExportError(
             f"{source}: its {type(original).__name__} is Python-only and has no tokenizer.json form; {_REMEDY}"
         )
-    corpus = _corpus(lambda text: list(original(text).input_ids))
     files = json_tokenizer(backend.to_str(pretty=False).encode(), source)
-    for (text, ids), (_, found) in zip(corpus, files.corpus, strict=True):
+    for text, found in files.corpus:
+        ids = tuple(original(text).input_ids)
         if found != ids:
             raise ExportError(
                 f"{source}: as tokenizer.json, its tokenizer encodes {text[:40]!r} as {list(found[:8])} instead of "
@@ -264,11 +266,11 @@ def _compared(files: TokenizerFiles, original: Any, reason: str, name: str) -> T
     names = {**dict.fromkeys(SPECIAL_TOKENS), **defaults, **files.names}
     files = dataclasses.replace(files, names=names, **_named_ids(names, files.vocabulary))
     for text, ids in files.corpus:
-        theirs = tuple(original(text).input_ids)
-        if theirs != ids:
+        theirs = _ids_of(original, text)
+        if theirs not in (ids, None):
             note = (
                 f"{name} encodes {text[:40]!r} as {list(ids[:8])}, transformers' {type(original).__name__} as "
-                f"{list(theirs[:8])}: the bundle follows {name}"
+                f"{list((theirs or ())[:8])}: the bundle follows {name}"
             )
             return dataclasses.replace(files, notes=(*files.notes, note))
     return files
@@ -338,8 +340,24 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor | None:
     return processor if processor.get_piece_size() else None
 
 
-def _corpus(encode: Encode) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((text, tuple(encode(text))) for text in HARD_STRINGS)
+def _recorded(files: TokenizerFiles) -> tuple[TokenizerFiles, Tokenizer]:
+    """Record what the runner's tokenizer encodes; texts that its library cannot encode are left out."""
+    tokenizer, corpus, failed = files.load(), [], []
+    for text in HARD_STRINGS:
+        try:
+            corpus.append((text, tuple(tokenizer.encode(text))))
+        except BundleError as error:
+            failed.append((text, error))
+    notes = [f"it cannot encode {text[:40]!r}, and others: {error}" for text, error in failed[:1]]
+    return dataclasses.replace(files, corpus=tuple(corpus), notes=(*files.notes, *notes)), tokenizer
+
+
+def _ids_of(original: Any, text: str) -> tuple[int, ...] | None:
+    """What transformers' class encodes; None if it fails."""
+    try:
+        return tuple(original(text).input_ids)
+    except Exception:  # noqa: BLE001 - the tokenizers library raises Exception itself, nothing narrower
+        return None
 
 
 def _load(content: bytes, source: str) -> tokenizers.Tokenizer:
@@ -351,6 +369,7 @@ def _load(content: bytes, source: str) -> tokenizers.Tokenizer:
         ) from None
 
 
-def _adds_bos(tokenizer: tokenizers.Tokenizer) -> bool:
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    return bool(tokenizer.encode("a").ids[:1] != plain[:1])
+def _adds_bos(tokenizer: Tokenizer, corpus: Iterable[tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether a token is put in front of a text."""
+    plain = ((ids, tokenizer.encode_rendered(text)) for text, ids in corpus)
+    return next((ids[0] != alone[0] for ids, alone in plain if alone), False)

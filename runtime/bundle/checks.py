@@ -82,6 +82,9 @@ def check_manifest(manifest: Manifest) -> None:
     if tokenizer:
         _check_one_of(tokenizer.kind, "tokenizer.kind", TOKENIZER_KINDS)
         _check(tokenizer.file in manifest.files, "tokenizer.file", tokenizer.file, "listed in 'files'")
+        for name in ("bos_id", "eos_id"):
+            value = getattr(tokenizer, name)
+            _check(value is None or value >= 0, f"tokenizer.{name}", value, "0 or more")
         for index, token in enumerate(tokenizer.added):
             _check(token.id >= 0, f"tokenizer.added[{index}].id", token.id, "0 or more")
             _check(token.content != "", f"tokenizer.added[{index}].content", token.content, "a text that is not empty")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from satchel.runtime.cli import custom_flags, provider_flags, ready
 from satchel.runtime.cli.chat_turns import read_turns, typed_turns
+from satchel.runtime.cli.prompt_lines import TAKEN
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation import options as generation_options
 from satchel.runtime.util import interrupt
@@ -270,6 +271,8 @@ def _template_arguments(pairs: list[str]) -> dict[str, Any]:
             arguments[name] = json.loads(value)
         except (ValueError, RecursionError):
             equals = ""
+        if name in TAKEN:
+            raise PromptError(f"--template-argument {pair}: {name} is a reserved name: use the flags of satchel chat")
         if not equals or not name.isidentifier():
             raise PromptError(f"--template-argument {pair}: must be NAME=JSON, such as enable_thinking=false")
     return arguments

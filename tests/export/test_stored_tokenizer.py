@@ -308,3 +308,13 @@ def streamed(files: TokenizerFiles, ids: list[int]) -> str:
     """The text of ids, token by token."""
     detokenizer = IncrementalDetokenizer(files.load(), [])
     return "".join(map(detokenizer.add, ids)) + detokenizer.finish()
+
+
+def test_a_text_that_the_library_cannot_encode_is_left_out_and_named(tmp_path: Path) -> None:
+    made = Tokenizer(models.WordLevel({"a": 0, "Hello": 1, ",": 2, "world": 3, "!": 4}, unk_token="<absent>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    files = folder_with(tmp_path, "tokenizer.json", made.to_str().encode(), {})
+    assert dict(files.corpus)["Hello, world!"] == (1, 2, 3, 4)
+    assert len(files.corpus) < len(HARD_STRINGS)
+    assert any("cannot encode" in note for note in files.notes)
+    assert files.load().encode("a") == [0]

@@ -296,6 +296,7 @@ def test_the_template_its_tools_and_its_arguments_can_be_given(
         (["--threads", 0], "--threads 0: "),
         (["--tools", "HERE/none"], "--tools HERE/none: cannot be read (No such file or directory)"),
         (["--tools", "HERE/text"], "--tools HERE/text: not valid JSON"),
+        (["--template-argument", "tools=[]"], "--template-argument tools=[]: tools is a reserved name"),
         (["--tools", "HERE/object"], "--tools HERE/object: must "),
         (["--tools", "HERE/deep"], "--tools HERE/deep: not valid JSON"),
         (["--tools", "HERE/bytes"], "--tools HERE/bytes: not UTF-8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def write_chat_bundle(
     folder: Path,
     *,
     template: str | None = TEMPLATE,
+    more_templates: Mapping[str, str] | None = None,
     generation_config: Any = None,
     eos_token_ids: tuple[int, ...] = (END,),
     max_context: int = CONTEXT,
@@ -48,9 +50,11 @@ def write_chat_bundle(
 ) -> Path:
     """Write the bundle into the new folder `folder` and return it.
 
-    `template` None leaves it out; `generation_config` is what generation_config.json holds, bytes as they are.
+    `template` None leaves it out; `more_templates` are others by name; `generation_config` is what
+    generation_config.json holds, bytes as they are.
     """
     companions = {} if template is None else {"chat_template.jinja": template.encode()}
+    companions |= {f"chat_template.{name}.jinja": text.encode() for name, text in (more_templates or {}).items()}
     if generation_config is not None:
         as_is = isinstance(generation_config, bytes)
         companions["generation_config.json"] = generation_config if as_is else json.dumps(generation_config).encode()
