@@ -125,47 +125,34 @@ def test_figures_are_per_step_and_shares_of_the_runs() -> None:
     ]
 
 
-def test_profiles_do_not_stay_behind(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("lost", [0, 1])
+def test_profiles_do_not_stay_behind_and_one_that_lost_runs_is_an_error(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: int
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert ran(capsys, tiny, *WORK)[0] == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_profiler_that_lost_runs_is_an_error(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(profiling, "read_runs", lambda path: read_runs(path)[:-1])
-    code, out, err = ran(capsys, tiny, *WORK, "--trace", tmp_path / "trace.json")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert re.search(r"recorded \d+ of \d+ runs: lower --prompt-tokens or --new-tokens", err)
+    monkeypatch.setattr(profiling, "read_runs", lambda path: read_runs(path)[lost:])
+    code, out, err = ran(capsys, tiny, *WORK, "--json", *(["--trace", tmp_path / "trace.json"] if lost else []))
+    assert (code, out == "", err.count("\n")) == (2 * lost, bool(lost), lost)
+    assert not lost or re.search(r"recorded \d+ of \d+ runs: lower --prompt-tokens or --new-tokens", err)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["TINY"], "544 positions is not possible: this bundle allows 1 to 64: ask for fewer tokens"),
-        (["TINY", "--prompt-tokens", "0"], "--prompt-tokens and --new-tokens must be 1 or more"),
-        (["TINY", "--top", "-1"], "--top -1: must be 0 or more"),
-        (["TINY", "--trace", "."], "--trace .: this is a folder"),
+        ([], "544 positions is not possible: this bundle allows 1 to 64"),
+        (["--prompt-tokens", "0"], "--prompt-tokens and --new-tokens must be 1 or more"),
+        (["--top", "-1"], "--top -1: must be 0 or more"),
+        (["--trace", "."], "--trace .: this is a folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, out, err = ran(capsys, *[str(tiny) if argument == "TINY" else argument for argument in arguments])
+    code, out, err = ran(capsys, tiny, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_is_shown_escaped(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

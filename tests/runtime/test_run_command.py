@@ -80,15 +80,6 @@ def test_flags_that_exclude_or_require_others_are_refused_before_a_bundle_is_ope
     assert all(fact in err for fact in facts)
 
 
-def test_samples_and_beams_exclude_each_other(capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["run", "nowhere", "p", "--num-return-sequences", "2", "--beams", "2"])
-    err = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert "--num-return-sequences" in err
-    assert "--beams" in err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

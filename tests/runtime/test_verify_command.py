@@ -72,10 +72,8 @@ def test_other_weights_fail(certified: Path, changed: Callable[..., Path], capsy
     assert mismatches[-1].startswith("MISMATCH all prompts: KL ")
     assert "OK" not in out
     code, out, _ = ran(capsys, folder, "--json")
-    found = json.loads(out)
-    assert (code, found["ok"]) == (1, False)
-    assert [f"MISMATCH {line}" for line in found["mismatches"]] == mismatches
-    assert found["kl"]["found"] > found["kl"]["recorded"] + 0.1
+    assert (code, json.loads(out)["ok"]) == (1, False)
+    assert [f"MISMATCH {line}" for line in json.loads(out)["mismatches"]] == mismatches
 
 
 def test_a_tokenizer_that_encodes_otherwise_fails(

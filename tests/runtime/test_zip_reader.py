@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import stat
 import struct
 import zipfile
@@ -59,12 +58,6 @@ def test_entries_beyond_4_gib_are_read(tmp_path: Path) -> None:
         assert other.read("bundle/c") == b"last"
 
 
-def zipped(path: Path, **entries: bytes) -> None:
-    with zipfile.ZipFile(path, "w") as file:
-        for name, content in entries.items():
-            file.writestr(name, content)
-
-
 def linked(path: Path) -> None:
     info = zipfile.ZipInfo("bundle/link")
     info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
@@ -83,22 +76,6 @@ def commented(path: Path) -> None:
         file.comment = b"hello"
 
 
-class Unseekable(io.RawIOBase):
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        return self.file.write(data)
-
-
-def streamed(path: Path) -> None:
-    with path.open("wb") as file, zipfile.ZipFile(Unseekable(file), "w") as other:  # type: ignore[arg-type]
-        other.writestr("bundle/a", b"a")
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -109,7 +86,6 @@ def streamed(path: Path) -> None:
         (commented, "it does not end as a zip file without a comment does"),
         (bomb, "'bundle/zeros' is compressed"),
         (linked, "'bundle/link' is not a regular file"),
-        (streamed, "is encrypted or has its sizes behind it"),
         (lambda path: written(path, prefix=b"MZ\n"), "something lies in front of its first entry"),
         (lambda path: written(path, [Entry("bundle/a", b"")] * 2), "two entries have one name"),
         (lambda path: written(path, [Entry("bundle/a", b""), Entry("bundle/A", b"")]), "are the same on some file"),
@@ -168,6 +144,5 @@ def test_bytes_that_belong_to_no_entry_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_part_of_a_packed_bundle_is_refused(tmp_path: Path) -> None:
-    written(tmp_path / "a.pyz", [Entry("numpy/__init__.py", b"")])
     with pytest.raises(BundleError, match=r"'numpy/__init__\.py' is not one of its parts"):
-        packed_files(tmp_path / "a.pyz")
+        packed_files(written(tmp_path / "a.pyz", [Entry("numpy/__init__.py", b"")]))
