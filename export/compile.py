@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
+from satchel.export.checkpoint.adapters import with_adapters
 from satchel.export.checkpoint.companions import generation_complaints
 from satchel.export.checkpoint.families import PASSED
 from satchel.export.checkpoint.tokenizer import notes_on
@@ -118,10 +119,11 @@ def open_source(source: str | Path | torch.nn.Module, config: ExportConfig) -> C
     """
     register_implementations()
     if isinstance(source, torch.nn.Module):
-        return open_module(source, tokenizer=config.tokenizer)
+        return with_adapters(open_module(source, tokenizer=config.tokenizer), config.adapters)
     return open_checkpoint(
-        source, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION, tokenizer=config.tokenizer
-    )
+        source, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION, tokenizer=config.tokenizer,
+        adapters=config.adapters, layout=config.layout, weights=config.weights,
+    )  # fmt: skip
 
 
 def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
@@ -239,6 +241,8 @@ def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages, note
             f"{checkpoint.name}: model_type {checkpoint.model_type} is not among the families that satchel is tested "
             "on: compare the bundle's answers with the original's"
         )
+    for note in checkpoint.notes:
+        stages.say(f"warning: {checkpoint.name}: {note}")
     if checkpoint.tokenizer is None:
         stages.say(
             f"warning: {checkpoint.name} has no tokenizer: the bundle will take and give token ids only, and is "

@@ -67,6 +67,9 @@ class ExportConfig:
         eval_text: A text to measure on instead of the shipped one.
         passes: User graph passes: each a `module:function`, a `file.py:function`, or the function itself.
         custom_ops: Shared libraries with the operators that these passes put into the graphs.
+        adapters: Folders of LoRA adapters in PEFT's format to merge, in this order: each a path, or FOLDER=SHARE.
+        layout: The model_type to read the checkpoint as, where transformers does not know its own.
+        weights: For file.py:factory, a file of tensors (torch.save, safetensors) to load into the module.
         prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, in ascending order;
             empty for PREFILL_LENGTHS as far as the context allows.
         keep_stored: Whether quantized values of the checkpoint are kept in place of what `precision` says; None for
@@ -92,6 +95,9 @@ class ExportConfig:
     custom_ops: tuple[Path, ...] = ()
     prefill_lengths: tuple[int, ...] = ()
     keep_stored: bool | None = None
+    adapters: tuple[str | Path, ...] = ()
+    layout: str | None = None
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))

@@ -8,7 +8,7 @@ does, but each operation returns a `LazyWeight` over the stored tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,33 +45,31 @@ class _Conversion:
     sources: Sources = field(default_factory=dict)
 
 
-def convert(module: PreTrainedModel, stored: Mapping[str, LazyWeight], source: str) -> dict[str, LazyWeight]:
+def convert(
+    module: PreTrainedModel, stored: Mapping[str, LazyWeight], source: str, unplaced: list[str] | None = None
+) -> dict[str, LazyWeight]:
     """Return the module's weights from the stored tensors; tensors that the module does not use are dropped.
 
     Args:
         module: The model; its `state_dict()` has the required names and shapes.
         stored: Tensors by their names in the checkpoint.
         source: What to name in an error.
+        unplaced: Gets the names of the tensors that are dropped.
 
     Raises:
         ExportError: If stored tensors do not fit the architecture's operations.
     """
     wanted = module.state_dict()
-    transforms = get_model_conversion_mapping(module)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    converters = [t for t in get_model_conversion_mapping(module) if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = module.base_model_prefix
 
     weights: dict[str, LazyWeight] = {}
     conversions: dict[str, _Conversion] = {}
-    for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
-        if target not in wanted and name in wanted:
-            target, pattern = name, None
+    for name, target, pattern in places(module, stored):
         if target not in wanted:
-            continue
-        if pattern is None:
+            if unplaced is not None:
+                unplaced.append(name)
+        elif pattern is None:
             weights.setdefault(target, stored[name])
         else:
             conversion = conversions.setdefault(target, _Conversion(by_pattern[pattern]))
@@ -80,6 +78,19 @@ def convert(module: PreTrainedModel, stored: Mapping[str, LazyWeight], source: s
     for target, conversion in conversions.items():
         weights.update(_converted(target, conversion, module, source, latest))
     return weights
+
+
+def places(module: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each stored name in natural order, the module's name that it belongs to, and its converter's pattern."""
+    wanted = module.state_dict()
+    transforms = get_model_conversion_mapping(module)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = name, None
+        yield name, target, pattern
 
 
 def _converted(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from satchel.export.checkpoint import adapters
+from satchel.export.checkpoint.adapters import base_of
 from satchel.export.checkpoint.companions import folder_companions, read_json, with_names
 from satchel.export.checkpoint.conversion import convert
+from satchel.export.checkpoint.placing import on_ties, on_unplaced, placed
 from satchel.export.checkpoint.quantized import read_quantized, settings_of
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.shards import read_folder, weight_files
@@ -21,21 +26,29 @@ from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer, folder_tokenizer, tokenizer_files
 from satchel.export.errors import ExportError
 
+_WEIGHTS_KEY = "transformers_weights"
+"""The key of config.json that names the file with the weights."""
 
-def open_huggingface(folder: Path, implementations: Implementations, tokenizer: Path | None) -> Checkpoint:
+
+def open_huggingface(
+    folder: Path, implementations: Implementations, tokenizer: Path | None, layout: str | None = None
+) -> Checkpoint:
     """Open a folder with config.json and safetensors or `.bin` weights; see `open_checkpoint` for the arguments.
 
     Raises:
         ExportError: If the folder is incomplete or damaged, or satchel cannot export the model.
     """
-    table = _config_table(folder)
+    table = _config_table(folder, layout)
     settings = settings_of(folder, table)
     stored, stored_bytes = read_folder(folder)
     stored = read_quantized(stored, settings, str(folder))
-    config = _config(folder)
+    config = _config(folder, table, layout)
     module = build_structure(config, implementations, str(folder))
-    weights = convert(module, stored, str(folder))
-    tie(module, weights)
+    stored, notes = placed(module, stored, folder)
+    unplaced: list[str] = []
+    weights = convert(module, stored, str(folder), unplaced)
+    notes += on_unplaced(module, unplaced, folder, strict=layout is not None)
+    notes += on_ties(tie(module, weights))
     weights = checked(module, weights, str(folder))
 
     vocab_size = int(config.vocab_size)
@@ -46,7 +59,7 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
     last = vars(files) if files is not None else config.to_dict()
     companions = folder_companions(folder) | folder_templates(folder)
     ids = special_ids([read_json(folder / "generation_config.json"), table, last])
-    return Checkpoint(
+    checkpoint = Checkpoint(
         kind="huggingface",
         name=folder.resolve().name,
         model_type=config.model_type,
@@ -61,7 +74,26 @@ def open_huggingface(folder: Path, implementations: Implementations, tokenizer: 
         tokenizer=files,
         companions=with_names(companions, {} if files is None else files.names),
         sources=_sources(folder),
+        notes=(*notes, *_code_note(table)),
     )
+    return _with_own_adapter(checkpoint, folder)
+
+
+def _with_own_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Merge the adapter that lies beside the weights, as transformers applies it."""
+    if not (folder / adapters.CONFIG).is_file():
+        return checkpoint
+    note = (
+        f"the adapter in the same folder ({adapters.CONFIG}) was merged into the weights, as transformers applies it; "
+        "if the weights contain it already, move its files away and export again"
+    )
+    return dataclasses.replace(adapters.with_adapters(checkpoint, [folder]), notes=(*checkpoint.notes, note))
+
+
+def _code_note(table: dict[str, Any]) -> tuple[str, ...]:
+    if not table.get("auto_map"):
+        return ()
+    return ("config.json names code of its own (auto_map); satchel runs none of it, and took transformers' own model",)
 
 
 def _sources(folder: Path) -> tuple[Path, ...]:
@@ -71,14 +103,14 @@ def _sources(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(files))
 
 
-def _config_table(folder: Path) -> dict[str, Any]:
+def _config_table(folder: Path, layout: str | None) -> dict[str, Any]:
     """Read config.json, and check it before transformers acts on it."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ExportError(
-                f"{folder}: holds an adapter (LoRA) only; merge it into its base model first "
-                "(peft: merge_and_unload, then save_pretrained) and export the merged folder"
+                f"{folder}: holds an adapter only; merge it while exporting its base: "
+                f"satchel export {base_of(folder)} --adapter {folder}"
             )
         raise ExportError(f"{path}: no such file; pass the folder that save_pretrained or `hf download` wrote")
     table = read_json(path)
@@ -87,18 +119,42 @@ def _config_table(folder: Path) -> dict[str, Any]:
         raise ExportError(
             f"{path}: has no model_type, so the architecture is unknown; use the config of the original model"
         )
+    _check_named_weights(table, path)
+    if layout is not None:
+        if model_type in CONFIG_MAPPING and model_type != layout:
+            raise ExportError(
+                f"{path}: model_type {model_type!r} is known to transformers, so --as {layout} does not go with it"
+            )
+        if layout not in CONFIG_MAPPING:
+            raise ExportError(f"--as {layout}: not a model_type of transformers; give one, such as llama")
+        return table
     if model_type not in CONFIG_MAPPING:
         wants_code = (
             "needs code from the checkpoint, which satchel does not run" if table.get("auto_map") else "is unknown"
         )
         raise ExportError(
-            f"{path}: model_type {model_type!r} {wants_code}; export an architecture that is part of transformers"
+            f"{path}: model_type {model_type!r} {wants_code}; export an architecture that is part of transformers, "
+            "or name one with the same tensors, such as --as llama"
         )
     return table
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def _check_named_weights(table: dict[str, Any], path: Path) -> None:
+    """Refuse a config that names another file with the weights than those that are looked for."""
+    named = table.get(_WEIGHTS_KEY)
+    if named and named != weight_files(path.parent)[0].name:
+        raise ExportError(
+            f"{path}: {_WEIGHTS_KEY} names {named} as the file with the weights, which satchel does not follow: "
+            f"rename that file to {SAFE_WEIGHTS_INDEX_NAME if str(named).endswith('.json') else SAFE_WEIGHTS_NAME}, "
+            "with no other weights beside it, and remove the key"
+        )
+
+
+def _config(folder: Path, table: dict[str, Any], layout: str | None) -> PreTrainedConfig:
     try:
+        if layout is not None:
+            settings = {k: v for k, v in table.items() if k not in ("model_type", "auto_map", "architectures")}
+            return AutoConfig.for_model(layout, **settings)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )

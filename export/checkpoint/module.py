@@ -32,10 +32,13 @@ from types import ModuleType
 
 import torch
 
+from satchel.export.checkpoint.prefixes import without_prefixes
 from satchel.export.checkpoint.record import Checkpoint
+from satchel.export.checkpoint.safetensors_file import read_safetensors
 from satchel.export.checkpoint.structure import one_line
+from satchel.export.checkpoint.ties import checked
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer
-from satchel.export.checkpoint.torch_file import from_tensor
+from satchel.export.checkpoint.torch_file import from_tensor, read_torch
 from satchel.export.errors import ExportError
 from satchel.export.python_file import run_file
 from satchel.graphs.ir.weights import LazyWeight
@@ -77,13 +80,16 @@ class ModuleFacts:
                 raise ValueError(f"token id {token!r} is outside the vocabulary of {self.vocab_size} ids")
 
 
-def open_module(module: torch.nn.Module, *, name: str | None = None, tokenizer: Path | None = None) -> Checkpoint:
+def open_module(
+    module: torch.nn.Module, *, name: str | None = None, tokenizer: Path | None = None, weights: Path | None = None
+) -> Checkpoint:
     """Open a custom module as a checkpoint; it is set to evaluation mode and otherwise unchanged.
 
     Args:
         module: A module that follows the protocol above.
         name: Its name in the manifest; the class name by default.
         tokenizer: A tokenizer.json, a SentencePiece `.model` or a folder with either; if None, the bundle takes ids.
+        weights: A file of tensors (torch.save of a state_dict, or safetensors) to use instead of the module's own.
 
     Raises:
         ExportError: If the module does not follow the protocol, or the tokenizer does not fit it.
@@ -93,13 +99,13 @@ def open_module(module: torch.nn.Module, *, name: str | None = None, tokenizer: 
     files = None if tokenizer is None else chosen_tokenizer(tokenizer)
     if files is not None:
         check_vocabulary(files, facts.vocab_size, str(tokenizer))
-    weights = _weights(module, class_name)
+    values = _weights(module, class_name) if weights is None else _stored_weights(module, weights)
     return Checkpoint(
         kind="module",
         name=class_name if name is None else name,
         model_type=class_name,
         module=module.eval(),
-        weights=weights,
+        weights=values,
         vocab_size=facts.vocab_size,
         max_context=facts.max_context,
         bos_token_id=facts.bos_token_id,
@@ -155,6 +161,26 @@ def _facts(module: torch.nn.Module, class_name: str) -> ModuleFacts:
             f"{class_name}: forward takes ({', '.join(parameters)}); it must take ({', '.join(_ARGUMENTS)})"
         )
     return facts
+
+
+def _stored_weights(module: torch.nn.Module, file: Path) -> dict[str, LazyWeight]:
+    """The tensors of a file by the names of the module; names that are tied in the module share one."""
+    if not file.is_file():
+        raise ExportError(f"--weights {file}: no such file; give the file that torch.save wrote")
+    stored = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    wanted = module.state_dict(keep_vars=True)
+    stored, _ = without_prefixes(stored, lambda names: len(wanted.keys() & set(names)))
+    extra = sorted(stored.keys() - wanted.keys())
+    if extra:
+        raise ExportError(
+            f"{file}: tensor {extra[0]} has no place in {type(module).__name__}; use the file of this module"
+        )
+    first: dict[int, str] = {}
+    for name, tensor in wanted.items():
+        tied = first.setdefault(id(tensor), name)
+        if name not in stored and tied in stored:
+            stored[name] = stored[tied]
+    return checked(module, stored, str(file))
 
 
 def _weights(module: torch.nn.Module, class_name: str) -> dict[str, LazyWeight]:

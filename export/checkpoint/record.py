@@ -35,6 +35,7 @@ class Checkpoint:
         companions: Contents of further files for the bundle, by their names there: chat template, generation
             config, license, model card.
         sources: The files that it is read from; empty for a module object.
+        notes: What the user should know about how it was read, one line each.
     """
 
     kind: Literal["huggingface", "gguf", "module"]
@@ -51,6 +52,7 @@ class Checkpoint:
     tokenizer: TokenizerFiles | None
     companions: Mapping[str, bytes | Path]
     sources: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -21,6 +21,9 @@ _LAYOUTS: tuple[tuple[str, _Reader], ...] = (
 )
 """The file names that `save_pretrained` writes, in transformers' lookup order."""
 
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")
+_ADVICE = "rename it to model.safetensors if it has transformers' names, or convert it with the model's script"
+
 
 def read_folder(folder: Path) -> tuple[dict[str, LazyWeight], int]:
     """Return all tensors of a checkpoint folder by name, and the total bytes of their files.
@@ -52,7 +55,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _hint(folder: Path) -> str:
     gguf = sorted(folder.glob("*.gguf"))
-    return f"; pass the file {gguf[0]} to export the GGUF" if gguf else ""
+    if gguf:
+        return f"; pass the file {gguf[0]} to export the GGUF"
+    if (folder / "adapter_config.json").is_file():
+        return f"; it holds an adapter: merge it while exporting its base: satchel export BASE --adapter {folder}"
+    other = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+    return f"; {other[0]} is in another layout or variant: {_ADVICE}" if other else ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
@@ -10,29 +11,32 @@ from satchel.export.errors import ExportError
 from satchel.graphs.ir.weights import LazyWeight
 
 
-def tie(module: PreTrainedModel, weights: dict[str, LazyWeight]) -> None:
+def tie(module: PreTrainedModel, weights: dict[str, LazyWeight]) -> list[str]:
     """Make names that the config ties share one weight, in place.
 
     If both are stored and differ, the checkpoint overrides the config: the module's parameters are untied, as in
-    transformers' loader.
+    transformers' loader. Returns the names of these.
     """
+    apart = []
     for target, origin in list(module.all_tied_weights_keys.items()):
         if target in weights and origin in weights:
             if _equal(weights[target], weights[origin]):
                 weights[target] = weights[origin]
             else:
                 _untie(module, target)
+                apart.append(target)
         elif origin in weights:
             weights[target] = weights[origin]
         elif target in weights:
             weights[origin] = weights[target]
+    return apart
 
 
 def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str) -> dict[str, LazyWeight]:
     """Return the weights in the order of `module.state_dict()`.
 
     Raises:
-        ExportError: If a weight is missing, or its shape differs from the module's.
+        ExportError: If a weight is missing, is not floating point where the module is, or its shape differs.
     """
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in weights]
@@ -42,6 +46,11 @@ def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str
             f"{source}: tensor {missing[0]} is missing{more}; download the checkpoint again, or export the whole one"
         )
     for name, tensor in wanted.items():
+        if tensor.is_floating_point() and weights[name].dtype != ir.DataType.FLOAT:
+            raise ExportError(
+                f"{source}: tensor {name} holds {weights[name].dtype.name}, so the weights are quantized in a "
+                "way that the config does not describe; export from the original float checkpoint"
+            )
         found, expected = weights[name].dims, tuple(tensor.shape)
         if found != expected:
             raise ExportError(
@@ -52,6 +61,8 @@ def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str
 
 
 def _equal(first: LazyWeight, second: LazyWeight) -> bool:
+    if first is second:
+        return True
     if first.dims != second.dims:
         return False
     return all(np.array_equal(a, b) for a, b in zip(first.blocks(), second.blocks(), strict=True))

@@ -13,6 +13,8 @@ from satchel.export.errors import ExportError
 from satchel.graphs.ir.weights import LazyWeight, from_array
 
 _ZIP_MAGIC = b"PK\x03\x04"
+_NESTED = ("state_dict", "model_state_dict", "model")
+"""Under which keys training loops store the tensors of the model, beside those of the optimizer."""
 
 
 def read_torch(path: Path) -> dict[str, LazyWeight]:
@@ -38,6 +40,10 @@ def read_torch(path: Path) -> dict[str, LazyWeight]:
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError):
         raise ExportError(f"{path}: cut short or damaged; download it again") from None
+    for key in _NESTED:
+        if isinstance(tensors, Mapping) and isinstance(tensors.get(key), Mapping):
+            tensors = tensors[key]
+            break
     if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ExportError(f"{path}: not a dictionary of tensors; save the model's state_dict, or use save_pretrained")
     return {name: from_tensor(name, tensor) for name, tensor in tensors.items()}

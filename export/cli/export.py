@@ -105,6 +105,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="PATH", type=Path, help="a tokenizer.json, SentencePiece .model or folder to use"
     )
     parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        metavar="FOLDER[=SHARE]",
+        action="append",
+        default=[],
+        help="a LoRA adapter in PEFT's format to merge, or a share of it, such as FOLDER=0.5; may be repeated",
+    )
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        metavar="TYPE",
+        help="read a folder of unknown model_type as this one, such as llama; names and shapes must fit",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        type=Path,
+        help="for file.py:factory: the tensors to load into the module, a torch.save or safetensors file",
+    )
+    parser.add_argument(
         "--pass",
         dest="passes",
         metavar="M:F",
@@ -143,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
         force=args.force, tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe,
         calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
         passes=tuple(args.passes), custom_ops=tuple(args.custom_ops),
-        prefill_lengths=args.prefill_lengths,
+        prefill_lengths=args.prefill_lengths, adapters=tuple(args.adapters), layout=args.layout, weights=args.weights,
     )  # fmt: skip
     if args.output is None:
         config = dataclasses.replace(config, output=_default_output(args.checkpoint, config.precision))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.export.checkpoint import Checkpoint
+from satchel.export.checkpoint.adapters import read_adapter
 from satchel.export.config import ExportConfig
 from satchel.export.quantize.texts import calibration_file, certificate_file
 from satchel.export.recipes import recipe_file, recipe_of
@@ -46,6 +47,7 @@ def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
         "eval_text": certificate_file(checkpoint, config),
     }
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
+    options["adapters"] = [_adapter(text) for text in config.adapters]
     if config.tokenizer is not None and checkpoint.tokenizer is not None:
         options["tokenizer"] = _tokenizer(config.tokenizer, checkpoint.tokenizer.file)
     return Provenance(
@@ -69,6 +71,11 @@ def sha256(path: Path) -> str:
 def _tokenizer(path: Path, file: Path | bytes) -> NamedFile:
     content = file.read_bytes() if isinstance(file, Path) else file
     return NamedFile(path.name, hashlib.sha256(content).hexdigest())
+
+
+def _adapter(text: str | Path) -> dict[str, Any]:
+    adapter = read_adapter(text)
+    return {**dataclasses.asdict(named_file(adapter.file)), "name": adapter.folder.name, "share": adapter.share}
 
 
 def _as_data(value: Any) -> Any:

@@ -53,6 +53,42 @@ def test_facts_and_weights_of_a_module_are_read() -> None:
     assert checkpoint.stored_bytes == 11 * 8 * 4 + 2 * 8 * 2 + 3 * 8
 
 
+def test_tensors_of_a_file_go_into_the_module(tmp_path: Path) -> None:
+    module, other = Tiny(), Tiny()
+    state = other.state_dict()
+    shared = {name: tensor for name, tensor in state.items() if name != "head.weight"}
+    contents = (
+        state,
+        shared,
+        {"state_dict": {f"_orig_mod.{n}": t for n, t in state.items()}, "step": 3, "optimizer": {"lr": 0.1}},
+    )
+    for content in contents:
+        torch.save(content, tmp_path / "own.pt")
+        weights = open_module(module, weights=tmp_path / "own.pt").weights
+        assert list(weights) == list(state)
+        for name, tensor in state.items():
+            expected = tensor.float() if tensor.is_floating_point() else tensor
+            np.testing.assert_array_equal(weights[name].numpy(), expected.numpy(), strict=True)
+
+
+def test_a_file_of_another_module_is_refused(tmp_path: Path) -> None:
+    file, state = tmp_path / "own.pt", Tiny().state_dict()
+    cases: list[tuple[object, str]] = [
+        ({**state, "tail.weight": torch.ones(2)}, "tail.weight has no place"),
+        ({**state, "norm.weight": torch.ones(9)}, "norm.weight has shape"),
+        ({name: tensor for name, tensor in state.items() if "norm" not in name}, "norm.weight is missing"),
+        (Tiny(), "Python objects"),
+    ]
+    for content, message in cases:
+        torch.save(content, file)
+        with pytest.raises(ExportError, match=message):
+            open_module(Tiny(), weights=file)
+    with pytest.raises(ExportError, match="no such file"):
+        open_module(Tiny(), weights=tmp_path / "none.pt")
+    with pytest.raises(ExportError, match="--weights"):
+        open_checkpoint(file)
+
+
 SOURCE = """
 import torch
 from satchel.export.checkpoint import ModuleFacts

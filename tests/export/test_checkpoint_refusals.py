@@ -77,7 +77,7 @@ def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_is_told_to_be_merged(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "adapter (LoRA)", "merge_and_unload")
+    refused(tmp_path, "holds an adapter only", "--adapter")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
