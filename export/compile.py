@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.adapters import with_adapters
@@ -21,7 +23,9 @@ from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.forecast import check_disk, forecast
+from satchel.export.quantize.flow import fresh
 from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids
+from satchel.export.quantize.overflow import find_too_large, overflow_warnings
 from satchel.export.quantize.quantize import pieces, quantize
 from satchel.export.quantize.texts import open_texts
 from satchel.export.recipes import check_recipe, recipe_of
@@ -36,6 +40,7 @@ from satchel.export.writing.bundle_writer import write_bundle
 from satchel.export.writing.certify import certify
 from satchel.export.writing.publish import check_target, scratch, staged
 from satchel.export.writing.static_graphs import lower_static
+from satchel.graphs.analysis.float32_islands import too_large
 from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.contract import PassError
 from satchel.graphs.ir.pipeline import Step
@@ -44,7 +49,7 @@ from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import StoredGrid, orders_of
-from satchel.graphs.targets.targets import PLAIN, TARGETS, order_steps
+from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps
 from satchel.runtime.bundle.contract import LOGITS, PHASES
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
@@ -97,8 +102,11 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
                 quantized, done = quantize(common, recipe, texts.calibration, folder / "rounding", config, bar, grids)
                 report += [step.as_json("common") for step in done]
+        shared = common if quantized is None else quantized.model
+        if texts.rounding is not None:
+            shared = fit_float16(shared, texts.rounding, fresh(folder, "float16"), checkpoint.name, stages)
         lowered = lower_static if config.static else lower_phases
-        models = lowered(common if quantized is None else quantized.model, checkpoint, config, quantized, report)
+        models = lowered(shared, checkpoint, config, quantized, report)
         check_logits(models, checkpoint)
         with staged(config.output, config.force) as bundle:
             with stages.stage("writing the bundle"):
@@ -168,6 +176,20 @@ def lower(
             f"{checkpoint.name}: its mixtures of experts have no form on --target {config.target}: choose --target cpu"
         )
     return common, [done.as_json("common") for done in (*normalized, *fused)]
+
+
+def fit_float16(common: ir.Model, windows: NDArray[np.int64], folder: Path, name: str, stages: Stages) -> ir.Model:
+    """The graph that all phases share, for a target that computes in float16: values that it does not hold are scaled
+    down, or marked to stay in float32. Each is named in a warning.
+
+    Raises:
+        PassError: The pass left the graph broken.
+    """
+    find_too_large(common, windows, folder)
+    scaled, _ = pipeline.run(common, FIT_FLOAT16)
+    for warning in overflow_warnings(too_large(common), too_large(scaled)):
+        stages.say(f"warning: {name}: {warning}")
+    return scaled
 
 
 def lower_phases(

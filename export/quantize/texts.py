@@ -13,6 +13,7 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.graphs.quant.recipe import Recipe
+from satchel.graphs.targets.targets import TARGETS
 from satchel.runtime.bundle.certificate import EvaluatedText, Window
 from satchel.runtime.evaluation.fidelity import text_ids
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -36,6 +37,9 @@ FEWER_CERTIFICATE_WINDOWS = 4
 QUICK_WINDOWS = 4
 """Windows of random ids for the calibration of a quick export."""
 
+ROUNDING_WINDOWS = 4
+"""Windows on which the values of a float16 graph are compared with float16's largest."""
+
 FEWEST = 8
 """Min windows of a calibration text; fewer do not represent a layer's inputs."""
 
@@ -47,12 +51,14 @@ class Texts:
     Attributes:
         calibration: None without calibration.
         certificate: None without a certificate.
+        rounding: For a target that computes in float16: windows on which values are compared with its largest.
         measured: The text that `certificate` comes from; None for random ids.
     """
 
     calibration: NDArray[np.int64] | None
     certificate: NDArray[np.int64] | None
     measured: EvaluatedText | None
+    rounding: NDArray[np.int64] | None = None
 
 
 def open_texts(
@@ -80,7 +86,23 @@ def open_texts(
         ids, measured = _ids(tokenizer, checkpoint, config.eval_text, CERTIFICATE, option)
         windows = _windows(ids, length, 1, config.eval_text, option)
         certificate = windows[: certificate_windows(config)]
-    return Texts(calibration, certificate, measured)
+    return Texts(calibration, certificate, measured, _rounding(tokenizer, checkpoint, config, calibration, length))
+
+
+def _rounding(
+    tokenizer: Tokenizer | None,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    calibration: NDArray[np.int64] | None,
+    length: int,
+) -> NDArray[np.int64] | None:
+    """Windows of the calibration text, whether it calibrates or not; None for a target with other types."""
+    if not TARGETS[config.target].float16:
+        return None
+    if calibration is None or not config.reads_calibration_text:
+        ids, _ = _ids(tokenizer, checkpoint, None, CALIBRATION, "--calibrate")
+        calibration = _windows(ids, length, 1, None, "--calibrate")
+    return _spread(calibration, ROUNDING_WINDOWS)
 
 
 def calibration_file(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> Path | None:

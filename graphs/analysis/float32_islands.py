@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import onnx_ir as ir
 
 from satchel.graphs.analysis.element_types import Types
+from satchel.graphs.ir.contract import PassError
 from satchel.graphs.ir.values import nodes, producer, square
 from satchel.runtime.bundle.contract import LOGITS
 
@@ -18,12 +20,18 @@ ELEMENTWISE = {"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Pow", "
 ON_THE_WAY_TO_ANGLES = ELEMENTWISE | {
     "Concat", "Expand", "Gather", "MatMul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"
 }  # fmt: skip
+ADVICE = "the target computes in float16: export with --target cpu"
 BEHIND_THE_HEAD = {"Add", "Div", "Mul", "Neg", "Reshape", "Squeeze", "Sub", "Tanh", "Unsqueeze"}
+
+TOO_LARGE = "satchel.too_large"
+"""The model's property with the values that float16 does not hold: a JSON object of names and largest magnitudes."""
+LARGEST = 65504.0
+"""The largest number of float16."""
 
 
 def float32_islands(model: ir.Model, types: Types) -> set[ir.Node]:
     """Nodes over float32 values that have to stay so: norms written as arithmetic, rotary angles, and what follows the
-    head's linear layer on the way to the logits.
+    head's linear layer on the way to the logits; and what makes or reads a value that float16 does not hold.
 
     Norms in one operator are not among them: with float16 inputs they sum in float32 inside.
     """
@@ -39,8 +47,36 @@ def float32_islands(model: ir.Model, types: Types) -> set[ir.Node]:
     for output in model.graph.outputs:
         if output.name == LOGITS:
             _keep_tail(output, kept)
+    for value in _too_large_values(model):
+        kept.update(node for node in (value.producer(), *value.consumers()) if node is not None)
     _keep_casts(model, types, kept)
     return kept
+
+
+def too_large(model: ir.Model) -> dict[str, float]:
+    """The names of the values that float16 does not hold, and their largest magnitudes."""
+    found: dict[str, float] = json.loads(model.metadata_props.get(TOO_LARGE, "{}"))
+    return found
+
+
+def write_too_large(model: ir.Model, sizes: dict[str, float]) -> None:
+    """Write down which values float16 does not hold."""
+    model.metadata_props.pop(TOO_LARGE, None)
+    if sizes:
+        model.metadata_props[TOO_LARGE] = json.dumps(sizes)
+
+
+def _too_large_values(model: ir.Model) -> list[ir.Value]:
+    """The values of `too_large`. Raises PassError where one is not in this graph, or where attention needs it."""
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    found = []
+    for name, size in too_large(model).items():
+        value = values.get(name)
+        around = [] if value is None else [value.producer(), *value.consumers()]
+        if value is None or any(node is not None and "Attention" in node.op_type for node in around):
+            raise PassError(f"{name} reaches {size:.3g}, and float16 ends at 65504: {ADVICE}")
+        found.append(value)
+    return found
 
 
 def _is_float32(node: ir.Node, types: Types) -> bool:

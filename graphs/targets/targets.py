@@ -16,6 +16,7 @@ from satchel.graphs.passes.cache.full_length_mask import full_length_mask
 from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
 from satchel.graphs.passes.cache.single_token import single_token
 from satchel.graphs.passes.float16.compute_float16 import compute_float16
+from satchel.graphs.passes.float16.scale_products import scale_products
 from satchel.graphs.passes.float16.store_float16 import store_float16
 from satchel.graphs.passes.float16.store_linear_float16 import store_linear_float16
 from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
@@ -140,6 +141,9 @@ STREAM = (Step(stream_tied_head, after=("slice_last_logits", "single_token")),)
 """For a head that is the embedding table in float; a score graph has too many tokens for it."""
 
 FINISH = (Step(remove_duplicates), Step(remove_dead))
+
+FIT_FLOAT16 = (Step(scale_products),)
+"""For a target that computes in float16, once the values that it does not hold are known."""
 
 CUDA_OPSET = 23
 """The newest version for which ONNX Runtime 1.24 to 1.31 have a CUDA kernel of all that graphs here consist of. TopK,

@@ -17,7 +17,7 @@ from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step, check_order
 from satchel.graphs.quant.quantized import KVScales, Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
-from satchel.graphs.targets.targets import ROTATE, TARGETS, equalize_steps, order_steps
+from satchel.graphs.targets.targets import FIT_FLOAT16, ROTATE, TARGETS, equalize_steps, order_steps
 from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8
 
 MODULES = {
@@ -69,7 +69,7 @@ def varying_pipelines() -> dict[str, tuple[Step, ...]]:
     }
 
 
-PIPELINES = whole_pipelines()
+PIPELINES = {**whole_pipelines(), "float16": FIT_FLOAT16}
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.analysis.element_types import element_types
-from satchel.graphs.analysis.float32_islands import float32_islands
+from satchel.graphs.analysis.float32_islands import ADVICE, float32_islands
 from satchel.graphs.ir.contract import PassError, Report, graph_pass
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import MICROSOFT, Builder, replace, weight
@@ -14,7 +14,6 @@ from satchel.graphs.passes.float16.store_float16 import halved
 from satchel.runtime.bundle.contract import LOGITS
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-ADVICE = "the target computes in float16: export with --target cpu"
 FLOAT32_INPUTS = {(MICROSOFT, "GroupQueryAttention"): {12, 13}}
 """Inputs that are float32 whatever else is: the scales of an int8 cache."""
 INT8_ACTIVATIONS = {"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
