@@ -167,5 +167,16 @@ def _max_context(config: PreTrainedConfig, folder: Path) -> int:
     for name in ("max_position_embeddings", "n_ctx", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return max(value, _extended(config, value))
     raise ExportError(f"{folder / 'config.json'}: does not specify the context length; add max_position_embeddings")
+
+
+def _extended(config: PreTrainedConfig, positions: int) -> int:
+    """The context to which rotary scaling extends one of `positions`; 0 where it does not say."""
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    factor, kind = rope.get("factor"), rope.get("rope_type")
+    if kind not in ("yarn", "longrope", "llama3", "dynamic") or not isinstance(factor, int | float):
+        return 0
+    original = positions if kind == "dynamic" else rope.get("original_max_position_embeddings")
+    return int(factor * original) if isinstance(original, int) else 0

@@ -116,6 +116,23 @@ def _rotates(axis: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return rotate
 
 
+def border_of(module: torch.nn.Module) -> int | None:
+    """The length in tokens beyond which the model turns positions by other angles; None if it never does.
+
+    longrope has two sets of factors, and dynamic NTK scales with the length. The tables have one set, that of the
+    bundle's context.
+    """
+    config = getattr(module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))] if isinstance(rope, dict) else []
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            return int(kind["original_max_position_embeddings"])
+        if kind.get("rope_type") == "dynamic":
+            return int(config.max_position_embeddings)  # type: ignore[union-attr]
+    return None
+
+
 def _table_name(kind: str, key: str | None) -> str:
     return f"rotary_{kind}" if key is None else f"rotary_{kind}_{key}"
 
