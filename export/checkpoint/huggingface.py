@@ -172,11 +172,14 @@ def _max_context(config: PreTrainedConfig, folder: Path) -> int:
 
 
 def _extended(config: PreTrainedConfig, positions: int) -> int:
-    """The context to which rotary scaling extends one of `positions`; 0 where it does not say."""
+    """The context to which rotary scaling extends one of `positions`; 0 where it does not say.
+
+    The factor of llama3 and linear is no multiple of the context: max_position_embeddings has the extended length.
+    """
     rope = getattr(config, "rope_parameters", None)
     rope = rope if isinstance(rope, dict) else {}
     factor, kind = rope.get("factor"), rope.get("rope_type")
-    if kind not in ("yarn", "longrope", "llama3", "dynamic") or not isinstance(factor, int | float):
+    if kind not in ("yarn", "longrope", "dynamic") or not isinstance(factor, int | float):
         return 0
     original = positions if kind == "dynamic" else rope.get("original_max_position_embeddings")
     return int(factor * original) if isinstance(original, int) else 0

@@ -21,10 +21,17 @@ BASE = {"rope_theta": 10000.0}
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 128),
         ({"rope_type": "dynamic", "factor": 2.0}, 256),
+        (
+            {
+                "rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            },
+            128,
+        ),
         ({"rope_type": "linear", "factor": 4.0}, 128),
         ({"rope_type": "default"}, 128),
     ],
-)
+)  # fmt: skip
 def test_the_longest_context_follows_the_scaling(tmp_path: Path, rope: dict[str, Any], longest: int) -> None:
     place = save_tiny(tmp_path / "m", max_position_embeddings=128, rope_parameters=BASE | rope)
     assert open_checkpoint(place).max_context == longest
