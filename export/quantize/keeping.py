@@ -11,6 +11,9 @@ from satchel.export.errors import ExportError
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid, keeping
 
+GROUP_SIZE = "group size"
+"""What the reason names where a form would be kept but for its groups."""
+
 
 def stored_grids(checkpoint: Checkpoint) -> dict[str, StoredGrid]:
     """The grids of the weights that the checkpoint stores quantized, by layer."""
@@ -53,10 +56,17 @@ def resolve(config: ExportConfig, checkpoint: Checkpoint) -> tuple[ExportConfig,
             first = next(iter(floats))
             lines.append(f"{name}: {len(floats)} layers are widened to float: {first}: {reason}")
         return config, lines
+    if config.quantized and not grids and config.keep_stored and GROUP_SIZE in reason:
+        raise ExportError(
+            f"{name}: {reason}: choose --precision fp32, which widens its weights, or int8 to round them again"
+        )
+    if config.quantized and grids:
+        keep = f": leave it out, or choose {STORED}, to keep them" if possible else ""
+        return config, [
+            f"warning: {name} has quantized weights; --precision {config.precision} rounds them again{keep}"
+        ]
     if config.quantized:
-        again = "rounds them again" if grids else "rounds them a second time, as no kernel reads them"
-        keep = f": leave it out, or choose {STORED}, to keep them" if grids and possible else ""
-        return config, [f"warning: {name} has quantized weights; --precision {config.precision} {again}{keep}"]
+        return config, [f"{name}: its quantized weights are widened ({reason}) and rounded to {config.precision}"]
     return config, [f"{name}: its quantized weights are widened to float{f' ({reason})' if reason else ''}"]
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from support.checkpoints import save_tiny
 from support.quantized import Writer, awq, gptq, logits, save_quantized
+from support.quantized_floats import fp4, fp8, int8, llm_int8, nf4, packed
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint import open_checkpoint
-from satchel.export.quantize.keeping import resolve
+from satchel.export.quantize.keeping import resolve, stored_grids, widened
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -46,11 +47,65 @@ KEPT: dict[str, tuple[Mapping[str, Any], Writer]] = {
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
+def compressed(stored: str, activations: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **weights},
+        "input_activations": activations,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+CHANNEL: dict[str, Any] = {"strategy": "channel", "group_size": None}
+DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+KEPT |= {
+    "pack-quantized": (compressed("pack-quantized"), packed(4, 32)),
+    "pack-quantized, zero points": (compressed("pack-quantized", symmetric=False), packed(4, 32, symmetric=False)),
+    "pack-quantized, act-order": (compressed("pack-quantized", actorder="group"), packed(4, 32, act_order=True)),
+    "pack-quantized, 8 bits": (compressed("pack-quantized", num_bits=8, **CHANNEL), packed(8, -1)),
+    "int-quantized, float activations": (compressed("int-quantized", num_bits=8, **CHANNEL), int8()),
+    "int-quantized, zero points": (
+        compressed("int-quantized", num_bits=8, symmetric=False, **CHANNEL),
+        int8(symmetric=False),
+    ),
+    "mxfp4": (compressed("mxfp4-pack-quantized", type="float"), fp4(32, nv=False)),
+    "nvfp4": (compressed("nvfp4-pack-quantized", type="float", group_size=16), fp4(16, nv=True)),
+    "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8()),
+}
+W8A8 = (compressed("int-quantized", DYNAMIC, num_bits=8, **CHANNEL), int8())
+WIDENED: dict[str, tuple[Mapping[str, Any], Writer]] = {
+    "fp8, blocks": ({"quant_method": "fp8", "weight_block_size": [32, 40]}, fp8((32, 40))),
+    "fp8, one scale": ({"quant_method": "fp8", "weight_block_size": None}, fp8((1 << 20, 1 << 20))),
+    "fbgemm_fp8": ({"quant_method": "fbgemm_fp8"}, fp8((1, 1 << 20), "weight_scale")),
+    "float-quantized": (
+        compressed("float-quantized", num_bits=8, type="float", **CHANNEL),
+        fp8((1, 1 << 20), "weight_scale"),
+    ),
+    "float-quantized, blocks": (
+        compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[32, 40]),
+        fp8((32, 40), "weight_scale"),
+    ),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4()),
+    "nf4, nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4(nested=True)),
+}
+ALL = KEPT | WIDENED | {"w8a8": W8A8}
+BUNDLES = ("gptq", "gptq, zero points", "gptq, 8 bits", "gptq, act-order", "awq", "nvfp4")
+"""One for each way through the export; the others differ in what is read."""
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_the_values_are_read_as_the_format_says(name: str, tmp_path: Path) -> None:
-    settings, write = KEPT[name]
+    settings, write = ALL[name]
     model = save_quantized(tmp_path, settings, write)
-    weights = open_checkpoint(tmp_path).weights
+    checkpoint = open_checkpoint(tmp_path)
+    weights, linear = checkpoint.weights, 14
+    assert len(stored_grids(checkpoint)) == (0 if name in WIDENED else linear)
+    assert len(widened(checkpoint)) == (linear if name in WIDENED else 0)
     for key, expected in model.state_dict().items():
         np.testing.assert_array_equal(weights[key].numpy(), expected.numpy(), key)
         if expected.dim() == 2:
@@ -58,18 +113,35 @@ def test_the_values_are_read_as_the_format_says(name: str, tmp_path: Path) -> No
             np.testing.assert_array_equal(weights[key].rows(5, 14), expected[5:14].numpy(), key)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", BUNDLES)
 def test_a_bundle_keeps_the_values(name: str, tmp_path: Path) -> None:
     settings, write = KEPT[name]
     model = save_quantized(tmp_path / "checkpoint", settings, write)
     manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle"))
     assert manifest.precision == "stored"
-    assert {layer.bits for layer in manifest.layers.values()} == {settings["bits"]}
+    assert {layer.bits for layer in manifest.layers.values()} == {settings.get("bits", 8)}
     assert len(manifest.layers) == 8  # of two decoder layers: joined as without quantization
     assert manifest.certificate is not None
     assert max(manifest.certificate.prefill.kl_mean, manifest.certificate.decode.kl_mean) < 1e-6
     engine = Engine.open(open_bundle(tmp_path / "bundle"), threads=1)
     np.testing.assert_allclose(engine.score(IDS), logits(model, IDS), rtol=0, atol=TOLERANCE)
+
+
+def test_int8_activations_are_kept_too(tmp_path: Path) -> None:
+    model = save_quantized(tmp_path / "checkpoint", *W8A8)
+    manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", certificate=False))
+    layers = manifest.layers.values()
+    assert {(layer.bits, layer.block, layer.prefill_activations) for layer in layers} == {(8, None, "token")}
+    found = Engine.open(open_bundle(tmp_path / "bundle"), threads=1).score(IDS)
+    expected = logits(model, IDS)
+    assert TOLERANCE < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_a_widened_format_is_rounded_as_a_float_model_is(tmp_path: Path) -> None:
+    save_quantized(tmp_path, *WIDENED["fp8, blocks"])
+    config, notes = resolve(ExportConfig(tmp_path / "bundle"), open_checkpoint(tmp_path))
+    assert config.precision == "int8"
+    assert "no kernel reads" in notes[0]
 
 
 def test_the_tolerance_would_notice_another_rounding(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def save_quantized(folder: Path, settings: Mapping[str, Any], write: Writer, mod
                 tensors[name] = parameter.clone()
                 continue
             made, widened = write(layer, parameter.numpy())
-            tensors |= {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in made.items()}
+            tensors |= {f"{layer}.{suffix}": tensor.clone().contiguous() for suffix, tensor in made.items()}
             parameter.copy_(torch.from_numpy(widened))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
