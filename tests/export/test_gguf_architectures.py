@@ -159,8 +159,8 @@ def test_a_bias_that_no_layer_has_is_zero(tmp_path: Path) -> None:
 
 def test_the_documentation_lists_every_architecture() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
-    rows = [line.split("|")[1:3] for line in text.partition("## GGUF")[2].partition("\n## ")[0].splitlines()
-            if line.startswith("| `")]  # fmt: skip
+    table = text.partition("| architecture | read as |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`([\w.-]+)`", row[0])} == ARCHITECTURES.keys()
     families = {name for row in rows for name in re.findall(r"`([\w.-]+)`", row[1])}
     assert families == {family.model_type for family in GGUF_FAMILIES.values()}
