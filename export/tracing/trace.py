@@ -173,7 +173,9 @@ class _ProtocolWrapper(torch.nn.Module):
                     "window at least 1 and softcap above 0, or None for none of it"
                 )
             scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-            out = torch.ops.satchel.attention(query, key, value, next(layers), scale, window or 0, softcap or 0.0)
+            out = torch.ops.satchel.attention(
+                query, key, value, None, next(layers), scale, window or 0, 0, softcap or 0.0
+            )
             spread: torch.Tensor = out.transpose(1, 2)
             return spread
 

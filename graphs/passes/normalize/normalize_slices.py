@@ -18,7 +18,7 @@ def normalize_slices(model: ir.Model, report: Report) -> None:
 
     before: a [batch, sequence, 32], rest -> Concat(axis=-1) -> Slice(0, 32) -> y
     after:  a -> y
-    Other slices are left alone (silently): of another axis, with steps, or from the middle of a part.
+    refuses when: the slice is of another axis, has steps, or begins or ends in the middle of a part (silently).
     """
     for node in nodes(model, "Slice"):
         found = _parts(node)
