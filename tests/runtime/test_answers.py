@@ -6,12 +6,10 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.jsonl_work import COMMAND, Row, Work, by_id
 
-from satchel.runtime.cli import answers
 from satchel.runtime.cli.prompt_lines import read_lines
 from satchel.runtime.generation.generator import Generator
 
@@ -218,31 +216,3 @@ def test_files_that_cannot_be_used_are_refused(work: Work, capsys: Capture, tmp_
         assert err.startswith(f"satchel: error: {flag} {path}: ")
         assert fact in err
     assert work.input.read_bytes() == b'{"prompt": "the"}\n'
-
-
-def test_an_input_without_prompts_is_done_at_once(work: Work, capsys: Capture) -> None:
-    work.write(b"")
-    assert work.run() == 0
-    assert capsys.readouterr().err == f"there are no prompts in {work.input}\n"
-
-
-def test_the_bar_counts_prompts(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[Any] = []
-
-    class Bar:
-        def __init__(self, total: int, label: str, unit: str, *, shown: bool) -> None:
-            events.append((total, unit, shown))
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def update(self, count: int) -> None:
-            events.append(count)
-
-    monkeypatch.setattr(answers, "progress_bar", Bar)
-    work.write({"prompt": "the", "max_new_tokens": 5}, b"{", {"prompt": "cat", "max_new_tokens": 9})
-    assert work.run() == 1
-    assert events == [(3, " prompts", True), 1, 1, 1]

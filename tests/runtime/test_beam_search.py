@@ -17,7 +17,7 @@ from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.beam_results import adjustment
 from satchel.runtime.generation.beam_search import BeamSearch, Hypothesis, highest_of
-from satchel.runtime.generation.beam_settings import BeamSettings, check_beams
+from satchel.runtime.generation.beam_settings import BeamSettings
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefix_cache import PrefixCache
@@ -109,15 +109,6 @@ def test_it_finds_what_a_plain_search_finds(
         assert len(expected) == beams
         if length_penalty < 1:  # beyond, texts that go on may be better than all that have ended
             assert any(reason == "stop" for *_, reason in expected) == bool(end_tokens)
-
-
-def test_each_way_to_stop_finds_other_texts(engine: Engine) -> None:
-    settings = [BeamSettings(2, NEW_TOKENS, MANY, 1.0, early_stopping) for early_stopping in (True, False, "never")]
-    searches = [search(engine, each) for each in settings]
-    found = [[each.token_ids for each in one.run()] for one in searches]
-    assert found[0] != found[1] != found[2] != found[0]
-    steps = [one.timing.decode_steps for one in searches]
-    assert steps == sorted(steps)
 
 
 def test_as_many_beams_as_tokens_find_the_best_of_all_sequences(engine: Engine, reference: Reference) -> None:
@@ -318,12 +309,6 @@ def test_what_does_not_go_with_beams_is_refused(generator: Generator, options: d
     with pytest.raises(PromptError) as error:
         generator.beam_search(PROMPT, **{"beams": 2, **options})
     assert str(error.value).startswith(message)
-
-
-def test_loops_are_not_looked_for_in_beams() -> None:
-    check_beams(GenerationOptions(repetition_penalty=1.2, time_limit=3), 4, -2, "never")
-    with pytest.raises(PromptError, match="--max-repeats 8: cannot be combined with --beams"):
-        check_beams(GenerationOptions(max_repeats=8), 4)
 
 
 @pytest.mark.parametrize("count", [1, 7, 40, 5000])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import re
 import shutil
 import signal
@@ -44,14 +43,6 @@ def running(endless: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_run_prints_the_text_and_one_line_of_figures_beside_it(tiny: Path, generator: Generator) -> None:
-    done = satchel("run", tiny, "the cat sat", "--max-new-tokens", "20", "--threads", "1")
-    assert done.returncode == 0
-    assert done.stdout.decode() == generator.generate("the cat sat", 20).text + "\n"
-    figures = r"raw: prompt 4 tokens at [\d.]+ tokens/s, new 20 tokens at [\d.]+ tokens/s \(length\), .*\n"
-    assert re.fullmatch(figures, done.stderr.decode())
-
-
 def test_run_takes_the_prompt_from_standard_input_less_one_newline(tiny: Path, generator: Generator) -> None:
     done = satchel("run", tiny, "--max-new-tokens", "5", "--quiet", stdin="the 猫\n\n".encode())
     assert done.stdout.decode() == generator.generate("the 猫\n", 5).text + "\n"
@@ -69,37 +60,6 @@ def test_run_flushes_each_piece(tiny: Path, generator: Generator, monkeypatch: p
     assert cli.main(["run", str(tiny), "the cat sat", "--max-new-tokens", "20", "--threads", "1"]) == 0
     with generator.stream("the cat sat", 20) as stream:
         assert flushed[:3] == list(itertools.accumulate(stream))[:3]
-
-
-def test_run_json_is_one_object_on_one_line(tiny: Path, generator: Generator) -> None:
-    done = satchel("run", tiny, "the cat", "--max-new-tokens", "6", "--json")
-    expected = generator.generate("the cat", 6)
-    assert done.stdout.count(b"\n") == 1
-    found = json.loads(done.stdout)
-    assert found["text"] == expected.text
-    assert found["token_ids"] == list(expected.token_ids)
-    assert (found["finish_reason"], found["prompt_tokens"], found["new_tokens"]) == ("length", 3, 6)
-    assert found["kv_bytes"] == expected.kv_bytes
-    assert found["prefill_tokens_per_second"] > 0 < found["decode_tokens_per_second"]
-    assert done.stderr == b""
-
-
-def test_bench_json_has_the_figures_as_the_last_line(tiny: Path) -> None:
-    work = ("--prompt-tokens", "20", "--new-tokens", "30", "--vocabulary", "300")
-    done = satchel("bench", tiny, *work, "--threads", "1", "--json")
-    assert done.returncode == 0
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert list(figures) == ["prefill", "decode", "load", "rss_mb", "pss_mb", "ttft"]
-    assert all(value > 0 for value in figures.values())
-    assert 0.01 < figures["load"] < 30
-    assert 10 < figures["pss_mb"] < figures["rss_mb"] < 1000
-
-
-def test_bench_prints_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = ("--prompt-tokens", "5", "--new-tokens", "5", "--threads", "1", "--no-bandwidth")
-    assert cli.main(["bench", str(tiny), *work]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["prefill", "ttft", "decode", "load", "memory"]
 
 
 @pytest.mark.parametrize(
@@ -171,19 +131,6 @@ def test_a_reader_that_leaves_is_no_error(running: subprocess.Popen[bytes]) -> N
     running.stdout.close()
     assert running.wait(timeout=30) == 0
     assert running.stderr.read() == b""
-
-
-def test_version_and_help_name_themselves(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, expected in (
-        (["--version"], r"satchel \d+\.\d+"),
-        (["--help"], r"(?s)usage: satchel .*export.*run.*bench.*example: satchel run"),
-        (["run", "--help"], r"(?s)usage: satchel run .*example:\n  satchel run [^\n]+\n$"),
-        (["bench", "--help"], r"(?s)usage: satchel bench .*example:\n  satchel bench [^\n]+\n$"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        assert stop.value.code == 0
-        assert re.match(expected, capsys.readouterr().out)
 
 
 def test_a_missing_package_of_the_exporter_says_what_to_install(

@@ -23,18 +23,18 @@ def cpuinfo(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "some64")
 
 
-def test_extensions_are_those_that_kernels_choose_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpuinfo(monkeypatch, X86)
-    assert processor.processor_features() == ("some64", "fma", "avx2", "avx512_vnni")
-    assert processor.processor_name() == "Some CPU"
-
-
-def test_arm_lists_them_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpuinfo(monkeypatch, ARM)
-    assert processor.processor_features() == ("some64", "asimddp", "i8mm")
-
-
-def test_elsewhere_the_name_stands_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpuinfo(monkeypatch, None)
+@pytest.mark.parametrize(
+    ("text", "features", "name"),
+    [
+        (X86, ("some64", "fma", "avx2", "avx512_vnni"), "Some CPU"),
+        (ARM, ("some64", "asimddp", "i8mm"), "chip"),
+        (None, ("some64", "chip"), "chip"),
+    ],
+)
+def test_the_name_and_the_extensions_that_kernels_choose_by(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, features: tuple[str, ...], name: str
+) -> None:
+    cpuinfo(monkeypatch, text)
     monkeypatch.setattr(platform, "processor", lambda: "chip")
-    assert processor.processor_features() == ("some64", "chip")
+    assert processor.processor_features() == features
+    assert processor.processor_name() == name

@@ -124,14 +124,6 @@ def test_prompts_may_fill_the_context(fresh: Generator) -> None:
     assert [result.new_tokens for result in found] == [1, MAX_CONTEXT - 2, 2, 1]
 
 
-def test_results_come_as_they_end(fresh: Generator) -> None:
-    limits = (9, 2, 5, 1)
-    requests = [
-        Request(prompt, GenerationOptions(max_new_tokens=limit)) for prompt, limit in zip(PROMPTS, limits, strict=False)
-    ]
-    assert [index for index, _ in fresh.run_requests(requests, rows=2)] == [1, 2, 3, 0]
-
-
 def test_a_prompt_waits_until_a_row_is_free(fresh: Generator, prefilled: list[int]) -> None:
     requests = [Request(prompt, GenerationOptions(max_new_tokens=4)) for prompt in PROMPTS]
     running = fresh.run_requests(requests, rows=2)
@@ -215,11 +207,6 @@ def test_what_a_row_had_before_it_was_let_go_is_in_the_store(tiny: Path, fresh: 
     assert result.token_ids == fresh.generate(goes_on, 5).token_ids
 
 
-def test_without_a_store_one_row_reuses_nothing(fresh: Generator) -> None:
-    found = fresh.generate_batch([[*PREFIX, 1], [*PREFIX, 2]], rows=1, max_new_tokens=2)
-    assert [result.reused_tokens for result in found] == [0, 0]
-
-
 def fixed_batch(folder: Path) -> Path:
     """A bundle whose decode graph says that it takes one row."""
     document = read_manifest(write_bundle(folder))
@@ -259,12 +246,6 @@ def test_samples_come_from_one_prefill_and_the_first_is_what_generate_gives(
     assert [essence(result) for result in fresh.samples(PROMPTS[2], 2, **sampling)] == [*map(essence, found[:2])]
 
 
-def test_samples_without_a_seed_differ_from_call_to_call(fresh: Generator) -> None:
-    sampling = {"max_new_tokens": 20, "temperature": 2.0}
-    first, second = (fresh.samples(PROMPTS[0], 2, **sampling) for _ in range(2))
-    assert len({result.token_ids for result in (*first, *second)}) == 4
-
-
 def test_samples_end_when_they_like(tmp_path: Path, fresh: Generator) -> None:
     sampling = {"max_new_tokens": 12, "temperature": 2.0, "seed": 2}
     plain = fresh.samples(PROMPTS[0], 4, **sampling)
@@ -277,12 +258,6 @@ def test_samples_end_when_they_like(tmp_path: Path, fresh: Generator) -> None:
         one.token_ids[:place] for one, place in zip(plain, places, strict=True)
     ]
     assert [result.finish_reason for result in found] == ["length" if place == 12 else "stop" for place in places]
-
-
-def test_one_of_no_tokens_runs_nothing_in_a_batch(fresh: Generator, prefilled: list[int]) -> None:
-    requests = [Request(prompt, GenerationOptions(max_new_tokens=i)) for i, prompt in enumerate(PROMPTS[:2])]
-    assert [result.new_tokens for result in together(fresh, requests, 2)] == [0, 1]
-    assert prefilled == [LENGTHS[1]]
 
 
 def test_samples_of_no_tokens_run_nothing(fresh: Generator, prefilled: list[int]) -> None:

@@ -141,12 +141,6 @@ def test_a_float_bundle_that_nobody_certified(tiny: Path, capsys: pytest.Capture
         assert line in rows(out)
 
 
-def test_the_type_of_float_weights_is_that_of_the_manifest(
-    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ["all weights", "float16"] in rows(ran(capsys, changed(float_weights="float16"))[1])
-
-
 def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = ran(capsys, rich, "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
@@ -179,24 +173,6 @@ def test_the_page_has_every_layer_and_refusal_and_loads_nothing(
     assert widths.count("width: 50.0%") == 7  # four bits of eight: five up, two down
     assert widths.count("width: 100.0%") == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "page.html"]
-
-
-def test_specialized_graphs_are_named_with_their_machine(
-    tiny: Path, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {name: {"bytes": 1_500_000, "sha256": "0" * 64} for name in ("fast/prefill.onnx", "fast/decode.onnx")}
-    machine = {"onnxruntime": "1.2.3", "provider": "cpu", "processor": "Abacus", "features": ["beads"]}
-    prepared = {
-        "prefill": {"file": "fast/prefill.onnx", "variant": "bead_groups"},
-        "decode": {"file": "fast/decode.onnx", "variant": None},
-    }
-    specialized = {**machine, "tiled_attention": False, "graphs": prepared, "files": files}
-    variant = {"name": "bead_groups", "runs": ["prefill"], "graph": read_manifest(tiny)["graphs"]["prefill"]}
-    variant |= {"weights": {"layout": "groups", "file": "beads.bin"}, "requires": ["beads"], "kernel_abi": None}
-    code, out, err = ran(capsys, changed(variants=[variant], specialized=specialized))
-    assert (code, err) == (0, "")
-    for fact in ("1.2.3", "Abacus", "prefill by bead_groups", "decode by the portable graph", "plain", "3.0 MB"):
-        assert fact in next(line for line in out.splitlines() if line.strip().startswith("specialized"))
 
 
 PROVENANCE = {
@@ -239,27 +215,6 @@ def test_passes_libraries_and_provenance_are_shown(custom: Path, capsys: pytest.
     ):
         assert line in lines
     assert not [line for line in lines if line[0] == "max_context"]
-
-
-def test_json_has_all_of_passes_libraries_and_provenance(custom: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(ran(capsys, custom, "--json")[1])
-    assert found["provenance"] == PROVENANCE
-    assert found["custom_ops"] == [{"name": LIBRARY.name, "sha256": digest(LIBRARY)}]
-    phases = ("prefill", "decode", "score")
-    files = {**{phase: f"{phase}.onnx" for phase in phases}, **{f"plain {p}": f"plain_{p}.onnx" for p in phases}}
-    assert {name: graph["file"] for name, graph in found["graphs"].items()} == files
-
-
-def test_the_page_has_passes_libraries_and_provenance(
-    custom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ran(capsys, custom, "--html", tmp_path / "page.html")[0] == 0
-    page = Page(tmp_path / "page.html")
-    for cell in (
-        f"{LIBRARY.name}, SHA-256 {digest(LIBRARY)}", "plain prefill", "plain_score.onnx", "x86_64, avx2, fma",
-        f"mine.py:cut, SHA-256 {'1' * 64}", "model.safetensors", "3" * 64,
-    ):  # fmt: skip
-        assert [found for found in page.cells if found.startswith(cell)]  # behind a table's last one text follows
 
 
 def test_plain_static_graphs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
