@@ -1,6 +1,6 @@
 /* The part of ONNX Runtime's C API that a custom operator library needs. No package brings the official header, so this
- * file has the function indices of the OrtApi vtable. They never change, because functions are only appended; each is
- * called when the operators run and refuse (tests/runtime/test_kernels_*.py). */
+ * file has the function indices of the OrtApi vtable. They never change, because functions are only appended;
+ * tests/runtime/test_kernels_abi.py calls each of them. */
 #ifndef SATCHEL_ABI_H
 #define SATCHEL_ABI_H
 
