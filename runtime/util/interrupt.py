@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130
 MESSAGE = "satchel: interrupted\n"
+IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 AGAIN_AFTER = 0.01  # seconds; an error raised inside the hook would be lost again
 
 _came = False
@@ -34,8 +35,12 @@ def guarded(command: Callable[[], int]) -> int:
         sys.excepthook = _at_top
         sys.unraisablehook = _unraisable
         threading.excepthook = _in_thread
-    code = command()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is done: shutdown is not interrupted
+    try:
+        code = command()
+    except SystemExit:
+        _ignore_from_now_on()
+        raise
+    _ignore_from_now_on()  # the command is done: shutdown is not interrupted
     return code
 
 
@@ -52,20 +57,42 @@ def forget() -> None:
 
 def end() -> NoReturn:
     """End the process after Ctrl-C: flush standard output and error, and wait for nothing else."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _ignore_from_now_on()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(EXIT_INTERRUPTED)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def _ignore_from_now_on() -> None:
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; during an import only after it, since C++ code that runs then may end the process."""
     global _came
-    if _came:
+    if _came and number == signal.SIGINT:
         _say()
         os._exit(EXIT_INTERRUPTED)
     _came = True
-    raise KeyboardInterrupt
+    if not _is_importing(frame):
+        raise KeyboardInterrupt
+    _call_again()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORT_SYSTEM:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _call_again() -> None:
+    """Have `_interrupt` called again soon."""
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
 
 
 def _say() -> None:
@@ -87,8 +114,7 @@ def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
     elif issubclass(unraisable.exc_type, KeyboardInterrupt):
         _came = False
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
+        _call_again()
 
 
 def _in_thread(args: threading.ExceptHookArgs) -> None:

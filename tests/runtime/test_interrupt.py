@@ -155,3 +155,22 @@ sys.exit(guarded(work))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=20)
     assert (done.returncode, done.stderr) == (interrupt.EXIT_INTERRUPTED, interrupt.MESSAGE)
+
+
+def test_an_interrupt_during_an_import_comes_after_it(tmp_path: Path) -> None:
+    """C++ code that is run by an import may end the process when Python code that it calls raises."""
+    (tmp_path / "slow.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nprint('imported')\n")
+    code = """
+import sys, time
+from satchel.runtime.util.interrupt import guarded
+def work():
+    import slow
+    time.sleep(30)
+    return 0
+sys.exit(guarded(work))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=20, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (interrupt.EXIT_INTERRUPTED, "imported\n")
+    assert done.stderr == interrupt.MESSAGE
