@@ -35,7 +35,7 @@ _OTHER_MEANING = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
-"""Settings with which an adapter is something else than products of two matrices."""
+"""Settings with which an adapter is more than a product of two matrices per layer."""
 
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is."""
@@ -112,7 +112,7 @@ def read_adapter(text: str | Path) -> Adapter:
         raise ExportError(f"{file}: holds no tensors, so this adapter changes nothing; leave it out or train it again")
     other = next((name for name in replaced if "lora_" in name or "trainable_tokens" in name), None)
     if other is not None:
-        raise ExportError(f"{file}: {other} is nothing that satchel can merge; {MERGE_WITH_PEFT}")
+        raise ExportError(f"{file}: {other} cannot be merged by satchel; {MERGE_WITH_PEFT}")
     scaling = {path: _scaling(path, parts, table, file) for path, parts in layers.items()}
     if share != 1 and (replaced or any("lora_magnitude_vector" in parts for parts in layers.values())):
         what = next(iter(replaced), "DoRA's lengths")

@@ -23,7 +23,7 @@ def gguf_tokenizer(vocabulary: Vocabulary, path: Path) -> TokenizerFiles:
     """Return the tokenizer of a vocabulary; one of SentencePiece is compared with the sentencepiece library.
 
     Raises:
-        ExportError: If it cannot be built, or encodes a text otherwise than sentencepiece does.
+        ExportError: If it cannot be built, or encodes a text differently from sentencepiece.
     """
     build = {"llama": _sentencepiece_bpe, "gpt2": _byte_level_bpe}[vocabulary.model]
     try:

@@ -174,7 +174,7 @@ def _max_context(config: PreTrainedConfig, folder: Path) -> int:
 def _extended(config: PreTrainedConfig, positions: int) -> int:
     """The context to which rotary scaling extends one of `positions`; 0 where it does not say.
 
-    The factor of llama3 and linear is no multiple of the context: max_position_embeddings has the extended length.
+    The factor of llama3 and linear does not multiply the context: max_position_embeddings has the extended length.
     """
     rope = getattr(config, "rope_parameters", None)
     rope = rope if isinstance(rope, dict) else {}

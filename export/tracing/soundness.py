@@ -133,7 +133,8 @@ def _channels(value: ir.Value | None) -> tuple[int, int] | None:
 
 
 def _is_fixed(value: ir.Value | None, axis: int) -> bool:
-    return value is not None and value.shape is not None and isinstance(value.shape[axis], int)
+    dims = () if value is None or value.shape is None else value.shape.dims
+    return -len(dims) <= axis < len(dims) and isinstance(dims[axis], int)
 
 
 def _on_channels(node: ir.Node) -> bool:

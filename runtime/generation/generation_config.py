@@ -11,7 +11,7 @@ from typing import Any
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
-from satchel.runtime.generation.sampling.options import DRAW_ONLY, SamplingOptions
+from satchel.runtime.generation.sampling.options import DRAW_ONLY
 from satchel.runtime.generation.sampling.table import BY_FIELD, Option, shown
 from satchel.runtime.generation.sampling.token_rules import ids_in
 
@@ -71,18 +71,8 @@ WITHOUT_EFFECT = (
 """Keys that change no token here, or that the manifest has."""
 
 
-def from_generation_config(document: Mapping[str, object]) -> SamplingOptions:
-    """The sampling options of a parsed file, with the defaults of transformers; null means absent.
-
-    Without `do_sample` decoding is greedy, and only the options that count then apply. Raises BundleError naming the
-    file and key.
-    """
-    found = stored_options(document, {})
-    return SamplingOptions(**{key: value for key, value in found.items() if key in BY_FIELD})
-
-
 def read_stored(bundle: Bundle) -> dict[str, Any]:
-    """A bundle's generation_config.json; empty if it has none. Raises BundleError if it is no JSON object."""
+    """A bundle's generation_config.json; empty if it has none. Raises BundleError if it is not a JSON object."""
     if FILE not in bundle.manifest.files:
         return {}
     try:

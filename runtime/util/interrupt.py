@@ -65,8 +65,9 @@ def end() -> NoReturn:
 
 
 def _ignore_from_now_on() -> None:
-    for number in (signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, getattr(signal, "SIGALRM", None)):
+        if number is not None:  # Windows has no alarms
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -76,7 +77,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _say()
         os._exit(EXIT_INTERRUPTED)
     _came = True
-    if not _is_importing(frame):
+    if not _is_importing(frame) or not hasattr(signal, "setitimer"):
         raise KeyboardInterrupt
     _call_again()
 

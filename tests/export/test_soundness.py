@@ -30,6 +30,13 @@ SOUND = {
     "channels cut": "a = Slice(mixed, zero, two, last) b = Slice(mixed, two, end, last) y = Concat<axis = -1>(b, a)",
     "softmax over channels": "y = Softmax(mixed)",
     "a norm": "m = ReduceMean(mixed, last) y = Sub(mixed, m)",
+    "streams summed": (
+        "a = Unsqueeze(mixed, zero) b = Neg(a) c = Concat<axis = 0>(a, b, a) y = ReduceSum<keepdims = 0>(c, zero)"
+    ),
+    "streams of one token mixed by its own matrix": (
+        "c = Reshape(mixed, heads) t = Transpose<perm = [0, 1, 3, 2]>(c) m = MatMul(c, t) n = MatMul(m, c)"
+        " y = Reshape(n, flat)"
+    ),
     "the batch size of the mask": "n = Shape<start = 0, end = 1>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
 }
 UNSOUND = {

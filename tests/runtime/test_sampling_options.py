@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.generation.generation_config import from_generation_config
+from satchel.runtime.generation.generation_config import stored_options
 from satchel.runtime.generation.sampling.options import (
     SamplingOptions,
     add_flags,
@@ -256,22 +256,26 @@ def test_json_of_another_shape_is_refused() -> None:
         from_mapping({"top_k": -(10**9000)}, "line 4")
 
 
+def stored(document: dict[str, Any]) -> SamplingOptions:
+    return SamplingOptions(**stored_options(document, {}))
+
+
 def test_a_checkpoint_that_samples_gets_the_defaults_of_transformers() -> None:
-    assert from_generation_config({"do_sample": True}) == SamplingOptions(temperature=1.0, top_k=50)
+    assert stored({"do_sample": True}) == SamplingOptions(temperature=1.0, top_k=50)
     asked = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "typical_p": 0.9}
     expected = {key: value for key, value in asked.items() if key != "do_sample"}
     penalties = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3}
-    found = from_generation_config(asked | penalties | {"eos_token_id": [1, 2], "max_length": 20})
+    found = stored(asked | penalties | {"eos_token_id": [1, 2], "max_length": 20})
     assert found == SamplingOptions(**expected, repetition_penalty=1.05, no_repeat_ngram_size=3)
     found.check()
-    assert from_generation_config({"do_sample": True, "top_k": 0}).top_k == 0
-    assert from_generation_config({"do_sample": True, "top_k": None, "top_p": None}).top_k == 50
+    assert stored({"do_sample": True, "top_k": 0}).top_k == 0
+    assert stored({"do_sample": True, "top_k": None, "top_p": None}).top_k == 50
 
 
 @pytest.mark.parametrize("do_sample", [{}, {"do_sample": False}, {"do_sample": None}])
 def test_a_checkpoint_that_does_not_sample_is_greedy_with_its_penalties(do_sample: dict[str, Any]) -> None:
     ignored = {"temperature": 0.0, "top_p": 7, "top_k": 50}
-    found = from_generation_config(do_sample | ignored | {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2})
+    found = stored(do_sample | ignored | {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2})
     assert found == SamplingOptions(repetition_penalty=1.2, no_repeat_ngram_size=2)
     found.check()
 
@@ -292,12 +296,12 @@ def test_a_checkpoint_that_does_not_sample_is_greedy_with_its_penalties(do_sampl
 )
 def test_a_generation_config_out_of_range_is_refused(key: str, value: object, message: str) -> None:
     with pytest.raises(BundleError) as error:
-        from_generation_config({"do_sample": True, key: value})
+        stored({"do_sample": True, key: value})
     assert str(error.value).startswith(f"generation_config.json: {message}: give --")
 
 
 def test_asking_for_greedy_turns_off_what_a_checkpoint_draws_with() -> None:
-    base = from_generation_config({"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1})
+    base = stored({"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1})
     assert base.updated({}) == base
     assert base.updated({"top_k": 5}) == dataclasses.replace(base, top_k=5)
     greedy = base.updated({"temperature": 0.0})

@@ -102,7 +102,7 @@ def _grid(affine: Affine, name: str) -> tuple[StoredGrid | None, str]:
         block = kernel_block(size)
         if rest or block is None:
             sizes = ", ".join(map(str, BLOCKS))
-            return None, f"no kernel has its group size {size}, which is no multiple of {sizes.partition(',')[0]}"
+            return None, f"no kernel has its group size {size}, which is not a multiple of {sizes.partition(',')[0]}"
     scheme = Scheme(affine.bits, block, affine.zero_points is None)
     repeats = 1 if block is None else size // block
     scales = from_array(f"{name}.scales", affine.scales.repeat(repeats, axis=1))

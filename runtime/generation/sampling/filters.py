@@ -90,7 +90,7 @@ def _penalized(row: Row, options: SamplingOptions, ids: Ids, prompt_tokens: int,
     if options.no_repeat_ngram_size:
         row = no_repeat_ngram(row, ids, options.no_repeat_ngram_size)
     if options.bad_words_ids:
-        # An end token alone is no bad word, as in transformers.
+        # As in transformers, an end token alone does not count as a bad word.
         words = [word for word in options.bad_words_ids if len(word) > 1 or word[0] not in end_tokens]
         row = sequence_bias(row, ids, [(word, -np.inf) for word in words])
     if len(ids) < options.min_length or len(generated) < options.min_new_tokens:
