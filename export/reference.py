@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from satchel.export.checkpoint.module import load_module, open_module
 from satchel.export.checkpoint.structure import one_line
@@ -79,13 +79,15 @@ def plain_attention(
 
 
 def _transformers_reference(path: Path, place: dict[str, str]) -> Reference:
-    load: Any = AutoModelForCausalLM.from_pretrained  # untyped in transformers
+    local: dict[str, Any] = {**place, "local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet():
-            model, report = load(
-                **place, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-                trust_remote_code=False, output_loading_info=True,
-            )  # fmt: skip
+            config = AutoConfig.from_pretrained(**local)
+            multimodal = config.get_text_config() is not config
+            load: Any = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM  # untyped in transformers
+            model, report = load.from_pretrained(
+                **local, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            )
     except _LOAD_ERRORS as error:
         raise ExportError(f"{path}: transformers cannot load it as a reference: {one_line(error)}") from None
     # Missing weights stay random, so the reference would be noise.

@@ -15,6 +15,7 @@ from satchel.export.checkpoint import adapters
 from satchel.export.checkpoint.adapters import base_of
 from satchel.export.checkpoint.companions import folder_companions, read_json, with_names
 from satchel.export.checkpoint.conversion import convert
+from satchel.export.checkpoint.multimodal import language_model, left_out, of_other_parts
 from satchel.export.checkpoint.placing import on_ties, on_unplaced, placed
 from satchel.export.checkpoint.quantized import read_quantized, settings_of
 from satchel.export.checkpoint.record import Checkpoint
@@ -42,11 +43,16 @@ def open_huggingface(
     settings = settings_of(folder, table)
     stored, stored_bytes = read_folder(folder)
     stored = read_quantized(stored, settings, str(folder))
-    config = _config(folder, table, layout)
+    outer = _config(folder, table, layout)
+    config = language_model(outer, str(folder))
     module = build_structure(config, implementations, str(folder))
     stored, notes = placed(module, stored, folder)
     unplaced: list[str] = []
     weights = convert(module, stored, str(folder), unplaced)
+    if config is not outer:
+        parts = of_other_parts(module, unplaced)
+        unplaced = [name for name in unplaced if name not in parts]
+        notes = [left_out(outer.model_type, config.model_type, parts.values())]
     notes += on_unplaced(module, unplaced, folder, strict=layout is not None)
     notes += on_ties(tie(module, weights))
     weights = checked(module, weights, str(folder))
@@ -58,7 +64,9 @@ def open_huggingface(
     # The config class fills in default ids (Llama: 1 and 2), so they are only used without a tokenizer.
     last = vars(files) if files is not None else config.to_dict()
     companions = folder_companions(folder) | folder_templates(folder)
-    ids = special_ids([read_json(folder / "generation_config.json"), table, last])
+    inner = table.get("text_config") if config is not outer else None
+    tables = [read_json(folder / "generation_config.json"), table, inner if isinstance(inner, dict) else {}, last]
+    ids = special_ids(tables)
     checkpoint = Checkpoint(
         kind="huggingface",
         name=folder.resolve().name,

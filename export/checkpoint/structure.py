@@ -69,11 +69,6 @@ def check_decoder(config: PreTrainedConfig, source: str) -> None:
         raise ExportError(
             f"{source}: {model_type} is not a causal language model; satchel exports decoder-only language models"
         )
-    if config.get_text_config() is not config:
-        raise ExportError(
-            f"{source}: {model_type} is a multimodal model; satchel exports text models: "
-            "save only its language model, with that model's own config, and export that"
-        )
 
 
 def one_line(error: BaseException) -> str:

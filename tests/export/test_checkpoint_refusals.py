@@ -39,7 +39,7 @@ CONFIG_CHANGES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "no model type": ({"model_type": None}, ("config.json", "model_type", "original model")),
     "encoder": ({"model_type": "bert"}, ("bert is not a causal language model", "decoder-only")),
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, ("t5", "encoder-decoder", "decoder-only")),
-    "multimodal": ({"model_type": "gemma3"}, ("gemma3 is a multimodal model", "export that")),
+    "multimodal": ({"model_type": "paligemma"}, ("paligemma is a multimodal model", "both directions")),
     "impossible": ({"num_attention_heads": 5}, ("config.json", "not a multiple of the number of attention heads")),
     "wrong type": ({"vocab_size": "many"}, ("config.json", "transformers")),
     "wrong shape": (
