@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,14 @@ from satchel.runtime.bundle.contract import (
     NATIVE,
     PHASES,
     PREFILL_INT8,
+    STATE_KINDS,
     Layout,
     past_names,
+    past_state_name,
     present_names,
+    present_state_name,
 )
+from satchel.runtime.bundle.dtypes import FLOAT32
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import (
     CacheLayer,
@@ -38,9 +43,11 @@ from satchel.runtime.bundle.manifest import (
     PlainGraphs,
     Source,
     StaticGraphs,
+    TensorSpec,
     Variant,
     VariantWeights,
 )
+from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.kernels import library
 
 
@@ -114,6 +121,7 @@ def describe(
         files=dict(files),
         certificate=None,
         specialized=None,
+        states=state_specs(models),
     )
 
 
@@ -124,13 +132,34 @@ def _possible(checkpoint: Checkpoint, token: int | None) -> int | None:
 
 def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpec:
     """Return the KV cache as declared by the graphs' inputs."""
-    by_name = {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
-    layers = []
-    for index in range(sum(name.endswith(".key") for name in by_name)):
+    by_name, layers, dtype = _inputs(models), [], FLOAT32.name
+    for index in _layer_numbers(by_name, past_names(0)[0]):
         past, present = past_names(index), present_names(index)
         (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
         layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
-    return CacheSpec(mode, by_name[past[0]].dtype if layers else "float32", tuple(layers))
+        dtype = by_name[past[0]].dtype
+    return CacheSpec(mode, dtype, tuple(layers))
+
+
+def state_specs(models: Mapping[str, ir.Model]) -> tuple[StateSpec, ...]:
+    """Return the states of layers with a convolution or a recurrence, as declared by the graphs' inputs."""
+    by_name, states = _inputs(models), []
+    for kind in STATE_KINDS:
+        for index in _layer_numbers(by_name, past_state_name(0, kind)):
+            past = past_state_name(index, kind)
+            shape = tuple(int(size) for size in by_name[past].shape[1:])
+            states.append(StateSpec(index, kind, by_name[past].dtype, shape, past, present_state_name(index, kind)))
+    return tuple(sorted(states, key=lambda state: state.layer))
+
+
+def _inputs(models: Mapping[str, ir.Model]) -> dict[str, TensorSpec]:
+    return {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
+
+
+def _layer_numbers(names: Iterable[str], first: str) -> list[int]:
+    """Return the numbers of the layers that have an input named as `first` is for layer 0, in ascending order."""
+    pattern = re.compile(re.escape(first).replace("0", "([0-9]+)"))
+    return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
 
 
 def _layers(quantized: Quantized | None) -> dict[str, LayerPrecision]:

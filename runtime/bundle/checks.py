@@ -24,6 +24,7 @@ from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.names import leads_outside
 from satchel.runtime.bundle.plain_graphs import without_custom
+from satchel.runtime.bundle.states import check_graph_states, check_states
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def check_manifest(manifest: Manifest) -> None:
         for field in ("kv_heads", "key_dim", "value_dim"):
             size = getattr(layer, field)
             _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
+    check_states(manifest.states)
+    _check(manifest.static is None or not manifest.states, "states", len(manifest.states), "none with 'static'")
     _check(
         (manifest.graphs is None) != (manifest.static is None),
         "static",
@@ -149,14 +152,18 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str) -> N
             _check_one_of(tensor.dtype, f"{key}.{side}[{index}].dtype", DTYPES)
     shareable = (None, "prefill") if name == "decode" else (None,)
     _check(graph.session_of in shareable, f"{key}.session_of", graph.session_of, f"one of {shareable}")
-    layers = manifest.kv_cache.layers
+    layers, states = manifest.kv_cache.layers, manifest.states
     wanted = {INPUT_IDS, ATTENTION_MASK, *(name for layer in layers for name in (layer.past_key, layer.past_value))}
+    wanted |= {state.past for state in states}
     found = {tensor.name for tensor in graph.inputs}
-    _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+    expected = "the contract's names and those of kv_cache and states"
+    _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), expected)
     wanted = {LOGITS, *(name for layer in layers for name in (layer.present_key, layer.present_value))}
+    wanted |= {state.present for state in states}
     chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
     found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
-    _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), "the contract's names and those of kv_cache")
+    _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), expected)
+    check_graph_states(states, graph, key)
     if chosen:
         _check_chosen(f"{key}.outputs", name, chosen, manifest.model.vocab_size)
 
@@ -248,6 +255,10 @@ def check_limits(manifest: Manifest) -> None:
     for layer in cache.layers:
         for size in (layer.kv_heads, layer.key_dim, layer.value_dim):
             _limit("kv_cache sizes", size)
+    _limit("states", len(manifest.states))
+    for state in manifest.states:
+        _limit("dimensions of a tensor", len(state.shape))
+    _limit("numbers in states", sum(math.prod(state.shape) for state in manifest.states))
     _limit("layers", len(manifest.layers))
     for files in (manifest.files, {} if manifest.specialized is None else manifest.specialized.files):
         _limit("files", len(files))

@@ -53,6 +53,11 @@ of length `TOTAL` ends with the last token."""
 
 CACHE_MODES = ("shared", "swapped")
 
+CONV, RECURRENT = STATE_KINDS = ("conv", "recurrent")
+"""States of a layer, of the same size after any number of tokens: the last inputs of a causal convolution, [batch,
+channels, width - 1], and the state of a linear recurrence, [batch, heads, key_dim, value_dim]. Before the first token
+they are zeros. Unlike keys and values, a state cannot go back to an earlier token."""
+
 CACHE_ROWS, CACHE_INDEX, LAST_TOKEN = "cache_rows", "cache_index", "last_token"
 STATIC_INPUTS = frozenset({INPUT_IDS, CACHE_ROWS, CACHE_INDEX, LAST_TOKEN})
 """Inputs of a static graph besides caches, masks and rows of lookup tables. `input_ids` [1, tokens] int64, padded
@@ -67,10 +72,23 @@ WEIGHTS_NAME = "weights.bin"
 
 
 def past_names(layer: int) -> tuple[str, str]:
-    """Names of one layer's KV cache inputs: key, value; [batch, kv_heads, capacity, head_dim]."""
+    """Names of one layer's KV cache inputs: key, value; [batch, kv_heads, capacity, head_dim].
+
+    Layers are numbered through the whole model, with those that do not attend.
+    """
     return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
 
 
 def present_names(layer: int) -> tuple[str, str]:
     """Names of one layer's KV cache outputs: key, value; shaped like the inputs."""
     return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def past_state_name(layer: int, kind: str) -> str:
+    """Name of the input for one layer's state of one of `STATE_KINDS`; [batch, ...]."""
+    return f"past.{layer}.{kind}"
+
+
+def present_state_name(layer: int, kind: str) -> str:
+    """Name of the output for one layer's state; shaped like the input."""
+    return f"present.{layer}.{kind}"

@@ -26,6 +26,8 @@ LIMITS: dict[str, Limit] = {
     "bytes of a file": Limit(1 << 50, "sizes are summed and compared with free space"),
     "kv_cache.layers": Limit(10_000, "each has two buffers, and two inputs in each graph"),
     "kv_cache sizes": Limit(1 << 20, "heads x width x positions is allocated"),
+    "states": Limit(20_000, "each is a buffer, and an input in each graph"),
+    "numbers in states": Limit(1 << 32, "they are set to zero for each sequence"),
     "variants": Limit(1000, "each is a graph, and their names must differ"),
     "layers": Limit(1_000_000, "one for each quantized matrix"),
     "graph inputs or outputs": Limit(50_000, "two for each cache layer, and a few more"),

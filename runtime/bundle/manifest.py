@@ -20,6 +20,7 @@ from satchel.runtime.bundle.digest import (
     read_content,
 )
 from satchel.runtime.bundle.errors import BundleError
+from satchel.runtime.bundle.states import StateSpec
 
 MANIFEST_NAME = "manifest.json"
 
@@ -331,6 +332,7 @@ class Manifest:
     `plain` is for a bundle with custom passes: its graphs without them. `custom_ops` are the libraries whose operators
     the graphs need; those of `plain` need none.
     `certificate` is None for a bundle without one, and `specialized` for a bundle with portable graphs only.
+    `states` are those of layers with a convolution or a recurrence, none in models that only attend.
     """
 
     producer: dict[str, str]
@@ -354,6 +356,7 @@ class Manifest:
     files: dict[str, FileRecord]
     certificate: Certificate | None
     specialized: Specialized | None
+    states: tuple[StateSpec, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -380,6 +383,11 @@ class Manifest:
         body: dict[str, Any] = strict_json.to_json(self)
         document = {"format": FORMAT, "version": VERSION, "digest": None, **body}
         return {**document, "digest": manifest_digest(document)}
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of all states of one sequence in bytes, which does not grow with its length."""
+        return sum(state.nbytes for state in self.states)
 
     @property
     def has_fixed_mask(self) -> bool:

@@ -121,8 +121,8 @@ class Bundle:
     def fingerprint(self) -> str:
         """SHA-256, as 64 hex digits, of everything that affects computed numbers and the cache format.
 
-        It covers the names and hashes of the manifest's files, the target, the precision and the cache specification,
-        but not specialized graphs or a certificate.
+        It covers the names and hashes of the manifest's files, the target, the precision, the cache specification and
+        the states, but not specialized graphs or a certificate.
         """
         import hashlib  # as in hash_cache
 
@@ -132,6 +132,7 @@ class Bundle:
             "target": manifest.target,
             "precision": manifest.precision,
             "kv_cache": strict_json.to_json(manifest.kv_cache),
+            "states": strict_json.to_json(manifest.states),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 

@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-from satchel.runtime.bundle.contract import CACHE_MODES, TOKENIZER_KINDS
+from satchel.runtime.bundle.contract import CACHE_MODES, STATE_KINDS, TOKENIZER_KINDS
 from satchel.runtime.bundle.digest import FORMAT, VERSION
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
@@ -44,11 +44,15 @@ NARROWER: dict[str, dict[str, Any]] = {
     "FileRecord.sha256": HEX_256,
     "NamedFile.sha256": HEX_256,
     "GraphSpec.session_of": {"enum": ["prefill", None]},
+    "Manifest.states": {"maxItems": LIMITS["states"].most},
     "Manifest.files": {"maxProperties": LIMITS["files"].most},
     "ModelFacts.parameters": {"minimum": 1, "maximum": LIMITS["model.parameters"].most},
     "ModelFacts.vocab_size": {"minimum": 1, "maximum": LIMITS["model.vocab_size"].most},
     "ModelFacts.max_context": {"minimum": 1, "maximum": LIMITS["model.max_context"].most},
     "ModelFacts.eos_token_ids": {"maxItems": LIMITS["model.eos_token_ids"].most},
+    "StateSpec.layer": {"minimum": 0, "maximum": LIMITS["kv_cache.layers"].most},
+    "StateSpec.kind": {"enum": list(STATE_KINDS)},
+    "StateSpec.dtype": {"enum": list(DTYPES)},
     "TensorSpec.dtype": {"enum": list(DTYPES)},
     "TokenizerSpec.kind": {"enum": list(TOKENIZER_KINDS)},
     "TokenizerSpec.corpus": {"maxItems": LIMITS["tokenizer.corpus"].most},
