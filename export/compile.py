@@ -24,7 +24,7 @@ from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.forecast import check_disk, forecast
 from satchel.export.quantize.flow import fresh
-from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids
+from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids, to_round
 from satchel.export.quantize.overflow import find_too_large, overflow_warnings
 from satchel.export.quantize.quantize import pieces, quantize
 from satchel.export.quantize.texts import open_texts
@@ -87,7 +87,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         checkpoint = open_source(source, config)
     config, notes = resolve(config, checkpoint)
     grids = stored_grids(checkpoint)
-    recipe = kept_recipe(recipe_of(config), config, grids)
+    recipe = kept_recipe(recipe_of(config), config, grids, to_round(checkpoint))
     if recipe is not None:
         check_recipe(recipe, checkpoint)
     _announce(checkpoint, config, stages, notes)

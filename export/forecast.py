@@ -12,8 +12,9 @@ from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.texts import CALIBRATION_WINDOWS, certificate_windows
 from satchel.export.stages import duration
-from satchel.graphs.ir.weights import BLOCK_BYTES
-from satchel.graphs.quant.stored import GRID, StoredGrid
+from satchel.graphs.ir.weights import BLOCK_BYTES, LazyWeight
+from satchel.graphs.quant.recipe import Scheme
+from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid
 from satchel.runtime.bundle.certificate import Window
 
 MIB = 1 << 20
@@ -106,8 +107,15 @@ def _weight_bytes(checkpoint: Checkpoint, config: ExportConfig) -> int:
     weights = {id(w): w for w in checkpoint.weights.values()}.values()
     if config.precision != STORED:
         return int(sum(w.size for w in weights) * BYTES[config.precision])
-    grids = ((w.size, w.meta.get(GRID)) for w in weights)
-    return int(sum(n * (g.scheme.bits_per_weight / 8 if isinstance(g, StoredGrid) else 4) for n, g in grids))
+    return int(sum(w.size * _stored_bytes(w, checkpoint.kind == "gguf") for w in weights))
+
+
+def _stored_bytes(weight: LazyWeight, rounds: bool) -> float:
+    """Bytes of one value of --precision stored; `rounds` if what cannot be kept is rounded to 8 bits."""
+    grid = weight.meta.get(GRID)
+    if isinstance(grid, StoredGrid):
+        return grid.scheme.bits_per_weight / 8
+    return Scheme(8, 32).bits_per_weight / 8 if rounds and WIDENED in weight.meta else 4
 
 
 def check_disk(needed: Forecast, output: Path) -> None:

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import onnx_ir as ir
 
+from satchel.export.checkpoint.gguf_blocks import mark_blocks
 from satchel.export.errors import ExportError
 from satchel.graphs.ir.weights import LazyWeight
 
@@ -112,6 +113,8 @@ def dequantized(
 ) -> LazyWeight:
     """Return a weight over the bytes of a tensor; only the requested blocks, along the last axis, are dequantized.
 
+    It is marked with the grid that its blocks lie on, or with the reason that no kernel reads them.
+
     Args:
         name: The tensor's name.
         shape: Its shape, in numpy order.
@@ -135,7 +138,9 @@ def dequantized(
         values = _dequantize(stored[:, low * block_bytes : high * block_bytes], quantization)
         return values[:, start - low * block : stop - low * block]
 
-    return LazyWeight(name, shape, ir.DataType.FLOAT, rows, columns)
+    weight = LazyWeight(name, shape, ir.DataType.FLOAT, rows, columns)
+    mark_blocks(weight, quantization, stored)
+    return weight
 
 
 def _dequantize(stored: np.ndarray, quantization: gguf.GGMLQuantizationType) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from satchel.export.checkpoint.conversion import same_form
 from satchel.export.checkpoint.gguf_architectures import Architecture
 from satchel.export.checkpoint.gguf_config import LONG_FACTORS, SHORT_FACTORS
 from satchel.export.checkpoint.gguf_file import GgufFile
 from satchel.export.checkpoint.structure import one_line
 from satchel.export.errors import ExportError
 from satchel.graphs.ir.weights import LazyWeight, concatenated, from_array, mapped, transposed
+from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _QUERY, _KEY, _VALUE, _QKV = "attn_q", "attn_k", "attn_v", "attn_qkv"
@@ -130,13 +133,10 @@ class _Finder:
         return f"{stored.rpartition('.')[0]}.ffn_gate.weight"
 
     def _part(self, fused: LazyWeight, kind: str) -> LazyWeight:
-        sizes = {_QUERY: self._heads, _KEY: self._kv_heads, _VALUE: self._kv_heads}
-        low = 0
-        for part, heads in sizes.items():
-            if part == kind:
-                return _span(fused, low, low + heads * self._head_dim)
-            low += heads * self._head_dim
-        raise KeyError(kind)
+        first = {_QUERY: 0, _KEY: self._heads, _VALUE: self._heads + self._kv_heads}[kind]
+        count = self._heads if kind == _QUERY else self._kv_heads
+        low, high = first * self._head_dim, (first + count) * self._head_dim
+        return _marked([fused], lambda parts: _span(parts[0], low, high))
 
     def _take(self, name: str) -> LazyWeight | None:
         if name not in self._tensors:
@@ -148,7 +148,7 @@ class _Finder:
         if not names or not all(part in self._tensors for part in names):
             return None
         self.used.update(names)
-        return concatenated([self._tensors[part] for part in names], axis, name)
+        return _marked([self._tensors[part] for part in names], lambda parts: concatenated(parts, axis, name))
 
     def _row(self, name: str, index: int) -> LazyWeight | None:
         stacked = self._take(name)
@@ -159,15 +159,32 @@ class _Finder:
     def _restored(self, name: str, stored: str, weight: LazyWeight) -> LazyWeight:
         architecture, kind = self._architecture, stored.rpartition(".")[2]
         if architecture.permuted and kind in (_QUERY, _KEY):
-            return permuted_rows(weight, self._heads if kind == _QUERY else self._kv_heads)
+            heads = self._heads if kind == _QUERY else self._kv_heads
+            return _marked([weight], lambda parts: permuted_rows(parts[0], heads))
         if architecture.per_head and kind == _QKV:
-            return _rows_by_head(weight, self._heads)
+            return _marked([weight], lambda parts: _rows_by_head(parts[0], self._heads))
         if name.endswith(architecture.transposed):
             return transposed(weight, weight.name)
         if architecture.norm_offset and name.endswith("norm.weight"):
             offset = np.float32(architecture.norm_offset)
             return mapped(weight, lambda values: values - offset, weight.name)
         return weight
+
+
+def _marked(sources: list[LazyWeight], make: Callable[[list[LazyWeight]], LazyWeight]) -> LazyWeight:
+    """Return what `make` makes of weights by moving outputs, marked with the grid that it makes of theirs."""
+    weight = make(sources)
+    grids = [grid for source in sources if isinstance(grid := source.meta.get(GRID), StoredGrid)]
+    reasons = [str(source.meta[WIDENED]) for source in sources if WIDENED in source.meta]
+    weight.meta.clear()
+    if len(grids) == len(sources) and all(same_form(grid, grids[0]) for grid in grids):
+        points = [grid.zero_points for grid in grids if grid.zero_points is not None]
+        weight.meta[GRID] = dataclasses.replace(
+            grids[0], scales=make([grid.scales for grid in grids]), zero_points=make(points) if points else None
+        )
+    elif grids or reasons:
+        weight.meta[WIDENED] = reasons[0] if reasons else "it is made of tensors of different types"
+    return weight
 
 
 def permuted_rows(weight: LazyWeight, heads: int) -> LazyWeight:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import STORED, TARGET_PRECISIONS, ExportConfig
 from satchel.export.errors import ExportError
-from satchel.graphs.quant.recipe import Recipe
+from satchel.graphs.quant.recipe import CHANNEL, Recipe, Rule
 from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid, keeping
 
 GROUP_SIZE = "group size"
@@ -47,19 +47,23 @@ def resolve(config: ExportConfig, checkpoint: Checkpoint) -> tuple[ExportConfig,
     if asked and not grids:
         raise ExportError(f"{name}: --precision {STORED}: {reason}: choose fp32 or int8")
     possible = STORED in TARGET_PRECISIONS[config.target]
-    if grids and not asked and config.keep_stored and possible:
+    if grids and not asked and config.keep_stored and possible and checkpoint.kind != "gguf":
         config = dataclasses.replace(config, precision=STORED)
     if config.precision == STORED:
         forms = ", ".join(sorted({_form(grid) for grid in grids.values()}))
         lines = [f"{name}: the quantized values of {len(grids)} layers are kept as they are stored ({forms})"]
         if floats:
             first = next(iter(floats))
-            lines.append(f"{name}: {len(floats)} layers are widened to float: {first}: {reason}")
+            how = "rounded to 8 bits" if to_round(checkpoint) else "widened to float"
+            lines.append(f"{name}: {len(floats)} layers are {how}: {first}: {reason}")
         return config, lines
     if config.quantized and not grids and config.keep_stored and GROUP_SIZE in reason:
         raise ExportError(
             f"{name}: {reason}: choose --precision fp32, which widens its weights, or int8 to round them again"
         )
+    if config.quantized and grids and not asked and checkpoint.kind == "gguf":
+        keep = f"; --precision {STORED} keeps {len(grids)} layers as they are stored" if possible else ""
+        return config, [f"{name}: its quantized weights are widened and rounded to {config.precision}{keep}"]
     if config.quantized and grids:
         keep = f": leave it out, or choose {STORED}, to keep them" if possible else ""
         return config, [
@@ -70,8 +74,21 @@ def resolve(config: ExportConfig, checkpoint: Checkpoint) -> tuple[ExportConfig,
     return config, [f"{name}: its quantized weights are widened to float{f' ({reason})' if reason else ''}"]
 
 
-def kept_recipe(recipe: Recipe | None, config: ExportConfig, grids: Mapping[str, StoredGrid]) -> Recipe | None:
+def to_round(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The layers of a GGUF file that no kernel reads as they are stored, which as floats would outgrow the file."""
+    return tuple(widened(checkpoint)) if checkpoint.kind == "gguf" else ()
+
+
+def kept_recipe(
+    recipe: Recipe | None, config: ExportConfig, grids: Mapping[str, StoredGrid], rounded: tuple[str, ...] = ()
+) -> Recipe | None:
     """The recipe with the rules that keep the stored values first, where the precision is that.
+
+    Args:
+        recipe: The recipe of the precision.
+        config: The options of the export.
+        grids: The grids of the weights to keep, by layer.
+        rounded: Layers to round to 8 bits beside them.
 
     Raises:
         ExportError: The recipe transforms weights, which would take them off their grids.
@@ -83,6 +100,9 @@ def kept_recipe(recipe: Recipe | None, config: ExportConfig, grids: Mapping[str,
             f"--recipe {config.recipe}: its transforms ({', '.join(recipe.transforms)}) do not go with --precision "
             f"{STORED}, which keeps weights as they are: leave them out"
         )
+    if rounded:
+        rule = Rule(rounded, bits=8, blocks=(32, 16, CHANNEL), rounding="search", optional=True)
+        recipe = dataclasses.replace(recipe, rules=(rule, *recipe.rules))
     return keeping(recipe, grids)
 
 

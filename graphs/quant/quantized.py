@@ -26,6 +26,9 @@ PANEL_GROUPS = 8
 INT8_PRODUCTS = 4
 """The `accuracy_level` at which MatMulNBits rounds its activations to 8 bits, group by group."""
 
+FLOAT_PRODUCTS = 1
+"""That at which it computes in float32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:

@@ -176,12 +176,13 @@ def quantize_steps(phase: str, quantized: Quantized) -> tuple[Step, ...]:
         return native_steps(quantized, {name: rule.prefill for name, rule in quantized.rules.items()})
     weights = quantized.weights
     activations = {name: ACTIVATIONS[phase](rule) for name, rule in quantized.rules.items()}
-    if phase in PHASES and not _only_kept_fours(quantized):
-        kept = [name for name, rule in quantized.rules.items() if rule.rounding == STORED]
-        activations |= {name: "twice" for name in kept if activations[name] == "float"}
+    kept = {name for name, rule in quantized.rules.items() if rule.rounding == STORED and activations[name] == "float"}
+    exact = kept if phase in PHASES else set()
+    if not _only_kept_fours(quantized):
+        activations |= dict.fromkeys(exact, "twice")
     steps = (
-        Step(quantize_embeddings(weights), after=("slice_last_logits",)),  # the slice looks for the plain head
-        Step(quantize_experts(weights)),
+        Step(quantize_embeddings(weights, exact=exact), after=("slice_last_logits",)),  # it looks for the plain head
+        Step(quantize_experts(weights, exact)),
         Step(insert_qdq(weights, activations)),
         Step(store_linear_float16),
     )

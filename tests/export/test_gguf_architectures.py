@@ -12,21 +12,13 @@ import torch
 from support.checkpoints import write_gguf
 from support.exported import difference
 from support.families import TOLERANCE, logits_of
-from support.gguf_families import GGUF_FAMILIES, facts_of, gguf_model, some_ids, tensors_of, write_family
+from support.gguf_families import GGUF_FAMILIES, facts_of, fused, gguf_model, loaded, some_ids, tensors_of, write_family
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.export.checkpoint import Checkpoint, open_checkpoint
+from satchel.export.checkpoint import open_checkpoint
 from satchel.export.checkpoint.gguf_architectures import ARCHITECTURES
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.ort.open_bundle import open_bundle
-
-
-def loaded(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's module with its weights."""
-    module: Any = checkpoint.module
-    state = {name: torch.from_numpy(np.array(weight.numpy())) for name, weight in checkpoint.weights.items()}
-    module.load_state_dict(state, assign=True)
-    return module
 
 
 def test_every_architecture_and_variant_has_a_model() -> None:
@@ -106,19 +98,6 @@ def test_yarn_has_the_attention_factor_of_the_file(tmp_path: Path) -> None:
     # llama.cpp multiplies its own factor, 0.1 ln(factor) + 1, by that of the file.
     assert rope["attention_factor"] == pytest.approx(2.0 * (0.1 * np.log(4) + 1))
     assert rope["beta_fast"] == 16.0
-
-
-def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Join queries, keys and values, and gates and ups of experts, as llama.cpp's converter can be asked to."""
-    found = dict(tensors)
-    for name in tensors:
-        if name.endswith((".attn_q.weight", ".attn_q.bias")):
-            parts = [found.pop(name.replace("attn_q.", f"attn_{part}.")) for part in "qkv"]
-            found[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(parts)
-        if name.endswith(".ffn_gate_exps.weight"):
-            parts = [found.pop(name.replace("ffn_gate_", f"ffn_{part}_")) for part in ("gate", "up")]
-            found[name.replace("ffn_gate_", "ffn_gate_up_")] = np.concatenate(parts, 1)
-    return found
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi2", "mixtral", "glm4"])

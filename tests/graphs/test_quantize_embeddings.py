@@ -53,6 +53,19 @@ def test_a_head_can_take_its_input_as_it_is() -> None:
     assert np.linalg.norm(error) < 1e-5 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_exact_head_loses_nothing_of_its_input(bits: int) -> None:
+    codes, feeds = rounded("table", TABLE, bits, BLOCK), {"ids": np.asarray([[0]]), "x": normal(4, 2, 5, HIDDEN)}
+    wanted = -feeds["x"] @ values(codes).T
+    exact, plain = (
+        np.linalg.norm(
+            run(fired(quantize_embeddings({"table": codes}, exact=names), tied(), 1).model, feeds)["y"] - wanted
+        )
+        for names in (("table",), ())
+    )
+    assert exact < 1e-4 * np.linalg.norm(wanted) < plain / 10
+
+
 def test_a_table_without_a_head_is_looked_up() -> None:
     codes = rounded("table", TABLE, 4)
     after = fired(quantize_embeddings({"table": codes}), build(LOOKUP, table=TABLE), 1).model

@@ -64,6 +64,13 @@ def test_the_mixture_is_that_of_what_the_codes_stand_for(bits: int, block: int |
     assert error < 0.02, "int8 activations cost about a percent"
 
 
+@pytest.mark.parametrize("block", [32, None])
+def test_exact_mixtures_of_4_bits_do_not_round_their_input(block: int | None) -> None:
+    codes = pair(4, block)
+    after = fired(quantize_experts(codes, exact={"gate_up", "down"}), mixture(), 1).model
+    np.testing.assert_allclose(run(after, FEEDS)["y"], run(plain(codes), FEEDS)["y"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
 def test_biases_and_the_form_of_the_gate_are_kept(symmetric: bool) -> None:
     codes = pair(8, 32, symmetric)

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from support.checkpoints import write_gguf
 from support.families import COMMON, HEAD_DIM, LLAMA3, LONG, PLAIN_ROPE, SHORT, VOCABULARY, WINDOW
 
+from satchel.export.checkpoint import Checkpoint
+
 RMS, LAYER_NORM = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 FULL, SLIDING = "full_attention", "sliding_attention"
 HEADS: dict[str, Any] = {"head_dim": HEAD_DIM}
@@ -313,6 +315,27 @@ def write_family(path: Path, family: GgufFamily, model: transformers.PreTrainedM
     tensors = {**tensors_of(family, model), **more.pop("tensors", {})}
     facts, tensors = ({k: v for k, v in table.items() if v is not None} for table in (facts, tensors))
     return write_gguf(path, family.architecture, facts, tensors, **more)
+
+
+def loaded(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's module with its weights."""
+    module: Any = checkpoint.module
+    state = {name: torch.from_numpy(np.array(weight.numpy())) for name, weight in checkpoint.weights.items()}
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Join queries, keys and values, and gates and ups of experts, as llama.cpp's converter can be asked to."""
+    found = dict(tensors)
+    for name in tensors:
+        if name.endswith((".attn_q.weight", ".attn_q.bias")):
+            parts = [found.pop(name.replace("attn_q.", f"attn_{part}.")) for part in "qkv"]
+            found[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(parts)
+        if name.endswith(".ffn_gate_exps.weight"):
+            parts = [found.pop(name.replace("ffn_gate_", f"ffn_{part}_")) for part in ("gate", "up")]
+            found[name.replace("ffn_gate_", "ffn_gate_up_")] = np.concatenate(parts, 1)
+    return found
 
 
 def some_ids(count: int = 60) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from satchel.graphs.ir.contract import GraphPass, Report
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import MICROSOFT, Builder, rank, replace
+from satchel.graphs.passes.quantize.two_parts import in_two_parts
 from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight, quantized_products
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.layouts import GROUP_SIZE, INT8_MAX, SMALLEST_RANGE
@@ -26,8 +27,7 @@ def insert_qdq(weights: Mapping[str, QuantizedWeight], activations: Mapping[str,
 
     before: x -> MatMul(W) -> y
     after:  "float":  Wq -> DequantizeLinear -> W';  x -> MatMul(W') -> y
-            "twice":  r = x rounded to int8 group by group;  r, x - r -> MatMul(W') -> Add -> y: a kernel that rounds so
-                      itself loses nothing of r, and of the rest little
+            "twice":  as "float", with x in two parts (`in_two_parts`), for a kernel that rounds them to int8
             "token":  s = Max(ReduceMax(x), -ReduceMin(x), tiny) for each token;  x -> Div(s) -> QuantizeLinear(1/127)
                       -> DequantizeLinear -> MatMul(DequantizeLinear(Wq)) -> Mul(s) -> y
             "int8":   as "token", over int8 per-channel weights that the device makes from Wq
@@ -56,25 +56,12 @@ def _twice(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     if x is None or block is None or axes is None or axes < 2:
         _float(model, node, quantized)
         return
-    kept = [0] * (axes - 1)
+    matrix = _dequantized(builder, quantized, name)
 
-    def shape(*sizes: int) -> ir.Value:
-        return builder.constant(np.asarray(sizes, np.int64), "shape." + "_".join(map(str, sizes)))
+    def multiply(rows: ir.Value, called: str) -> ir.Value:
+        return builder.value("MatMul", [rows, matrix], called)
 
-    axis = builder.constant(np.asarray([-1], np.int64), "axis.last")
-    inverse = builder.constant(np.asarray(1 / INT8_MAX, np.float32), "int8_step")
-    tiny = builder.constant(np.asarray(SMALLEST_RANGE), "smallest")
-    groups = builder.value("Reshape", [x, shape(*kept, inputs // block, block)], f"{name}.groups")
-    peak = builder.value("ReduceMax", [builder.value("Abs", [groups], f"{name}.abs"), axis], f"{name}.max", keepdims=1)
-    step = builder.value("Max", [builder.value("Mul", [peak, inverse], f"{name}.raw_step"), tiny], f"{name}.step")
-    codes = builder.value("Round", [builder.value("Div", [groups, step], f"{name}.steps")], f"{name}.rounded_steps")
-    rounded = builder.value("Mul", [codes, step], f"{name}.rounded")
-    rest = builder.value("Sub", [groups, rounded], f"{name}.rest")
-    both = builder.value("Concat", [rounded, rest], f"{name}.both", axis=axes - 2)
-    rows = builder.value("Reshape", [both, shape(*kept, inputs)], f"{name}.rows")
-    product = builder.value("MatMul", [rows, _dequantized(builder, quantized, name)], f"{name}.product")
-    parts = builder.node("Split", [product], f"{name}.parts", outputs=2, axis=axes - 2, num_outputs=2).outputs
-    replace(result, builder.value("Add", list(parts), f"{name}.sum", result))
+    replace(result, in_two_parts(builder, name, x, (axes, inputs, block), multiply, result))
 
 
 def _token(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:

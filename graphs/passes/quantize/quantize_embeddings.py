@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
-from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, replace, weight
+from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, rank, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, reshaped
-from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight
+from satchel.graphs.passes.quantize.two_parts import in_two_parts
+from satchel.graphs.quant.quantized import FLOAT_PRODUCTS, INT8_PRODUCTS, QuantizedWeight
 
 
-def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: int = INT8_PRODUCTS) -> GraphPass:
+def quantize_embeddings(
+    weights: Mapping[str, QuantizedWeight], accuracy_level: int = INT8_PRODUCTS, exact: Container[str] = ()
+) -> GraphPass:
     """Look up rows of quantized values, and let a tied head multiply by the same ones.
 
     Both operators read the same bytes, each in a shape of its own. An id outside the table, an error to Gather, gives
@@ -28,6 +31,8 @@ def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: 
         weights: Quantized weights by the name of the float initializer, tables [vocabulary, hidden]. Those that nothing
             looks up are left alone.
         accuracy_level: How the head's linear layer takes its input: rounded to 8 bits group by group, or 0, as it is.
+        exact: Names of weights whose head loses nothing of its input: of 4 bits, it multiplies in float, and of 8 bits,
+            for which that is slow, it takes its input in two parts (`in_two_parts`).
     """
 
     def edit(model: ir.Model, report: Report) -> None:
@@ -39,7 +44,11 @@ def quantize_embeddings(weights: Mapping[str, QuantizedWeight], accuracy_level: 
                 continue
             with report.refusing(readers[0]):
                 _check(table, lazy, quantized)
-                _rewrite(model, readers, quantized, accuracy_level)
+                fine = quantized.name in exact
+                if fine and quantized.grid.scheme.bits == 4:
+                    _rewrite(model, readers, quantized, FLOAT_PRODUCTS, False)
+                else:
+                    _rewrite(model, readers, quantized, accuracy_level, fine)
                 report.count += 1
 
     return graph_pass(edit, quantize_embeddings)
@@ -66,7 +75,9 @@ def _check(table: ir.Value, lazy: LazyWeight, quantized: QuantizedWeight) -> Non
             raise Refused(f"{table.name} is read by {node.name} ({node.op_type}), too")
 
 
-def _rewrite(model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight, accuracy_level: int) -> None:
+def _rewrite(
+    model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight, accuracy_level: int, parts: bool
+) -> None:
     scheme, (outputs, inputs) = quantized.grid.scheme, quantized.codes.shape
     codes, scales, points = quantized.rows()
     whole = Builder(model)
@@ -75,17 +86,28 @@ def _rewrite(model: ir.Model, readers: list[ir.Node], quantized: QuantizedWeight
     by_block: ir.Value | None = None
     for node in readers:
         builder, (first, second), like = Builder(model, node), node.inputs, node.outputs[0]
+        name = f"{node.name}.codes"
         if node.op_type == "Gather":
             new = builder.value(
-                "GatherBlockQuantized", [by_row, second, *grid], f"{node.name}.codes", like, MICROSOFT,
+                "GatherBlockQuantized", [by_row, second, *grid], name, like, MICROSOFT,
                 bits=scheme.bits, block_size=scheme.block, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
-        else:
-            if by_block is None:
-                shape = (outputs, scales.dims[1], codes.dims[1] // scales.dims[1])
-                by_block = whole.initializer(reshaped(codes, shape, f"{codes.name}.blocks"))
-            new = builder.value(
-                "MatMulNBits", [first, by_block, *grid], f"{node.name}.codes", like, MICROSOFT,
+            replace(like, new)
+            continue
+        if by_block is None:
+            shape = (outputs, scales.dims[1], codes.dims[1] // scales.dims[1])
+            by_block = whole.initializer(reshaped(codes, shape, f"{codes.name}.blocks"))
+        head, axes = [by_block, *grid], rank(first)
+
+        def multiply(rows: ir.Value | None, called: str, builder: Builder = builder, head: list[ir.Value | None] = head,
+                     like: ir.Value | None = None) -> ir.Value:  # fmt: skip
+            return builder.value(
+                "MatMulNBits", [rows, *head], called, like, MICROSOFT,
                 bits=scheme.bits, block_size=scheme.block, K=inputs, N=outputs, accuracy_level=accuracy_level or None,
             )  # fmt: skip
+
+        if parts and first is not None and scheme.block is not None and axes is not None and axes > 1:
+            new = in_two_parts(builder, name, first, (axes, inputs, scheme.block), multiply, like)
+        else:
+            new = multiply(first, name, like=like)
         replace(like, new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
 from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, nodes, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows, reshaped
-from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight
+from satchel.graphs.quant.quantized import FLOAT_PRODUCTS, INT8_PRODUCTS, QuantizedWeight
 from satchel.graphs.quant.recipe import Scheme
 
 Parts = tuple[LazyWeight, LazyWeight, LazyWeight | None]
@@ -20,7 +20,7 @@ FIRST, SECOND = 2, 4
 """Which inputs of MoE are its two stacks of matrices; the bias of each comes after it."""
 
 
-def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
+def quantize_experts(weights: Mapping[str, QuantizedWeight], exact: Container[str] = ()) -> GraphPass:
     """Let a mixture of experts read its matrices as quantized values.
 
     before: hidden, router -> MoE(gate_up, down) -> y
@@ -33,6 +33,7 @@ def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
 
     Args:
         weights: Quantized weights by the name of the float initializer, as MoE reads it: gates and ups interleaved.
+        exact: Names of those whose input is not to be rounded to int8; the kernel for 8 bits in groups rounds anyway.
     """
 
     def edit(model: ir.Model, report: Report) -> None:
@@ -45,7 +46,8 @@ def quantize_experts(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
                 if first is None or second is None:
                     raise Refused("only one of its two stacks of matrices is quantized")
                 _check(node, first, second)
-                kept = _attributes(node)
+                level = FLOAT_PRODUCTS if first.name in exact else INT8_PRODUCTS
+                kept = _attributes(node) | {"accuracy_level": level}
                 parts = [_stack(quantized, stack) for quantized, stack in zip((first, second), stacks, strict=True)]
                 _rewrite(model, node, first.grid.scheme, parts, kept)
                 report.count += 1
@@ -117,6 +119,6 @@ def _rewrite(model: ir.Model, node: ir.Node, scheme: Scheme, parts: Sequence[Par
         inputs += [None, None, None, points_1, points_2]
     mixed = builder.value(
         "QMoE", inputs, f"{node.name}.codes", node.outputs[0], MICROSOFT, **kept, quant_type="int",
-        expert_weight_bits=scheme.bits, block_size=scheme.block, accuracy_level=INT8_PRODUCTS,
+        expert_weight_bits=scheme.bits, block_size=scheme.block,
     )  # fmt: skip
     replace(node.outputs[0], mixed)
