@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.checkpoints import save_tiny
 from support.genai import Continued, by_genai, by_satchel
+from support.tiny_hybrid import expected, write_hybrid
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import Checkpoint, open_checkpoint
@@ -91,6 +92,37 @@ def test_a_model_without_an_end_token_never_ends(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def opened(tiny_checkpoint: Path) -> Checkpoint:
     return open_checkpoint(tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "one_session", "runs"),
+    [
+        ("linear conv attention linear", False, True),
+        ("linear plain attention", True, True),
+        ("linear linear", True, True),
+        ("conv plain attention", True, False),
+    ],
+)
+def test_states_are_kept_from_step_to_step(
+    pattern: str, one_session: bool, runs: bool, opened: Checkpoint, tmp_path: Path
+) -> None:
+    layers = pattern.split()
+    folder = write_hybrid(tmp_path / "bundle", layers)
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    graphs = manifest.graphs
+    assert graphs is not None
+    if one_session:
+        graphs = dataclasses.replace(graphs, decode=dataclasses.replace(graphs.decode, session_of="prefill"))
+    config = genai_config(opened, dataclasses.replace(manifest, graphs=graphs))
+    assert (config is not None) is runs
+    if not runs:
+        return
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    prompt = [7, 300, 12, 12, 90]
+    ((tokens, logits),) = by_genai(folder, [prompt], 20, tmp_path)
+    assert len(set(tokens)) > 5
+    wanted = expected([*prompt, *tokens], layers)[len(prompt) - 1 : -1]
+    assert np.abs(logits - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("change", [{"value_dim": 32}, {"kv_heads": 1, "layers": 1}, {"mode": "swapped"}])

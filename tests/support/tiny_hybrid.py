@@ -28,7 +28,8 @@ LINEAR_HEADS, KEY_DIM, VALUE_DIM, KERNEL = 2, 8, 16, 4
 QUERY, VALUE = LINEAR_HEADS * KEY_DIM, LINEAR_HEADS * VALUE_DIM
 MIXED = 2 * QUERY + VALUE
 PATTERN = ("linear", "conv", "attention", "linear")
-"""What each layer does. `linear`: a causal convolution, then a gated delta rule; `conv`: a gated short convolution."""
+"""What each layer does. `linear`: a causal convolution, then a gated delta rule; `conv`: a gated short convolution;
+`plain`: nothing between tokens."""
 
 Array = NDArray[Any]
 
@@ -39,6 +40,7 @@ def states_of(pattern: Sequence[str] = PATTERN) -> list[dict[str, Any]]:
         "linear": [("conv", [MIXED, KERNEL - 1]), ("recurrent", [LINEAR_HEADS, KEY_DIM, VALUE_DIM])],
         "conv": [("conv", [HIDDEN, KERNEL - 1])],
         "attention": [],
+        "plain": [],
     }
     return [
         {"layer": layer, "kind": kind, "dtype": "float32", "shape": shape}
@@ -69,13 +71,14 @@ def make_arrays(pattern: Sequence[str] = PATTERN, seed: int = 0) -> dict[str, Ar
         "attention": {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM},
         "linear": {"mixed": MIXED, "decay": LINEAR_HEADS, "beta": LINEAR_HEADS},
         "conv": {"mixed": HIDDEN, "gate": HIDDEN},
+        "plain": {},
     }
     for layer, name in enumerate(pattern):
         for part, width in shapes[name].items():
             arrays[f"{part}.{layer}"] = rng.normal(0, HIDDEN**-0.5, (HIDDEN, width))
         inner = VALUE if name == "linear" else HIDDEN
         arrays[f"o.{layer}"] = rng.normal(0, inner**-0.5, (inner, HIDDEN))
-        if name != "attention":
+        if name in ("linear", "conv"):
             channels = MIXED if name == "linear" else HIDDEN
             arrays[f"kernel.{layer}"] = rng.normal(0, 1, (channels, 1, KERNEL))
             arrays[f"bias.{layer}"] = rng.normal(0, 0.1, channels)
@@ -88,7 +91,7 @@ def expected(ids: Sequence[int], pattern: Sequence[str] = PATTERN, seed: int = 0
     hidden = w["embed"][list(ids)]
     for layer, name in enumerate(pattern):
         x = _norm(hidden)
-        mix = {"attention": _attention, "linear": _linear, "conv": _conv}[name]
+        mix = {"attention": _attention, "linear": _linear, "conv": _conv, "plain": lambda w, layer, x: x}[name]
         hidden = hidden + mix(w, layer, x) @ w[f"o.{layer}"]
     return _norm(hidden) @ w["head"]
 
@@ -158,7 +161,7 @@ def make_hybrid(phase: str, weights: Weights, pattern: Sequence[str] = PATTERN) 
     ]
     for i, name in enumerate(pattern):
         nodes.append(node("SimplifiedLayerNormalization", [f"h{i}", "gain"], [f"n{i}"], axis=-1, epsilon=1e-5))
-        nodes += {"attention": _attention_nodes, "linear": _linear_nodes, "conv": _conv_nodes}[name](i)
+        nodes += NODES[name](i)
         nodes.append(node("MatMul", [f"a{i}", f"o.{i}"], [f"p{i}"]))
         nodes.append(node("Add", [f"h{i}", f"p{i}"], [f"h{i + 1}"]))
     nodes.append(node("SimplifiedLayerNormalization", [f"h{len(pattern)}", "gain"], ["end"], axis=-1, epsilon=1e-5))
@@ -250,6 +253,13 @@ def _linear_nodes(i: int) -> list[onnx.NodeProto]:
             update_rule="gated_delta",
         ),
     ]
+
+
+def _plain_nodes(i: int) -> list[onnx.NodeProto]:
+    return [helper.make_node("Identity", [f"n{i}"], [f"a{i}"])]
+
+
+NODES = {"attention": _attention_nodes, "linear": _linear_nodes, "conv": _conv_nodes, "plain": _plain_nodes}
 
 
 def graph_spec(phase: str, pattern: Sequence[str] = PATTERN) -> dict[str, Any]:
