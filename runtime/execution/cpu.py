@@ -1,4 +1,4 @@
-"""The executor for the CPU: graphs for any number of rows and tokens, which write the KV cache in place."""
+"""The executor for the CPU: graphs for any number of rows and tokens, which write the KV cache and states in place."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class CpuEngine(Engine):
         self.check_capacity(capacity)
         with self._spare_lock:
             spare, self._spare = self._spare, None
-        return KVCache(self.bundle.manifest.kv_cache, capacity, self.max_context, rows, spare)
+        manifest = self.bundle.manifest
+        return KVCache(manifest.kv_cache, capacity, self.max_context, rows, spare, manifest.states)
 
     def release(self, cache: Cache) -> None:
         """Keep the memory of one cache for the next, unless it is large.
@@ -119,7 +120,7 @@ class RowRunner:
     def decode(self, first: int, caches: Sequence[Cache], tokens: Sequence[int] | Ids) -> None:
         """Feed a token to each of several neighboring rows, from row `first` on, in one run."""
         for cache in caches:
-            cache.require(1)
+            cache.begin(1)
         count = len(caches)
         self._tokens[first : first + count, 0] = tokens
         binding = self._binding(DECODE, first, count)
@@ -137,7 +138,7 @@ class RowRunner:
         if self._fixed_mask:
             self.decode(row, (cache,), (token,))
             return
-        cache.require(1)
+        cache.begin(1)
         self._tokens[row, 0] = token
         binding = self._bindings.get((DECODE, row, 1)) or self._binding(DECODE, row, 1)
         length = cache.length
@@ -208,7 +209,7 @@ def run_span(session: ort.InferenceSession, binding: ort.IOBinding, cache: Cache
     `ones` is the address of as many ones (int64) as the cache has positions.
     """
     count = len(tokens)
-    cache.require(count)
+    cache.begin(count)
     bind_input(binding, INPUT_IDS, tokens, (1, count))
     binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, cache.length + count), ones)
     run_bound(session, binding, f"at position {cache.length}")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import PromptError
+from satchel.runtime.errors import PromptError, ProviderError
 from satchel.runtime.execution.batch import Batch, rows_agree
 from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.execution.state import Ids, Logits, State
@@ -188,6 +188,11 @@ def open_engine(bundle: Bundle, settings: SessionSettings) -> Engine:
         from satchel.runtime.execution.cpu import CpuEngine
 
         return CpuEngine(bundle, settings)
+    if bundle.manifest.states:
+        raise ProviderError(
+            f"this bundle has layers with convolution or recurrent states, which provider '{settings.provider.name}' "
+            "does not run: use the provider cpu"
+        )
     from satchel.runtime.execution.experimental.executor import open_experimental
 
     return open_experimental(bundle, settings)

@@ -1,11 +1,11 @@
-"""The KV cache: buffers allocated once at their full capacity, and their length."""
+"""What a sequence keeps from step to step: keys and values, allocated once at their full capacity, and states."""
 
 from __future__ import annotations
 
 import copy
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -13,14 +13,19 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.manifest import CacheSpec
+from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.errors import PromptError
 from satchel.runtime.ort.binding import bind_input, bind_output
 
+Snapshot = Mapping[str, NDArray[Any]]
+"""Copies of all states of one sequence by graph input. Nobody writes to them, so several caches may hold the same."""
+
 
 class Cache(ABC):
-    """Keys and values of one sequence for every layer, and the number of positions in use.
+    """Keys and values of one sequence for every layer, its states, and the number of positions in use.
 
-    The buffers are allocated once, for `capacity` positions or more, and never grow.
+    The buffers are allocated once, for `capacity` positions or more, and never grow. States are those after the last
+    position; `snapshots` are copies of them at earlier lengths, to which the sequence can return.
     """
 
     def __init__(self, capacity: int, limit: int, rows: int = 1) -> None:
@@ -29,6 +34,8 @@ class Cache(ABC):
         self.rows = rows
         self._limit = limit
         self._length = 0
+        self._running = False  # while a graph may be writing states, and after it failed
+        self.snapshots: dict[int, Snapshot] = {}
 
     @property
     @abstractmethod
@@ -40,12 +47,35 @@ class Cache(ABC):
     def nbytes(self) -> int:
         """The size of all buffers in bytes, each counted once."""
 
+    @property
+    def states(self) -> Snapshot:
+        """The states by graph input, [rows, ...]; none if all layers attend."""
+        return {}
+
     @abstractmethod
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
         """Copy the first `count` positions of `other`, a cache of as many rows; the first `start` are here already.
 
-        Raises PromptError if they do not fit.
+        `count` is one that `other` can return to (`reach`). Raises PromptError if they do not fit.
         """
+
+    def take_snapshot(self) -> None:
+        """Keep a copy of the states as they are now, if there are any."""
+        if self.states:
+            self.snapshots[self._length] = {name: state.copy() for name, state in self.states.items()}
+
+    def reach(self, count: int) -> int:
+        """The greatest length up to `count` that this can return to: with states, one of which it has them."""
+        if not self.states:
+            return min(count, self._length)
+        lengths = self.snapshots if self._running else (self._length, *self.snapshots)
+        return max((length for length in lengths if length <= count), default=0)
+
+    def states_at(self, count: int) -> Snapshot:
+        """The states after the first `count` positions, a length that this can return to."""
+        if count == self._length and not self._running:
+            return self.states
+        return self.snapshots[count] if self.states else {}
 
     @property
     def length(self) -> int:
@@ -60,26 +90,40 @@ class Cache(ABC):
                 f"raise --max-context (this bundle allows up to {self._limit}) or shorten the prompt"
             )
 
+    def begin(self, count: int) -> None:
+        """Raise PromptError unless `count` further positions fit, which a graph then writes until `advance`."""
+        self.require(count)
+        self._running = True
+
     def advance(self, count: int) -> None:
         """Count `count` positions that a graph has just written. Raises PromptError beyond the capacity."""
         self.require(count)
         self._length += count
+        self._running = False
 
     def clear(self) -> None:
-        """Empty the cache: the next position to be written is the first."""
-        self._length = 0
+        """Empty the cache: the next position to be written is the first, and states are zeros."""
+        self._length, self._running, self.snapshots = 0, False, {}
+        for state in self.states.values():
+            state[...] = 0
 
 
 class KVCache(Cache):
-    """Keys and values in memory of the CPU that a graph reads and writes in place.
+    """Keys, values and states in memory of the CPU that a graph reads and writes in place.
 
     `past` (by graph input) and `present` (by graph output) name the same arrays, [rows, kv_heads, capacity, head_dim],
-    so nothing is copied between steps. All lie in one anonymous mapping: pages that were never written cost no memory,
-    and the mapping is freed with the cache.
+    so nothing is copied between steps, and so do `states` and `next_states`, [rows, ...]. All lie in one anonymous
+    mapping: pages that were never written cost no memory, and the mapping is freed with the cache.
     """
 
     def __init__(
-        self, spec: CacheSpec, capacity: int, limit: int, rows: int = 1, memory: mmap.mmap | None = None
+        self,
+        spec: CacheSpec,
+        capacity: int,
+        limit: int,
+        rows: int = 1,
+        memory: mmap.mmap | None = None,
+        states: Sequence[StateSpec] = (),
     ) -> None:
         """Allocate `capacity` positions for each of `rows` sequences; `limit` is the largest context, for messages.
 
@@ -88,9 +132,10 @@ class KVCache(Cache):
         super().__init__(capacity, limit, rows)
         self._past: dict[str, NDArray[Any]] = {}
         self.present: dict[str, NDArray[Any]] = {}
+        self._states: dict[str, NDArray[Any]] = {}
+        self.next_states: dict[str, NDArray[Any]] = {}
         dtype = np.dtype(spec.dtype)
-        positions = [rows * capacity * layer.kv_heads * dtype.itemsize for layer in spec.layers]
-        total = sum(p * (layer.key_dim + layer.value_dim) for p, layer in zip(positions, spec.layers, strict=True))
+        total = rows * (capacity * position_bytes(spec) + sum(state.nbytes for state in states))
         if memory is None or len(memory) < total:
             try:
                 memory = mmap.mmap(-1, max(total, 1))
@@ -99,6 +144,11 @@ class KVCache(Cache):
                     f"there is not enough memory for a KV cache of {capacity} positions: lower --max-context"
                 ) from None
         self.memory, offset = memory, 0
+        for state in states:  # first: their elements are the larger ones, so that all are aligned
+            kept: NDArray[Any] = np.ndarray((rows, *state.shape), np.dtype(state.dtype), memory, offset)
+            offset += kept.nbytes
+            self._states[state.past] = self.next_states[state.present] = kept
+            kept[...] = 0  # what was in the memory before
         for layer in spec.layers:
             for past, present, width in (
                 (layer.past_key, layer.present_key, layer.key_dim),
@@ -114,14 +164,22 @@ class KVCache(Cache):
         return self._past
 
     @property
+    def states(self) -> dict[str, NDArray[Any]]:
+        """The buffers themselves, by graph input."""
+        return self._states
+
+    @property
     def nbytes(self) -> int:
         """The size of all buffers in bytes, each counted once."""
-        return sum(buffer.nbytes for buffer in self._past.values())
+        return sum(buffer.nbytes for buffer in (*self._past.values(), *self._states.values()))
 
     def bind(self, session: ort.InferenceSession, rows: slice = slice(None)) -> ort.IOBinding:
         """A binding in which each buffer, of some rows, is past and present at once: the graph writes in place."""
         binding = session.io_binding()
-        for bind, buffers in ((bind_input, self._past), (bind_output, self.present)):
+        for bind, buffers in (
+            (bind_input, self._past | self._states),
+            (bind_output, self.present | self.next_states),
+        ):
             for name, buffer in buffers.items():
                 part = buffer[rows]
                 bind(binding, name, part, part.shape)
@@ -130,9 +188,13 @@ class KVCache(Cache):
     def row(self, index: int) -> Self:
         """An empty cache of one sequence, with its own length, in the memory of row `index` of this one."""
         row = copy.copy(self)
-        row.rows, row._length = 1, 0
-        row._past = {name: buffer[index : index + 1] for name, buffer in self._past.items()}
+        row.rows, row._length, row._running, row.snapshots = 1, 0, False, {}
+        row._past, row._states = (
+            {name: buffer[index : index + 1] for name, buffer in buffers.items()}
+            for buffers in (self._past, self._states)
+        )
         row.present = dict(zip(self.present, row._past.values(), strict=True))
+        row.next_states = dict(zip(self.next_states, row._states.values(), strict=True))
         return row
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
@@ -142,7 +204,10 @@ class KVCache(Cache):
         theirs = other.past
         for name, buffer in self._past.items():
             buffer[:, :, start:count] = theirs[name][:, :, start:count]
-        self._length = count
+        for name, state in other.states_at(count).items():
+            self._states[name][...] = state
+        self.snapshots = {length: copies for length, copies in other.snapshots.items() if length <= count}
+        self._length, self._running = count, False
 
 
 def position_bytes(spec: CacheSpec) -> int:
