@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.execution.state import State
     from satchel.runtime.generation.conversation import Conversation
-    from satchel.runtime.generation.generator import Generator, Request
+    from satchel.runtime.generation.generator import Generator
     from satchel.runtime.generation.options import GenerationOptions
+    from satchel.runtime.generation.request import Request
     from satchel.runtime.generation.result import Generation
     from satchel.runtime.generation.stream import TokenStream
     from satchel.runtime.ort.custom_ops import Custom
@@ -65,7 +66,7 @@ _HOMES = {
     "GenerationOptions": "generation.options",
     "Generator": "generation.generator",
     "TokenStream": "generation.stream",
-    "Request": "generation.generator",
+    "Request": "generation.request",
     "Manifest": "bundle.manifest",
     "share_thread_pool": "ort.session",
 }

@@ -23,7 +23,8 @@ from satchel.runtime.util.defaults import BATCH_ROWS
 from satchel.runtime.util.progress import progress_bar
 
 if TYPE_CHECKING:
-    from satchel.runtime.generation.generator import Generator, Request
+    from satchel.runtime.generation.generator import Generator
+    from satchel.runtime.generation.request import Request
     from satchel.runtime.generation.result import Generation
 
 
@@ -169,7 +170,7 @@ def answer_lines(
 
 def _request(generator: Generator, line: PromptLine, defaults: Defaults) -> Request:
     """The request of a line. Raises SatchelError if it is invalid."""
-    from satchel.runtime.generation.generator import Request
+    from satchel.runtime.generation.request import Request
 
     if line.prompt is None:
         raise PromptError(str(line.error))

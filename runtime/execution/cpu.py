@@ -168,13 +168,18 @@ class CpuBatch(Batch):
 
     def __init__(self, engine: CpuEngine, runner: RowRunner, force: bool) -> None:
         """`force` decodes all rows in one run even if their logits then differ from those that each has alone."""
-        super().__init__(engine, [CpuState(runner, row) for row in range(runner.cache.rows)], runner.logits)
+        self._rows = [CpuState(runner, row) for row in range(runner.cache.rows)]
+        super().__init__(engine, self._rows, runner.logits)
         self._runner = runner
         self._force = force
 
+    def exchange(self, row: int, other: int) -> None:
+        if row != other:
+            self._rows[row].exchange(self._rows[other])
+
     def _decode(self, tokens: Ids) -> None:
-        if self._used > 1 and (self._force or self._engine.batch_invariant):
-            self._runner.decode(0, [state.cache for state in self.states[: self._used]], tokens)
+        if len(tokens) > 1 and (self._force or self._engine.batch_invariant):
+            self._runner.decode(0, [state.cache for state in self.states[: len(tokens)]], tokens)
         else:
             super()._decode(tokens)
 
@@ -183,7 +188,8 @@ class CpuState(State):
     """A row of a KV cache. A step binds little and copies nothing."""
 
     def __init__(self, runner: RowRunner, row: int) -> None:
-        super().__init__(runner.cache.row(row), runner.logits[row])
+        self._kv = runner.cache.row(row)
+        super().__init__(self._kv, runner.logits[row])
         self._runner, self._row = runner, row
         self._top = None if runner.top is None else (runner.top[0][row], runner.top[1][row])
 
@@ -195,6 +201,13 @@ class CpuState(State):
         super().copy_from(other, start)
         if self._top is not None and (theirs := other.best(len(self._top[0]))):
             self._top[0][:], self._top[1][:] = theirs
+
+    def exchange(self, other: CpuState) -> None:
+        """Exchange the sequence and its logits with those of another row."""
+        self._kv.exchange(other._kv)
+        buffers, others = ([state._logits, *(state._top or ())] for state in (self, other))
+        for mine, theirs in zip(buffers, others, strict=True):
+            mine[:], theirs[:] = theirs.copy(), mine.copy()
 
     def prefill(self, tokens: Ids) -> None:
         self._runner.prefill(self._row, self.cache, tokens)

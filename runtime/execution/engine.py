@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import PromptError, ProviderError
-from satchel.runtime.execution.batch import Batch, rows_agree
+from satchel.runtime.execution.batch import Batch, pieces_agree, rows_agree
 from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.ort.providers import PROVIDERS, ProviderChoice
@@ -35,6 +35,7 @@ class Engine(ABC):
         self.max_context = bundle.manifest.model.max_context
         self._settings = settings
         self._invariant: bool | None = None
+        self._piece_invariant: bool | None = None
         self._invariant_lock = threading.Lock()
 
     @staticmethod
@@ -74,6 +75,14 @@ class Engine(ABC):
             if self._invariant is None:
                 self._invariant = self.supports_batch and rows_agree(self)
             return self._invariant
+
+    @property
+    def piece_invariant(self) -> bool:
+        """Whether a prompt fed in small pieces gets the same logits as in larger ones; tried once, on first use."""
+        with self._invariant_lock:
+            if self._piece_invariant is None:
+                self._piece_invariant = pieces_agree(self)
+            return self._piece_invariant
 
     def new_batch(self, rows: int, capacity: int, *, force: bool = False) -> Batch:
         """An empty batch of `rows` sequences of up to `capacity` positions each.

@@ -209,6 +209,19 @@ class KVCache(Cache):
         self.snapshots = {length: copies for length, copies in other.snapshots.items() if length <= count}
         self._length, self._running = count, False
 
+    def exchange(self, other: KVCache) -> None:
+        """Exchange the contents with another row of this cache; only positions in use are copied."""
+        mine, theirs = self._length, other._length
+        for left, right in zip(self._past.values(), other._past.values(), strict=True):
+            kept = left[:, :, :mine].copy()
+            left[:, :, :theirs] = right[:, :, :theirs]
+            right[:, :, :mine] = kept
+        for left, right in zip(self._states.values(), other._states.values(), strict=True):
+            left[...], right[...] = right.copy(), left.copy()
+        self._length, other._length = theirs, mine
+        self._running, other._running = other._running, self._running
+        self.snapshots, other.snapshots = other.snapshots, self.snapshots
+
 
 def position_bytes(spec: CacheSpec) -> int:
     """The bytes of the keys and values of one position of one sequence, over all layers."""

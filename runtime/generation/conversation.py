@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.generation_config import read_stored, stored_options
-from satchel.runtime.generation.generator import Generator, Request
+from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
 from satchel.runtime.generation.prefill import Progress
+from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sequence import Callback
 from satchel.runtime.generation.session_file import SavedState

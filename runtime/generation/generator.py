@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError, SatchelError
-from satchel.runtime.execution.engine import Engine, TokenIds
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.kv_cache import position_bytes
-from satchel.runtime.generation.batch import run_batch, run_samples
 from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
@@ -23,9 +23,11 @@ from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache
+from satchel.runtime.generation.request import Prompt, Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, prompt_log_probabilities
 from satchel.runtime.generation.sampling.sampler import Sampler
+from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
 from satchel.runtime.generation.session_file import SavedState, check_size, read_state, write_state
 from satchel.runtime.generation.stream import TokenStream
@@ -35,20 +37,10 @@ from satchel.runtime.ort.background import specialize_in_background
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
-from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER
+from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER, STRETCH
 from satchel.runtime.util.progress import waiting
 
 MIB = 1 << 20
-
-Prompt = str | TokenIds
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, text or token ids, and how to continue it."""
-
-    prompt: Prompt
-    options: GenerationOptions = field(default_factory=GenerationOptions)
 
 
 class Generator:
@@ -175,14 +167,7 @@ class Generator:
             raise PromptError(
                 f"--num-return-sequences {count}: greedy samples are all the same: set --temperature above 0"
             )
-        first = self._sampler(request.options, self.encode(prompt))
-        group = [self.new_sequence(request, first.fork(row)) for row in range(count)]
-        rows = self.engine.new_batch(count, group[0].positions)
-        if group[0].limit:
-            for sequence in run_samples(self.engine, rows, group, self.prefix_cache):
-                if sequence.error:
-                    raise sequence.error
-        return [Generation.of(sequence, rows.nbytes // count) for sequence in group]
+        return self._run_all([replace(request, sample=sample) for sample in range(count)], rows=count)
 
     def generate_batch(
         self, prompts: Sequence[Prompt], *, rows: int = BATCH_ROWS, force_batch: bool = False, **options: Any
@@ -191,13 +176,8 @@ class Generator:
 
         `force_batch` decodes rows in one batch even where that changes results; it may be faster.
         """
-        found: list[Generation | None] = [None] * len(prompts)
         requests = [Request(prompt, GenerationOptions(**options)) for prompt in prompts]
-        for index, outcome in self.run_requests(requests, rows=rows, force_batch=force_batch):
-            if isinstance(outcome, SatchelError):
-                raise outcome
-            found[index] = outcome
-        return [generation for generation in found if generation is not None]
+        return self._run_all(requests, rows=rows, force_batch=force_batch)
 
     def run_requests(
         self, requests: Sequence[Request], *, rows: int = BATCH_ROWS, force_batch: bool = False
@@ -207,23 +187,48 @@ class Generator:
         A request that is wrong yields its error; the others run. `force_batch` is as for `generate_batch`. Raises
         PromptError for wrong `rows`, and for `force_batch` where the graph cannot decode a batch.
         """
-        sequences: list[ActiveSequence] = []
-        indices: dict[int, int] = {}
+        sequences: dict[int, ActiveSequence] = {}
         for index, request in enumerate(requests):
             try:
-                sequence = self.new_sequence(request)
+                sequences[index] = self.new_sequence(request)
             except SatchelError as error:
                 yield index, error
-                continue
-            indices[id(sequence)] = index
-            sequences.append(sequence)
         if not sequences:
             return
-        capacity = max(sequence.positions for sequence in sequences)
-        table = self.engine.new_batch(min(rows, len(sequences)), capacity, force=force_batch)
-        for sequence in run_batch(self.engine, table, sequences, self.prefix_cache):
-            kv_bytes = table.nbytes // len(table.states)
-            yield indices[id(sequence)], sequence.error or Generation.of(sequence, kv_bytes)
+        capacity = max(sequence.positions for sequence in sequences.values())
+        scheduler = self.scheduler(
+            rows=min(rows, len(sequences)), capacity=capacity, stretch=math.inf, force_batch=force_batch
+        )
+        indices = {scheduler.enqueue(sequence, requests[index]): index for index, sequence in sequences.items()}
+        for event in scheduler.run():
+            if isinstance(event.outcome, (Generation, SatchelError)):
+                yield indices[event.id], event.outcome
+            elif event.outcome is not None:
+                raise event.outcome
+
+    def scheduler(
+        self,
+        *,
+        rows: int = BATCH_ROWS,
+        capacity: int | None = None,
+        queue_limit: int | None = None,
+        stretch: float = STRETCH,
+        force_batch: bool = False,
+    ) -> Scheduler:
+        """A scheduler for requests that come and go. Arguments and errors are those of `Scheduler`.
+
+        `capacity` None gives each row the largest context.
+        """
+        return Scheduler(
+            self.engine,
+            self.prefix_cache,
+            self.new_sequence,
+            rows=rows,
+            capacity=self.max_context if capacity is None else capacity,
+            queue_limit=queue_limit,
+            stretch=stretch,
+            force_batch=force_batch,
+        )
 
     def beam_search(
         self,
@@ -354,21 +359,25 @@ class Generator:
         """A checked request that is ready to run. Raises PromptError."""
         ids, options = self.encode(request.prompt), request.options
         options.check_all(self.engine.vocabulary)
+        if request.timeout is not None and not 0 < request.timeout < math.inf:
+            raise PromptError(f"a timeout of {request.timeout} seconds is not possible: give a number above 0")
         if options.stop:
             self.need_tokenizer()
         self._check_length(ids)
-        limit = self._limit(options, ids)
+        limit, ends = min(options.max_new_tokens, self.max_context - len(ids) + 1), self._end_tokens(options)
         text = IncrementalDetokenizer(self.tokenizer, ids.tolist()) if self.tokenizer else None
-        chosen = self._sampler(options, ids) if choose is None else choose
-        return ActiveSequence(ids, options, limit, chosen, self._end_tokens(options), text, callback)
+        if choose is None:
+            choose = Sampler(options, ends, self.engine.vocabulary, ids, request.sample, limit)
+        return ActiveSequence(ids, options, limit, choose, ends, text, callback)
 
-    def _sampler(self, options: GenerationOptions, ids: NDArray[np.int64]) -> Sampler:
-        limit = self._limit(options, ids)
-        return Sampler(options, self._end_tokens(options), self.engine.vocabulary, ids, limit=limit)
-
-    def _limit(self, options: GenerationOptions, ids: NDArray[np.int64]) -> int:
-        """The maximum number of new tokens after `ids`."""
-        return min(options.max_new_tokens, self.max_context - len(ids) + 1)
+    def _run_all(self, requests: Sequence[Request], *, rows: int, force_batch: bool = False) -> list[Generation]:
+        """The results of requests, in order. Raises the first error."""
+        found: dict[int, Generation] = {}
+        for index, outcome in self.run_requests(requests, rows=rows, force_batch=force_batch):
+            if isinstance(outcome, SatchelError):
+                raise outcome
+            found[index] = outcome
+        return [found[index] for index in range(len(requests))]
 
     def _end_tokens(self, options: GenerationOptions) -> frozenset[int]:
         """The model's end tokens, and special tokens among the stop strings: those have no text to look for."""

@@ -24,7 +24,6 @@ def prefill(
     state: State,
     sequence: ActiveSequence,
     prefix_cache: PrefixCache,
-    live: Sequence[Prefix] = (),
     progress: Progress = lambda count: None,
 ) -> None:
     """Feed the prompt to an empty state as `feed` does, and take the first token unless the time limit is over."""
@@ -35,7 +34,7 @@ def prefill(
         sequence.check_time()
         return sequence.finish_reason is not None
 
-    sequence.reused_tokens = feed(engine, state, sequence.prompt, prefix_cache, live, progress, is_over)
+    sequence.reused_tokens = feed(engine, state, sequence.prompt, prefix_cache, progress, is_over)
     if sequence.finish_reason is None:
         sequence.take_from(state)
     sequence.timing.prefill_seconds = time.perf_counter() - start
@@ -46,15 +45,30 @@ def feed(
     state: State,
     prompt: NDArray[np.int64],
     prefix_cache: PrefixCache,
-    live: Sequence[Prefix] = (),
     progress: Progress = lambda count: None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> int:
     """Feed a prompt to an empty state, until `is_over`, which is called after each chunk. Returns the tokens reused.
 
-    The longest prefix that `prefix_cache` or `live`, the other rows of a batch, shares with the prompt is copied. The
-    last two tokens always run: the logits of the last one are needed, and some kernels round a single token differently
-    (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`.
+    The longest prefix that `prefix_cache` shares with the prompt is copied.
+    """
+    reused = copy_prefix(engine, state, prompt, prefix_cache)
+    if reused:
+        progress(reused)
+    while state.cache.length < len(prompt):
+        progress(feed_piece(engine, state, prompt))
+        if is_over():
+            break
+    return reused
+
+
+def copy_prefix(
+    engine: Engine, state: State, prompt: NDArray[np.int64], prefix_cache: PrefixCache, live: Sequence[Prefix] = ()
+) -> int:
+    """Copy the longest prefix that `prefix_cache` or `live`, the rows beside, shares with a prompt. Returns its length.
+
+    The last two tokens always run: the logits of the last one are needed, and some kernels round a single token
+    differently (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`.
     """
     reused, cache = prefix_cache.longest(prompt)
     for prefix in live:
@@ -63,13 +77,15 @@ def feed(
             reused, cache = common, prefix.cache
     reused = min(reused, max(len(prompt) - TAIL, 0))
     reused -= reused % engine.bundle.manifest.token_multiple
-    if cache is not None and reused:
-        state.cache.copy_from(cache, reused)
-        progress(reused)
-    rest = prompt[reused:]
-    for span in engine.spans(len(rest)):
-        state.prefill(rest[span])
-        progress(span.stop - span.start)
-        if is_over():
-            break
+    if cache is None or not (reused := cache.reach(reused)):
+        return 0
+    state.cache.copy_from(cache, reused)
     return reused
+
+
+def feed_piece(engine: Engine, state: State, prompt: NDArray[np.int64], size: int | None = None) -> int:
+    """Feed the next span of a prompt, of up to `size` tokens; None: of what suits the graphs. Returns its length."""
+    rest = prompt[state.cache.length :]
+    piece = rest[next(iter(engine.spans(len(rest), size)))]
+    state.prefill(piece)
+    return len(piece)

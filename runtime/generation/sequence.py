@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.errors import PromptError, SatchelError
+from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.state import Logits, State
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
@@ -65,7 +65,7 @@ class ActiveSequence:
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None if limit else "length"
-        self.error: SatchelError | None = None
+        self.error: Exception | None = None
         self.reused_tokens = 0
         self.timing = Timing()
         self._sampler = choose if isinstance(choose, Sampler) else None
@@ -75,6 +75,7 @@ class ActiveSequence:
         self._stops = StopStrings(options.stop)
         self._repeats = RepeatDetector(options.max_repeats) if options.max_repeats else None
         self._callback = callback
+        self._began = 0.0
         self._deadline: float | None = None
 
     @property
@@ -87,10 +88,15 @@ class ActiveSequence:
         """The prompt and the new tokens; the KV cache holds a prefix of them."""
         return np.concatenate([self.prompt, np.asarray(self.token_ids, np.int64)])
 
-    def begin(self) -> None:
-        """Start the clock of the time limit."""
+    def begin(self, shared: ActiveSequence | None = None) -> None:
+        """Start the clock of the time limit: at the time of `shared`, if its prompt was fed for this one too."""
+        self._began = time.monotonic() if shared is None else shared._began
         if self.options.time_limit is not None:
-            self._deadline = time.monotonic() + self.options.time_limit
+            self._end_at(self._began + self.options.time_limit)
+
+    def end_within(self, seconds: float) -> None:
+        """End with "time" after so many seconds from now, or when an earlier such limit is over."""
+        self._end_at(time.monotonic() + seconds)
 
     def check_time(self) -> None:
         """End with "time" if the time limit is over."""
@@ -113,9 +119,12 @@ class ActiveSequence:
         if self.finish_reason is None:
             self._end(reason)
 
-    def fail(self, error: SatchelError) -> None:
-        """End this with a user-correctable error."""
+    def fail(self, error: Exception) -> None:
+        """End this with an error."""
         self.error, self.finish_reason = error, "error"
+
+    def _end_at(self, deadline: float) -> None:
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
 
     def _take(self, choose: Callable[[], tuple[int, Logits | None]]) -> str:
         shown = len(self.pieces)

