@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.command import Satchel
 
 from satchel.runtime.kernels.library import EXTENSIONS, reason
 
@@ -39,6 +40,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"satchel's own operators, {form}: {ran} tests ran"
             + (f"; {skipped} were skipped: they {reason()}" if skipped else "")
         )
+
+
+@pytest.fixture
+def satchel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Satchel:
+    """`satchel` in the test's own process."""
+    return Satchel(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="session", autouse=True)

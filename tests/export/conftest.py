@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.checkpoints import save_tiny
+from support.command import Said, Satchel
+from support.export_command import in_float, tree
 from support.shared import made_once
 
 from satchel.export import ExportConfig, export_bundle
@@ -32,3 +34,23 @@ def _own_signals() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def export(satchel: Satchel) -> Callable[..., Said]:
+    """`satchel export` of these arguments; see `in_float`."""
+    return lambda *arguments: satchel("export", *in_float(*arguments))
+
+
+@pytest.fixture
+def refused(satchel: Satchel, tmp_path: Path) -> Callable[..., None]:
+    """Checks that an export is refused in one line that holds each of `says`, and changes nothing in the folder."""
+
+    def check(source: str | Path, *options: str | Path, says: tuple[str, ...], output: Path | None = None) -> None:
+        before = tree(tmp_path)
+        said = satchel.refuses("export", *in_float(source, "-o", output or tmp_path / "bundle", *options, "--quiet"))
+        for part in says:
+            assert part in said
+        assert tree(tmp_path) == before
+
+    return check

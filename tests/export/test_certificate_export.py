@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from support.checkpoints import CONTEXT
-from support.export_command import export
+from support.command import Satchel
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.quantize.texts import FEWER_CERTIFICATE_WINDOWS
 from satchel.export.writing import certify as certify_module
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.worker import FLOAT_DECODE_WINDOWS, PROMPTS
 
 
@@ -33,12 +31,6 @@ def certificate(bundle: Path) -> Certificate:
     found = Manifest.read(bundle / "manifest.json").certificate
     assert found is not None
     return found
-
-
-def verify(capsys: pytest.CaptureFixture[str], bundle: Path) -> tuple[int, str]:
-    capsys.readouterr()
-    code = cli.main(["verify", str(bundle), "--threads", "1"])
-    return code, capsys.readouterr().out
 
 
 def test_a_float_bundle_is_certified_to_be_the_model(tiny_bundle: Path) -> None:
@@ -69,22 +61,20 @@ def test_a_text_of_one_s_own_is_measured_on(int8: Path) -> None:
 
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "int8"])
 def test_it_holds_where_it_was_made_and_in_another_folder(
-    bundle: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, bundle: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     made = request.getfixturevalue(bundle)
     shutil.copytree(made, tmp_path / "elsewhere" / "copy")
     for folder in (made, tmp_path / "elsewhere" / "copy"):
-        code, out = verify(capsys, folder)
-        assert (code, out.splitlines()[-1]) == (0, "OK"), out
+        assert satchel("verify", folder, "--threads", 1).out.splitlines()[-1] == "OK"
 
 
-def test_no_certificate_is_none(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--no-certificate", "--json", "--quiet")
-    assert ran.code == 0, ran.err
+def test_no_certificate_is_none(satchel: Satchel, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("-o", tmp_path / "bundle", "--precision", "fp32", "--no-certificate", "--quiet")
+    assert satchel.json("export", tiny_checkpoint, *flags)["kl"] is None
     assert Manifest.read(tmp_path / "bundle" / "manifest.json").certificate is None
-    assert json.loads(ran.out)["kl"] is None
-    assert cli.main(["verify", str(tmp_path / "bundle"), "--threads", "1", "--quiet"]) == 2
-    assert "has no certificate: export it again without --no-certificate" in capsys.readouterr().err
+    said = satchel.refuses("verify", tmp_path / "bundle", "--threads", 1, "--quiet")
+    assert "has no certificate: export it again without --no-certificate" in said
 
 
 def test_a_bundle_that_cannot_be_measured_is_not_published(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.cuda_graphs import CudaGraphs
+from support.dynamic_graphs import DynamicGraphs
 from support.exported import CHUNK, PROMPT, difference, exported
 from support.families import FAMILIES, VOCABULARY, Family, build, by_family, save
 
@@ -57,7 +57,7 @@ def test_the_graphs_give_the_models_logits(name: str, tmp_path: Path, tmp_path_f
     assert without_kernel(folder) == []
     ids, wanted = whole.ids, whole.logits
     assert difference(Engine.open(Bundle(folder, manifest), threads=1).score(ids), wanted) <= TOLERANCE
-    graphs = CudaGraphs(folder, manifest, "prefill", CAPACITY)
+    graphs = DynamicGraphs(folder, manifest, "prefill", CAPACITY)
 
     found, cache = graphs.prefill(ids[:PROMPT], CHUNK)
     assert difference(found["logits"][0, 0], wanted[PROMPT - 1]) <= TOLERANCE
@@ -68,7 +68,7 @@ def test_the_graphs_give_the_models_logits(name: str, tmp_path: Path, tmp_path_f
 
     # Two rows of different lengths, by the prefill graph as on the device and by the decode graph.
     rows = {key: np.concatenate([cache[key], second[key]]) for key in cache}
-    apart = CudaGraphs(folder, manifest, "decode", CAPACITY)
+    apart = DynamicGraphs(folder, manifest, "decode", CAPACITY)
     for step in range(STEPS):
         lengths = [PROMPT + step, 5 + step]
         tokens = [int(ids[length]) for length in lengths]
@@ -88,7 +88,7 @@ def test_greedy_tokens_are_those_of_the_float32_bundle(
     folder, manifest = bundle(FAMILIES["llama"], tmp_path)
     state = whole.engine.new_state(CAPACITY)
     logits = whole.engine.prefill(state, whole.ids[:PROMPT])
-    graphs = CudaGraphs(folder, manifest, "prefill", CAPACITY)
+    graphs = DynamicGraphs(folder, manifest, "prefill", CAPACITY)
     found, cache = graphs.prefill(whole.ids[:PROMPT], CHUNK)
     seen, checked = set(), 0
     for step in range(CAPACITY - PROMPT):
@@ -131,7 +131,7 @@ def test_codes_are_multiplied_by_float_activations(precision: str, cache: str, t
         tmp_path / "cpu", precision=precision, kv_cache=cache, max_context=family.context, certificate=False
     )
     engine = Engine.open(Bundle(config.output, export_bundle(tmp_path / "checkpoint", config)), threads=1)
-    state, graphs = engine.new_state(CAPACITY), CudaGraphs(folder, manifest, "prefill", CAPACITY)
+    state, graphs = engine.new_state(CAPACITY), DynamicGraphs(folder, manifest, "prefill", CAPACITY)
     wanted, (found, past) = engine.prefill(state, ids[:PROMPT]), graphs.prefill(ids[:PROMPT], CHUNK)
     for position in range(PROMPT, len(ids)):
         assert difference(found["logits"][0, 0], wanted) <= NEAR

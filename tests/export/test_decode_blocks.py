@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import pytest
 from support.checkpoints import save_tiny
+from support.command import Satchel
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle import layouts
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize import specialize, trials
@@ -35,7 +35,7 @@ FORMS = {
     "per token": (WIDE, "a8w8", "float"),
     "int8 cache": (WIDE, "int8", "int8"),
 }
-COMMAND = ["--threads", "1", "--quiet"]
+BLOCKS = ("--layout", "groups", "--threads", 1, "--quiet")
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +87,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, stored: float, in_blocks: float) -> N
     monkeypatch.setattr(specialize, "step_seconds", lambda *_: [stored, in_blocks])
 
 
-def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(made: Bundle) -> None:
+def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(satchel: Satchel, made: Bundle) -> None:
     folder = made.folder
     before = files(made)
-    assert cli.main(["specialize", str(folder), "--layout", "groups", *COMMAND]) == 0
+    satchel("specialize", folder, *BLOCKS)
     special = open_bundle(folder)
     assert special.specialized is not None
     assert "decode_blocks" in special.specialized.variants
@@ -104,8 +104,8 @@ def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(made: Bu
         wanted, found = portable.decode(states[0], token).copy(), engine.decode(states[1], token).copy()
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert 1e-5 < error < 0.1, "activations are rounded in blocks, and not left as they are"
-    assert cli.main(["verify", str(folder), "--threads", "1"]) == 0
-    assert cli.main(["specialize", str(folder), "--remove"]) == 0
+    satchel("verify", folder, "--threads", 1)
+    satchel("specialize", folder, "--remove")
     after = files(made)
     after.pop("manifest.json")
     assert after == {name: content for name, content in before.items() if name != "manifest.json"}
@@ -113,17 +113,16 @@ def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(made: Bu
 
 @pytest.mark.parametrize(("in_blocks", "kept"), [(0.94, True), (0.96, False), (1.5, False)])
 def test_the_faster_form_is_kept_and_nothing_of_the_other(
-    bundle: Bundle, in_blocks: float, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, bundle: Bundle, in_blocks: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed(monkeypatch, 1.0, in_blocks)
     before = files(bundle).keys()
-    assert cli.main(["specialize", str(bundle.folder), "--threads", "1"]) == 0
+    said = satchel("specialize", bundle.folder, "--threads", 1).err
     special = open_bundle(bundle.folder).specialized
     assert special is not None
     assert ("decode_blocks" in special.variants) is kept
     assert files(bundle).keys() - before == special.files.keys()
     assert products(open_bundle(bundle.folder), "decode") == {"MatMulNBits" if kept else "DynamicQuantizeMatMul"}
-    said = capsys.readouterr().err
     assert "1000.0 ms with the portable graphs" in said
     assert f"{1e3 * in_blocks:.1f} ms with decode_blocks" in said
 
@@ -145,13 +144,10 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts.np, "repeat", lambda scales, count, axis: -np.tile(scales, (1, count)))
 
 
-def test_blocks_that_are_wrong_are_not_kept(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_that_are_wrong_are_not_kept(satchel: Satchel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt(monkeypatch)
     before = files(bundle)
-    assert cli.main(["specialize", str(bundle.folder), "--layout", "groups", *COMMAND]) == 2
-    assert "differ from the portable ones" in capsys.readouterr().err
+    assert "differ from the portable ones" in satchel("specialize", bundle.folder, *BLOCKS, code=2).err
     assert files(bundle) == before
 
 
@@ -177,12 +173,11 @@ def test_blocks_of_another_shape_are_refused(bundle: Bundle, tmp_path: Path) -> 
 
 
 def test_what_the_certificate_does_not_allow_is_not_kept(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "check_certificate", lambda *_: ["prompt 1: KL 2 where 1 was recorded"])
     before = files(bundle)
-    assert cli.main(["specialize", str(bundle.folder), "--layout", "groups", *COMMAND]) == 2
-    said = capsys.readouterr().err
+    said = satchel("specialize", bundle.folder, *BLOCKS, code=2).err
     assert "decode_blocks is less accurate than the certificate allows (prompt 1: KL 2" in said
     assert "--layout stored" in said
     assert files(bundle) == before

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import onnx
-import pytest
-from support.export_command import export
+from support.command import Satchel
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
@@ -50,13 +48,8 @@ def test_the_same_export_twice_gives_the_same_bytes(tiny_checkpoint: Path, tiny_
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_json_is_one_object_on_one_line(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "fp16", "--json", "--quiet")
-    assert (ran.code, ran.err) == (0, "")
-    assert ran.out.count("\n") == 1
-    found = json.loads(ran.out)
+def test_json_is_one_object_on_one_line(satchel: Satchel, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    found = satchel.json("export", tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "fp16", "--quiet")
     manifest = Manifest.read(tmp_path / "bundle" / MANIFEST_NAME)
     assert (found["bundle"], found["precision"]) == (str(tmp_path / "bundle"), "fp16")
     assert found["parameters"] == manifest.model.parameters

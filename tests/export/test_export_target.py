@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.export_command import export, refused, tree
+from support.command import Said, Satchel
+from support.export_command import tree
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.writing.publish import staged
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
-from satchel.runtime.cli import main as cli
 
 
 def test_a_bundle_that_is_there_is_kept_without_force(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., None], tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    says = (str(target), "already exists", "--force")
-    refused(capsys, tmp_path, tiny_checkpoint, "-o", target, says=says)
+    refused(tiny_checkpoint, output=target, says=(str(target), "already exists", "--force"))
 
 
 def test_force_replaces_a_bundle_whole(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export: Callable[..., Said], tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     (target / "left over").touch()
-    ran = export(capsys, tiny_checkpoint, "-o", target, "--max-context", "64", "--force", "--quiet")
-    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert export(tiny_checkpoint, "-o", target, "--max-context", 64, "--force", "--quiet") == ("", "")
     assert Manifest.read(target / MANIFEST_NAME).model.max_context == 64
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert not (target / "left over").exists()
 
 
 def test_force_does_not_replace_what_is_no_bundle(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder, file = tmp_path / "thesis", tmp_path / "notes"
     folder.mkdir()
@@ -44,15 +43,13 @@ def test_force_does_not_replace_what_is_no_bundle(
     file.write_text("Buy milk")
     for target in (folder, file):
         says = (str(target), "is not a bundle", "choose another place", "--force")
-        refused(capsys, tmp_path, tiny_checkpoint, "-o", target, "--force", says=says)
+        refused(tiny_checkpoint, "--force", output=target, says=says)
 
 
-def test_a_place_below_a_file_is_refused(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_below_a_file_is_refused(refused: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     says = (f"{tmp_path / 'notes'} is not a folder", "choose another place")
-    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "notes" / "bundle", says=says)
+    refused(tiny_checkpoint, output=tmp_path / "notes" / "bundle", says=says)
 
 
 def test_a_bundle_that_fails_its_check_is_not_published(
@@ -72,13 +69,13 @@ def test_a_bundle_that_fails_its_check_is_not_published(
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next_one(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export: Callable[..., Said], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     gone, living = (tmp_path / f".bundle.partial-{pid}" for pid in ((1 << 22) + 1, os.getppid()))
     for folder in (gone, living):
         folder.mkdir()
         (folder / "weights.bin").write_bytes(b"half")
-    assert export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", "--quiet").code == 0
+    export(tiny_checkpoint, "-o", tmp_path / "bundle", "--quiet")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "bundle"])
 
 
@@ -121,12 +118,12 @@ def test_a_bundle_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_bundle_is_not_a_checkpoint(
-    packed: bool, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., None], satchel: Satchel, packed: bool, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     source = tiny_bundle
     if packed:
         source = tmp_path / "bundle.pyz"
-        assert cli.main(["pack", str(tiny_bundle), "-o", str(source)]) == 0
+        satchel("pack", tiny_bundle, "-o", source)
     before = tree(tiny_bundle)
-    refused(capsys, tmp_path, source, "-o", tmp_path / "new", says=(str(source), "already a bundle", "satchel run"))
+    refused(source, output=tmp_path / "new", says=(str(source), "already a bundle", "satchel run"))
     assert tree(tiny_bundle) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.batches import together
+from support.dynamic_graphs import together
 from support.exported import difference, exported
 from support.families import TOLERANCE
 

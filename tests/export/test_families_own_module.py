@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.batches import together
+from support.dynamic_graphs import together
 from support.exported import difference
 from support.families import TOLERANCE
 from support.own_module import CONTEXT, HIDDEN, KEY_DIM, VOCABULARY, OwnModule, plain_attention

@@ -10,13 +10,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from support.command import Satchel
 from support.exported import CHUNK, PROMPT, STEPS, stored_weights
 from support.families import FAMILIES, VOCABULARY, Family, Model, logits_of, reference, save
 from support.own_module import KEY_DIM, OwnModule
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.fidelity import log_softmax
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.ort.session import SessionSettings, _session_options
@@ -195,13 +195,15 @@ def test_the_weight_file_has_the_bits_that_the_precision_says(case: Case) -> Non
 @pytest.mark.parametrize(
     ("name", "precision"), [("llama", "int8"), pytest.param("gpt2", "int4", marks=pytest.mark.slow)]
 )
-def test_the_certificate_holds_and_text_can_be_generated(name: str, precision: str, tmp_path: Path) -> None:
+def test_the_certificate_holds_and_text_can_be_generated(
+    satchel: Satchel, name: str, precision: str, tmp_path: Path
+) -> None:
     checkpoint = save(realistic(name), tmp_path / "checkpoint")
     manifest = export_bundle(checkpoint, ExportConfig(tmp_path / "bundle", precision=precision, max_context=64))
     assert manifest.certificate is not None
     assert 0 < manifest.certificate.prefill.kl_mean <= BOUNDS[precision][0]
     assert 0 < manifest.certificate.decode.kl_mean <= BOUNDS[precision][0]
-    assert cli.main(["verify", str(tmp_path / "bundle"), "--threads", "1"]) == 0
+    satchel("verify", tmp_path / "bundle", "--threads", 1)
 
 
 def test_a_recipe_may_store_queries_and_values_apart_and_leave_a_layer_in_float(tmp_path: Path) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
-import pytest
 import torch
 from support.checkpoints import add_tokenizer, reloaded, tiny_model
-from support.export_command import export, refused
+from support.command import Said
 
 from satchel.runtime import Generator
 
@@ -52,10 +52,9 @@ def infinite(folder: Path) -> list[str]:
     return [name for name, array in zip(names, found, strict=True) if not np.isfinite(array).all()]
 
 
-def test_products_beyond_float16_are_scaled_down_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_products_beyond_float16_are_scaled_down_and_named(export: Callable[..., Said], tmp_path: Path) -> None:
     place = save_loud(tmp_path / "loud", 5e3, 1e-3)
-    ran = export(capsys, place, "-o", tmp_path / "bundle", "--target", "cuda", "--no-certificate")
-    assert ran.code == 0
+    ran = export(place, "-o", tmp_path / "bundle", "--target", "cuda", "--no-certificate")
     (warning,) = [line for line in ran.err.splitlines() if line.startswith("warning")]
     assert "loud: scaled down, as float16 ends at 65504: mul_" in warning
     assert infinite(tmp_path / "bundle") == []
@@ -68,23 +67,11 @@ def test_products_beyond_float16_are_scaled_down_and_named(tmp_path: Path, capsy
 
 
 def test_values_that_a_device_needs_in_float16_are_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., None], tmp_path: Path
 ) -> None:
-    place = save_loud(tmp_path / "loud", 5e3, 1.0)
-    refused(
-        capsys,
-        tmp_path,
-        place,
-        "-o",
-        tmp_path / "bundle",
-        "--target",
-        "cuda",
-        says=("float16", "65504", "--target cpu"),
-    )
+    refused(save_loud(tmp_path / "loud", 5e3, 1.0), "--target", "cuda", says=("float16", "65504", "--target cpu"))
 
 
-def test_a_model_of_usual_size_has_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_usual_size_has_no_warning(export: Callable[..., Said], tmp_path: Path) -> None:
     place = save_loud(tmp_path / "quiet", 1.0, 1.0)
-    ran = export(capsys, place, "-o", tmp_path / "bundle", "--target", "cuda", "--no-certificate")
-    assert ran.code == 0
-    assert "65504" not in ran.err
+    assert "65504" not in export(place, "-o", tmp_path / "bundle", "--target", "cuda", "--no-certificate").err

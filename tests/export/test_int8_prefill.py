@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import pytest
 from support.checkpoints import save_tiny
+from support.command import Satchel
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle import layouts
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize.derived import make_weights
@@ -36,10 +36,10 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return open_bundle(folder / "bundle")
 
 
-def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: Bundle) -> None:
+def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(satchel: Satchel, bundle: Bundle) -> None:
     folder = bundle.folder
     before = sorted(path.name for path in folder.iterdir())
-    assert cli.main(["specialize", str(folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 0
+    satchel("specialize", folder, "--layout", "int8", "--threads", 1, "--quiet")
     special = open_bundle(folder)
     assert special.specialized is not None
     assert special.specialized.variant("prefill") == "prefill_int8"
@@ -53,19 +53,17 @@ def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(bundle: 
     wanted, found = (e.prefill(e.new_state(32), IDS).copy() for e in (portable, engine))
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert 1e-4 < error < 0.2, "int8 rounds a little, and not nothing"
-    assert cli.main(["verify", str(folder), "--threads", "1"]) == 0
-    assert cli.main(["specialize", str(folder), "--remove"]) == 0
+    satchel("verify", folder, "--threads", 1)
+    satchel("specialize", folder, "--remove")
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_weights_that_are_wrong_are_not_kept(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_wrong_are_not_kept(satchel: Satchel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     rint = np.rint
     monkeypatch.setattr(layouts.np, "rint", lambda values: -rint(values))
     before = {path.name: path.read_bytes() for path in bundle.folder.iterdir()}
-    assert cli.main(["specialize", str(bundle.folder), "--layout", "int8", "--threads", "1", "--quiet"]) == 2
-    assert "differ from the portable ones" in capsys.readouterr().err
+    said = satchel("specialize", bundle.folder, "--layout", "int8", "--threads", 1, "--quiet", code=2).err
+    assert "differ from the portable ones" in said
     assert {path.name: path.read_bytes() for path in bundle.folder.iterdir()} == before
 
 

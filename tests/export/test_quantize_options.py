@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import save_tiny
-from support.export_command import export, refused
+from support.command import Said
 from support.tiny_bundle import read_manifest
 
 from satchel.export import ExportConfig, ExportError
@@ -102,19 +102,18 @@ def short(folder: Path) -> Path:
 @pytest.mark.usefixtures("_not_traced")
 @pytest.mark.parametrize("case", CASES)
 def test_a_wrong_option_is_one_line(
-    case: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., None], case: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     options, says = CASES[case]
-    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "bundle", *options(tmp_path), says=says)
+    refused(tiny_checkpoint, *options(tmp_path), says=says)
 
 
 @pytest.mark.usefixtures("_not_traced")
 @pytest.mark.parametrize("option", ["--calibrate", "--eval-text"])
-def test_a_text_needs_a_tokenizer(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_needs_a_tokenizer(refused: Callable[..., None], option: str, tmp_path: Path) -> None:
     source, text = save_tiny(tmp_path / "mute"), tmp_path / "text.txt"
     text.write_text("words " * 5000)
-    arguments = (source, "-o", tmp_path / "bundle", "--precision", "int4", option, text)
-    refused(capsys, tmp_path, *arguments, says=(option, "mute has no tokenizer", "--tokenizer"))
+    refused(source, "--precision", "int4", option, text, says=(option, "mute has no tokenizer", "--tokenizer"))
 
 
 @pytest.mark.parametrize(
@@ -158,13 +157,9 @@ def test_a_recipe_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         load_recipe(tmp_path / "mine.toml")
 
 
-def test_a_recipe_by_its_name_is_taken(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recipe_by_its_name_is_taken(export: Callable[..., Said], tiny_checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--precision", "int4", "--recipe", "a16w8", "--no-certificate", "--json", "--quiet")
-    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "bundle", *arguments)
-    assert ran.code == 0, ran.err
-    facts = json.loads(ran.out)
+    facts = json.loads(export(tiny_checkpoint, "-o", tmp_path / "bundle", *arguments).out)
     assert (facts["precision"], facts["kl"]) == ("int4", None)
     assert 8 < facts["bits_per_weight"] < 9.5
     assert read_manifest(tmp_path / "bundle")["precision"] == "int4"

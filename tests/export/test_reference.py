@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import GGUF_ARCHITECTURES, gguf_metadata, save_tiny, tiny_model, to_gguf, write_gguf
+from support.command import Satchel
 from support.own_module import OwnModule
 from support.own_module import plain_attention as protocol_attention
 
 from satchel.export import ExportError
 from satchel.export.reference import open_reference, plain_attention
-from satchel.runtime.cli import main as cli
 
 IDS = np.random.default_rng(4).integers(3, 60, 24)
 
@@ -94,15 +93,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         open_reference(f"{tmp_path}/missing.py:build")
 
 
-def test_an_export_is_close_to_its_checkpoint(
-    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def evaluation(tiny_bundle: Path, tmp_path: Path) -> tuple[object, ...]:
+    """`satchel eval` of the tiny bundle on a little text."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and looked at the other cat. " * 3)
-    small = ["--windows", "2", "--window-tokens", "40", "--skip", "8", "--json"]
-    code = cli.main(["eval", str(tiny_bundle), "--text", str(text), "--reference", str(tiny_checkpoint), *small])
-    found = json.loads(capsys.readouterr().out)
-    assert code == 0
+    return ("eval", tiny_bundle, "--text", text, "--windows", 2, "--window-tokens", 40, "--skip", 8)
+
+
+def test_an_export_is_close_to_its_checkpoint(
+    satchel: Satchel, evaluation: tuple[object, ...], tiny_checkpoint: Path
+) -> None:
+    found = satchel.json(*evaluation, "--reference", tiny_checkpoint, "--quiet")
     for phase in ("prefill", "decode"):
         assert found[phase]["kl_mean"] < 1e-8
         assert found[phase]["top1"] == 1
@@ -110,16 +112,10 @@ def test_an_export_is_close_to_its_checkpoint(
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, evaluation: tuple[object, ...], tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat and looked at the other cat. " * 3)
-    other = save_tiny(tmp_path / "other", vocab_size=500)
-    small = ["--windows", "2", "--window-tokens", "40", "--skip", "8"]
-    code = cli.main(["eval", str(tiny_bundle), "--text", str(text), "--reference", str(other), *small])
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    assert "the reference's logits are [40, 500] where the bundle's are [40, 448]" in err
+    said = satchel.refuses(*evaluation, "--reference", save_tiny(tmp_path / "other", vocab_size=500), "--quiet")
+    assert "the reference's logits are [40, 500] where the bundle's are [40, 448]" in said
 
 
 def test_half_precision_weights_are_computed_in_float32(tmp_path: Path) -> None:

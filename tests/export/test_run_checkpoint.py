@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.command import Satchel
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.util import requirements
 from satchel.runtime.util.child_path import python_path
 
@@ -30,22 +30,19 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_checkpoint, tmp_path / "tiny checkpoint")
 
 
-def test_a_checkpoint_is_exported_once(checkpoint: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["run", str(checkpoint), "cat", "--raw", "--max-new-tokens", "2", "--threads", "1"]
-    assert cli.main(command) == 0
-    first = capsys.readouterr()
+def test_a_checkpoint_is_exported_once(satchel: Satchel, checkpoint: Path, cache: Path) -> None:
+    command = ("run", checkpoint, "cat", "--raw", "--max-new-tokens", 2, "--threads", 1)
+    first = satchel(*command)
     [bundle] = cache.iterdir()
     assert str(bundle) in first.err
     assert (bundle / "manifest.json").is_file()
-    assert cli.main(command) == 0
-    second = capsys.readouterr()
+    second = satchel(*command)
     assert second.out == first.out
     assert "exporting" not in second.err
     os.utime(checkpoint / "config.json", (1, 1))  # another file, for all that is known
     [weights] = checkpoint.glob("*.safetensors")
     weights.write_bytes(b"damaged")
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([*command, "--quiet"])
+    satchel(*command, "--quiet", code=2)
     assert list(cache.iterdir()) == [bundle]
 
 
@@ -66,9 +63,8 @@ def test_an_interrupt_leaves_nothing(checkpoint: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("command", ["run", "chat"])
 def test_without_the_extra_the_message_has_the_command(
-    command: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, command: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = [each for each in requirements.requirements() if each.extra == "export"]
     monkeypatch.setattr(requirements, "missing", lambda extra: needed)
-    assert cli.main([command, str(checkpoint), "cat"]) == 2
-    assert "pip install" in capsys.readouterr().err
+    assert "pip install" in satchel.refuses(command, checkpoint, "cat")

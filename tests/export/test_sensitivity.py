@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import CONTEXT, add_tokenizer, tiny_model
-from support.export_command import Ran, tree
+from support.command import Satchel
+from support.export_command import tree
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.find_sensitive import Search, find_sensitive
@@ -92,12 +93,6 @@ def found(wide: Path, recipe: Path) -> Written:
     return Written(json.loads(out.getvalue()), path)
 
 
-def sensitivity(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
-    capsys.readouterr()
-    code = cli.main(["sensitivity", *map(str, arguments), "--quiet"])
-    return Ran(code, *capsys.readouterr())
-
-
 def test_every_product_is_tried_and_the_sensitive_one_loses_most(found: Written) -> None:
     assert [len(layer["layers"]) for layer in found.layers] == [3, 1, 2, 1] * 2
     assert found.layers[0]["layers"] == [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
@@ -143,15 +138,10 @@ def test_without_a_budget_it_only_measures(wide: Path, recipe: Path) -> None:
     assert parse_recipe(result.recipe, "mine") == load_recipe(recipe)
 
 
-def test_too_few_bits_are_an_error(
-    wide: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_bits_are_an_error(satchel: Satchel, wide: Path, recipe: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
-    arguments = (wide, "--recipe", recipe, "--windows", "1", "--bits", "4.2", "-o", tmp_path / "mixed.toml")
-    ran = sensitivity(capsys, *arguments)
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("satchel: error: --bits 4.2: ")
-    assert ran.err.count("\n") == 1
+    flags = ("--recipe", recipe, "--windows", 1, "--bits", 4.2, "-o", tmp_path / "mixed.toml", "--quiet")
+    assert satchel.refuses("sensitivity", wide, *flags).startswith("--bits 4.2: ")
     assert tree(tmp_path) == before
 
 
@@ -168,21 +158,15 @@ def test_too_few_bits_are_an_error(
         (("--precision", "int8"), "recipe int8: "),
     ],
 )
-def test_a_wrong_option_is_one_line(
-    arguments: tuple[str, ...], message: str, wide: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran = sensitivity(capsys, wide, *arguments)
-    assert (ran.code, ran.out) == (2, "")
-    assert message in ran.err
-    assert ran.err.count("\n") == 1
+def test_a_wrong_option_is_one_line(satchel: Satchel, arguments: tuple[str, ...], message: str, wide: Path) -> None:
+    assert message in satchel.refuses("sensitivity", wide, *arguments, "--quiet")
 
 
-def test_a_recipe_that_is_there_is_kept(wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_is_there_is_kept(satchel: Satchel, wide: Path, tmp_path: Path) -> None:
     (tmp_path / "mixed.toml").write_text("mine")
-    ran = sensitivity(capsys, wide, "--bits", "7", "-o", tmp_path / "mixed.toml")
-    assert ran.code == 2
-    assert "mixed.toml already exists" in ran.err
-    assert "--force" in ran.err
+    said = satchel.refuses("sensitivity", wide, "--bits", 7, "-o", tmp_path / "mixed.toml", "--quiet")
+    assert "mixed.toml already exists" in said
+    assert "--force" in said
     assert (tmp_path / "mixed.toml").read_text() == "mine"
 
 

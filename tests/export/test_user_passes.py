@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from support.command import Said, Satchel
 from support.custom_ops import DOMAIN, LIBRARY, halve_logits, split_signs
-from support.export_command import export, refused
 from support.genai import by_genai, by_satchel
 
 from satchel.export import ExportConfig, export_bundle
@@ -95,14 +97,13 @@ def test_another_runner_gets_graphs_that_need_no_library(
 
 
 def test_a_certificate_is_of_the_graphs_with_the_passes(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export: Callable[..., Said], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """By a pass in a file, and a library named on the command line."""
     mine = tmp_path / "mine.py"
     mine.write_text("from support.custom_ops import halve_logits, split_signs\n")
     flags = ("--pass", f"{mine}:halve_logits", "--pass", f"{mine}:split_signs", "--custom-ops", LIBRARY)
-    ran = export(capsys, tiny_checkpoint, "-o", tmp_path / "out", *flags, "--json", "--quiet")
-    assert ran.code == 0, ran.err
+    export(tiny_checkpoint, "-o", tmp_path / "out", *flags, "--quiet")
     manifest = Manifest.read(tmp_path / "out" / "manifest.json")
     assert manifest.certificate is not None
     assert manifest.certificate.prefill.kl_mean is not None
@@ -141,11 +142,9 @@ NOT_FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", NOT_FOUND)
-def test_what_is_no_pass_is_refused(
-    case: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_pass_is_refused(refused: Callable[..., None], case: str, tiny_checkpoint: Path) -> None:
     given, says = NOT_FOUND[case]
-    refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "out", "--pass", given, says=says)
+    refused(tiny_checkpoint, "--pass", given, says=says)
 
 
 FIRST = "node = next(n for n in model.graph if n.op_type == 'MatMul')\n    "
@@ -184,17 +183,16 @@ BROKEN: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_pass_that_fails_is_named_in_one_line(
-    case: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., None], case: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, says = BROKEN[case]
     mine = tmp_path / "mine.py"
     mine.write_text(HEAD + code)
-    (tmp_path / "here").mkdir()
-    place = tmp_path / "here"
-    refused(capsys, place, tiny_checkpoint, "-o", place / "out", "--pass", f"{mine}:f", "--no-certificate", says=says)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    refused(tiny_checkpoint, "--pass", f"{mine}:f", "--no-certificate", says=says)
 
 
-def test_libraries_are_refused(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_are_refused(refused: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.so"
     text.write_text("not a library")
     mine = ("--pass", "support.custom_ops:halve_logits")
@@ -203,20 +201,15 @@ def test_libraries_are_refused(tiny_checkpoint: Path, tmp_path: Path, capsys: py
         ((*mine, "--custom-ops", tmp_path / "nowhere.so"), ("nowhere.so: cannot be read (No such file",)),
         ((*mine, "--custom-ops", text), ("text.so", "shared library")),
     ):
-        refused(capsys, tmp_path, tiny_checkpoint, "-o", tmp_path / "out", *flags, says=says)
+        refused(tiny_checkpoint, *flags, says=says)
 
 
 def test_a_bundle_with_operators_is_specialized_with_its_library(
-    custom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, custom: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
-    from satchel.runtime.cli import main as cli
-
     bundle = shutil.copytree(custom, tmp_path / "bundle")
-    assert cli.main(["specialize", str(bundle), "--quiet"]) == 2
-    assert "give --custom-ops" in capsys.readouterr().err
-    assert cli.main(["specialize", str(bundle), "--quiet", "--custom-ops", str(LIBRARY)]) == 0
+    assert "give --custom-ops" in satchel("specialize", bundle, "--quiet", code=2).err
+    satchel("specialize", bundle, "--quiet", "--custom-ops", LIBRARY)
     manifest = Manifest.read(bundle / "manifest.json")
     assert manifest.specialized is not None
     assert manifest.plain is not None
@@ -224,7 +217,7 @@ def test_a_bundle_with_operators_is_specialized_with_its_library(
     assert opened.specialized is not None
     found = Engine.open(opened, threads=1).score(IDS)
     np.testing.assert_allclose(found, score(custom, Custom((LIBRARY,))), rtol=1e-4, atol=1e-5)
-    assert cli.main(["specialize", str(bundle), "--quiet", "--remove"]) == 0
+    satchel("specialize", bundle, "--quiet", "--remove")
     assert json.loads((bundle / "manifest.json").read_text()) == json.loads((custom / "manifest.json").read_text())
 
 

@@ -53,7 +53,7 @@ def prepare(folder: Path) -> Path:
 
     from satchel.runtime.bundle.signature import new_key_pair
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "SATCHEL_SPECIALIZE": "off"}  # no process works on after a child
     new_key_pair(folder / "key")
     return write_chat_bundle(folder / "good")
 

@@ -83,7 +83,8 @@ def test_the_fused_rotation_is_the_published_one(kind: str) -> None:
     found = run(fired(fuse_rotary, rotation(kind), 1).model, FEEDS)["y"]
     for row in range(BATCH):
         place = FEEDS["p"][row]
-        wanted = rotated(FEEDS["x"][row], cos[place], sin[place], kind == "pairs")
+        halves = (slice(None), slice(None, None, 2) if kind == "pairs" else slice(WIDTH // 2))
+        wanted = rotated(FEEDS["x"][row], cos[place][halves], sin[place][halves], kind == "pairs")
         np.testing.assert_allclose(found[row], wanted, rtol=1e-5, atol=1e-6)
 
 

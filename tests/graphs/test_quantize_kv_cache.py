@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.attention_graphs import BATCH, TOTAL, Cached, Layer
-from support.graphs import fired, rotated, rotation_tables, tag, the, untouched
+from support.graphs import fired, rotated, tag, the, untouched
 
 from satchel.graphs.ir.contract import GraphPass
 from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
@@ -117,11 +117,8 @@ def turned(layer: Layer, tokens: dict[str, np.ndarray], part: str) -> np.ndarray
     if not layer.rotary:
         return tokens[part]
     heads, width = layer.sizes()[part]
-    cos, sin = rotation_tables(7, 17, layer.rotary)
-    if layer.pairs:
-        cos, sin = (t[:, : layer.rotary // 2].repeat(2, 1) for t in (cos, sin))
     spread = tokens[part][0].reshape(TOTAL, heads, width).swapaxes(0, 1)
-    moved = rotated(spread, cos[:TOTAL], sin[:TOTAL], layer.pairs).astype(np.float32)
+    moved = rotated(spread, *layer.tables().values(), layer.pairs).astype(np.float32)
     return moved.swapaxes(0, 1).reshape(1, TOTAL, heads * width)
 
 

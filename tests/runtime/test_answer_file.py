@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.command import Satchel
 from support.jsonl_work import Work, by_id
 from support.tiny_bundle import write_bundle
 
@@ -20,19 +21,18 @@ from satchel.runtime.cli.answer_file import AnswerFile
 from satchel.runtime.cli.prompt_lines import read_lines
 from satchel.runtime.generation.generator import Generator
 
-Capture = pytest.CaptureFixture[str]
 PATIENCE = 60  # seconds
 
 
 @pytest.fixture
-def work(tiny: Path, tmp_path: Path) -> Work:
-    return Work(tiny, tmp_path)
+def work(satchel: Satchel, tiny: Path, tmp_path: Path) -> Work:
+    return Work(satchel, tiny, tmp_path)
 
 
 @pytest.fixture
-def slow(long_bundle: Path, tmp_path: Path) -> Work:
+def slow(satchel: Satchel, long_bundle: Path, tmp_path: Path) -> Work:
     """Work of ten answers, one of them an error, that takes some seconds, two at a time."""
-    work = Work(long_bundle, tmp_path)
+    work = Work(satchel, long_bundle, tmp_path)
     work.write(*({"prompt": "the cat sat " + "again " * n, "max_new_tokens": 900 + 40 * n} for n in range(9)), b"{")
     return work
 
@@ -43,16 +43,15 @@ def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(long_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Work], set[str]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Work], set[str]]:
     """What a run of that work gives when nothing happens to it."""
     found: set[str] = set()
 
     def lines(work: Work) -> set[str]:
         if not found:
-            other = Work(long_bundle, tmp_path_factory.mktemp("undisturbed"))
-            other.input = work.input
-            assert other.run("--batch", 2, "--quiet") == 1
-            found.update(other.output.read_text("utf-8").splitlines())
+            output = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
+            work.run("--batch", 2, "--quiet", "--output", output, code=1)
+            found.update(output.read_text("utf-8").splitlines())
         return found
 
     return lines
@@ -65,49 +64,41 @@ def wait_for_rows(path: Path, count: int) -> None:
         time.sleep(0.001)
 
 
-def test_what_is_done_is_not_run_again(work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_not_run_again(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     line = {"prompt": "the", "max_new_tokens": 1}
     work.write(line, line, b"{", line)
-    assert work.run() == 1
+    work.run(code=1)
     whole = work.output.read_bytes()
-    capsys.readouterr()
     lines = whole.splitlines(keepends=True)
     work.output.write_bytes(b"".join(lines[:2]) + lines[2][:-9])
-    assert work.run() == 1
-    assert capsys.readouterr().err.startswith("resuming: 2 of 4 prompts are answered\n2 prompts of ")
+    assert work.run(code=1).startswith("resuming: 2 of 4 prompts are answered\n2 prompts of ")
     assert sorted(work.output.read_bytes().splitlines()) == sorted(whole.splitlines())
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "open", None)  # no generator is opened if there is nothing to do
-        assert work.run() == 1
         failed = f'satchel: 1 of 4 prompts failed: see "error" in the rows of {work.output}\n'
-        assert capsys.readouterr().err == f"all 4 prompts are answered already\n{failed}"
-        assert work.run("--quiet") == 1
-    assert capsys.readouterr().err == failed
+        assert work.run(code=1) == f"all 4 prompts are answered already\n{failed}"
+        assert work.run("--quiet", code=1) == failed
     work.write(line, line, b"", line)
     work.output.write_bytes(b"".join(row for row in lines if b"error" not in row))
-    assert work.run("--quiet") == 0
-    assert capsys.readouterr().err == ""
+    assert work.run("--quiet") == ""
 
 
 def test_only_rows_that_answer_another_request_are_computed_again(
-    work: Work, generator: Generator, tmp_path: Path, capsys: Capture
+    work: Work, generator: Generator, tmp_path: Path
 ) -> None:
     """A prompt, an option of a line or of the command, an error, the context and the bundle: each makes rows stale."""
 
     def changed(stale: int, *flags: object, code: int = 0) -> None:
         before = by_id(work.rows())
-        capsys.readouterr()
-        assert work.run(*flags) == code
-        err = capsys.readouterr().err
-        assert (f"{stale} answers in {work.output}" in err) == bool(stale)
+        assert (f"{stale} answers in {work.output}" in work.run(*flags, code=code)) == bool(stale)
         rows = by_id(work.rows())
         assert sum(before[id] != row for id, row in rows.items()) == stale
-        assert work.run("--quiet", *flags) == code
+        work.run("--quiet", *flags, code=code)
         assert by_id(work.rows()) == rows
 
     line = {"prompt": "the", "max_new_tokens": 2}
     work.write(line, {"prompt": "cat"}, b"{", {"prompt": "dog", "max_new_tokens": 3})
-    assert work.run("-n", 4) == 1
+    work.run("-n", 4, code=1)
     work.output.chmod(0o640)
     changed(0, "-n", 4, code=1)
     work.write({**line, "prompt": "a"}, {"prompt": "cat"}, b"{", {"prompt": "dog", "max_new_tokens": 3})
@@ -123,15 +114,12 @@ def test_only_rows_that_answer_another_request_are_computed_again(
     assert not list(tmp_path.glob(".satchel-*"))
 
 
-def test_stale_rows_stay_where_the_file_cannot_be_replaced(
-    work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stale_rows_stay_where_the_file_cannot_be_replaced(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     work.write({"prompt": "the"}, {"prompt": "cat"})
-    assert work.run("-n", 2) == 0
+    work.run("-n", 2)
     content = work.output.read_bytes()
     monkeypatch.setattr(answer_file.os, "fsync", full)
-    assert work.run("-n", 3) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert "No space left on device" in work.run("-n", 3, code=2)
     assert work.output.read_bytes() == content
     assert list(work.output.parent.glob(".satchel-*")) == []
 
@@ -139,7 +127,7 @@ def test_stale_rows_stay_where_the_file_cannot_be_replaced(
 def test_a_file_that_is_torn_anywhere_keeps_its_whole_rows(work: Work) -> None:
     line = {"prompt": "the cat", "max_new_tokens": 3}
     work.write({**line, "id": "猫"}, line, b"{")
-    assert work.run("--quiet") == 1
+    work.run("--quiet", code=1)
     content, lines = work.output.read_bytes(), read_lines(work.input.read_bytes())
     requests = {row["id"]: row["request"] for row in work.rows()}
     digests = {line.number: requests[line.id] for line in lines}
@@ -171,25 +159,21 @@ FOREIGN: list[tuple[str, int, str]] = [
 
 
 @pytest.mark.parametrize(("content", "place", "fact"), FOREIGN)
-def test_a_file_with_other_rows_is_refused_and_stays(
-    work: Work, capsys: Capture, content: str, place: int, fact: str
-) -> None:
+def test_a_file_with_other_rows_is_refused_and_stays(work: Work, content: str, place: int, fact: str) -> None:
     work.write({"prompt": "the"}, {"prompt": "cat"})
     work.output.write_text(content, "utf-8", "surrogateescape")
-    assert work.run() == 2
-    err = capsys.readouterr().err
+    err = work.run(code=2)
     assert err.startswith(f"satchel: error: --output {work.output}: line {place}: ")
     assert fact in err
     assert err.count("\n") == 1
     assert work.output.read_text("utf-8", "surrogateescape") == content
 
 
-def test_two_runs_do_not_write_to_one_file(work: Work, capsys: Capture) -> None:
+def test_two_runs_do_not_write_to_one_file(work: Work) -> None:
     work.write({"prompt": "the"})
     with AnswerFile(work.output, read_lines(work.input.read_bytes()), {1: ""}):
-        assert work.run() == 2
-    assert "another run is writing to it" in capsys.readouterr().err
-    assert work.run("--quiet") == 0
+        assert "another run is writing to it" in work.run(code=2)
+    work.run("--quiet")
 
 
 def test_a_run_that_is_killed_goes_on_and_loses_and_repeats_nothing(
@@ -202,7 +186,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_and_repeats_nothing(
             process.kill()
         assert process.returncode == -signal.SIGKILL
     assert 7 <= slow.output.read_bytes().count(b"\n") < 10
-    assert slow.run("--batch", 2, "--quiet") == 1
+    slow.run("--batch", 2, "--quiet", code=1)
     lines = slow.output.read_text("utf-8").splitlines()
     assert (len(lines), set(lines)) == (10, whole)
 
@@ -217,7 +201,7 @@ def test_an_interrupt_leaves_a_file_to_go_on_with(slow: Work, undisturbed: Calla
     content = slow.output.read_text("utf-8")
     assert content.endswith("\n")
     assert set(content.splitlines()) < whole
-    assert slow.run("--batch", 2, "--quiet") == 1
+    slow.run("--batch", 2, "--quiet", code=1)
     assert set(slow.output.read_text("utf-8").splitlines()) == whole
 
 
@@ -235,7 +219,7 @@ def test_a_disk_that_fills_keeps_the_whole_rows(work: Work) -> None:
     assert err.count(b"\n") == 1
     assert 0 < kept < 8
     assert content.endswith(b"\n")
-    assert work.run("--quiet") == 0
+    work.run("--quiet")
     assert work.output.read_bytes().startswith(content)
     assert sorted(by_id(work.rows())) == list(range(1, 9))
 
@@ -244,7 +228,7 @@ def full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_part_of_a_row_is_cut_off_again(work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_row_is_cut_off_again(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     work.write(*[{"prompt": "the", "max_new_tokens": 1}] * 3)
     write, calls = os.write, []
 
@@ -254,18 +238,14 @@ def test_a_part_of_a_row_is_cut_off_again(work: Work, capsys: Capture, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(answer_file.os, "write", writing)
-        assert work.run() == 2
-    assert "cannot be written (No space left on device): " in capsys.readouterr().err
+        assert "cannot be written (No space left on device): " in work.run(code=2)
     content = work.output.read_bytes()
     assert content == b"" or content.endswith(b"\n")
-    assert work.run("--quiet") == 0
+    work.run("--quiet")
     assert sorted(by_id(work.rows())) == [1, 2, 3]
 
 
-def test_a_disk_that_says_at_the_end_that_it_is_full_is_heard(
-    work: Work, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_says_at_the_end_that_it_is_full_is_heard(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     work.write({"prompt": "the", "max_new_tokens": 1})
     monkeypatch.setattr(answer_file.os, "fsync", full)
-    assert work.run("--quiet") == 2
-    assert "cannot be written (No space left on device): 1 of 1 answers" in capsys.readouterr().err
+    assert "cannot be written (No space left on device): 1 of 1 answers" in work.run("--quiet", code=2)

@@ -8,22 +8,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.command import Satchel
 from support.jsonl_work import COMMAND, Row, Work, by_id
 
 from satchel.runtime.cli.prompt_lines import read_lines
 from satchel.runtime.generation.generator import Generator
 
-Capture = pytest.CaptureFixture[str]
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 PATIENCE = 60  # seconds
 
 
 @pytest.fixture
-def work(tiny: Path, tmp_path: Path) -> Work:
-    return Work(tiny, tmp_path)
+def work(satchel: Satchel, tiny: Path, tmp_path: Path) -> Work:
+    return Work(satchel, tiny, tmp_path)
 
 
-def test_each_answer_is_what_its_line_gives_alone(work: Work, generator: Generator, capsys: Capture) -> None:
+def test_each_answer_is_what_its_line_gives_alone(work: Work, generator: Generator) -> None:
     lines: list[Row] = [
         {"id": "short", "prompt": "the"},
         {"id": 7, "prompt": "the quick brown fox jumps over the lazy dog again and again", "max_new_tokens": 3},
@@ -33,7 +33,7 @@ def test_each_answer_is_what_its_line_gives_alone(work: Work, generator: Generat
         {"prompt": "the dog", "max_new_tokens": 0},
     ]
     work.write(*lines)
-    assert work.run("--batch", 3, "--max-new-tokens", 12) == 0
+    said = work.run("--batch", 3, "--max-new-tokens", 12)
     found = by_id(work.rows())
     assert list(found) != [line.get("id", number) for number, line in enumerate(lines, start=1)]  # as they end
     for number, line in enumerate(lines, start=1):
@@ -48,13 +48,13 @@ def test_each_answer_is_what_its_line_gives_alone(work: Work, generator: Generat
             "new_tokens": alone.new_tokens,
             "request": found[line.get("id", number)]["request"],
         }
-    assert capsys.readouterr().err.startswith("6 prompts of ")
+    assert said.startswith("6 prompts of ")
 
 
 def test_options_of_a_line_go_before_those_of_the_command(work: Work, generator: Generator) -> None:
     work.write({"prompt": "the"}, {"prompt": "the", "seed": 4}, {"prompt": "the", "temperature": 0})
     flags = ("--temperature", 1.5, "--seed", 3, "--top-k", 50, "--max-new-tokens", 8)
-    assert work.run(*flags) == 0
+    work.run(*flags)
     found, sampling = by_id(work.rows()), {"temperature": 1.5, "top_k": 50, "max_new_tokens": 8}
     assert found[1]["text"] == generator.generate("the", seed=3, **sampling).text
     assert found[2]["text"] == generator.generate("the", seed=4, **sampling).text
@@ -64,7 +64,7 @@ def test_options_of_a_line_go_before_those_of_the_command(work: Work, generator:
 
 def test_log_probabilities_come_where_they_were_asked_for(work: Work, generator: Generator) -> None:
     work.write({"prompt": "the"}, {"prompt": "the", "logprobs": 2})
-    assert work.run("--max-new-tokens", 3) == 0
+    work.run("--max-new-tokens", 3)
     rows = by_id(work.rows())
     plain, asked = rows[1], rows[2]
     assert "logprobs" not in plain
@@ -73,7 +73,7 @@ def test_log_probabilities_come_where_they_were_asked_for(work: Work, generator:
         assert entry["logprob"] == pytest.approx(there.logprob, abs=1e-4)
         assert [likely["id"] for likely in entry["top"]] == [token for token, _ in there.top]
     work.output.unlink()
-    assert work.run("--max-new-tokens", 3, "--logprobs", 0) == 0
+    work.run("--max-new-tokens", 3, "--logprobs", 0)
     assert all("logprobs" in row for row in work.rows())
 
 
@@ -114,10 +114,10 @@ WRONG: list[tuple[object, str]] = [
 ]
 
 
-def test_a_wrong_line_becomes_an_error_row_and_the_rest_is_done(work: Work, capsys: Capture) -> None:
+def test_a_wrong_line_becomes_an_error_row_and_the_rest_is_done(work: Work) -> None:
     good = {"prompt": "the cat", "max_new_tokens": 2}
     work.write(good, b"  ", *(line for line, _ in WRONG), b"", {**good, "id": "last"})
-    assert work.run() == 1
+    said = work.run(code=1).splitlines()
     rows = by_id(work.rows())
     assert len(rows) == len(WRONG) + 2
     for number, (line, message) in enumerate(WRONG, start=3):
@@ -126,23 +126,21 @@ def test_a_wrong_line_becomes_an_error_row_and_the_rest_is_done(work: Work, caps
         # What the options say is theirs: a quote more or less is not counted.
         assert rows[number]["error"].replace("'", "").startswith(f"line {number}: {message}".replace("'", "")), line
     assert rows[1]["text"] == rows["last"]["text"] != ""
-    err = capsys.readouterr().err.splitlines()
-    assert err[-1] == (
-        f'satchel: {len(WRONG)} of {len(WRONG) + 2} prompts failed: see "error" in the rows of {work.output}'
-    )
+    assert said[-1].startswith(f"satchel: {len(WRONG)} of {len(WRONG) + 2} prompts failed: ")
+    assert said[-1].endswith(str(work.output))
 
 
 def test_the_same_id_is_refused_from_the_second_time_on(work: Work) -> None:
     a = {"prompt": "a", "max_new_tokens": 1}
     work.write({**a, "id": "x"}, {**a, "id": 3}, a, {**a, "id": "x"}, {**a, "id": "3"}, {"id": "x"})
-    assert work.run("--quiet") == 1
+    work.run("--quiet", code=1)
     rows = work.rows()
     assert sorted(str(row["id"]) for row in rows if "text" in row) == ["3", "3", "x"]
     errors = sorted(row["error"] for row in rows if "error" in row)
     facts = ("line 3: id 3: line 2", "line 4: id 'x': line 1", "line 6: has neither")
     assert all(error.startswith(fact) for error, fact in zip(errors, facts, strict=True))
     before = work.output.read_bytes()
-    assert work.run("--quiet") == 1
+    work.run("--quiet", code=1)
     assert work.output.read_bytes() == before
 
 
@@ -155,13 +153,13 @@ def test_lines_of_other_systems_and_of_great_length_are_read() -> None:
     assert read_lines(b"") == read_lines(b"\n \n") == []
 
 
-def test_prompts_and_messages_go_through_the_chat_template(chatty: Path, tmp_path: Path) -> None:
+def test_prompts_and_messages_go_through_the_chat_template(satchel: Satchel, chatty: Path, tmp_path: Path) -> None:
     """Flags and a line's own "raw" feed a prompt as it is; answers in the template have the defaults of a chat."""
-    work, prompt = Work(chatty, tmp_path), {"prompt": "hi"}
+    work, prompt = Work(satchel, chatty, tmp_path), {"prompt": "hi"}
     tools = [{"type": "function"}]
     merry = {**CHAT, "tools": tools, "arguments": {"mood": "merry "}}
     work.write(prompt, CHAT, {**prompt, "raw": True}, merry, {"messages": []}, {"prompt": "forbidden"})
-    assert work.run("-n", 4) == 1
+    work.run("-n", 4, code=1)
     rows = by_id(work.rows())
     generator = Generator.open(chatty, threads=1)
     expected = generator.generate(generator.encode_chat("hi"), 4)
@@ -173,7 +171,7 @@ def test_prompts_and_messages_go_through_the_chat_template(chatty: Path, tmp_pat
     assert rows[6]["error"].startswith("line 6: the chat template refuses")
     work.output.unlink()
     work.write({**prompt, "max_new_tokens": 3}, {**prompt, "raw": False, "max_new_tokens": 3})
-    assert work.run("--raw", "--quiet") == 0
+    work.run("--raw", "--quiet")
     rows = by_id(work.rows())
     assert rows[1]["text"] == generator.generate("hi", 3).text
     assert rows[2]["text"] == generator.generate(generator.encode_chat("hi"), 3).text
@@ -193,14 +191,13 @@ def test_standard_input_and_output_are_dashes(work: Work) -> None:
         assert done.stderr == b'satchel: 1 of 3 prompts failed: see "error" in the rows of standard output\n'
 
 
-def test_wrong_options_of_the_command_are_no_row(work: Work, capsys: Capture) -> None:
+def test_wrong_options_of_the_command_are_no_row(work: Work) -> None:
     work.write({"prompt": "the"})
-    assert work.run("--top-p", 0.5) == 2
-    assert "--top-p 0.5: " in capsys.readouterr().err
+    assert "--top-p 0.5: " in work.run("--top-p", 0.5, code=2)
     assert not work.output.exists()
 
 
-def test_files_that_cannot_be_used_are_refused(work: Work, capsys: Capture, tmp_path: Path) -> None:
+def test_files_that_cannot_be_used_are_refused(work: Work, tmp_path: Path) -> None:
     work.write({"prompt": "the"})
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(work.input)
@@ -211,8 +208,7 @@ def test_files_that_cannot_be_used_are_refused(work: Work, capsys: Capture, tmp_
         ("--output", tmp_path / "pipe", "not a regular file"),
         ("--output", tmp_path / "link", "the file of --input"),
     ):
-        assert work.run(flag, path) == 2
-        err = capsys.readouterr().err
+        err = work.run(flag, path, code=2)
         assert err.startswith(f"satchel: error: {flag} {path}: ")
         assert fact in err
     assert work.input.read_bytes() == b'{"prompt": "the"}\n'

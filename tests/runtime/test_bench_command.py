@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import struct
 import subprocess
@@ -13,8 +12,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from support.command import Satchel
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.execution import engine
 from satchel.runtime.ort import session
 from satchel.runtime.tools.bench import bandwidth, speed_plot
@@ -22,6 +21,7 @@ from satchel.runtime.tools.bench.bandwidth import Bandwidth
 from satchel.runtime.tools.bench.benchmark import Run, Summary
 
 FOUND = Bandwidth(gb_per_second=2.5, threads=3, buffer_mb=64)
+WORK = ("--threads", 1, "--prompt-tokens", 8, "--new-tokens", 3)
 BASE_KEYS = ["prefill", "decode", "load", "rss_mb", "pss_mb", "ttft"]
 
 
@@ -39,18 +39,6 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def bench(tiny: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `satchel bench` on the tiny bundle, in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(["bench", str(tiny), "--threads", "1", *map(str, arguments)])
-        return (code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if a graph is opened."""
 
@@ -60,23 +48,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_open", opened)
 
 
-def found(result: tuple[int, str, str]) -> dict[str, Any]:
-    code, out, err = result
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    document: dict[str, Any] = json.loads(out)
-    return document
-
-
-WORK = ("--prompt-tokens", "8", "--new-tokens", "3")
-
-
-def test_json_alone_measures_no_bandwidth(bench: Any, children: list[str]) -> None:
-    assert list(found(bench(*WORK, "--json"))) == BASE_KEYS
+def test_json_measures_bandwidth_when_told_to(satchel: Satchel, tiny: Path, children: list[str]) -> None:
+    assert list(satchel.json("bench", tiny, *WORK)) == BASE_KEYS
     assert children == []
-
-
-def test_json_measures_bandwidth_when_told_to(bench: Any, children: list[str]) -> None:
-    document = found(bench(*WORK, "--json", "--bandwidth"))
+    document = satchel.json("bench", tiny, *WORK, "--bandwidth")
     assert list(document) == [*BASE_KEYS, "bytes_per_step", "bandwidth_share", "bandwidth"]
     assert document["bandwidth"] == dataclasses.asdict(FOUND)
     weights, positions = 4 * (2 * 64 * 192 + 64 * 400 + 64), 8 + 2  # the steps attend to 9, 10 and 11 positions
@@ -85,40 +60,32 @@ def test_json_measures_bandwidth_when_told_to(bench: Any, children: list[str]) -
     assert children == ["child"]
 
 
-def test_runs_give_medians_and_spread(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)]
+def test_runs_give_medians_and_spread(satchel: Satchel, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)] * 2
     monkeypatch.setattr("satchel.runtime.tools.bench.benchmark.timed_run", lambda *_: runs.pop())
-    document = found(bench(*WORK, "--runs", "3", "--json"))
+    document = satchel.json("bench", tiny, *WORK, "--runs", 3)
     assert [document[key] for key in ("prefill", "ttft", "decode", "runs")] == [20.0, 2.0, 5.0, 3]
     assert document["spread"] == {"prefill": [10.0, 30.0], "ttft": [1.0, 3.0], "decode": [4.0, 6.0]}
-    assert runs == []
-
-
-def test_runs_show_in_the_table(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [Run(10.0, 3.0, 5.0), Run(30.0, 1.0, 4.0), Run(20.0, 2.0, 6.0)]
-    monkeypatch.setattr("satchel.runtime.tools.bench.benchmark.timed_run", lambda *_: runs.pop())
-    code, out, err = bench(*WORK, "--runs", "3")
-    assert (code, err) == (0, "")
-    assert out.splitlines()[:3] == [
+    assert satchel("bench", tiny, *WORK, "--runs", 3).out.splitlines()[:3] == [
         "prefill        20.0 tokens/s  10.0 to 30.0  (8 tokens; median of 3 runs)",
         "ttft          2.000 s  1.000 to 3.000",
         "decode          5.0 tokens/s  4.0 to 6.0  (3 tokens; median of 3 runs)",
     ]
+    assert runs == []
 
 
-def test_the_table_ends_with_the_share_of_bandwidth(bench: Any, children: list[str]) -> None:
-    code, out, err = bench(*WORK)
-    assert (code, err) == (0, "")
+def test_the_table_ends_with_the_share_of_bandwidth(satchel: Satchel, tiny: Path, children: list[str]) -> None:
+    out, err = satchel("bench", tiny, *WORK)
+    assert err == ""
     names = ["prefill", "ttft", "decode", "load", "memory", "bandwidth"]
     assert [line.split()[0] for line in out.splitlines()] == names
     assert re.fullmatch(r"bandwidth +2\.5 GB/s, of which decode reaches \d+% with 0\.2 MB a step", out.splitlines()[-1])
-    assert children == ["child"]
-    assert "bandwidth" not in bench(*WORK, "--no-bandwidth")[1]
+    assert "bandwidth" not in satchel("bench", tiny, *WORK, "--no-bandwidth").out
     assert children == ["child"]
 
 
-def test_a_batch_gives_totals_and_what_each_sequence_gets(bench: Any) -> None:
-    document = found(bench(*WORK, "--batch", "3", "--json", "--bandwidth"))
+def test_a_batch_gives_totals_and_what_each_sequence_gets(satchel: Satchel, tiny: Path) -> None:
+    document = satchel.json("bench", tiny, *WORK, "--batch", 3, "--bandwidth")
     assert document["batch"] == 3
     for name in ("prefill", "decode"):
         assert document["per_sequence"][name] * 3 == pytest.approx(document[name])
@@ -126,32 +93,31 @@ def test_a_batch_gives_totals_and_what_each_sequence_gets(bench: Any) -> None:
     assert document["bytes_per_step"] == 4 * (2 * 64 * 192 + 64 * 400 + 64) + 3 * 10 * 2 * 2 * 32 * 4
     steps = document["decode"] / 3
     assert document["bandwidth_share"] == pytest.approx(document["bytes_per_step"] * steps / 2.5e9)
-    assert re.search(
-        r"^prefill +[\d.]+ tokens/s  \(3 x 8 tokens, [\d.]+ each\)$", bench(*WORK, "--batch", "3")[1], re.M
-    )
+    out = satchel("bench", tiny, *WORK, "--batch", 3).out
+    assert re.search(r"^prefill +[\d.]+ tokens/s  \(3 x 8 tokens, [\d.]+ each\)$", out, re.M)
 
 
-def test_prompt_lengths_are_a_list_in_json(bench: Any) -> None:
-    document = found(bench("--prompt-lengths", "20, 5,40", "--new-tokens", "2", "--runs", "2", "--json", "--bandwidth"))
+def test_prompt_lengths_are_a_list_in_json_and_a_table(satchel: Satchel, tiny: Path) -> None:
+    flags = ("--threads", 1, "--new-tokens", 2)
+    document = satchel.json("bench", tiny, *flags, "--prompt-lengths", "20, 5,40", "--runs", 2, "--bandwidth")
     assert list(document) == ["prompt_lengths", "new_tokens", "load", "rss_mb", "pss_mb", "bandwidth"]
     assert [point["prompt_tokens"] for point in document["prompt_lengths"]] == [20, 5, 40]
     keys = ["prompt_tokens", "prefill", "decode", "ttft", "runs", "spread", "bytes_per_step", "bandwidth_share"]
     assert all(list(point) == keys for point in document["prompt_lengths"])
     sizes = [point["bytes_per_step"] for point in document["prompt_lengths"]]
     assert sizes[0] - sizes[1] == 15 * 2 * 2 * 32 * 4  # 15 positions more
-
-
-def test_prompt_lengths_are_a_table(bench: Any) -> None:
-    code, out, err = bench("--prompt-lengths", "5,20", "--new-tokens", "2")
+    out, err = satchel("bench", tiny, *flags, "--prompt-lengths", "5,20")
     lines = out.splitlines()
-    assert (code, err) == (0, "")
+    assert err == ""
     assert lines[0].split() == ["prompt", "prefill", "tokens/s", "ttft", "s", "decode", "tokens/s"]
     assert [line.split()[0] for line in lines[1:]] == ["5", "20", "load", "memory", "bandwidth"]
     assert all(len(line.split()) == 4 for line in lines[1:3])
     assert re.search(r"decode reaches \d+% with 0\.2 MB a step at 5, \d+% with 0\.2 MB a step at 20$", lines[-1])
 
 
-def test_each_prompt_is_prefilled_whole_and_decoded_from_there(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_prompt_is_prefilled_whole_and_decoded_from_there(
+    satchel: Satchel, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths: list[int] = []
     original = engine.Engine.decode
 
@@ -160,7 +126,7 @@ def test_each_prompt_is_prefilled_whole_and_decoded_from_there(bench: Any, monke
         return original(self, state, token)
 
     monkeypatch.setattr(engine.Engine, "decode", decode)
-    found(bench("--prompt-lengths", "30,7", "--new-tokens", "2", "--json"))
+    satchel.json("bench", tiny, "--prompt-lengths", "30,7", "--new-tokens", 2)
     assert lengths == [16, 30, 31, 7, 8]  # the warm-up is first
 
 
@@ -181,8 +147,9 @@ def test_each_prompt_is_prefilled_whole_and_decoded_from_there(bench: Any, monke
         ),
         (("--prompt-tokens", "0"), "--prompt-tokens and --new-tokens must be 1 or more"),
         (("--prompt-lengths", "8", "--new-tokens", "0"), "--prompt-tokens and --new-tokens must be 1 or more"),
-        (("--prompt-tokens", "61", "--new-tokens", "4"), "this bundle allows 1 to 64: ask for fewer tokens"),
-        (("--vocabulary", "0"), "--vocabulary 0: must be from 101 to the bundle's 400"),
+        (("--prompt-tokens", "61", "--new-tokens", "4"), "65 positions is not possible: this bundle allows 1 to 64"),
+        (("--vocabulary", "100"), "--vocabulary 100: must be from 101 to the bundle's 400"),
+        (("--vocabulary", "401"), "--vocabulary 401: must be from 101 to the bundle's 400"),
         (("--plot", "FOLDER/speed.pdf"), "speed.pdf: must end in .png or .svg"),
         (("--plot", "FOLDER/none/speed.png"), "there is no folder"),
         (("--plot", "FOLDER"), "must end in .png or .svg"),
@@ -190,51 +157,49 @@ def test_each_prompt_is_prefilled_whole_and_decoded_from_there(bench: Any, monke
     ],
 )
 def test_wrong_values_are_refused_before_a_graph_is_opened(
-    bench: Any, tmp_path: Path, children: list[str], arguments: tuple[str, ...], message: str
+    satchel: Satchel, tiny: Path, tmp_path: Path, children: list[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    code, out, err = bench(*(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("satchel: error: ")
-    assert message in err
+    said = satchel.refuses("bench", tiny, *(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
+    assert message in said
     assert children == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_work")
 def test_a_missing_matplotlib_is_told_before_any_work(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    expected = "satchel: error: --plot: matplotlib is not installed: pip install 'matplotlib>=3.8'\n"
-    assert bench("--prompt-lengths", "8", "--plot", tmp_path / "speed.svg") == (2, "", expected)
+    said = satchel.refuses("bench", tiny, "--prompt-lengths", 8, "--plot", tmp_path / "speed.svg")
+    assert said.startswith("--plot: matplotlib is not installed: pip install 'matplotlib>=")
 
 
-def test_a_failed_bandwidth_leaves_the_figures(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_bandwidth_leaves_the_figures(satchel: Satchel, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Bandwidth:
         raise bandwidth.SatchelError("the memory bandwidth could not be measured: no memory")
 
     monkeypatch.setattr(bandwidth, "measure_in_child", fail)
-    code, out, err = bench(*WORK)
-    assert (code, err) == (2, "satchel: error: the memory bandwidth could not be measured: no memory\n")
+    out, err = satchel("bench", tiny, *WORK, code=2)
+    assert err == "satchel: error: the memory bandwidth could not be measured: no memory\n"
     assert [line.split()[0] for line in out.splitlines()] == ["prefill", "ttft", "decode", "load", "memory"]
 
 
-def test_the_plot_is_written_in_the_format_of_its_suffix(bench: Any, tmp_path: Path) -> None:
-    contexts = ("--prompt-lengths", "30,7", "--new-tokens", "2", "--runs", "2", "--json", "--quiet", "--plot")
-    found(bench(*contexts, tmp_path / "speed.PNG"))
+def test_the_plot_is_written_in_the_format_of_its_suffix(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
+    contexts = ("--prompt-lengths", "30,7", "--new-tokens", 2, "--runs", 2, "--quiet")
+    satchel.json("bench", tiny, *contexts, "--plot", tmp_path / "speed.PNG")
     content = (tmp_path / "speed.PNG").read_bytes()
     assert content.startswith(b"\x89PNG\r\n")
     assert min(struct.unpack(">II", content[16:24])) > 500
-    found(bench(*contexts, tmp_path / "speed.svg"))
+    satchel.json("bench", tiny, *contexts, "--plot", tmp_path / "speed.svg")
     assert ElementTree.parse(tmp_path / "speed.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.PNG", "speed.svg"]
 
 
 def test_a_plot_without_lengths_takes_those_that_fit(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("satchel.runtime.cli.bench.PLOTTED_LENGTHS", (16, 32, 64))
-    document = found(bench("--new-tokens", "4", "--json", "--quiet", "--plot", tmp_path / "speed.svg"))
+    document = satchel.json("bench", tiny, "--new-tokens", 4, "--quiet", "--plot", tmp_path / "speed.svg")
     assert [point["prompt_tokens"] for point in document["prompt_lengths"]] == [16, 32]
     assert (tmp_path / "speed.svg").is_file()
 

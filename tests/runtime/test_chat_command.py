@@ -15,16 +15,16 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.chat_bundle import END, write_chat_bundle
+from support.command import Said, Satchel
 from support.tiny_bundle import write_bundle
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.generation.conversation import Answer, Conversation, checkpoint_options
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
@@ -35,7 +35,7 @@ PATIENCE = 60.0  # seconds
 SHORT = ("--max-new-tokens", "12")
 READY, CTRL_C = "^> ", "\x03"
 HINT = "/help lists the commands, Ctrl-D quits\n"
-Capture = pytest.CaptureFixture[str]
+Chat = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +51,24 @@ def answers(generator: Generator, *questions: str, system: str | None = None, **
     return [talk.ask(question).result() for question in questions]
 
 
-def chat(monkeypatch: pytest.MonkeyPatch, bundle: Path, lines: str | bytes, *flags: object, short: bool = True) -> int:
-    """Run the command in this process on piped input."""
-    content = lines.encode() if isinstance(lines, str) else lines
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
-    return cli.main(["chat", str(bundle), "--threads", "1", *(SHORT if short else ()), *map(str, flags)])
+@pytest.fixture
+def chat(satchel: Satchel, chatty: Path) -> Chat:
+    """`satchel chat` on piped lines, by default of answers with 12 tokens."""
+
+    def run(lines: str | bytes, *flags: object, code: int = 0, bundle: Path = chatty) -> Said:
+        return satchel("chat", bundle, "--threads", 1, *SHORT, *flags, stdin=lines, code=code)
+
+    return run
 
 
-def test_each_line_is_a_turn(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert chat(monkeypatch, chatty, "hello\n\n  \nthe 猫\r\nand") == 0
-    out, err = capsys.readouterr()
+def lines_of(results: list[Generation]) -> str:
+    return "".join(f"{result.text}\n" for result in results)
+
+
+def test_each_line_is_a_turn(chat: Chat, generator: Generator) -> None:
+    out, err = chat("hello\n\n  \nthe 猫\r\nand")
     expected = answers(generator, "hello", "the 猫", "and")
-    assert out == "".join(f"{result.text}\n" for result in expected)
+    assert out == lines_of(expected)
     line = r"\[prompt (\d+) tokens( \((\d+) cached\))?, new 12 at [\d.]+ tokens/s \(length\)\]"
     figures = [re.fullmatch(line, shown) for shown in err.splitlines()]
     assert [int(found[1]) for found in figures] == [result.prompt_tokens for result in expected]
@@ -72,20 +76,14 @@ def test_each_line_is_a_turn(
     assert [found[3] and int(found[3]) for found in figures] == [None, *known[:2]]
 
 
-def test_a_backslash_goes_on_in_the_next_line_and_two_slashes_are_one(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert chat(monkeypatch, chatty, "one\\\ntwo\\\n three\n//exit\nlast\\\n", "--quiet") == 0
-    expected = answers(generator, "one\ntwo\n three", "/exit", "last")
-    assert capsys.readouterr() == ("".join(f"{result.text}\n" for result in expected), "")
+def test_a_backslash_goes_on_in_the_next_line_and_two_slashes_are_one(chat: Chat, generator: Generator) -> None:
+    said = chat("one\\\ntwo\\\n three\n//exit\nlast\\\n", "--quiet")
+    assert said == (lines_of(answers(generator, "one\ntwo\n three", "/exit", "last")), "")
 
 
-def test_json_is_an_object_for_each_answer(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_json_is_an_object_for_each_answer(chat: Chat, generator: Generator) -> None:
     flags = ("--json", "--logprobs", 1, "--temperature", 0.9, "--seed", 4, "--stop", "q")
-    assert chat(monkeypatch, chatty, "hello\nthe cat\n", *flags) == 0
-    out, err = capsys.readouterr()
+    out, err = chat("hello\nthe cat\n", *flags)
     found = [json.loads(line) for line in out.splitlines()]
     expected = answers(generator, "hello", "the cat", logprobs=1, temperature=0.9, seed=4, stop=("q",))
     assert err == ""
@@ -96,43 +94,34 @@ def test_json_is_an_object_for_each_answer(
     assert found[0]["reused_tokens"] == 0 < found[1]["reused_tokens"]
 
 
-def test_a_turn_that_fails_is_reported_and_the_rest_is_done(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_turn_that_fails_is_reported_and_the_rest_is_done(chat: Chat, generator: Generator) -> None:
     lines = "hello\nforbidden\n/frobnicate\nthe cat\n"
     facts = ["no such talk", "/frobnicate: unknown command"]
-    texts = [result.text for result in answers(generator, "hello", "the cat")]
-    assert chat(monkeypatch, chatty, lines, "--quiet") == 1
-    out, errors = capsys.readouterr()
-    assert out == "".join(f"{text}\n" for text in texts)
+    expected = answers(generator, "hello", "the cat")
+    out, errors = chat(lines, "--quiet", code=1)
+    assert out == lines_of(expected)
     assert all(fact in line for fact, line in zip(facts, errors.splitlines(), strict=True))
-    assert chat(monkeypatch, chatty, lines, "--json") == 1
-    out, err = capsys.readouterr()
+    out, err = chat(lines, "--json", code=1)
     first, *failed, last = map(json.loads, out.splitlines())
-    assert (first["text"], last["text"]) == tuple(texts)
+    assert [first["text"], last["text"]] == [result.text for result in expected]
     assert [f"satchel: error: {row['error']}" for row in failed] == err.splitlines() == errors.splitlines()
 
 
-def test_lines_that_are_not_utf_8_end_it_by_their_number(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert chat(monkeypatch, chatty, b"hello\n\nab\xff\nmore\n", "--quiet") == 2
-    message = "satchel: error: line 3 of standard input is not UTF-8 text (byte 2): convert it to UTF-8\n"
-    assert capsys.readouterr() == (f"{answers(generator, 'hello')[0].text}\n", message)
+def test_lines_that_are_not_utf_8_end_it_by_their_number(chat: Chat, generator: Generator) -> None:
+    out, err = chat(b"hello\n\nab\xff\nmore\n", "--quiet", code=2)
+    assert out == lines_of(answers(generator, "hello"))
+    assert err.startswith("satchel: error: line 3 of standard input is not UTF-8 text (byte 2): ")
 
 
-def test_the_commands(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
-) -> None:
+def test_the_commands(chat: Chat, generator: Generator, tmp_path: Path) -> None:
     path = tmp_path / "talk of today"
     first, second = answers(generator, "hello", "the cat", system="be brief")
     lines = [
         "/history", "hello", f"/save  {path} ", "/reset", "/history", "hello", "/reset\tbe long", "/history",
         f"/load {path}", "the cat", "/help", "/history", "/exit\tnow", "never",
     ]  # fmt: skip
-    assert chat(monkeypatch, chatty, "\n".join(lines), "--system", "be brief", "--quiet") == 0
-    out, err = capsys.readouterr()
-    assert out == f"{first.text}\n{first.text}\n{second.text}\n"
+    out, err = chat("\n".join(lines), "--system", "be brief", "--quiet")
+    assert out == lines_of([first, first, second])
     help_text, rest = err[err.index("/reset [TEXT]") :].split("Ctrl-C stops an answer.", 1)
     assert "/load FILE" in help_text
     assert err[: err.index("/reset [TEXT]")].splitlines() == [
@@ -148,10 +137,10 @@ def test_the_commands(
     assert f"user: hello\nassistant: {first.text}\nuser: the cat\nassistant: {second.text}\n" in rest
 
 
-def test_the_errors_of_commands(chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
+def test_the_errors_of_commands(chat: Chat, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     notes.write_text("my diary")
-    wrong = {
+    for line, fact in {
         "/save": "/save requires a file",
         "/load ": "/load requires a file",
         "/save talk": "nothing to save",
@@ -160,128 +149,98 @@ def test_the_errors_of_commands(chatty: Path, monkeypatch: pytest.MonkeyPatch, c
         "/": "/: unknown command",
         "/Exit": "/Exit: unknown command",
         "/\x1b[1m": r"/\x1b[1m: unknown command",
-    }
-    for line, fact in wrong.items():
-        assert chat(monkeypatch, chatty, line, "--quiet") == 1
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1)
+        f"hello\n/save {tmp_path}/none/talk\nhello": f"/save {tmp_path}/none/talk: there is no folder {tmp_path}/none",
+        f"hello\n/save {tmp_path}\nhello": f"/save {tmp_path}: this is a folder",
+    }.items():
+        out, err = chat(line, "--quiet", code=1)
+        assert (out.count("\n"), err.count("\n")) == (line.count("hello"), 1)
         assert err.startswith("satchel: error: ")
         assert fact in err
-    for name, message in (("none/talk", f"there is no folder {tmp_path}/none"), ("", "this is a folder")):
-        assert chat(monkeypatch, chatty, f"hello\n/save {tmp_path}/{name}\nhello", "--quiet") == 1
-        out, err = capsys.readouterr()
-        assert out.count("\n") == 2
-        assert re.fullmatch(rf"satchel: error: /save {tmp_path}/?{name}: {message}: .*\n", err)
 
 
-def test_a_saved_conversation_is_gone_on_with(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
-) -> None:
+def test_a_saved_conversation_is_gone_on_with(chat: Chat, generator: Generator, tmp_path: Path) -> None:
     path = tmp_path / "talk.state"
-    assert chat(monkeypatch, chatty, f"hello\n/save {path}\n", "--quiet") == 0
-    capsys.readouterr()
-    assert chat(monkeypatch, chatty, "the cat\n", "--load-state", path, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    chat(f"hello\n/save {path}\n", "--quiet")
+    found = json.loads(chat("the cat\n", "--load-state", path, "--json").out)
     first, second = answers(generator, "hello", "the cat")
     assert (found["text"], found["reused_tokens"]) == (second.text, first.prompt_tokens + 11)
-    assert chat(monkeypatch, chatty, "the cat\n", "--load-state", path, "--system", "x") == 2
-    err = capsys.readouterr().err
+    err = chat("the cat\n", "--load-state", path, "--system", "x", code=2).err
     assert "--system" in err
     assert "--load-state" in err
 
 
-def test_a_state_of_run_is_no_conversation(
-    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
-) -> None:
+def test_a_state_of_run_is_no_conversation(chat: Chat, satchel: Satchel, chatty: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.state"
-    assert cli.main(["run", str(chatty), "the cat", "--max-new-tokens", "3", "--save-state", str(path)]) == 0
-    capsys.readouterr()
+    satchel("run", chatty, "the cat", "--max-new-tokens", 3, "--save-state", path)
     for code, lines, *flags in ((2, "hello\n", "--load-state", path), (1, f"/load {path}\nhello\n", "--quiet")):
-        assert chat(monkeypatch, chatty, lines, *flags) == code
-        out, err = capsys.readouterr()
-        assert out.count("\n") == 2 - code
+        out, err = chat(lines, *flags, code=code)
+        assert (out.count("\n"), err.count("\n")) == (2 - code, 1)
         assert err.startswith(f"satchel: error: {path}: does not hold a conversation")
-        assert err.count("\n") == 1
 
 
 def test_sampling_starts_from_the_checkpoint_and_flags_count_more(
-    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    chat: Chat, tmp_path: Path, generator: Generator
 ) -> None:
     config = {"do_sample": True, "temperature": 6.5, "top_k": 30, "repetition_penalty": 1.2}
     folder = write_chat_bundle(tmp_path / "own", generation_config=config)
-    own = Generator.open(folder, threads=1)
-    options = replace(checkpoint_options(own, {"seed": 3}), max_new_tokens=12)
+    options = replace(checkpoint_options(Generator.open(folder, threads=1), {"seed": 3}), max_new_tokens=12)
     assert (options.temperature, options.top_k, options.repetition_penalty) == (6.5, 30, 1.2)
-    wanted = [
+    found = set()
+    for flags, expected in (
         (("--seed", 3), options),
         (("--seed", 3, "--top-k", 2, "--temperature", 9.5), replace(options, top_k=2, temperature=9.5)),
         (("--temperature", 0), GenerationOptions(max_new_tokens=12, repetition_penalty=1.2)),
-    ]
-    found = []
-    for flags, expected in wanted:
-        assert chat(monkeypatch, folder, "hello\n", *flags, "--quiet") == 0
+    ):
         fields = {name: getattr(expected, name) for name in expected.__dataclass_fields__}
-        found.append(capsys.readouterr().out)
-        assert found[-1] == f"{answers(generator, 'hello', **fields)[0].text}\n"
-    assert len(set(found)) == 3
+        out = chat("hello\n", *flags, "--quiet", bundle=folder).out
+        assert out == lines_of(answers(generator, "hello", **fields))
+        found.add(out)
+    assert len(found) == 3
 
 
-def test_a_full_context_drops_the_oldest_turns_and_says_so_once(
-    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert chat(monkeypatch, chatty, "hello\nthe cat\nand\n", "--max-context", 60, short=False) == 0
-    out, err = capsys.readouterr()
+def test_a_full_context_drops_the_oldest_turns_and_says_so_once(satchel: Satchel, chatty: Path) -> None:
+    command = ("chat", chatty, "--threads", 1, "--max-context", 60)
+    out, err = satchel(*command, stdin="hello\nthe cat\nand\n")
     assert out.count("\n") == 3
     figures = re.findall(r"prompt (\d+) tokens.*, new (\d+) at", err)
     assert [int(prompt) + int(new) for prompt, new in figures] == [61, 61, 61]
     assert err.count("--max-context") == 1
     assert "the oldest 2 messages" in err
-    assert chat(monkeypatch, chatty, f"{'x' * 80}\n", "--max-context", 60, "--quiet", short=False) == 1
-    assert "tokens but the context holds 60: " in capsys.readouterr().err
+    assert "tokens but the context holds 60: " in satchel(*command, stdin=f"{'x' * 80}\n", code=1).err
 
 
-def test_without_a_limit_an_answer_has_1024_tokens_and_a_loop_is_ended(
-    endless: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert chat(monkeypatch, endless, "hello\n", "--json", "--max-repeats", 0, short=False) == 0
-    assert json.loads(capsys.readouterr().out)["new_tokens"] == 1024
-    assert chat(monkeypatch, endless, "hello\n", "--logit-bias", "261=1000", short=False) == 0
-    err = capsys.readouterr().err
+def test_without_a_limit_an_answer_has_1024_tokens_and_a_loop_is_ended(satchel: Satchel, endless: Path) -> None:
+    command = ("chat", endless, "--threads", 1)
+    out = satchel(*command, "--json", "--max-repeats", 0, stdin="hello\n").out
+    assert json.loads(out)["new_tokens"] == 1024
+    err = satchel(*command, "--logit-bias", "261=1000", stdin="hello\n").err
     assert "new 128 at" in err
     assert "(loop)]\n" in err
     assert "--max-repeats 0" in err
 
 
-def test_a_question_on_the_command_line_is_answered_once(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    (result,) = answers(generator, "/exit")
+def test_a_question_on_the_command_line_is_answered_once(chat: Chat, generator: Generator) -> None:
     for flags in (["/exit"], ["--prompt", "/exit"], ["-p", "/exit"]):
-        assert chat(monkeypatch, chatty, "never read\n", *flags) == 0
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == (f"{result.text}\n", 1)
-    assert chat(monkeypatch, chatty, "", "forbidden", "--quiet") == 2
-    assert "no such talk" in capsys.readouterr().err
-    assert chat(monkeypatch, chatty, "", "a", "-p", "b") == 2
-    assert "--prompt" in capsys.readouterr().err
+        out, err = chat("never read\n", *flags)
+        assert (out, err.count("\n")) == (lines_of(answers(generator, "/exit")), 1)
+    assert "no such talk" in chat("", "forbidden", "--quiet", code=2).err
+    assert "--prompt" in chat("", "a", "-p", "b", code=2).err
 
 
 def test_the_template_its_tools_and_its_arguments_can_be_given(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+    chat: Chat, generator: Generator, tmp_path: Path
 ) -> None:
     tools = [{"type": "function", "function": {"name": "clock"}}]
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     flags = ("--tools", tmp_path / "tools.json", "--template-argument", 'mood="merry "')
-    assert chat(monkeypatch, chatty, "hello\n", *flags, "--json") == 0
+    found = json.loads(chat("hello\n", *flags, "--json").out)
     talk = Conversation(generator, tools=tools, arguments={"mood": "merry "})
     talk.options = replace(talk.options, max_new_tokens=12)
     expected = talk.ask("hello").result()
-    found = json.loads(capsys.readouterr().out)
     assert (found["text"], found["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
     (tmp_path / "own.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
-    assert chat(monkeypatch, chatty, "hello\n", "--chat-template", tmp_path / "own.jinja", "--json") == 0
+    found = json.loads(chat("hello\n", "--chat-template", tmp_path / "own.jinja", "--json").out)
     ids = [1, *generator.tokenizer.encode_rendered("hello"), END]
-    found = json.loads(capsys.readouterr().out)
     assert (found["text"], found["prompt_tokens"]) == (generator.generate(ids, 12).text, len(ids))
 
 
@@ -309,26 +268,17 @@ def test_the_template_its_tools_and_its_arguments_can_be_given(
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(
-    chatty: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-    tmp_path: Path,
-    flags: list[str],
-    message: str,
+    satchel: Satchel, chatty: Path, tmp_path: Path, flags: list[str], message: str
 ) -> None:
     for name, content in {"text": b"x", "object": b"{}", "deep": b"[" * 9999, "bytes": b"\xff", "wrong": b"{%"}.items():
         (tmp_path / name).write_bytes(content)
     flags = [str(flag).replace("HERE", str(tmp_path)) for flag in flags]
-    assert chat(monkeypatch, chatty, "hello\n", *flags) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("satchel: error: " + message.replace("HERE", str(tmp_path)))
+    said = satchel.refuses("chat", chatty, *SHORT, *flags, stdin="hello\n")
+    assert said.startswith(message.replace("HERE", str(tmp_path)))
 
 
-def test_a_bundle_without_a_template_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    folder = write_bundle(tmp_path / "bare")
-    assert chat(monkeypatch, folder, "hello\n") == 2
-    assert "no chat template" in capsys.readouterr().err
+def test_a_bundle_without_a_template_says_so(chat: Chat, tmp_path: Path) -> None:
+    assert "no chat template" in chat("hello\n", bundle=write_bundle(tmp_path / "bare"), code=2).err
 
 
 def test_another_program_gets_each_answer_before_it_asks_again(chatty: Path, generator: Generator) -> None:
@@ -461,8 +411,8 @@ def test_an_interrupt_of_piped_lines_ends_the_program(endless: Path) -> None:
     assert out.endswith(b"\n")
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, bundle: Path, *lines: str) -> tuple[int, list[str]]:
-    """The command in this process on lines that seem to be typed; the exit code, and the prompts of `input`."""
+def typed(monkeypatch: pytest.MonkeyPatch, satchel: Satchel, bundle: Path, *lines: str) -> tuple[Said, list[str]]:
+    """What the command says to lines that seem to be typed, and the prompts of `input`."""
     waiting, prompts = iter(lines), []
 
     class Typed(io.StringIO):
@@ -478,29 +428,26 @@ def typed(monkeypatch: pytest.MonkeyPatch, bundle: Path, *lines: str) -> tuple[i
 
     monkeypatch.setattr(sys, "stdin", Typed())
     monkeypatch.setattr("builtins.input", read)
-    return cli.main(["chat", str(bundle), "--threads", "1", *SHORT]), prompts
+    return satchel("chat", bundle, "--threads", 1, *SHORT), prompts
 
 
 def test_prompts_do_not_get_among_answers_that_go_elsewhere(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    satchel: Satchel, chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert typed(monkeypatch, chatty, "hello\\", "you", "/exit", "never") == (0, ["", "", ""])
-    (result,) = answers(generator, "hello\nyou")
-    out, err = capsys.readouterr()
-    assert out == f"{result.text}\n"
+    (out, err), prompts = typed(monkeypatch, satchel, chatty, "hello\\", "you", "/exit", "never")
+    assert (out, prompts) == (lines_of(answers(generator, "hello\nyou")), ["", "", ""])
     assert re.fullmatch(rf"{HINT}> \.\.\. \[prompt [^\n]+\]\n> ", err)
 
 
 def test_only_a_slash_at_the_very_beginning_makes_a_command(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    satchel: Satchel, chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert typed(monkeypatch, chatty, "\\", "/exit", " /exit", "last\\")[0] == 0
-    expected = answers(generator, "\n/exit", " /exit", "last")
-    assert capsys.readouterr().out == "".join(f"{result.text}\n" for result in expected)
+    (out, _), _ = typed(monkeypatch, satchel, chatty, "\\", "/exit", " /exit", "last\\")
+    assert out == lines_of(answers(generator, "\n/exit", " /exit", "last"))
 
 
 def test_an_interrupt_before_the_answer_begins_drops_the_question(
-    chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    satchel: Satchel, chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask, calls = Conversation.ask, []
 
@@ -511,11 +458,11 @@ def test_an_interrupt_before_the_answer_begins_drops_the_question(
         return ask(*arguments, **more)
 
     monkeypatch.setattr(Conversation, "ask", interrupted)
-    assert typed(monkeypatch, chatty, "the cat", "hello")[0] == 0
-    assert capsys.readouterr().out == f"{answers(generator, 'hello')[0].text}\n"
+    (out, _), _ = typed(monkeypatch, satchel, chatty, "the cat", "hello")
+    assert out == lines_of(answers(generator, "hello"))
 
 
-def test_each_piece_is_shown_at_once(chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_piece_is_shown_at_once(chat: Chat, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
 
     class Output(io.StringIO):
@@ -523,6 +470,6 @@ def test_each_piece_is_shown_at_once(chatty: Path, generator: Generator, monkeyp
             flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Output())
-    assert chat(monkeypatch, chatty, "hello\n", "--quiet") == 0
+    chat("hello\n", "--quiet")
     pieces = list(Conversation(generator, options=GenerationOptions(max_new_tokens=12)).ask("hello"))
     assert flushed[: len(pieces)] == list(itertools.accumulate(pieces))

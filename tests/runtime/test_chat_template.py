@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 import pytest
-from support.chat_templates import CALLS, CONVERSATIONS, LLAMA2, LLAMA3, SPECIAL, TEMPLATES, TOOLS, TURNS
+from support.chat_templates import SPECIAL, TURNS
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -24,10 +24,11 @@ from satchel.runtime.ort.open_bundle import open_bundle
 
 SMOLLM2 = "SATCHEL_SMOLLM2_GGUF"
 GGUF = Path(os.environ.get(SMOLLM2, Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+LLAMA2 = (Path(__file__).parents[1] / "data" / "chat_templates" / "llama2.jinja").read_text(encoding="utf-8")
 
 
-def reference(source: str, messages: list[dict[str, Any]], **arguments: Any) -> str:
-    rendered, _ = render_jinja_template([messages], chat_template=source, **SPECIAL, **arguments)
+def reference(source: str, messages: list[dict[str, str]]) -> str:
+    rendered, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **SPECIAL)
     return rendered[0]
 
 
@@ -42,32 +43,12 @@ def bundle_with(folder: Path, files: dict[str, bytes], **options: Any) -> Bundle
     return open_bundle(folder)
 
 
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_every_style_of_template_renders_as_in_transformers(style: str) -> None:
-    source = TEMPLATES[style]
-    with ChatTemplate(source, SPECIAL) as template:
-        for messages in CONVERSATIONS.values():
-            for tools in (None, TOOLS):
-                for prompt in (True, False):
-                    arguments = {"tools": tools, "add_generation_prompt": prompt}
-                    assert template.render(messages, **arguments) == reference(source, messages, **arguments)
-
-
-def test_tool_calls_parts_documents_and_further_arguments_reach_the_template_as_in_transformers() -> None:
-    documents = [{"title": "a", "text": "b"}]
-    for source, messages in ((LLAMA3, CALLS), (TEMPLATES["loops"], TURNS)):
-        arguments = {"tools": TOOLS, "documents": documents, "date_string": "26 Jul 2024", "bos_token": "<begin>"}
-        expected, _ = render_jinja_template([messages], chat_template=source, **(SPECIAL | arguments))
-        with ChatTemplate(source, SPECIAL) as template:
-            assert template.render(messages, add_generation_prompt=False, **arguments) == expected[0]
-
-
 @pytest.mark.skipif(not GGUF.is_file(), reason=f"{GGUF} is not there: make test-all fetches it; or set {SMOLLM2}")
 def test_the_template_of_smollm2_renders_as_in_transformers() -> None:
     source = gguf.GGUFReader(GGUF).fields["tokenizer.chat_template"].contents()
     with ChatTemplate(source, SPECIAL) as template:
-        for messages in CONVERSATIONS.values():
-            expected = reference(source, messages, add_generation_prompt=True)
+        for messages in (TURNS[:1], [{"role": "system", "content": "Be brief."}, *TURNS]):
+            expected = reference(source, messages)
             assert template.render(messages) == expected
             assert "<|im_start|>assistant\n" in expected
 
@@ -105,14 +86,8 @@ def test_a_bundle_gives_its_template_and_the_tokens_of_its_tokenizer_config(tmp_
 def test_without_a_tokenizer_config_the_manifests_ids_name_the_special_tokens(tmp_path: Path) -> None:
     files = {"chat_template.jinja": b"{{ bos_token ~ eos_token ~ pad_token }}"}
     bundle = bundle_with(tmp_path / "bundle", files, eos_token_ids=(2, 0))
-    assert (
-        special_tokens(bundle)
-        == special_tokens(bundle, Tokenizer.open(bundle))
-        == {
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-        }
-    )
+    for found in (special_tokens(bundle), special_tokens(bundle, Tokenizer.open(bundle))):
+        assert found == {"bos_token": "<s>", "eos_token": "</s>"}
     with ChatTemplate.open(bundle) as template:
         assert template.render(TURNS) == "<s></s>"
 
@@ -120,8 +95,7 @@ def test_without_a_tokenizer_config_the_manifests_ids_name_the_special_tokens(tm
 def test_a_bundle_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     bundle = open_bundle(write_bundle(tmp_path / "bundle"))
     (tmp_path / "bundle" / "chat_template.jinja").write_text("a file that the manifest does not list")
-    message = "bundle: has no chat template: .*--chat-template"
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=r"bundle: has no chat template: .*--chat-template"):
         ChatTemplate.open(bundle)
 
 
@@ -202,7 +176,9 @@ def test_a_refusal_ends_no_process_and_the_next_messages_render() -> None:
     with ChatTemplate(LLAMA2, SPECIAL) as template:
         template.start()
         first = template._processes["default"]
-        with pytest.raises(PromptError, match=r"refuses these messages: user and assistant must take turns$"):
+        with pytest.raises(
+            PromptError, match=r"refuses these messages: turn 1 should be of the user, found assistant$"
+        ):
             template.render(TURNS[1:])
         assert template.render(TURNS) == reference(LLAMA2, TURNS)
         assert template._processes["default"] is first

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.tiny_bundle import read_manifest, write_manifest
 from support.tiny_custom_bundle import digest, write_custom_bundle
@@ -16,11 +17,9 @@ from support.tiny_custom_bundle import digest, write_custom_bundle
 from satchel.runtime import Custom, Engine, Generator, open_bundle
 from satchel.runtime.bundle.manifest import NamedFile
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.ort.custom_ops import check_libraries
 
-Capture = pytest.CaptureFixture[str]
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
@@ -53,13 +52,8 @@ def score(bundle: Bundle) -> np.ndarray:
     return Engine.open(bundle, threads=1).score(IDS)
 
 
-def refused(capsys: Capture, *arguments: str | Path) -> str:
-    """What `satchel run` says in the one line with which it stops."""
-    code = cli.main(["run", str(arguments[0]), "the cat", "--quiet", *map(str, arguments[1:])])
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("satchel: error: ")
-    return err.removeprefix("satchel: error: ").rstrip("\n")
+def refused(satchel: Satchel, bundle: Path, *flags: str | Path) -> str:
+    return satchel.refuses("run", bundle, "the cat", "--quiet", *flags)
 
 
 def test_the_graphs_that_are_asked_for_run(custom: Path, engine: Engine) -> None:
@@ -91,9 +85,9 @@ def test_passes_without_operators_run_unasked(passes_only: Path, engine: Engine)
     assert not plain.whole
 
 
-def test_another_library_is_refused_with_both_digests(custom: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_another_library_is_refused_with_both_digests(satchel: Satchel, custom: Path, tmp_path: Path) -> None:
     other = another(tmp_path, LIBRARY.name)
-    said = refused(capsys, custom, "--custom-ops", other)
+    said = refused(satchel, custom, "--custom-ops", other)
     assert said == (
         f"--custom-ops {other}: its SHA-256 is {digest(other)}, but {custom} was made with {LIBRARY.name} with "
         f"{digest(LIBRARY)}: pass that one, or export again"
@@ -107,35 +101,34 @@ def test_the_name_and_folder_of_a_library_do_not_matter(custom: Path, tmp_path: 
     np.testing.assert_array_equal(found, np.maximum(engine.score(IDS), 0))
 
 
-def test_a_library_that_is_missing_is_refused(custom: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_library_that_is_missing_is_refused(satchel: Satchel, custom: Path, tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "none.so", "No such file or directory"), (tmp_path, "Is a directory")):
-        said = refused(capsys, custom, "--custom-ops", path)
+        said = refused(satchel, custom, "--custom-ops", path)
         assert said == f"--custom-ops {path}: cannot be read ({reason}): pass a shared library with operators"
 
 
-def test_a_file_that_is_no_library_is_refused(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_that_is_no_library_is_refused(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.so"
     text.write_text("no library")
     folder = write_custom_bundle(tmp_path / "bundle", tiny, libraries=(text,))
-    said = refused(capsys, folder, "--custom-ops", text)
+    said = refused(satchel, folder, "--custom-ops", text)
     assert said.startswith(f"--custom-ops {text}: ONNX Runtime cannot load it (")
     assert said.endswith("): pass a shared library with operators")
 
 
-def test_without_a_library_the_plain_graphs_run_with_one_line(custom: Path, capsys: Capture) -> None:
-    assert cli.main(["run", str(custom), "the cat", "--max-new-tokens", "3"]) == 0
-    err = capsys.readouterr().err
+def test_without_a_library_the_plain_graphs_run_with_one_line(satchel: Satchel, custom: Path) -> None:
+    command = ("run", custom, "the cat", "--max-new-tokens", 3)
+    err = satchel(*command).err
     assert err.count("the plain graphs run") == 1
     assert f"{LIBRARY.name} (SHA-256 {digest(LIBRARY)[:12]}...)" in err
     for flag in ("--no-custom-ops", "--no-custom-passes"):
-        assert cli.main(["run", str(custom), "the cat", "--max-new-tokens", "3", flag]) == 0
-        assert "plain" not in capsys.readouterr().err
+        assert "plain" not in satchel(*command, flag).err
 
 
-def test_without_plain_graphs_there_must_be_a_library(library_only: Path, capsys: Capture) -> None:
+def test_without_plain_graphs_there_must_be_a_library(satchel: Satchel, library_only: Path) -> None:
     library = f"{LIBRARY.name} (SHA-256 {digest(LIBRARY)[:12]}...)"
     for flags in ((), ("--no-custom-ops",), ("--no-custom-passes",)):
-        assert refused(capsys, library_only, *flags) == (
+        assert refused(satchel, library_only, *flags) == (
             f"{library_only}: needs the operators of {library}, and has no graphs without them: "
             "pass the library with --custom-ops"
         )
@@ -143,7 +136,7 @@ def test_without_plain_graphs_there_must_be_a_library(library_only: Path, capsys
 
 
 def test_flags_that_have_nothing_to_do_are_refused(
-    tiny: Path, custom: Path, passes_only: Path, capsys: Capture
+    satchel: Satchel, tiny: Path, custom: Path, passes_only: Path
 ) -> None:
     library = ("--custom-ops", LIBRARY)
     for arguments, said in (
@@ -157,7 +150,7 @@ def test_flags_that_have_nothing_to_do_are_refused(
         ((custom, *library, *library), f"--custom-ops {LIBRARY}: its SHA-256 is {digest(LIBRARY)}, but {custom} was "
          "made with no other"),
     ):  # fmt: skip
-        assert refused(capsys, *arguments).startswith(said)
+        assert refused(satchel, *arguments).startswith(said)
 
 
 def test_all_of_several_libraries_are_needed_in_any_order(tmp_path: Path) -> None:

@@ -2,74 +2,63 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnxruntime
 import pytest
+from support.command import Satchel
 
 from satchel.runtime.bundle.certificate import PhaseFidelity
 from satchel.runtime.bundle.reader import read_bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.kernels import library
 from satchel.runtime.ort import machine
 from satchel.runtime.tools import doctor
 from satchel.runtime.util import kl
 
 
-def facts(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, dict[str, dict[str, object]]]:
-    code = cli.main(["doctor", *map(str, arguments), "--json"])
-    return code, json.loads(capsys.readouterr().out)
-
-
-def test_it_says_what_is_here_in_ten_lines(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", str(tiny)]) == 0
-    out, err = capsys.readouterr()
+def test_it_says_what_is_here_in_ten_lines(satchel: Satchel, tiny: Path) -> None:
+    out, err = satchel("doctor", tiny)
     assert (out.count("\n"), err) == (10, "")
     assert onnxruntime.__version__ in out
     assert f"satchel specialize {tiny}" in out
 
 
-def test_json_has_the_facts(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = facts(capsys, tiny)
-    assert (code, found["works"]) == (0, True)
+def test_json_has_the_facts(satchel: Satchel, tiny: Path) -> None:
+    found = satchel.json("doctor", tiny)
+    assert found["works"]
     assert found["onnxruntime"]["tested"] is True
     assert found["kernels"]["run"] is (library.reason() is None)
     assert (found["bundle"]["target"], found["bundle"]["fits"], found["speed"]["specialized"]) == ("cpu", True, False)
 
 
 def test_a_failed_background_attempt_gives_its_reason(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert machine.note_attempts(read_bundle(tiny), 1, "the disk is full")
-    assert "the disk is full" in str(facts(capsys, tiny)[1]["speed"]["reason"])
+    assert "the disk is full" in satchel.json("doctor", tiny)["speed"]["reason"]
 
 
-def test_a_bundle_that_does_not_open_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = facts(capsys, tmp_path / "nowhere")
-    assert (code, found["works"]) == (1, False)
+def test_a_bundle_that_does_not_open_is_broken(satchel: Satchel, tmp_path: Path) -> None:
+    found = satchel.json("doctor", tmp_path / "nowhere", code=1)
+    assert not found["works"]
     assert "nowhere" in found["bundle"]["error"]
 
 
-@pytest.mark.parametrize(("version", "tested", "code"), [("1.24.4", False, 1), ("1.99.0", False, 0)])
+@pytest.mark.parametrize(("version", "code"), [("1.24.4", 1), ("1.99.0", 0)])
 def test_an_onnx_runtime_outside_the_tested_range_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str, tested: bool, code: int
+    satchel: Satchel, monkeypatch: pytest.MonkeyPatch, version: str, code: int
 ) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", version)
-    assert facts(capsys)[0] == code
-    assert doctor._onnxruntime().facts["tested"] is tested
+    assert satchel.json("doctor", code=code)["onnxruntime"]["tested"] is False
 
 
-def test_a_specialized_bundle_says_what_runs_each_phase(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import shutil
-
+def test_a_specialized_bundle_says_what_runs_each_phase(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny, tmp_path / "bundle")
-    assert cli.main(["specialize", str(bundle), "--threads", "1", "--quiet"]) == 0
-    speed = facts(capsys, bundle)[1]["speed"]
+    satchel("specialize", bundle, "--threads", 1, "--quiet")
+    speed = satchel.json("doctor", bundle)["speed"]
     assert speed["specialized"] is True
     assert speed["prefill"] and speed["decode"]
 

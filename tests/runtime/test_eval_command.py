@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle, write_manifest
 from support.tiny_custom_bundle import write_custom_bundle
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.fidelity import cut_windows, evaluate, text_ids
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -35,17 +35,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("bundles") / "other", seed=1)
 
 
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = cli.main(["eval", *map(str, arguments)])
-    return (code, *capsys.readouterr())
-
-
-def test_json_is_one_object_on_one_line(
-    tiny: Path, other: Path, text: Path, engine: Engine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, err = ran(capsys, tiny, "--text", text, "--reference", tiny, *SMALL, "--json")
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    found = json.loads(out)
+def test_json_is_one_object_on_one_line(satchel: Satchel, tiny: Path, text: Path) -> None:
+    found = satchel.json("eval", tiny, "--text", text, "--reference", tiny, *SMALL)
     assert list(found) == ["prefill", "decode", "windows", "window_tokens", "skip", "text", "bundle", "reference"]
     assert list(found["prefill"]) == list(found["decode"]) == PHASE_KEYS
     assert found["prefill"]["kl_mean"] < 1e-6 > found["decode"]["kl_mean"]
@@ -55,42 +46,35 @@ def test_json_is_one_object_on_one_line(
 
 
 def test_the_figures_are_those_of_the_text_without_special_tokens(
-    tiny: Path, other: Path, text: Path, engine: Engine, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, other: Path, text: Path, engine: Engine
 ) -> None:
     windows = cut_windows(text_ids(Tokenizer.open(engine.bundle), WORDS), 30, 2)
     expected = evaluate(engine, windows, None, skip=6)
-    _, out, _ = ran(capsys, tiny, "--text", text, "--reference", other, *SMALL, "--json")
-    found = json.loads(out)
+    found = satchel.json("eval", tiny, "--text", text, "--reference", other, *SMALL)
     assert found["prefill"]["perplexity"] == pytest.approx(expected.prefill.perplexity, rel=1e-6)
     assert found["decode"]["perplexity"] == pytest.approx(expected.decode.perplexity, rel=1e-6)
     assert found["prefill"]["kl_mean"] > 0.5
-    _, out, _ = ran(capsys, other, "--text", text, *SMALL, "--json")
-    assert json.loads(out)["prefill"]["perplexity"] == pytest.approx(found["prefill"]["reference_perplexity"], rel=1e-6)
+    alone = satchel.json("eval", other, "--text", text, *SMALL)
+    assert alone["prefill"]["perplexity"] == pytest.approx(found["prefill"]["reference_perplexity"], rel=1e-6)
+    assert alone["reference"] is None
+    assert [alone["decode"][key] is None for key in PHASE_KEYS] == [True, True, True, True, False, True]
 
 
-def test_without_a_reference_its_figures_are_null(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(ran(capsys, tiny, "--text", text, *SMALL, "--json")[1])
-    assert found["reference"] is None
-    assert [found["decode"][key] is None for key in PHASE_KEYS] == [True, True, True, True, False, True]
-
-
-def test_a_table_has_a_row_for_each_figure(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ran(capsys, tiny, "--text", text, "--reference", tiny, *SMALL)
+def test_a_table_has_a_row_for_each_figure(satchel: Satchel, tiny: Path, text: Path) -> None:
+    out, err = satchel("eval", tiny, "--text", text, "--reference", tiny, *SMALL)
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
-    assert (code, err.count("\n"), rows[0]) == (0, 1, ["prefill", "decode"])
+    assert (err.count("\n"), rows[0]) == (1, ["prefill", "decode"])
     assert KL_MEANING in err
     assert [row[0] for row in rows[1:]] == ["KL mean", "KL median", "KL p90", "top-1", "perplexity", "reference's"]
     assert all(len(row) == 3 for row in rows[1:])
-    _, out, _ = ran(capsys, tiny, "--text", text, *SMALL)
+    out, _ = satchel("eval", tiny, "--text", text, *SMALL)
     assert [line.split()[0] for line in out.splitlines()] == ["prefill", "perplexity"]
 
 
-def test_a_text_shorter_than_a_window_is_one_window(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_shorter_than_a_window_is_one_window(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("the cat sat on the mat and")
-    found = json.loads(ran(capsys, tiny, "--text", path, "--skip", "2", "--window-tokens", "60", "--json")[1])
+    found = satchel.json("eval", tiny, "--text", path, "--skip", 2, "--window-tokens", 60)
     assert found["windows"] == 1
     assert 4 <= found["window_tokens"] < 60
 
@@ -115,7 +99,7 @@ def test_a_text_shorter_than_a_window_is_one_window(
     ],
 )
 def test_wrong_input_is_one_line_before_a_model_is_opened(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    satchel: Satchel, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     arguments: list[str], message: str,
 ) -> None:  # fmt: skip
     def never(*_: object, **__: object) -> None:
@@ -132,29 +116,25 @@ def test_wrong_input_is_one_line_before_a_model_is_opened(
             places[name] = write_bundle(tmp_path / name)
             manifest = read_manifest(places[name])
             write_manifest(places[name], {**manifest, "model": {**manifest["model"], **changes}})
-    code, out, err = ran(capsys, *(places.get(argument, argument) for argument in arguments))
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("satchel: error: ")
-    assert message in err
+    assert message in satchel.refuses("eval", *(places.get(argument, argument) for argument in arguments))
 
 
 def test_a_checkpoint_as_reference_needs_the_exporters_packages(
-    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in list(sys.modules):
         if name == "satchel.export.reference" or name.split(".")[0] == "torch":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
-    code, out, err = ran(capsys, tiny, "--text", text, *SMALL, "--reference", tmp_path)
-    assert (code, out) == (2, "")
-    assert err.startswith("satchel: error: torch is not installed: pip install 'torch")
+    said = satchel.refuses("eval", tiny, "--text", text, *SMALL, "--reference", tmp_path)
+    assert said.startswith("torch is not installed: pip install 'torch")
 
 
 def test_a_reference_gets_the_libraries_that_it_was_made_with(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     custom = write_custom_bundle(tmp_path / "custom", tiny)
-    flags = ("--text", text, *SMALL, "--json", "--custom-ops", LIBRARY)
+    flags = ("--text", text, *SMALL, "--custom-ops", LIBRARY)
     equal = []
     for bundle, reference, more in (
         (custom, custom, ()),
@@ -163,26 +143,24 @@ def test_a_reference_gets_the_libraries_that_it_was_made_with(
         (custom, custom, ("--no-custom-passes",)),  # what the passes change
         (custom, custom, ("--no-custom-ops",)),
     ):
-        code, out, err = ran(capsys, bundle, "--reference", reference, *flags, *more)
-        assert (code, err) == (0, "")
-        figures = json.loads(out)["prefill"]
+        figures = satchel.json("eval", bundle, "--reference", reference, *flags, *more)["prefill"]
         equal.append(figures["perplexity"] == figures["reference_perplexity"])
     assert equal == [True, False, False, False, False]
 
 
 def test_a_reference_without_its_library_runs_plainly_and_one_line_says_so(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     custom = write_custom_bundle(tmp_path / "custom", tiny)
-    code, out, err = ran(capsys, tiny, "--text", text, "--reference", custom, *SMALL, "--json")
-    assert (code, err.count("\n")) == (0, 1)
+    out, err = satchel("eval", tiny, "--text", text, "--reference", custom, *SMALL, "--json")
+    assert err.count("\n") == 1
     assert f"{custom}: the plain graphs run" in err
     figures = json.loads(out)["prefill"]
     assert figures["perplexity"] == figures["reference_perplexity"]
 
 
 def test_a_library_that_neither_was_made_with_is_refused(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     custom = write_custom_bundle(tmp_path / "custom", tiny)
     for bundle, reference, says in (
@@ -190,6 +168,4 @@ def test_a_library_that_neither_was_made_with_is_refused(
         (tiny, custom, f"{tiny}: needs no custom operators: leave --custom-ops out"),
     ):
         flags = ("--text", text, "--reference", reference, *SMALL, "--custom-ops", text)
-        code, out, err = ran(capsys, bundle, *flags)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith(f"satchel: error: {says}")
+        assert satchel.refuses("eval", bundle, *flags).startswith(says)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
 from support.tiny_custom_bundle import digest, write_custom_bundle
@@ -21,7 +21,6 @@ from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime.bundle import reader as bundle_module
 from satchel.runtime.bundle import strict_json
-from satchel.runtime.cli import main as cli
 from satchel.runtime.evaluation.certify import make_certificate
 from satchel.runtime.execution.engine import Engine
 
@@ -88,21 +87,16 @@ def rich(changed: Callable[..., Path], engine: Engine) -> Path:
     )
 
 
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = cli.main(["inspect", *map(str, arguments)])
-    return (code, *capsys.readouterr())
-
-
 def rows(out: str) -> list[list[str]]:
     """The cells of each line: they are two spaces apart or more."""
     return [re.split(r" {2,}", line.strip()) for line in out.splitlines()]
 
 
-def test_the_facts_are_those_of_the_manifest(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ran(capsys, rich)
+def test_the_facts_are_those_of_the_manifest(satchel: Satchel, rich: Path) -> None:
+    out, err = satchel("inspect", rich)
     lines, weights = rows(out), (rich / "weights.bin").stat().st_size
     whole = sum(path.stat().st_size for path in rich.iterdir())
-    assert (code, err) == (0, "")
+    assert err == ""
     assert ["source", "tiny (test, tiny)"] in lines
     assert ["precision", "int4, recipe mine"] in lines
     assert ["layers", "2 with 2 KV heads of 16"] in lines
@@ -120,10 +114,10 @@ def test_the_facts_are_those_of_the_manifest(rich: Path, capsys: pytest.CaptureF
     assert kl == [["KL mean", "0.00000", "0.00000"]]
 
 
-def test_equal_layers_and_equal_refusals_are_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = ran(capsys, rich)
-    start = rows(out).index(["Weights"])
-    assert rows(out)[start + 1 : start + 6] == [
+def test_equal_layers_and_equal_refusals_are_one_line(satchel: Satchel, rich: Path) -> None:
+    lines = rows(satchel("inspect", rich).out)
+    start = lines.index(["Weights"])
+    assert lines[start + 1 : start + 6] == [
         ["model.layers.*.mlp.up", "4 bits, group size 32, with zero points, int8 activations per token", "x 5"],
         ["model.layers.*.mlp.down", "8 bits, group size 32, symmetric, int8 activations per token",
          "x 3 (layers 0, 3-4)"],
@@ -131,20 +125,17 @@ def test_equal_layers_and_equal_refusals_are_one_line(rich: Path, capsys: pytest
         ["lm_head", "8 bits, per-channel, symmetric, int8 activations per token, in decode per tensor"],
         ["all other weights", "float32"],
     ]  # fmt: skip
-    assert ["common", "fuse_gates", "gate.0 and 2 more", "a bias <is> in the way"] in rows(out)
+    assert ["common", "fuse_gates", "gate.0 and 2 more", "a bias <is> in the way"] in lines
 
 
-def test_a_float_bundle_that_nobody_certified(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = ran(capsys, tiny)
-    assert code == 0
+def test_a_float_bundle_that_nobody_certified(satchel: Satchel, tiny: Path) -> None:
+    lines = rows(satchel("inspect", tiny).out)
     for line in (["all weights", "float32"], ["none: the export measured no accuracy"], ["nothing"]):
-        assert line in rows(out)
+        assert line in lines
 
 
-def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ran(capsys, rich, "--json")
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    found = json.loads(out)
+def test_json_is_one_object_on_one_line(satchel: Satchel, rich: Path) -> None:
+    found = satchel.json("inspect", rich)
     assert found["bundle"] == str(rich)
     assert found["layers"] == {name: ACTIVATIONS | layer for name, layer in LAYERS.items()}
     assert found["cache_bytes"] == 64 * found["cache_bytes_per_token"] == 64 * 512
@@ -155,15 +146,11 @@ def test_json_is_one_object_on_one_line(rich: Path, capsys: pytest.CaptureFixtur
     assert found["graphs"]["prefill"]["session"] == {"session.disable_prepacking": "1"}
 
 
-def test_the_page_has_every_layer_and_refusal_and_loads_nothing(
-    rich: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_has_every_layer_and_refusal_and_loads_nothing(satchel: Satchel, rich: Path, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text("an old page", encoding="utf-8")
-    code, out, _ = ran(capsys, rich, "--html", path)
+    assert satchel("inspect", rich, "--html", path).out.startswith(str(rich))
     page = Page(path)
-    assert code == 0
-    assert out.startswith(str(rich))
     for cell in [*LAYERS, "gate.0", "gate.1", "gate.2", "a bias <is> in the way", "fuse_gates"]:
         assert cell in page.cells
     assert {"script", "link", "img", "iframe", "is"}.isdisjoint(page.tags)
@@ -197,10 +184,8 @@ def custom(tiny: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_passes_libraries_and_provenance_are_shown(custom: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ran(capsys, custom)
-    lines = rows(out)
-    assert (code, err) == (0, "")
+def test_passes_libraries_and_provenance_are_shown(satchel: Satchel, custom: Path) -> None:
+    lines = rows(satchel("inspect", custom).out)
     for line in (
         ["needs", f"{LIBRARY.name}, SHA-256 {digest(LIBRARY)}"],
         ["decode", "decode.onnx", "its own", "session.disable_prepacking = 1"],
@@ -217,11 +202,11 @@ def test_passes_libraries_and_provenance_are_shown(custom: Path, capsys: pytest.
     assert not [line for line in lines if line[0] == "max_context"]
 
 
-def test_plain_static_graphs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_static_graphs_are_named(satchel: Satchel, tmp_path: Path) -> None:
     folder = write_static_bundle(tmp_path / "static")
     document = read_manifest(folder)
     write_manifest(folder, {**document, "plain": {"graphs": None, "static": document["static"]}})
-    found = json.loads(ran(capsys, folder, "--json")[1])["graphs"]
+    found = satchel.json("inspect", folder)["graphs"]
     plain = {name.removeprefix("plain "): graph for name, graph in found.items() if name.startswith("plain ")}
     assert plain == {name: graph for name, graph in found.items() if not name.startswith("plain ")}
     assert len(plain) >= 3
@@ -231,7 +216,7 @@ HOSTILE = "\x1b[2J</style><script>alert(1)</script>"
 
 
 def test_what_a_bundle_says_of_itself_is_not_trusted(
-    changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = changed(
         producer={HOSTILE: HOSTILE},
@@ -239,28 +224,24 @@ def test_what_a_bundle_says_of_itself_is_not_trusted(
         layers={HOSTILE: ACTIVATIONS | {"bits": 10**400, "block": 10**400, "symmetric": True}},
         passes=[{"graph": HOSTILE, "pass": HOSTILE, "count": 1, "refusals": [{"node": HOSTILE, "reason": HOSTILE}]}],
     )
-    code, out, _ = ran(capsys, folder, "--html", tmp_path / "page.html")
-    assert code == 0
+    out, _ = satchel("inspect", folder, "--html", tmp_path / "page.html")
     assert "\x1b" not in out
     assert out.count(r"\x1b[2J</style><script>alert(1)</script>") >= 6
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert "\x1b" not in text
     assert text.count("&lt;script&gt;") >= 6
-    code, out, _ = ran(capsys, folder, "--json")
-    assert (code, json.loads(out)["recipe"]) == (0, HOSTILE)
+    assert satchel.json("inspect", folder)["recipe"] == HOSTILE
 
 
-def test_the_files_are_not_read(
-    rich: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_files_are_not_read(satchel: Satchel, rich: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> str:
         raise AssertionError("a file was hashed")
 
     monkeypatch.setattr(bundle_module, "sha256_of", refuse)
     size = (rich / "weights.bin").stat().st_size
     (rich / "weights.bin").write_bytes(bytes(size))
-    assert ran(capsys, rich)[0] == 0
+    satchel("inspect", rich)
 
 
 def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
@@ -286,17 +267,11 @@ def test_neither_numpy_nor_onnx_runtime_is_loaded(tiny: Path) -> None:
     ],
 )
 def test_a_bundle_that_is_damaged_is_one_line_and_exit_code_2(
-    changed: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[Path], None],
-    message: str,
+    satchel: Satchel, changed: Callable[..., Path], tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     folder = changed()
     spoil(folder)
-    code, out, err = ran(capsys, folder, "--html", tmp_path / "page.html")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert message in satchel.refuses("inspect", folder, "--html", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
@@ -312,10 +287,8 @@ def spoil_cache(folder: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, tiny: Path, tmp_path: Path
 ) -> None:
     for path, message in ((tmp_path, "this is a folder"), (tmp_path / "no" / "page.html", "there is no folder")):
-        code, out, err = ran(capsys, tiny, "--html", path)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith(f"satchel: error: --html {path}: {message}")
+        assert satchel.refuses("inspect", tiny, "--html", path).startswith(f"--html {path}: {message}")
     assert list(tmp_path.iterdir()) == []

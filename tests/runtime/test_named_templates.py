@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,10 @@ from typing import Any
 import pytest
 from support.chat_bundle import write_chat_bundle
 from support.chat_templates import TURNS
+from support.command import Satchel
 from support.jsonl_work import Work, by_id
-from support.run_command import run_json
 
 from satchel.runtime.bundle.reader import read_bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.conversation import Conversation
 from satchel.runtime.generation.generator import Generator
@@ -26,7 +22,6 @@ PLAIN = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %
 NAMED = {"tool_use": "<|im_start|>tools {{ tools | tojson }}<|im_end|>" + PLAIN, "rag": "<|im_start|>rag " + PLAIN}
 TOOLS = [{"name": "clock"}]
 ASKED = [{"role": "user", "content": "hi"}]
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +54,20 @@ def test_the_template_for_tools_is_taken_with_tools_and_any_by_its_name(
     assert talk.ask("hi").prompt_tokens == len(ids)
 
 
-def test_run_and_chat_take_a_template_by_its_name(
-    several: Path, generator: Generator, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_and_chat_take_a_template_by_its_name(satchel: Satchel, several: Path, generator: Generator) -> None:
     lengths = {name: len(generator.encode_chat(ASKED, template=name)) for name in (None, "rag")}
     assert lengths[None] != lengths["rag"]
-    short = ("--max-new-tokens", 1)
-    assert run_json(several, capsys, *short, prompt="hi")["prompt_tokens"] == lengths[None]
-    assert run_json(several, capsys, *short, "--template", "rag", prompt="hi")["prompt_tokens"] == lengths["rag"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
-    flags = ["--template", "rag", "--json", "--threads", "1", "--max-new-tokens", "1"]
-    assert cli.main(["chat", str(several), *flags]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == lengths["rag"]
+    short = ("--threads", 1, "--max-new-tokens", 1)
+    assert satchel.json("run", several, "hi", *short)["prompt_tokens"] == lengths[None]
+    assert satchel.json("run", several, "hi", *short, "--template", "rag")["prompt_tokens"] == lengths["rag"]
+    assert satchel.json("chat", several, "hi", *short, "--template", "rag")["prompt_tokens"] == lengths["rag"]
 
 
 def test_a_line_names_its_template_or_takes_that_of_the_command(
-    several: Path, generator: Generator, tmp_path: Path
+    satchel: Satchel, several: Path, generator: Generator, tmp_path: Path
 ) -> None:
-    work = Work(several, tmp_path)
-    lines: list[dict[str, Any]] = [
+    work = Work(satchel, several, tmp_path)
+    work.write(
         {"messages": ASKED},
         {"messages": ASKED, "template": "default"},
         {"messages": ASKED, "tools": TOOLS, "template": "tool_use"},
@@ -85,9 +75,8 @@ def test_a_line_names_its_template_or_takes_that_of_the_command(
         {"messages": ASKED, "template": "none"},
         {"messages": ASKED, "template": 3},
         {"prompt": "hi", "template": "rag"},
-    ]
-    work.write(*lines)
-    assert work.run("--template", "rag", "--max-new-tokens", 1) == 1
+    )
+    work.run("--template", "rag", "--max-new-tokens", 1, code=1)
     rows = by_id(work.rows())
     length = {
         name: len(generator.encode_chat(ASKED, tools=TOOLS if name == "tool_use" else None, template=name))
@@ -108,11 +97,9 @@ def test_a_line_names_its_template_or_takes_that_of_the_command(
         (("chat", "x", "--template", "rag", "--chat-template", "file"), "--chat-template"),
     ],
 )
-def test_a_wrong_choice_is_one_line(several: Path, flags: tuple[str, ...], part: str, capsys: Capture) -> None:
+def test_a_wrong_choice_is_one_line(satchel: Satchel, several: Path, flags: tuple[str, ...], part: str) -> None:
     command, *rest = flags
-    assert cli.main([command, str(several), *rest]) == 2
-    err = capsys.readouterr().err
-    assert part in err and err.count("\n") == 1
+    assert part in satchel.refuses(command, several, *rest)
 
 
 def test_without_a_default_a_name_is_needed(tmp_path: Path) -> None:

@@ -12,20 +12,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.full_disk import largest_file
 from support.packed import MISSING, run_packed
 from support.tiny_bundle import read_manifest
 from support.tiny_custom_bundle import write_custom_bundle
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.custom_ops import Custom
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.pack import pack, unpack
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -162,17 +160,14 @@ def test_specialized_parts_stay_behind_and_the_digest_with_them(chatty: Path, tm
     assert not [name for name in bundle.packed or () if "specialized" in name]
 
 
-def test_the_commands_pack_and_unpack(chatty: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_the_commands_pack_and_unpack(satchel: Satchel, chatty: Path, tmp_path: Path) -> None:
     file, folder = tmp_path / "m.pyz", tmp_path / "folder"
     digest = read_manifest(chatty)["digest"]
-    assert cli.main(["pack", str(chatty), "-o", str(file)]) == 0
-    assert digest in capsys.readouterr().out
+    assert digest in satchel("pack", chatty, "-o", file).out
     before = file.read_bytes()
-    assert cli.main(["pack", str(chatty), "-o", str(file)]) == 2
-    assert "already exists" in capsys.readouterr().err
-    assert cli.main(["pack", str(chatty), "-o", str(file), "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["digest"] == digest
-    assert cli.main(["unpack", str(file), "-o", str(folder)]) == 0
+    assert "already exists" in satchel.refuses("pack", chatty, "-o", file)
+    assert satchel.json("pack", chatty, "-o", file, "--force", "--quiet")["digest"] == digest
+    satchel("unpack", file, "-o", folder)
     assert contents(folder) == contents(chatty)
     assert file.read_bytes() == before
 

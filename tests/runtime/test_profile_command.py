@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from support.command import Satchel
 from support.tiny_bundle import read_manifest, replace_file, write_manifest
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.execution import cpu
 from satchel.runtime.tools.profiling import profiling
 from satchel.runtime.tools.profiling.ort_profile import Kernel, Run, read_runs
@@ -53,15 +53,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "PREFILL_CHUNK", CHUNK)
 
 
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = cli.main(["profile", *map(str, arguments)])
-    return (code, *capsys.readouterr())
-
-
-def test_json_has_figures_that_add_up(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ran(capsys, named, *WORK, "--top", "4", "--json")
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    found = json.loads(out)
+def test_json_has_figures_that_add_up(satchel: Satchel, named: Path) -> None:
+    found = satchel.json("profile", named, *WORK, "--top", 4)
     assert (found["bundle"], found["prompt_tokens"], found["new_tokens"]) == (str(named), PROMPT, NEW)
     for phase, steps, runs in (("prefill", PREFILL_PASSES, CHUNKS), ("decode", NEW, 1)):
         profile = found[phase]
@@ -77,10 +70,10 @@ def test_json_has_figures_that_add_up(named: Path, capsys: pytest.CaptureFixture
         assert times == sorted(times, reverse=True)
 
 
-def test_the_trace_keeps_the_phases_apart(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_trace_keeps_the_phases_apart(satchel: Satchel, named: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     path.write_text("an old trace", encoding="utf-8")
-    assert ran(capsys, named, *WORK, "--trace", path)[0] == 0
+    satchel("profile", named, *WORK, "--trace", path)
     events = json.loads(path.read_text(encoding="utf-8"))
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert names == {1: "prefill", 2: "decode"}
@@ -127,14 +120,16 @@ def test_figures_are_per_step_and_shares_of_the_runs() -> None:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_profiles_do_not_stay_behind_and_one_that_lost_runs_is_an_error(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: int
+    satchel: Satchel, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(profiling, "read_runs", lambda path: read_runs(path)[lost:])
-    code, out, err = ran(capsys, tiny, *WORK, "--json", *(["--trace", tmp_path / "trace.json"] if lost else []))
-    assert (code, out == "", err.count("\n")) == (2 * lost, bool(lost), lost)
-    assert not lost or re.search(r"recorded \d+ of \d+ runs: lower --prompt-tokens or --new-tokens", err)
+    if lost:
+        said = satchel.refuses("profile", tiny, *WORK, "--json", "--trace", tmp_path / "trace.json")
+        assert re.search(r"recorded \d+ of \d+ runs: lower --prompt-tokens or --new-tokens", said)
+    else:
+        satchel.json("profile", tiny, *WORK)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,19 +143,17 @@ def test_profiles_do_not_stay_behind_and_one_that_lost_runs_is_an_error(
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
-    tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    satchel: Satchel, tiny: Path, arguments: list[str], message: str
 ) -> None:
-    code, out, err = ran(capsys, tiny, *arguments)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert message in satchel.refuses("profile", tiny, *arguments)
 
 
-def test_a_name_is_shown_escaped(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_is_shown_escaped(satchel: Satchel, named: Path, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(named, folder)
     model = onnx.load(folder / "prefill.onnx", load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "GroupQueryAttention").name = 'layers.0."a\\b\x1b[2J'
     replace_file(folder, "prefill.onnx", model.SerializeToString())
-    code, out, _ = ran(capsys, folder, *WORK, "--top", "100")
-    assert (code, "\x1b" in out) == (0, False)
+    out, _ = satchel("profile", folder, *WORK, "--top", 100)
+    assert "\x1b" not in out
     assert r'layers.0."a\b\x1b[2J' in out

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.run_command import PROMPT, Capture, run, run_json
+from support.command import Satchel
 
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import CHAT_DEFAULTS
+
+PROMPT = "the cat sat"
+RUN = ("run", "--threads", 1)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def generator(tiny: Path) -> Generator:
     ],
 )
 def test_every_option_has_a_flag_that_does_the_same(
-    tiny: Path, generator: Generator, capsys: Capture, flags: list[str], options: dict[str, Any]
+    satchel: Satchel, tiny: Path, generator: Generator, flags: list[str], options: dict[str, Any]
 ) -> None:
-    found = run_json(tiny, capsys, "--max-new-tokens", 20, *flags)
+    found = satchel.json(*RUN, tiny, PROMPT, "--max-new-tokens", 20, *flags)
     expected = generator.generate(PROMPT, 20, **options)
     assert found["token_ids"] == list(expected.token_ids)
     assert (found["text"], found["finish_reason"]) == (expected.text, expected.finish_reason)
@@ -72,12 +72,10 @@ def test_every_option_has_a_flag_that_does_the_same(
     ],
 )
 def test_flags_that_exclude_or_require_others_are_refused_before_a_bundle_is_opened(
-    capsys: Capture, arguments: list[str], facts: list[str]
+    satchel: Satchel, arguments: list[str], facts: list[str]
 ) -> None:
-    assert cli.main(["run", "nowhere", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert all(fact in err for fact in facts)
+    said = satchel.refuses("run", "nowhere", *arguments)
+    assert all(fact in said for fact in facts)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +92,13 @@ def test_flags_that_exclude_or_require_others_are_refused_before_a_bundle_is_ope
     ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(
-    tiny: Path, capsys: Capture, arguments: list[str], message: str
+    satchel: Satchel, tiny: Path, arguments: list[str], message: str
 ) -> None:
-    assert run(tiny, *arguments) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"satchel: error: {message}")
+    assert satchel.refuses(*RUN, tiny, PROMPT, *arguments).startswith(message)
 
 
-def test_json_has_the_log_probabilities_that_were_asked_for(tiny: Path, generator: Generator, capsys: Capture) -> None:
-    found = run_json(tiny, capsys, "--max-new-tokens", 4, "--logprobs", 2, "--prompt-logprobs")
+def test_json_has_the_log_probabilities_that_were_asked_for(satchel: Satchel, tiny: Path, generator: Generator) -> None:
+    found = satchel.json(*RUN, tiny, PROMPT, "--max-new-tokens", 4, "--logprobs", 2, "--prompt-logprobs")
     expected = generator.generate(PROMPT, 4, logprobs=2)
     text_of = generator.tokenizer.text_of
     assert found["logprobs"] == [
@@ -123,7 +118,7 @@ def test_json_has_the_log_probabilities_that_were_asked_for(tiny: Path, generato
     assert found["prompt_logprobs"][2]["text"] == " cat"
 
 
-def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_fails_ends_the_line(satchel: Satchel, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, calls = CpuState.decode, []
 
     def failing(self: CpuState, *arguments: Any) -> Any:
@@ -133,45 +128,38 @@ def test_a_stream_that_fails_ends_the_line(tiny: Path, capsys: Capture, monkeypa
         return decode(self, *arguments)
 
     monkeypatch.setattr(CpuState, "decode", failing)
-    assert run(tiny, "--max-new-tokens", 20) == 2
-    out, err = capsys.readouterr()
+    out, err = satchel(*RUN, tiny, PROMPT, "--max-new-tokens", 20, code=2)
     assert len(out) > 1
     assert out.endswith("\n")
     assert err == "satchel: error: no more\n"
 
 
-def test_a_prompt_goes_into_the_chat_template_unless_it_is_raw(chatty: Path, capsys: Capture) -> None:
+def test_a_prompt_goes_into_the_chat_template_unless_it_is_raw(satchel: Satchel, chatty: Path) -> None:
     """The line of figures and the JSON say which; an answer in the template has the defaults of a chat."""
     generator = Generator.open(chatty, threads=1, prefix_cache_mib=0)
+    command = ("run", chatty, PROMPT, "--threads", 1)
     asked, raw = generator.encode_chat(PROMPT), generator.encode(PROMPT)
     assert asked.tolist() != raw.tolist()
     for flags, ids in (([], asked), (["--raw"], raw)):
-        assert run(chatty, "-n", 8, *flags) == 0
-        out, err = capsys.readouterr()
+        out, err = satchel(*command, "-n", 8, *flags)
         assert out == generator.generate(ids, 8).text + "\n"
         assert err.startswith(f"{'raw' if flags else 'chat template'}: prompt {len(ids)} tokens")
-        found = run_json(chatty, capsys, "-n", 4, "--prompt-logprobs", *flags)
+        found = satchel.json(*command, "-n", 4, "--prompt-logprobs", *flags)
         assert (found["chat_template"], found["prompt_tokens"]) == (not flags, len(ids))
         assert [entry["id"] for entry in found["prompt_logprobs"]] == ids.tolist()
-    assert run_json(chatty, capsys, "--raw", "--max-context", 300)["new_tokens"] == 128
-    whole = run_json(chatty, capsys)
+    assert satchel.json(*command, "--raw", "--max-context", 300)["new_tokens"] == 128
+    whole = satchel.json(*command)
     assert whole["new_tokens"] > 128
     assert whole["token_ids"] == list(generator.generate(asked, **CHAT_DEFAULTS).token_ids)
-    assert run(chatty, "--beams", 2, "-n", 4) == 0
-    assert capsys.readouterr().out.split("\n\n")[0] == generator.beam_search(asked, 2, max_new_tokens=4)[0].text
+    best = generator.beam_search(asked, 2, max_new_tokens=4)[0]
+    assert satchel(*command, "--beams", 2, "-n", 4).out.split("\n\n")[0] == best.text
     generator.template.close()
 
 
-def test_the_prompt_is_an_argument_a_flag_or_standard_input(
-    tiny: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["run", str(tiny), "-t", "1", "-n", "3", "--quiet"]
-    texts = []
-    for more in ([PROMPT], ["-p", PROMPT], ["--prompt", PROMPT], []):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
-        assert cli.main([*command, *more]) == 0
-        texts.append(capsys.readouterr().out)
-    assert len(set(texts)) == 1
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    assert cli.main(command) == 2
-    assert "the prompt is empty" in capsys.readouterr().err
+def test_the_prompt_is_an_argument_a_flag_or_standard_input(satchel: Satchel, tiny: Path, generator: Generator) -> None:
+    command = ("run", tiny, "-t", 1, "-n", 3, "--quiet")
+    expected = generator.generate("the 猫\n", 3).text + "\n"
+    for more in (["the 猫\n"], ["-p", "the 猫\n"], ["--prompt", "the 猫\n"], []):
+        assert satchel(*command, *more, stdin="the 猫\n\n") == (expected, "")  # less one newline
+    assert "the prompt is empty" in satchel.refuses(*command, stdin=b"\n")
+    assert "standard input is not UTF-8 text (byte 2): " in satchel.refuses(*command, stdin=b"ab\xff")

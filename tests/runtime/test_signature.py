@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from support.command import Satchel
 from support.full_disk import largest_file
 from support.tiny_bundle import read_manifest, write_manifest
 
@@ -23,8 +24,6 @@ from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.pack import pack, unpack
 
-Capture = pytest.CaptureFixture[str]
-
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,9 +34,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def signed(tiny: Path, keys: Path, tmp_path: Path) -> Path:
+def signed(satchel: Satchel, tiny: Path, keys: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
-    assert cli.main(["sign", str(folder), "--key", str(keys / "maker.pem"), "--quiet"]) == 0
+    satchel("sign", folder, "--key", keys / "maker.pem", "--quiet")
     return folder
 
 
@@ -119,7 +118,7 @@ def test_specialized_graphs_stay_unused_and_the_signature_valid(signed: Path, ke
 
 
 def test_a_packed_bundle_keeps_its_signature_and_can_get_one(
-    signed: Path, tiny: Path, keys: Path, tmp_path: Path
+    satchel: Satchel, signed: Path, tiny: Path, keys: Path, tmp_path: Path
 ) -> None:
     public = keys / "maker.pub"
     pack(open_bundle(signed), tmp_path / "signed.pyz")
@@ -128,29 +127,28 @@ def test_a_packed_bundle_keeps_its_signature_and_can_get_one(
     with pytest.raises(BundleError, match="not signed"):
         open_bundle(tmp_path / "plain.pyz", require_signature=public)
     for _ in range(2):
-        assert cli.main(["sign", str(tmp_path / "plain.pyz"), "--key", str(keys / "maker.pem"), "--quiet"]) == 0
+        satchel("sign", tmp_path / "plain.pyz", "--key", keys / "maker.pem", "--quiet")
     assert (tmp_path / "plain.pyz").read_bytes() == (tmp_path / "signed.pyz").read_bytes()
     unpack(open_bundle(tmp_path / "plain.pyz"), tmp_path / "again")
     assert (tmp_path / "again" / "signature.json").read_bytes() == (signed / "signature.json").read_bytes()
 
 
-def test_new_keys_are_for_their_owner_and_never_replaced(tmp_path: Path, capsys: Capture) -> None:
-    assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 0
+def test_new_keys_are_for_their_owner_and_never_replaced(satchel: Satchel, tmp_path: Path) -> None:
+    command = ("sign", "--new-key", tmp_path / "v1.maker")
+    satchel(*command)
     private, public = tmp_path / "v1.maker.pem", tmp_path / "v1.maker.pub"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     before = private.read_bytes(), public.read_bytes()
     assert before[0].startswith(b"-----BEGIN PRIVATE KEY-----")
     assert before[1].startswith(b"-----BEGIN PUBLIC KEY-----")
-    capsys.readouterr()
-    assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 2
-    assert "v1.maker.pem already exists" in capsys.readouterr().err
+    assert "v1.maker.pem already exists" in satchel.refuses(*command)
     private.unlink()
-    assert cli.main(["sign", "--new-key", str(tmp_path / "v1.maker")]) == 2
+    satchel.refuses(*command)
     assert not private.exists()
     assert public.read_bytes() == before[1]
 
 
-def test_a_key_file_of_another_kind_is_refused(signed: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_key_file_of_another_kind_is_refused(satchel: Satchel, signed: Path, keys: Path, tmp_path: Path) -> None:
     encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     curve, plain = ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption()
     locked = serialization.BestAvailableEncryption(b"x")
@@ -176,11 +174,10 @@ def test_a_key_file_of_another_kind_is_refused(signed: Path, keys: Path, tmp_pat
         (tmp_path / "locked.pem", "not a PEM private key"),
         (tmp_path / "nowhere", "cannot be read"),
     ):
-        assert cli.main(["sign", str(signed), "--key", str(key)]) == 2
-        assert message in capsys.readouterr().err
+        assert message in satchel.refuses("sign", signed, "--key", key)
 
 
-def test_every_command_that_opens_a_bundle_checks(tiny: Path, keys: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_every_command_that_opens_a_bundle_checks(satchel: Satchel, tiny: Path, keys: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the cat sat on the mat")
     further = {
         "run": ["the cat"], "eval": ["--text", str(tmp_path / "text")], "pack": ["-o", str(tmp_path / "m.pyz")],
@@ -189,11 +186,8 @@ def test_every_command_that_opens_a_bundle_checks(tiny: Path, keys: Path, tmp_pa
     checked = [name for name, command in cli.COMMANDS.items() if command.opens and name != "specialize"]
     assert {"run", "chat", "bench", "eval", "verify", "profile", "inspect", "pack"} <= set(checked)
     for name in checked:
-        arguments = [name, str(tiny), *further.get(name, []), "--require-signature", str(keys / "maker.pub")]
-        assert cli.main(arguments) == 2, name
-        out, err = capsys.readouterr()
-        assert "tiny: not signed" in err, name
-        assert (out, err.count("\n")) == ("", 1)
+        said = satchel.refuses(name, tiny, *further.get(name, []), "--require-signature", keys / "maker.pub")
+        assert "tiny: not signed" in said, name
 
 
 @pytest.mark.parametrize(
@@ -205,20 +199,15 @@ def test_every_command_that_opens_a_bundle_checks(tiny: Path, keys: Path, tmp_pa
         ["run", "BUNDLE", "the cat", "--specialize", "--require-signature", "x"],
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_refused(arguments: list[str], capsys: Capture) -> None:
-    try:
-        code = cli.main(arguments)
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_command_line_that_makes_no_sense_is_refused(satchel: Satchel, arguments: list[str]) -> None:
+    satchel.refuses(*arguments)
 
 
-def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(signed: Path, keys: Path, capsys: Capture) -> None:
+def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(satchel: Satchel, signed: Path, keys: Path) -> None:
     before = (signed / "signature.json").read_bytes()
     with largest_file(10):
-        assert cli.main(["sign", str(signed), "--key", str(keys / "other.pem")]) == 2
-    assert "cannot be written (File too large)" in capsys.readouterr().err
+        said = satchel.refuses("sign", signed, "--key", keys / "other.pem")
+    assert "cannot be written (File too large)" in said
     assert (signed / "signature.json").read_bytes() == before
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -16,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.command import Satchel
 from support.specialized import IDS, change, files, logits
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine, open_engine
 from satchel.runtime.optimize import specialize, trials
@@ -114,39 +113,32 @@ def test_a_manifest_that_contradicts_itself_is_refused(made: Path, key: str, val
 
 
 def test_a_folder_that_cannot_be_written_is_left_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: object) -> str:
         raise OSError(errno.EROFS, "Read-only file system")
 
     before = files(folder)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    assert cli.main(["specialize", str(folder), "--threads", "1"]) == 2
-    assert "Read-only file system" in capsys.readouterr().err
+    assert "Read-only file system" in satchel.refuses("specialize", folder, "--threads", 1, "--quiet")
     assert files(folder) == before
 
 
-def test_run_makes_a_bundle_ready(folder: Path) -> None:
-    arguments = ["run", str(folder), "cat", "--specialize", "--max-new-tokens", "2", "--threads", "1"]
-    assert cli.main(arguments) == 0
+def test_run_makes_a_bundle_ready(satchel: Satchel, folder: Path) -> None:
+    satchel("run", folder, "cat", "--specialize", "--max-new-tokens", 2, "--threads", 1)
     assert open_bundle(folder).specialized is not None
 
 
-def test_a_ready_bundle_is_made_again_only_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(*flags: str) -> dict[str, Any]:
-        assert cli.main(["specialize", str(folder), "--threads", "1", "--json", "--quiet", *flags]) == 0
-        out, err = capsys.readouterr()
-        assert (err, out.count("\n")) == ("", 1)
-        return dict(json.loads(out))
-
-    first = said()
+def test_a_ready_bundle_is_made_again_only_when_asked(satchel: Satchel, folder: Path) -> None:
+    command = ("specialize", folder, "--threads", 1, "--quiet")
+    first = satchel.json(*command)
     assert (first["made"], first["bundle"]) == (True, str(folder))
     assert first["specialized"] == read_manifest(folder)["specialized"]
-    assert not said()["made"]
-    assert not said("--layout", "stored", "--kernels", "onnxruntime")["made"], "it is what these ask for"
-    assert said("--force")["made"]
-    assert cli.main(["specialize", str(folder), "--remove", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert not satchel.json(*command)["made"]
+    asked = satchel.json(*command, "--layout", "stored", "--kernels", "onnxruntime")
+    assert not asked["made"], "it is what these ask for"
+    assert satchel.json(*command, "--force")["made"]
+    found = satchel.json("specialize", folder, "--remove", "--quiet")
     assert (found["specialized"], found["bytes"]) == (None, 0)
 
 
@@ -181,12 +173,9 @@ def test_an_interruption_changes_nothing(folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("layout", ["int8", "groups"])
-def test_a_layout_that_the_weights_do_not_allow_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str], layout: str
-) -> None:
+def test_a_layout_that_the_weights_do_not_allow_is_refused(satchel: Satchel, folder: Path, layout: str) -> None:
     before = files(folder)
-    assert cli.main(["specialize", str(folder), "--layout", layout]) == 2
-    assert f"layout {layout}: choose one of: stored" in capsys.readouterr().err
+    assert f"layout {layout}: choose one of: stored" in satchel.refuses("specialize", folder, "--layout", layout)
     assert files(folder) == before
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command import Satchel
 from support.specialized import files, logits
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import user_cache
 from satchel.runtime.bundle.lock import BusyError, locked
 from satchel.runtime.bundle.reader import read_bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.optimize.prepare import prepare, remove
 from satchel.runtime.ort import machine
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -129,10 +129,9 @@ def test_one_process_at_a_time(folder: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cli.main(["specialize", str(packed), "--threads", "1", "--quiet"]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert str(tmp_path / "file") in satchel.refuses("specialize", packed, "--threads", 1, "--quiet")
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)

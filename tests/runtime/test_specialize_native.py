@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command import Satchel
 from support.kernels import needs_kernels
 from support.specialized import files, logits
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from support.tiny_native_bundle import write_native_bundle
 
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.kernels import library
@@ -66,17 +65,15 @@ def test_auto_keeps_the_faster(
 
 @needs_kernels
 @pytest.mark.parametrize("flags", [["--kernels", "onnxruntime"], ["--layout", "stored"]])
-def test_who_asks_for_onnx_runtime_gets_it(folder: Path, flags: list[str]) -> None:
-    assert cli.main(["specialize", str(folder), "--threads", "1", *flags]) == 0
+def test_who_asks_for_onnx_runtime_gets_it(satchel: Satchel, folder: Path, flags: list[str]) -> None:
+    satchel("specialize", folder, "--threads", 1, *flags)
     assert read_manifest(folder)["specialized"]["graphs"]["prefill"]["variant"] is None
 
 
 @needs_kernels
-def test_the_commands_run_on_them(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(made), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["specialized"]["graphs"]["prefill"]["variant"] == "native"
-    assert cli.main(["profile", str(made), "--threads", "1", "--prompt-tokens", "8", "--new-tokens", "2"]) == 0
-    assert "Linear" in capsys.readouterr().out
+def test_the_commands_run_on_them(satchel: Satchel, made: Path) -> None:
+    assert satchel.json("inspect", made)["specialized"]["graphs"]["prefill"]["variant"] == "native"
+    assert "Linear" in satchel("profile", made, "--threads", 1, "--prompt-tokens", 8, "--new-tokens", 2).out
 
 
 @needs_kernels
@@ -143,20 +140,16 @@ def test_without_the_library_auto_makes_the_forms_of_onnx_runtime(folder: Path) 
 @pytest.mark.parametrize(
     ("flags", "fact"), [([], "SATCHEL_KERNELS=off"), (["--layout", "int8"], "--kernels satchel with --layout")]
 )
-def test_kernels_that_cannot_be_had_are_an_error(
-    folder: Path, flags: list[str], fact: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernels_that_cannot_be_had_are_an_error(satchel: Satchel, folder: Path, flags: list[str], fact: str) -> None:
     before = files(folder)
-    assert cli.main(["specialize", str(folder), "--kernels", "satchel", *flags]) == 2
-    assert fact in capsys.readouterr().err
+    assert fact in satchel.refuses("specialize", folder, "--kernels", "satchel", *flags)
     assert files(folder) == before
 
 
 @needs_kernels
-def test_a_bundle_without_a_native_graph_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_without_a_native_graph_says_so(satchel: Satchel, tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "plain")
-    assert cli.main(["specialize", str(folder), "--kernels", "satchel"]) == 2
-    assert "has no variant for them" in capsys.readouterr().err
+    assert "has no variant for them" in satchel.refuses("specialize", folder, "--kernels", "satchel")
 
 
 @needs_kernels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from support.chat_bundle import END, TEMPLATE, chat_tokenizer
+from support.command import Satchel
 from support.tiny_bundle import (
     HEAD_DIM,
     KV_HEADS,
@@ -24,7 +24,6 @@ from support.tiny_bundle import (
 from support.tiny_static_bundle import write_static_bundle
 
 from satchel.runtime.bundle import strict_json
-from satchel.runtime.cli import main as cli
 from satchel.runtime.errors import BundleError
 from satchel.runtime.evaluation.certify import make_certificate
 from satchel.runtime.evaluation.selftest import selftest
@@ -57,51 +56,42 @@ def static(tmp_path_factory: pytest.TempPathFactory, dynamic: Path) -> Path:
     return folder
 
 
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    code = cli.main([*map(str, arguments), "--quiet"])
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
-    return out
-
-
 def test_run_and_eval_give_what_dynamic_graphs_give(
-    static: Path, dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    satchel: Satchel, static: Path, dynamic: Path, tmp_path: Path
 ) -> None:
-    for flags in ([], ["--beams", "2"], ["--num-return-sequences", "2", "--temperature", "1.2", "--seed", "3"]):
-        texts = [ran(capsys, "run", each, "the cat", "--max-new-tokens", "9", *flags) for each in (dynamic, static)]
-        assert texts[0] == texts[1]
+    for flags in ([], ["--beams", 2], ["--num-return-sequences", 2, "--temperature", 1.2, "--seed", 3]):
+        command = ("the cat", "--max-new-tokens", 9, *flags, "--quiet")
+        assert satchel("run", dynamic, *command) == satchel("run", static, *command)
     text = tmp_path / "text.txt"
     text.write_text("the cat and the dog and the cat " * 9)
-    out = ran(capsys, "eval", static, "--text", text, "--reference", dynamic, "--skip", "2", "--json")
-    found = json.loads(out)
+    found = satchel.json("eval", static, "--text", text, "--reference", dynamic, "--skip", 2)
     assert found["prefill"]["kl_mean"] < 1e-9
     assert found["decode"]["kl_mean"] < 1e-9
 
 
-def test_verify_reports_ok(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ran(capsys, "verify", static).endswith("OK\n")
+def test_verify_reports_ok(satchel: Satchel, static: Path) -> None:
+    assert satchel("verify", static).out.endswith("OK\n")
 
 
-def test_bench_and_profile_measure_all_parts(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = ["--prompt-tokens", "41", "--new-tokens", "3"]
-    speeds = json.loads(ran(capsys, "bench", static, *work, "--json"))
+def test_bench_and_profile_measure_all_parts(satchel: Satchel, static: Path) -> None:
+    work = ("--prompt-tokens", 41, "--new-tokens", 3)
+    speeds = satchel.json("bench", static, *work)
     assert min(speeds["prefill"], speeds["decode"]) > 0
-    profile = json.loads(ran(capsys, "profile", static, *work, "--json"))
+    profile = satchel.json("profile", static, *work)
     assert (profile["prefill"]["runs"], profile["decode"]["runs"]) == (2 * 2, 2)  # 32 + 9 tokens, in two parts
     operators = {row["operator"]: row["count"] for row in profile["decode"]["operators"]}
     assert operators["Softmax"] == LAYERS
 
 
-def test_inspect_names_every_graph_and_both_caches(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(ran(capsys, "inspect", static, "--json"))
+def test_inspect_names_every_graph_and_both_caches(satchel: Satchel, static: Path) -> None:
+    found = satchel.json("inspect", static)
     assert len(found["graphs"]) == 2 * len(("prefill of 8", "prefill of 32", "decode", "score of 8"))
     numbers = LAYERS * KV_HEADS * 2 * HEAD_DIM
     assert found["cache_bytes_per_token"] == 2 * 4 * numbers
 
 
-def test_specialize_refuses(static: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["specialize", str(static)]) == 2
-    assert "static graphs for cann" in capsys.readouterr().err
+def test_specialize_refuses(satchel: Satchel, static: Path) -> None:
+    assert "static graphs for cann" in satchel.refuses("specialize", static)
 
 
 def test_the_bytes_of_a_step_are_those_of_all_parts(static: Path, dynamic: Path, tmp_path: Path) -> None:

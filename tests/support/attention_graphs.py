@@ -80,11 +80,7 @@ class Layer:
         for name, (heads, width) in self.sizes().items():
             part = tokens[name][row, :length].reshape(length, heads, width).swapaxes(0, 1)
             if self.rotary and name != "v":
-                cos, sin = rotation_tables(7, POSITIONS, self.rotary)
-                if self.pairs:
-                    half = self.rotary // 2
-                    cos, sin = cos[:, :half].repeat(2, 1), sin[:, :half].repeat(2, 1)
-                part = rotated(part, cos[:length], sin[:length], self.pairs)
+                part = rotated(part, *self.tables().values(), self.pairs)
             parts.append(part)
         mixed = attention(*parts, self.scale, self.window, self.softcap)
         return mixed.reshape(length, -1)

@@ -208,11 +208,10 @@ def rotation_tables(seed: int, positions: int, width: int, pairs: bool = False) 
 
 
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairs: bool = False) -> np.ndarray:
-    """x [..., sequence, head_dim] with its first channels rotated by tables [sequence, width]."""
-    width = cos.shape[-1]
-    first, rest = x[..., :width].astype(np.float64), x[..., width:]
-    if pairs:
-        turned = np.stack([-first[..., 1::2], first[..., 0::2]], -1).reshape(first.shape)
-    else:
-        turned = np.concatenate([-first[..., width // 2 :], first[..., : width // 2]], -1)
-    return np.concatenate([first * cos + turned * sin, rest], -1)
+    """x [..., sequence, head_dim] in float64, its first channels turned by tables [positions, half the channels]."""
+    half = cos.shape[1]
+    x, cos, sin = x.astype(np.float64), cos[: x.shape[-2]], sin[: x.shape[-2]]
+    turned = x.copy()
+    a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if pairs else (slice(half), slice(half, 2 * half))
+    turned[..., a], turned[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
+    return turned

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from satchel.runtime.cli import main as cli
+from support.command import Satchel
 
 Row = dict[str, Any]
 COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main"]
@@ -18,8 +18,9 @@ COMMAND = [sys.executable, "-m", "satchel.runtime.cli.main"]
 class Work:
     """A folder with an input, an output, and a bundle to run the one into the other."""
 
-    def __init__(self, bundle: Path, folder: Path) -> None:
+    def __init__(self, satchel: Satchel, bundle: Path, folder: Path) -> None:
         self.bundle, self.input, self.output = bundle, folder / "in.jsonl", folder / "out.jsonl"
+        self._satchel = satchel
 
     def write(self, *lines: object) -> None:
         """Write the input: bytes as they are, everything else as JSON."""
@@ -30,8 +31,9 @@ class Work:
         files = ("--input", self.input, "--output", self.output)
         return ["run", str(self.bundle), "--threads", "1", *map(str, (*files, *more))]
 
-    def run(self, *more: object) -> int:
-        return cli.main(self.arguments(*more))
+    def run(self, *more: object, code: int = 0) -> str:
+        """What the command says on standard error, which must end with exit code `code`."""
+        return self._satchel(*self.arguments(*more), code=code).err
 
     def start(self, *more: object, **settings: Any) -> subprocess.Popen[bytes]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

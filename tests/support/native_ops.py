@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from support.graphs import attention, serialized
+from support.graphs import attention, rotated, serialized
 
 Array = np.ndarray[Any, Any]
 Optional = Array | None
@@ -149,16 +149,6 @@ class Attention(OpRun):
             every = (buffer[row, :, : first + new] for buffer in present)
             y[row] = attention(q, *every, options["scale"], max(options["local_window_size"], 0), options["softcap"])
         return y.reshape(batch, new, -1), *present
-
-
-def rotated(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
-    """x [heads, new, head_dim] with its first channels turned by tables [positions, half the channels]."""
-    half = cos.shape[1]
-    c, s = cos[: x.shape[1]].astype(np.float64), sin[: x.shape[1]].astype(np.float64)
-    turned = x.copy()
-    a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
-    turned[..., a], turned[..., b] = x[..., a] * c - x[..., b] * s, x[..., b] * c + x[..., a] * s
-    return turned
 
 
 class SkipLayerNormalization(OpRun):

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from support.tiny_custom_bundle import write_custom_bundle
-
-from satchel.runtime.cli import main as cli
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `satchel check` in this process: exit code, standard output, standard error."""
-
-    def check(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main(["check", "--quiet", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return check
 
 
 @pytest.fixture
@@ -67,82 +50,74 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def graph_of(output: str, name: str) -> dict:
-    found: dict = next(graph for graph in json.loads(output)["graphs"] if graph["graph"] == name)
-    return found
+def decode_of(found: dict) -> dict:
+    return next(graph for graph in found["graphs"] if graph["graph"] == "decode")
 
 
-def test_a_bundle_for_the_cpu_is_ready_for_it(run: Run, bundle: Path) -> None:
-    code, output, _ = run(bundle, "--provider", "cpu")
-    assert code == 0
+def test_a_bundle_for_the_cpu_is_ready_for_it(satchel: Satchel, bundle: Path) -> None:
+    output = satchel("check", bundle, "--provider", "cpu", "--quiet").out
     assert output.splitlines()[-1] == "ready for cpu"
     assert "decode.onnx" in output
 
 
-def test_the_graph_is_judged_as_it_is_handed_over(run: Run, bundle: Path) -> None:
+def test_the_graph_is_judged_as_it_is_handed_over(satchel: Satchel, bundle: Path) -> None:
     put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.disable_quant_qdq": "1"})
-    _, output, _ = run(bundle, "--provider", "cann", "--json")
-    graph = graph_of(output, "decode")
+    graph = decode_of(satchel.json("check", bundle, "--provider", "cann", "--quiet", code=1))
     assert graph["optimized"]
     assert (graph["nodes"], graph["taken"]) == (1, 1)
     assert (graph["refused"], graph["findings"]) == ({}, [])
     assert graph["settled"] == {"C04": 1}
-    _, output, _ = run(bundle, "--provider", "cann")
+    output = satchel("check", bundle, "--provider", "cann", "--quiet", code=1).out
     assert "decode: fixed by ONNX Runtime before" in output
     assert "C04 (1)" in output
 
 
 @pytest.mark.parametrize(("provider", "nodes"), [("cann", 2), ("cuda", 2), ("cpu", 6)])
 def test_an_operator_that_the_cpu_has_to_expand_is_whole_for_other_providers(
-    run: Run, bundle: Path, provider: str, nodes: int
+    satchel: Satchel, bundle: Path, provider: str, nodes: int
 ) -> None:
     softmax = helper.make_node("Softmax", ["a"], ["y"], "softmax", axis=-1)
     weight = numpy_helper.from_array(np.ones((8, 4), np.float16), "v")
     model = product(helper.make_node("MatMul", ["x", "v"], ["a"], "scores"), softmax)
     model.graph.initializer.append(weight)
     put_graph(bundle, "decode", model)
-    _, output, _ = run(bundle, "--provider", provider, "--json")
-    graph = graph_of(output, "decode")
+    graph = decode_of(satchel.json("check", bundle, "--provider", provider, "--quiet", code=int(provider != "cpu")))
     assert graph["optimized"]
     assert graph["nodes"] == nodes
     if provider != "cpu":
         assert [place["rule"] for place in graph["findings"]] == []
 
 
-def test_warnings_count_when_they_are_asked_to(run: Run, bundle: Path) -> None:
+def test_warnings_count_when_they_are_asked_to(satchel: Satchel, bundle: Path) -> None:
     model = product(*DEQUANTIZED)
     put_graph(bundle, "decode", model, {"session.disable_quant_qdq": "1"})
-    code, output, _ = run(bundle, "--provider", "cpu")
-    assert (code, output.splitlines()[-1]) == (0, "ready for cpu, with 1 warning")
-    code, output, _ = run(bundle, "--provider", "cpu", "--strict")
-    assert (code, output.splitlines()[-1]) == (1, "not ready for cpu: 1 warning")
-    assert not json.loads(run(bundle, "--provider", "cpu", "--strict", "--json")[1])["ready"]
+    command = ("check", bundle, "--provider", "cpu", "--quiet")
+    assert satchel(*command).out.splitlines()[-1] == "ready for cpu, with 1 warning"
+    assert satchel(*command, "--strict", code=1).out.splitlines()[-1] == "not ready for cpu: 1 warning"
+    assert not satchel.json(*command, "--strict", code=1)["ready"]
 
 
-def test_a_graph_that_does_not_open_is_judged_as_its_file_is(run: Run, bundle: Path) -> None:
+def test_a_graph_that_does_not_open_is_judged_as_its_file_is(satchel: Satchel, bundle: Path) -> None:
     unknown = helper.make_node("NoSuchOperator", ["x"], ["y"], "odd")
     put_graph(bundle, "decode", product(unknown))
-    code, output, _ = run(bundle, "--provider", "cpu", "--json")
-    graph = graph_of(output, "decode")
-    assert code == 1
+    graph = decode_of(satchel.json("check", bundle, "--provider", "cpu", "--quiet", code=1))
     assert not graph["optimized"]
     assert "NoSuchOperator" in graph["note"]
     assert [(place["rule"], place["node"]) for place in graph["findings"]] == [("P01", "odd")]
 
 
-def test_the_bundle_is_left_as_it_is(run: Run, bundle: Path) -> None:
+def test_the_bundle_is_left_as_it_is(satchel: Satchel, bundle: Path) -> None:
     before = contents(bundle)
     for provider in ("cann", "cuda", "cpu"):
-        run(bundle, "--provider", provider)
+        satchel("check", bundle, "--provider", provider, "--quiet", code=int(provider != "cpu"))
     assert contents(bundle) == before
 
 
-def test_a_page_holds_every_place_and_loads_nothing(run: Run, bundle: Path, tmp_path: Path) -> None:
+def test_a_page_holds_every_place_and_loads_nothing(satchel: Satchel, bundle: Path, tmp_path: Path) -> None:
     put_graph(bundle, "decode", product(*DEQUANTIZED[:2], helper.make_node("MatMul", ["x", "h"], ["y"], "<b>&")))
     page = tmp_path / "check.html"
-    code, output, _ = run(bundle, "--provider", "cpu", "--html", page)
+    output = satchel("check", bundle, "--provider", "cpu", "--html", page).out
     text = page.read_text(encoding="utf-8")
-    assert code == 0
     assert "ready for cpu, with 1 warning" in output
     assert "&lt;b&gt;&amp;" in text
     assert "<b>" not in text
@@ -161,11 +136,8 @@ def test_a_page_holds_every_place_and_loads_nothing(run: Run, bundle: Path, tmp_
         (["--provider", "cpu", "--ort-version", "1.24.4"], "installed ONNX Runtime"),
     ],
 )
-def test_wrong_options_are_refused(run: Run, bundle: Path, arguments: list[str], message: str) -> None:
-    code, output, error = run(bundle, *arguments)
-    assert (code, output) == (2, "")
-    assert message in error
-    assert error.count("\n") == 1
+def test_wrong_options_are_refused(satchel: Satchel, bundle: Path, arguments: list[str], message: str) -> None:
+    assert message in satchel.refuses("check", bundle, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +150,9 @@ def test_wrong_options_are_refused(run: Run, bundle: Path, arguments: list[str],
         ("1.31.1", "ONNX Runtime 1.30, nearest to 1.31.1"),
     ],
 )
-def test_the_nearest_table_is_taken(run: Run, bundle: Path, asked: str, tables: str) -> None:
-    _, output, _ = run(bundle, "--provider", "cuda", "--ort-version", asked, "--json")
-    assert json.loads(output)["tables"] == tables
+def test_the_nearest_table_is_taken(satchel: Satchel, bundle: Path, asked: str, tables: str) -> None:
+    command = ("check", bundle, "--provider", "cuda", "--ort-version", asked, "--quiet")
+    assert satchel.json(*command, code=1)["tables"] == tables
 
 
 def damaged_graphs() -> dict[str, bytes]:
@@ -194,60 +166,55 @@ def damaged_graphs() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", damaged_graphs())
-def test_a_file_that_is_no_graph_is_refused(run: Run, bundle: Path, name: str) -> None:
+def test_a_file_that_is_no_graph_is_refused(satchel: Satchel, bundle: Path, name: str) -> None:
     manifest, content = read_manifest(bundle), damaged_graphs()[name]
     (bundle / "decode.onnx").write_bytes(content)
     manifest["files"]["decode.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(bundle, manifest)
-    code, output, error = run(bundle, "--provider", "cpu")
-    assert (code, output) == (2, "")
-    assert "not a valid ONNX graph" in error
+    assert "not a valid ONNX graph" in satchel.refuses("check", bundle, "--provider", "cpu", "--quiet")
 
 
-def test_a_session_entry_that_is_not_for_a_bundle_is_refused(run: Run, bundle: Path) -> None:
+def test_a_session_entry_that_is_not_for_a_bundle_is_refused(satchel: Satchel, bundle: Path) -> None:
     put_graph(bundle, "decode", product(*DEQUANTIZED), {"session.optimized_model_external_initializers_file_name": "x"})
-    code, _, error = run(bundle, "--provider", "cpu")
-    assert code == 2
-    assert "session.optimized_model_external_initializers_file_name" in error
+    said = satchel.refuses("check", bundle, "--provider", "cpu", "--quiet")
+    assert "session.optimized_model_external_initializers_file_name" in said
 
 
-def test_a_page_that_cannot_be_written_is_refused_first(run: Run, bundle: Path, tmp_path: Path) -> None:
-    code, output, error = run(bundle, "--provider", "cpu", "--html", tmp_path)
-    assert (code, output) == (2, "")
-    assert "this is a folder" in error
+def test_a_page_that_cannot_be_written_is_refused_first(satchel: Satchel, bundle: Path, tmp_path: Path) -> None:
+    assert "this is a folder" in satchel.refuses("check", bundle, "--provider", "cpu", "--html", tmp_path)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnx_ir"])
 def test_a_missing_package_says_what_to_install(
-    run: Run, bundle: Path, package: str, monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, bundle: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.startswith(("satchel.export.checking", "satchel.graphs"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    code, output, error = run(bundle, "--provider", "cpu")
-    assert (code, output) == (2, "")
-    assert "is not installed: pip install 'onnx" in error
+    said = satchel.refuses("check", bundle, "--provider", "cpu", "--quiet")
+    assert "is not installed: pip install 'onnx" in said
 
 
-def test_operators_of_a_library_are_told_apart(bundle: Path, tmp_path: Path, run: Run) -> None:
+def test_operators_of_a_library_are_told_apart(bundle: Path, tmp_path: Path, satchel: Satchel) -> None:
     custom = write_custom_bundle(tmp_path / "custom", bundle)
-    code, out, err = run(custom, "--provider", "cpu", "--strict")
-    assert (code, err) == (0, "")
+    out, err = satchel("check", custom, "--provider", "cpu", "--strict", "--quiet")
+    assert err == ""
     assert "P06 info: " in out and "(3 in prefill, decode, score)" in out
     assert "P01" not in out
     assert f"(it needs {LIBRARY.name})" in out
-    cuda, cann = (json.loads(run(custom, "--provider", name, "--json")[1]) for name in ("cuda", "cann"))
-    for result, rule in ((cuda, "U18"), (cann, "C02")):
+    for provider, rule in (("cuda", "U18"), ("cann", "C02")):
+        result = satchel.json("check", custom, "--provider", provider, "--quiet", code=1)
         found = [place for graph in result["graphs"] for place in graph["findings"] if place["node"] == "cut"]
         assert rule in {place["rule"] for place in found}
         assert "U01" not in {place["rule"] for place in found}
     manifest = read_manifest(custom)
     write_manifest(custom, {**manifest, "custom_ops": []})  # then nobody knows whose it is
-    assert "P01 error: an operator has no kernel (3 in" in run(custom, "--provider", "cpu")[1]
+    out = satchel("check", custom, "--provider", "cpu", "--quiet", code=1).out
+    assert "P01 error: an operator has no kernel (3 in" in out
 
 
-def test_names_cannot_move_the_cursor(run: Run, bundle: Path) -> None:
+def test_names_cannot_move_the_cursor(satchel: Satchel, bundle: Path) -> None:
     put_graph(bundle, "decode", product(*DEQUANTIZED[:2], helper.make_node("MatMul", ["x", "h"], ["y"], "a\x1b[2J")))
-    _, output, _ = run(bundle, "--provider", "cpu")
+    output = satchel("check", bundle, "--provider", "cpu", "--quiet").out
     assert "\x1b" not in output
     assert "a\\x1b[2J" in output

@@ -1,7 +1,8 @@
-"""Runs the graphs of a bundle for cuda on the CPU as they run on the device: caches of full length, one graph."""
+"""Runs the graphs of a bundle on the CPU without the runner, over caches of full length."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from satchel.runtime.bundle.manifest import CacheLayer, Manifest
 Values = dict[str, NDArray[np.generic]]
 
 
-class CudaGraphs:
+class DynamicGraphs:
     """One graph of a bundle, and the cache that it is given and gives back."""
 
     def __init__(self, folder: Path, manifest: Manifest, phase: str, capacity: int) -> None:
@@ -23,10 +24,10 @@ class CudaGraphs:
         self.layers: tuple[CacheLayer, ...] = manifest.kv_cache.layers
         self.dtype, self.capacity = manifest.kv_cache.dtype, capacity
 
-    def empty(self) -> Values:
-        """Keys and values of zeros for one row."""
+    def empty(self, rows: int = 1) -> Values:
+        """Keys and values of zeros."""
         return {
-            name: np.zeros((1, layer.kv_heads, self.capacity, width), self.dtype)
+            name: np.zeros((rows, layer.kv_heads, self.capacity, width), self.dtype)
             for layer in self.layers
             for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim))
         }
@@ -55,3 +56,17 @@ class CudaGraphs:
         """A token for each row, which has so many before; the mask covers the whole cache."""
         mask = np.arange(self.capacity) <= np.asarray(lengths)[:, None]
         return self.run(np.asarray(ids, np.int64)[:, None], mask.astype(np.int64), cache)
+
+
+def together(folder: Path, rows: Sequence[NDArray[np.int64]], next_ids: NDArray[np.int64]) -> list[NDArray[np.generic]]:
+    """Prefill `rows` padded on the right, then decode `next_ids` [batch]; the logits of both, [batch, vocabulary]."""
+    manifest = Manifest.read(folder / "manifest.json")
+    lengths = np.asarray([len(row) for row in rows])
+    padded = np.stack([np.pad(row, (0, max(lengths) - len(row)), constant_values=7) for row in rows])
+    found, cache = [], None
+    for phase, ids, known in (("prefill", padded, lengths), ("decode", next_ids[:, None], lengths + 1)):
+        graphs = DynamicGraphs(folder, manifest, phase, capacity=32)
+        mask = (np.arange(max(known)) < known[:, None]).astype(np.int64)
+        values, cache = graphs.run(ids, mask, graphs.empty(len(rows)) if cache is None else cache)
+        found.append(values["logits"][:, 0])
+    return found
