@@ -32,7 +32,7 @@ from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
-from satchel.export.tracing.rotary_tables import border_of
+from satchel.export.tracing.rotary_tables import border_within, varies
 from satchel.export.tracing.soundness import check_sound
 from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
 from satchel.export.tracing.trace import trace
@@ -274,12 +274,12 @@ def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages, note
     else:
         for note in notes_on(checkpoint.tokenizer, checkpoint.vocab_size):
             stages.say(f"warning: {checkpoint.name}: {note}")
-    border = border_of(checkpoint.module)
-    if border is not None and context > border:
+    border = None if checkpoint.kind == "module" else border_within(checkpoint.module, context)
+    if border is not None and varies(checkpoint.module):
         stages.say(
-            f"warning: {checkpoint.name}: texts of more than {border:,} tokens have other rotary embeddings than "
-            f"shorter ones; a bundle of {context:,} positions has those of long texts for all: --max-context {border} "
-            "gives the others"
+            f"warning: {checkpoint.name}: its rotary embeddings change with each token beyond {border:,} (dynamic "
+            f"scaling); texts of up to {border:,} tokens have their own in the bundle, all longer ones those of "
+            f"{context:,} tokens: --max-context {border} leaves those out"
         )
     for complaint in generation_complaints(checkpoint.companions, checkpoint.vocab_size):
         stages.say(f"warning: {checkpoint.name}: {FILE}: {complaint}")

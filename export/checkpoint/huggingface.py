@@ -26,6 +26,7 @@ from satchel.export.checkpoint.templates import folder_templates, template_sourc
 from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer, folder_tokenizer, tokenizer_files
 from satchel.export.errors import ExportError
+from satchel.export.tracing.rotary_tables import rope_kinds
 
 _WEIGHTS_KEY = "transformers_weights"
 """The key of config.json that names the file with the weights."""
@@ -184,10 +185,11 @@ def _extended(config: PreTrainedConfig, positions: int) -> int:
 
     The factor of llama3 and linear does not multiply the context: max_position_embeddings has the extended length.
     """
-    rope = getattr(config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
-    factor, kind = rope.get("factor"), rope.get("rope_type")
-    if kind not in ("yarn", "longrope", "dynamic") or not isinstance(factor, int | float):
-        return 0
-    original = positions if kind == "dynamic" else rope.get("original_max_position_embeddings")
-    return int(factor * original) if isinstance(original, int) else 0
+    found = [0]
+    for rope in rope_kinds(config).values():
+        factor, kind = rope.get("factor"), rope.get("rope_type")
+        original = positions if kind == "dynamic" else rope.get("original_max_position_embeddings")
+        scaled = kind in ("yarn", "longrope", "dynamic")
+        if scaled and isinstance(factor, int | float) and isinstance(original, int):
+            found.append(int(factor * original))
+    return max(found)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from satchel.graphs.analysis.segments import Segment, build, split
 from satchel.graphs.ir.values import dims
 from satchel.graphs.ir.weights import LazyWeight
-from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TEXT_LENGTH
 from satchel.runtime.ort.session import default_threads
 from satchel.runtime.util.cpu import machine_cores
 
@@ -66,6 +66,7 @@ class Flow:
         ids = windows.reshape(self.batches, batch, self.length)
         self._values[INPUT_IDS] = list(ids)
         self._values[ATTENTION_MASK] = list(np.ones_like(ids))
+        self._values[TEXT_LENGTH] = list(np.zeros_like(ids[:, :, :1]))  # the mask is that of the whole text
         self._inputs = {str(v.name): v for v in model.graph.inputs}
         self._head: Segment | None = None
 

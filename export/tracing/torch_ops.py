@@ -10,6 +10,9 @@ token sees), chunk (it sees its own chunk of so many positions) and softcap, whe
 hidden] -> [tokens, hidden]. The gate is g * sigmoid(alpha * g) * (u + beta) with g at most `limit` and u within -limit
 and limit (0: no limit). Attributes: alpha, beta, limit; interleaved, where gates and ups alternate in gate_up; and
 transposed, where the last two axes of both matrices are the other way round.
+
+`satchel::RotaryRows`: positions [batch, sequence] int64 -> their rows in a rotary table of two blocks: that of texts of
+up to `border` tokens begins at row 0, that of longer ones at row `border`.
 """
 
 from __future__ import annotations
@@ -58,11 +61,23 @@ def _(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(hidden)
 
 
+@torch.library.custom_op("satchel::rotary_rows", mutates_args=())
+def rotary_rows(positions: torch.Tensor, border: int) -> torch.Tensor:
+    """The rows of a rotary table for positions of a text of any length; for tracing only."""
+    raise RuntimeError("satchel::rotary_rows has no implementation in torch: it is a placeholder for a graph operator")
+
+
+@rotary_rows.register_fake
+def _(positions: torch.Tensor, border: int) -> torch.Tensor:
+    return torch.empty_like(positions)
+
+
 def _operator(
     name: str,
     inputs: dict[str, str],
     attributes: dict[str, onnx.defs.OpSchema.AttrType],
     optional: Collection[str] = (),
+    element: str = "tensor(float)",
 ) -> onnxscript.values.Op:
     schema = onnx.defs.OpSchema(
         name, DOMAIN, 1,
@@ -71,7 +86,7 @@ def _operator(
             for n, t in inputs.items()
         ],
         outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
+        type_constraints=[("T", [element], "")],
         attributes=[onnx.defs.OpSchema.Attribute(n, t, required=True) for n, t in attributes.items()],
     )  # fmt: skip
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
@@ -94,6 +109,8 @@ _EXPERTS = _operator(
     {"alpha": _FLOAT, "beta": _FLOAT, "limit": _FLOAT, "interleaved": _INT, "transposed": _INT},
     optional=("gate_up_bias", "down_bias"),
 )  # fmt: skip
+
+_ROTARY_ROWS = _operator("RotaryRows", {"positions": "T"}, {"border": _INT}, element="tensor(int64)")
 
 
 def _translate_attention(
@@ -148,5 +165,6 @@ TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.slice_scatter.default: _translate_slice_scatter,
     torch.ops.satchel.attention.default: _translate_attention,
     torch.ops.satchel.experts.default: _translate_experts,
+    torch.ops.satchel.rotary_rows.default: lambda positions, border: _ROTARY_ROWS(positions, border=border),
 }
 """Passed to `torch.onnx.export(custom_translation_table=...)`."""

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
 from satchel.graphs.ir.weights import LazyWeight, stored
 from satchel.graphs.quant.quantized import LAYOUT, Quantized
-from satchel.runtime.bundle.contract import WEIGHTS_NAME, Layout
+from satchel.runtime.bundle.contract import TEXT_LENGTH, WEIGHTS_NAME, Layout
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
 
@@ -130,8 +131,15 @@ def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -
 
 
 def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, Place]) -> None:
-    """Write one graph, with its weights as external data in the weight file."""
+    """Write one graph, with its weights as external data in the weight file.
+
+    `text_length` gets a default, so that a runner that does not know it can leave it out.
+    """
     model = model.clone()
+    for value in model.graph.inputs:
+        if value.name == TEXT_LENGTH:
+            value.const_value = ir.tensor(np.zeros((1, 1), np.int64), name=TEXT_LENGTH)
+            model.graph.register_initializer(value)
     for value in model.graph.initializers.values():
         lazy = weight(value)
         if lazy is None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
+from satchel.export.tracing.rotary_tables import border_within
 from satchel.export.writing.provenance import named_file, producer, provenance
 from satchel.export.writing.static_graphs import describe_static
 from satchel.export.writing.tensor_specs import tensor_specs
@@ -97,6 +98,7 @@ def describe(
         bos_token_id=_possible(checkpoint, checkpoint.bos_token_id),
         eos_token_ids=tuple(i for i in checkpoint.eos_token_ids if _possible(checkpoint, i) is not None),
         pad_token_id=_possible(checkpoint, checkpoint.pad_token_id),
+        rotary_border=None if checkpoint.kind == "module" else border_within(checkpoint.module, context),
     )
     return Manifest(
         producer=producer(),

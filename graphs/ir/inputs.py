@@ -6,6 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from satchel.graphs.ir.values import producer, scalar
 from satchel.graphs.ir.weights import LazyWeight, cast
 from satchel.runtime.bundle.contract import (
     ATTENTION_MASK,
@@ -21,6 +22,9 @@ from satchel.runtime.bundle.contract import (
 
 POSITIONS = "positions"
 """The value that derive_positions puts in the place of the input `position_ids`."""
+
+ROTARY_ROWS = "rotary.rows"
+"""How the nodes begin by whose names choose_rotary_rows adds the first row of a block to positions."""
 
 TABLE = "table"
 """Mark (`meta`) of an input that takes one row of a lookup table for each token: the table, a `LazyWeight`."""
@@ -99,6 +103,16 @@ def is_positions(value: ir.Value) -> bool:
         return value.name == POSITION_IDS
     node = value.producer()
     return node is not None and node.name == POSITIONS
+
+
+def block_start(value: ir.Value) -> int | None:
+    """The first row of the second block where a value is the rows that choose_rotary_rows chose; None otherwise."""
+    node = value.producer()
+    if node is None or not str(node.name).startswith(ROTARY_ROWS):
+        return None
+    product = producer(node.inputs[1], "Mul")
+    first = None if product is None else scalar(product.inputs[1])
+    return None if first is None else int(first)
 
 
 def cache_capacity(model: ir.Model) -> int | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.passes.cache.choose_rotary_rows import choose_rotary_rows
 from satchel.graphs.passes.cache.derive_positions import derive_positions
 from satchel.graphs.passes.cache.drop_inputs import drop_inputs
 from satchel.graphs.passes.cache.full_length_mask import full_length_mask
@@ -97,6 +98,7 @@ FUSE = (
     Step(fuse_attention, after=("fuse_rotary",), changes_signature=True),  # takes the rotation in
     Step(expand_attention, after=("fuse_attention",), changes_signature=True),  # what the fused operator refused
     Step(lower_experts),
+    Step(choose_rotary_rows, after=("fuse_attention",), changes_signature=True),  # which looks for what it replaces
     Step(
         derive_positions, after=("fuse_attention", "expand_attention"), changes_signature=True
     ),  # both look for the input
@@ -111,13 +113,22 @@ FUSE_STANDARD = (
     Step(fuse_norms, after=("remove_duplicates",)),
     Step(sink_transposes, after=("fuse_norms",)),
     Step(expand_attention, after=("fold_constants",), changes_signature=True),
+    Step(choose_rotary_rows, changes_signature=True),
     Step(derive_positions, after=("expand_attention",), changes_signature=True),
     Step(remove_identity, after=("expand_attention",)),
     Step(share_tied_head, after=("fold_constants",)),
 )
 """For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
-FUSE_CUDA = tuple(step for step in FUSE if step.name != "expand_attention")
-"""A layer that GroupQueryAttention does not take has no form here: TensorScatter came to this device's kernels late."""
+_CHOOSE = Step(choose_rotary_rows, changes_signature=True)
+FUSE_CUDA = tuple(
+    each
+    for step in FUSE
+    if step.name not in ("expand_attention", "choose_rotary_rows")
+    for each in ((_CHOOSE, step) if step.name == "fuse_attention" else (step,))
+)
+"""A layer that GroupQueryAttention does not take has no form here: TensorScatter came to this device's kernels late.
+Rows of a rotary table are chosen early, so that such a rotation stays outside: some versions of its attention ignore
+them."""
 
 PREFILL = (
     Step(slice_last_logits),

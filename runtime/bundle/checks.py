@@ -15,6 +15,7 @@ from satchel.runtime.bundle.contract import (
     LOGITS,
     PHASES,
     STATIC_INPUTS,
+    TEXT_LENGTH,
     TOKENIZER_KINDS,
     TOP_IDS,
     TOP_OUTPUTS,
@@ -51,6 +52,8 @@ def check_manifest(manifest: Manifest) -> None:
     model, cache, tokenizer = manifest.model, manifest.kv_cache, manifest.tokenizer
     for field in ("parameters", "vocab_size", "max_context"):
         _check(getattr(model, field) > 0, f"model.{field}", getattr(model, field), "a number above 0")
+    border = model.rotary_border
+    _check(border is None or 0 < border < model.max_context, "model.rotary_border", border, "below model.max_context")
     special = [model.bos_token_id, model.pad_token_id, *model.eos_token_ids]
     for token_id in special:
         _check(
@@ -155,6 +158,7 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str) -> N
     layers, states = manifest.kv_cache.layers, manifest.states
     wanted = {INPUT_IDS, ATTENTION_MASK, *(name for layer in layers for name in (layer.past_key, layer.past_value))}
     wanted |= {state.past for state in states}
+    wanted |= set() if manifest.model.rotary_border is None else {TEXT_LENGTH}
     found = {tensor.name for tensor in graph.inputs}
     expected = "the contract's names and those of kv_cache and states"
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), expected)
@@ -188,7 +192,8 @@ def _check_static(manifest: Manifest, static: StaticGraphs) -> None:
     for index, table in enumerate(static.tables):
         where = f"{key}.tables[{index}]"
         _check_one_of(table.dtype, f"{where}.dtype", DTYPES)
-        fits = len(table.shape) == 2 and table.shape[0] >= static.capacity and table.shape[1] > 0
+        rows = (static.capacity, static.capacity + (manifest.model.rotary_border or 0))
+        fits = len(table.shape) == 2 and table.shape[0] in rows and table.shape[1] > 0
         _check(fits, f"{where}.shape", table.shape, "[positions, width] with a row for each position of the cache")
         _check(table.file in manifest.files, f"{where}.file", table.file, "listed in 'files'")
         size = manifest.files[table.file].bytes

@@ -39,6 +39,10 @@ INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "positi
 """`input_ids` [batch, sequence] int64 and `attention_mask` [batch, total or capacity] int64. `position_ids` exists only
 while a graph is traced: the exported graphs derive positions from the mask."""
 
+TEXT_LENGTH = "text_length"
+"""[batch, 1] int64, where the rotary table depends on the length of the text (`model.rotary_border`): the number of
+tokens of the whole prompt, of which a run may be one chunk. It may be left out, and is 0 then: a run's mask decides."""
+
 LOGITS = "logits"
 """[batch, 1, vocabulary] float32 of the last token, or [batch, sequence, vocabulary] of a score graph."""
 

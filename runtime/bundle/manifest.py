@@ -60,7 +60,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes and special token ids of the model. `max_context` is in positions, `vocab_size` is the logits' width."""
+    """Sizes and special token ids of the model. `max_context` is in positions, `vocab_size` is the logits' width.
+
+    `rotary_border` is the number of tokens up to which a text has the first of two blocks of rotary angles, if longer
+    ones have others; None if there is one block.
+    """
 
     parameters: int
     vocab_size: int
@@ -68,6 +72,11 @@ class ModelFacts:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    rotary_border: int | None = None
+
+    def is_long(self, length: int) -> bool:
+        """Whether a text of `length` tokens has the second block of rotary angles."""
+        return self.rotary_border is not None and length > self.rotary_border
 
 
 @dataclass(frozen=True)

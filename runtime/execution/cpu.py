@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TEXT_LENGTH, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.batch import Batch
@@ -87,11 +87,13 @@ class CpuEngine(Engine):
             session = self._score
         cache = self.new_cache(len(tokens))
         try:
+            cache.long = self.bundle.manifest.model.is_long(len(tokens))
             binding, ones = cache.bind(session), np.ones(len(tokens), np.int64)
+            lengths = text_lengths(self.bundle.manifest)
             for span in self.spans(len(tokens), chunk):
                 rows = logits[span]
                 bind_output(binding, LOGITS, rows, (1, *rows.shape))
-                run_span(session, binding, cache, tokens[span], ones.ctypes.data)
+                run_span(session, binding, cache, tokens[span], ones.ctypes.data, lengths)
         finally:
             self.release(cache)
 
@@ -111,11 +113,13 @@ class RowRunner:
         self._ones_address = self._ones.ctypes.data
         self._mask = np.zeros(rows * self._capacity, np.int64)
         self._fixed_mask = manifest.has_fixed_mask
+        self._lengths = text_lengths(manifest)
         self._bindings: dict[tuple[int, int, int], ort.IOBinding] = {}
 
     def prefill(self, row: int, cache: Cache, tokens: Ids) -> None:
         """Feed tokens to one row; `cache` is its part of the cache, with its length."""
-        run_span(self._sessions[PREFILL], self._binding(PREFILL, row, 1), cache, tokens, self._ones_address)
+        binding = self._binding(PREFILL, row, 1)
+        run_span(self._sessions[PREFILL], binding, cache, tokens, self._ones_address, self._lengths)
 
     def decode(self, first: int, caches: Sequence[Cache], tokens: Sequence[int] | Ids) -> None:
         """Feed a token to each of several neighboring rows, from row `first` on, in one run."""
@@ -179,7 +183,12 @@ class CpuBatch(Batch):
 
     def _decode(self, tokens: Ids) -> None:
         if len(tokens) > 1 and (self._force or self._engine.batch_invariant):
-            self._runner.decode(0, [state.cache for state in self.states[: len(tokens)]], tokens)
+            states = self.states[: len(tokens)]
+            for state in states:
+                state.expect(state.cache.length + 1)
+            self._runner.decode(0, [state.cache for state in states], tokens)
+            for state, token in zip(states, tokens.tolist(), strict=True):
+                state.note(token)
         else:
             super()._decode(tokens)
 
@@ -208,22 +217,33 @@ class CpuState(State):
         buffers, others = ([state._logits, *(state._top or ())] for state in (self, other))
         for mine, theirs in zip(buffers, others, strict=True):
             mine[:], theirs[:] = theirs.copy(), mine.copy()
+        self._fed, other._fed = other._fed, self._fed
 
-    def prefill(self, tokens: Ids) -> None:
+    def _prefill(self, tokens: Ids) -> None:
         self._runner.prefill(self._row, self.cache, tokens)
 
-    def decode(self, token: int) -> None:
+    def _decode(self, token: int) -> None:
         self._runner.decode_one(self._row, self.cache, token)
 
 
-def run_span(session: ort.InferenceSession, binding: ort.IOBinding, cache: Cache, tokens: Ids, ones: int) -> None:
+def text_lengths(manifest: Manifest) -> Ids | None:
+    """What the input `text_length` is for short and for long texts, [2, 1, 1]; None where a graph has no such input."""
+    border = manifest.model.rotary_border
+    return None if border is None else np.array([[[0]], [[border + 1]]], np.int64)
+
+
+def run_span(
+    session: ort.InferenceSession, binding: ort.IOBinding, cache: Cache, tokens: Ids, ones: int, lengths: Ids | None
+) -> None:
     """Run a graph on tokens of one sequence and count them in its cache.
 
-    `ones` is the address of as many ones (int64) as the cache has positions.
+    `ones` is the address of as many ones (int64) as the cache has positions, `lengths` those of `text_lengths`.
     """
     count = len(tokens)
     cache.begin(count)
     bind_input(binding, INPUT_IDS, tokens, (1, count))
     binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, cache.length + count), ones)
+    if lengths is not None:
+        bind_input(binding, TEXT_LENGTH, lengths[int(cache.long)], (1, 1))
     run_bound(session, binding, f"at position {cache.length}")
     cache.advance(count)

@@ -96,7 +96,11 @@ class Engine(ABC):
         if force and not self.supports_batch:
             raise PromptError("the decode graph of this bundle takes a fixed number of rows: they cannot run together")
         self.check_capacity(capacity)
-        return self._new_batch(rows, capacity, force)
+        batch, border = self._new_batch(rows, capacity, force), self.bundle.manifest.model.rotary_border
+        if border is not None:
+            for state in batch.states:
+                state.watch(border, self.spans)
+        return batch
 
     def new_state(self, capacity: int) -> State:
         """A sequence of up to `capacity` positions, a batch of one row. Raises PromptError as `new_batch`."""
@@ -122,6 +126,7 @@ class Engine(ABC):
         tokens = self.check_ids(ids)
         _check_chunk(chunk)
         state.cache.require(len(tokens))
+        state.expect(state.cache.length + len(tokens))
         for span in self.spans(len(tokens), chunk):
             state.prefill(tokens[span])
         return state.logits

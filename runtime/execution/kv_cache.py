@@ -25,7 +25,8 @@ class Cache(ABC):
     """Keys and values of one sequence for every layer, its states, and the number of positions in use.
 
     The buffers are allocated once, for `capacity` positions or more, and never grow. States are those after the last
-    position; `snapshots` are copies of them at earlier lengths, to which the sequence can return.
+    position; `snapshots` are copies of them at earlier lengths, to which the sequence can return. `long` tells whether
+    the keys are rotated as those of a text beyond the model's `rotary_border`.
     """
 
     def __init__(self, capacity: int, limit: int, rows: int = 1) -> None:
@@ -36,6 +37,7 @@ class Cache(ABC):
         self._length = 0
         self._running = False  # while a graph may be writing states, and after it failed
         self.snapshots: dict[int, Snapshot] = {}
+        self.long = False
 
     @property
     @abstractmethod
@@ -103,7 +105,7 @@ class Cache(ABC):
 
     def clear(self) -> None:
         """Empty the cache: the next position to be written is the first, and states are zeros."""
-        self._length, self._running, self.snapshots = 0, False, {}
+        self._length, self._running, self.snapshots, self.long = 0, False, {}, False
         for state in self.states.values():
             state[...] = 0
 
@@ -188,7 +190,7 @@ class KVCache(Cache):
     def row(self, index: int) -> Self:
         """An empty cache of one sequence, with its own length, in the memory of row `index` of this one."""
         row = copy.copy(self)
-        row.rows, row._length, row._running, row.snapshots = 1, 0, False, {}
+        row.rows, row._length, row._running, row.snapshots, row.long = 1, 0, False, {}, False
         row._past, row._states = (
             {name: buffer[index : index + 1] for name, buffer in buffers.items()}
             for buffers in (self._past, self._states)
@@ -199,7 +201,7 @@ class KVCache(Cache):
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
         """As `Cache.copy_from`."""
-        self._length = 0
+        self._length, self.long = 0, other.long
         self.require(count)
         theirs = other.past
         for name, buffer in self._past.items():
@@ -219,6 +221,7 @@ class KVCache(Cache):
         for left, right in zip(self._states.values(), other._states.values(), strict=True):
             left[...], right[...] = right.copy(), left.copy()
         self._length, other._length = theirs, mine
+        self.long, other.long = other.long, self.long
         self._running, other._running = other._running, self._running
         self.snapshots, other.snapshots = other.snapshots, self.snapshots
 

@@ -109,7 +109,7 @@ class Generator:
             specialize_in_background(bundle, provider, threads, shown=progress)
         context, spec = max_context or limit, bundle.manifest.kv_cache
         size = context * position_bytes(spec) if prefix_cache_mib is None else prefix_cache_mib * MIB
-        return cls(engine, tokenizer, context, PrefixCache(spec, size))
+        return cls(engine, tokenizer, context, PrefixCache(spec, size, bundle.manifest.model.rotary_border))
 
     def generate(
         self,
@@ -278,7 +278,7 @@ class Generator:
         PromptError if nothing is cached, SatchelError if the file cannot be written.
         """
         ids = self.encode(prompt)
-        count, cache = self.prefix_cache.longest(ids)
+        count, cache = self.prefix_cache.longest_saved(ids)
         if cache is None:
             raise PromptError(
                 "nothing of this prompt is in the prefix cache: generate first, or raise --prefix-cache-mib"

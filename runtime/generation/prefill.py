@@ -67,19 +67,21 @@ def copy_prefix(
 ) -> int:
     """Copy the longest prefix that `prefix_cache` or `live`, the rows beside, shares with a prompt. Returns its length.
 
+    Only those count that have the rotary angles of the prompt's length, which the state then has too.
     The last two tokens always run: the logits of the last one are needed, and some kernels round a single token
     differently (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`.
     """
+    state.expect(len(prompt))
     reused, cache = prefix_cache.longest(prompt)
     for prefix in live:
         common = common_length(prefix.ids, prompt)
-        if common > reused:
+        if common > reused and prefix.cache.long == state.cache.long:
             reused, cache = common, prefix.cache
     reused = min(reused, max(len(prompt) - TAIL, 0))
     reused -= reused % engine.bundle.manifest.token_multiple
     if cache is None or not (reused := cache.reach(reused)):
         return 0
-    state.cache.copy_from(cache, reused)
+    state.resume(prompt[:reused], cache)
     return reused
 
 

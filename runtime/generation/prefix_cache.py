@@ -25,9 +25,13 @@ class Prefix:
 class PrefixCache:
     """Prefixes up to a memory limit; the least recently used are evicted first. Threads may share one."""
 
-    def __init__(self, spec: CacheSpec, limit: int) -> None:
-        """`limit` is in bytes; 0 caches nothing."""
+    def __init__(self, spec: CacheSpec, limit: int, border: int | None = None) -> None:
+        """`limit` is in bytes; 0 caches nothing. `border` is the model's `rotary_border`.
+
+        A prefix serves only prompts on its own side of the border: `Cache.long` says which that is.
+        """
         self._spec = spec
+        self._border = border
         self._max_positions = max(0, limit) // position_bytes(spec)
         self._lock = threading.Lock()
         self._prefixes: list[Prefix] = []  # the most recently used one last
@@ -44,11 +48,24 @@ class PrefixCache:
             return sum(len(prefix.ids) for prefix in self._prefixes)
 
     def longest(self, ids: Ids) -> tuple[int, Cache | None]:
-        """The length of the longest cached prefix of `ids`, and its KV cache; 0 and None if there is none."""
+        """The length of the longest cached prefix of a prompt `ids`, and its KV cache; 0 and None if there is none."""
+        return self._longest(ids, self.is_long(len(ids)))
+
+    def longest_saved(self, ids: Ids) -> tuple[int, Cache | None]:
+        """As `longest`, of those whose length alone tells the side of the border that they are on."""
+        found = (self._longest(ids, long) for long in (False, True))
+        fitting = [(count, cache) for count, cache in found if cache and cache.long == self.is_long(count)]
+        return max(fitting, key=lambda each: each[0], default=(0, None))
+
+    def is_long(self, length: int) -> bool:
+        """Whether a text of `length` tokens is beyond the border."""
+        return self._border is not None and length > self._border
+
+    def _longest(self, ids: Ids, long: bool) -> tuple[int, Cache | None]:
         with self._lock:
             length, best = 0, None
             for prefix in self._prefixes:
-                common = common_length(prefix.ids, ids)
+                common = common_length(prefix.ids, ids) if prefix.cache.long == long else 0
                 if common and common >= length:
                     length, best = common, prefix
             if best is None:
@@ -63,9 +80,9 @@ class PrefixCache:
             return
         ids = ids[:count].copy()
         with self._lock:
-            if self._covers(ids):
+            if self._covers(ids, cache.long):
                 return
-            self._make_room(ids)  # before the copy, so that both together stay under the limit
+            self._make_room(ids, cache.long)  # before the copy, so that both together stay under the limit
         kept = KVCache(self._spec, count, count)
         kept.copy_from(cache, count)
         self.put(Prefix(ids, kept))
@@ -76,21 +93,22 @@ class PrefixCache:
         One larger than the limit is not cached, and neither is one that a cached prefix covers, which counts as used.
         """
         with self._lock:
-            if len(prefix.ids) <= self._max_positions and not self._covers(prefix.ids):
-                self._make_room(prefix.ids)
+            if len(prefix.ids) <= self._max_positions and not self._covers(prefix.ids, prefix.cache.long):
+                self._make_room(prefix.ids, prefix.cache.long)
                 self._prefixes.append(prefix)
 
-    def _covers(self, ids: Ids) -> bool:
+    def _covers(self, ids: Ids, long: bool) -> bool:
         """Whether some cached prefix begins with `ids`, which then counts as used. The lock is held."""
         for index in reversed(range(len(self._prefixes))):
-            if common_length(self._prefixes[index].ids, ids) == len(ids):
+            known = self._prefixes[index]
+            if known.cache.long == long and common_length(known.ids, ids) == len(ids):
                 self._prefixes.append(self._prefixes.pop(index))
                 return True
         return False
 
-    def _make_room(self, ids: Ids) -> None:
+    def _make_room(self, ids: Ids, long: bool) -> None:
         """Evict prefixes of `ids`, then others until `ids` fits. The lock is held."""
-        others = [old for old in self._prefixes if common_length(old.ids, ids) < len(old.ids)]
+        others = [old for old in self._prefixes if old.cache.long != long or common_length(old.ids, ids) < len(old.ids)]
         while others and sum(len(old.ids) for old in others) > self._max_positions - len(ids):
             others.pop(0)
         self._prefixes = others

@@ -180,6 +180,7 @@ def _read_payload(
     cache = KVCache(manifest.kv_cache, count, manifest.model.max_context)
     prefix = Prefix(np.empty(count, ID_TYPE), cache)
     cache.advance(count)
+    cache.long = manifest.model.is_long(count)
     digest = _digest_of({key: value for key, value in metadata.items() if key != "sha256"})
     with progress_bar(sum(map(len, _payload(prefix))), "loading", "B", shown=progress) as bar:
         for part in _payload(prefix, bar.update):

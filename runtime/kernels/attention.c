@@ -44,9 +44,12 @@ static const char *check_positions(const AttentionCall *call)
             return "satchel:Attention: seqlens_k is below the number of new tokens";
         if (past > call->past_capacity)
             return "satchel:Attention: seqlens_k is beyond the past's capacity";
-        if (call->cos && past + call->tokens > call->rotary_rows)
+        if (call->cos && !call->rotary_row && past + call->tokens > call->rotary_rows)
             return "satchel:Attention: a position is beyond the rotary tables";
     }
+    for (int64_t i = 0; call->cos && call->rotary_row && i < call->batch * call->tokens; i++)
+        if (call->rotary_row[i] < 0 || call->rotary_row[i] >= call->rotary_rows)
+            return "satchel:Attention: a position is beyond the rotary tables";
     return NULL;
 }
 

@@ -24,6 +24,7 @@ typedef struct {
     int32_t total;            /* equal to tokens: the cache was empty in all rows */
     const float *cos, *sin;   /* [rotary_rows, rotary_half]; NULL: no rotation */
     int64_t rotary_rows, rotary_half;
+    const int64_t *rotary_row; /* [batch, tokens]: which row each new token has; NULL: that of its position */
     int interleaved; /* channels 2i and 2i + 1 rotate together, not i and i + rotary_half */
     float scale;     /* 0: 1 / sqrt(head_dim) */
     float softcap;   /* 0: none */

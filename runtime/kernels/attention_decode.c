@@ -259,7 +259,7 @@ void decode_run(const AttentionPlan *plan, const Parallel *parallel)
         decode.starts[row + 1] = decode.starts[row] + ranges_of(keys);
         work += keys * call->heads * call->head_dim;
         for (int64_t head = 0; head < call->heads; head++)
-            rotate_head(call, query_of(plan, row, 0, head), past_tokens(call, row), plan->query_scale,
+            rotate_head(call, query_of(plan, row, 0, head), rotary_row_of(call, row, 0), plan->query_scale,
                         decode.queries + (row * call->heads + head) * call->head_dim);
         for (int64_t kv_head = 0; kv_head < call->kv_heads; kv_head++)
             append_tokens(plan, row, kv_head, 0, 1);

@@ -50,8 +50,14 @@ static inline float *out_of(const AttentionCall *call, int64_t row, int64_t toke
     return call->out + ((row * call->tokens + token) * call->heads + head) * call->head_dim;
 }
 
-/* One head's channels, rotated for `position` and multiplied by `scale`. */
-void rotate_head(const AttentionCall *call, const float *head, int64_t position, float scale, float *out);
+/* The row of the rotary tables that a new token has. */
+static inline int64_t rotary_row_of(const AttentionCall *call, int64_t row, int64_t token)
+{
+    return call->rotary_row ? call->rotary_row[row * call->tokens + token] : past_tokens(call, row) + token;
+}
+
+/* One head's channels, rotated by row `at` of the tables and multiplied by `scale`. */
+void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out);
 
 /* Writes the new tokens from..to of a row and key head to the cache. */
 void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);

@@ -77,12 +77,16 @@ static bool read_lengths(Run *run, AttentionCall *call)
 
 static bool read_rotation(Run *run, AttentionCall *call)
 {
-    Tensor cos, sin;
-    if (!input(run, 7, ORT_FLOAT, &cos) || !input(run, 8, ORT_FLOAT, &sin))
+    Tensor cos, sin, rows;
+    if (!input(run, 7, ORT_FLOAT, &cos) || !input(run, 8, ORT_FLOAT, &sin) || !input(run, 9, ORT_INT64, &rows))
         return false;
     if (cos.data == NULL || cos.rank != 2 || sin.data == NULL || !has_dims(&sin, 2, cos.dims))
         return fail(run, "satchel:Attention: cos and sin are not two tables of one shape");
     call->cos = cos.data, call->sin = sin.data, call->rotary_rows = cos.dims[0], call->rotary_half = cos.dims[1];
+    const int64_t dims[] = {call->batch, call->tokens};
+    if (rows.data != NULL && !has_dims(&rows, 2, dims))
+        return fail(run, "satchel:Attention: position_ids are not [batch, tokens]");
+    call->rotary_row = rows.data;
     return true;
 }
 
@@ -119,7 +123,8 @@ static bool run(const void *kernel, Run *run)
 }
 
 static const OrtElementType INPUTS[]
-    = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT};
+    = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
+       ORT_INT64};
 
 Operator attention_operator = {
-    .name = "Attention", .inputs = 9, .required = 1, .outputs = 3, .input_types = INPUTS, .create = create, .run = run};
+    .name = "Attention", .inputs = 10, .required = 1, .outputs = 3, .input_types = INPUTS, .create = create, .run = run};

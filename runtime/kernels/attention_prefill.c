@@ -171,7 +171,7 @@ static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int
             int64_t position = past + token;
             tile->first[r] = (int32_t)first_key(call, position);
             tile->last[r] = (int32_t)(position + 1);
-            rotate_head(call, query_of(plan, row, token, head), position, plan->query_scale,
+            rotate_head(call, query_of(plan, row, token, head), rotary_row_of(call, row, token), plan->query_scale,
                         rotated + (r - from) * head_dim);
         }
         for (int64_t d = 0; d < head_dim; d += LANES)

@@ -30,12 +30,12 @@ static void rotate_pairs(const float *x, const float *cos, const float *sin, int
     }
 }
 
-void rotate_head(const AttentionCall *call, const float *head, int64_t position, float scale, float *out)
+void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out)
 {
     const __m512 factor = _mm512_set1_ps(scale);
     int64_t half = call->cos ? call->rotary_half : 0;
     if (half) {
-        const float *cos = call->cos + position * half, *sin = call->sin + position * half;
+        const float *cos = call->cos + at * half, *sin = call->sin + at * half;
         (call->interleaved ? rotate_pairs : rotate_halves)(head, cos, sin, half, factor, out);
     }
     for (int64_t i = 2 * half; i < call->head_dim; i += LANES) {
@@ -52,7 +52,7 @@ void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int6
     float *values = cache_of(call, call->present_value, row, kv_head);
     for (int64_t token = from; token < to; token++) {
         int64_t offset = (row * call->tokens + token) * plan->kv_width + kv_head * head_dim, position = past + token;
-        rotate_head(call, plan->key + offset, position, 1.0f, keys + position * head_dim);
+        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, keys + position * head_dim);
         memcpy(values + position * head_dim, plan->value + offset, (size_t)head_dim * sizeof(float));
     }
 }

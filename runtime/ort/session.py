@@ -347,8 +347,9 @@ def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
 def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
     path = bundle.folder / graph.file
     try:
+        inputs = (*session.get_inputs(), *session.get_overridable_initializers())
         sides = (
-            ("inputs", graph.inputs, {(tensor.name, tensor.type) for tensor in session.get_inputs()}),
+            ("inputs", graph.inputs, {(tensor.name, tensor.type) for tensor in inputs}),
             ("outputs", graph.outputs, {(tensor.name, tensor.type) for tensor in session.get_outputs()}),
         )
     except UnicodeDecodeError:

@@ -41,6 +41,9 @@ STEPS = {
     "pairs of part of the channels": Step(tokens=33, past=10, head_dim=96, rotary=22, interleaved=True),
     "wide heads": Step(heads=2, kv_heads=1, head_dim=512, tokens=20, past=10, rotary=512),
     "narrow heads": Step(heads=8, kv_heads=1, head_dim=8, tokens=40, past=100, spare=0),
+    "decode of rows of two blocks of angles": Step(past=(3, 0, 700, 129), rotary=64, block=800),
+    "chunk in the second block of angles": Step(tokens=50, past=333, rotary=64, block=200),
+    "prompt in the second block of angles": Step(tokens=70, rotary=64, block=5, interleaved=True),
     "an odd width": Step(heads=7, kv_heads=1, head_dim=37, tokens=65, past=31),
 }
 
@@ -160,6 +163,7 @@ def changed(step: Step, **arrays: Any) -> tuple[Step, dict[str, Array]]:
     return step, feeds
 
 
+BLOCKS = STEPS["chunk in the second block of angles"]
 CHUNK, DECODE = STEPS["chunk over a past"], STEPS["decode of rows of different lengths"]
 
 BAD = {
@@ -182,6 +186,9 @@ BAD = {
     "chunks of several rows": (changed(Step(tokens=4, past=(5, 5))), "batch size 1"),
     "tables too wide": (changed(CHUNK, cos=lambda x: np.tile(x, 2), sin=lambda x: np.tile(x, 2)), "rotary tables"),
     "tables too short": (changed(CHUNK, cos=lambda x: x[:382], sin=lambda x: x[:382]), "beyond the rotary tables"),
+    "a row beyond the tables": (changed(BLOCKS, rows=lambda x: x + 10), "beyond the rotary tables"),
+    "a row before the tables": (changed(BLOCKS, rows=lambda x: x - 600), "beyond the rotary tables"),
+    "rows of another length": (changed(BLOCKS, rows=lambda x: x[:, 1:]), "position_ids are not [batch, tokens]"),
     "heads too wide": (changed(Step(head_dim=520)), "512"),
     "negative cap": (changed(dataclasses.replace(CHUNK, softcap=-1.0)), "softcap"),
     "infinite scale": (changed(dataclasses.replace(CHUNK, scale=np.inf)), "scale"),

@@ -14,7 +14,7 @@ from support.native_ops import Attention
 
 Array = npt.NDArray[Any]
 
-INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin")
+INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin", "rows")
 OUTPUTS = ("y", "present_key", "present_value")
 
 
@@ -25,6 +25,7 @@ class Step:
     Attributes:
         past: Tokens in the cache before the step: a number, or one for each row.
         rotary: Channels that are rotated; 0 for none.
+        block: Where the second block of the rotary tables begins, which every other row has; 0 for one block.
         spare: Positions of the cache beyond the step's last.
     """
 
@@ -34,6 +35,7 @@ class Step:
     tokens: int = 1
     past: int | tuple[int, ...] = 0
     rotary: int = 0
+    block: int = 0
     interleaved: bool = False
     window: int = -1
     softcap: float = 0.0
@@ -59,8 +61,11 @@ class Step:
         feeds["seqlens_k"] = np.asarray(self.pasts, np.int32) + np.int32(self.tokens - 1)
         feeds["total_sequence_length"] = np.asarray(total, np.int32)
         if self.rotary:
-            angles = draw.uniform(0, 6, (cache[2], self.rotary // 2))
+            angles = draw.uniform(0, 6, (self.block + cache[2], self.rotary // 2))
             feeds |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+        if self.block:
+            first = np.asarray(self.pasts, np.int64) + self.block * ((np.arange(rows) + 1) % 2)
+            feeds["rows"] = first[:, None] + np.arange(self.tokens)
         return feeds
 
     def attributes(self) -> dict[str, Any]:
@@ -79,11 +84,8 @@ def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threa
             operator, [name if name in names else "" for name in INPUTS], OUTPUTS, domain=domain, **step.attributes()
         )
     ]
-    whole = ("seqlens_k", "total_sequence_length")
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT32 if name in whole else TensorProto.FLOAT, None)
-        for name in names
-    ]
+    kinds = {"seqlens_k": TensorProto.INT32, "total_sequence_length": TensorProto.INT32, "rows": TensorProto.INT64}
+    inputs = [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None) for name in names]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
     model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets, ir_version=10)

@@ -149,23 +149,26 @@ HEAD_NORMS = skipping("q_norm", "k_norm")
 POST_NORMS = skipping("post_attention_layernorm", "post_feedforward_layernorm")
 
 
-def _longrope(short: list[float], long: list[float]) -> dict[str, Any]:
+def _longrope(short: list[float], long: list[float], border: int) -> dict[str, Any]:
     return {
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long,
-        "original_max_position_embeddings": 64,
+        "original_max_position_embeddings": border,
     }  # fmt: skip
 
 
-def _phi3(chosen: list[float], other: list[float], context: int, seed: int = 0) -> Family:
+def _phi3(chosen: list[float], other: list[float], context: int, border: int, seed: int = 0) -> Family:
     """The reference has the chosen factors for both lengths: transformers would choose by the length of each call."""
     return Family(
         "phi3",
-        {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": _longrope(SHORT, LONG)},
         {
-            "the chosen factors": {"rope_parameters": _longrope(other, other)},
+            "pad_token_id": 0, "original_max_position_embeddings": border,
+            "rope_parameters": _longrope(SHORT, LONG, border),
+        },
+        {
+            "the chosen factors": {"rope_parameters": _longrope(other, other, border)},
             "rope scaling": {"rope_parameters": PLAIN_ROPE},
         },
-        {"rope_parameters": _longrope(chosen, chosen)},
+        {"rope_parameters": _longrope(chosen, chosen, border)},
         context=context,
         seed=seed,
     )  # fmt: skip
@@ -228,8 +231,8 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
-    "phi3_short": _phi3(SHORT, LONG, context=64),
-    "phi3_long": _phi3(LONG, SHORT, context=96, seed=1),
+    "phi3_short": _phi3(SHORT, LONG, context=64, border=64),
+    "phi3_long": _phi3(LONG, SHORT, context=96, border=2, seed=1),
     "smollm3": Family(
         "smollm3",
         {"no_rope_layers": [1, 0], "pad_token_id": 0},

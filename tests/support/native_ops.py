@@ -129,7 +129,7 @@ class Attention(OpRun):
 
     def _run(
         self, query: Array, key: Optional, value: Optional, past_key: Array, past_value: Array, seqlens: Array,
-        total: Array, cos: Optional = None, sin: Optional = None, **options: Any,
+        total: Array, cos: Optional = None, sin: Optional = None, rows: Optional = None, **options: Any,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         (batch, new, _), width = query.shape, past_key.shape[-1]
         heads, kv_heads = options["num_heads"], options["kv_num_heads"]
@@ -143,7 +143,8 @@ class Attention(OpRun):
             first = max(end - new, 0)
             q, k, v = (part[row].astype(np.float64) for part in split)
             if options["do_rotary"] and cos is not None and sin is not None:
-                q, k = (rotated(a, cos[first:], sin[first:], bool(options["rotary_interleaved"])) for a in (q, k))
+                at = np.arange(first, first + new) if rows is None else rows[row]
+                q, k = (rotated(a, cos[at], sin[at], bool(options["rotary_interleaved"])) for a in (q, k))
             for buffer, part in zip(present, (k, v), strict=True):
                 buffer[row, :, first : first + new] = part
             every = (buffer[row, :, : first + new] for buffer in present)

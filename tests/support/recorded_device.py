@@ -127,6 +127,9 @@ class Session:
     def get_inputs(self) -> Any:
         return self._real.get_inputs()
 
+    def get_overridable_initializers(self) -> Any:
+        return self._real.get_overridable_initializers()
+
     def get_outputs(self) -> Any:
         return self._real.get_outputs()
 

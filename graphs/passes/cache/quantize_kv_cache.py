@@ -14,7 +14,7 @@ from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, dims, heads
 from satchel.graphs.quant.quantized import KVScales
 from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, TOTAL, past_names
 
-PAST, SCALES, KNOWN_INPUTS = 3, 12, 9
+PAST, SCALES, KNOWN_INPUTS = 3, 12, 10
 """Where GroupQueryAttention takes past key and value and their scales, and how many inputs this pass understands."""
 
 

@@ -36,6 +36,7 @@ class Layer:
     Attributes:
         query, key, value: [batch, heads, new, head_dim]; before their rotation, where the operator does it.
         rotary: The rotation's tables, where the operator does it.
+        rows: The tables' rows for the new tokens [batch, new], where these are not the positions in the cache.
         interleaved: Which channels rotate together.
         sinks: A logit of each head for attending to nothing, [heads].
     """
@@ -44,6 +45,7 @@ class Layer:
     key: ir.Value
     value: ir.Value
     rotary: tuple[ir.Value, ir.Value] | None
+    rows: ir.Value | None
     interleaved: bool
     heads: int
     kv_heads: int
@@ -86,7 +88,7 @@ def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
         raise Refused(f"{heads} query heads cannot be shared out over {kv_heads} key and {value_heads} value heads")
     if head_dim % 8:
         raise Refused(f"heads are {head_dim} channels wide: GroupQueryAttention wants a multiple of 8")
-    layer = Layer(query, key, value, None, False, heads, kv_heads, head_dim, sinks[0] if sinks else None)
+    layer = Layer(query, key, value, None, None, False, heads, kv_heads, head_dim, sinks[0] if sinks else None)
     try:
         return _with_rotation(model, layer)
     except Refused as refusal:
@@ -95,7 +97,8 @@ def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
 
 
 def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
-    """Move the rotation into the operator if query and key have the same one, by the graph's own positions.
+    """Move the rotation into the operator if query and key have the same one, by the graph's own positions or the rows
+    that these have in a table of two blocks.
 
     Raises:
         Refused: The operator has no kernel for this width.
@@ -104,7 +107,9 @@ def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
     if first is None or second is None or len(first.inputs) < 4:
         return layer
     positions = graph_input(model, POSITION_IDS)
-    if list(first.inputs[1:]) != list(second.inputs[1:]) or first.inputs[3] is not positions:
+    chosen = producer(first.inputs[3], "RotaryRows", INTERNAL)
+    read = first.inputs[3] if chosen is None else chosen.inputs[0]
+    if list(first.inputs[1:]) != list(second.inputs[1:]) or read is not positions:
         return layer
     options = [attributes(n, interleaved=0, rotary_embedding_dim=0, num_heads=0) for n in (first, second)]
     query, key, cos, sin = first.inputs[0], second.inputs[0], first.inputs[1], first.inputs[2]
@@ -116,8 +121,9 @@ def _with_rotation(model: ir.Model, layer: Layer) -> Layer:
             "GroupQueryAttention rotates heads and parts of heads of multiples of 16 channels, "
             f"not {2 * (half or 0)} of {layer.head_dim}"
         )
+    rows = None if chosen is None else first.inputs[3]
     return dataclasses.replace(
-        layer, query=query, key=key, rotary=(cos, sin), interleaved=bool(options[0]["interleaved"])
+        layer, query=query, key=key, rotary=(cos, sin), rows=rows, interleaved=bool(options[0]["interleaved"])
     )
 
 
@@ -130,6 +136,8 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
     past = add_cache(model, index, (layer.kv_heads, layer.head_dim, layer.head_dim))
     lengths = _lengths(model)
     inputs: list[ir.Value | None] = [*flat, *past, *lengths, *(layer.rotary or ())]
+    if layer.rows is not None:
+        inputs.append(layer.rows)
     if layer.sinks is not None:
         inputs += [None] * (SINKS - len(inputs)) + [layer.sinks]
     fused = builder.node(

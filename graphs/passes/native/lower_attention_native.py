@@ -9,7 +9,7 @@ import onnx_ir as ir
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, attributes, nodes, replace
 
-KNOWN_INPUTS, PAST = 9, slice(3, 5)
+KNOWN_INPUTS, PAST = 10, slice(3, 5)
 """How many inputs the operator has, those of GroupQueryAttention in its order, and which are its past."""
 
 

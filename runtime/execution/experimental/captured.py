@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import onnxruntime as ort
 
-from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TEXT_LENGTH, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.cpu import text_lengths
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.experimental.device_memory import memory_of
 from satchel.runtime.execution.experimental.slots import NOT_CAPTURED, DeviceCache, Slots, run_options
@@ -38,8 +39,11 @@ class CapturedState(State):
         *,
         fixed_mask: bool,
         top_tokens: int,
+        lengths: Ids | None = None,
     ) -> None:
+        """`lengths` are those of `text_lengths`."""
         super().__init__(cache, logits)
+        self._lengths = lengths
         self._slot = slot = cache.slot
         self._sessions = sessions
         self._fixed_mask, self._top_tokens = fixed_mask, top_tokens
@@ -73,14 +77,16 @@ class CapturedState(State):
         super().copy_from(other, start)
         self._read, self._stepped = True, False
 
-    def prefill(self, tokens: Ids) -> None:
+    def _prefill(self, tokens: Ids) -> None:
         cache, binding = self.cache, self._prefill_binding
         cache.require(len(tokens))
         binding.bind_cpu_input(INPUT_IDS, tokens[None])
         binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, cache.length + len(tokens)), np.int64))
+        if self._lengths is not None:
+            binding.bind_cpu_input(TEXT_LENGTH, self._lengths[int(cache.long)])
         self._run(self._sessions[0], binding, self._uncaptured, len(tokens))
 
-    def decode(self, token: int) -> None:
+    def _decode(self, token: int) -> None:
         cache, slot, binding = self.cache, self._slot, self._decode_binding
         cache.require(1)
         slot.token.array[0, 0] = token
@@ -129,8 +135,11 @@ class CapturedEngine(Engine):
     def _new_batch(self, rows: int, capacity: int, force: bool) -> Batch:
         manifest, logits = self.bundle.manifest, np.zeros((rows, self.vocabulary), np.float32)
         fixed, count = manifest.has_fixed_mask, manifest.graph("decode").top_tokens
+        slots, lengths = self._slots, text_lengths(manifest)
         states = [
-            CapturedState(self._slots.take(capacity), row, self._sessions, fixed_mask=fixed, top_tokens=count)
+            CapturedState(
+                slots.take(capacity), row, self._sessions, fixed_mask=fixed, top_tokens=count, lengths=lengths
+            )
             for row in logits
         ]
         return Batch(self, states, logits)
@@ -140,13 +149,17 @@ class CapturedEngine(Engine):
             if self._score is None:
                 self._score = open_session(self.bundle, "score", self._settings)
             session = self._score
-        cache = self._slots.take(len(tokens))
+        cache, manifest = self._slots.take(len(tokens)), self.bundle.manifest
+        lengths = text_lengths(manifest)
+        length = None if lengths is None else lengths[int(manifest.model.is_long(len(tokens)))]
         try:
             binding, options = cache.slot.bind_cache(session), run_options(NOT_CAPTURED)
             for span in self.spans(len(tokens), chunk):
                 part, rows = tokens[span], logits[span]
                 binding.bind_cpu_input(INPUT_IDS, part[None])
                 binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, span.stop), np.int64))
+                if length is not None:
+                    binding.bind_cpu_input(TEXT_LENGTH, length)
                 bind_output(binding, LOGITS, rows, (1, *rows.shape))
                 run_bound(session, binding, f"at position {cache.length}", options)
                 cache.advance(len(part))

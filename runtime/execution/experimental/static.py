@@ -90,10 +90,10 @@ class StaticState(State):
         self._engine = engine
         self._bound: dict[Chain, _Bound] = {}
 
-    def prefill(self, tokens: Ids) -> None:
+    def _prefill(self, tokens: Ids) -> None:
         self.run(self._engine.prefill_for(len(tokens)), tokens, self._logits)
 
-    def decode(self, token: int) -> None:
+    def _decode(self, token: int) -> None:
         self.run(self._engine.decode_chain, np.array([token], np.int64), self._logits)
 
     def run(self, chain: Chain, tokens: Ids, logits: Logits) -> None:
@@ -106,7 +106,8 @@ class StaticState(State):
         bound = self._bound.get(chain)
         if bound is None:
             bound = self._bound[chain] = _Bound(chain, cache, self._engine.memory, logits)
-        self._engine.inputs.fill({name: feed.array for name, feed in bound.feeds.items()}, tokens, cache.length)
+        arrays = {name: feed.array for name, feed in bound.feeds.items()}
+        self._engine.inputs.fill(arrays, tokens, cache.length, long=cache.long)
         with self._engine.workplace.first_run(chain):
             for part, session, binding in zip(chain.graph.parts, chain.sessions, bound.bindings(), strict=True):
                 for tensor in part.inputs:
@@ -178,6 +179,7 @@ class StaticEngine(Engine):
     def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
         chain, cache = self._score_chain(), self._new_cache(len(tokens))
         try:
+            cache.long = self.bundle.manifest.model.is_long(len(tokens))
             state = StaticState(self, cache, logits[0])
             rows = np.zeros((chain.graph.tokens, logits.shape[1]), np.float32)
             for span in padded_spans(len(tokens), chunk, [chain.graph.tokens]):

@@ -28,10 +28,14 @@ class StaticInputs:
     def __init__(self, bundle: Bundle, static: StaticGraphs) -> None:
         """Map the tables' files."""
         self._masks = static.masks
+        self._capacity = static.capacity
         self._tables = {table.input: _mapped(bundle, table) for table in static.tables}
 
-    def fill(self, arrays: Mapping[str, Array], tokens: Array, start: int) -> None:
-        """Write the inputs of a run of `tokens` [count] from position `start` on into `arrays`, by name."""
+    def fill(self, arrays: Mapping[str, Array], tokens: Array, start: int, *, long: bool = False) -> None:
+        """Write the inputs of a run of `tokens` [count] from position `start` on into `arrays`, by name.
+
+        `long` takes the second block of tables that have two, for a text beyond `model.rotary_border`.
+        """
         count = len(tokens)
         for name, array in arrays.items():
             if name == INPUT_IDS:
@@ -39,7 +43,9 @@ class StaticInputs:
             elif name in self._masks:
                 fill_mask(array, count, start, self._masks[name])
             elif name in self._tables:
-                rows = self._tables[name][start : start + count]
+                table = self._tables[name]
+                first = start + (len(table) - self._capacity if long else 0)
+                rows = table[first : first + count]
                 array[0, :count], array[0, count:] = rows, rows[0]
             elif name == CACHE_ROWS:
                 array[...] = False

@@ -77,7 +77,7 @@ class SwappedCache(Cache):
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
         """As `Cache.copy_from`; whole buffers are copied to a device."""
-        self._length = 0
+        self._length, self.long = 0, other.long
         self.require(count)
         theirs = other.past
         for name, buffer in self._sets[self.side].items():
