@@ -118,8 +118,16 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text() -> str:
-    """The schema as in `docs/manifest.schema.json`."""
-    return json.dumps(manifest_schema(), indent=1, ensure_ascii=False) + "\n"
+    """The schema as in `docs/manifest.schema.json`: what fits stands on one line, such as all that is said of a key."""
+    return _written(manifest_schema()) + "\n"
+
+
+def _written(value: Any, indent: str = "") -> str:
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict) or len(indent + line) <= 120:
+        return line
+    inner = (f"{indent} {json.dumps(key)}: {_written(part, f'{indent} ')}" for key, part in value.items())
+    return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
 
 
 if __name__ == "__main__":
