@@ -257,14 +257,6 @@ def test_a_generator_gives_texts_and_scores(generator: Generator) -> None:
     assert generator.generate(prompt, 9).score is None
 
 
-def test_end_tokens_come_from_the_bundle(tmp_path: Path, generator: Generator) -> None:
-    token = generator.beam_search(PROMPT, 3, max_new_tokens=9)[0].token_ids[4]
-    ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=(2, token)), threads=1)
-    found = ending.beam_search(PROMPT, 3, max_new_tokens=9, early_stopping=True)
-    assert "stop" in {each.finish_reason for each in found}
-    assert all(token not in each.token_ids for each in found)
-
-
 def test_one_beam_is_greedy(tmp_path: Path, generator: Generator) -> None:
     tokens = generator.generate(PROMPT, 20).token_ids
     assert [each.token_ids for each in generator.beam_search(PROMPT, 1, max_new_tokens=20)] == [tokens]

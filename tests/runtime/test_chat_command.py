@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 from support.chat_bundle import END, write_chat_bundle
 from support.command import Said, Satchel
-from support.tiny_bundle import write_bundle
 
 from satchel.runtime.generation.conversation import Answer, Conversation, checkpoint_options
 from satchel.runtime.generation.generator import Generator
@@ -275,10 +274,6 @@ def test_wrong_flags_are_one_line_and_exit_code_2(
     flags = [str(flag).replace("HERE", str(tmp_path)) for flag in flags]
     said = satchel.refuses("chat", chatty, *SHORT, *flags, stdin="hello\n")
     assert said.startswith(message.replace("HERE", str(tmp_path)))
-
-
-def test_a_bundle_without_a_template_says_so(chat: Chat, tmp_path: Path) -> None:
-    assert "no chat template" in chat("hello\n", bundle=write_bundle(tmp_path / "bare"), code=2).err
 
 
 def test_another_program_gets_each_answer_before_it_asks_again(chatty: Path, generator: Generator) -> None:

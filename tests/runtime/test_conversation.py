@@ -418,16 +418,6 @@ def test_what_is_left_unanswered_drops_nothing(talk: Conversation) -> None:
     assert (talk.messages, talk.dropped_messages) == (before, 0)
 
 
-def test_an_answer_that_repeats_itself_is_ended(talk: Conversation, generator: Generator) -> None:
-    token = encode_one(generator, " the")
-    talk.options = GenerationOptions(max_new_tokens=300, logit_bias={token: 1e4}, max_repeats=8)
-    result = say(talk, HELLO)[0]
-    assert (result.finish_reason, result.new_tokens) == ("loop", 128)
-    talk.options = replace(talk.options, max_repeats=0)
-    talk.reset()
-    assert say(talk, HELLO)[0].finish_reason == "length"
-
-
 def test_a_question_may_fill_the_context_exactly(talk: Conversation) -> None:
     room = CONTEXT - talk.ask("q").prompt_tokens
     refusing(talk, "q" * (room + 2), f"has {CONTEXT + 1} tokens")

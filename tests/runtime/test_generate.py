@@ -13,7 +13,6 @@ from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.generation.sampling.greedy import greedy
 
 PROMPT = "the cat sat on the mat"
 PROMPT_IDS = [5, 80, 199, 12]
@@ -67,16 +66,6 @@ def test_the_choice_of_a_token_can_be_handed_in(generator: Generator) -> None:
     assert result.token_ids != generator.generate(PROMPT_IDS, 3).token_ids
 
 
-@pytest.mark.parametrize("position", [0, 4])
-def test_each_end_token_stops_and_is_not_shown(tmp_path: Path, generator: Generator, position: int) -> None:
-    tokens = generator.generate(PROMPT_IDS, 10).token_ids
-    assert tokens[position] not in tokens[:position]
-    ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=(2, tokens[position])), threads=1)
-    result = ending.generate(PROMPT_IDS, 10)
-    assert result.finish_reason == "stop"
-    assert result.token_ids == tokens[:position]
-
-
 def test_an_end_token_right_at_the_limit_is_not_reached(tmp_path: Path, generator: Generator) -> None:
     tokens = generator.generate(PROMPT_IDS, 4).token_ids
     ending = Generator.open(write_bundle(tmp_path / "ending", eos_token_ids=(tokens[3],)), threads=1)
@@ -103,27 +92,6 @@ def test_a_lower_context_ends_generation_earlier(tiny: Path, generator: Generato
     result = short.generate(PROMPT_IDS, 100)
     assert result.token_ids == generator.generate(PROMPT_IDS, 7).token_ids
     assert result.finish_reason == "length"
-
-
-@pytest.mark.parametrize("max_context", [0, -1, MAX_CONTEXT + 1])
-def test_a_context_that_the_bundle_does_not_allow_is_refused(tiny: Path, max_context: int) -> None:
-    with pytest.raises(PromptError, match=f"--max-context {max_context}: this bundle allows 1 to {MAX_CONTEXT}"):
-        Generator.open(tiny, threads=1, max_context=max_context)
-
-
-def test_a_prompt_longer_than_the_context_is_refused_before_anything_runs(tiny: Path) -> None:
-    short = Generator.open(tiny, threads=1, max_context=10)
-    with pytest.raises(PromptError, match=r"has 11 tokens but the context holds 10: shorten .*--max-context .*64"):
-        short.stream([5] * 11, 1)
-
-
-def test_bad_requests_are_refused_before_anything_runs(generator: Generator) -> None:
-    with pytest.raises(PromptError, match="--max-new-tokens -1: must be 0 or more"):
-        generator.stream(PROMPT, -1)
-    with pytest.raises(PromptError, match="token id 400 is outside the vocabulary: use ids from 0 to 399"):
-        generator.stream([400])
-    with pytest.raises(PromptError, match="no tokens: give at least one"):
-        generator.stream([])
 
 
 def test_text_that_encodes_to_nothing_is_refused(tmp_path: Path) -> None:
@@ -153,17 +121,6 @@ def test_closing_a_stream_early_frees_its_cache(generator: Generator) -> None:
     assert stream.result().finish_reason == "closed"
 
 
-def test_leaving_a_stream_early_keeps_what_was_generated(generator: Generator) -> None:
-    whole = generator.generate(PROMPT, 20)
-    with generator.stream(PROMPT, 20) as stream:
-        first = next(stream)
-    result = stream.result()
-    assert result.finish_reason == "closed"
-    assert result.text.startswith(first)
-    assert result.token_ids == whole.token_ids[: result.new_tokens]
-    assert 0 < result.new_tokens < 20
-
-
 def test_a_finished_stream_keeps_its_reason_and_holds_no_cache(generator: Generator) -> None:
     stream = generator.stream(PROMPT_IDS, 2)
     assert stream.result().new_tokens == 2
@@ -180,26 +137,6 @@ def test_threads_that_share_a_generator_get_the_text_that_each_gets_alone(genera
         for _ in range(5):
             together = list(pool.map(lambda prompt: generator.generate(prompt, 40).text, prompts))
             assert together == alone
-
-
-def test_greedy_takes_the_first_of_the_most_likely() -> None:
-    assert greedy(np.array([0.0, 3.0, -1.0, 3.0], np.float32)) == 1
-
-
-def test_a_stream_ends_when_the_choice_of_a_token_fails(generator: Generator) -> None:
-    calls = []
-
-    def choose(logits: np.ndarray) -> int:
-        calls.append(1)
-        if len(calls) == 3:
-            raise ValueError("no choice")
-        return int(logits.argmax())
-
-    stream = generator.stream([3, 4, 5], 8, choose=choose)
-    with pytest.raises(ValueError, match="no choice"):
-        stream.result()
-    assert stream.result().finish_reason == "error"
-    assert len(calls) == 3
 
 
 def test_a_choice_outside_the_vocabulary_is_refused(generator: Generator) -> None:

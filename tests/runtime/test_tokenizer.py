@@ -31,16 +31,20 @@ RENDERED = [
 ]
 
 
-def sentencepiece_file(folder: Path) -> Path:
-    path = folder / "tokenizer.model"
-    path.write_bytes(sentencepiece_model())
-    return path
+CONTENTS = {"byte level": byte_level_json, "byte fallback": byte_fallback_json, "sentencepiece": sentencepiece_model}
+KINDS = pytest.mark.parametrize("kind", CONTENTS)
 
 
-@pytest.mark.parametrize("content", [byte_level_json, byte_fallback_json])
-def test_a_rendered_text_gets_the_special_tokens_that_it_spells_out_and_no_other(tmp_path: Path, content) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(content())
-    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+def opened(kind: str, folder: Path, add_bos: bool = True) -> Tokenizer:
+    """A tiny tokenizer from its file: tokenizer.model where it is SentencePiece's, else tokenizer.json."""
+    path = folder / ("tokenizer.model" if kind == "sentencepiece" else "tokenizer.json")
+    path.write_bytes(CONTENTS[kind]())
+    return SentencePieceTokenizer(path, add_bos) if kind == "sentencepiece" else JsonTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_a_rendered_text_gets_the_special_tokens_that_it_spells_out_and_no_other(tmp_path: Path, kind: str) -> None:
+    tokenizer = opened(kind, tmp_path)
     original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     for text in RENDERED:
         assert tokenizer.encode_rendered(text) == original.encode(text, add_special_tokens=False)
@@ -51,16 +55,12 @@ def test_a_rendered_text_gets_the_special_tokens_that_it_spells_out_and_no_other
 
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_sentencepiece_cuts_control_pieces_out_of_a_rendered_text(tmp_path: Path, add_bos: bool) -> None:
-    tokenizer = SentencePieceTokenizer(sentencepiece_file(tmp_path), add_bos)
+    tokenizer = opened("sentencepiece", tmp_path, add_bos)
     plain = SentencePieceTokenizer(tmp_path / "tokenizer.model", add_bos=False)
     assert tokenizer.encode_rendered("the cat") == plain.encode("the cat")
     # A text has a space put in front of it. What follows a special token has not.
-    assert tokenizer.encode_rendered("<s> the cat</s> the dog") == [
-        1,
-        *plain.encode("the cat"),
-        2,
-        *plain.encode("the dog"),
-    ]
+    expected = [1, *plain.encode("the cat"), 2, *plain.encode("the dog")]
+    assert tokenizer.encode_rendered("<s> the cat</s> the dog") == expected
     ids = tokenizer.encode_rendered("the cat</s>the dog")
     assert ids[: ids.index(2)] == plain.encode("the cat")
     assert tokenizer.token_text(ids[ids.index(2) + 1]) != "▁the"
@@ -70,8 +70,7 @@ def test_sentencepiece_cuts_control_pieces_out_of_a_rendered_text(tmp_path: Path
 
 
 def test_sentencepiece_encodes_a_rendered_text_as_the_python_tokenizer_of_transformers(tmp_path: Path) -> None:
-    path = sentencepiece_file(tmp_path)
-    check_against_transformers(SentencePieceTokenizer(path, add_bos=True), path)
+    check_against_transformers(opened("sentencepiece", tmp_path), tmp_path / "tokenizer.model")
 
 
 @needs_llama2
@@ -92,24 +91,9 @@ def check_against_transformers(tokenizer: SentencePieceTokenizer, path: Path) ->
         assert tokenizer.encode_rendered("<s>" + text) == original.encode("<s>" + text, add_special_tokens=False)
 
 
-def test_rendered_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="not valid UTF-8 at character 3"):
-        SentencePieceTokenizer(sentencepiece_file(tmp_path), add_bos=True).encode_rendered("<s>\udcff")
-
-
-def any_tokenizer(kind: str, folder: Path) -> Tokenizer:
-    if kind == "sentencepiece":
-        return SentencePieceTokenizer(sentencepiece_file(folder), add_bos=True)
-    (folder / "tokenizer.json").write_bytes(byte_level_json() if kind == "byte level" else byte_fallback_json())
-    return JsonTokenizer(folder / "tokenizer.json")
-
-
-KINDS = pytest.mark.parametrize("kind", ["byte level", "byte fallback", "sentencepiece"])
-
-
 @KINDS
 def test_the_texts_of_single_tokens_join_to_the_text_with_its_spaces(tmp_path: Path, kind: str) -> None:
-    tokenizer = any_tokenizer(kind, tmp_path)
+    tokenizer = opened(kind, tmp_path)
     ids = tokenizer.encode("the quick brown\nfox  jumps")
     assert "".join(tokenizer.text_of(token) for token in ids).lstrip(" ") == "the quick brown\nfox  jumps"
     assert any(tokenizer.text_of(token).startswith(" ") for token in ids[2:])
@@ -120,7 +104,7 @@ def test_the_texts_of_single_tokens_join_to_the_text_with_its_spaces(tmp_path: P
 
 @KINDS
 def test_a_token_has_the_text_that_its_vocabulary_gives_it(tmp_path: Path, kind: str) -> None:
-    tokenizer = any_tokenizer(kind, tmp_path)
+    tokenizer = opened(kind, tmp_path)
     assert [tokenizer.token_text(token) for token in (0, 1, 2)] == ["<unk>", "<s>", "</s>"]
     space = "Ġ" if kind == "byte level" else "▁"
     assert tokenizer.token_text(tokenizer.encode("a the")[-1]).startswith(space)
@@ -128,27 +112,15 @@ def test_a_token_has_the_text_that_its_vocabulary_gives_it(tmp_path: Path, kind:
     assert tokenizer.token_text(-1) is None
 
 
-@pytest.mark.parametrize("content", [byte_level_json, byte_fallback_json])
-def test_tokenizer_json_adds_its_own_bos_once(tmp_path: Path, content) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(content())
-    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
-    plain = tokenizer.encode("the cat")
-    assert plain[0] == 1
-    assert 1 not in plain[1:]
-    assert tokenizer.decode(plain) == "the cat"
-
-
 def test_a_bos_that_the_text_spells_out_is_encoded_as_the_original_tokenizer_does(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(byte_level_json())
-    text = "<s>the cat"
+    tokenizer, text = opened("byte level", tmp_path), "<s>the cat"
     original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    assert JsonTokenizer(tmp_path / "tokenizer.json").encode(text) == original(text).input_ids
+    assert tokenizer.encode(text) == original(text).input_ids
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_sentencepiece_gets_bos_where_the_bundle_says_so(tmp_path: Path, add_bos: bool) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model", add_bos)
+@pytest.mark.parametrize(("kind", "add_bos"), [*((kind, True) for kind in CONTENTS), ("sentencepiece", False)])
+def test_a_text_gets_one_bos_where_the_file_or_the_bundle_says_so(tmp_path: Path, kind: str, add_bos: bool) -> None:
+    tokenizer = opened(kind, tmp_path, add_bos)
     ids = tokenizer.encode("the cat")
     assert ids.count(1) == add_bos
     assert (ids[0] == 1) is add_bos
@@ -168,10 +140,12 @@ def test_a_text_is_never_cut_or_padded_by_settings_left_in_the_file(tmp_path: Pa
     assert len(tokenizer.encode("a")) == 2
 
 
-def test_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(byte_level_json())
-    with pytest.raises(PromptError, match="not valid UTF-8 at character 3"):
-        JsonTokenizer(tmp_path / "tokenizer.json").encode("abc\udcff")
+@KINDS
+def test_text_that_is_not_unicode_is_refused(tmp_path: Path, kind: str) -> None:
+    tokenizer = opened(kind, tmp_path)
+    for encode in (tokenizer.encode, tokenizer.encode_rendered):
+        with pytest.raises(PromptError, match="not valid UTF-8 at character 3"):
+            encode("<s>\udcff")
 
 
 def test_the_texts_recorded_at_export_must_encode_the_same(tmp_path: Path) -> None:
@@ -192,12 +166,18 @@ def test_a_bundle_without_a_tokenizer_says_so(tmp_path: Path) -> None:
         Tokenizer.open(open_bundle(write_bundle(tmp_path / "bare", tokenizer_kind=None)))
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.json", "sentencepiece"])
-def test_a_tokenizer_that_its_library_cannot_read_is_named(tmp_path: Path, kind: str) -> None:
-    folder = write_bundle(tmp_path / "bundle", tokenizer=b'{"version": "9.0", "model": {}}', tokenizer_kind=kind)
-    with pytest.raises(
-        BundleError, match=r"tokenizer\.(json|model): \w+ [\d.]+ cannot read it .* export the bundle again"
-    ):
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        *(("tokenizer.json", content) for content in (b"", b"{}", b"[" * 100_000, b"\xff", b'{"version": "1.0"}')),
+        ("tokenizer.json", b'{"version": "9.0", "model": {}}'),
+        *(("sentencepiece", content) for content in (b"", b"x", b"\x0a\x05", b'{"version": "9.0", "model": {}}')),
+    ],
+)
+def test_a_tokenizer_that_its_library_cannot_read_is_named(tmp_path: Path, kind: str, content: bytes) -> None:
+    folder = write_bundle(tmp_path / "bundle", tokenizer=content, tokenizer_kind=kind)
+    message = r"tokenizer\.(json|model): \w+ [\d.]+ cannot read it .* export the bundle again"
+    with pytest.raises(BundleError, match=message):
         Tokenizer.open(open_bundle(folder))
 
 
@@ -214,20 +194,6 @@ def test_the_tiny_tokenizers_are_the_same_on_every_run() -> None:
     first = hashlib.sha256(byte_level_json()).hexdigest()
     byte_level_json.cache_clear()
     assert hashlib.sha256(byte_level_json()).hexdigest() == first
-
-
-@pytest.mark.parametrize("content", [b"", b"x", b"\x0a\x05"])
-def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(BundleError, match=r"tokenizer\.model: sentencepiece .* cannot read it"):
-        SentencePieceTokenizer(tmp_path / "tokenizer.model", add_bos=True)
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff", b'{"version": "1.0", "model": {}}'])
-def test_a_file_that_is_no_tokenizer_json_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"tokenizer\.json: tokenizers .* cannot read it"):
-        JsonTokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_library_that_panics_over_a_text_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
