@@ -14,11 +14,12 @@ from support.checkpoints import (
     GGUF_ARCHITECTURES,
     change_json,
     gguf_metadata,
+    refused,
     save_tiny,
     tiny_model,
-    to_gguf,
     write_gguf,
 )
+from support.gguf_families import to_gguf
 
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.checkpoint.adapters import split_share
@@ -129,12 +130,8 @@ def test_an_adapter_beside_the_weights_is_merged_with_a_note(tmp_path: Path) -> 
     assert any("adapter_config.json" in note for note in opened.notes)
 
 
-def refused(tmp_path: Path, *parts: str, adapter: str | Path | None = None) -> None:
-    with pytest.raises(ExportError) as caught:
-        open_checkpoint(tmp_path / "base", adapters=[tmp_path / "adapter" if adapter is None else adapter])
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
+def adapter_refused(tmp_path: Path, *parts: str, adapter: str | Path | None = None) -> None:
+    refused(tmp_path / "base", *parts, adapters=[tmp_path / "adapter" if adapter is None else adapter])
 
 
 @pytest.fixture
@@ -158,7 +155,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_a_setting_that_cannot_be_merged_is_refused(case: str, tmp_path: Path, adapter: Path) -> None:
     changes, parts = BAD_SETTINGS[case]
     change_json(adapter / "adapter_config.json", **changes)
-    refused(tmp_path, str(adapter), *parts)
+    adapter_refused(tmp_path, str(adapter), *parts)
 
 
 @pytest.mark.parametrize(
@@ -172,28 +169,28 @@ def test_an_adapter_for_another_base_is_refused(
     changes: dict[str, Any], parts: tuple[str, ...], tmp_path: Path, adapter: Path
 ) -> None:
     save_tiny(tmp_path / "base", head_dim=16, **changes)
-    refused(tmp_path, *parts)
+    adapter_refused(tmp_path, *parts)
 
 
 def test_damaged_adapters_are_refused(tmp_path: Path, adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     stored = load_file(file)
     save_file({name: tensor for name, tensor in stored.items() if "lora_B" not in name}, file)
-    refused(tmp_path, file.name, "has no lora_B")
+    adapter_refused(tmp_path, file.name, "has no lora_B")
     save_file({}, file)
-    refused(tmp_path, file.name, "changes nothing")
+    adapter_refused(tmp_path, file.name, "changes nothing")
     file.unlink()
-    refused(tmp_path, "adapter_model.safetensors")
-    refused(tmp_path, "adapter_config.json", "no such file", adapter=tmp_path / "nowhere")
-    refused(tmp_path, "=much", adapter=f"{adapter}=much")
+    adapter_refused(tmp_path, "adapter_model.safetensors")
+    adapter_refused(tmp_path, "adapter_config.json", "no such file", adapter=tmp_path / "nowhere")
+    adapter_refused(tmp_path, "=much", adapter=f"{adapter}=much")
 
 
 def test_a_share_of_what_is_replaced_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
     trained("llama", tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
-    refused(tmp_path, "DoRA", adapter=f"{tmp_path / 'adapter'}=0.5")
+    adapter_refused(tmp_path, "DoRA", adapter=f"{tmp_path / 'adapter'}=0.5")
     trained("llama", tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    refused(tmp_path, "lm_head.weight", adapter=f"{tmp_path / 'adapter'}=0.5")
+    adapter_refused(tmp_path, "lm_head.weight", adapter=f"{tmp_path / 'adapter'}=0.5")
 
 
 def test_an_adapter_alone_names_its_base(tmp_path: Path, adapter: Path) -> None:

@@ -19,9 +19,9 @@ from support.checkpoints import (
     VOCABULARY,
     gguf_metadata,
     tiny_model,
-    to_gguf,
     write_gguf,
 )
+from support.gguf_families import to_gguf
 
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.checkpoint.gguf_file import dequantized, read_gguf

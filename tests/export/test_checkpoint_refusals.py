@@ -10,24 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.checkpoints import change_json, save_tiny, tiny_model
+from support.checkpoints import change_json, refused, save_tiny, tiny_model
 
-from satchel.export.checkpoint import huggingface, open_checkpoint
+from satchel.export.checkpoint import huggingface
 from satchel.export.errors import ExportError
-
-
-def refused(source: Path | str, *parts: str) -> None:
-    """`open_checkpoint` refuses with one line that holds all parts, and leaves the folder as it was."""
-    folder = Path(source)
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")} if folder.is_dir() else {}
-    with pytest.raises(ExportError) as caught:
-        open_checkpoint(source)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-    assert before == ({p: p.stat().st_mtime_ns for p in folder.rglob("*")} if folder.is_dir() else {})
-
 
 CONFIG_CHANGES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "quantized": ({"quantization_config": {"quant_method": "aqlm"}}, ("config.json", "aqlm", "original float")),
@@ -58,26 +44,24 @@ def test_a_config_that_cannot_be_exported_is_refused_by_name(case: str, tmp_path
     refused(tmp_path, str(tmp_path), *parts)
 
 
-def test_a_hub_name_is_told_how_to_be_downloaded() -> None:
+def test_a_path_that_is_no_folder_says_what_to_give(tmp_path: Path) -> None:
     refused("org/some-model-7B", "satchel exports from local files", "hf download org/some-model-7B --local-dir DIR")
-
-
-def test_a_missing_path_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such file or folder", "pass a checkpoint folder")
-
-
-def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "config.json", "no such file", "save_pretrained")
 
 
-def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    refused(tmp_path, "config.json", "not valid JSON", "download it again")
-
-
-def test_an_adapter_is_told_to_be_merged(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "holds an adapter only", "--adapter")
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("config.json", "{", ("config.json", "not valid JSON", "download it again")),
+        ("adapter_config.json", "{}", ("holds an adapter only", "--adapter")),
+    ],
+)
+def test_a_folder_with_one_file_that_is_not_enough_is_refused(
+    name: str, content: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    refused(tmp_path, *parts)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -87,36 +71,29 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "pass the file", "model.Q4_0.gguf")
 
 
-def shards(folder: Path) -> Path:
-    """A sharded checkpoint; returns its index."""
-    tiny_model("llama").save_pretrained(folder, max_shard_size="200KB")
-    return folder / "model.safetensors.index.json"
+NORM = "model.norm.weight"
+INDICES: dict[str, tuple[Callable[[dict[str, str]], object], tuple[str, ...]]] = {
+    "outside": (lambda old: {"weight_map": {NORM: "../model.safetensors"}}, ("../model.safetensors",)),
+    "extra": (lambda old: {"weight_map": {**old, "extra": old[NORM]}}, ("extra", "download both again")),
+    "absent": (lambda old: {"weight_map": {**old, NORM: "absent.safetensors"}}, ("absent.safetensors", "download")),
+    "none": (lambda old: [], ("weight_map", "download it again")),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_an_index_that_does_not_fit_its_shards_is_refused(case: str, tmp_path: Path) -> None:
+    change, parts = INDICES[case]
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="200KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(change(json.loads(index.read_text())["weight_map"])))
+    refused(tmp_path, "index.json", *parts)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    shards(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="200KB")
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
     refused(tmp_path, "model.safetensors.index.json", lost.name, "download the missing shard")
-
-
-def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
-    index = shards(tmp_path)
-    change_json(index, weight_map={"model.norm.weight": "../model.safetensors"})
-    refused(tmp_path, "index.json", "../model.safetensors")
-
-
-def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(tmp_path: Path) -> None:
-    index = shards(tmp_path)
-    weight_map = json.loads(index.read_text())["weight_map"]
-    change_json(index, weight_map={**weight_map, "model.extra": weight_map["model.norm.weight"]})
-    refused(tmp_path, "index.json", "model.extra", "download both again")
-
-
-def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:
-    index = shards(tmp_path)
-    index.write_text("[]")
-    refused(tmp_path, "index.json", "weight_map", "download it again")
 
 
 def header(entry: dict[str, object], data: bytes = b"\0" * 8) -> bytes:

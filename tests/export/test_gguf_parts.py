@@ -8,7 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.checkpoints import GGUF_ARCHITECTURES, gguf_metadata, tiny_model, to_gguf, write_gguf
+from support.checkpoints import GGUF_ARCHITECTURES, gguf_metadata, tiny_model, write_gguf
+from support.gguf_families import to_gguf
 
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.checkpoint.gguf_parts import open_parts

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import change_json, reloaded, save_tiny
+from support.checkpoints import change_json, refused, reloaded, save_tiny
 
 from satchel.export.checkpoint import open_checkpoint
-from satchel.export.errors import ExportError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -80,14 +79,6 @@ def test_a_whole_checkpoint_has_no_notes(tmp_path: Path) -> None:
         assert open_checkpoint(save_tiny(tmp_path / family, family)).notes == ()
     rewritten(tmp_path / "old", lambda old: {**old, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert open_checkpoint(tmp_path / "old").notes == ()
-
-
-def refused(source: Path | str, *parts: str, **options: object) -> None:
-    with pytest.raises(ExportError) as caught:
-        open_checkpoint(source, **options)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value), str(caught.value)
 
 
 BAD_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {

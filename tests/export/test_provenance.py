@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.checkpoints import gguf_metadata, tiny_model, to_gguf, write_gguf
+from support.checkpoints import gguf_metadata, tiny_model, write_gguf
 from support.command import Said
+from support.gguf_families import to_gguf
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import open_checkpoint

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import GGUF_ARCHITECTURES, gguf_metadata, save_tiny, tiny_model, to_gguf, write_gguf
+from support.checkpoints import GGUF_ARCHITECTURES, gguf_metadata, save_tiny, tiny_model, write_gguf
 from support.command import Satchel
+from support.gguf_families import to_gguf
 from support.own_module import OwnModule
 from support.own_module import plain_attention as protocol_attention
 

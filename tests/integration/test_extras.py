@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.chat_bundle import write_chat_bundle
-from support.checkpoints import gguf_metadata, save_tiny, tiny_model, to_gguf, write_gguf
+from support.checkpoints import gguf_metadata, save_tiny, tiny_model, write_gguf
+from support.gguf_families import to_gguf
 from support.installed import environment, run, site_packages
 from support.tiny_bundle import write_bundle
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, write_bundle
 
 from satchel.runtime.errors import BundleError, PromptError, SatchelError
 from satchel.runtime.execution.batch import Batch
@@ -206,30 +206,6 @@ def test_what_a_row_had_before_it_was_let_go_is_in_the_store(tiny: Path, fresh: 
     result = generator.generate(goes_on, 5)
     assert result.reused_tokens == len(goes_on) - 2
     assert result.token_ids == fresh.generate(goes_on, 5).token_ids
-
-
-def fixed_batch(folder: Path) -> Path:
-    """A bundle whose decode graph says that it takes one row."""
-    document = read_manifest(write_bundle(folder))
-    document["graphs"]["decode"]["inputs"][0]["shape"] = [1, 1]
-    write_manifest(folder, document)
-    return folder
-
-
-def test_a_bundle_of_a_fixed_batch_runs_its_rows_in_turn(
-    tmp_path: Path, fresh: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fixed = Generator.open(fixed_batch(tmp_path / "fixed"), threads=1, prefix_cache_mib=0)
-    steps: list[int] = []
-    decode = CpuState.decode
-    with monkeypatch.context() as patch:
-        patch.setattr(CpuState, "decode", lambda state, token: steps.append(token) or decode(state, token))
-        found = fixed.generate_batch(PROMPTS, rows=3, max_new_tokens=6)
-    assert [essence(result) for result in found] == [essence(fresh.generate(prompt, 6)) for prompt in PROMPTS]
-    assert len(steps) == len(PROMPTS) * 5
-    sampling = {"max_new_tokens": 6, "temperature": 1.5, "seed": 1}
-    expected = fresh.samples(PROMPTS[0], 3, **sampling)
-    assert [essence(result) for result in fixed.samples(PROMPTS[0], 3, **sampling)] == [*map(essence, expected)]
 
 
 def test_samples_come_from_one_prefill_and_the_first_is_what_generate_gives(

@@ -86,26 +86,6 @@ def test_a_smaller_context_limits_positions_and_not_buffers(folder: Path, dynami
     assert small.engine.new_state(7).cache.past["past_key_values.0.key"].shape[2] == MAX_CONTEXT
 
 
-def test_a_prefix_that_is_known_is_not_fed_again(dynamic: Generator, static: Generator) -> None:
-    first = static.generate(IDS[:30], 6)
-    longer = [*IDS[:30].tolist(), *first.token_ids, 9, 8, 7]
-    found = static.generate(longer, 6)
-    assert found.reused_tokens >= 30
-    assert found.token_ids == dynamic.generate(longer, 6).token_ids
-
-
-def test_batches_samples_and_beams_are_those_of_dynamic_graphs(dynamic: Generator, static: Generator) -> None:
-    prompts = [IDS[:count] for count in (3, 20, 8, 31)]
-    for options in ({}, {"temperature": 1.2, "seed": 4}):
-        batches = [each.generate_batch(prompts, rows=3, max_new_tokens=7, **options) for each in (dynamic, static)]
-        assert [each.token_ids for each in batches[1]] == [each.token_ids for each in batches[0]]
-    sampled = [each.samples(IDS[:9], 3, max_new_tokens=6, temperature=1.5, seed=2) for each in (dynamic, static)]
-    assert [each.token_ids for each in sampled[1]] == [each.token_ids for each in sampled[0]]
-    beams = [each.beam_search(IDS[:9], 3, max_new_tokens=6) for each in (dynamic, static)]
-    assert [each.token_ids for each in beams[1]] == [each.token_ids for each in beams[0]]
-    assert_allclose([each.score for each in beams[1]], [each.score for each in beams[0]], rtol=1e-4)
-
-
 def test_rows_cannot_be_asked_to_run_together(static: Generator) -> None:
     with pytest.raises(PromptError, match="takes a fixed number of rows"):
         static.engine.new_batch(2, 9, force=True)

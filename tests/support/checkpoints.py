@@ -8,9 +8,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 from support.tiny_tokenizers import byte_level_json
+
+from satchel.export.checkpoint import open_checkpoint
+from satchel.export.errors import ExportError
 
 VOCABULARY = 448
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, INTERMEDIATE, CONTEXT = 64, 4, 2, 16, 2, 96, 128
@@ -139,38 +143,6 @@ def gguf_metadata(family: str) -> dict[str, Any]:
     return facts
 
 
-def to_gguf(family: str, model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
-    """The model's tensors as the conversion to GGUF lays them out, written down independently of the reader."""
-    architecture = GGUF_ARCHITECTURES[family]
-    kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    names = gguf.get_tensor_name_map(kind, LAYERS)
-    tensors: dict[str, np.ndarray] = {}
-    for name, parameter in model.state_dict().items():
-        array = parameter.float().numpy()
-        if name == "lm_head.weight":
-            if not model.config.tie_word_embeddings:
-                tensors["output.weight"] = array
-            continue
-        if name.endswith("gate_up_proj") and array.ndim == 3:
-            layer, half = name.split(".")[2], array.shape[1] // 2
-            tensors[f"blk.{layer}.ffn_gate_exps.weight"] = array[:, :half]
-            tensors[f"blk.{layer}.ffn_up_exps.weight"] = array[:, half:]
-            continue
-        if name.endswith("experts.down_proj"):
-            tensors[f"{names.get_name(name)}.weight"] = array
-            continue
-        stem, suffix = name.rsplit(".", 1)
-        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
-            heads = HEADS if stem.endswith("q_proj") else KV_HEADS
-            array = array.reshape(heads, 2, -1, HIDDEN).transpose(0, 2, 1, 3).reshape(array.shape)
-        if "gemma" in architecture and name.endswith("norm.weight"):
-            array = array + np.float32(1)
-        if stem.endswith("shared_expert_gate"):
-            array = array[0]
-        tensors[f"{names.get_name(stem)}.{suffix}"] = array
-    return tensors
-
-
 def write_gguf(
     path: Path,
     architecture: str,
@@ -216,3 +188,16 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
+
+
+def refused(source: Path | str, *parts: str, **options: Any) -> None:
+    """`open_checkpoint` refuses with one line that holds all parts, and leaves a folder as it was."""
+    folder = Path(source)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    with pytest.raises(ExportError) as caught:
+        open_checkpoint(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from support.checkpoints import write_gguf
+from support.checkpoints import GGUF_ARCHITECTURES, write_gguf
 from support.families import COMMON, HEAD_DIM, LLAMA3, LONG, PLAIN_ROPE, SHORT, VOCABULARY, WINDOW
 
 from satchel.export.checkpoint import Checkpoint
@@ -307,6 +307,12 @@ def tensors_of(family: GgufFamily, model: transformers.PreTrainedModel) -> dict[
             stored = "output" if stem == "lm_head" else names.get_name(stem)
             tensors[f"{stored}.{suffix}"] = array
     return tensors | {name: np.stack(arrays) for name, arrays in stacked.items()}
+
+
+def to_gguf(family: str, model: transformers.PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+    """The same for a model of `tiny_model`."""
+    name = GGUF_ARCHITECTURES[family]
+    return tensors_of(GgufFamily(name, family, permuted=name == "llama", one_more="gemma" in name), model)
 
 
 def write_family(path: Path, family: GgufFamily, model: transformers.PreTrainedModel, **more: Any) -> Path:
