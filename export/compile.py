@@ -19,6 +19,7 @@ from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.adapters import with_adapters
 from satchel.export.checkpoint.companions import generation_complaints
 from satchel.export.checkpoint.families import PASSED
+from satchel.export.checkpoint.separate_adapters import changed_layers, keep_apart
 from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
@@ -46,12 +47,13 @@ from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.contract import PassError
 from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.ir.values import INTERNAL, nodes
+from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import StoredGrid, orders_of
 from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps
-from satchel.runtime.bundle.contract import LOGITS, PHASES
+from satchel.runtime.bundle.contract import LOGITS, PHASES, lora_names
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
 from satchel.runtime.ort.session import check_loads
@@ -109,6 +111,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         lowered = lower_static if config.static else lower_phases
         models = lowered(shared, checkpoint, config, quantized, report)
         check_logits(models, checkpoint)
+        check_attached(models, checkpoint)
         with staged(config.output, config.force) as bundle:
             with stages.stage("writing the bundle"):
                 manifest = write_bundle(bundle, checkpoint, config, models, quantized, report, stages.bytes)
@@ -127,12 +130,15 @@ def open_source(source: str | Path | torch.nn.Module, config: ExportConfig) -> C
         ExportError: It cannot be opened.
     """
     register_implementations()
+    merged = () if config.separate_adapters else config.adapters
     if isinstance(source, torch.nn.Module):
-        return with_adapters(open_module(source, tokenizer=config.tokenizer), config.adapters)
-    return open_checkpoint(
-        source, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION, tokenizer=config.tokenizer,
-        adapters=config.adapters, layout=config.layout, weights=config.weights,
-    )  # fmt: skip
+        checkpoint = with_adapters(open_module(source, tokenizer=config.tokenizer), merged)
+    else:
+        checkpoint = open_checkpoint(
+            source, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION,
+            tokenizer=config.tokenizer, adapters=merged, layout=config.layout, weights=config.weights,
+        )  # fmt: skip
+    return keep_apart(checkpoint, config.adapters) if config.separate_adapters else checkpoint
 
 
 def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
@@ -241,6 +247,20 @@ def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None
             raise ExportError(
                 f"{name}: its logits are {shape[2]} wide, and vocab_size says {checkpoint.vocab_size}: "
                 "give vocab_size as the last dimension of the logits"
+            )
+
+
+def check_attached(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
+    """Check that every graph has inputs for all layers that adapters change.
+
+    Raises:
+        ExportError: One has not.
+    """
+    for layer, adapters in changed_layers(checkpoint).items():
+        if any(adapter_inputs(model).keys().isdisjoint(lora_names(layer)) for model in models.values()):
+            raise ExportError(
+                f"--adapter {adapters[0]}: {layer} is not multiplied as a linear layer of its own in this model, so "
+                "that its change cannot be kept apart; merge it: without --adapters separate"
             )
 
 

@@ -19,6 +19,7 @@ QUICK_PRECISIONS = ("int8", "a8w8", "a16w8", STORED)
 
 EFFORTS = ("quick", "normal")
 KV_CACHES = ("float", "int8")
+ADAPTER_FORMS = ("merged", "separate")
 TARGETS = ("cpu", "cuda", "cann")
 TARGET_PRECISIONS = {
     "cpu": PRECISIONS,
@@ -67,7 +68,9 @@ class ExportConfig:
         eval_text: A text to measure on instead of the shipped one.
         passes: User graph passes: each a `module:function`, a `file.py:function`, or the function itself.
         custom_ops: Shared libraries with the operators that these passes put into the graphs.
-        adapters: Folders of LoRA adapters in PEFT's format to merge, in this order: each a path, or FOLDER=SHARE.
+        adapters: Folders of LoRA adapters in PEFT's format to merge, in this order: each a path, or FOLDER=SHARE. To
+            keep apart, each is NAME=FOLDER.
+        adapter_form: merged into the weights, or separate: inputs of the graphs, of which each request chooses one.
         layout: The model_type to read the checkpoint as, where transformers does not know its own.
         weights: For file.py:factory, a file of tensors (torch.save, safetensors) to load into the module.
         prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, in ascending order;
@@ -96,6 +99,7 @@ class ExportConfig:
     prefill_lengths: tuple[int, ...] = ()
     keep_stored: bool | None = None
     adapters: tuple[str | Path, ...] = ()
+    adapter_form: str = ADAPTER_FORMS[0]
     layout: str | None = None
     weights: Path | None = None
 
@@ -110,6 +114,7 @@ class ExportConfig:
             ("precision", self.precision, PRECISIONS),
             ("kv-cache", self.kv_cache, KV_CACHES),
             ("effort", self.effort or EFFORTS[0], EFFORTS),
+            ("adapters", self.adapter_form, ADAPTER_FORMS),
         ):
             if value not in allowed:
                 raise ExportError(f"--{option} {value}: unknown value; choose {' or '.join(allowed)}")
@@ -124,6 +129,8 @@ class ExportConfig:
             )
         if self.custom_ops and not self.passes:
             raise ExportError("--custom-ops requires --pass: without one, no graph uses the library's operators")
+        if self.separate_adapters and not self.adapters:
+            raise ExportError(f"--adapters {self.adapter_form} requires adapters: give --adapter NAME=FOLDER")
         if self.max_context is not None and self.max_context < 1:
             raise ExportError(f"--max-context {self.max_context}: give at least 1 position")
 
@@ -135,6 +142,11 @@ class ExportConfig:
             raise ExportError(
                 f"--precision {self.precision} is not supported by --target {self.target}"
                 f"{f': {reason}' if reason else ''}; choose {' or '.join(possible)}"
+            )
+        if self.separate_adapters and self.target != "cpu":
+            raise ExportError(
+                f"--adapters {self.adapter_form} is not supported by --target {self.target}, whose graphs have no "
+                "optional inputs: merge one adapter, or choose --target cpu"
             )
         lengths = self.prefill_lengths
         if not self.static:
@@ -168,6 +180,11 @@ class ExportConfig:
     def static(self) -> bool:
         """Whether each graph is for one number of tokens."""
         return self.target in STATIC_TARGETS
+
+    @property
+    def separate_adapters(self) -> bool:
+        """Whether adapters are inputs of the graphs."""
+        return self.adapter_form == "separate"
 
     @property
     def quantized(self) -> bool:

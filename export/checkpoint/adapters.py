@@ -80,7 +80,10 @@ def split_share(text: str | Path) -> tuple[Path, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ExportError(f"--adapter {text}: the share after = must be a number, such as {folder}=0.5")
+        raise ExportError(
+            f"--adapter {text}: the share after = must be a number, such as {folder}=0.5; NAME=FOLDER goes with "
+            "--adapters separate"
+        )
     return Path(folder), value
 
 
@@ -213,23 +216,22 @@ def merge(
             result.update(dict.fromkeys([name] if alone else names, new))
 
         for name, tensor in adapter.replaced.items():
-            _check_base(name in result and result[name].dims == tensor.dims, adapter, name, tensor.dims, result)
+            check_base(name in result and result[name].dims == tensor.dims, adapter, name, tensor.dims, result)
             put(name, tensor, name in adapter.apart)
         for path, parts in adapter.layers.items():
             name = f"{path}.weight"
-            _check_base(name in result, adapter, name, (), result)
+            check_base(name in result, adapter, name, (), result)
             original = adapter.replaced.get(name, weights[name])
             put(name, _merged(name, original, result[name], adapter, path, module))
             bias = parts.get("lora_B.bias")
             if bias is not None:
-                _check_base(f"{path}.bias" in result, adapter, f"{path}.bias", bias.dims, result)
+                check_base(f"{path}.bias" in result, adapter, f"{path}.bias", bias.dims, result)
                 result[f"{path}.bias"] = _sum(result[f"{path}.bias"], bias, adapter.share * adapter.scaling[path])
     return result
 
 
-def _check_base(
-    fits: bool, adapter: Adapter, name: str, dims: Sequence[int], weights: Mapping[str, LazyWeight]
-) -> None:
+def check_base(fits: bool, adapter: Adapter, name: str, dims: Sequence[int], weights: Mapping[str, LazyWeight]) -> None:
+    """Raise ExportError, which names both shapes, unless a tensor of the adapter `fits` the base's."""
     if not fits:
         found = f"has the shape {list(weights[name].dims)}" if name in weights else "does not exist"
         asked = f", and the adapter's is {list(dims)}" if name in weights else ""
@@ -247,9 +249,9 @@ def _merged(
     embedding = "lora_embedding_A" in parts
     stem = "lora_embedding_" if embedding else "lora_"
     low, high = parts[f"{stem}A"], parts[f"{stem}B"]
-    across = embedding or isinstance(_submodule(module, path), Conv1D)
+    across = embedding or is_transposed(module, path)
     dims = weight.dims[::-1] if across else weight.dims
-    _check_base(dims == (high.dims[0], low.dims[1]), adapter, name, (high.dims[0], low.dims[1])[:: -1 if across else 1],
+    check_base(dims == (high.dims[0], low.dims[1]), adapter, name, (high.dims[0], low.dims[1])[:: -1 if across else 1],
                 {name: weight})  # fmt: skip
     factor = np.float32(adapter.scaling[path] * adapter.share)
     if across:
@@ -259,13 +261,14 @@ def _merged(
     if length is None:
         made = added(weight)
     else:
-        _check_base(length.size == high.dims[0], adapter, name, length.dims, {name: weight})
+        check_base(length.size == high.dims[0], adapter, name, length.dims, {name: weight})
         made = _lengthened(added(weight), added(original), length)
     return transposed(made, name) if across else made
 
 
-def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
-    return dict(module.named_modules()).get(path)
+def is_transposed(module: torch.nn.Module, path: str) -> bool:
+    """Whether a layer's weight is [inputs, outputs], as GPT-2's are."""
+    return isinstance(dict(module.named_modules()).get(path), Conv1D)
 
 
 @dataclasses.dataclass(frozen=True)

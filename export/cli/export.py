@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from satchel.export.config import (
+    ADAPTER_FORMS,
     DEFAULT_CONTEXT,
     EFFORTS,
     KV_CACHES,
@@ -107,10 +108,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         dest="adapters",
-        metavar="FOLDER[=SHARE]",
+        metavar="FOLDER",
         action="append",
         default=[],
-        help="a LoRA adapter in PEFT's format to merge, or a share of it, such as FOLDER=0.5; may be repeated",
+        help="a LoRA adapter in PEFT's format to merge, or a share of it, such as FOLDER=0.5; with --adapters separate "
+        "NAME=FOLDER; may be repeated",
+    )
+    parser.add_argument(
+        "--adapters",
+        dest="adapter_form",
+        metavar="FORM",
+        default=ExportConfig.adapter_form,
+        help=f"what becomes of the adapters: {' or '.join(ADAPTER_FORMS)}, of which each request chooses one by name "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--as",
@@ -164,6 +174,7 @@ def main(args: argparse.Namespace) -> int:
         calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
         passes=tuple(args.passes), custom_ops=tuple(args.custom_ops),
         prefill_lengths=args.prefill_lengths, adapters=tuple(args.adapters), layout=args.layout, weights=args.weights,
+        adapter_form=args.adapter_form,
     )  # fmt: skip
     if args.output is None:
         config = dataclasses.replace(config, output=_default_output(args.checkpoint, config.precision))

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from satchel.export.errors import ExportError
 from satchel.export.tracing.trace import Trace
+from satchel.graphs.ir.low_rank import carry
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.weights import LazyWeight, from_array
 
@@ -42,7 +43,8 @@ def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model
             raise ExportError(f"{name}: tensor {key} has shape {list(lazy.dims)}, but the model expects {list(wanted)}")
         model.graph.initializers.pop(str(value.name))
         value.name = key
-        value.const_value = LazyWeight(key, lazy.dims, lazy.dtype, lazy.rows, lazy.columns, computed=lazy.computed)
+        bound = LazyWeight(key, lazy.dims, lazy.dtype, lazy.rows, lazy.columns, computed=lazy.computed)
+        value.const_value = carry(bound, lazy, lambda change: change)
         value.dtype = lazy.dtype
         model.graph.initializers[key] = value
     return model

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnxruntime import AdapterFormat, OrtValue
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
@@ -21,10 +22,11 @@ from satchel.export.writing.genai_config import genai_config
 from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
 from satchel.graphs.ir.weights import LazyWeight, stored
+from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.quantized import LAYOUT, Quantized
 from satchel.runtime.bundle.contract import TEXT_LENGTH, WEIGHTS_NAME, Layout
 from satchel.runtime.bundle.layouts import file_name
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, AdapterSpec, FileRecord, Manifest, TensorSpec
 
 PAGE, LINE = 4096, 64
 """Alignment of weights in bytes: a memory page for weights of at least `LARGE` bytes, so that each can be mapped
@@ -63,7 +65,8 @@ def write_bundle(
         companions[checkpoint.tokenizer.spec.file] = checkpoint.tokenizer.file
     write_companions(folder, companions)
     starts = {name: (place.file, place.offset) for name, place in places.items()}
-    manifest = describe(checkpoint, config, models, quantized, report, files, starts)
+    adapters = write_adapters(folder, adapter_inputs(next(iter(models.values()))))
+    manifest = describe(checkpoint, config, models, quantized, report, files, starts, adapters)
     genai = genai_config(checkpoint, manifest)
     if genai is not None:
         write_json(folder / "genai_config.json", genai)
@@ -172,6 +175,27 @@ def write_companions(folder: Path, files: Mapping[str, bytes | Path]) -> None:
             shutil.copyfile(content, folder / name)
         else:
             (folder / name).write_bytes(content)
+
+
+def write_adapters(folder: Path, inputs: Mapping[str, Mapping[str, LazyWeight]]) -> tuple[AdapterSpec, ...]:
+    """Write the file of each adapter, in ONNX Runtime's format, and return their manifest entries.
+
+    Args:
+        folder: The bundle.
+        inputs: The tensor of each adapter, by the adapter's name, for each optional input of the graphs.
+    """
+    written = []
+    for adapter in dict.fromkeys(name for tensors in inputs.values() for name in tensors):
+        own = {name: tensors[adapter].numpy() for name, tensors in inputs.items() if adapter in tensors}
+        own = {name: np.ascontiguousarray(array, np.float32) for name, array in own.items() if array.size}
+        content = AdapterFormat()
+        content.set_adapter_version(1)
+        content.set_model_version(1)
+        content.set_parameters({name: OrtValue.ortvalue_from_numpy(array) for name, array in own.items()})
+        file = f"{adapter}.onnx_adapter"
+        content.export_adapter(str((folder / file).resolve()))
+        written.append(AdapterSpec(adapter, file, tuple(TensorSpec(n, "float32", a.shape) for n, a in own.items())))
+    return tuple(written)
 
 
 def write_json(path: Path, document: object) -> None:

@@ -15,6 +15,7 @@ from satchel.export.tracing.rotary_tables import border_within
 from satchel.export.writing.provenance import named_file, producer, provenance
 from satchel.export.writing.static_graphs import describe_static
 from satchel.export.writing.tensor_specs import tensor_specs
+from satchel.graphs.passes.adapt.attach_adapters import TENSORS
 from satchel.graphs.quant.assign import layer_name
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
@@ -33,6 +34,7 @@ from satchel.runtime.bundle.contract import (
 from satchel.runtime.bundle.dtypes import FLOAT32
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import (
+    AdapterSpec,
     CacheLayer,
     CacheSpec,
     FileRecord,
@@ -80,6 +82,7 @@ def describe(
     report: Sequence[dict[str, Any]],
     files: Mapping[str, FileRecord],
     starts: Mapping[str, tuple[str, int]],
+    adapters: tuple[AdapterSpec, ...] = (),
 ) -> Manifest:
     """Return the manifest of a written bundle; `starts` has the file and offset of each weight."""
     layers = _layers(quantized)
@@ -124,6 +127,7 @@ def describe(
         certificate=None,
         specialized=None,
         states=state_specs(models),
+        adapters=adapters,
     )
 
 
@@ -200,6 +204,6 @@ def _graph_spec(name: str, model: ir.Model, session: Session) -> GraphSpec:
         file=f"{name}.onnx",
         session=dict(session.config),
         session_of=session.of,
-        inputs=tensor_specs(model.graph.inputs),
+        inputs=tensor_specs(value for value in model.graph.inputs if TENSORS not in value.meta),
         outputs=tensor_specs(model.graph.outputs),
     )

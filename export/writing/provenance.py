@@ -11,6 +11,7 @@ from typing import Any
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.checkpoint.adapters import read_adapter
+from satchel.export.checkpoint.separate_adapters import split_name
 from satchel.export.config import ExportConfig
 from satchel.export.quantize.texts import calibration_file, certificate_file
 from satchel.export.recipes import recipe_file, recipe_of
@@ -47,7 +48,7 @@ def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
         "eval_text": certificate_file(checkpoint, config),
     }
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
-    options["adapters"] = [_adapter(text) for text in config.adapters]
+    options["adapters"] = [_adapter(text, config) for text in config.adapters]
     if config.tokenizer is not None and checkpoint.tokenizer is not None:
         options["tokenizer"] = _tokenizer(config.tokenizer, checkpoint.tokenizer.file)
     return Provenance(
@@ -73,7 +74,10 @@ def _tokenizer(path: Path, file: Path | bytes) -> NamedFile:
     return NamedFile(path.name, hashlib.sha256(content).hexdigest())
 
 
-def _adapter(text: str | Path) -> dict[str, Any]:
+def _adapter(text: str | Path, config: ExportConfig) -> dict[str, Any]:
+    if config.separate_adapters:
+        name, folder = split_name(text)
+        return {**dataclasses.asdict(named_file(read_adapter(folder).file)), "name": name}
     adapter = read_adapter(text)
     return {**dataclasses.asdict(named_file(adapter.file)), "name": adapter.folder.name, "share": adapter.share}
 

@@ -18,8 +18,9 @@ SMALL = 1 << 16
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array behind a small constant (an initializer or a Constant node), or None."""
-    if value is None:
+    """The array behind a small constant (an initializer or a Constant node), or None; a default of a graph input is
+    none."""
+    if value is None or value.is_graph_input():
         return None
     tensor = value.const_value
     producer = value.producer()

@@ -8,6 +8,8 @@ is bounded by the block and not by the model.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
@@ -16,6 +18,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from satchel.graphs.ir.low_rank import CHANGES, Change, carry, carry_inputs, carry_outputs, changes_of
 
 BLOCK_BYTES = 32 << 20
 """How many bytes `blocks` hands out at a time."""
@@ -139,8 +143,8 @@ def from_array(name: str, array: np.ndarray, *, computed: bool = False) -> LazyW
 
 
 def marked_like(weight: LazyWeight, *sources: LazyWeight) -> LazyWeight:
-    """`weight` with the marks (`meta`) on which all that it is made of agree."""
-    first = sources[0].meta
+    """`weight` with the marks (`meta`) on which all that it is made of agree; `CHANGES` need a `carry` of their own."""
+    first = {key: value for key, value in sources[0].meta.items() if key != CHANGES}
     weight.meta |= {key: value for key, value in first.items() if all(s.meta.get(key) == value for s in sources)}
     return weight
 
@@ -153,7 +157,8 @@ def transposed(weight: LazyWeight, name: str) -> LazyWeight:
         rows=lambda a, b: weight.columns(a, b).T,
         columns=lambda a, b: weight.rows(a, b).T,
     )  # fmt: skip
-    return marked_like(new, weight)
+    turned = carry(new, weight, lambda change: dataclasses.replace(change, transposed=not change.transposed))
+    return marked_like(turned, weight)
 
 
 def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWeight:
@@ -168,6 +173,10 @@ def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWei
         joined = LazyWeight(
             name, shape, first.dtype, lambda a, b: np.concatenate([w.rows(a, b) for w in weights], axis=axis)
         )
+        starts = itertools.accumulate((w.dims[1] for w in weights[:-1]), initial=0) if len(shape) == 2 else ()
+        moved = [_moved(c, start) for w, start in zip(weights, starts, strict=False) for c in changes_of(w)]
+        if moved:
+            joined.meta[CHANGES] = tuple(change for change in moved if not change.transposed)
         return marked_like(joined, *weights)
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -183,6 +192,10 @@ def concatenated(weights: Sequence[LazyWeight], axis: int, name: str) -> LazyWei
     if len(shape) > 1:
         columns = lambda a, b: np.concatenate([w.columns(a, b) for w in weights])  # noqa: E731
     return LazyWeight(name, shape, first.dtype, rows, columns)
+
+
+def _moved(change: Change, by: int) -> Change:
+    return dataclasses.replace(change, start=change.start + by, stop=change.stop + by)
 
 
 def reshaped(weight: LazyWeight, shape: Sequence[int], name: str) -> LazyWeight:
@@ -256,12 +269,24 @@ def scaled(weight: LazyWeight, factors: LazyWeight, name: str, axis: int = 0) ->
         across = factors.numpy()[:, None] if axis == 0 else factors.rows(start, stop)
         return np.asarray(weight.columns(start, stop) * across, dtype)
 
-    return marked_like(
-        LazyWeight(
-            name, weight.dims, weight.dtype, rows, columns if len(trailing) == 1 else None, computed=weight.computed
-        ),
-        weight,
+    new = LazyWeight(
+        name, weight.dims, weight.dtype, rows, columns if len(trailing) == 1 else None, computed=weight.computed
     )
+    if axis == 0:
+        carry_inputs(new, weight, lambda matrix: scaled(matrix, factors, matrix.name))
+    else:
+        carry_outputs(
+            new, weight, lambda matrix, own: scaled(matrix, _piece(factors, own.start, own.stop), matrix.name, -1)
+        )
+    return marked_like(new, weight)
+
+
+def _piece(vector: LazyWeight, start: int, stop: int) -> LazyWeight:
+    """Elements `start` to `stop` of a weight of one dimension."""
+    return LazyWeight(
+        vector.name, (stop - start,), vector.dtype, lambda a, b: vector.rows(start + a, start + b),
+        computed=vector.computed,
+    )  # fmt: skip
 
 
 def right_multiplied(
@@ -289,7 +314,17 @@ def right_multiplied(
         rows: Rows = lambda a, b: multiply(weight.numpy())[a:b]  # noqa: E731
     else:
         rows = lambda a, b: multiply(weight.rows(a, b))  # noqa: E731
-    return marked_like(LazyWeight(name, weight.dims, weight.dtype, rows, computed=weight.computed), weight)
+
+    def outputs(own: LazyWeight, change: Change) -> LazyWeight | None:
+        first, last = max(low, change.start), min(high, change.stop)
+        if first >= last:
+            return own
+        if (first - low) % size or (last - low) % size:
+            return None  # its outputs are mixed with those of a neighbor
+        return right_multiplied(own, matrix, own.name, (first - change.start, last - change.start))
+
+    new = LazyWeight(name, weight.dims, weight.dtype, rows, computed=weight.computed)
+    return marked_like(carry_outputs(new, weight, outputs), weight)
 
 
 def left_multiplied(weight: LazyWeight, matrix: np.ndarray, name: str) -> LazyWeight:
@@ -317,4 +352,5 @@ def left_multiplied(weight: LazyWeight, matrix: np.ndarray, name: str) -> LazyWe
     columns: Rows | None = None
     if len(weight.dims) == 2:
         columns = lambda a, b: multiply(weight.columns(a, b))  # noqa: E731
-    return marked_like(LazyWeight(name, weight.dims, weight.dtype, rows, columns, computed=weight.computed), weight)
+    new = LazyWeight(name, weight.dims, weight.dtype, rows, columns, computed=weight.computed)
+    return marked_like(carry_inputs(new, weight, lambda low: left_multiplied(low, matrix, low.name)), weight)

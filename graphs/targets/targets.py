@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.passes.adapt.attach_adapters import attach_adapters
 from satchel.graphs.passes.cache.choose_rotary_rows import choose_rotary_rows
 from satchel.graphs.passes.cache.derive_positions import derive_positions
 from satchel.graphs.passes.cache.drop_inputs import drop_inputs
@@ -135,13 +136,16 @@ PREFILL = (
     Step(fuse_skip_norms, after=("slice_last_logits",)),  # the slice looks for the plain norm
 )
 
+ADAPT = Step(attach_adapters, changes_signature=True)
+"""Before weights are quantized: what adapters add is in float, and looks for the weights that passes have changed."""
+
 PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
-    "prefill": PREFILL,
-    PREFILL_INT8: PREFILL,
-    "decode": DECODE,
-    DECODE_BLOCKS: DECODE,
-    NATIVE: (Step(slice_last_logits),),
-    "score": (Step(fuse_skip_norms),),
+    "prefill": (*PREFILL, ADAPT),
+    PREFILL_INT8: (*PREFILL, ADAPT),
+    "decode": (*DECODE, ADAPT),
+    DECODE_BLOCKS: (*DECODE, ADAPT),
+    NATIVE: (Step(slice_last_logits), ADAPT),
+    "score": (Step(fuse_skip_norms), ADAPT),
 }
 
 PREFILL_CUDA = (Step(slice_final_logits), Step(fuse_skip_norms, after=("slice_final_logits",)))

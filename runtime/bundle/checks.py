@@ -83,6 +83,7 @@ def check_manifest(manifest: Manifest) -> None:
         chosen = [manifest.graph(phase).top_tokens for phase in ("prefill", "decode")]
         _check(chosen[0] == chosen[1], "graphs.decode.outputs", chosen, "as many top tokens as those of prefill")
     _check_variants(manifest)
+    _check_adapters(manifest)
     _check_one_of(manifest.float_weights, "float_weights", FLOATS)
     _check(manifest.token_multiple >= 1, "token_multiple", manifest.token_multiple, "a number above 0")
     if tokenizer:
@@ -121,6 +122,22 @@ def _check_variants(manifest: Manifest) -> None:
         _check_one_of(weights.layout, f"{key}.weights.layout", LAYOUTS)
         made = "/" not in weights.file and not leads_outside(weights.file) and weights.file not in manifest.files
         _check(made, f"{key}.weights.file", weights.file, "the name of a file that is not in 'files'")
+
+
+def _check_adapters(manifest: Manifest) -> None:
+    static = manifest.static is not None
+    _check(not static or not manifest.adapters, "adapters", len(manifest.adapters), "none with 'static'")
+    names = [adapter.name for adapter in manifest.adapters]
+    _check("" not in names and len(set(names)) == len(names), "adapters", names, "names that differ from each other")
+    for index, adapter in enumerate(manifest.adapters):
+        key = f"adapters[{index}]"
+        _check(adapter.file in manifest.files, f"{key}.file", adapter.file, "listed in 'files'")
+        names = [tensor.name for tensor in adapter.inputs]
+        _check(len(set(names)) == len(names), f"{key}.inputs", names, "names that differ from each other")
+        for tensor in adapter.inputs:
+            _check_one_of(tensor.dtype, f"{key}.inputs.{tensor.name}.dtype", FLOATS[:1])
+            numbers = all(isinstance(size, int) and size >= 1 for size in tensor.shape)
+            _check(numbers, f"{key}.inputs.{tensor.name}.shape", tensor.shape, "numbers above 0")
 
 
 def _check_specialized(manifest: Manifest, specialized: Specialized) -> None:
@@ -274,6 +291,11 @@ def check_limits(manifest: Manifest) -> None:
             _limit("graph inputs or outputs", len(side))
             for tensor in side:
                 _limit("dimensions of a tensor", len(tensor.shape))
+    _limit("adapters", len(manifest.adapters))
+    for adapter in manifest.adapters:
+        _limit("graph inputs or outputs", len(adapter.inputs))
+        for tensor in adapter.inputs:
+            _limit("dimensions of a tensor", len(tensor.shape))
     if tokenizer is not None:
         _limit("tokenizer.corpus", len(tokenizer.corpus))
         _limit("tokenizer.added", len(tokenizer.added))

@@ -96,3 +96,10 @@ def past_state_name(layer: int, kind: str) -> str:
 def present_state_name(layer: int, kind: str) -> str:
     """Name of the output for one layer's state; shaped like the input."""
     return f"present.{layer}.{kind}"
+
+
+def lora_names(layer: str) -> tuple[str, str, str]:
+    """Names of the optional inputs for an adapter's change of a linear layer, x @ A @ B + bias: those of A [inputs,
+    rank], B [rank, outputs] and bias [1, outputs]. Each has a default without effect.
+    """
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.lora_B.bias"

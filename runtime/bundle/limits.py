@@ -29,6 +29,7 @@ LIMITS: dict[str, Limit] = {
     "states": Limit(20_000, "each is a buffer, and an input in each graph"),
     "numbers in states": Limit(1 << 32, "they are set to zero for each sequence"),
     "variants": Limit(1000, "each is a graph, and their names must differ"),
+    "adapters": Limit(10_000, "each is a file that is read as a whole"),
     "layers": Limit(1_000_000, "one for each quantized matrix"),
     "graph inputs or outputs": Limit(50_000, "two for each cache layer, and a few more"),
     "dimensions of a tensor": Limit(16, "ONNX Runtime's kernels support fewer"),

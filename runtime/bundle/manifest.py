@@ -289,6 +289,19 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter that a request may choose: its name, its file in ONNX Runtime's adapter format, and what is in it.
+
+    `inputs` are optional inputs of all graphs, with the shapes that this adapter has for them. Inputs that it does not
+    have keep the default that is in the graph, which has no effect.
+    """
+
+    name: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
 class PreparedGraph:
     """A graph optimized for one kind of machine: its file, and its variant, None for the portable graph."""
 
@@ -342,6 +355,7 @@ class Manifest:
     the graphs need; those of `plain` need none.
     `certificate` is None for a bundle without one, and `specialized` for a bundle with portable graphs only.
     `states` are those of layers with a convolution or a recurrence, none in models that only attend.
+    `adapters` are those that requests may choose; without any, as in the certificate, the graphs are the base model.
     """
 
     producer: dict[str, str]
@@ -366,6 +380,7 @@ class Manifest:
     certificate: Certificate | None
     specialized: Specialized | None
     states: tuple[StateSpec, ...] = ()
+    adapters: tuple[AdapterSpec, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

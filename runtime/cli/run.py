@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     prompt = _read_standard_input(args) if args.prompt is None else args.prompt
     generator = _open(args)
     if args.load_state is not None:
-        generator.load_state(args.load_state, progress=not args.quiet)
+        generator.load_state(args.load_state, progress=not args.quiet, adapter=args.adapter)
     if not prompt:
         raise PromptError("the prompt is empty: give some text")
     templated = generator.has_template and not args.raw
@@ -111,7 +111,7 @@ def _run_single(
 
 
 def _save_state(args: argparse.Namespace, generator: Generator, ids: list[int]) -> None:
-    saved = generator.save_state(args.save_state, ids, progress=not args.quiet)
+    saved = generator.save_state(args.save_state, ids, progress=not args.quiet, adapter=args.adapter)
     if saved < len(ids) - 1:  # the last token was never fed
         warnings.warn(
             f"--save-state {args.save_state}: only the first {saved} of {len(ids)} tokens are saved: "
@@ -152,7 +152,7 @@ def _print_json(
     document["chat_template"] = templated
     if args.prompt_logprobs:
         with waiting("scoring the prompt", shown=not args.quiet):
-            entries = generator.prompt_logprobs(ids, args.logprobs or 0)
+            entries = generator.prompt_logprobs(ids, args.logprobs or 0, args.adapter)
         document["prompt_logprobs"] = logprobs_json(ids.tolist(), entries, generator.need_tokenizer())
     print(json.dumps(document, ensure_ascii=False))
 

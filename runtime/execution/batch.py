@@ -51,12 +51,16 @@ class Batch:
             _ = state.logits  # a device copies them into the buffer now
         return self._logits[: self._used]
 
-    def add(self) -> State:
-        """Clear the next free row and take it into use, ready for a prompt. Raises PromptError if there is none."""
+    def add(self, adapter: str | None = None) -> State:
+        """Clear the next free row and take it into use, ready for a prompt with this adapter; None is the base model.
+
+        Raises PromptError if there is no free row, or no such adapter.
+        """
+        self._engine.adapters.check(adapter)
         if self._used == len(self.states):
             raise PromptError(f"all {self._used} rows are in use: drop one first")
         state = self.states[self._used]
-        state.cache.clear()
+        state.cache.clear(adapter)
         self._used += 1
         return state
 
@@ -87,8 +91,8 @@ class Batch:
             state.decode(token)
 
 
-def rows_agree(engine: Engine) -> bool:
-    """Compare a few steps of rows decoded in one run with the same steps of each row alone.
+def rows_agree(engine: Engine, adapter: str | None = None) -> bool:
+    """Compare a few steps of rows decoded in one run, all with this adapter, with the same steps of each row alone.
 
     They differ if the graph rounds the activations of all rows with one scale, or if a kernel sums in another order for
     several rows: where activations are rounded to int8, the last bit makes a visible difference. Which kernels do so
@@ -99,10 +103,10 @@ def rows_agree(engine: Engine) -> bool:
         return False
     ids = [(7 * i + 1) % engine.vocabulary for i in range(length + TRIED_ROWS + TRIED_STEPS)]
     batch = engine.new_batch(TRIED_ROWS, length + TRIED_STEPS, force=True)
-    alone = [engine.new_state(length + TRIED_STEPS) for _ in range(TRIED_ROWS)]
+    alone = [engine.new_state(length + TRIED_STEPS, adapter) for _ in range(TRIED_ROWS)]
     for row, state in enumerate(alone):
         prompt = ids[row : row + max(length - row, 1)]  # of different lengths
-        engine.prefill(batch.add(), prompt)
+        engine.prefill(batch.add(adapter), prompt)
         engine.prefill(state, prompt)
     for step in range(TRIED_STEPS):
         tokens = ids[length + step : length + step + TRIED_ROWS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import onnxruntime as ort
 from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TEXT_LENGTH, TOP_IDS, TOP_LOGITS
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.adapters import Adapters
 from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.kv_cache import Cache, KVCache
@@ -78,9 +80,10 @@ class CpuEngine(Engine):
         return chunks(count, chunk or PREFILL_CHUNK)
 
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
-        return CpuBatch(self, RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest), force)
+        runner = RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest, self.adapters)
+        return CpuBatch(self, runner, force)
 
-    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
         with self._score_lock:
             if self._score is None:
                 self._score = open_session(self.bundle, "score", self._settings)
@@ -89,6 +92,8 @@ class CpuEngine(Engine):
         try:
             cache.long = self.bundle.manifest.model.is_long(len(tokens))
             binding, ones = cache.bind(session), np.ones(len(tokens), np.int64)
+            for name, tensor in self.adapters.tensors(adapter).items():
+                bind_input(binding, name, tensor, tensor.shape)
             lengths = text_lengths(self.bundle.manifest)
             for span in self.spans(len(tokens), chunk):
                 rows = logits[span]
@@ -101,7 +106,7 @@ class CpuEngine(Engine):
 class RowRunner:
     """Runs prefill and decode on rows of one KV cache: their buffers, and bindings that are kept across steps."""
 
-    def __init__(self, sessions: Sessions, cache: KVCache, manifest: Manifest) -> None:
+    def __init__(self, sessions: Sessions, cache: KVCache, manifest: Manifest, adapters: Adapters) -> None:
         rows, self._capacity = cache.rows, cache.capacity
         self.cache = cache
         self.logits: Logits = np.zeros((rows, manifest.model.vocab_size), np.float32)
@@ -113,21 +118,22 @@ class RowRunner:
         self._ones_address = self._ones.ctypes.data
         self._mask = np.zeros(rows * self._capacity, np.int64)
         self._fixed_mask = manifest.has_fixed_mask
+        self._adapters = adapters
         self._lengths = text_lengths(manifest)
-        self._bindings: dict[tuple[int, int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[int, int, int, str | None], ort.IOBinding] = {}
 
     def prefill(self, row: int, cache: Cache, tokens: Ids) -> None:
         """Feed tokens to one row; `cache` is its part of the cache, with its length."""
-        binding = self._binding(PREFILL, row, 1)
+        binding = self._binding(PREFILL, row, 1, cache.adapter)
         run_span(self._sessions[PREFILL], binding, cache, tokens, self._ones_address, self._lengths)
 
     def decode(self, first: int, caches: Sequence[Cache], tokens: Sequence[int] | Ids) -> None:
-        """Feed a token to each of several neighboring rows, from row `first` on, in one run."""
+        """Feed a token to each of several neighboring rows of one adapter, from row `first` on, in one run."""
         for cache in caches:
             cache.begin(1)
         count = len(caches)
         self._tokens[first : first + count, 0] = tokens
-        binding = self._binding(DECODE, first, count)
+        binding = self._binding(DECODE, first, count, caches[0].adapter)
         totals = np.array([cache.length + 1 for cache in caches])
         width = self._capacity if self._fixed_mask else int(totals.max())
         mask = self._mask[: count * width].reshape(count, width)
@@ -144,15 +150,15 @@ class RowRunner:
             return
         cache.begin(1)
         self._tokens[row, 0] = token
-        binding = self._bindings.get((DECODE, row, 1)) or self._binding(DECODE, row, 1)
+        binding = self._bindings.get((DECODE, row, 1, cache.adapter)) or self._binding(DECODE, row, 1, cache.adapter)
         length = cache.length
         binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, length + 1), self._ones_address)
         run_bound(self._sessions[DECODE], binding, f"at position {length}")
         cache.advance(1)
 
-    def _binding(self, phase: int, first: int, count: int) -> ort.IOBinding:
-        """A binding of `count` rows, from row `first` on, to the graph of a phase."""
-        key = phase, first, count
+    def _binding(self, phase: int, first: int, count: int, adapter: str | None) -> ort.IOBinding:
+        """A binding of `count` rows, from row `first` on, and of an adapter to the graph of a phase."""
+        key = phase, first, count, adapter
         binding = self._bindings.get(key)
         if binding is None:
             rows = slice(first, first + count)
@@ -162,6 +168,8 @@ class RowRunner:
                 ids, logits = self.top
                 bind_output(binding, TOP_IDS, ids[rows], (count, 1, ids.shape[1]))
                 bind_output(binding, TOP_LOGITS, logits[rows], (count, 1, logits.shape[1]))
+            for name, tensor in self._adapters.tensors(adapter).items():
+                bind_input(binding, name, tensor, tensor.shape)
             if phase == DECODE:
                 bind_input(binding, INPUT_IDS, self._tokens[rows], (count, 1))
         return binding
@@ -182,15 +190,24 @@ class CpuBatch(Batch):
             self._rows[row].exchange(self._rows[other])
 
     def _decode(self, tokens: Ids) -> None:
-        if len(tokens) > 1 and (self._force or self._engine.batch_invariant):
-            states = self.states[: len(tokens)]
-            for state in states:
-                state.expect(state.cache.length + 1)
-            self._runner.decode(0, [state.cache for state in states], tokens)
-            for state, token in zip(states, tokens.tolist(), strict=True):
-                state.note(token)
-        else:
+        if len(tokens) == 1:
             super()._decode(tokens)
+            return
+        first = 0
+        for adapter, group in itertools.groupby(self.states[: len(tokens)], key=lambda state: state.cache.adapter):
+            states = list(group)
+            own = tokens[first : first + len(states)]
+            invariant = self._force or (self._engine.batch_invariant and self._engine.invariant_with(adapter))
+            if invariant and len(states) > 1:
+                for state in states:
+                    state.expect(state.cache.length + 1)
+                self._runner.decode(first, [state.cache for state in states], own)
+                for state, token in zip(states, own.tolist(), strict=True):
+                    state.note(token)
+            else:
+                for state, token in zip(states, own.tolist(), strict=True):
+                    state.decode(token)
+            first += len(states)
 
 
 class CpuState(State):

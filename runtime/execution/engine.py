@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import PromptError, ProviderError
+from satchel.runtime.execution.adapters import Adapters
 from satchel.runtime.execution.batch import Batch, pieces_agree, rows_agree
 from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.execution.state import Ids, Logits, State
@@ -34,7 +35,8 @@ class Engine(ABC):
         self.vocabulary = bundle.manifest.model.vocab_size
         self.max_context = bundle.manifest.model.max_context
         self._settings = settings
-        self._invariant: bool | None = None
+        self.adapters = Adapters(bundle)
+        self._invariant: dict[str | None, bool] = {}
         self._piece_invariant: bool | None = None
         self._invariant_lock = threading.Lock()
 
@@ -71,10 +73,14 @@ class Engine(ABC):
     @property
     def batch_invariant(self) -> bool:
         """Whether rows decoded in one run get the logits that each gets alone; tried once, on first use."""
+        return self.invariant_with(None)
+
+    def invariant_with(self, adapter: str | None) -> bool:
+        """As `batch_invariant`, for rows that all have this adapter."""
         with self._invariant_lock:
-            if self._invariant is None:
-                self._invariant = self.supports_batch and rows_agree(self)
-            return self._invariant
+            if adapter not in self._invariant:
+                self._invariant[adapter] = self.supports_batch and rows_agree(self, adapter)
+            return self._invariant[adapter]
 
     @property
     def piece_invariant(self) -> bool:
@@ -102,9 +108,9 @@ class Engine(ABC):
                 state.watch(border, self.spans)
         return batch
 
-    def new_state(self, capacity: int) -> State:
-        """A sequence of up to `capacity` positions, a batch of one row. Raises PromptError as `new_batch`."""
-        return self.new_batch(1, capacity).add()
+    def new_state(self, capacity: int, adapter: str | None = None) -> State:
+        """A sequence of up to `capacity` positions, a batch of one row. Raises PromptError as `new_batch` and `add`."""
+        return self.new_batch(1, capacity).add(adapter)
 
     @abstractmethod
     def release(self, cache: Cache) -> None:
@@ -141,16 +147,17 @@ class Engine(ABC):
         state.decode(token)
         return state.logits
 
-    def score(self, ids: TokenIds, chunk: int | None = None) -> Logits:
+    def score(self, ids: TokenIds, chunk: int | None = None, adapter: str | None = None) -> Logits:
         """The logits of every position of `ids`, [sequence, vocabulary] float32, through the score graph.
 
         That graph is opened on first use. Raises PromptError as `prefill` does.
         """
         tokens = self.check_ids(ids)
         _check_chunk(chunk)
+        self.adapters.check(adapter)
         self.check_capacity(len(tokens))
         logits: Logits = np.empty((len(tokens), self.vocabulary), np.float32)
-        self._run_score(tokens, chunk, logits)
+        self._run_score(tokens, chunk, logits, adapter)
         return logits
 
     def end_profiling(self) -> dict[ort.InferenceSession, Path]:
@@ -188,7 +195,7 @@ class Engine(ABC):
         """As `new_batch`, of arguments that were checked."""
 
     @abstractmethod
-    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
         """Write the logits of all tokens, [tokens, vocabulary], by the score graph."""
 
 

@@ -20,6 +20,9 @@ from satchel.runtime.ort.binding import bind_input, bind_output
 Snapshot = Mapping[str, NDArray[Any]]
 """Copies of all states of one sequence by graph input. Nobody writes to them, so several caches may hold the same."""
 
+Kind = tuple[str | None, bool]
+"""An adapter's name, None for the base model, and `Cache.long`."""
+
 
 class Cache(ABC):
     """Keys and values of one sequence for every layer, its states, and the number of positions in use.
@@ -33,6 +36,8 @@ class Cache(ABC):
         """An empty cache; `limit` is the bundle's largest context, for messages."""
         self.capacity = capacity
         self.rows = rows
+        self.adapter: str | None = None
+        """The adapter that the keys and values are computed with; None for the base model."""
         self._limit = limit
         self._length = 0
         self._running = False  # while a graph may be writing states, and after it failed
@@ -48,6 +53,11 @@ class Cache(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """The size of all buffers in bytes, each counted once."""
+
+    @property
+    def kind(self) -> Kind:
+        """What keys and values depend on beside the token ids: those of another kind are never reused."""
+        return self.adapter, self.long
 
     @property
     def states(self) -> Snapshot:
@@ -103,9 +113,9 @@ class Cache(ABC):
         self._length += count
         self._running = False
 
-    def clear(self) -> None:
-        """Empty the cache: the next position to be written is the first, and states are zeros."""
-        self._length, self._running, self.snapshots, self.long = 0, False, {}, False
+    def clear(self, adapter: str | None = None) -> None:
+        """Empty the cache: the next position to be written is the first, by this adapter, and states are zeros."""
+        self._length, self._running, self.snapshots, self.long, self.adapter = 0, False, {}, False, adapter
         for state in self.states.values():
             state[...] = 0
 
@@ -201,7 +211,7 @@ class KVCache(Cache):
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
         """As `Cache.copy_from`."""
-        self._length, self.long = 0, other.long
+        self._length, self.long, self.adapter = 0, other.long, other.adapter
         self.require(count)
         theirs = other.past
         for name, buffer in self._past.items():
@@ -224,6 +234,7 @@ class KVCache(Cache):
         self.long, other.long = other.long, self.long
         self._running, other._running = other._running, self._running
         self.snapshots, other.snapshots = other.snapshots, self.snapshots
+        self.adapter, other.adapter = other.adapter, self.adapter
 
 
 def position_bytes(spec: CacheSpec) -> int:

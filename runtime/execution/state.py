@@ -47,7 +47,7 @@ class State(ABC):
             return
         self.cache.require(length - self.cache.length)
         fed = self._fed[: self.cache.length].copy()
-        self.cache.clear()
+        self.cache.clear(self.cache.adapter)
         self.cache.long = True
         for span in self._spans(len(fed)):
             self.prefill(fed[span])

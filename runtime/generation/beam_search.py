@@ -95,7 +95,7 @@ class BeamSearch:
         start = time.perf_counter()
         if self.settings.time_limit is not None:
             self._deadline = time.monotonic() + self.settings.time_limit
-        state = self._rows.add()
+        state = self._rows.add(self.settings.adapter)
         self._ids[0, : len(self.prompt)] = self.prompt
         self.reused_tokens = feed(
             self._engine, state, self.prompt, self._prefix_cache, progress=self._progress, is_over=self._is_over

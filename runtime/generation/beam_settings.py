@@ -30,6 +30,7 @@ class BeamSettings:
         early_stopping: True stops as soon as `beams` texts have ended. False goes on while the best open text would, at
             its present length, beat one of them; "never" while it could at any length.
         time_limit: The maximum seconds, from the start of prefill; None for no limit.
+        adapter: The adapter to search with; None for the base model.
     """
 
     beams: int
@@ -38,6 +39,7 @@ class BeamSettings:
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
     time_limit: float | None = None
+    adapter: str | None = None
 
 
 def check_beams(

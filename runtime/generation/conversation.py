@@ -125,15 +125,18 @@ class Conversation:
             raise PromptError("there is nothing to save yet: ask something first")
         details = {"text": self._text, "token_ids": self._ids.tolist()}
         return self.generator.save_state(
-            path, self._ids, messages=self.messages, details=details, option=option, progress=progress
-        )
+            path, self._ids, messages=self.messages, details=details, option=option, progress=progress,
+            adapter=self.options.adapter,
+        )  # fmt: skip
 
     def load_state(self, path: str | Path, *, progress: bool = False) -> None:
         """Replace this conversation by a saved one. Raises SatchelError, and then keeps this one.
 
         Tools, arguments and options stay as they are.
         """
-        state = self.generator.load_state(path, check=partial(self._saved, path), progress=progress)
+        state = self.generator.load_state(
+            path, check=partial(self._saved, path), progress=progress, adapter=self.options.adapter
+        )
         self._end_answer()
         self._text, self._ids = self._saved(path, state)
         self.messages = [dict(message) for message in state.messages]

@@ -29,7 +29,7 @@ from satchel.runtime.generation.sampling.logprobs import TokenLogprob, prompt_lo
 from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
-from satchel.runtime.generation.session_file import SavedState, check_size, read_state, write_state
+from satchel.runtime.generation.session_file import SavedState, check_adapter, check_size, read_state, write_state
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.chat_template import ChatTemplate, template_files
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -248,18 +248,21 @@ class Generator:
         check_beams(request.options, beams, length_penalty, early_stopping)
         checked = self.new_sequence(request)
         ids, ends = checked.prompt, self._end_tokens(request.options)
-        settings = BeamSettings(beams, checked.limit, ends, length_penalty, early_stopping, request.options.time_limit)
+        settings = BeamSettings(
+            beams, checked.limit, ends, length_penalty, early_stopping, request.options.time_limit,
+            request.options.adapter,
+        )  # fmt: skip
         adjust = adjustment(request.options, len(ids), ends, self.engine.vocabulary, checked.limit)
         return beam_results(BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust), self.tokenizer)
 
-    def prompt_logprobs(self, prompt: Prompt, top_n: int = 0) -> list[TokenLogprob | None]:
+    def prompt_logprobs(self, prompt: Prompt, top_n: int = 0, adapter: str | None = None) -> list[TokenLogprob | None]:
         """The log-probability of each prompt token given those before it, and of the `top_n` most likely ones.
 
         Runs the score graph. The first token has none. Raises PromptError.
         """
         ids = self.encode(prompt)
         self._check_length(ids)
-        return prompt_log_probabilities(self.engine.score(ids), ids, top_n)
+        return prompt_log_probabilities(self.engine.score(ids, adapter=adapter), ids, top_n)
 
     def save_state(
         self,
@@ -270,15 +273,17 @@ class Generator:
         details: Mapping[str, Any] | None = None,
         option: str = "--save-state",
         progress: bool = False,
+        adapter: str | None = None,
     ) -> int:
         """Save the cached keys and values of the longest cached prefix of a prompt. Returns its number of tokens.
 
-        Usually the prompt is an earlier prompt with its answer. `messages` and `details`, JSON values, are saved too.
+        Usually the prompt is an earlier prompt with its answer, by this `adapter`. `messages` and `details`, JSON
+        values, are saved too.
         `option` names the path in error messages; `progress` shows a bar if it takes more than two seconds. Raises
         PromptError if nothing is cached, SatchelError if the file cannot be written.
         """
         ids = self.encode(prompt)
-        count, cache = self.prefix_cache.longest_saved(ids)
+        count, cache = self.prefix_cache.longest_saved(ids, adapter)
         if cache is None:
             raise PromptError(
                 "nothing of this prompt is in the prefix cache: generate first, or raise --prefix-cache-mib"
@@ -288,16 +293,22 @@ class Generator:
         return count
 
     def load_state(
-        self, path: str | Path, *, check: Callable[[SavedState], object] = lambda state: None, progress: bool = False
+        self,
+        path: str | Path,
+        *,
+        check: Callable[[SavedState], object] = lambda state: None,
+        progress: bool = False,
+        adapter: str | None = None,
     ) -> SavedState:
         """Read a saved state into the prefix cache: prompts that begin with `state.prefix.ids` prefill only the rest.
 
         `check` may raise before anything is cached. Raises what `read_state` does, and PromptError for a state that
-        exceeds `max_context` or the prefix cache.
+        exceeds `max_context` or the prefix cache, or was saved with another adapter than `adapter`.
         """
         manifest, positions = self.engine.bundle.manifest, self.prefix_cache.max_positions
         accept = partial(check_size, path, manifest, self.max_context, positions)
         state = read_state(path, self.engine.bundle, accept, progress=progress)
+        check_adapter(path, state, adapter)
         check(state)
         self.prefix_cache.put(state.prefix)
         return state
@@ -361,6 +372,7 @@ class Generator:
         options.check_all(self.engine.vocabulary)
         if request.timeout is not None and not 0 < request.timeout < math.inf:
             raise PromptError(f"a timeout of {request.timeout} seconds is not possible: give a number above 0")
+        self.engine.adapters.check(options.adapter)
         if options.stop:
             self.need_tokenizer()
         self._check_length(ids)

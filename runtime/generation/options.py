@@ -14,7 +14,7 @@ from satchel.runtime.generation.sampling import options as sampling
 from satchel.runtime.util.defaults import CHAT_MAX_NEW_TOKENS, CHAT_MAX_REPEATS, MAX_NEW_TOKENS
 
 MAX_LOGPROBS = 100
-KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs")
+KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs", "adapter")
 
 CHAT_DEFAULTS: dict[str, Any] = {"max_new_tokens": CHAT_MAX_NEW_TOKENS, "max_repeats": CHAT_MAX_REPEATS}
 """Defaults for an answer in a chat template, in place of those of `GenerationOptions`."""
@@ -30,6 +30,7 @@ class GenerationOptions(sampling.SamplingOptions):
         max_repeats: End when the last tokens are one block so many times in a row, and at least 128 tokens; 0 is off.
         time_limit: Maximum seconds, from the start of prefill; None for no limit.
         logprobs: Record the log-probability of each token and of this many most likely ones; None records nothing.
+        adapter: The name of one of the bundle's adapters; None, or an empty text, for the base model.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -37,11 +38,13 @@ class GenerationOptions(sampling.SamplingOptions):
     max_repeats: int = 0
     time_limit: float | None = None
     logprobs: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         stop: Collection[str] = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "adapter", self.adapter or None)
 
     def check_all(self, vocabulary: int, where: str | None = None) -> None:
         """Raise PromptError for values out of range and for options that contradict each other.
@@ -63,6 +66,9 @@ class GenerationOptions(sampling.SamplingOptions):
 
 def add_flags(parser: argparse.ArgumentParser, *, chat: bool = False) -> None:
     """Add a flag for each option, without defaults: `given_in` tells which were given. `chat`: for `satchel chat`."""
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="one of the bundle's adapters (default: none, the base model)"
+    )
     group = parser.add_argument_group("when generation ends")
     raw = "" if chat else f"; {MAX_NEW_TOKENS} for a raw prompt"
     group.add_argument(
@@ -102,6 +108,7 @@ def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
         ("time_limit", _number, "a number of seconds"),
         ("logprobs", _whole, "a whole number"),
         ("stop", _texts, "a text or a list of texts"),
+        ("adapter", lambda value: isinstance(value, str), "the name of an adapter"),
     ):
         if key in own and not right(own[key]):
             raise PromptError(f"{where}: {key} {str(own[key])[:60]!r}: must be {what}")

@@ -72,10 +72,10 @@ def copy_prefix(
     differently (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`.
     """
     state.expect(len(prompt))
-    reused, cache = prefix_cache.longest(prompt)
+    reused, cache = prefix_cache.longest(prompt, state.cache.adapter)
     for prefix in live:
-        common = common_length(prefix.ids, prompt)
-        if common > reused and prefix.cache.long == state.cache.long:
+        common = common_length(prefix.ids, prompt) if prefix.cache.kind == state.cache.kind else 0
+        if common > reused:
             reused, cache = common, prefix.cache
     reused = min(reused, max(len(prompt) - TAIL, 0))
     reused -= reused % engine.bundle.manifest.token_multiple

@@ -216,7 +216,7 @@ class Scheduler:
         waiting = self._queue.first() if None in self._rows else None
         job = self._queue.best([*feeding, waiting] if waiting else feeding, oldest=self._oldest)
         if job is not None and job is waiting:
-            for other in feeding:
+            for other in (each for each in feeding if _share_adapter(each, job)):
                 if common_length(other.sequence.prompt, job.sequence.prompt) > other.fed:
                     return other
         return job
@@ -227,7 +227,7 @@ class Scheduler:
         job.row = self._rows.index(None)
         self._rows[job.row] = job
         state = self._batch.states[job.row]
-        state.cache.clear()
+        state.cache.clear(job.sequence.options.adapter)
         job.since = time.perf_counter()
         return state
 
@@ -265,7 +265,7 @@ class Scheduler:
     def _twins(self, job: Job) -> Iterator[Job]:
         """Those next in the queue that have the same prompt, in rows of their own with its keys, values and logits."""
         while None in self._rows and (twin := self._queue.first()) is not None:
-            if not np.array_equal(twin.sequence.prompt, job.sequence.prompt):
+            if not _share_adapter(twin, job) or not np.array_equal(twin.sequence.prompt, job.sequence.prompt):
                 return
             twin.sequence.begin(job.sequence)
             self._enter(twin).copy_from(self._state(job))
@@ -342,6 +342,11 @@ class Scheduler:
         if job.row is None:
             raise ValueError(f"request {job.id} has no row")
         return self._batch.states[job.row]
+
+
+def _share_adapter(job: Job, other: Job) -> bool:
+    """Whether the keys and values of one are those of the other for the same tokens."""
+    return job.sequence.options.adapter == other.sequence.options.adapter
 
 
 @contextmanager

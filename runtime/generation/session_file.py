@@ -37,6 +37,8 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _SHOWN = 12  # hex digits of a fingerprint that messages show
 _KEYS = {"format", "version", "fingerprint", "messages", "details", "sha256"}
+_ADAPTER = "adapter"
+"""A key that only the state of an adapter has."""
 
 Tensors = dict[str, dict[str, Any]]
 
@@ -74,6 +76,8 @@ def write_state(
         "messages": _dump(list(state.messages), where, all(isinstance(each, dict) for each in state.messages)),
         "details": _dump(state.details, where, isinstance(state.details, dict)),
     }
+    if prefix.cache.adapter is not None:
+        metadata[_ADAPTER] = prefix.cache.adapter
     size = sum(map(len, _payload(prefix)))
     with progress_bar(2 * size, "saving", "B", shown=progress) as bar:
         digest = _digest_of(metadata)
@@ -132,6 +136,17 @@ def check_size(path: str | Path, manifest: Manifest, max_context: int, max_posit
         )
 
 
+def check_adapter(path: str | Path, state: SavedState, adapter: str | None) -> None:
+    """Raise PromptError if a state was saved with another adapter."""
+    saved = state.prefix.cache.adapter
+    if saved != adapter:
+        found, wanted = (
+            "no adapter" if name is None else f"adapter {printable(name[:80])}" for name in (saved, adapter)
+        )
+        remedy = "leave --adapter out" if saved is None else f"give --adapter {printable(saved[:80])}"
+        raise PromptError(f"{path}: was saved with {found}, and this runs {wanted}: {remedy}")
+
+
 def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, str], Tensors]:
     """The metadata and the entries of tensors: of a state of this version, and otherwise unchecked."""
     size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -149,7 +164,7 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, str], Tens
             f"{path}: a state of version {version}, but this satchel reads version {VERSION}: use the satchel that "
             "saved it"
         )
-    if metadata.keys() != _KEYS or not all(isinstance(value, str) for value in metadata.values()):
+    if metadata.keys() - {_ADAPTER} != _KEYS or not all(isinstance(value, str) for value in metadata.values()):
         _damaged(path, "its metadata have other keys or types")
     return metadata, header
 
@@ -178,6 +193,7 @@ def _read_payload(
 ) -> Prefix:
     """Token ids, and keys and values read straight into the buffers of a new cache of their size."""
     cache = KVCache(manifest.kv_cache, count, manifest.model.max_context)
+    cache.adapter = metadata.get(_ADAPTER)
     prefix = Prefix(np.empty(count, ID_TYPE), cache)
     cache.advance(count)
     cache.long = manifest.model.is_long(count)

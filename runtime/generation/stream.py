@@ -32,7 +32,7 @@ class TokenStream:
         self._sequence = sequence
         self._prefix_cache = prefix_cache
         self._progress = progress
-        self._state: State | None = engine.new_state(sequence.positions)
+        self._state: State | None = engine.new_state(sequence.positions, sequence.options.adapter)
         self._kv_bytes = self._state.cache.nbytes
         self._shown = 0
 

@@ -347,9 +347,10 @@ def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
 def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
     path = bundle.folder / graph.file
     try:
+        adapted = (tensor for adapter in bundle.manifest.adapters for tensor in adapter.inputs)
         inputs = (*session.get_inputs(), *session.get_overridable_initializers())
         sides = (
-            ("inputs", graph.inputs, {(tensor.name, tensor.type) for tensor in inputs}),
+            ("inputs", (*graph.inputs, *adapted), {(tensor.name, tensor.type) for tensor in inputs}),
             ("outputs", graph.outputs, {(tensor.name, tensor.type) for tensor in session.get_outputs()}),
         )
     except UnicodeDecodeError:

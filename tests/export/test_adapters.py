@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapted import trained
 from support.checkpoints import (
     GGUF_ARCHITECTURES,
     change_json,
@@ -49,18 +49,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_fc", "wte"], "use_dora": True}),
     "transposed, undeclared": ("gpt2", {"target_modules": ["c_proj"], "bias": "lora_only"}),
 }
-
-
-def trained(family: str, folder: Path, seed: int = 3, name: str = "default", **settings: Any) -> peft.PeftModel:
-    """A model with an adapter of random values in all that it may train, saved in `folder`."""
-    made = peft.get_peft_model(tiny_model(family), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}), name)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    made.save_pretrained(folder)
-    return made
 
 
 def same(weights: Any, merged: torch.nn.Module) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from satchel.graphs.analysis.channels import marked
 from satchel.graphs.ir.contract import GraphPass, Report, graph_pass
+from satchel.graphs.ir.low_rank import carry_inputs
 from satchel.graphs.ir.values import Builder, nodes, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, marked_like
 from satchel.graphs.quant.assign import layer_name
@@ -51,10 +52,8 @@ def order_inputs(orders: Mapping[str, NDArray[np.int64]]) -> GraphPass:
 
 def _ordered(matrix: LazyWeight, order: NDArray[np.int64]) -> LazyWeight:
     """The rows of a weight in another order; any of them reads all."""
-    return marked_like(
-        LazyWeight(
-            f"{matrix.name}.{MARK}", matrix.dims, matrix.dtype,
-            rows=lambda a, b: matrix.numpy()[order[a:b]], columns=lambda a, b: matrix.columns(a, b)[order],
-        ),
-        matrix,
+    new = LazyWeight(
+        f"{matrix.name}.{MARK}", matrix.dims, matrix.dtype,
+        rows=lambda a, b: matrix.numpy()[order[a:b]], columns=lambda a, b: matrix.columns(a, b)[order],
     )  # fmt: skip
+    return marked_like(carry_inputs(new, matrix, lambda first: _ordered(first, order)), matrix)

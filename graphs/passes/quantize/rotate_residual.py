@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,8 +12,9 @@ from satchel.graphs.analysis.residual import EXPERT_INPUT, Norm, find_residual, 
 from satchel.graphs.analysis.rotations import rotation
 from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.inputs import graph_input
+from satchel.graphs.ir.low_rank import LowRank, carry
 from satchel.graphs.ir.values import Builder, last_dim, nodes, only_user, replace, weight
-from satchel.graphs.ir.weights import LazyWeight, from_array, left_multiplied, right_multiplied, scaled
+from satchel.graphs.ir.weights import LazyWeight, from_array, left_multiplied, marked_like, right_multiplied, scaled
 from satchel.runtime.bundle.contract import INPUT_IDS
 
 MARK = "rotated"
@@ -72,6 +75,7 @@ def _fold(model: ir.Model, norm: Norm, matrix: np.ndarray) -> None:
         if reader.op_type == "MatMul":
             if norm.bias is not None:
                 _move_bias(model, reader, norm.bias, lazy)
+                lazy = _with_moved_bias(lazy, norm.bias)
             _swap(model, value, left_multiplied(scaled(lazy, norm.gain, name), matrix.T, name))
         else:  # Gemm with transB and MoE hold their matrices as [.., out, in]
             _swap(model, value, right_multiplied(scaled(lazy, norm.gain, name, axis=-1), matrix, name))
@@ -111,6 +115,21 @@ def _move_bias(model: ir.Model, product: ir.Node, bias: LazyWeight, matrix: Lazy
     biased = builder.value("Add", [output, moved], f"{product.name}.norm_biased", output)
     replace(output, biased)
     builder.graph.node(f"{product.name}.norm_biased").replace_input_with(0, output)  # it read its own result
+
+
+def _with_moved_bias(matrix: LazyWeight, bias: LazyWeight) -> LazyWeight:
+    """The matrix, whose adapters add what they make of the norm's bias as well."""
+    same = LazyWeight(matrix.name, matrix.dims, matrix.dtype, matrix.rows, matrix.columns, computed=matrix.computed)
+
+    def moved(change: LowRank) -> LowRank:
+        def rows(start: int, stop: int) -> np.ndarray:
+            total = bias.numpy()[None] @ change.first.numpy() @ change.second.numpy()
+            return np.asarray(total + (0 if change.bias is None else change.bias.numpy()), np.float32)
+
+        wide = (1, change.second.dims[1])
+        return dataclasses.replace(change, bias=LazyWeight(matrix.name, wide, change.second.dtype, rows))
+
+    return marked_like(carry(same, matrix, lambda change: change.each(moved)), matrix)
 
 
 def _times(bias: LazyWeight, matrix: LazyWeight, name: str, more: LazyWeight | None = None) -> LazyWeight:

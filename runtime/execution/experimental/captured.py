@@ -144,7 +144,7 @@ class CapturedEngine(Engine):
         ]
         return Batch(self, states, logits)
 
-    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
         with self._lock:
             if self._score is None:
                 self._score = open_session(self.bundle, "score", self._settings)

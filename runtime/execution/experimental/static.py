@@ -176,7 +176,7 @@ class StaticEngine(Engine):
         logits = np.zeros((rows, self.vocabulary), np.float32)
         return Batch(self, [StaticState(self, self._new_cache(capacity), row) for row in logits], logits)
 
-    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits) -> None:
+    def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
         chain, cache = self._score_chain(), self._new_cache(len(tokens))
         try:
             cache.long = self.bundle.manifest.model.is_long(len(tokens))

@@ -1,0 +1,1 @@
+"""What adapters need that are kept apart from the weights."""
