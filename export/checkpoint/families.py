@@ -8,12 +8,12 @@ from satchel.export.errors import ExportError
 
 PASSED: frozenset[str] = frozenset(
     """
-    afmoe apertus arcee axk1 biogpt bitnet cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5
-    ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4
+    afmoe apertus arcee axk1 biogpt bitnet bloom cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4
     glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa
     granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
     jais2 kolibri1 laguna llama llama4_text mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral
-    mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
+    mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
     """.split()  # noqa: SIM905
 )
@@ -21,9 +21,8 @@ PASSED: frozenset[str] = frozenset(
 
 _REFUSED_FOR = {
     "its attention is hard-coded, so its attention function cannot be replaced": (
-        "codegen cpmant ctrl diffllama doge falcon gpt_neo gpt_neox_japanese gptj openai-gpt xglm xlm xlnet"
+        "codegen cpmant ctrl diffllama doge gpt_neo gpt_neox_japanese gptj openai-gpt xglm xlm xlnet"
     ),
-    "its attention adds a distance bias (ALiBi)": "bloom mpt",
     "its layers keep a recurrent or convolutional state instead of a KV cache": (
         "bailing_hybrid bamba falcon_h1 falcon_mamba jamba kimi_linear lfm2 lfm2_moe lfm3 mamba "
         "mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm "

@@ -20,6 +20,7 @@ import torch
 
 from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
+from satchel.export.tracing.distance_bias import at_positions, has_distance_bias
 from satchel.export.tracing.rotary_tables import tables_for_rotary
 from satchel.export.tracing.stand_ins import (
     chunks_without_padding,
@@ -134,7 +135,8 @@ class _ModelWrapper(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         super().__init__()
-        if "position_ids" not in inspect.signature(module.forward).parameters:
+        self._takes_positions = "position_ids" in inspect.signature(module.forward).parameters
+        if not self._takes_positions and not has_distance_bias(module):
             raise ExportError(
                 f"{name}: this model takes no position_ids, which a KV cache needs; satchel does not support it"
             )
@@ -144,9 +146,9 @@ class _ModelWrapper(torch.nn.Module):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
         # The mask keeps transformers from inferring packed sequences from position_ids; no graph may use it.
-        result = self.module(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        )
+        arguments = {"position_ids": position_ids} if self._takes_positions else {}
+        with at_positions(position_ids):
+            result = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments)
         logits: torch.Tensor = result.logits
         return logits
 

@@ -21,11 +21,8 @@ STATE: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon": ({}, "hard-coded"),
     "gptj": ({"rotary_dim": 8}, "hard-coded"),
     "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "hard-coded"),
-    "bloom": ({}, "ALiBi"),
-    "mpt": ({}, "ALiBi"),
     "mamba": ({}, "recurrent or convolutional state"),
     "jamba": ({}, "recurrent or convolutional state"),
     "granitemoehybrid": ({**STATE, **MOE, "layer_types": ["mamba", "attention"]}, "recurrent or convolutional state"),
@@ -94,6 +91,14 @@ def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     )
     assert (tmp_path / "bundle").is_dir()
     assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err
+
+
+def test_an_int8_cache_of_keys_with_positions_is_refused(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("bloom", **SMALL)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match="ALiBi"):
+        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", kv_cache="int8", max_context=32))
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_tables_name_families_of_transformers_once() -> None:

@@ -84,3 +84,12 @@ def without_sinks(model: Model) -> None:
         raise ValueError("the model has no sinks")
     for parameter in sinks:
         torch.nn.init.constant_(parameter, -1e9)
+
+
+def without_distance(model: Model) -> None:
+    """BLOOM and MPT without the bias of ALiBi."""
+    for module in model.modules():
+        if hasattr(module, "inv_norm_factor"):
+            module.beta = 0.0
+        if hasattr(module, "build_mpt_alibi_tensor"):
+            module.build_mpt_alibi_tensor = lambda heads, length, *_, **__: torch.zeros(heads, 1, length)
