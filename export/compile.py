@@ -33,7 +33,6 @@ from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
-from satchel.export.tracing.distance_bias import has_distance_bias
 from satchel.export.tracing.rotary_tables import border_within, varies
 from satchel.export.tracing.soundness import check_sound
 from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
@@ -58,6 +57,14 @@ from satchel.runtime.bundle.contract import LOGITS, PHASES, lora_names
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
 from satchel.runtime.ort.session import check_loads
+
+INTERNAL_OPERATORS = {
+    "Attention": "a layer's attention has",
+    "Convolution": "its convolutions with state have",
+    "Recurrence": "its linear recurrences have",
+    "Experts": "its mixtures of experts have",
+}
+"""What each of the internal operators is called, if no pass of a target lowers it."""
 
 
 def export_bundle(source: str | Path | torch.nn.Module, config: ExportConfig, *, progress: bool = False) -> Manifest:
@@ -146,13 +153,8 @@ def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
     """The checkpoint's graph as the tracer writes it, its weights bound to the checkpoint.
 
     Raises:
-        ExportError: The model cannot be traced, or its KV cache cannot be int8.
+        ExportError: The model cannot be traced.
     """
-    if config.int8_cache and has_distance_bias(checkpoint.module):
-        raise ExportError(
-            f"--kv-cache int8: keys of a {checkpoint.model_type} model have a bias for distance (ALiBi), which grows "
-            "with the position and does not fit 8 bits: choose float"
-        )
     context = config.context(checkpoint.max_context)
     traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
     return bind(traced, checkpoint.weights, checkpoint.name)
@@ -176,18 +178,16 @@ def lower(
     """
     target = TARGETS[config.target]
     normal, normalized = pipeline.run(model, target.normalize)
-    check_sound(normal, checkpoint.name, checkpoint.layers)
+    check_sound(normal, checkpoint.name, checkpoint.layers, checkpoint.layer_types)
     orders = {} if grids is None or config.precision != STORED else orders_of(grids)
     marks = () if recipe is None else (Step(assign(recipe)), *order_steps(orders))
     common, fused = pipeline.run(normal, (*marks, *target.fuse))
-    left = {str(node.name) for node in nodes(common, "Attention", INTERNAL)}
-    reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
-    if left:
-        raise ExportError(f"{checkpoint.name}: a layer's attention has no form on {config.target}: {reasons[-1]}")
-    if any(node.domain == INTERNAL for node in common.graph):
-        raise ExportError(
-            f"{checkpoint.name}: its mixtures of experts have no form on --target {config.target}: choose --target cpu"
-        )
+    for kind, called in INTERNAL_OPERATORS.items():
+        left = {str(node.name) for node in nodes(common, kind, INTERNAL)}
+        reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
+        if left:
+            why = f": {reasons[-1]}" if reasons else ": choose --target cpu"
+            raise ExportError(f"{checkpoint.name}: {called} no form on --target {config.target}{why}")
     return common, [done.as_json("common") for done in (*normalized, *fused)]
 
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from satchel.export.errors import ExportError
 
 PASSED: frozenset[str] = frozenset(
     """
-    afmoe apertus arcee axk1 biogpt bitnet bloom cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4
-    glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
-    jais2 kolibri1 laguna llama llama4_text mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral
-    mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
+    afmoe apertus arcee axk1 bamba biogpt bitnet cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma3n_text
+    gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    internlm3 iquestcoder jais2 jamba kimi_linear kolibri1 laguna lfm2 lfm2_moe llama llama4_text mamba mamba2
+    mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder nanochat
+    nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+    youtu zamba2
     """.split()  # noqa: SIM905
 )
 """`model_type`s for which an exported small random model matches the logits of transformers."""
 
 _REFUSED_FOR = {
     "its attention is hard-coded, so its attention function cannot be replaced": (
-        "codegen cpmant ctrl diffllama doge gpt_neo gpt_neox_japanese gptj openai-gpt xglm xlm xlnet"
+        "codegen cpmant ctrl diffllama doge falcon gpt_neo gpt_neox_japanese gptj openai-gpt xglm xlm xlnet"
     ),
-    "its layers keep a recurrent or convolutional state instead of a KV cache": (
-        "bailing_hybrid bamba falcon_h1 falcon_mamba jamba kimi_linear lfm2 lfm2_moe lfm3 mamba "
-        "mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm "
-        "zamba zamba2"
-    ),
+    "its attention adds a distance bias (ALiBi)": "bloom mpt",
+    "its recurrence is hard-coded, so its functions cannot be replaced": ("minimax recurrent_gemma rwkv xlstm zamba"),
     "its attention chooses the tokens that it sees (sparse attention)": "axk2 deepseek_v32 glm_moe_dsa",
     "its attention is chunked": "reformer",
 }
@@ -35,20 +32,13 @@ REFUSED: dict[str, str] = {family: reason for reason, families in _REFUSED_FOR.i
 """Maps `model_type` to the reason that satchel cannot export it."""
 
 
-RECURRENT_LAYERS = frozenset(("mamba", "mamba2", "conv", "linear_attention", "recurrent"))
-"""Values of `layer_types` in a config that are not attention."""
-
-
-def check_family(model_type: str, source: str, layer_types: Collection[str] = ()) -> None:
+def check_family(model_type: str, source: str) -> None:
     """Refuse a family that is known not to work; unknown families are exported if the graph passes `check_sound`.
 
     Raises:
         ExportError: The family is known not to work; the message has the reason.
     """
     reason = REFUSED.get(model_type)
-    recurrent = sorted(RECURRENT_LAYERS.intersection(layer_types))
-    if reason is None and recurrent:
-        reason = f"its {', '.join(recurrent)} layers keep a recurrent or convolutional state instead of a KV cache"
     if reason is not None:
         raise ExportError(
             f"{source}: model_type {model_type} is not supported: {reason}; export a model of another family"

@@ -31,6 +31,9 @@ from satchel.export.tracing.rotary_tables import rope_kinds
 _WEIGHTS_KEY = "transformers_weights"
 """The key of config.json that names the file with the weights."""
 
+UNLIMITED = 1 << 20
+"""The context length in tokens of a model whose layers all keep a state of fixed size, if its config has none."""
+
 
 def open_huggingface(
     folder: Path, implementations: Implementations, tokenizer: Path | None, layout: str | None = None
@@ -177,6 +180,8 @@ def _max_context(config: PreTrainedConfig, folder: Path) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return max(value, _extended(config, value))
+    if set(getattr(config, "layer_types", None) or ()) == {"linear_attention"}:
+        return UNLIMITED
     raise ExportError(f"{folder / 'config.json'}: does not specify the context length; add max_position_embeddings")
 
 

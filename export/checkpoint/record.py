@@ -65,6 +65,12 @@ class Checkpoint:
         layers = self.fact("num_hidden_layers")
         return layers if self.kind != "module" else None
 
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The kind of each layer in the config; empty if it names none, or for a custom module."""
+        kinds = getattr(getattr(self.module, "config", None), "layer_types", None)
+        return tuple(map(str, kinds or ())) if self.kind != "module" else ()
+
     def fact(self, name: str) -> int | None:
         """Return an integer from the config, or None if it has none of that name."""
         value = getattr(getattr(self.module, "config", None), name, None)

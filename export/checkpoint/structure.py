@@ -58,7 +58,7 @@ def build_structure(config: PreTrainedConfig, implementations: Implementations, 
 def check_decoder(config: PreTrainedConfig, source: str) -> None:
     """Refuse a config that is not for a decoder-only text model, or whose family is known not to work."""
     model_type = config.model_type
-    check_family(model_type, source, getattr(config, "layer_types", None) or ())
+    check_family(model_type, source)
     if config.is_encoder_decoder:
         raise ExportError(
             f"{source}: {model_type} is an encoder-decoder model; satchel exports decoder-only language models"
@@ -98,6 +98,8 @@ def _compute_buffers(module: PreTrainedModel, source: str) -> None:
         }
         # With two different initial values, a buffer that nothing computes shows up as a difference.
         first, second = (_filled(owner, submodule, buffers, value) for value in (0, 1))
+        if any(not torch.equal(first[name], second[name]) for name in buffers):  # the model computes its parts' buffers
+            first, second = (_filled(owner, submodule, buffers, value, owner) for value in (0, 1))
         for name in buffers:
             if not torch.equal(first[name], second[name]):
                 raise ExportError(f"{source}: the buffer {path}.{name} is neither stored nor computed by transformers")
@@ -108,12 +110,17 @@ def _compute_buffers(module: PreTrainedModel, source: str) -> None:
 
 
 def _filled(
-    owner: PreTrainedModel, submodule: torch.nn.Module, buffers: dict[str, torch.Tensor], value: int
+    owner: PreTrainedModel,
+    submodule: torch.nn.Module,
+    buffers: dict[str, torch.Tensor],
+    value: int,
+    initialized: torch.nn.Module | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the buffers after transformers initializes the submodule, with `value` as their initial value."""
+    """Return the buffers after transformers initializes the submodule (or `initialized`), with `value` as their initial
+    value."""
     real = {name: torch.full_like(buffer, value, device="cpu") for name, buffer in buffers.items()}
     submodule._buffers.update(real)
     initialize: Any = owner._init_weights  # untyped in transformers
     if real:
-        initialize(submodule)
+        initialize(submodule if initialized is None else initialized)
     return {name: submodule.get_buffer(name) for name in real}

@@ -183,6 +183,8 @@ def _look_up(
     def forward(
         x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if position_ids.ndim == 3:  # a model of images too: a text's tokens have one position along all three axes
+            position_ids = position_ids[0]
         border = borders[layer_type]
         rows = position_ids if border is None else torch.ops.satchel.rotary_rows(position_ids, border)
         return Rotation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -37,26 +38,33 @@ LENGTH_ARITHMETIC = frozenset(
 )
 MATMULS = frozenset(("MatMul", "Gemm"))
 
+ATTENTION, CONVOLUTION, RECURRENCE = MEETINGS = ("Attention", "Convolution", "Recurrence")
+"""The internal operators in which tokens meet: each keeps what it needs of earlier ones in a cache or a state."""
 
-def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
-    """Check that tokens interact only in attention, once per layer, and that nothing else reads the padding mask.
+PROMISED: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention"), frozenset((ATTENTION,))),
+    **dict.fromkeys(("hybrid", "hybrid_sliding"), frozenset((ATTENTION, RECURRENCE))),
+    **dict.fromkeys(("linear_attention", "mamba"), frozenset((RECURRENCE,))),
+    **dict.fromkeys(("mlp", "moe"), frozenset[str]()),
+    "conv": frozenset((CONVOLUTION,)),
+}
+"""By a layer's kind in the config, the operators that it has; a recurrence may have a convolution in front."""
+
+
+def check_sound(model: ir.Model, name: str, layers: int | None, kinds: Sequence[str] = ()) -> None:
+    """Check that tokens meet only in attention, causal convolutions and linear recurrences, each once per layer and in
+    the layers for which the config has it, and that nothing else reads the padding mask.
 
     Args:
-        model: The traced and normalized graph, with its internal Attention operators.
+        model: The traced and normalized graph, with its internal operators.
         name: The model's name for messages.
-        layers: The number of attention layers in the config, if known.
+        layers: The number of layers in the config, if known.
+        kinds: The kind of each layer in the config (`layer_types`), if it has them.
 
     Raises:
         ExportError: One of these conditions does not hold.
     """
-    found = sorted(int(n.attributes["layer"].value) for n in nodes(model, "Attention", INTERNAL))
-    expected = list(range(len(found) if layers is None else layers))
-    if found != expected or not found:
-        raise ExportError(
-            f"{name}: {len(found)} attention layers were traced (indices {found}) where {len(expected)} are expected: "
-            "the model has custom attention code or unusual layers (recurrent, linear, shared), "
-            "which satchel does not support"
-        )
+    _check_layers(model, name, layers, kinds)
     if _reads_values(graph_input(model, ATTENTION_MASK)):
         raise ExportError(
             f"{name}: the model uses the padding mask outside its attention, which satchel does not support"
@@ -65,9 +73,35 @@ def check_sound(model: ir.Model, name: str, layers: int | None) -> None:
         reason = _mixes_tokens(node)
         if reason:
             raise ExportError(
-                f"{name}: {reason} (node {node.name}); a model in which tokens interact outside attention does not "
-                "work with a KV cache, so it is not exported"
+                f"{name}: {reason} (node {node.name}); a model in which tokens interact outside attention and linear "
+                "recurrences does not work with a cache, so it is not exported"
             )
+
+
+def _check_layers(model: ir.Model, name: str, layers: int | None, kinds: Sequence[str]) -> None:
+    """Check that each layer has the operators in which tokens meet that are expected of it."""
+    found = {kind: sorted(int(n.attributes["layer"].value) for n in nodes(model, kind, INTERNAL)) for kind in MEETINGS}
+    count = len({layer for traced in found.values() for layer in traced}) if layers is None else layers
+    for kind, expected in _expected(found, count, kinds).items():
+        if found[kind] != expected or not any(found.values()):
+            raise ExportError(
+                f"{name}: {len(found[kind])} {kind.lower()} layers were traced (indices {found[kind]}) where "
+                f"{len(expected)} are expected{f' (indices {expected})' if kinds else ''}: the model has custom code "
+                "for them or unusual layers (shared, sparse), which satchel does not support"
+            )
+
+
+def _expected(found: Mapping[str, list[int]], count: int, kinds: Sequence[str]) -> dict[str, list[int]]:
+    """The layers that should have each operator; without kinds in the config, attention where no state is kept."""
+    promised = [PROMISED.get(kind, frozenset[str]()) for kind in kinds]
+    if len(promised) == count and all(kind in PROMISED for kind in kinds):
+        expected = {kind: [i for i, ours in enumerate(promised) if kind in ours] for kind in MEETINGS}
+        before = {*found[CONVOLUTION]}.intersection(expected[RECURRENCE])
+        return expected | {CONVOLUTION: sorted({*expected[CONVOLUTION], *before})}
+    states = {kind: sorted({*found[kind]}) for kind in (CONVOLUTION, RECURRENCE)}
+    kept = {layer for layers in states.values() for layer in layers}
+    beside = kept.intersection(found[ATTENTION])
+    return {ATTENTION: [layer for layer in range(count) if layer not in kept or layer in beside], **states}
 
 
 def _mixes_tokens(node: ir.Node) -> str | None:

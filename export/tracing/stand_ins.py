@@ -11,13 +11,12 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from satchel.export.errors import ExportError
-from satchel.export.tracing import distance_bias
 
 IMPLEMENTATION = "satchel"
 """The name under which attention, masks and experts are registered with `transformers`."""
@@ -45,11 +44,6 @@ class Mask:
 
     window: int = 0
     chunk: int = 0
-    ndim: ClassVar[int] = 0
-
-    def to(self, *_: Any, **__: Any) -> Mask:
-        """The mask itself: it has no dtype."""
-        return self
 
     def __getitem__(self, index: Any) -> Mask:
         """The mask itself, if the index takes all of it."""
@@ -67,7 +61,6 @@ def register_implementations() -> None:
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
-    distance_bias.register_falcon()
 
 
 def _attention(
@@ -170,7 +163,7 @@ def _experts(
     where, activation = type(module).__name__, getattr(module, "act_fn", None)
     own_gate = "_apply_gate" in type(module).__dict__ and type(module)._apply_gate.__name__ != "_default_apply_gate"
     swiglu = own_gate and _is_clipped_swiglu(module)
-    silu = isinstance(activation, torch.nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    silu = activation is torch.nn.functional.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
     beyond = {
         "no gate": not module.has_gate,
         "a norm after each expert": module.has_post_expert_norm,
@@ -221,10 +214,19 @@ def _gaussian_top_k(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.relu(inputs - (mean + deviation * quantile))
 
 
+def _shared_attention(module: Any, hidden_states: torch.Tensor, layer_idx: int, **options: Any) -> Any:
+    """Zamba 2's attention, whose weights serve several layers: it is told the layer that it stands in."""
+    module.layer_idx = layer_idx
+    try:
+        return type(module).forward(module, hidden_states, layer_idx, **options)
+    finally:
+        module.layer_idx = -1
+
+
 METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("Llama4TextMoe", "forward"): _llama4_experts,
     ("Gemma3nTextMLP", "_gaussian_topk"): _gaussian_top_k,
-    **distance_bias.METHODS,
+    ("Zamba2Attention", "forward"): _shared_attention,
 }
 """Replacements for methods of classes of `transformers` that cannot be traced as they are."""
 

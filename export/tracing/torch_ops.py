@@ -13,6 +13,16 @@ transposed, where the last two axes of both matrices are the other way round.
 
 `satchel::RotaryRows`: positions [batch, sequence] int64 -> their rows in a rotary table of two blocks: that of texts of
 up to `border` tokens begins at row 0, that of longer ones at row `border`.
+
+`satchel::Convolution`: x [batch, new, channels], weight [channels, width] and optionally bias [channels] -> [batch,
+new, channels]: each channel on its own, over the token and the width - 1 tokens before it. Attributes: layer, and silu
+for that activation of the result.
+
+`satchel::Recurrence`: query and key [batch, new, key_heads, key_dim], value [batch, new, heads, value_dim], and
+optionally decay [batch, new, heads] or [batch, new, heads, key_dim], a logarithm, and beta [batch, new, heads] ->
+[batch, new, heads, value_dim]. A head's state [key_dim, value_dim] is multiplied by exp(decay) at each token, and takes
+the product of key and value in; with beta, beta times the product of key and what value has beyond the state's own
+answer to that key. The result is scale times the state's answer to the query. Attributes: layer and scale.
 """
 
 from __future__ import annotations
@@ -72,6 +82,33 @@ def _(positions: torch.Tensor, border: int) -> torch.Tensor:
     return torch.empty_like(positions)
 
 
+@torch.library.custom_op("satchel::convolution", mutates_args=())
+def convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: int, silu: bool
+) -> torch.Tensor:
+    """Causal convolution of each channel over all tokens so far; for tracing only."""
+    raise RuntimeError("satchel::convolution has no implementation in torch: it is a placeholder for a graph operator")
+
+
+@convolution.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("satchel::recurrence", mutates_args=())
+def recurrence(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor | None, beta: torch.Tensor | None,
+    layer: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Linear recurrence over all tokens so far; for tracing only."""
+    raise RuntimeError("satchel::recurrence has no implementation in torch: it is a placeholder for a graph operator")
+
+
+@recurrence.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return value.new_empty(value.shape)
+
+
 def _operator(
     name: str,
     inputs: dict[str, str],
@@ -109,6 +146,15 @@ _EXPERTS = _operator(
     {"alpha": _FLOAT, "beta": _FLOAT, "limit": _FLOAT, "interleaved": _INT, "transposed": _INT},
     optional=("gate_up_bias", "down_bias"),
 )  # fmt: skip
+_CONVOLUTION = _operator(
+    "Convolution", {"x": "T", "weight": "T", "bias": "T"}, {"layer": _INT, "silu": _INT}, optional=("bias",)
+)
+_RECURRENCE = _operator(
+    "Recurrence",
+    {"query": "T", "key": "T", "value": "T", "decay": "T", "beta": "T"},
+    {"layer": _INT, "scale": _FLOAT},
+    optional=("decay", "beta"),
+)
 
 _ROTARY_ROWS = _operator("RotaryRows", {"positions": "T"}, {"border": _INT}, element="tensor(int64)")
 
@@ -129,6 +175,15 @@ def _translate_experts(
         hidden, index, weights, gate_up, down, *biases,
         alpha=alpha, beta=beta, limit=limit, interleaved=int(interleaved), transposed=int(transposed),
     )  # fmt: skip
+
+
+def _translate_convolution(x: Any, weight: Any, bias: Any, layer: int, silu: bool) -> Any:
+    return _CONVOLUTION(x, weight, *([] if bias is None else [bias]), layer=layer, silu=int(silu))
+
+
+def _translate_recurrence(query: Any, key: Any, value: Any, decay: Any, beta: Any, layer: int, scale: float) -> Any:
+    further = [decay, beta] if beta is not None else [decay] if decay is not None else []
+    return _RECURRENCE(query, key, value, *further, layer=layer, scale=scale)
 
 
 def _translate_repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
@@ -155,6 +210,13 @@ def _translate_slice_scatter(
     return _STANDARD.Concat(*values, axis=dim) if len(values) > 1 else source
 
 
+def _translate_softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """One Softplus: the default divides by `beta`, and is linear beyond the threshold, where both are alike."""
+    if beta != 1.0 or threshold < 20.0:
+        raise NotImplementedError("softplus with a factor")
+    return _STANDARD.Softplus(x)
+
+
 def _slice(x: Any, start: int, end: int, axis: int) -> Any:
     bounds = [_STANDARD.Constant(value_ints=[number]) for number in (start, end, axis)]
     return _STANDARD.Slice(x, *bounds)
@@ -163,8 +225,11 @@ def _slice(x: Any, start: int, end: int, axis: int) -> Any:
 TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.repeat_interleave.self_int: _translate_repeat_interleave,
     torch.ops.aten.slice_scatter.default: _translate_slice_scatter,
+    torch.ops.aten.softplus.default: _translate_softplus,
     torch.ops.satchel.attention.default: _translate_attention,
     torch.ops.satchel.experts.default: _translate_experts,
     torch.ops.satchel.rotary_rows.default: lambda positions, border: _ROTARY_ROWS(positions, border=border),
+    torch.ops.satchel.convolution.default: _translate_convolution,
+    torch.ops.satchel.recurrence.default: _translate_recurrence,
 }
 """Passed to `torch.onnx.export(custom_translation_table=...)`."""

@@ -20,7 +20,7 @@ import torch
 
 from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
-from satchel.export.tracing.distance_bias import at_positions, has_distance_bias
+from satchel.export.tracing.recurrences import has_recurrences, replaced_functions
 from satchel.export.tracing.rotary_tables import tables_for_rotary
 from satchel.export.tracing.stand_ins import (
     chunks_without_padding,
@@ -75,6 +75,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     replaced.enter_context(tables)
     replaced.enter_context(chunks_without_padding())
     replaced.enter_context(replaced_methods(module))
+    replaced.enter_context(replaced_functions(module))
     with _quiet(), replaced, _buffers_on(device, module) as values, torch.no_grad():
         try:
             program = torch.export.export(wrapper, examples, dynamic_shapes=dims, strict=False)
@@ -135,8 +136,8 @@ class _ModelWrapper(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         super().__init__()
-        self._takes_positions = "position_ids" in inspect.signature(module.forward).parameters
-        if not self._takes_positions and not has_distance_bias(module):
+        self.positioned = "position_ids" in inspect.signature(module.forward).parameters
+        if not self.positioned and not has_recurrences(module):
             raise ExportError(
                 f"{name}: this model takes no position_ids, which a KV cache needs; satchel does not support it"
             )
@@ -146,9 +147,8 @@ class _ModelWrapper(torch.nn.Module):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
         # The mask keeps transformers from inferring packed sequences from position_ids; no graph may use it.
-        arguments = {"position_ids": position_ids} if self._takes_positions else {}
-        with at_positions(position_ids):
-            result = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments)
+        places = {"position_ids": position_ids} if self.positioned else {}
+        result = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places)
         logits: torch.Tensor = result.logits
         return logits
 

@@ -17,7 +17,9 @@ from satchel.runtime.bundle.contract import (
     SEQUENCE,
     TOTAL,
     past_names,
+    past_state_name,
     present_names,
+    present_state_name,
 )
 
 POSITIONS = "positions"
@@ -89,6 +91,19 @@ def add_present(
     for name, value, past in zip(present_names(layer), values, like, strict=True):
         value.name, value.shape, value.type = name, past.shape, past.type
         model.graph.outputs.append(value)
+
+
+def add_state(model: ir.Model, kind: str, layer: int, sizes: tuple[int, ...]) -> ir.Value:
+    """Add one layer's state of a kind to the graph's inputs: [batch, *sizes] float32, zeros before the first token."""
+    value = ir.val(past_state_name(layer, kind), ir.DataType.FLOAT, ir.Shape([BATCH, *sizes]))
+    model.graph.inputs.append(value)
+    return value
+
+
+def add_present_state(model: ir.Model, kind: str, layer: int, value: ir.Value, past: ir.Value) -> None:
+    """Make `value` the graph's output for one layer's state, with the shape of its input."""
+    value.name, value.shape, value.type = present_state_name(layer, kind), past.shape, past.type
+    model.graph.outputs.append(value)
 
 
 def set_token_shapes(model: ir.Model) -> None:

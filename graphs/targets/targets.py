@@ -25,7 +25,9 @@ from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
 from satchel.graphs.passes.fuse.fuse_norms import fuse_norms
 from satchel.graphs.passes.fuse.fuse_rotary import fuse_rotary
 from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.fuse.lower_convolution import lower_convolution
 from satchel.graphs.passes.fuse.lower_experts import lower_experts
+from satchel.graphs.passes.fuse.lower_recurrence import lower_recurrence
 from satchel.graphs.passes.fuse.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
 from satchel.graphs.passes.logits.add_top_k import add_top_k
@@ -48,7 +50,9 @@ from satchel.graphs.passes.normalize.remove_duplicates import remove_duplicates
 from satchel.graphs.passes.normalize.remove_identity import remove_identity
 from satchel.graphs.passes.normalize.sanitize_names import sanitize_names
 from satchel.graphs.passes.normalize.simplify_shapes import simplify_shapes
+from satchel.graphs.passes.normalize.sink_channels import sink_channels
 from satchel.graphs.passes.normalize.sink_transposes import sink_transposes
+from satchel.graphs.passes.normalize.unflatten_heads import unflatten_heads
 from satchel.graphs.passes.normalize.unsqueeze_biases import unsqueeze_biases
 from satchel.graphs.passes.quantize.equalize import equalize
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
@@ -84,6 +88,8 @@ NORMALIZE = (
     Step(normalize_lookups, after=("remove_identity",)),  # the index comes through an Expand that changes nothing
     Step(normalize_splits, after=("fold_constants",)),
     Step(normalize_slices, after=("fold_constants",)),
+    Step(sink_channels, after=("normalize_splits",)),
+    Step(unflatten_heads, after=("simplify_shapes",)),
     Step(remove_duplicates),
     Step(remove_dead),
 )
@@ -100,6 +106,8 @@ FUSE = (
     Step(expand_attention, after=("fuse_attention",), changes_signature=True),  # what the fused operator refused
     Step(lower_experts),
     Step(choose_rotary_rows, after=("fuse_attention",), changes_signature=True),  # which looks for what it replaces
+    Step(lower_convolution, changes_signature=True),
+    Step(lower_recurrence, changes_signature=True),
     Step(
         derive_positions, after=("fuse_attention", "expand_attention"), changes_signature=True
     ),  # both look for the input
@@ -121,15 +129,16 @@ FUSE_STANDARD = (
 )
 """For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
 _CHOOSE = Step(choose_rotary_rows, changes_signature=True)
+NOT_ON_CUDA = ("expand_attention", "choose_rotary_rows", "lower_convolution", "lower_recurrence")
 FUSE_CUDA = tuple(
     each
     for step in FUSE
-    if step.name not in ("expand_attention", "choose_rotary_rows")
+    if step.name not in NOT_ON_CUDA
     for each in ((_CHOOSE, step) if step.name == "fuse_attention" else (step,))
 )
 """A layer that GroupQueryAttention does not take has no form here: TensorScatter came to this device's kernels late.
-Rows of a rotary table are chosen early, so that such a rotation stays outside: some versions of its attention ignore
-them."""
+Neither have convolutions and recurrences. Rows of a rotary table are chosen early, so that such a rotation stays
+outside: some versions of its attention ignore them."""
 
 PREFILL = (
     Step(slice_last_logits),

@@ -59,8 +59,8 @@ CACHE_MODES = ("shared", "swapped")
 
 CONV, RECURRENT = STATE_KINDS = ("conv", "recurrent")
 """States of a layer, of the same size after any number of tokens: the last inputs of a causal convolution, [batch,
-channels, width - 1], and the state of a linear recurrence, [batch, heads, key_dim, value_dim]. Before the first token
-they are zeros. Unlike keys and values, a state cannot go back to an earlier token."""
+width - 1, channels] or with these two swapped, and the state of a linear recurrence, [batch, heads, key_dim,
+value_dim]. Before the first token they are zeros. Unlike keys and values, they cannot go back to an earlier token."""
 
 CACHE_ROWS, CACHE_INDEX, LAST_TOKEN = "cache_rows", "cache_index", "last_token"
 STATIC_INPUTS = frozenset({INPUT_IDS, CACHE_ROWS, CACHE_INDEX, LAST_TOKEN})

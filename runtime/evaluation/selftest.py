@@ -119,7 +119,7 @@ def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
     for layer in manifest.kv_cache.layers:
         for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim)):
             cache[name] = np.zeros((1, layer.kv_heads, capacity, width), manifest.kv_cache.dtype)
-    return cache
+    return cache | {state.past: np.zeros((1, *state.shape), state.dtype) for state in manifest.states}
 
 
 def _run(
@@ -138,7 +138,7 @@ def _run(
         (n, p)
         for layer in layers
         for n, p in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
-    ]
+    ] + [(state.past, state.present) for state in bundle.manifest.states]
     return values[LOGITS][0, -1], {name: values[present] for name, present in pairs}
 
 

@@ -32,12 +32,9 @@ for (const layer of layers) {
   past[layer.past_value] = present[layer.present_value] = buffer(layer.kv_heads, layer.value_dim);
 }
 
-// 3. to 5. Prefill, then decode: the mask has a 1 for each token so far. A text that grows beyond `rotary_border` is fed
-// again.
+// 3. to 5. Prefill, then decode: the mask has a 1 for each token so far.
 const tokens = [];
-const text = [...ids];
-for (let total = 0; tokens.length < Number(count); ) {
-  const session = total === 0 ? prefill : decode;
+for (let session = prefill, total = 0; tokens.length < Number(count); session = decode) {
   total += ids.length;
   const feeds = {
     ...past,
@@ -48,8 +45,6 @@ for (let total = 0; tokens.length < Number(count); ) {
   const token = logits.data.reduce((best, logit, id) => (logit > logits.data[best] ? id : best), 0);
   if (manifest.model.eos_token_ids.includes(token)) break;
   tokens.push(token);
-  text.push(token);
-  ids = total === manifest.model.rotary_border ? [...text] : [token];
-  if (ids.length > 1) total = 0;
+  ids = [token];
 }
 console.log(JSON.stringify(tokens));

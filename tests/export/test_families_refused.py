@@ -15,19 +15,14 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint.families import PASSED, REFUSED
 
 SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-STATE: dict[str, Any] = {
-    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-}  # fmt: skip
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
+    "falcon": ({}, "hard-coded"),
     "gptj": ({"rotary_dim": 8}, "hard-coded"),
     "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "hard-coded"),
-    "mamba": ({}, "recurrent or convolutional state"),
-    "jamba": ({}, "recurrent or convolutional state"),
-    "granitemoehybrid": ({**STATE, **MOE, "layer_types": ["mamba", "attention"]}, "recurrent or convolutional state"),
-    "qwen3_next": ({**STATE, "head_dim": 16, "num_experts": 4}, "recurrent or convolutional state"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "recurrent or convolutional state"),
+    "bloom": ({}, "ALiBi"),
+    "mpt": ({}, "ALiBi"),
+    "recurrent_gemma": ({"lru_width": 64}, "recurrence is hard-coded"),
+    "rwkv": ({}, "recurrence is hard-coded"),
     "deepseek_v32": ({"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "sparse attention"),
     "bert": ({}, "not a causal language model"),
     "t5": ({"d_model": 64, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 16}, "encoder-decoder"),
@@ -91,14 +86,6 @@ def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     )
     assert (tmp_path / "bundle").is_dir()
     assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err
-
-
-def test_an_int8_cache_of_keys_with_positions_is_refused(tmp_path: Path) -> None:
-    config = transformers.AutoConfig.for_model("bloom", **SMALL)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ExportError, match="ALiBi"):
-        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", kv_cache="int8", max_context=32))
-    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_tables_name_families_of_transformers_once() -> None:

@@ -15,7 +15,8 @@ TEXT = """(int64[batch,sequence] input_ids, int64[batch,total] attention_mask)
     <int64[4] heads = {0, 0, 2, 4}, int64[3] flat = {0, 0, 8}, int64[1] last = {-1}, int64[1] two = {2},
      int64[1] zero = {0}, int64[1] one = {1}, int64[1] end = {9223372036854775807}, int64 index = {-1},
      int64[3] pairs = {0, -1, 16}, int64[3] whole = {0, 0, 8}, float half = {0.5},
-     float[batch,sequence,2,4] attended> {
+     float[batch,sequence,2,4] attended, float[batch,sequence,2,4] r, float[batch,sequence,2,4] d,
+     float[batch,sequence,8] v> {
     x = Gather(table, input_ids)
     spread = Reshape(x, heads)
     q = Transpose<perm = [0, 2, 1, 3]>(spread)
@@ -36,6 +37,10 @@ SOUND = {
     "streams of one token mixed by its own matrix": (
         "c = Reshape(mixed, heads) t = Transpose<perm = [0, 1, 3, 2]>(c) m = MatMul(c, t) n = MatMul(m, c)"
         " y = Reshape(n, flat)"
+    ),
+    "a causal convolution": "y = satchel.Convolution<layer = 0, silu = 1>(mixed, taps)",
+    "a linear recurrence": (
+        "c = Reshape(mixed, heads) r = satchel.Recurrence<layer = 0, scale = 1.0>(c, c, c) y = Reshape(r, flat)"
     ),
     "the batch size of the mask": "n = Shape<start = 0, end = 1>(attention_mask) m = Cast<to = 1>(n) y = Mul(mixed, m)",
 }
@@ -78,8 +83,27 @@ UNSOUND = {
 }
 
 
+KINDS = {
+    "nothing": "y = Mul(mixed, half)",
+    "conv": "y = satchel.Convolution<layer = 1, silu = 0>(mixed, taps)",
+    "linear_attention": (
+        "c = Reshape(mixed, heads) r = satchel.Recurrence<layer = 1, scale = 1.0>(c, c, c) y = Reshape(r, flat)"
+    ),
+    "a convolution and a recurrence": (
+        "v = satchel.Convolution<layer = 1, silu = 0>(mixed, taps) d = Reshape(v, heads)"
+        " r = satchel.Recurrence<layer = 1, scale = 1.0>(d, d, d) y = Reshape(r, flat)"
+    ),
+    "two recurrences": (
+        "c = Reshape(mixed, heads) r = satchel.Recurrence<layer = 1, scale = 1.0>(c, c, c)"
+        " d = satchel.Recurrence<layer = 1, scale = 1.0>(r, r, r) y = Reshape(d, flat)"
+    ),
+}
+"""What the second layer does."""
+
+
 def graph(between: str) -> ir.Model:
-    return build(TEXT.replace("BETWEEN", between), table=normal(1, 9, 8), head=normal(2, 8, 9))
+    weights = {"table": normal(1, 9, 8), "head": normal(2, 8, 9), "taps": normal(3, 8, 4)}
+    return build(TEXT.replace("BETWEEN", between), **weights)
 
 
 @pytest.mark.parametrize("between", SOUND.values(), ids=SOUND)
@@ -99,3 +123,37 @@ def test_tokens_that_meet_outside_attention_are_refused(between: str, reason: st
 def test_another_number_of_attention_layers_than_promised_is_refused(layers: int) -> None:
     with pytest.raises(ExportError, match=rf"tiny: 1 .* {layers} "):
         check_sound(graph(SOUND["nothing"]), "tiny", layers)
+
+
+@pytest.mark.parametrize(
+    ("second", "kinds"),
+    [
+        ("conv", ()),
+        ("linear_attention", ()),
+        ("conv", ("full_attention", "conv")),
+        ("linear_attention", ("full_attention", "linear_attention")),
+        ("a convolution and a recurrence", ("full_attention", "linear_attention")),
+        ("nothing", ("full_attention", "moe")),
+    ],
+)
+def test_layers_of_the_kinds_that_the_config_has_are_sound(second: str, kinds: tuple[str, ...]) -> None:
+    check_sound(graph(KINDS[second]), "tiny", 2, kinds)
+
+
+@pytest.mark.parametrize(
+    ("second", "kinds", "fact"),
+    [
+        ("nothing", (), "1 attention layers were traced (indices [0]) where 2"),
+        ("nothing", ("full_attention", "linear_attention"), "0 recurrence layers were traced (indices []) where 1"),
+        ("nothing", ("full_attention", "conv"), "0 convolution layers"),
+        ("conv", ("full_attention", "full_attention"), "(indices [0, 1])"),
+        ("conv", ("full_attention", "linear_attention"), "0 recurrence layers"),
+        ("linear_attention", ("linear_attention", "full_attention"), "(indices [1])"),
+        ("two recurrences", ("full_attention", "linear_attention"), "2 recurrence layers were traced (indices [1, 1])"),
+        ("two recurrences", (), "2 recurrence layers were traced (indices [1, 1])"),
+    ],
+)
+def test_layers_of_other_kinds_than_the_config_has_are_refused(second: str, kinds: tuple[str, ...], fact: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        check_sound(graph(KINDS[second]), "tiny", 2, kinds)
+    assert fact in str(caught.value)

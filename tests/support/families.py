@@ -12,14 +12,15 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from support.hybrid_families import HYBRIDS
 from support.lost_features import (
     Model,
     sequential,
     skipping,
+    stateless,
     uncentered,
     unrotated,
     unscaled_embeddings,
-    without_distance,
     without_sinks,
     zeroing,
 )
@@ -34,7 +35,10 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 
-QUICK = {"llama", "gemma2", "cohere", "gpt2", "phi3_long", "granite", "smollm3", "stablelm", "qwen3_moe"}
+QUICK = {
+    "llama", "gemma2", "cohere", "gpt2", "phi3_long", "granite", "smollm3", "stablelm", "qwen3_moe",
+    "qwen3_5_text", "lfm2", "mamba2",
+}  # fmt: skip
 """Families that together have each kind of norm, rotation, attention and layer; the others are slow tests."""
 
 Without = Mapping[str, Any] | Callable[[Model], None]
@@ -129,9 +133,7 @@ def save(family: Family, folder: Path) -> Path:
 
 def _empty(family: Family, **changes: Any) -> Model:
     build_from: Any = transformers.AutoModelForCausalLM.from_config  # untyped in transformers
-    # The eager attention of Falcon adds its bias for distance twice.
-    attention = "sdpa" if family.model_type == "falcon" else "eager"
-    model: Model = build_from(config_of(family, **changes), dtype=torch.float32, attn_implementation=attention)
+    model: Model = build_from(config_of(family, **changes), dtype=torch.float32, attn_implementation="eager")
     return model.train(False)
 
 
@@ -148,6 +150,7 @@ SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [2.0 + i for i in range(8)]
 ALTERNATING = ["sliding_attention", "full_attention"]
 ALWAYS_FULL = ["full_attention", "full_attention"]
 BIASES = zeroing(".bias")
+STATE = "the states of convolutions and recurrences"
 HEAD_NORMS = skipping("q_norm", "k_norm")
 POST_NORMS = skipping("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -389,23 +392,8 @@ FAMILIES: dict[str, Family] = {
         },
         {"window": {"sliding_window": 128}, "sparse activations": {"activation_sparsity_pattern": [0.0] * 4}},
     ),
-    "bloom": Family(
-        "bloom", {"num_attention_heads": 6, "hidden_size": 96}, {"bias for distance": without_distance}, seed=40
-    ),
-    "mpt": Family("mpt", {"max_seq_len": 128}, {"bias for distance": without_distance}, seed=3),
-    "mpt_clipped": Family(
-        "mpt",
-        {"max_seq_len": 128, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4, "alibi_bias_max": 8}},
-        {"clipped queries, keys and values": {"attn_config": {"softmax_scale": 0.4}}},
-        seed=5,
-    ),
-    "falcon": Family("falcon", {}, {"rotation": unrotated}, seed=1),
-    "falcon_groups": Family(
-        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, {"biases": BIASES}
-    ),
-    "falcon_alibi": Family(
-        "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
-        {"bias for distance": {"alibi": False}}, seed=3,
-    ),
-    "falcon_alibi_one_key": Family("falcon", {"alibi": True}, {"bias for distance": {"alibi": False}}, seed=4),
 }  # fmt: skip
+FAMILIES |= {
+    name: Family(model_type, options, {STATE: stateless}, seed=seed, deviation=deviation)
+    for name, (model_type, options, seed, deviation) in HYBRIDS.items()
+}

@@ -58,11 +58,11 @@ def _cast_like(node: ir.Node) -> ir.Value | None:
 def _slice(node: ir.Node) -> ir.Value | None:
     starts, ends = constant(node.inputs[1]), constant(node.inputs[2])
     steps = constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1, np.int64)
-    if starts is None or ends is None or steps is None:
+    if steps is None or (steps != 1).any():
         return None
     before, after = dims(node.inputs[0]), dims(node.outputs[0])
-    everything = not starts.any() and (ends == END).all() and (steps == 1).all()
-    same = before is not None and before == after and None not in before and (steps == 1).all() and not starts.any()
+    everything = starts is not None and ends is not None and not starts.any() and (ends == END).all()
+    same = before is not None and before == after and None not in before  # from wherever: as many are left
     return node.inputs[0] if everything or same else None
 
 
@@ -114,6 +114,23 @@ def _concat(node: ir.Node) -> ir.Value | None:
     return full[0] if len(full) == 1 else None
 
 
+def _gather(node: ir.Node) -> ir.Value | None:
+    """One of the copies that an Expand made along a new first axis, through a Slice of them."""
+    data, index = node.inputs
+    if node.attributes.get_int("axis", 0) != 0 or (array := constant(index)) is None or array.ndim:
+        return None
+    cut = producer(data, "Slice")
+    axes = constant(cut.inputs[3]) if cut is not None and len(cut.inputs) > 3 else None
+    copies = cut.inputs[0] if cut is not None and axes is not None and axes.tolist() == [0] else data
+    expand = producer(copies, "Expand")
+    unsqueeze = producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
+    source = unsqueeze.inputs[0] if unsqueeze is not None else None
+    new = constant(unsqueeze.inputs[1]) if unsqueeze is not None else None
+    if source is None or new is None or new.tolist() != [0]:
+        return None
+    return source if dims(source) is not None and dims(source) == dims(node.outputs[0]) else None
+
+
 def _alone(node: ir.Node) -> ir.Value | None:
     """The only operand of an operator that takes any number of them."""
     return node.inputs[0] if len(node.inputs) == 1 else None
@@ -136,6 +153,7 @@ RULES: dict[str, Callable[[ir.Node], ir.Value | None]] = {
     "Transpose": _transpose,
     "Concat": _concat,
     "Expand": _expand,
+    "Gather": _gather,
     "Max": _alone,
     "Min": _alone,
     "Sum": _alone,
