@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 TRIED_ROWS, TRIED_STEPS, TRIED_TOKENS = 3, 3, 8
 TRIED_PROMPT = 56
-SMALL_PIECE = 16
-"""Tokens of the smallest piece that a prompt is fed in: some kernels take tokens in groups of up to so many."""
+SMALL_PIECE = 4
+"""Tokens of the smallest piece that a prompt is fed in; an even number, since some kernels take tokens in pairs."""
 TOLERANCE = 1e-4
 """Of the largest logit: above what sums in another order differ by, far below what other int8 activations do."""
 
