@@ -53,6 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default 1)",
     )
     parser.add_argument(
+        "--adapter", metavar="NAME", help="one of the bundle's adapters (default: none, the base model)"
+    )
+    parser.add_argument(
         "--prompt-lengths",
         metavar="N,N,...",
         help="measure prefill of each of these prompt lengths and decode after it, instead of --prompt-tokens",
@@ -104,11 +107,12 @@ def main(args: argparse.Namespace) -> int:
     )
     lengths = _lengths(args, given, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary
-    workloads = [Workload(length, args.new_tokens, vocabulary, args.batch) for length in lengths]
+    workloads = [Workload(length, args.new_tokens, vocabulary, args.batch, args.adapter) for length in lengths]
     for workload in workloads:
         check_workload(workload, bundle.manifest)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
+    engine.adapters.check(args.adapter)
     load = time.perf_counter() - started
 
     several = given is not None or args.plot is not None
@@ -245,8 +249,9 @@ def _shares(
         positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean over the steps
         positions = cache_positions(bundle, positions)
         kept = positions * position_bytes(bundle.manifest.kv_cache) * workload.batch
-        runs = 1 if workload.batch == 1 or engine.batch_invariant else workload.batch
-        step = runs * weight_bytes(bundle, workload.batch // runs) + kept
+        runs = 1 if workload.batch == 1 or engine.invariant_with(workload.adapter) else workload.batch
+        adapter = sum(tensor.nbytes for tensor in engine.adapters.tensors(workload.adapter).values())
+        step = runs * (weight_bytes(bundle, workload.batch // runs) + adapter) + kept
         per_second = step * summary.median.decode / workload.batch
         shares.append({"bytes_per_step": round(step), "bandwidth_share": per_second / (found.gb_per_second * 1e9)})
     return found, shares

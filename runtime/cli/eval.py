@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a bundle, or a checkpoint as for satchel export (needs torch and transformers); --custom-ops may name "
         "the libraries of a reference bundle too",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="one of the bundle's adapters, and of a reference bundle's that has it too (default: the base model)",
     )
     parser.add_argument(
         "--windows", metavar="N", type=int, default=Window.WINDOWS, help="max windows (default %(default)s)"
@@ -91,9 +97,10 @@ def main(args: argparse.Namespace) -> int:
     reference = None if args.reference is None else _open_reference(args, theirs)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
+    engine.adapters.check(args.adapter)
     tokens = sum(len(window) for window in windows)
     with progress_bar(tokens, "evaluating", " tokens", shown=shown) as bar:
-        fidelity = evaluate(engine, windows, reference, skip=args.skip, progress=bar.update)
+        fidelity = evaluate(engine, windows, reference, skip=args.skip, adapter=args.adapter, progress=bar.update)
     if args.json:
         print(json.dumps(_as_json(fidelity, windows, args), ensure_ascii=False))
         return 0
@@ -196,7 +203,9 @@ def _open_reference(args: argparse.Namespace, custom: Custom) -> Reference:
 
     bundle = open_bundle(args.reference, progress=shown, custom=custom)
     with waiting(label, shown=shown):
-        return Engine.open(bundle, threads=args.threads, verbose=args.verbose).score
+        engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
+    same = args.adapter in {adapter.name for adapter in bundle.manifest.adapters}
+    return partial(engine.score, adapter=args.adapter if same else None)
 
 
 def _as_json(fidelity: Fidelity, windows: Sequence[Ids], args: argparse.Namespace) -> dict[str, object]:
@@ -208,4 +217,5 @@ def _as_json(fidelity: Fidelity, windows: Sequence[Ids], args: argparse.Namespac
         "text": str(args.text),
         "bundle": args.bundle,
         "reference": args.reference,
+        **({} if args.adapter is None else {"adapter": args.adapter}),
     }

@@ -74,6 +74,7 @@ def evaluate(
     *,
     skip: int = Window.SKIP,
     decode_windows: int | None = None,
+    adapter: str | None = None,
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> Fidelity:
     """Compare the predictions of a bundle with those of a reference, position by position.
@@ -88,10 +89,11 @@ def evaluate(
         reference: Computes the logits to compare with; None to measure only perplexity.
         skip: Number of positions at the start of each window that do not count.
         decode_windows: Number of windows that decode is measured on; None for all.
+        adapter: The adapter to measure; None for the base model.
         progress: Called with the number of tokens of each finished window.
 
     Raises:
-        PromptError: A window is too short or too long, or an id is outside the vocabulary.
+        PromptError: A window is too short or too long, an id is outside the vocabulary, or there is no such adapter.
         SatchelError: The reference has another vocabulary, or its logits are not finite.
         BundleError: The bundle's logits are not finite.
     """
@@ -101,9 +103,9 @@ def evaluate(
     prefill, decode = _Figures("score and prefill graphs"), _Figures("decode graph")
     for index, window in enumerate(windows):
         expected = None if reference is None else _checked(reference(window), window, engine)
-        _compare_prefill(engine, window, expected, skip, prefill)
+        _compare_prefill(engine, window, expected, skip, prefill, adapter)
         if decode_windows is None or index < decode_windows:
-            _compare_decode(engine, window, expected, skip, decode)
+            _compare_decode(engine, window, expected, skip, decode, adapter)
         progress(len(window))
     return Fidelity(prefill.summary(), decode.summary())
 
@@ -156,18 +158,18 @@ class _Figures:
 
 
 def _compare_prefill(
-    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures
+    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures, adapter: str | None
 ) -> None:
-    logits = engine.score(window)
-    logits[-1] = engine.prefill(engine.new_state(len(window)), window)
+    logits = engine.score(window, adapter=adapter)
+    logits[-1] = engine.prefill(engine.new_state(len(window), adapter), window)
     figures.add(logits[skip:], None if expected is None else expected[skip:], window[skip + 1 :])
 
 
 def _compare_decode(
-    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures
+    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures, adapter: str | None
 ) -> None:
     half = len(window) // 2
-    state = engine.new_state(len(window))
+    state = engine.new_state(len(window), adapter)
     engine.prefill(state, window[:half])
     for position in range(half, len(window)):
         logits, row = engine.decode(state, int(window[position])), slice(position, position + 1)

@@ -15,6 +15,7 @@ from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
+from satchel.runtime.execution.adapters import Adapters
 from satchel.runtime.execution.engine import open_engine
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.ort.custom_ops import Custom, choose
@@ -46,7 +47,7 @@ def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
     """Check that all graphs run and agree, and that the tokenizer encodes its corpus as recorded.
 
     The last logits of a few tokens must be the same from the prefill graph alone, from prefill and decode, and from the
-    score graph. Dynamic graphs are opened one at a time, to save memory.
+    score graph, without an adapter and with each. Dynamic graphs are opened one at a time, to save memory.
 
     Raises:
         BundleError: A check failed, or the logits are not finite.
@@ -61,7 +62,11 @@ def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
 
 def _check_graphs(bundle: Bundle) -> None:
     folder = bundle.folder
-    compared = _compared_dynamic(bundle) if bundle.manifest.static is None else _compared_static(bundle)
+    if bundle.manifest.static is not None:
+        compared = _compared_static(bundle)
+    else:
+        adapters = None, *(adapter.name for adapter in bundle.manifest.adapters)
+        compared = [each for adapter in adapters for each in _compared_dynamic(bundle, adapter)]
     rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
     exact = HALF_TOLERANCE if bundle.manifest.kv_cache.dtype == "float16" else TOLERANCE
     for name, logits, whole in compared:
@@ -73,17 +78,19 @@ def _check_graphs(bundle: Bundle) -> None:
             raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
 
 
-def _compared_dynamic(bundle: Bundle) -> list[Compared]:
+def _compared_dynamic(bundle: Bundle, adapter: str | None) -> list[Compared]:
     length = min(TOKENS, bundle.manifest.model.max_context)
     ids = _ids(bundle.manifest, length)[None]
     # A mask of the whole cache must be longer than the tokens, as it is in use.
     fixed = bundle.manifest.has_fixed_mask
     empty = _empty_cache(bundle.manifest, min(length + SPARE, bundle.manifest.model.max_context) if fixed else length)
-    whole, _ = _run(bundle, "prefill", ids, 0, empty)
-    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty) if length > 1 else (whole, empty)
-    decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, cache)
-    score, _ = _run(bundle, "score", ids, 0, empty)
-    return [("decode", decode, whole), ("score", score, whole)]
+    tensors = dict(Adapters(bundle).tensors(adapter))
+    whole, _ = _run(bundle, "prefill", ids, 0, empty | tensors)
+    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty | tensors) if length > 1 else (whole, empty)
+    decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, cache | tensors)
+    score, _ = _run(bundle, "score", ids, 0, empty | tensors)
+    of = "" if adapter is None else f" with adapter {adapter}"
+    return [(f"decode{of}", decode, whole), (f"score{of}", score, whole)]
 
 
 def _compared_static(bundle: Bundle) -> list[Compared]:
@@ -125,7 +132,10 @@ def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
 def _run(
     bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
 ) -> tuple[NDArray[np.float32], Cache]:
-    """The logits [vocabulary] of the last of `ids` [1, sequence], after `past` cached positions, and the new cache."""
+    """The logits [vocabulary] of the last of `ids` [1, sequence], after `past` cached positions, and the new cache.
+
+    `cache` may be followed by the tensors of an adapter.
+    """
     session = open_session(bundle, phase, SessionSettings(lean=True))
     end = past + ids.shape[1]
     whole = phase == "decode" and bundle.manifest.has_fixed_mask

@@ -169,7 +169,7 @@ def test_the_tiny_tokenizers_special_token_is_left_out(engine: Engine) -> None:
 
 
 def constant(value: float, width: int = VOCABULARY) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda ids: np.full((len(ids), width), value, np.float32)
+    return lambda ids, **_: np.full((len(ids), width), value, np.float32)
 
 
 def test_what_cannot_be_measured_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,5 +194,5 @@ def test_what_cannot_be_measured_is_refused(engine: Engine, monkeypatch: pytest.
 def test_a_hopeless_prediction_still_has_a_finite_perplexity(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sure = np.zeros((LENGTH, VOCABULARY), np.float32)
     sure[:, 0] = 1e6  # of id 0, which never comes
-    monkeypatch.setattr(engine, "score", lambda ids: sure.copy())
+    monkeypatch.setattr(engine, "score", lambda ids, **_: sure.copy())
     assert math.isfinite(evaluate(engine, WINDOWS, None, skip=SKIP).prefill.perplexity)

@@ -26,12 +26,16 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompt tokens and decode steps of each of `batch` sequences; prompt ids are drawn below `vocabulary`."""
+    """Prompt tokens and decode steps of each of `batch` sequences; prompt ids are drawn below `vocabulary`.
+
+    All have `adapter`; None is the base model.
+    """
 
     prompt_tokens: int
     new_tokens: int
     vocabulary: int
     batch: int = 1
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def measure(engine: Engine, workload: Workload, load: float) -> Figures:
 def warm_up(engine: Engine, workload: Workload) -> None:
     """Run a few prompt tokens and one decode step, untimed. The workload must have been checked."""
     tokens = min(WARM_UP_TOKENS, workload.prompt_tokens)
-    warm = _Sequences(engine, workload.batch, tokens + 1)
+    warm = _Sequences(engine, workload, tokens + 1)
     warm.decode(warm.choose(warm.prefill(_prompt_ids(workload)[..., :tokens])))
 
 
@@ -111,7 +115,7 @@ def timed_run(engine: Engine, workload: Workload) -> Run:
     token. Prompt ids come from a fixed seed; EOS is ignored.
     """
     ids = _prompt_ids(workload)
-    sequences = _Sequences(engine, workload.batch, workload.prompt_tokens + workload.new_tokens)
+    sequences = _Sequences(engine, workload, workload.prompt_tokens + workload.new_tokens)
     prefill, decode, choose = sequences.prefill, sequences.decode, sequences.choose
     start = time.perf_counter()
     token = choose(prefill(ids))
@@ -136,23 +140,24 @@ def summarize(runs: Sequence[Run]) -> Summary:
 class _Sequences:
     """`prefill`, `decode` and `choose` of one or several sequences over fresh caches, as in generation."""
 
-    def __init__(self, engine: Engine, batch: int, capacity: int) -> None:
+    def __init__(self, engine: Engine, workload: Workload, capacity: int) -> None:
         self.prefill: Callable[[NDArray[np.int64]], NDArray[np.float32]]
         self.decode: Callable[[Any], NDArray[np.float32]]
         self.choose: Callable[[NDArray[np.float32]], Any]
-        if batch == 1:
-            state = engine.new_state(capacity)
+        if workload.batch == 1:
+            state = engine.new_state(capacity, workload.adapter)
             self.prefill, self.decode = partial(engine.prefill, state), partial(engine.decode, state)
             self.choose = greedy
         else:
-            rows = engine.new_batch(batch, capacity)
-            self.prefill, self.decode = partial(_prefill_rows, engine, rows), partial(_decode_rows, rows)
+            rows = engine.new_batch(workload.batch, capacity)
+            self.prefill = partial(_prefill_rows, engine, rows, workload.adapter)
+            self.decode = partial(_decode_rows, rows)
             self.choose = _greedy_rows
 
 
-def _prefill_rows(engine: Engine, rows: Batch, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
+def _prefill_rows(engine: Engine, rows: Batch, adapter: str | None, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
     """Prefill prompts [rows, count] one after another. Returns the logits of their last tokens, [rows, vocabulary]."""
-    return np.stack([engine.prefill(rows.add(), prompt) for prompt in prompts])
+    return np.stack([engine.prefill(rows.add(adapter), prompt) for prompt in prompts])
 
 
 def _decode_rows(rows: Batch, tokens: NDArray[np.int64]) -> NDArray[np.float32]:

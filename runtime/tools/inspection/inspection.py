@@ -11,6 +11,7 @@ from satchel.runtime.bundle.contract import PHASES, WEIGHTS_NAME
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.manifest import (
     MANIFEST_NAME,
+    AdapterSpec,
     CacheSpec,
     GraphSpec,
     LayerPrecision,
@@ -75,6 +76,7 @@ class Inspection:
     layers: dict[str, LayerPrecision]
     graphs: dict[str, GraphSpec]
     custom_ops: tuple[NamedFile, ...]
+    adapters: tuple[AdapterSpec, ...]
     passes: tuple[PassFacts, ...]
     certificate: Certificate | None
     specialized: Specialized | None
@@ -120,6 +122,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         layers=manifest.layers,
         graphs=_graphs(manifest),
         custom_ops=manifest.custom_ops,
+        adapters=manifest.adapters,
         passes=_passes(bundle),
         certificate=manifest.certificate,
         specialized=specialized,

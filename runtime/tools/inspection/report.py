@@ -11,7 +11,8 @@ from typing import Any
 
 from satchel.runtime.bundle.certificate import Certificate, PhaseFidelity
 from satchel.runtime.bundle.checks import PREPARED
-from satchel.runtime.bundle.manifest import LayerPrecision
+from satchel.runtime.bundle.contract import lora_names
+from satchel.runtime.bundle.manifest import AdapterSpec, LayerPrecision
 from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
 from satchel.runtime.util.kl import KL_MEANING, grade
@@ -21,6 +22,7 @@ TEMPLATE = "inspection.html.jinja"
 MB, MIB = 1e6, 1 << 20
 WIDEST_BITS = 8  # of a quantized weight
 WRAP = 96  # columns
+LORA_FIRST = lora_names("")[0]
 
 FIGURES: tuple[tuple[str, Callable[[PhaseFidelity], float | None], str], ...] = (
     ("KL mean", lambda figures: figures.kl_mean, ".5f"),
@@ -113,6 +115,7 @@ def _overview(found: Inspection) -> Table:
         ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
         ("made with", ", ".join(f"{name} {version}" for name, version in found.producer.items())),
     ]
+    rows += [("adapter", f"{adapter.name}: {_described(adapter, found)}") for adapter in found.adapters]
     if found.custom_ops:
         rows.append(("needs", ", ".join(f"{file.name}, SHA-256 {file.sha256}" for file in found.custom_ops)))
     if found.specialized:
@@ -127,6 +130,14 @@ def _overview(found: Inspection) -> Table:
             )
         )
     return Table("Bundle", _clean(rows))
+
+
+def _described(adapter: AdapterSpec, found: Inspection) -> str:
+    """The ranks of an adapter, its layers and its size."""
+    ranks = sorted({tensor.shape[1] for tensor in adapter.inputs if tensor.name.endswith(LORA_FIRST)})
+    layers = {tensor.name.rpartition(".lora_")[0] for tensor in adapter.inputs}
+    several = "rank " if len(ranks) == 1 else "ranks "
+    return f"{several}{', '.join(map(str, ranks))} on {len(layers)} layers, {_megabytes(found.files[adapter.file])}"
 
 
 def _shapes(found: Inspection) -> str:
