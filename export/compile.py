@@ -33,6 +33,7 @@ from satchel.export.recipes import check_recipe, recipe_of
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
+from satchel.export.tracing.distance_bias import has_distance_bias
 from satchel.export.tracing.rotary_tables import border_within, varies
 from satchel.export.tracing.soundness import check_sound
 from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations
@@ -153,8 +154,13 @@ def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
     """The checkpoint's graph as the tracer writes it, its weights bound to the checkpoint.
 
     Raises:
-        ExportError: The model cannot be traced.
+        ExportError: The model cannot be traced, or its KV cache cannot be int8.
     """
+    if config.int8_cache and has_distance_bias(checkpoint.module):
+        raise ExportError(
+            f"--kv-cache int8: keys of a {checkpoint.model_type} model have a bias for distance (ALiBi), which grows "
+            "with the position and does not fit 8 bits: choose float"
+        )
     context = config.context(checkpoint.max_context)
     traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
     return bind(traced, checkpoint.weights, checkpoint.name)

@@ -85,8 +85,10 @@ def _transformers_reference(path: Path, place: dict[str, str]) -> Reference:
             config = AutoConfig.from_pretrained(**local)
             multimodal = config.get_text_config() is not config
             load: Any = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM  # untyped in transformers
+            # The eager attention of Falcon adds its bias for distance twice.
+            attention = "sdpa" if config.model_type == "falcon" else "eager"
             model, report = load.from_pretrained(
-                **local, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+                **local, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
             )
     except _LOAD_ERRORS as error:
         raise ExportError(f"{path}: transformers cannot load it as a reference: {one_line(error)}") from None

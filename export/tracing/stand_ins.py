@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from satchel.export.errors import ExportError
+from satchel.export.tracing import distance_bias
 
 IMPLEMENTATION = "satchel"
 """The name under which attention, masks and experts are registered with `transformers`."""
@@ -44,6 +45,11 @@ class Mask:
 
     window: int = 0
     chunk: int = 0
+    ndim: ClassVar[int] = 0
+
+    def to(self, *_: Any, **__: Any) -> Mask:
+        """The mask itself: it has no dtype."""
+        return self
 
     def __getitem__(self, index: Any) -> Mask:
         """The mask itself, if the index takes all of it."""
@@ -61,6 +67,7 @@ def register_implementations() -> None:
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
+    distance_bias.register_falcon()
 
 
 def _attention(
@@ -227,6 +234,7 @@ METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("Llama4TextMoe", "forward"): _llama4_experts,
     ("Gemma3nTextMLP", "_gaussian_topk"): _gaussian_top_k,
     ("Zamba2Attention", "forward"): _shared_attention,
+    **distance_bias.METHODS,
 }
 """Replacements for methods of classes of `transformers` that cannot be traced as they are."""
 

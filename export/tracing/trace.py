@@ -20,6 +20,7 @@ import torch
 
 from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
+from satchel.export.tracing.distance_bias import at_positions, has_distance_bias
 from satchel.export.tracing.recurrences import has_recurrences, replaced_functions
 from satchel.export.tracing.rotary_tables import tables_for_rotary
 from satchel.export.tracing.stand_ins import (
@@ -137,7 +138,7 @@ class _ModelWrapper(torch.nn.Module):
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         super().__init__()
         self.positioned = "position_ids" in inspect.signature(module.forward).parameters
-        if not self.positioned and not has_recurrences(module):
+        if not (self.positioned or has_recurrences(module) or has_distance_bias(module)):
             raise ExportError(
                 f"{name}: this model takes no position_ids, which a KV cache needs; satchel does not support it"
             )
@@ -148,7 +149,8 @@ class _ModelWrapper(torch.nn.Module):
     ) -> torch.Tensor:
         # The mask keeps transformers from inferring packed sequences from position_ids; no graph may use it.
         places = {"position_ids": position_ids} if self.positioned else {}
-        result = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places)
+        with at_positions(position_ids):
+            result = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places)
         logits: torch.Tensor = result.logits
         return logits
 

@@ -132,8 +132,9 @@ class Bundle:
             "target": manifest.target,
             "precision": manifest.precision,
             "kv_cache": strict_json.to_json(manifest.kv_cache),
-            "states": strict_json.to_json(manifest.states),
         }
+        if manifest.states:
+            facts["states"] = strict_json.to_json(manifest.states)
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 

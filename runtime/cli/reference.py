@@ -18,60 +18,76 @@ else to standard error.
 This page is generated from the parsers: `python -m satchel.runtime.cli.reference > docs/cli.md`.
 """
 
-COMMON = ("help", "quiet", "verbose", "require_signature")
-"""Arguments, by destination, that most commands have: they are listed once."""
+SHARED = 5
+"""A flag that so many commands have, with the same words, is listed once."""
+
+Row = tuple[str, str]
+Tables = dict[str, list[Row]]
 
 
 def reference() -> str:
     """The page, in Markdown."""
-    parser = build_full_parser()
-    parsers = subparsers(parser)
+    parsers = subparsers(build_full_parser())
+    tables = {name: _tables(parsers[name]) for name in COMMANDS}
+    owners: dict[Row, list[str]] = {}
+    for name, groups in tables.items():
+        for row in (row for rows in groups.values() for row in rows):
+            owners.setdefault(row, []).append(name)
+    shared = {row: names for row, names in owners.items() if len(names) >= SHARED and row[0].startswith("`-")}
     lines = [INTRODUCTION, "| command | |", "| --- | --- |"]
     lines += [f"| [{name}](#{name}) | {command.help} |" for name, command in COMMANDS.items()]
-    run = parsers["run"]
-    common = [action for action in run._actions if action.dest in COMMON]
-    lines += ["", "All commands take these flags; `--require-signature` is for those that open a bundle.", ""]
-    lines += _table(run, common)
+    lines += ["", "## Flags of several commands", "", "| argument | | commands |", "| --- | --- | --- |"]
+    lines += [f"| {flag} | {text} | {_named(names)} |" for (flag, text), names in shared.items()]
+    shown: dict[str, tuple[str, list[Row]]] = {}
     for name in COMMANDS:
         lines += ["", f"## {name}", "", *_section(name, parsers[name])]
+        for title, rows in tables[name].items():
+            own = [row for row in rows if row not in shared]
+            if own and title and shown.get(title, ("", []))[1] == own:
+                lines += ["", f"{title} The same as those of [{shown[title][0]}](#{shown[title][0]})."]
+            elif own:
+                lines += ["", *([title, ""] if title else []), "| argument | |", "| --- | --- |"]
+                lines += [f"| {flag} | {text} |" for flag, text in own]
+                shown.setdefault(title, (name, own))
+        if notes := (parsers[name].epilog or "").rpartition("example:\n")[0].strip():
+            lines += ["", "```text", notes, "```"]
     return "\n".join(lines) + "\n"
 
 
+def _named(names: list[str]) -> str:
+    others = [name for name in COMMANDS if name not in names]
+    if len(others) < len(names):
+        return f"all but {', '.join(others)}" if others else "all"
+    return ", ".join(names)
+
+
 def _section(name: str, parser: Parser) -> Iterator[str]:
-    own = [action for action in parser._actions if action.dest not in COMMON]
-    needed = [_needed(action) for action in own if action.required or not action.option_strings]
-    yield parser.description or ""
-    yield ""
-    yield "```"
-    yield " ".join(["satchel", name, *needed, "[flags]"])
-    yield "```"
-    plain = ("positional arguments", "options")
-    tables = {
-        "": [action for group in parser._action_groups if group.title in plain for action in group._group_actions]
-    }
+    """What a command does, how it is called, and examples."""
+    needed = [_needed(action) for action in parser._actions if action.required or not action.option_strings]
+    examples = (parser.epilog or "").rpartition("example:\n")[2].splitlines()
+    yield from (parser.description or "", "", "```", " ".join(["satchel", name, *needed, "[flags]"]), "")
+    yield from (*(line.removeprefix("  ") for line in examples), "```")
+
+
+def _tables(parser: Parser) -> Tables:
+    """The arguments of a command by the title of their table."""
+    tables: Tables = {}
     for group in parser._action_groups:
-        if group.title not in plain:
-            tables[f"{str(group.title).capitalize()}. {group.description or ''}".rstrip()] = group._group_actions
-    for title, group_actions in tables.items():
-        yield from ("", title, "") if title else ("",)
-        yield from _table(parser, [action for action in group_actions if action in own])
-    text, _, example = (parser.epilog or "").rpartition("example:\n")
-    if text.strip():
-        yield from ("", "```text", text.strip(), "```")
-    yield from ("", "Example:", "", "```", *(line.removeprefix("  ") for line in example.splitlines()), "```")
+        plain = group.title in ("positional arguments", "options")
+        title = "" if plain else f"{str(group.title).capitalize()}. {group.description or ''}".rstrip()
+        tables.setdefault(title, []).extend(_rows(parser, group._group_actions))
+    return tables
 
 
-def _table(parser: Parser, actions: list[argparse.Action]) -> Iterator[str]:
+def _rows(parser: Parser, actions: list[argparse.Action]) -> Iterator[Row]:
     formatter = HelpFormatter(parser.prog)
-    yield "| argument | |"
-    yield "| --- | --- |"
     for action in actions:
         text = formatter._expand_help(action) if action.help else ""
         default = action.default
         named = "default" in text or f"({default})" in text
         if action.nargs != 0 and default not in (None, [], (), argparse.SUPPRESS) and not named:
             text += f" (default {default})"
-        yield f"| {_name(action)} | {text} |".replace("<", "\\<")
+        yield _name(action), text.replace("<", "\\<")
 
 
 def _name(action: argparse.Action) -> str:

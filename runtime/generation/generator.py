@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.kv_cache import position_bytes
 from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
-from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache
+from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, full_context_bytes
 from satchel.runtime.generation.request import Prompt, Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, prompt_log_probabilities
@@ -30,6 +29,7 @@ from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
 from satchel.runtime.generation.session_file import SavedState, check_adapter, check_size, read_state, write_state
+from satchel.runtime.generation.snapshots import NO_SNAPSHOTS, Snapshots, message_boundaries
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.chat_template import ChatTemplate, template_files
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -107,9 +107,10 @@ class Generator:
             tokenizer = Tokenizer.open(bundle) if bundle.manifest.tokenizer else None
         if specialize and require_signature is None:
             specialize_in_background(bundle, provider, threads, shown=progress)
-        context, spec = max_context or limit, bundle.manifest.kv_cache
-        size = context * position_bytes(spec) if prefix_cache_mib is None else prefix_cache_mib * MIB
-        return cls(engine, tokenizer, context, PrefixCache(spec, size, bundle.manifest.model.rotary_border))
+        context, manifest = max_context or limit, bundle.manifest
+        size = full_context_bytes(manifest, context) if prefix_cache_mib is None else prefix_cache_mib * MIB
+        prefix_cache = PrefixCache(manifest.kv_cache, size, manifest.model.rotary_border, manifest.states)
+        return cls(engine, tokenizer, context, prefix_cache)
 
     def generate(
         self,
@@ -380,7 +381,16 @@ class Generator:
         text = IncrementalDetokenizer(self.tokenizer, ids.tolist()) if self.tokenizer else None
         if choose is None:
             choose = Sampler(options, ends, self.engine.vocabulary, ids, request.sample, limit)
-        return ActiveSequence(ids, options, limit, choose, ends, text, callback)
+        return ActiveSequence(ids, options, limit, choose, ends, text, callback, self._snapshots(ids))
+
+    def _snapshots(self, ids: NDArray[np.int64]) -> Snapshots:
+        """Where states of a prompt are copied; nowhere without states, or without a prefix cache to keep them in."""
+        most = self.prefix_cache.max_snapshots
+        if not most:
+            return NO_SNAPSHOTS
+        multiple = self.engine.bundle.manifest.token_multiple
+        special = self.tokenizer.is_hidden if self.tokenizer else lambda token: False
+        return Snapshots(message_boundaries(ids, special, multiple), most)
 
     def _run_all(self, requests: Sequence[Request], *, rows: int, force_batch: bool = False) -> list[Generation]:
         """The results of requests, in order. Raises the first error."""

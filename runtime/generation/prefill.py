@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import State
-from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
+from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache
 from satchel.runtime.generation.sequence import ActiveSequence
+from satchel.runtime.generation.snapshots import NO_SNAPSHOTS, Snapshots
 
 TAIL = 2  # prompt tokens that always run
 
@@ -34,7 +35,7 @@ def prefill(
         sequence.check_time()
         return sequence.finish_reason is not None
 
-    sequence.reused_tokens = feed(engine, state, sequence.prompt, prefix_cache, progress, is_over)
+    sequence.reused_tokens = feed(engine, state, sequence.prompt, prefix_cache, progress, is_over, sequence.snapshots)
     if sequence.finish_reason is None:
         sequence.take_from(state)
     sequence.timing.prefill_seconds = time.perf_counter() - start
@@ -47,47 +48,68 @@ def feed(
     prefix_cache: PrefixCache,
     progress: Progress = lambda count: None,
     is_over: Callable[[], bool] = lambda: False,
+    snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> int:
     """Feed a prompt to an empty state, until `is_over`, which is called after each chunk. Returns the tokens reused.
 
     The longest prefix that `prefix_cache` shares with the prompt is copied.
     """
-    reused = copy_prefix(engine, state, prompt, prefix_cache)
+    reused = copy_prefix(engine, state, prompt, prefix_cache, snapshots=snapshots)
     if reused:
         progress(reused)
     while state.cache.length < len(prompt):
-        progress(feed_piece(engine, state, prompt))
+        progress(feed_piece(engine, state, prompt, snapshots=snapshots))
         if is_over():
             break
     return reused
 
 
 def copy_prefix(
-    engine: Engine, state: State, prompt: NDArray[np.int64], prefix_cache: PrefixCache, live: Sequence[Prefix] = ()
+    engine: Engine,
+    state: State,
+    prompt: NDArray[np.int64],
+    prefix_cache: PrefixCache,
+    live: Sequence[Prefix] = (),
+    snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> int:
     """Copy the longest prefix that `prefix_cache` or `live`, the rows beside, shares with a prompt. Returns its length.
 
     Only those count that have the rotary angles of the prompt's length, which the state then has too.
     The last two tokens always run: the logits of the last one are needed, and some kernels round a single token
-    differently (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`.
+    differently (see `spans`). The number of tokens that are copied is a multiple of the manifest's `token_multiple`;
+    with states it is a length that they are known of, and `feed_piece` makes up for the rest.
     """
     state.expect(len(prompt))
-    reused, cache = prefix_cache.longest(prompt, state.cache.adapter)
+    most = max(len(prompt) - TAIL, 0)
+    reused, cache = prefix_cache.longest(prompt, state.cache.adapter, most)
     for prefix in live:
-        common = common_length(prefix.ids, prompt) if prefix.cache.kind == state.cache.kind else 0
+        common = prefix.common(prompt[:most], state.cache.kind)
         if common > reused:
             reused, cache = common, prefix.cache
-    reused = min(reused, max(len(prompt) - TAIL, 0))
-    reused -= reused % engine.bundle.manifest.token_multiple
-    if cache is None or not (reused := cache.reach(reused)):
+    if not state.cache.states:
+        reused -= reused % engine.bundle.manifest.token_multiple
+    if cache is None or not reused:
         return 0
     state.resume(prompt[:reused], cache)
+    snapshots.add(state.cache)
     return reused
 
 
-def feed_piece(engine: Engine, state: State, prompt: NDArray[np.int64], size: int | None = None) -> int:
-    """Feed the next span of a prompt, of up to `size` tokens; None: of what suits the graphs. Returns its length."""
-    rest = prompt[state.cache.length :]
+def feed_piece(
+    engine: Engine,
+    state: State,
+    prompt: NDArray[np.int64],
+    size: int | None = None,
+    snapshots: Snapshots = NO_SNAPSHOTS,
+) -> int:
+    """Feed the next span of a prompt, of up to `size` tokens; None: of what suits the graphs. Returns its length.
+
+    It ends where a snapshot is due, and at a multiple of `token_multiple` if it does not begin at one.
+    """
+    start = state.cache.length
+    over = -start % engine.bundle.manifest.token_multiple
+    rest = prompt[start : start + over] if over else prompt[start : snapshots.end(start, len(prompt))]
     piece = rest[next(iter(engine.spans(len(rest), size)))]
     state.prefill(piece)
+    snapshots.add_due(state.cache)
     return len(piece)

@@ -1,22 +1,29 @@
-"""Prefix cache: keys and values of earlier prompts and answers, reused by prompts with a shared prefix."""
+"""Prefix cache: keys, values and states of earlier prompts and answers, reused by prompts with a shared prefix."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.manifest import CacheSpec
+from satchel.runtime.bundle.manifest import CacheSpec, Manifest
+from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.execution.kv_cache import Cache, Kind, KVCache, position_bytes
 
 Ids = NDArray[np.int64]
 
+SNAPSHOT_SHARE = 4
+"""A sequence that runs may hold snapshots up to this part of the limit."""
+SNAPSHOTS = 8
+"""Snapshots beside a full context, in a prefix cache of that size."""
+
 
 @dataclass(frozen=True)
 class Prefix:
-    """Token ids [length] int64 and a KV cache of one row with their keys and values. Both are read-only.
+    """Token ids [length] int64 and a cache of one row with their keys, values and states. Both are read-only.
 
     The cache says with which adapter they were computed: those of another one are never reused.
     """
@@ -24,25 +31,41 @@ class Prefix:
     ids: Ids
     cache: Cache
 
+    def common(self, ids: Ids, kind: Kind) -> int:
+        """How many of the first of `ids` can be reused by a sequence of this kind."""
+        return self.cache.reach(common_length(self.ids, ids)) if self.cache.kind == kind else 0
+
 
 class PrefixCache:
-    """Prefixes up to a memory limit; the least recently used are evicted first. Threads may share one."""
+    """Prefixes up to a memory limit; the least recently used are evicted first. Threads may share one.
 
-    def __init__(self, spec: CacheSpec, limit: int, border: int | None = None) -> None:
+    With states, a prefix can be reused up to its end, and up to each length of which its cache has a snapshot.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, limit: int, border: int | None = None, states: Sequence[StateSpec] = ()
+    ) -> None:
         """`limit` is in bytes; 0 caches nothing. `border` is the model's `rotary_border`.
 
         A prefix serves only prompts on its own side of the border: `Cache.long` says which that is.
         """
-        self._spec = spec
+        self._spec, self._states = spec, tuple(states)
         self._border = border
-        self._max_positions = max(0, limit) // position_bytes(spec)
+        self._limit = max(0, limit)
+        self._position_bytes = max(1, position_bytes(spec))
+        self._state_bytes = sum(state.nbytes for state in self._states)
         self._lock = threading.Lock()
         self._prefixes: list[Prefix] = []  # the most recently used one last
 
     @property
     def max_positions(self) -> int:
-        """The number of positions that fit, summed over all prefixes."""
-        return self._max_positions
+        """The number of positions of a single prefix that fit."""
+        return max(0, self._limit - self._state_bytes) // self._position_bytes
+
+    @property
+    def max_snapshots(self) -> int:
+        """The number of snapshots that a sequence that runs may hold; 0 without states."""
+        return self._limit // SNAPSHOT_SHARE // self._state_bytes if self._state_bytes else 0
 
     @property
     def positions(self) -> int:
@@ -50,11 +73,11 @@ class PrefixCache:
         with self._lock:
             return sum(len(prefix.ids) for prefix in self._prefixes)
 
-    def longest(self, ids: Ids, adapter: str | None = None) -> tuple[int, Cache | None]:
-        """The length of the longest prefix of a prompt `ids` cached with this adapter, and its KV cache; 0 and None if
-        there is none.
+    def longest(self, ids: Ids, adapter: str | None = None, most: int | None = None) -> tuple[int, Cache | None]:
+        """The length of the longest prefix of a prompt `ids` that can be reused, of those cached with this adapter, up
+        to `most` tokens, and its cache; 0 and None if there is none.
         """
-        return self._longest(ids, (adapter, self.is_long(len(ids))))
+        return self._longest(ids[:most], (adapter, self.is_long(len(ids))))
 
     def longest_saved(self, ids: Ids, adapter: str | None = None) -> tuple[int, Cache | None]:
         """As `longest`, of those whose length alone tells the side of the border that they are on."""
@@ -70,7 +93,7 @@ class PrefixCache:
         with self._lock:
             length, best = 0, None
             for prefix in self._prefixes:
-                common = common_length(prefix.ids, ids) if prefix.cache.kind == kind else 0
+                common = prefix.common(ids, kind)
                 if common and common >= length:
                     length, best = common, prefix
             if best is None:
@@ -79,17 +102,26 @@ class PrefixCache:
             return length, best.cache
 
     def keep(self, ids: Ids, cache: Cache) -> None:
-        """Copy what `cache`, of one row, holds for the first of `ids`, as far as the limit allows."""
-        count = min(len(ids), cache.length, self._max_positions)
+        """Copy what `cache`, of one row, holds for the first of `ids`, as far as the limit allows.
+
+        Of its snapshots the oldest are left out first.
+        """
+        count = cache.reach(min(len(ids), cache.length, self.max_positions))
         if not count:
             return
         ids = ids[:count].copy()
+        room = self._limit - self._size(count, 0)
+        fitting = room // self._state_bytes if self._state_bytes else 0
+        lengths = sorted(length for length in cache.snapshots if length < count)
+        snapshots = {length: cache.snapshots[length] for length in lengths[max(0, len(lengths) - fitting) :]}
         with self._lock:
             if self._covers(ids, cache.kind):
                 return
-            self._make_room(ids, cache.kind)  # before the copy, so that both together stay under the limit
-        kept = KVCache(self._spec, count, count)
+            # Before the copy, so that both together stay under the limit.
+            self._make_room(ids, cache.kind, self._size(count, len(snapshots)))
+        kept = KVCache(self._spec, count, count, states=self._states)
         kept.copy_from(cache, count)
+        kept.snapshots = snapshots
         self.put(Prefix(ids, kept))
 
     def put(self, prefix: Prefix) -> None:
@@ -97,26 +129,37 @@ class PrefixCache:
 
         One larger than the limit is not cached, and neither is one that a cached prefix covers, which counts as used.
         """
+        size = self._size(len(prefix.ids), len(prefix.cache.snapshots))
         with self._lock:
-            if len(prefix.ids) <= self._max_positions and not self._covers(prefix.ids, prefix.cache.kind):
-                self._make_room(prefix.ids, prefix.cache.kind)
+            if size <= self._limit and not self._covers(prefix.ids, prefix.cache.kind):
+                self._make_room(prefix.ids, prefix.cache.kind, size)
                 self._prefixes.append(prefix)
 
+    def _size(self, positions: int, snapshots: int) -> int:
+        """The bytes of a prefix: the states at its end count too."""
+        return positions * self._position_bytes + (1 + snapshots) * self._state_bytes
+
     def _covers(self, ids: Ids, kind: Kind) -> bool:
-        """Whether some cached prefix begins with `ids`, which then counts as used. The lock is held."""
+        """Whether some cached prefix can be reused for all of `ids`, which then counts as used. The lock is held."""
         for index in reversed(range(len(self._prefixes))):
-            known = self._prefixes[index]
-            if known.cache.kind == kind and common_length(known.ids, ids) == len(ids):
+            if self._prefixes[index].common(ids, kind) == len(ids):
                 self._prefixes.append(self._prefixes.pop(index))
                 return True
         return False
 
-    def _make_room(self, ids: Ids, kind: Kind) -> None:
-        """Evict prefixes of `ids`, then others until `ids` fits. The lock is held."""
+    def _make_room(self, ids: Ids, kind: Kind, size: int) -> None:
+        """Evict prefixes of `ids`, then others until `size` bytes for `ids` fit. The lock is held."""
         others = [old for old in self._prefixes if old.cache.kind != kind or common_length(old.ids, ids) < len(old.ids)]
-        while others and sum(len(old.ids) for old in others) > self._max_positions - len(ids):
+        sizes = [self._size(len(old.ids), len(old.cache.snapshots)) for old in others]
+        while others and sum(sizes) > self._limit - size:
             others.pop(0)
+            sizes.pop(0)
         self._prefixes = others
+
+
+def full_context_bytes(manifest: Manifest, context: int) -> int:
+    """The size of a prefix cache that holds `context` positions, and some snapshots."""
+    return context * max(1, position_bytes(manifest.kv_cache)) + (1 + SNAPSHOTS) * manifest.state_bytes
 
 
 def common_length(left: Ids, right: Ids) -> int:

@@ -240,11 +240,13 @@ class Scheduler:
             for row, beside in enumerate(self._rows)
             if beside not in (None, job) and (cache := self._batch.states[row].cache).length
         ]
-        job.fed = sequence.reused_tokens = copy_prefix(self._engine, state, sequence.prompt, self._prefix_cache, live)
+        job.fed = sequence.reused_tokens = copy_prefix(
+            self._engine, state, sequence.prompt, self._prefix_cache, live, sequence.snapshots
+        )
 
     def _feed_piece(self, job: Job, size: int | None) -> None:
         start = time.perf_counter()
-        count = feed_piece(self._engine, self._state(job), job.sequence.prompt, size)
+        count = feed_piece(self._engine, self._state(job), job.sequence.prompt, size, job.sequence.snapshots)
         self._pace.fed(count, time.perf_counter() - start)
         self._queue.charge(job, count)
         job.fed += count

@@ -16,6 +16,7 @@ from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.repeats import RepeatDetector
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities
 from satchel.runtime.generation.sampling.sampler import Sampler
+from satchel.runtime.generation.snapshots import NO_SNAPSHOTS, Snapshots
 from satchel.runtime.generation.stop_strings import StopStrings
 
 Choose = Callable[[Logits], int]
@@ -53,6 +54,7 @@ class ActiveSequence:
         end_tokens: Collection[int],
         text: IncrementalDetokenizer | None,
         callback: Callback | None = None,
+        snapshots: Snapshots = NO_SNAPSHOTS,
     ) -> None:
         """`choose` is a sampler, or picks a token from logits.
 
@@ -61,6 +63,7 @@ class ActiveSequence:
         self.prompt = prompt
         self.options = options
         self.limit = limit
+        self.snapshots = snapshots
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []

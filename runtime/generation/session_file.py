@@ -1,4 +1,4 @@
-"""A saved state: token ids with their keys and values, and the messages of a conversation, in a safetensors file.
+"""A saved state: token ids with what layers keep of them, and the messages of a conversation, in a safetensors file.
 
 The format is described in docs/state-file.md. The safetensors library is not used: it would need a second copy of the
 whole cache, contiguous, to write it and another one to read it, and it maps the file, so that a file that shrinks
@@ -11,16 +11,17 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from satchel.runtime.bundle.atomic_write import check_target, write_parts
-from satchel.runtime.bundle.manifest import CacheSpec, Manifest
+from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.execution.kv_cache import KVCache, position_bytes
@@ -32,7 +33,7 @@ FORMAT, VERSION = "satchel-state", "2"
 HEADER_LIMIT = 4 << 20  # bytes; JSON of this size takes up to 200 MiB when parsed
 MIB = 1 << 20
 ID_TYPE = np.dtype("<i8")
-DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8"}
+DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "int64": "I64"}
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _SHOWN = 12  # hex digits of a fingerprint that messages show
@@ -41,14 +42,16 @@ _ADAPTER = "adapter"
 """A key that only the state of an adapter has."""
 
 Tensors = dict[str, dict[str, Any]]
+Entry = tuple[str, np.dtype[Any], tuple[int, ...]]  # name, dtype, shape
 
 
 @dataclass(frozen=True)
 class SavedState:
     """What is needed to continue a conversation.
 
-    `prefix` has its token ids [length], with a cache that holds the keys and values of all of them. `messages`, objects
-    as a chat has them, and `details`, anything else, are JSON values; both may be empty.
+    `prefix` has its token ids [length], with a cache that holds the keys and values of all of them, and the states
+    after the last. `messages`, objects as a chat has them, and `details`, anything else, are JSON values; both may be
+    empty.
     """
 
     prefix: Prefix
@@ -66,7 +69,7 @@ def write_state(
     """
     path, prefix = Path(path), state.prefix
     check_target(path, option)
-    if prefix.cache.rows != 1 or not 0 < len(prefix.ids) <= prefix.cache.length:
+    if prefix.cache.rows != 1 or not 0 < len(prefix.ids) == prefix.cache.reach(len(prefix.ids)):
         raise PromptError(f"{option} {path}: there are no keys and values for these tokens: generate first")
     where = f"{option} {path}"
     metadata = {
@@ -83,8 +86,7 @@ def write_state(
         digest = _digest_of(metadata)
         for part in _payload(prefix, bar.update):
             digest.update(part)
-        shapes = {name: buffer.shape[1::2] for name, buffer in prefix.cache.past.items()}
-        tensors = _tensors(len(prefix.ids), next(iter(prefix.cache.past.values())).dtype, shapes)
+        tensors = _tensors(len(prefix.ids), _entries_of(prefix))
         start = _start({"__metadata__": metadata | {"sha256": digest.hexdigest()}, **tensors}, where)
         write_parts(path, itertools.chain([start], _payload(prefix, bar.update)), option)
 
@@ -105,7 +107,8 @@ def read_state(
         with path.open("rb") as file:
             metadata, tensors = _read_header(file, path)
             count = _check_header(metadata, tensors, bundle, path)
-            expected = count * (ID_TYPE.itemsize + position_bytes(bundle.manifest.kv_cache))
+            manifest = bundle.manifest
+            expected = count * (ID_TYPE.itemsize + position_bytes(manifest.kv_cache)) + manifest.state_bytes
             rest = os.fstat(file.fileno()).st_size - file.tell()
             if rest != expected:
                 _damaged(path, f"{rest} bytes of tensors, where {count} tokens take {expected}")
@@ -129,7 +132,7 @@ def check_size(path: str | Path, manifest: Manifest, max_context: int, max_posit
             f"(this bundle allows up to {manifest.model.max_context})"
         )
     if count > max_positions:
-        mib = -(-count * position_bytes(manifest.kv_cache) // MIB)
+        mib = -(-(count * position_bytes(manifest.kv_cache) + manifest.state_bytes) // MIB)
         raise PromptError(
             f"{path}: has {count} tokens but the prefix cache holds {max_positions}: raise --prefix-cache-mib to {mib} "
             "or more"
@@ -171,7 +174,7 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, str], Tens
 
 def _check_header(metadata: Mapping[str, str], tensors: Tensors, bundle: Bundle, path: Path) -> int:
     """The number of tokens. Raises BundleError unless the tensors are exactly those of this bundle's cache."""
-    own, spec, limit = bundle.fingerprint, bundle.manifest.kv_cache, bundle.manifest.model.max_context
+    own, manifest, limit = bundle.fingerprint, bundle.manifest, bundle.manifest.model.max_context
     if metadata["fingerprint"] != own:
         other = printable(metadata["fingerprint"][:_SHOWN])
         raise BundleError(
@@ -183,8 +186,8 @@ def _check_header(metadata: Mapping[str, str], tensors: Tensors, bundle: Bundle,
     count = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
     if type(count) is not int or not 1 <= count <= limit:
         _damaged(path, f"the shape of its token ids is {str(shape)[:40]}, where this bundle allows 1 to {limit}")
-    if tensors != _tensors(count, np.dtype(spec.dtype), _shapes_of(spec)):
-        _damaged(path, "its tensors are not those of this bundle's KV cache")
+    if tensors != _tensors(count, _entries_for(manifest, count)):
+        _damaged(path, "its tensors are not those of this bundle's KV cache and states")
     return count
 
 
@@ -192,7 +195,7 @@ def _read_payload(
     file: BufferedReader, metadata: Mapping[str, str], count: int, manifest: Manifest, path: Path, progress: bool
 ) -> Prefix:
     """Token ids, and keys and values read straight into the buffers of a new cache of their size."""
-    cache = KVCache(manifest.kv_cache, count, manifest.model.max_context)
+    cache = KVCache(manifest.kv_cache, count, manifest.model.max_context, states=manifest.states)
     cache.adapter = metadata.get(_ADAPTER)
     prefix = Prefix(np.empty(count, ID_TYPE), cache)
     cache.advance(count)
@@ -210,35 +213,48 @@ def _read_payload(
     return prefix
 
 
-def _tensors(count: int, dtype: np.dtype[Any], shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """The header's entries for `count` token ids and a cache; `shapes` has (kv_heads, width) for each buffer."""
+def _tensors(count: int, entries: Iterable[Entry]) -> Tensors:
+    """The header's entries for `count` token ids and what a cache holds of them."""
     tensors, end = {}, 0
-    ids = ("token_ids", "I64", (count,), ID_TYPE.itemsize)
-    buffers = (
-        (name, DTYPES[dtype.name], (heads, count, width), dtype.itemsize) for name, (heads, width) in shapes.items()
-    )
-    for name, kind, shape, itemsize in (ids, *buffers):
-        begin, end = end, end + int(np.prod(shape, dtype=object)) * itemsize
-        tensors[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    for name, dtype, shape in (("token_ids", ID_TYPE, (count,)), *entries):
+        begin, end = end, end + int(np.prod(shape, dtype=object)) * dtype.itemsize
+        tensors[name] = {"dtype": DTYPES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
     return tensors
 
 
-def _shapes_of(spec: CacheSpec) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in spec.layers:
-        shapes[layer.past_key] = (layer.kv_heads, layer.key_dim)
-        shapes[layer.past_value] = (layer.kv_heads, layer.value_dim)
-    return shapes
+def _entries_for(manifest: Manifest, count: int) -> Iterator[Entry]:
+    """What a cache of this bundle holds of `count` tokens, in the order of the file."""
+    for state in manifest.states:
+        yield state.past, np.dtype(state.dtype), state.shape
+    dtype = np.dtype(manifest.kv_cache.dtype)
+    for layer in manifest.kv_cache.layers:
+        yield layer.past_key, dtype, (layer.kv_heads, count, layer.key_dim)
+        yield layer.past_value, dtype, (layer.kv_heads, count, layer.value_dim)
+
+
+def _entries_of(prefix: Prefix) -> Iterator[Entry]:
+    """The same of a cache itself."""
+    for name, array in _arrays(prefix):
+        yield name, array.dtype, array.shape
+
+
+def _arrays(prefix: Prefix) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The states after the token ids, then each layer's keys and values of them."""
+    count = len(prefix.ids)
+    for name, state in prefix.cache.states_at(count).items():
+        yield name, state[0]
+    for name, buffer in prefix.cache.past.items():
+        yield name, buffer[0, :, :count]
 
 
 def _payload(prefix: Prefix, done: Callable[[int], object] = lambda count: None) -> Iterator[memoryview]:
-    """The bytes of the token ids, then those of each layer's keys and values, head by head, in their own memory.
+    """The bytes of the token ids, then those of what the cache holds of them, head by head, in their own memory.
 
     `done` gets the size of each part when the next one is taken.
     """
     ids = np.ascontiguousarray(prefix.ids, ID_TYPE)
-    heads = (head for buffer in prefix.cache.past.values() for head in buffer[0, :, : len(ids)])
-    for array in itertools.chain([ids], heads):
+    parts = (part for _, array in _arrays(prefix) for part in array)
+    for array in itertools.chain([ids], parts):
         yield array.reshape(-1).view(np.uint8).data
         done(array.nbytes)
 

@@ -32,9 +32,12 @@ for (const layer of layers) {
   past[layer.past_value] = present[layer.present_value] = buffer(layer.kv_heads, layer.value_dim);
 }
 
-// 3. to 5. Prefill, then decode: the mask has a 1 for each token so far.
+// 3. to 5. Prefill, then decode: the mask has a 1 for each token so far. A text that grows beyond `rotary_border` is fed
+// again.
 const tokens = [];
-for (let session = prefill, total = 0; tokens.length < Number(count); session = decode) {
+const text = [...ids];
+for (let total = 0; tokens.length < Number(count); ) {
+  const session = total === 0 ? prefill : decode;
   total += ids.length;
   const feeds = {
     ...past,
@@ -45,6 +48,8 @@ for (let session = prefill, total = 0; tokens.length < Number(count); session = 
   const token = logits.data.reduce((best, logit, id) => (logit > logits.data[best] ? id : best), 0);
   if (manifest.model.eos_token_ids.includes(token)) break;
   tokens.push(token);
-  ids = [token];
+  text.push(token);
+  ids = total === manifest.model.rotary_border ? [...text] : [token];
+  if (ids.length > 1) total = 0;
 }
 console.log(JSON.stringify(tokens));

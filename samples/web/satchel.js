@@ -60,14 +60,27 @@ export class Bundle {
     if (ids.length + limit > max_context)
       throw new Error(`${ids.length} + ${limit} tokens do not fit the bundle's ${max_context} positions`);
     const state = { total: 0, cache: this.emptyCache(ids.length + limit) };
-    let logits;
-    for (const [start, end] of chunks(ids.length)) logits = await this.step(this.prefill, state, ids.slice(start, end));
+    const text = [...ids];
+    let logits = await this.feed(state, text);
     for (let made = 0; made < limit; made++) {
       const token = choose(logits);
       if (eos_token_ids.includes(token)) return;
       yield token;
-      if (made + 1 < limit) logits = await this.step(this.decode, state, [token]);
+      text.push(token);
+      if (made + 1 === limit) return;
+      const crosses = state.total === this.manifest.model.rotary_border;
+      logits = crosses ? await this.feed(state, text) : await this.step(this.decode, state, [token]);
     }
+  }
+
+  /** Feed a text from its beginning on. Beyond `rotary_border` it goes in one run, whose mask then says that it is long. */
+  async feed(state, ids) {
+    const whole = ids.length > (this.manifest.model.rotary_border ?? Infinity);
+    state.total = 0;
+    let logits;
+    for (const [start, end] of chunks(ids.length, whole ? ids.length : CHUNK))
+      logits = await this.step(this.prefill, state, ids.slice(start, end));
+    return logits;
   }
 
   /** Feed tokens after those that the state holds. Returns the logits of the last one, [vocabulary]. */

@@ -16,11 +16,8 @@ from satchel.export.checkpoint.families import PASSED, REFUSED
 
 SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon": ({}, "hard-coded"),
     "gptj": ({"rotary_dim": 8}, "hard-coded"),
     "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "hard-coded"),
-    "bloom": ({}, "ALiBi"),
-    "mpt": ({}, "ALiBi"),
     "recurrent_gemma": ({"lru_width": 64}, "recurrence is hard-coded"),
     "rwkv": ({}, "recurrence is hard-coded"),
     "deepseek_v32": ({"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "sparse attention"),
@@ -86,6 +83,14 @@ def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     )
     assert (tmp_path / "bundle").is_dir()
     assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err
+
+
+def test_an_int8_cache_of_keys_with_positions_is_refused(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("bloom", **SMALL)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match="ALiBi"):
+        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", kv_cache="int8", max_context=32))
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_tables_name_families_of_transformers_once() -> None:

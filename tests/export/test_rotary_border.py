@@ -26,6 +26,9 @@ from satchel.runtime import Generator
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.execution import cpu
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.request import Request
+from satchel.runtime.generation.result import Generation
 from satchel.runtime.optimize.specialize import specialize
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -139,6 +142,24 @@ def test_rows_of_a_batch_cross_the_border_each_at_its_own_step(case: Case, gener
     found = generator.generate_batch(prompts, rows=3, force_batch=force, max_new_tokens=NEW)
     for result, prompt in zip(found, prompts, strict=True):
         assert list(result.token_ids) == greedy(case.model, prompt, NEW), len(prompt)
+
+
+def test_rows_that_change_places_take_their_side_and_their_tokens_along(case: Case, generator: Generator) -> None:
+    """The first row ends after two tokens, and the last one takes its place before it crosses the border."""
+    sizes = ((50, 2), (20, 4), (25, NEW))
+    requests = [Request(IDS[:length], GenerationOptions(max_new_tokens=new)) for length, new in sizes]
+    for index, found in generator.run_requests(requests, rows=3, force_batch=True):
+        length, new = sizes[index]
+        assert isinstance(found, Generation)
+        assert list(found.token_ids) == greedy(case.model, IDS[:length], new)
+    first, other = (generator.engine.new_batch(2, CONTEXT).states for _ in range(2))
+    for states, rows in ((first, (0, 1)), (other, (1, 0))):
+        for row, length in zip(rows, (50, 20), strict=True):
+            generator.engine.prefill(states[row], IDS[:length])
+    assert [state.cache.long for state in first] == [True, False]
+    assert isinstance(first[0], cpu.CpuState) and isinstance(first[1], cpu.CpuState)
+    first[0].exchange(first[1])
+    assert [state.cache.long for state in first] == [state.cache.long for state in other]
 
 
 def test_beams_cross_the_border(case: Case, generator: Generator) -> None:

@@ -53,8 +53,7 @@ def marked(recipe: Recipe, before: ir.Model, count: int) -> ir.Model:
     ("name", "index"), [("embed.weight", 0), ("head.weight.T", 1), ("a.weight.T", 2), ("b.weight.T", 2)]
 )
 def test_the_rule_of_a_weight_goes_by_its_kind(name: str, index: int) -> None:
-    after = marked(KINDS, model(), 4)
-    assert rule_of(lazy(after, name)) is KINDS.rules[index]
+    assert rule_of(lazy(marked(KINDS, model(), 4), name)) is KINDS.rules[index]
 
 
 def test_the_first_rule_that_matches_the_layer_counts() -> None:

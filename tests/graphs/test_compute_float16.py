@@ -24,8 +24,7 @@ TEXT = f"""(int64[batch,sequence] ids) => (float[batch,sequence,11] logits)
 
 
 def layer(old: str = "", new: str = "", **weights: np.ndarray) -> ir.Model:
-    assert old in TEXT
-    return build(TEXT.replace(old, new) if old else TEXT, **(WEIGHTS | weights))
+    return build(TEXT, (old, new), **(WEIGHTS | weights))
 
 
 def converted(model: ir.Model) -> ir.Model:
@@ -102,8 +101,7 @@ def test_operators_of_com_microsoft_take_float16_and_an_int8_cache_keeps_its_sca
         y, k, v = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 1, scale = 0.5>
             (q, kk, kk, "past_key_values.0.key", "past_key_values.0.value", last, total, , , , , , s, s)
     }"""
-    model = build(text, gain=1 + 0.1 * normal(1, 16), wq=normal(2, 16, 16), wk=normal(3, 16, 8))
-    after = converted(model)
+    after = converted(build(text, gain=1 + 0.1 * normal(1, 16), wq=normal(2, 16, 16), wk=normal(3, 16, 8)))
     assert [value.dtype for value in after.graph.inputs] == [
         HALF, HALF, HALF, ir.DataType.INT32, ir.DataType.INT32
     ]  # fmt: skip
@@ -167,8 +165,7 @@ def test_angles_of_positions_stay_in_float32() -> None:
 
 def test_a_weight_that_is_stored_in_float16_loses_its_cast() -> None:
     text = "(float[2,8] x) => (float[2,8] y) { wide = Cast<to = 1>(w) y = MatMul(x, wide) }"
-    model = build(text, w=normal(1, 8, 8).astype(np.float16))
-    after = converted(model)
+    after = converted(build(text, w=normal(1, 8, 8).astype(np.float16)))
     assert operators(after) == {"MatMul": 1}
     assert the(after, "MatMul").inputs[1] is after.graph.initializers["w"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from support.graphs import build, fired, normal, operators, same_numbers, serialized, tag, untouched
+from support.graphs import build, fired, normal, operators, serialized, tag, untouched
 
 from satchel.graphs.passes.normalize.decompose_norms import decompose_norms
 from satchel.graphs.passes.normalize.lower_opset import lower_opset
@@ -30,10 +30,8 @@ def graph(norm: str, kind: str = "float") -> ir.Model:
 
 @pytest.mark.parametrize("name", NORMS)
 def test_the_arithmetic_is_the_norm(name: str) -> None:
-    model = graph(NORMS[name])
-    after = fired(decompose_norms, model, 1).model
+    after = fired(decompose_norms, graph(NORMS[name]), 1, feeds=FEEDS).model
     assert not [op for op in operators(after) if "Normalization" in op]
-    same_numbers(model, after, FEEDS)
 
 
 @pytest.mark.parametrize("name", NORMS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.graphs import build, fired, normal, operators, run, same_numbers, tag, untouched
+from support.graphs import build, fired, normal, operators, run, tag, untouched
 
 from satchel.graphs.ir.values import SMALL
 from satchel.graphs.ir.weights import LazyWeight
@@ -21,10 +21,9 @@ def test_a_chain_of_constants_becomes_an_initializer() -> None:
         shape = Reshape(whole, same)
         y = Reshape(x, shape)
     }""")
-    result = fired(fold_constants, model, 4)
+    result = fired(fold_constants, model, 4, feeds=X, exact=True)
     assert operators(result.model) == {"Reshape": 1}
     assert list(result.model.graph.initializers) == ["shape"]
-    same_numbers(model, result.model, X, exact=True)
 
 
 FOLDED = {
@@ -88,13 +87,12 @@ def test_the_transpose_of_a_large_weight_is_written_down_and_not_computed() -> N
     weight = normal(2, *WIDE)
     assert weight.nbytes > SMALL
     model = build("(float[2,137] x) => (float[2,131] y) { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }", w=weight)
-    result = fired(fold_constants, model, 1)
+    result = fired(fold_constants, model, 1, feeds={"x": normal(3, 2, 137) / 137})
     assert operators(result.model) == {"MatMul": 1}
     (value,) = result.model.graph.initializers.values()
     assert value.name == "w.T"
     assert isinstance(value.const_value, LazyWeight)
     np.testing.assert_array_equal(value.const_value.numpy(), weight.T)
-    same_numbers(model, result.model, {"x": normal(3, 2, 137) / 137})
 
 
 def test_a_weight_that_is_read_elsewhere_keeps_its_own_initializer() -> None:
@@ -102,9 +100,8 @@ def test_a_weight_that_is_read_elsewhere_keeps_its_own_initializer() -> None:
         "(int64[2] i) => (float[2,131] y) { t = Transpose(w) e = Gather(w, i) y = MatMul(e, t) }",
         w=normal(2, *WIDE) / 8,
     )
-    result = fired(fold_constants, model, 1)
+    result = fired(fold_constants, model, 1, feeds={"i": np.asarray([130, 0])})
     assert set(result.model.graph.initializers) == {"w", "w.T"}
-    same_numbers(model, result.model, {"i": np.asarray([130, 0])})
 
 
 @pytest.mark.parametrize("shape", [(131, 137), (2, 3, 4000)], ids=["kept as it is", "three axes"])

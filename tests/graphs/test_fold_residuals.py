@@ -56,7 +56,6 @@ def test_a_product_that_something_else_reads_is_left_alone() -> None:
 
 def test_a_second_residual_and_a_weight_are_left_alone() -> None:
     text = TEXT.replace("y = Add(p, s)", "t = Add(p, s) y = Add(t, r)")
-    before = with_linears(text, codes_of())
-    assert operators(fired(fold_residuals, before, 1).model)["Add"] == 1
+    assert operators(fired(fold_residuals, with_linears(text, codes_of()), 1).model)["Add"] == 1
     text = TEXT.replace("Add(p, s)", 'Add(p, "layer.bias")')
     assert untouched(fold_residuals, with_linears(text, codes_of(), layer__bias=normal(4, 40))) == []

@@ -34,8 +34,7 @@ def check(before: ir.Model, block: int, count: int = 1) -> ir.Model:
 
 @pytest.mark.parametrize("block", [1, 4, 16])
 def test_the_output_is_the_same(block: int) -> None:
-    after = check(layer(GATED, DOWN), block)
-    assert operators(after) == {"MatMul": 4, "Gelu": 1, "Mul": 1, "Reshape": 2}
+    assert operators(check(layer(GATED, DOWN), block)) == {"MatMul": 4, "Gelu": 1, "Mul": 1, "Reshape": 2}
 
 
 def test_the_input_is_mixed_in_blocks() -> None:

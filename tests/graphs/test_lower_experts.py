@@ -19,11 +19,7 @@ TEXT = """(float[tokens,8] hidden, int64[tokens,{k}] index, float[tokens,{k}] we
 
 
 def mixture(k: int = 2, *changes: tuple[str, str]) -> ir.Model:
-    text = TEXT.format(k=k)
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    return build(text, gate_up=GATE_UP, down=DOWN)
+    return build(TEXT.format(k=k), *changes, gate_up=GATE_UP, down=DOWN)
 
 
 def feeds(k: int, total: float | None = None, tokens: int = TOKENS) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.graphs import build, fired, normal, operators, same_numbers, untouched
+from support.graphs import build, fired, normal, operators, untouched
 
 from satchel.graphs.passes.normalize.normalize_lookups import normalize_lookups
 
@@ -19,9 +19,7 @@ TEXT = """(int64[batch,sequence] index) => (float[batch,sequence,7] y)
 @pytest.mark.parametrize("axis", ["-1", "2"])
 def test_a_row_looked_up_by_one_index_is_gathered(axis: str) -> None:
     model = build(TEXT.replace("{-1}", f"{{{axis}}}"), table=TABLE)
-    after = fired(normalize_lookups, model, 1).model
-    assert operators(after) == {"Gather": 1, "Neg": 1}
-    same_numbers(model, after, INDEX)
+    assert operators(fired(normalize_lookups, model, 1, feeds=INDEX).model) == {"Gather": 1, "Neg": 1}
 
 
 def test_a_look_up_by_two_indices_is_left_alone() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.graphs import build, fired, normal, operators, same_numbers, untouched
+from support.graphs import build, fired, normal, operators, untouched
 
 from satchel.graphs.passes.normalize.normalize_slices import normalize_slices
 
@@ -23,10 +23,9 @@ TEXT = """(float[batch,sequence,4] a, float[batch,sequence,6] b, float[batch,seq
 )
 def test_whole_parts_are_read_where_they_come_from(start: int, end: int, left: int) -> None:
     model = build(TEXT.replace("start = {4}", f"start = {{{start}}}").replace("end = {10}", f"end = {{{end}}}"))
-    after = fired(normalize_slices, model, 1).model
+    after = fired(normalize_slices, model, 1, feeds=X, exact=True).model
     assert operators(after).get("Slice", 0) == 0
     assert operators(after).get("Concat", 0) <= left + 1  # the old one is dead and is removed later
-    same_numbers(model, after, X, exact=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.graphs import build, fired, normal, operators, same_numbers, the, untouched
+from support.graphs import build, fired, normal, operators, the, untouched
 
 from satchel.graphs.ir.values import weight
 from satchel.graphs.passes.fuse.pack_gate_up import pack_gate_up
@@ -40,9 +40,7 @@ def layer(nodes: str, **weights: np.ndarray) -> ir.Model:
 
 
 def check(model: ir.Model, count: int = 1) -> ir.Model:
-    after = fired(pack_gate_up, model, count).model
-    same_numbers(model, after, X)
-    return after
+    return fired(pack_gate_up, model, count, feeds=X).model
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -61,8 +61,7 @@ SPELLINGS = {
 def test_the_logits_are_those_of_the_last_real_token(name: str, case: str) -> None:
     given, last = CASES[case]
     model = head(SPELLINGS[name])
-    after = fired(slice_last_logits, model, 1).model
-    found, wanted = run(after, given)["logits"], run(model, given)["logits"]
+    found, wanted = run(fired(slice_last_logits, model, 1).model, given)["logits"], run(model, given)["logits"]
     assert found.shape == (len(last), 1, VOCABULARY)
     np.testing.assert_allclose(found[:, 0], wanted[np.arange(len(last)), last], rtol=1e-5, atol=1e-6)
 

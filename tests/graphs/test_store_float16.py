@@ -18,8 +18,7 @@ TEXT = """(int64[batch,sequence] ids) => (float[batch,sequence,5] y) <float two 
 
 
 def layer(old: str = "", new: str = "", **weights: np.ndarray) -> ir.Model:
-    assert old in TEXT
-    return build(TEXT.replace(old, new) if old else TEXT, **(WEIGHTS | weights))
+    return build(TEXT, (old, new), **(WEIGHTS | weights))
 
 
 def rounded(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 import pytest
-from support.graphs import build, fired, normal, operators, same_numbers, untouched
+from support.graphs import build, fired, normal, operators, untouched
 
 from satchel.graphs.passes.logits.stream_tied_head import stream_tied_head
 
@@ -16,8 +15,7 @@ TEXT = """(float[batch,1,7] x) => (float[batch,1,11] y) {
 
 
 def head(old: str = "", new: str = "") -> ir.Model:
-    assert old in TEXT
-    return build(TEXT.replace(old, new) if old else TEXT, table=TABLE)
+    return build(TEXT, (old, new), table=TABLE)
 
 
 def with_shape(model: ir.Model, rows: int | str) -> ir.Model:
@@ -29,11 +27,10 @@ def with_shape(model: ir.Model, rows: int | str) -> ir.Model:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_table_comes_first_in_the_product(batch: int) -> None:
     model = with_shape(head(), 1)
-    after = fired(stream_tied_head, model, 1).model
+    after = fired(stream_tied_head, model, 1, feeds={"x": normal(2, batch, 1, 7)}).model
     assert operators(after) == {"Reshape": 1, "Transpose": 2, "MatMul": 1, "Unsqueeze": 1, "Neg": 1}
     product = next(node for node in after.graph if node.op_type == "MatMul")
     assert product.inputs[0].name == "table"
-    same_numbers(model, after, {"x": np.random.default_rng(2).standard_normal((batch, 1, 7)).astype(np.float32)})
 
 
 def test_a_head_over_all_positions_is_left_alone() -> None:

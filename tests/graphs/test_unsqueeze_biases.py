@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from support.graphs import build, fired, normal, operators, same_numbers, serialized, untouched
+from support.graphs import build, fired, normal, operators, serialized, untouched
 
 from satchel.graphs.passes.normalize.unsqueeze_biases import unsqueeze_biases
 
@@ -26,8 +26,7 @@ def optimized(model: ir.Model, place: Path) -> ir.Model:
 @pytest.mark.parametrize("order", ["p, b", "b, p"])
 def test_the_sum_is_the_same_and_stays_a_sum(order: str, tmp_path: Path) -> None:
     model = build(TEXT.replace("p, b", order), **WEIGHTS)
-    after = fired(unsqueeze_biases, model, 1).model
-    same_numbers(model, after, {"x": normal(3, 1, 3, 6)}, exact=True)
+    after = fired(unsqueeze_biases, model, 1, feeds={"x": normal(3, 1, 3, 6)}, exact=True).model
     assert operators(optimized(model, tmp_path)) == {"Reshape": 2, "Gemm": 1}, "what the pass is there for"
     assert operators(optimized(after, tmp_path)) == {"MatMul": 1, "Add": 1}
 

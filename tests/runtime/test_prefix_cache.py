@@ -157,3 +157,19 @@ def test_threads_find_only_what_is_theirs_and_stay_under_the_limit() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+def test_texts_on_two_sides_of_a_border_are_kept_beside_each_other() -> None:
+    """Keys of a long text are rotated otherwise: they neither serve a short one nor stand for it."""
+    store = PrefixCache(SPEC, 20 * position_bytes(SPEC), border=4)
+    long = cache_of("abcdef")
+    long.long = True
+    store.keep(array("abcdef"), long)
+    keep(store, "abc")
+    assert store.positions == 9
+    assert [store.longest(array(ids))[0] for ids in ("abcd", "abcdx", "abcdef")] == [3, 4, 6]
+    assert [store.longest_saved(array(ids))[0] for ids in ("abcd", "abcdx", "abcdefg")] == [3, 3, 6]
+    longer = cache_of("abcdefg")
+    longer.long = True
+    store.keep(array("abcdefg"), longer)
+    assert store.positions == 10, "the long prefix is replaced, the short one stays"

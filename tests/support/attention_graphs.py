@@ -42,11 +42,7 @@ class Layer:
 
     def graph(self, *changes: tuple[str, str], **tables: np.ndarray) -> ir.Model:
         """The traced form, with some pieces of its text replaced."""
-        text = self._text()
-        for old, new in changes:
-            assert old in text, old
-            text = text.replace(old, new)
-        return build(text, **((self.tables() if self.rotary else {}) | tables))
+        return build(self._text(), *changes, **((self.tables() if self.rotary else {}) | tables))
 
     def _text(self) -> str:
         sizes = self.sizes()

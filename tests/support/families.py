@@ -21,6 +21,7 @@ from support.lost_features import (
     uncentered,
     unrotated,
     unscaled_embeddings,
+    without_distance,
     without_sinks,
     zeroing,
 )
@@ -133,7 +134,9 @@ def save(family: Family, folder: Path) -> Path:
 
 def _empty(family: Family, **changes: Any) -> Model:
     build_from: Any = transformers.AutoModelForCausalLM.from_config  # untyped in transformers
-    model: Model = build_from(config_of(family, **changes), dtype=torch.float32, attn_implementation="eager")
+    # The eager attention of Falcon adds its bias for distance twice.
+    attention = "sdpa" if family.model_type == "falcon" else "eager"
+    model: Model = build_from(config_of(family, **changes), dtype=torch.float32, attn_implementation=attention)
     return model.train(False)
 
 
@@ -392,6 +395,25 @@ FAMILIES: dict[str, Family] = {
         },
         {"window": {"sliding_window": 128}, "sparse activations": {"activation_sparsity_pattern": [0.0] * 4}},
     ),
+    "bloom": Family(
+        "bloom", {"num_attention_heads": 6, "hidden_size": 96}, {"bias for distance": without_distance}, seed=40
+    ),
+    "mpt": Family("mpt", {"max_seq_len": 128}, {"bias for distance": without_distance}, seed=3),
+    "mpt_clipped": Family(
+        "mpt",
+        {"max_seq_len": 128, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4, "alibi_bias_max": 8}},
+        {"clipped queries, keys and values": {"attn_config": {"softmax_scale": 0.4}}},
+        seed=5,
+    ),
+    "falcon": Family("falcon", {}, {"rotation": unrotated}, seed=1),
+    "falcon_groups": Family(
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, {"biases": BIASES}
+    ),
+    "falcon_alibi": Family(
+        "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        {"bias for distance": {"alibi": False}}, seed=3,
+    ),
+    "falcon_alibi_one_key": Family("falcon", {"alibi": True}, {"bias for distance": {"alibi": False}}, seed=4),
 }  # fmt: skip
 FAMILIES |= {
     name: Family(model_type, options, {STATE: stateless}, seed=seed, deviation=deviation)

@@ -19,16 +19,20 @@ Arrays = Mapping[str, np.ndarray]
 ort.set_default_logger_severity(3)
 
 
-def build(text: str, **weights: np.ndarray) -> ir.Model:
+def build(text: str, *changes: tuple[str, str], **weights: np.ndarray) -> ir.Model:
     """A model from the text of one graph in ONNX's own notation, with the shapes that ONNX infers.
 
     Args:
         text: "(inputs) => (outputs) <constants and shapes of values> { nodes }". Constants become plain tensors; a
             dimension written ? has neither size nor name.
+        changes: Pieces of the text, each of which must be there, and what stands in their place.
         weights: Arrays that become lazy weights, as those of a checkpoint are; a double underscore in a name stands for
             a dot. They are not written among the inputs of the text.
     """
     named = {name.replace("__", "."): array for name, array in weights.items()}
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
     text = text.strip()
     types = {np.dtype(np.float32): "float", np.dtype(np.int64): "int64", np.dtype(np.float16): "float16"}
     declared = [f'{types[a.dtype]}[{",".join(map(str, a.shape))}] "{n}"' for n, a in named.items()]
@@ -109,9 +113,16 @@ def untouched(graph_pass: GraphPass, model: ir.Model) -> list[str]:
     return [refusal.reason for refusal in result.refusals]
 
 
-def fired(graph_pass: GraphPass, model: ir.Model, count: int, keeps_signature: bool = True) -> PassResult:
+def fired(
+    graph_pass: GraphPass,
+    model: ir.Model,
+    count: int,
+    keeps_signature: bool = True,
+    feeds: Arrays | None = None,
+    exact: bool = False,
+) -> PassResult:
     """Check that the pass changes the model `count` times, and what every pass owes: the given model unaltered, a valid
-    graph, inputs and outputs kept, and nothing left to do for a second run.
+    graph, inputs and outputs kept, and nothing left to do for a second run; with `feeds`, the same numbers, too.
     """
     before = serialized(model)
     result = graph_pass(model)
@@ -123,6 +134,8 @@ def fired(graph_pass: GraphPass, model: ir.Model, count: int, keeps_signature: b
     if keeps_signature:
         assert signature(result.model) == signature(model)
     untouched(graph_pass, result.model)
+    if feeds is not None:
+        same_numbers(model, result.model, feeds, exact)
     return result
 
 

@@ -86,6 +86,15 @@ def without_sinks(model: Model) -> None:
         torch.nn.init.constant_(parameter, -1e9)
 
 
+def without_distance(model: Model) -> None:
+    """BLOOM and MPT without the bias of ALiBi."""
+    for module in model.modules():
+        if hasattr(module, "inv_norm_factor"):
+            module.beta = 0.0
+        if hasattr(module, "build_mpt_alibi_tensor"):
+            module.build_mpt_alibi_tensor = lambda heads, length, *_, **__: torch.zeros(heads, 1, length)
+
+
 def stateless(model: Model) -> None:
     """Let each layer with a convolution forget, at every token, all tokens before."""
     mixers = [m for m in model.modules() if any(isinstance(part, torch.nn.Conv1d) for part in m.children())]

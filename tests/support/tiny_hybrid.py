@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from support.tiny_bundle import (
     CONTRIB,
     HIDDEN,
-    MAX_CONTEXT,
     ONNX_TYPES,
     VOCABULARY,
     Weights,
@@ -27,6 +26,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 LINEAR_HEADS, KEY_DIM, VALUE_DIM, KERNEL = 2, 8, 16, 4
 QUERY, VALUE = LINEAR_HEADS * KEY_DIM, LINEAR_HEADS * VALUE_DIM
 MIXED = 2 * QUERY + VALUE
+POSITIONS = 512
 PATTERN = ("linear", "conv", "attention", "linear")
 """What each layer does. `linear`: a causal convolution, then a gated delta rule; `conv`: a gated short convolution;
 `plain`: nothing between tokens."""
@@ -65,7 +65,7 @@ def make_arrays(pattern: Sequence[str] = PATTERN, seed: int = 0) -> dict[str, Ar
     """The weights by name, float32, large enough that every token before counts."""
     rng = np.random.default_rng(seed)
     arrays = {"embed": rng.normal(0, 1, (VOCABULARY, HIDDEN)), "head": rng.normal(0, 1, (HIDDEN, VOCABULARY))}
-    angles = np.arange(MAX_CONTEXT)[:, None] / 10000 ** (np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    angles = np.arange(POSITIONS)[:, None] / 10000 ** (np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     arrays |= {"gain": np.ones(HIDDEN), "cos": np.cos(angles), "sin": np.sin(angles)}
     shapes = {
         "attention": {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM},

@@ -100,6 +100,18 @@ test("a long prompt goes in parts, whose masks count all tokens so far", async (
   assert.deepEqual(runs.map((run) => [run.feeds.input_ids.dims[1], run.feeds.attention_mask.dims[1]]), [[256, 256], [44, 300]]);
 });
 
+test("where long texts are rotated otherwise, they go in one run, and a text that becomes one is fed again", async () => {
+  const { ort, runs } = standIn();
+  const model = { ...MANIFEST.model, rotary_border: 280 };
+  const bundle = await openBundle(ort, read({ ...MANIFEST, model }));
+  const spans = () => runs.splice(0).map((run) => [run.name, run.feeds.input_ids.dims[1], run.feeds.attention_mask.dims[1]]);
+  await all(bundle.generate(new Array(300).fill(1), 1));
+  assert.deepEqual(spans(), [["prefill.onnx", 300, 300]]);
+  await all(bundle.generate(new Array(279).fill(1), 4));
+  const whole = [["decode.onnx", 1, 280], ["prefill.onnx", 281, 281], ["decode.onnx", 1, 282]];
+  assert.deepEqual(spans(), [["prefill.onnx", 256, 256], ["prefill.onnx", 23, 279], ...whole]);
+});
+
 test("no part is one token alone", () => {
   assert.deepEqual(chunks(0), []);
   assert.deepEqual(chunks(1), [[0, 1]]);
