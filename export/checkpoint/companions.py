@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.export.errors import ExportError
-from satchel.runtime.generation.generation_config import FILE, complaints
+from satchel.runtime.generation.generation_config import FILE, complaints, without_wrong
 
 _CONFIG = "tokenizer_config.json"
 _PATTERNS = ("generation_config.json", _CONFIG, "LICENSE*", "NOTICE*", "README.md")
@@ -52,13 +52,29 @@ def _text(token: Any) -> Any:
 
 def generation_complaints(companions: Mapping[str, bytes | Path], vocabulary: int) -> list[str]:
     """What is wrong with the checkpoint's generation_config.json, and which of its keys are not followed."""
-    stored = companions.get(FILE)
-    if stored is None:
+    if FILE not in companions:
         return []
+    document = _generation_config(companions[FILE])
+    if document is None:
+        return ["not a JSON object: correct the file; now it is left out"]
+    return complaints(document, vocabulary)
+
+
+def without_wrong_settings(companions: Mapping[str, bytes | Path], vocabulary: int) -> dict[str, bytes | Path]:
+    """Return the companions without what `generation_complaints` calls wrong: values, or the whole file."""
+    if FILE not in companions:
+        return dict(companions)
+    document = _generation_config(companions[FILE])
+    kept = {} if document is None else without_wrong(document, vocabulary)
+    if kept == document:
+        return dict(companions)
+    return {**companions, FILE: json.dumps(kept, indent=2, ensure_ascii=False).encode()}
+
+
+def _generation_config(stored: bytes | Path) -> dict[str, Any] | None:
+    """The parsed file; None where it is not a JSON object."""
     try:
         document = json.loads(stored if isinstance(stored, bytes) else stored.read_bytes())
     except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        return ["not a JSON object: correct the file"]
-    return complaints(document, vocabulary)
+        return None
+    return document if isinstance(document, dict) else None

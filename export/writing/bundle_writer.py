@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnxruntime import AdapterFormat, OrtValue
 
 from satchel.export.checkpoint import Checkpoint
+from satchel.export.checkpoint.companions import without_wrong_settings
 from satchel.export.config import ExportConfig
 from satchel.export.writing.describe import describe
 from satchel.export.writing.genai_config import genai_config
@@ -60,7 +61,7 @@ def write_bundle(
         files = {WEIGHTS_NAME: write_weights(folder, places, advance)}
     for phase, model in models.items():
         write_graph(folder, f"{phase}.onnx", model, places)
-    companions = dict(checkpoint.companions)
+    companions = without_wrong_settings(checkpoint.companions, checkpoint.vocab_size)
     if checkpoint.tokenizer is not None:
         companions[checkpoint.tokenizer.spec.file] = checkpoint.tokenizer.file
     write_companions(folder, companions)

@@ -276,8 +276,9 @@ class Answer:
 def checkpoint_options(generator: Generator, given: Mapping[str, Any] | None = None) -> GenerationOptions:
     """The options of the checkpoint (its generation_config.json) and `CHAT_DEFAULTS`, overridden by `given`.
 
-    Raises BundleError for an invalid file, or a value in it that `given` does not replace.
+    A wrong value in the file that `given` does not replace is left out with a warning. Raises BundleError for a file
+    that is not a JSON object.
     """
-    given = given or {}
-    stored = stored_options(read_stored(generator.engine.bundle), given)
+    given, bundle = given or {}, generator.engine.bundle
+    stored = stored_options(read_stored(bundle), given, bundle.manifest.model.vocab_size)
     return GenerationOptions(**CHAT_DEFAULTS | stored).updated(given)

@@ -1,16 +1,17 @@
 """Reads a checkpoint's generation_config.json: which of its keys are followed, and what is wrong with them.
 
-Values are judged after the options that a user gives, which replace them.
+Values are judged after the options that a user gives, which replace them. A wrong one is named and left out.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import BundleError
+from satchel.runtime.errors import BundleError, SatchelWarning
 from satchel.runtime.generation.sampling.options import DRAW_ONLY
 from satchel.runtime.generation.sampling.table import BY_FIELD, Option, shown
 from satchel.runtime.generation.sampling.token_rules import ids_in
@@ -87,24 +88,28 @@ def read_stored(bundle: Bundle) -> dict[str, Any]:
 def stored_rules(bundle: Bundle, given: Mapping[str, Any], *, stop: bool = True) -> dict[str, Any]:
     """The checkpoint's options that hold for every text, chat or not, but for those that `given` replaces.
 
-    They are the tokens that may never come, or must, and the stop strings unless `stop` is false. Raises BundleError.
+    They are the tokens that may never come, or must, and the stop strings unless `stop` is false. Warns as
+    `stored_options` does. Raises BundleError if the file is not a JSON object.
     """
     keys = (*TOKEN_RULES, "stop_strings") if stop and bundle.manifest.tokenizer else TOKEN_RULES
     document = read_stored(bundle)
-    return stored_options({key: document[key] for key in keys if key in document}, given)
+    found = {key: document[key] for key in keys if key in document}
+    return stored_options(found, given, bundle.manifest.model.vocab_size)
 
 
-def stored_options(document: Mapping[str, object], given: Mapping[str, Any]) -> dict[str, Any]:
+def stored_options(
+    document: Mapping[str, object], given: Mapping[str, Any], vocabulary: int | None = None
+) -> dict[str, Any]:
     """The options of a parsed file, by field of `GenerationOptions`, but for those that `given` replaces.
 
-    A given temperature replaces `do_sample` too: without sampling, what counts only then is not read. Raises
-    BundleError naming the file, the key and what replaces it.
+    A given temperature replaces `do_sample` too: without sampling, what counts only then is not read. `vocabulary` is
+    the number of token ids. A wrong value is left out, with a SatchelWarning that names the file and the key.
     """
     found: dict[str, Any] = {}
-    for _, field, value, wrong in _judged(document, given):
+    for _, field, value, wrong in _judged(document, given, vocabulary):
         if wrong is not None:
-            raise BundleError(f"{FILE}: {wrong}")
-        if field:
+            warnings.warn(f"{FILE}: {wrong}", SatchelWarning, stacklevel=2)
+        if value is not None:
             found[field] = value
     # The file's own bounds give way to those of the user.
     both = {**found, **given}
@@ -119,13 +124,7 @@ def stored_options(document: Mapping[str, object], given: Mapping[str, Any]) -> 
 
 def complaints(document: Mapping[str, object], vocabulary: int) -> list[str]:
     """What is to be said about a file when its checkpoint is exported: each wrong value, and the keys not followed."""
-    found = []
-    for key, field, value, wrong in _judged(document, {}):
-        beyond = [token for token in ids_in(field, value) if token >= vocabulary] if field in TOKEN_RULES else []
-        if wrong is None and beyond:
-            wrong = f"{key}: token id {beyond[0]} is outside the vocabulary of {vocabulary} ids{_advice(field)}"
-        if wrong is not None:
-            found.append(wrong)
+    found = [wrong for _, _, _, wrong in _judged(document, {}, vocabulary) if wrong is not None]
     ignored = []
     for key, value in document.items():
         default, instead = NOT_FOLLOWED.get(key, (None, ""))
@@ -137,8 +136,16 @@ def complaints(document: Mapping[str, object], vocabulary: int) -> list[str]:
     return found
 
 
-def _judged(document: Mapping[str, object], given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, str | None]]:
-    """Each key that counts: its name, the field, the value, and what is wrong with it."""
+def without_wrong(document: Mapping[str, object], vocabulary: int) -> dict[str, object]:
+    """The file without its wrong values."""
+    wrong = {key for key, _, _, wrong in _judged(document, {}, vocabulary) if wrong is not None}
+    return {key: value for key, value in document.items() if key not in wrong}
+
+
+def _judged(
+    document: Mapping[str, object], given: Mapping[str, Any], vocabulary: int | None
+) -> Iterator[tuple[str, str, Any, str | None]]:
+    """Each key that counts: its name, the field, the value (None for none), and what is wrong with the stored one."""
     samples = document.get("do_sample")
     if "temperature" in given:
         samples = samples is True and given["temperature"] != 0
@@ -155,16 +162,24 @@ def _judged(document: Mapping[str, object], given: Mapping[str, Any]) -> Iterato
         wrong = option.complaint(value)
         if wrong is None and key == "temperature" and value == 0:
             wrong = " 0: must be above 0 if do_sample is true"
-        if wrong is not None:
-            yield key, option.field, None, f"{key}{wrong}{_advice(option.field)}"
-        else:
+        if wrong is None:
             read = option.kind if option.read is None else option.read
-            yield key, option.field, read(value), None
+            value = read(value)
+            beyond = [] if vocabulary is None else [id for id in _ids(option.field, value) if id >= vocabulary]
+            wrong = f": token id {beyond[0]} is outside the vocabulary of {vocabulary} ids" if beyond else None
+        if wrong is None:
+            yield key, option.field, value, None
+        else:
+            yield key, option.field, defaults.get(key), f"{key}{wrong}{_advice(option.field)}"
+
+
+def _ids(field: str, value: object) -> Iterator[int]:
+    return ids_in(field, value) if field in TOKEN_RULES else iter(())
 
 
 def _advice(field: str) -> str:
     flag = "--" + field.replace("_", "-")
-    return f": give {flag}, or correct the file in the checkpoint and export it again"
+    return f": give {flag}, or correct the file in the checkpoint and export it again; now it is left out"
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from support.command import Satchel
 
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.checkpoint.companions import generation_complaints
 from satchel.runtime import Generator
-from satchel.runtime.errors import BundleError, PromptError
-from satchel.runtime.generation.generation_config import complaints, stored_options
+from satchel.runtime.errors import SatchelWarning
+from satchel.runtime.generation.generation_config import complaints, stored_options, without_wrong
 from satchel.runtime.generation.options import GenerationOptions
 
 PROMPT = [5, 9, 31, 9, 12]
@@ -102,10 +104,11 @@ def test_greedy_tokens_are_those_of_transformers(
 
 def test_a_stored_value_is_judged_after_what_is_given() -> None:
     stored = {"do_sample": True, "temperature": 0.0, "top_k": -1, "min_new_tokens": 50}
-    with pytest.raises(BundleError, match=r"temperature 0.*--temperature"):
-        stored_options(stored, {})
-    with pytest.raises(BundleError, match=r"top_k -1.*--top-k"):
-        stored_options(stored, {"temperature": 0.7})
+    with pytest.warns(SatchelWarning, match=r"temperature 0.*--temperature"), pytest.warns(match=r"top_k -1.*--top-k"):
+        left = stored_options(stored, {})
+    assert left == {"temperature": 1.0, "top_k": 50, "min_new_tokens": 50}
+    with pytest.warns(SatchelWarning, match=r"top_k -1.*--top-k"):
+        assert stored_options(stored, {"temperature": 0.7})["top_k"] == 50
     assert stored_options(stored, {"temperature": 0, "max_new_tokens": 3}) == {"min_new_tokens": 3}
     found = stored_options(stored, {"temperature": 0.7, "top_k": 20, "max_new_tokens": 3})
     GenerationOptions(**found).updated({"temperature": 0.7, "top_k": 20, "max_new_tokens": 3}).check_all(100)
@@ -124,17 +127,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_a_malformed_value_gives_one_line_at_export_and_at_run_time(key: str) -> None:
+def test_a_malformed_value_is_named_and_left_out_at_export_and_at_run_time(key: str) -> None:
     values, flag = WRONG[key]
     for value in values:
-        with pytest.raises(BundleError, match=f"generation_config.json: {key} .*{flag}") as error:
-            stored_options({key: value}, {})
-        (line,) = complaints({key: value}, 100)
-        assert line in str(error.value)
+        stored = {key: value, "no_repeat_ngram_size": 3}
+        with pytest.warns(SatchelWarning, match=f"generation_config.json: {key} .*{flag}") as warned:
+            assert stored_options(stored, {}) == {"no_repeat_ngram_size": 3}
+        (line,) = complaints(stored, 100)
+        assert str(warned[0].message).endswith(line)
         assert "\n" not in line
+        assert without_wrong(stored, 100) == {"no_repeat_ngram_size": 3}
 
 
-def test_ids_beyond_the_vocabulary_are_named_at_export_and_refused_at_run_time() -> None:
+def test_ids_beyond_the_vocabulary_are_named_and_left_out() -> None:
     for key, value in {
         "suppress_tokens": [5, 100],
         "bad_words_ids": [[5], [6, 100]],
@@ -143,9 +148,25 @@ def test_ids_beyond_the_vocabulary_are_named_at_export_and_refused_at_run_time()
         (line,) = complaints({key: value}, 100)
         assert line.startswith(key)
         assert "100" in line
-        with pytest.raises(PromptError, match="100: outside the vocabulary"):
-            GenerationOptions(**stored_options({key: value}, {})).check_all(100)
+        assert without_wrong({key: value, "top_p": 0.5}, 100) == {"top_p": 0.5}
+        with pytest.warns(SatchelWarning, match=f"{key}: token id 100 is outside"):
+            assert stored_options({key: value}, {}, 100) == {}
     assert complaints({"sequence_bias": [[[99], 100.0]]}, 100) == []
+
+
+def test_a_wrong_value_never_blocks_a_command(tmp_path: Path, tiny_checkpoint: Path, satchel: Satchel) -> None:
+    """It is named when the checkpoint is exported, and its bundle runs without a word."""
+    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    stored = {"suppress_tokens": 5, "bad_words_ids": [[7], [448]], "top_k": 7}
+    (checkpoint / "generation_config.json").write_text(json.dumps(stored))
+    said = satchel("export", checkpoint, "-o", bundle, "-p", "fp32", "--no-certificate").err
+    warned = [line for line in said.splitlines() if line.startswith("warning") and "generation_config.json" in line]
+    assert [("suppress_tokens 5" in line, "id 448" in line) for line in warned] == [(True, False), (False, True)]
+    for command in (("run",), ("run", "--raw"), ("run", "--beams", 2), ("chat",)):
+        assert "generation_config" not in satchel(command[0], bundle, "the cat", "-n", 2, *command[1:]).err
+    assert json.loads((bundle / "generation_config.json").read_text()) == {"top_k": 7}
 
 
 def test_keys_that_are_not_followed_are_named_unless_they_have_no_effect(tmp_path: Path, tiny_checkpoint: Path) -> None:
