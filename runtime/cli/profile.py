@@ -48,6 +48,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.bundle.atomic_write import atomic_write, check_target
     from satchel.runtime.ort import session
     from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.tools.profiling.layer_names import layer_count
     from satchel.runtime.tools.profiling.profiling import record, summarize, trace
     from satchel.runtime.util.progress import waiting
     from satchel.runtime.util.terminal import tell_written
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         custom=custom_flags.custom_of(args),
     )
     settings = session.SessionSettings(choice, args.threads, args.verbose)
-    layers = len(bundle.manifest.kv_cache.layers)
+    layers = layer_count(bundle.manifest)
     with waiting("profiling", shown=not args.quiet):
         recordings = record(bundle, settings, args.prompt_tokens, args.new_tokens)
         if args.trace is not None:

@@ -106,7 +106,7 @@ def _run_single(
             print(flush=True)
         result = stream.result()
     if not args.quiet:
-        print(_figures([result], result.decode_speed, templated), file=sys.stderr)
+        print(_figures([result], result.decode_speed, templated, _state_bytes(generator)), file=sys.stderr)
     return result
 
 
@@ -140,7 +140,7 @@ def _run_several(
         return
     print("\n\n".join(result.text for result in results), flush=True)
     if not args.quiet:
-        print(_figures(results, decode_speed(results), templated), file=sys.stderr)
+        print(_figures(results, decode_speed(results), templated, _state_bytes(generator)), file=sys.stderr)
 
 
 def _print_json(
@@ -180,8 +180,12 @@ def _read_standard_input(args: argparse.Namespace) -> str:
         raise PromptError(f"standard input is not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
 
 
-def _figures(results: Sequence[Generation], speed: float, templated: bool) -> str:
-    first = results[0]
+def _state_bytes(generator: Generator) -> int:
+    return generator.engine.bundle.manifest.state_bytes
+
+
+def _figures(results: Sequence[Generation], speed: float, templated: bool, state_bytes: int) -> str:
+    first, states = results[0], state_bytes * len(results)
     reused = f", {first.reused_tokens} reused" if first.reused_tokens else ""
     reasons = Counter(result.finish_reason for result in results)
     ends = ", ".join(reason if len(results) == 1 else f"{reason} {count}" for reason, count in reasons.items())
@@ -189,5 +193,6 @@ def _figures(results: Sequence[Generation], speed: float, templated: bool) -> st
     return (
         f"{'chat template' if templated else 'raw'}: prompt {first.prompt_tokens} tokens at "
         f"{first.prefill_speed:.1f} tokens/s{reused}, new {sum(result.new_tokens for result in results)} tokens{texts} "
-        f"at {speed:.1f} tokens/s ({ends}), KV cache {sum(result.kv_bytes for result in results) / MIB:.1f} MiB"
+        f"at {speed:.1f} tokens/s ({ends}), KV cache {(sum(r.kv_bytes for r in results) - states) / MIB:.1f} MiB"
+        + (f", states {states / MIB:.1f} MiB" if states else "")
     )

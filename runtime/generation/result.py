@@ -10,7 +10,8 @@ from satchel.runtime.generation.sequence import ActiveSequence
 
 @dataclass(frozen=True)
 class Generation:
-    """The result of a generation. `token_ids` excludes the end token; times are in seconds, `kv_bytes` in bytes.
+    """The result of a generation. `token_ids` excludes the end token; times are in seconds. `kv_bytes` is the size of
+    the KV cache and the states.
 
     `finish_reason` is "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context is used up),
     "loop", "time", "callback" or "closed". `reused_tokens` of the prompt were not fed, since the prefix cache had them.

@@ -362,16 +362,24 @@ def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSes
                 f"{path}: its {side} differ from those in the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
+    sizes = {tensor.name: tuple(tensor.shape) for tensor in (*session.get_inputs(), *session.get_outputs())}
+    for tensor in (*graph.inputs, *graph.outputs):
+        pairs = zip(tensor.shape, sizes[tensor.name], strict=False)
+        if any(isinstance(one, int) and isinstance(other, int) and one != other for one, other in pairs):
+            raise _wrong_shape(path, tensor, sizes[tensor.name])
 
 
 def _check_shapes(bundle: Bundle, part: GraphSpec, session: ort.InferenceSession) -> None:
-    found = {tensor.name: list(tensor.shape) for tensor in (*session.get_inputs(), *session.get_outputs())}
+    found = {tensor.name: tuple(tensor.shape) for tensor in (*session.get_inputs(), *session.get_outputs())}
     for tensor in (*part.inputs, *part.outputs):
-        if found[tensor.name] != list(tensor.shape):
-            raise BundleError(
-                f"{bundle.folder / part.file}: {tensor.name} is {found[tensor.name]} where the manifest says "
-                f"{list(tensor.shape)}: export the bundle again"
-            )
+        if found[tensor.name] != tensor.shape:
+            raise _wrong_shape(bundle.folder / part.file, tensor, found[tensor.name])
+
+
+def _wrong_shape(path: Path, tensor: TensorSpec, found: tuple[int | str, ...]) -> BundleError:
+    return BundleError(
+        f"{path}: {tensor.name} is {list(found)} where the manifest says {list(tensor.shape)}: export the bundle again"
+    )
 
 
 def _declared_types(tensors: tuple[TensorSpec, ...]) -> set[tuple[str, str]]:

@@ -155,14 +155,14 @@ def _bundle(path: str) -> Iterator[Finding]:
         return
     manifest = bundle.manifest
     weights = sum(record.bytes for record in manifest.files.values())
-    cache = position_bytes(manifest.kv_cache) * manifest.model.max_context
+    cache = position_bytes(manifest.kv_cache) * manifest.model.max_context + manifest.state_bytes
     facts: dict[str, Any] = {
         "path": path, "target": manifest.target, "precision": manifest.precision, "bytes": weights,
         "cache_bytes": cache, "max_context": manifest.model.max_context, "fits": None,
     }  # fmt: skip
     text = (
         f"target {manifest.target}, precision {manifest.precision}, {weights / MB:,.1f} MB, and up to "
-        f"{cache / MB:,.1f} MB of KV cache"
+        f"{cache / MB:,.1f} MB of {'KV cache and states' if manifest.states else 'KV cache'}"
     )
     available = _memory().facts["available"]
     if available is not None:

@@ -160,10 +160,13 @@ def make_hybrid(phase: str, weights: Weights, pattern: Sequence[str] = PATTERN) 
         node("Gather", ["embed", "input_ids"], ["h0"]),
     ]
     for i, name in enumerate(pattern):
+        first = len(nodes)
         nodes.append(node("SimplifiedLayerNormalization", [f"h{i}", "gain"], [f"n{i}"], axis=-1, epsilon=1e-5))
         nodes += NODES[name](i)
         nodes.append(node("MatMul", [f"a{i}", f"o.{i}"], [f"p{i}"]))
         nodes.append(node("Add", [f"h{i}", f"p{i}"], [f"h{i + 1}"]))
+        for number, each in enumerate(nodes[first:]):
+            each.name = f"layers.{i}.{each.op_type}_{number}"
     nodes.append(node("SimplifiedLayerNormalization", [f"h{len(pattern)}", "gain"], ["end"], axis=-1, epsilon=1e-5))
     if phase != "score":
         nodes.append(node("Gather", ["end", "minus"], ["picked"], axis=1))

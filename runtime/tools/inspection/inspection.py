@@ -24,6 +24,7 @@ from satchel.runtime.bundle.manifest import (
 )
 from satchel.runtime.bundle.plain_graphs import without_custom
 from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.errors import BundleError
 
 LARGEST_SIZE = 1 << 63  # bytes; larger sizes are impossible
@@ -51,10 +52,11 @@ class PassFacts:
 class Inspection:
     """What is in a bundle. Sizes are in bytes; `files` has the largest first.
 
-    `bytes` is the total of all files except those in `specialized`, and `cache_bytes` the KV cache for the whole
-    context. `bits_per_weight` is 8 times the size of weights.bin over the model's parameters, None without such a file.
-    `layers` are the quantized layers, as in the manifest; other weights are in `float_weights`. `graphs` are those of
-    the phases and the variants, and under "plain" and the phase those without custom passes.
+    `bytes` is the total of all files except those in `specialized`, `cache_bytes` the KV cache for the whole context,
+    and `state_bytes` the states of one sequence. `bits_per_weight` is 8 times the size of weights.bin over the model's
+    parameters, None without such a file. `layers` are the quantized layers, as in the manifest; other weights are in
+    `float_weights`. `graphs` are those of the phases and the variants, and under "plain" and the phase those without
+    custom passes.
     """
 
     bundle: str
@@ -72,6 +74,8 @@ class Inspection:
     kv_cache: CacheSpec
     cache_bytes_per_token: int
     cache_bytes: int
+    states: tuple[StateSpec, ...]
+    state_bytes: int
     float_weights: str
     layers: dict[str, LayerPrecision]
     graphs: dict[str, GraphSpec]
@@ -118,6 +122,8 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         kv_cache=manifest.kv_cache,
         cache_bytes_per_token=token_bytes,
         cache_bytes=cache_bytes,
+        states=manifest.states,
+        state_bytes=manifest.state_bytes,
         float_weights=manifest.float_weights,
         layers=manifest.layers,
         graphs=_graphs(manifest),

@@ -164,6 +164,11 @@ def _cache(found: Inspection) -> Table:
         ("per token", f"{found.cache_bytes_per_token:,} bytes"),
         (f"{context:,} tokens", f"{found.cache_bytes / MIB:,.1f} MiB"),
     ]
+    for (kind, dtype, shape), count in Counter((s.kind, s.dtype, s.shape) for s in found.states).items():
+        size = " x ".join(map(str, shape))
+        rows.append((f"{kind} states", f"{dtype}, {count} of {size}"))
+    if found.states:
+        rows.append(("states per sequence", f"{found.state_bytes:,} bytes, of any length"))
     return Table("KV cache", _clean(rows))
 
 
