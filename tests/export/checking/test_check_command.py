@@ -14,6 +14,7 @@ from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.tiny_bundle import read_manifest, write_bundle, write_manifest
 from support.tiny_custom_bundle import write_custom_bundle
+from support.tiny_hybrid import write_hybrid
 
 
 @pytest.fixture
@@ -58,6 +59,23 @@ def test_a_bundle_for_the_cpu_is_ready_for_it(satchel: Satchel, bundle: Path) ->
     output = satchel("check", bundle, "--provider", "cpu", "--quiet").out
     assert output.splitlines()[-1] == "ready for cpu"
     assert "decode.onnx" in output
+
+
+STATEFUL = ("com.microsoft::CausalConvWithState", "com.microsoft::LinearAttention")
+
+
+@pytest.mark.parametrize(
+    ("provider", "flags", "refused"),
+    [("cpu", (), ()), ("cuda", (), ()), ("cuda", ("--ort-version", "1.24.4"), STATEFUL), ("cann", (), STATEFUL)],
+)
+def test_operators_with_states_are_refused_by_name_where_there_is_no_kernel(
+    satchel: Satchel, tmp_path: Path, provider: str, flags: tuple[str, ...], refused: tuple[str, ...]
+) -> None:
+    bundle = write_hybrid(tmp_path / "bundle")
+    found = satchel.json("check", bundle, "--provider", provider, *flags, "--quiet", code=0 if provider == "cpu" else 1)
+    for graph in found["graphs"]:
+        assert set(STATEFUL) & set(graph["refused"]) == set(refused)
+        assert set(refused) <= {each["operator"] for each in graph["findings"] if each["severity"] == "error"}
 
 
 def test_the_graph_is_judged_as_it_is_handed_over(satchel: Satchel, bundle: Path) -> None:
