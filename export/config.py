@@ -37,6 +37,8 @@ PREFILL_LENGTHS = (32, 128, 512)
 NOT_POSSIBLE = {
     ("cuda", "fp32"): "its attention (GroupQueryAttention) has no float32 kernel",
     ("cuda", "a8w8"): "it has no kernel that multiplies int8 by int8",
+    ("cuda", STORED): "its kernels have float16 scales, to which those of a checkpoint would be rounded",
+    ("cann", STORED): "it has no operator for quantized values, which are folded into float16 weights",
 }
 """Why a target does not support a precision, where there is more to say."""
 

@@ -17,7 +17,7 @@ from satchel.export.checkpoint.companions import folder_companions, read_json, w
 from satchel.export.checkpoint.conversion import convert
 from satchel.export.checkpoint.multimodal import language_model, left_out, of_other_parts
 from satchel.export.checkpoint.placing import on_ties, on_unplaced, placed
-from satchel.export.checkpoint.quantized import read_quantized, settings_of
+from satchel.export.checkpoint.quantized import not_followed, read_quantized, settings_of, turned
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.shards import read_folder, weight_files
 from satchel.export.checkpoint.special_ids import special_ids
@@ -52,7 +52,7 @@ def open_huggingface(
     module = build_structure(config, implementations, str(folder))
     stored, notes = placed(module, stored, folder)
     unplaced: list[str] = []
-    weights = convert(module, stored, str(folder), unplaced)
+    weights = turned(module, convert(module, stored, str(folder), unplaced))
     if config is not outer:
         parts = of_other_parts(module, unplaced)
         unplaced = [name for name in unplaced if name not in parts]
@@ -86,7 +86,7 @@ def open_huggingface(
         tokenizer=files,
         companions=with_names(companions, {} if files is None else files.names),
         sources=_sources(folder),
-        notes=(*notes, *_code_note(table)),
+        notes=(*notes, *not_followed(settings), *_code_note(table)),
     )
     return _with_own_adapter(checkpoint, folder)
 

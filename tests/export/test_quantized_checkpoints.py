@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoints import save_tiny
-from support.quantized import Writer, awq, gptq, logits, save_quantized
+from support.checkpoints import save_tiny, tiny_model
+from support.quantized import Writer, awq, gptq, logits, save_experts, save_quantized
 from support.quantized_floats import fp4, fp8, int8, llm_int8, nf4, packed
 
 from satchel.export import ExportConfig, ExportError, export_bundle
@@ -135,6 +135,65 @@ def test_int8_activations_are_kept_too(tmp_path: Path) -> None:
     found = Engine.open(open_bundle(tmp_path / "bundle"), threads=1).score(IDS)
     expected = logits(model, IDS)
     assert TOLERANCE < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_square_layers_of_gpt2_are_turned(tmp_path: Path) -> None:
+    settings, write = KEPT["gptq, zero points"]
+    model = save_quantized(tmp_path / "checkpoint", settings, write, tiny_model("gpt2"))
+    weights = open_checkpoint(tmp_path / "checkpoint").weights
+    for key in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        name = f"transformer.h.1.{key}.weight"
+        np.testing.assert_array_equal(weights[name].numpy(), model.get_parameter(name).detach().numpy())
+    manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", certificate=False))
+    assert {layer.bits for layer in manifest.layers.values()} == {4}
+    engine = Engine.open(open_bundle(tmp_path / "bundle"), threads=1)
+    np.testing.assert_allclose(engine.score(IDS), logits(model, IDS), rtol=0, atol=TOLERANCE)
+
+
+def test_experts_are_kept(tmp_path: Path) -> None:
+    model = save_experts(tmp_path / "checkpoint", *KEPT["gptq"])
+    manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle"))
+    assert len(manifest.layers) == 4 and {layer.bits for layer in manifest.layers.values()} == {4}
+    assert manifest.certificate is not None and manifest.certificate.prefill.kl_mean < 1e-6
+    engine = Engine.open(open_bundle(tmp_path / "bundle"), threads=1)
+    np.testing.assert_allclose(engine.score(IDS), logits(model, IDS), rtol=0, atol=TOLERANCE)
+
+
+STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+FLOATS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "write", "says"),
+    [
+        (compressed("int-quantized", STATIC, num_bits=8, **CHANNEL), int8(), ("activations", "8-bit integers, static")),
+        (
+            compressed("float-quantized", FLOATS, num_bits=8, type="float", **CHANNEL),
+            fp8((1, 1 << 20), "weight_scale"),
+            ("activations", "8-bit floats)"),
+        ),
+        (compressed("pack-quantized") | {"kv_cache_scheme": FLOATS | {"dynamic": False}}, packed(4, 32), ("KV cache",)),
+        (WIDENED["fp8, blocks"][0] | {"activation_scheme": "static"}, fp8((32, 40)), ("activations", "static scales")),
+    ],
+)  # fmt: skip
+def test_what_is_not_followed_is_named(
+    settings: Mapping[str, Any], write: Writer, says: tuple[str, ...], tmp_path: Path
+) -> None:
+    save_quantized(tmp_path, settings, write)
+    (note,) = open_checkpoint(tmp_path).notes
+    assert "not followed" in note and all(part in note for part in says), note
+
+
+@pytest.mark.parametrize("name", ["gptq", "pack-quantized", "mxfp4"])
+def test_nothing_is_named_where_all_is_followed(name: str, tmp_path: Path) -> None:
+    save_quantized(tmp_path, *KEPT[name])
+    assert not open_checkpoint(tmp_path).notes
+
+
+@pytest.mark.parametrize(("target", "reason"), [("cuda", "float16 scales"), ("cann", "folded into float16")])
+def test_a_device_that_cannot_keep_the_values_says_why(target: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"--precision stored is not supported by --target {target}.*{reason}"):
+        ExportConfig(tmp_path / "bundle", "stored", target=target)
 
 
 def test_a_widened_format_is_rounded_as_a_float_model_is(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.checkpoints import tiny_model
+from transformers.pytorch_utils import Conv1D
 
 Tensors = dict[str, torch.Tensor]
 Writer = Callable[[str, NDArray[np.float32]], tuple[Tensors, NDArray[np.float32]]]
@@ -24,20 +26,43 @@ def save_quantized(folder: Path, settings: Mapping[str, Any], write: Writer, mod
     model = tiny_model("llama") if model is None else model
     model.save_pretrained(folder)
     tensors: Tensors = {}
-    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and n != "lm_head"}
+    turned = {n for n, m in model.named_modules() if isinstance(m, Conv1D)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             layer = name.removesuffix(".weight")
             if layer not in linear:
                 tensors[name] = parameter.clone()
                 continue
-            made, widened = write(layer, parameter.numpy())
+            made, widened = write(layer, (parameter.T if layer in turned else parameter).numpy())
+            widened = widened.T if layer in turned else widened
             tensors |= {f"{layer}.{suffix}": tensor.clone().contiguous() for suffix, tensor in made.items()}
             parameter.copy_(torch.from_numpy(widened))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(settings)}))
     return model
+
+
+def save_experts(folder: Path, settings: Mapping[str, Any], write: Writer) -> torch.nn.Module:
+    """Save a tiny mixture with its experts in a format, each by itself; return it with the widened weights."""
+    tiny_model("mixtral").save_pretrained(folder)
+    tensors: Tensors = {}
+    wide: Tensors = load_file(folder / "model.safetensors")
+    for name, tensor in wide.items():
+        layer = name.removesuffix(".weight")
+        if ".experts." not in name:
+            tensors[name] = tensor
+            continue
+        made, widened = write(layer, tensor.numpy())
+        tensors |= {f"{layer}.{suffix}": part.clone().contiguous() for suffix, part in made.items()}
+        wide[name] = torch.from_numpy(widened)
+    save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(settings)}))
+    return model.train(False)
 
 
 def logits(model: torch.nn.Module, ids: NDArray[np.int64]) -> NDArray[np.float32]:

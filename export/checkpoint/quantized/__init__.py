@@ -1,5 +1,5 @@
 """Reads checkpoints that are quantized already."""
 
-from satchel.export.checkpoint.quantized.formats import read_quantized, settings_of
+from satchel.export.checkpoint.quantized.formats import not_followed, read_quantized, settings_of, turned
 
-__all__ = ["read_quantized", "settings_of"]
+__all__ = ["not_followed", "read_quantized", "settings_of", "turned"]

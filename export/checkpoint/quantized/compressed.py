@@ -63,6 +63,23 @@ def read_compressed(layers: Mapping[str, Layer], settings: Settings) -> dict[str
     return {name: _read(layer, _group(layer, settings), settings) for name, layer in layers.items()}
 
 
+def follows_activations(group: Mapping[str, Any]) -> bool:
+    """Whether the inputs of a group's layers are rounded to int8, token by token, by scales found as the model runs.
+
+    Only weights of 8 bits with one symmetric scale for each output have a kernel for that.
+    """
+    activations, weights = group.get("input_activations") or {}, group.get("weights") or {}
+    return (
+        activations.get("type", "int") == "int"
+        and activations.get("num_bits") == 8
+        and bool(activations.get("dynamic"))
+        and weights.get("type", "int") == "int"
+        and weights.get("num_bits", 8) == 8
+        and weights.get("strategy") in ("channel", "tensor")
+        and bool(weights.get("symmetric", True))
+    )
+
+
 def _group(layer: Layer, settings: Settings) -> dict[str, Any]:
     """The group that a layer belongs to: named, or by a pattern, or by its class."""
     name, groups = layer.name, list(settings["config_groups"].values())
@@ -104,12 +121,11 @@ def _read(layer: Layer, group: Mapping[str, Any], settings: Settings) -> LazyWei
 
     scales = _scales(layer, scheme, outputs, inputs)
     zeros = _zero_points(layer, scheme, bits, scales.shape)
-    activations = group.get("input_activations") or {}
     return affine_weight(
         f"{layer.name}.weight",
         Affine(
             bits, inputs, codes, scales, zeros, _group_of(layer, inputs, scales.shape[1]),
-            token_activations=activations.get("type") == "int" and activations.get("num_bits") == 8,
+            token_activations=follows_activations(group),
         ),
     )  # fmt: skip
 

@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.pytorch_utils import Conv1D
+
 from satchel.export.checkpoint.companions import read_json
 from satchel.export.checkpoint.quantized.bitsandbytes import read_bitsandbytes
-from satchel.export.checkpoint.quantized.compressed import check_compressed, read_compressed
+from satchel.export.checkpoint.quantized.compressed import check_compressed, follows_activations, read_compressed
 from satchel.export.checkpoint.quantized.floats import check_fp8, read_fp8, read_mxfp4
 from satchel.export.checkpoint.quantized.gptq import check_awq, check_gptq, read_awq, read_gptq
 from satchel.export.checkpoint.quantized.grids import Layer, Settings
 from satchel.export.errors import ExportError
-from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight, transposed
+from satchel.graphs.quant.stored import GRID, WIDENED
 
 Read = Callable[[Mapping[str, Layer], Settings], dict[str, LazyWeight]]
 
@@ -139,6 +143,44 @@ def read_quantized(stored: Mapping[str, LazyWeight], settings: Settings | None, 
     rest = {name: weight for name, weight in stored.items() if name not in taken}
     _check_floats(rest, source)
     return rest | {f"{name}{form.ending}": weight for name, weight in weights.items()}
+
+
+def turned(module: torch.nn.Module, weights: Mapping[str, LazyWeight]) -> dict[str, LazyWeight]:
+    """The weights, those of quantized layers that hold [inputs, outputs], as GPT-2's do, transposed: formats store all
+    layers the other way round."""
+    found = dict(weights)
+    for path, layer in module.named_modules():
+        weight = found.get(f"{path}.weight")
+        if isinstance(layer, Conv1D) and weight is not None and (GRID in weight.meta or WIDENED in weight.meta):
+            found[f"{path}.weight"] = transposed(weight, weight.name)
+    return found
+
+
+def not_followed(settings: Settings | None) -> list[str]:
+    """What the settings say about anything but weights and is not followed, in lines for the user."""
+    if settings is None:
+        return []
+    places: dict[str, list[Any]] = {"activations": [], "outputs": [], "the KV cache": [settings.get("kv_cache_scheme")]}
+    if settings.get("activation_scheme") or settings["quant_method"] == "fbgemm_fp8":
+        places["activations"] = [
+            {"type": "float", "num_bits": 8, "dynamic": settings.get("activation_scheme") != "static"}
+        ]
+    groups = settings.get("config_groups") or {}
+    for group in groups.values() if settings["quant_method"] == "compressed-tensors" else ():
+        if not follows_activations(group):
+            places["activations"].append(group.get("input_activations"))
+        places["outputs"].append(group.get("output_activations"))
+    return [
+        f"the rounding of {place} that the checkpoint declares ({_described(scheme)}) is not followed"
+        for place, schemes in places.items()
+        for scheme in [next((scheme for scheme in schemes if isinstance(scheme, dict)), None)]
+        if scheme is not None
+    ]
+
+
+def _described(scheme: Mapping[str, Any]) -> str:
+    static = "" if scheme.get("dynamic") else ", static scales"
+    return f"{scheme.get('num_bits', 8)}-bit {'floats' if scheme.get('type') == 'float' else 'integers'}{static}"
 
 
 def _check_floats(stored: Mapping[str, LazyWeight], source: str) -> None:
