@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         raise PromptError("the prompt is empty: give some text")
     templated = generator.has_template and not args.raw
     ids = generator.encode_chat(prompt, template=args.template) if templated else generator.encode(prompt)
-    options = stored_rules(generator.engine.bundle, options, stop=args.beams is None) | options
+    options = stored_rules(generator.engine.bundle, options, beams=args.beams is not None) | options
     if args.num_return_sequences is None and args.beams is None:
         result = _run_single(args, generator, ids, CHAT_DEFAULTS | options if templated else options, templated)
         if args.save_state is not None:

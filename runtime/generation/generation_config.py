@@ -85,16 +85,23 @@ def read_stored(bundle: Bundle) -> dict[str, Any]:
     return document
 
 
-def stored_rules(bundle: Bundle, given: Mapping[str, Any], *, stop: bool = True) -> dict[str, Any]:
+def stored_rules(bundle: Bundle, given: Mapping[str, Any], *, beams: bool = False) -> dict[str, Any]:
     """The checkpoint's options that hold for every text, chat or not, but for those that `given` replaces.
 
-    They are the tokens that may never come, or must, and the stop strings unless `stop` is false. Warns as
-    `stored_options` does. Raises BundleError if the file is not a JSON object.
+    They are the tokens that may never come, or must, and the stop strings. A search with `beams` has no stop strings: a
+    SatchelWarning names those left out. Warns as `stored_options` does. Raises BundleError if the file is not a JSON
+    object.
     """
-    keys = (*TOKEN_RULES, "stop_strings") if stop and bundle.manifest.tokenizer else TOKEN_RULES
+    keys = (*TOKEN_RULES, "stop_strings") if bundle.manifest.tokenizer else TOKEN_RULES
     document = read_stored(bundle)
-    found = {key: document[key] for key in keys if key in document}
-    return stored_options(found, given, bundle.manifest.model.vocab_size)
+    stored = {key: document[key] for key in keys if key in document}
+    found = stored_options(stored, given, bundle.manifest.model.vocab_size)
+    if beams and (texts := found.pop("stop", ())):
+        names = ", ".join(map(shown, texts))
+        warnings.warn(
+            f"{FILE}: stop_strings {names}: left out: --beams does not end at texts", SatchelWarning, stacklevel=2
+        )
+    return found
 
 
 def stored_options(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.chat_bundle import write_chat_bundle
 from support.command import Satchel
 
 from satchel.runtime.generation.generator import Generator
@@ -48,6 +49,20 @@ def test_beams_have_scores_and_come_best_first(satchel: Satchel, tiny: Path, gen
     assert found[0]["score"] > found[2]["score"]
     plain = generator.beam_search(PROMPT, 3, max_new_tokens=6)
     assert plain[0].score != expected[0].score
+
+
+def test_stop_strings_and_beams_contradict_and_stored_ones_are_left_out_by_name(
+    satchel: Satchel, tmp_path: Path
+) -> None:
+    folder = write_chat_bundle(tmp_path / "own", generation_config={"stop_strings": ["<end>", "\n\n"]})
+    beams = (*RUN, folder, PROMPT, "--raw", "--max-new-tokens", 3, "--beams", 2)
+    said = satchel(*beams)
+    assert [part in said.err for part in ("stop_strings '<end>', '\\n\\n'", "--beams")] == [True, True]
+    assert satchel(*beams, "--quiet") == (said.out, "")
+    assert "stop_strings" not in satchel(*RUN, folder, PROMPT, "--raw", "--max-new-tokens", 3).err
+    for given in ("--stop", "--stop=<end>"):
+        words = [given, "x"] if given == "--stop" else [given]
+        assert "--stop" in satchel.refuses(*beams, *words)
 
 
 def test_a_saved_state_spares_the_tokens_that_it_has(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
