@@ -92,6 +92,21 @@ def test_adapters_of_all_forms_are_kept_apart(case: str, precision: str, tmp_pat
     assert error(engine.score(IDS), base) < bound
 
 
+def test_a_text_beyond_the_rotary_border_is_fed_again_with_its_adapter(tmp_path: Path) -> None:
+    model = trained("phi3-longrope", tmp_path / "adapter", target_modules=["qkv_proj", "o_proj"]).eval()
+    engine = exported(tmp_path, save_tiny(tmp_path / "base", "phi3-longrope"))
+    border = engine.bundle.manifest.model.rotary_border
+    assert border is not None
+    ids = np.random.default_rng(3).integers(3, 440, border + 3).tolist()
+    state = engine.new_state(len(ids), "one")
+    engine.prefill(state, ids[: border - 2])
+    for token in ids[border - 2 :]:
+        logits = engine.decode(state, token)
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0, -1].numpy()
+    assert error(logits, wanted) < 3e-6
+
+
 def exported(place: Path, base: Path, precision: str = "fp32") -> Engine:
     export_bundle(base, config(place, precision=precision))
     return Engine.open(open_bundle(place / "bundle"), threads=1)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from support.adapted import ADAPTERS, IDS, Adapted, adapted
 from support.command import Satchel
+from support.genai import by_genai, by_satchel
 from support.jsonl_work import Work, by_id
 from support.tiny_bundle import read_manifest
 
 from satchel.runtime.bundle.digest import manifest_digest
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.evaluation.fidelity import text_ids
+from satchel.runtime.generation.conversation import Conversation
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
@@ -135,6 +137,24 @@ def test_commands_take_an_adapter(made: Adapted, satchel: Satchel, tmp_path: Pat
     assert "other" in satchel.refuses("bench", made.folder, "-p", 20, "-n", 2, "--adapter", "other", "--quiet")
 
 
+def test_a_conversation_keeps_its_adapter(made: Adapted, fresh: Generator, satchel: Satchel, tmp_path: Path) -> None:
+    options = GenerationOptions(max_new_tokens=STEPS, adapter="style")
+    talk = Conversation(fresh, options=options)
+    for text in ("the cat", "sat"):
+        answer = talk.ask(text).result()
+        ids = fresh.encode_chat(talk.messages[:-1]).tolist()
+        assert answer.token_ids == made.greedy("style", STEPS, ids)
+    talk.save_state(tmp_path / "talk")
+    with pytest.raises(PromptError, match=r"adapter style.*--adapter style"):
+        Conversation(fresh, options=GenerationOptions(max_new_tokens=STEPS)).load_state(tmp_path / "talk")
+    other = Conversation(fresh, options=options)
+    other.load_state(tmp_path / "talk")
+    assert other.messages == talk.messages
+    words = ("chat", made.folder, "the cat", "--threads", 1, "-n", STEPS, "--temperature", 0)
+    texts = [satchel.json(*words, *flags)["text"] for flags in ((), ("--adapter", "style"))]
+    assert texts[1] == talk.messages[1]["content"] != texts[0]
+
+
 def test_lines_of_a_file_have_adapters_of_their_own(
     made: Adapted, fresh: Generator, satchel: Satchel, tmp_path: Path
 ) -> None:
@@ -177,6 +197,20 @@ def test_a_packed_bundle_has_its_adapters(made: Adapted, tmp_path: Path) -> None
     pack(open_bundle(made.folder), tmp_path / "model.pyz")
     packed = Generator.open(tmp_path / "model.pyz", threads=1)
     assert [tokens(packed, adapter) for adapter in ALL] == [made.greedy(adapter, STEPS) for adapter in ALL]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_onnxruntime_genai_takes_the_same_adapters(
+    precision: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """In bundles with one graph for both phases; its pipelines ignore adapters."""
+    folder = adapted(precision, tmp_path_factory).folder
+    engine = Generator.open(folder, threads=1).engine
+    for adapter in ALL:
+        ((expected, logits),) = by_satchel(engine, [IDS], STEPS, adapter)
+        ((found, others),) = by_genai(folder, [IDS], STEPS, tmp_path, adapter or "")
+        assert found == expected
+        assert np.abs(others - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
 DAMAGES: dict[str, Any] = {

@@ -65,6 +65,7 @@ def adapted(precision: str, places: pytest.TempPathFactory) -> Adapted:
 
 def _export(precision: str, place: Path) -> None:
     save_tiny(place / "base", tokenizer=True)
+    (place / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         trained("llama", place / name, seed, **settings)
     config = ExportConfig(
