@@ -9,7 +9,6 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from satchel.export.checkpoint import adapters
 from satchel.export.checkpoint.adapters import base_of
@@ -19,7 +18,7 @@ from satchel.export.checkpoint.multimodal import language_model, left_out, of_ot
 from satchel.export.checkpoint.placing import on_ties, on_unplaced, placed
 from satchel.export.checkpoint.quantized import not_followed, read_quantized, settings_of, turned
 from satchel.export.checkpoint.record import Checkpoint
-from satchel.export.checkpoint.shards import read_folder, weight_files
+from satchel.export.checkpoint.shards import NAMED, read_folder, weight_files
 from satchel.export.checkpoint.special_ids import special_ids
 from satchel.export.checkpoint.structure import Implementations, build_structure, one_line
 from satchel.export.checkpoint.templates import folder_templates, template_sources
@@ -27,9 +26,6 @@ from satchel.export.checkpoint.ties import checked, tie
 from satchel.export.checkpoint.tokenizer import check_vocabulary, chosen_tokenizer, folder_tokenizer, tokenizer_files
 from satchel.export.errors import ExportError
 from satchel.export.tracing.rotary_tables import rope_kinds
-
-_WEIGHTS_KEY = "transformers_weights"
-"""The key of config.json that names the file with the weights."""
 
 UNLIMITED = 1 << 20
 """The context length in tokens of a model whose layers all keep a state of fixed size, if its config has none."""
@@ -45,7 +41,7 @@ def open_huggingface(
     """
     table = _config_table(folder, layout)
     settings = settings_of(folder, table)
-    stored, stored_bytes = read_folder(folder)
+    stored, stored_bytes = read_folder(folder, table.get(NAMED))
     stored = read_quantized(stored, settings, str(folder))
     outer = _config(folder, table, layout)
     config = language_model(outer, str(folder))
@@ -85,7 +81,7 @@ def open_huggingface(
         stored_bytes=stored_bytes,
         tokenizer=files,
         companions=with_names(companions, {} if files is None else files.names),
-        sources=_sources(folder),
+        sources=_sources(folder, table.get(NAMED)),
         notes=(*notes, *not_followed(settings), *_code_note(table)),
     )
     return _with_own_adapter(checkpoint, folder)
@@ -108,10 +104,10 @@ def _code_note(table: dict[str, Any]) -> tuple[str, ...]:
     return ("config.json names code of its own (auto_map); satchel runs none of it, and took transformers' own model",)
 
 
-def _sources(folder: Path) -> tuple[Path, ...]:
+def _sources(folder: Path, named: object) -> tuple[Path, ...]:
     """Return the files of a folder that an export reads, sorted; including its tokenizer even if another is used."""
     beside = [*folder_companions(folder).values(), *template_sources(folder)]
-    files = {folder / "config.json", *weight_files(folder), *tokenizer_files(folder), *beside}
+    files = {folder / "config.json", *weight_files(folder, named), *tokenizer_files(folder), *beside}
     return tuple(sorted(files))
 
 
@@ -131,7 +127,6 @@ def _config_table(folder: Path, layout: str | None) -> dict[str, Any]:
         raise ExportError(
             f"{path}: has no model_type, so the architecture is unknown; use the config of the original model"
         )
-    _check_named_weights(table, path)
     if layout is not None:
         if model_type in CONFIG_MAPPING and model_type != layout:
             raise ExportError(
@@ -149,17 +144,6 @@ def _config_table(folder: Path, layout: str | None) -> dict[str, Any]:
             "or name one with the same tensors, such as --as llama"
         )
     return table
-
-
-def _check_named_weights(table: dict[str, Any], path: Path) -> None:
-    """Refuse a config that names another file with the weights than those that are looked for."""
-    named = table.get(_WEIGHTS_KEY)
-    if named and named != weight_files(path.parent)[0].name:
-        raise ExportError(
-            f"{path}: {_WEIGHTS_KEY} names {named} as the file with the weights, which satchel does not follow: "
-            f"rename that file to {SAFE_WEIGHTS_INDEX_NAME if str(named).endswith('.json') else SAFE_WEIGHTS_NAME}, "
-            "with no other weights beside it, and remove the key"
-        )
 
 
 def _config(folder: Path, table: dict[str, Any], layout: str | None) -> PreTrainedConfig:

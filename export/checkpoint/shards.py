@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from satchel.export.checkpoint.safetensors_file import read_safetensors
@@ -11,46 +10,69 @@ from satchel.export.checkpoint.torch_file import read_torch
 from satchel.export.errors import ExportError
 from satchel.graphs.ir.weights import LazyWeight
 
-_Reader = Callable[[Path], dict[str, LazyWeight]]
+NAMED = "transformers_weights"
+"""The key of config.json that names the file with the weights, or its index."""
 
-_LAYOUTS: tuple[tuple[str, _Reader], ...] = (
-    ("model.safetensors", read_safetensors),
-    ("model.safetensors.index.json", read_safetensors),
-    ("pytorch_model.bin", read_torch),
-    ("pytorch_model.bin.index.json", read_torch),
-)
+_LAYOUTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)  # fmt: skip
 """The file names that `save_pretrained` writes, in transformers' lookup order."""
+
+_TORCH = "pytorch_model"
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
 
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")
 _ADVICE = "rename it to model.safetensors if it has transformers' names, or convert it with the model's script"
 
 
-def read_folder(folder: Path) -> tuple[dict[str, LazyWeight], int]:
+def read_folder(folder: Path, named: object = None) -> tuple[dict[str, LazyWeight], int]:
     """Return all tensors of a checkpoint folder by name, and the total bytes of their files.
 
+    Args:
+        folder: The folder.
+        named: What `NAMED` of its config.json says: a file to read in place of those of the usual names. None for none.
+
     Raises:
-        ExportError: If there is no weight file, or a shard is missing or damaged.
+        ExportError: If there is no weight file, the named one is no safetensors file in the folder or has one of the
+            usual names beside it, or a shard is missing or damaged.
     """
-    for name, reader in _LAYOUTS:
-        path = folder / name
-        if not path.is_file():
-            continue
-        files = _shards(path) if path.suffix == ".json" else [path]
-        tensors: dict[str, LazyWeight] = {}
-        for file in files:
-            tensors.update(reader(file))
-        if path.suffix == ".json":
-            _check_index(path, tensors)
-        return tensors, sum(file.stat().st_size for file in files)
-    raise ExportError(
-        f"{folder}: no weights found; looked for {', '.join(name for name, _ in _LAYOUTS)}{_hint(folder)}"
-    )
+    path = _first(folder, named)
+    reader = read_torch if path.name.startswith(_TORCH) and not named else read_safetensors
+    files = _shards(path) if path.suffix == ".json" else [path]
+    tensors: dict[str, LazyWeight] = {}
+    for file in files:
+        tensors.update(reader(file))
+    if path.suffix == ".json":
+        _check_index(path, tensors)
+    return tensors, sum(file.stat().st_size for file in files)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, named: object = None) -> list[Path]:
     """Return the files that `read_folder` reads, an index first."""
-    path = next(folder / name for name, _ in _LAYOUTS if (folder / name).is_file())
+    path = _first(folder, named)
     return [path, *_shards(path)] if path.suffix == ".json" else [path]
+
+
+def _first(folder: Path, named: object) -> Path:
+    """Return the file with the weights, or their index."""
+    found = next((folder / name for name in _LAYOUTS if (folder / name).is_file()), None)
+    if named is None:
+        if found is None:
+            raise ExportError(f"{folder}: no weights found; looked for {', '.join(_LAYOUTS)}{_hint(folder)}")
+        return found
+    where = f"{folder / 'config.json'}: {NAMED} {str(named)[:60]!r}"
+    if not isinstance(named, str) or not named.endswith(_SAFETENSORS):
+        raise ExportError(f"{where}: not the name of a file in safetensors or of its index: correct or remove the key")
+    if Path(named).name != named:
+        raise ExportError(f"{where}: must be in the same folder: move it there, and correct the key")
+    if not (folder / named).is_file():
+        raise ExportError(f"{where}: there is no such file: download it, or remove the key")
+    if found is not None and found.name != named:
+        raise ExportError(
+            f"{where}: {found.name} lies beside it, with other weights: move that away to export those that are named, "
+            "or remove the key"
+        )
+    return folder / named
 
 
 def _hint(folder: Path) -> str:

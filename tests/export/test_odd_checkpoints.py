@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,12 +111,38 @@ def test_tensors_that_are_no_float_weights_are_refused(case: str, tmp_path: Path
     refused(tmp_path, *parts)
 
 
-def test_another_file_that_the_config_names_is_not_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_the_file_that_the_config_names_is_read(tmp_path: Path, shards: bool) -> None:
+    """As transformers reads it. With weights of the usual name beside it, the user is asked which to export."""
     save_tiny(tmp_path)
-    change_json(tmp_path / "config.json", transformers_weights="other.safetensors")
-    refused(tmp_path, "config.json", "transformers_weights", "other.safetensors")
-    change_json(tmp_path / "config.json", transformers_weights="model.safetensors")
-    assert open_checkpoint(tmp_path).notes == ()
+    tensors = load_file(tmp_path / "model.safetensors")
+    halves = {name: tensor / 2 for name, tensor in tensors.items()}
+    named = "other.safetensors.index.json" if shards else "other.safetensors"
+    if shards:
+        parts = [dict(list(halves.items())[i::2]) for i in (0, 1)]
+        for i, part in enumerate(parts):
+            save_file(part, tmp_path / f"part{i}.safetensors", metadata={"format": "pt"})
+        places = {name: f"part{i}.safetensors" for i, part in enumerate(parts) for name in part}
+        (tmp_path / named).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    else:
+        save_file(halves, tmp_path / named, metadata={"format": "pt"})
+    change_json(tmp_path / "config.json", transformers_weights=named)
+    refused(tmp_path, "config.json", "transformers_weights", named, "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    checkpoint, wanted = open_checkpoint(tmp_path), reloaded(tmp_path)
+    assert checkpoint.notes == ()
+    for name, weight in checkpoint.weights.items():
+        np.testing.assert_array_equal(weight.numpy(), wanted[name])
+    sources = {path.name for path in checkpoint.sources}
+    assert named in sources
+    assert ({"part0.safetensors", "part1.safetensors"} <= sources) is shards
+
+
+@pytest.mark.parametrize("named", ["none.safetensors", "../m/model.safetensors", "sub/x.safetensors", "x.bin", "", 5])
+def test_a_name_of_weights_that_cannot_be_read_is_refused(tmp_path: Path, named: object) -> None:
+    save_tiny(tmp_path / "m")
+    change_json(tmp_path / "m" / "config.json", transformers_weights=named)
+    refused(tmp_path / "m", "config.json", "transformers_weights", str(named))
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", "consolidated.00.pth"])
