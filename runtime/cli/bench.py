@@ -86,7 +86,6 @@ def main(args: argparse.Namespace) -> int:
     given = _checked_lengths(args)
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
-    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.bench.benchmark import Workload, check_workload, summarize, warm_up
     from satchel.runtime.util.memory import peak_rss_mib, pss_mib
     from satchel.runtime.util.progress import waiting
@@ -99,12 +98,7 @@ def main(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(
-        args.bundle,
-        progress=shown,
-        require_signature=args.require_signature,
-        custom=custom_flags.custom_of(args),
-    )
+    bundle = custom_flags.open_bundle_of(args)
     lengths = _lengths(args, given, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary
     workloads = [Workload(length, args.new_tokens, vocabulary, args.batch, args.adapter) for length in lengths]

@@ -147,28 +147,12 @@ def _turn(conversation: Conversation, line: str, args: argparse.Namespace) -> No
 
 def _open(args: argparse.Namespace) -> Conversation:
     from satchel.runtime.generation.conversation import Conversation, checkpoint_options
-    from satchel.runtime.generation.generator import Generator
     from satchel.runtime.generation.templates.chat_template import ChatTemplate, special_tokens
-    from satchel.runtime.ort import session
 
     given = generation_options.given_in(args)
     tools, arguments = _tools(args.tools), _template_arguments(args.template_argument)
     template = None if args.chat_template is None else _read(args.chat_template, "--chat-template")
-    choice = provider_flags.choice_of(args)
-    session.share_thread_pool(args.threads)
-    ready.make_ready(args)
-    generator = Generator.open(
-        args.bundle,
-        provider=choice,
-        threads=args.threads,
-        max_context=args.max_context,
-        prefix_cache_mib=args.prefix_cache_mib,
-        verbose=args.verbose,
-        progress=not args.quiet,
-        custom=custom_flags.custom_of(args),
-        require_signature=args.require_signature,
-        specialize=args.specialize is None,
-    )
+    generator = ready.open_generator(args, args.prefix_cache_mib)
     if template is not None:
         special = special_tokens(generator.engine.bundle, generator.tokenizer)
         generator.template = ChatTemplate(template, special)

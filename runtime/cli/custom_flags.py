@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from satchel.runtime.bundle.reader import Bundle
     from satchel.runtime.ort.custom_ops import Custom
 
 
@@ -44,4 +45,13 @@ def custom_of(args: argparse.Namespace) -> Custom:
 
     return Custom(
         tuple(args.custom_ops or ()), getattr(args, "custom_operators", True), getattr(args, "custom_passes", True)
+    )
+
+
+def open_bundle_of(args: argparse.Namespace) -> Bundle:
+    """Open the bundle that a parsed command line names, to run it. Raises BundleError."""
+    from satchel.runtime.ort.open_bundle import open_bundle
+
+    return open_bundle(
+        args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=custom_of(args)
     )

@@ -47,7 +47,6 @@ def main(args: argparse.Namespace) -> int:
     """Profile, and print tables or one JSON object."""
     from satchel.runtime.bundle.atomic_write import atomic_write, check_target
     from satchel.runtime.ort import session
-    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.profiling.layer_names import layer_count
     from satchel.runtime.tools.profiling.profiling import record, summarize, trace
     from satchel.runtime.util.progress import waiting
@@ -59,12 +58,7 @@ def main(args: argparse.Namespace) -> int:
         check_target(args.trace, TRACE_OPTION)
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
-    bundle = open_bundle(
-        args.bundle,
-        progress=not args.quiet,
-        require_signature=args.require_signature,
-        custom=custom_flags.custom_of(args),
-    )
+    bundle = custom_flags.open_bundle_of(args)
     settings = session.SessionSettings(choice, args.threads, args.verbose)
     layers = layer_count(bundle.manifest)
     with waiting("profiling", shown=not args.quiet):

@@ -7,13 +7,17 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from satchel.runtime.bundle import user_cache
 from satchel.runtime.bundle.recognize import is_checkpoint, is_made_by_satchel
-from satchel.runtime.cli import custom_flags
+from satchel.runtime.cli import custom_flags, provider_flags
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.util import requirements
 from satchel.runtime.util.child_path import python_path
+
+if TYPE_CHECKING:
+    from satchel.runtime.generation.generator import Generator
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +29,29 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_ready(args: argparse.Namespace) -> None:
+def open_generator(args: argparse.Namespace, prefix_cache_mib: int | None) -> Generator:
+    """Make BUNDLE ready and open it, with the flags of `run` and `chat`. Raises SatchelError."""
+    from satchel.runtime.generation.generator import Generator
+    from satchel.runtime.ort import session
+
+    choice = provider_flags.choice_of(args)
+    session.share_thread_pool(args.threads)
+    _make_ready(args)
+    return Generator.open(
+        args.bundle,
+        provider=choice,
+        threads=args.threads,
+        max_context=args.max_context,
+        prefix_cache_mib=prefix_cache_mib,
+        verbose=args.verbose,
+        progress=not args.quiet,
+        custom=custom_flags.custom_of(args),
+        require_signature=args.require_signature,
+        specialize=args.specialize is None,
+    )
+
+
+def _make_ready(args: argparse.Namespace) -> None:
     """Export BUNDLE if it is a checkpoint, and specialize it if --specialize is given.
 
     Sets `args.bundle` to the bundle. Raises SatchelError, and SystemExit if the export fails with its own error.

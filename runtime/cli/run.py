@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.cli import custom_flags, provider_flags, ready, run_flags
+from satchel.runtime.cli import ready, run_flags
 from satchel.runtime.errors import PromptError, SatchelWarning
 from satchel.runtime.generation.generation_config import stored_rules
 from satchel.runtime.generation.options import CHAT_DEFAULTS, given_in
@@ -36,13 +36,13 @@ def main(args: argparse.Namespace) -> int:
     if args.input is not None:
         from satchel.runtime.cli import answers
 
-        return answers.main(args, options, lambda: _open(args))
+        return answers.main(args, options, lambda: ready.open_generator(args, run_flags.prefix_cache_mib(args)))
     if args.save_state is not None:
         from satchel.runtime.bundle.atomic_write import check_target
 
         check_target(args.save_state, "--save-state")
     prompt = _read_standard_input(args) if args.prompt is None else args.prompt
-    generator = _open(args)
+    generator = ready.open_generator(args, run_flags.prefix_cache_mib(args))
     if args.load_state is not None:
         generator.load_state(args.load_state, progress=not args.quiet, adapter=args.adapter)
     if not prompt:
@@ -59,27 +59,6 @@ def main(args: argparse.Namespace) -> int:
             options = {"max_new_tokens": CHAT_DEFAULTS["max_new_tokens"]} | options
         _run_several(args, generator, ids, options, templated)
     return 0
-
-
-def _open(args: argparse.Namespace) -> Generator:
-    from satchel.runtime.generation.generator import Generator
-    from satchel.runtime.ort import session
-
-    choice = provider_flags.choice_of(args)
-    session.share_thread_pool(args.threads)
-    ready.make_ready(args)
-    return Generator.open(
-        args.bundle,
-        provider=choice,
-        threads=args.threads,
-        max_context=args.max_context,
-        prefix_cache_mib=run_flags.prefix_cache_mib(args),
-        verbose=args.verbose,
-        progress=not args.quiet,
-        custom=custom_flags.custom_of(args),
-        require_signature=args.require_signature,
-        specialize=args.specialize is None,
-    )
 
 
 def _run_single(

@@ -38,16 +38,10 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.evaluation.certify import mismatches, replay
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
-    from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.progress import progress_bar, waiting
 
     choice, shown = provider_flags.choice_of(args), not args.quiet
-    bundle = open_bundle(
-        args.bundle,
-        progress=shown,
-        require_signature=args.require_signature,
-        custom=custom_flags.custom_of(args),
-    )
+    bundle = custom_flags.open_bundle_of(args)
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")

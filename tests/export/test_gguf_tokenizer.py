@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from support.llama_cpp_ids import ALPHABET, IDS, MERGES, TEXT, TOKENS
-from support.tiny_tokenizers import CORPUS
+from support.tiny_tokenizers import sentencepiece_model
 
 from satchel.export.checkpoint.gguf_file import read_gguf
 from satchel.export.checkpoint.gguf_splits import SPLITS
@@ -161,12 +160,7 @@ def test_whole_words_are_not_merged_from_parts_where_the_pre_tokenizer_says_so(t
 
 
 def pieces() -> Pieces:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    return Pieces(model_proto=model.getvalue())
+    return Pieces(model_proto=sentencepiece_model())
 
 
 def of_pieces(path: Path, processor: Pieces, *special: str, user: tuple[str, ...] = (), name: str = "",

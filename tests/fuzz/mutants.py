@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,19 +297,10 @@ def entries_of(folder: Path) -> list[Entry]:
 def zip_bytes(rng: Random, folder: Path) -> Trial:
     """The records of a packed bundle's zip file."""
     content = b"".join(zip_parts(b"#!/usr/bin/env python3\n", entries_of(folder)))
-    records = [at for magic in (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06") for at in positions(content, magic)]
-    at = rng.choice(records)
+    at = rng.choice([found.start() for found in re.finditer(rb"PK(\x03\x04|\x01\x02|\x05\x06)", content)])
     packed = folder.parent / "packed.pyz"
     packed.write_bytes(mutate_bytes(rng, content, at, at + 80))
     return Trial(packed, f"at {at}", some_command(rng))
-
-
-def positions(content: bytes, part: bytes) -> list[int]:
-    found, at = [], content.find(part)
-    while at >= 0:
-        found.append(at)
-        at = content.find(part, at + 1)
-    return found
 
 
 def zip_entries(rng: Random, folder: Path) -> Trial:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.tiny_bundle import read_manifest, record, write_manifest
+from support.tiny_bundle import change_manifest, read_manifest, record
 
 from satchel.runtime.bundle import reader as bundle_module
 from satchel.runtime.bundle.manifest import FileRecord, PreparedGraph, Specialized
@@ -39,9 +39,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def add_to_manifest(folder: Path, name: str, content: bytes) -> None:
-    document = read_manifest(folder)
-    document["files"][name] = record(content)
-    write_manifest(folder, document)
+    change_manifest(folder, "files", name, to=record(content))
 
 
 def test_files_are_hashed_once_and_again_where_they_changed_or_were_copied(folder: Path, hashed: list[str]) -> None:
@@ -69,9 +67,7 @@ def test_a_file_damaged_after_it_was_seen_is_noticed(folder: Path) -> None:
 
 def test_a_remembered_hash_does_not_hide_a_changed_manifest(folder: Path) -> None:
     open_bundle(folder)
-    document = read_manifest(folder)
-    document["files"]["weights.bin"]["sha256"] = "0" * 64
-    write_manifest(folder, document)
+    change_manifest(folder, "files", "weights.bin", "sha256", to="0" * 64)
     with pytest.raises(BundleError, match=r"weights\.bin: damaged"):
         open_bundle(folder)
 

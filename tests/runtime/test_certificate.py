@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle
+from support.tiny_bundle import VOCABULARY, read_manifest, set_at, write_bundle
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate, EvaluatedText, GoldenPosition, Margin
@@ -180,12 +180,6 @@ def test_what_cannot_be_certified_is_refused(engine: Engine) -> None:
             make_certificate(engine, engine.score, None, WINDOWS, [prompt], skip=4)
 
 
-def change(document: dict[str, Any], path: list[Any], value: Any) -> None:
-    for key in path[:-1]:
-        document = document[key]
-    document[path[-1]] = value
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -204,8 +198,8 @@ def change(document: dict[str, Any], path: list[Any], value: Any) -> None:
 def test_a_certificate_that_does_not_add_up_is_refused(
     tiny: Path, certificate: Certificate, path: list[Any], value: Any, message: str
 ) -> None:
-    document = copy.deepcopy({**read_manifest(tiny), "certificate": strict_json.to_json(certificate)})
-    change(document["certificate"], path, value)
+    document = {**read_manifest(tiny), "certificate": copy.deepcopy(strict_json.to_json(certificate))}
+    set_at(document["certificate"], path, value)
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(document)
 

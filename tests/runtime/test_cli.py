@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.command import Satchel
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import change_manifest, write_bundle
 
 from satchel.runtime.cli import main as cli
 from satchel.runtime.generation.generator import Generator
@@ -139,9 +139,7 @@ def test_an_error_of_the_system_names_the_file(
 
 def test_an_error_that_names_what_a_bundle_says_moves_no_cursor(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
-    document = read_manifest(folder)
-    document["model"]["\x1b[2J\nsatchel: fine"] = 1
-    write_manifest(folder, document)
+    change_manifest(folder, "model", "\x1b[2J\nsatchel: fine", to=1)
     assert r"unknown key 'model.\x1b[2J\nsatchel: fine'" in satchel.refuses("inspect", folder)
 
 

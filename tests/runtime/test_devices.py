@@ -13,7 +13,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from support.recorded_device import Device, record_device
-from support.tiny_bundle import LAYERS, MAX_CONTEXT, VOCABULARY, read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import (
+    LAYERS,
+    MAX_CONTEXT,
+    VOCABULARY,
+    change_manifest,
+    write_bundle,
+)
 from support.tiny_cuda_bundle import write_cuda_bundle
 from support.tiny_static_bundle import LENGTHS, write_static_bundle
 
@@ -82,10 +88,12 @@ def check_texts(found: Generator, dynamic: Generator) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_static_graphs_on_cann_give_the_texts_of_the_cpu(
+def test_static_graphs_on_cann_give_the_texts_of_the_cpu_and_never_see_a_second_shape(
     cann: Device, dynamic: Generator, tmp_path: Path, parts: int
 ) -> None:
     check_texts(Generator.open(write_static_bundle(tmp_path / "bundle", parts=parts), provider="cann"), dynamic)
+    shapes = {(run.session, tuple(sorted(run.shapes.items()))) for run in cann.runs}
+    assert len(shapes) == len(cann.opened) == parts * (len(LENGTHS) + 2)
 
 
 def test_a_session_on_cann_gets_its_options_and_folds_constants_only(cann: Device, tmp_path: Path) -> None:
@@ -128,12 +136,6 @@ def test_on_cann_caches_stay_on_the_device_and_swap_and_the_rest_comes_from_the_
         on_device = {name for name, (kind, _) in run.bound.items() if kind == "cann"}
         assert on_device == {name for name in run.bound if name in CACHES or name == "h1"}
     assert all(run.bound["logits"][0] == "cpu" for run in cann.runs if "logits" in run.bound)
-
-
-def test_no_graph_on_cann_ever_sees_a_second_shape(cann: Device, dynamic: Generator, tmp_path: Path) -> None:
-    check_texts(Generator.open(write_static_bundle(tmp_path / "bundle", parts=2), provider="cann"), dynamic)
-    shapes = {(run.session, tuple(sorted(run.shapes.items()))) for run in cann.runs}
-    assert len(shapes) == len(cann.opened) == 2 * (len(LENGTHS) + 2)
 
 
 def test_graphs_are_opened_and_first_run_in_the_folder_of_what_they_compile_to(
@@ -265,9 +267,7 @@ def test_a_score_that_fails_frees_its_cache(
 
 def test_nothing_is_captured_without_a_mask_of_fixed_length(cuda: Device, tmp_path: Path, dynamic: Generator) -> None:
     folder = write_cuda_bundle(tmp_path / "bundle")
-    document = read_manifest(folder)
-    document["graphs"]["decode"]["inputs"][1]["shape"] = ["batch", "total"]
-    write_manifest(folder, document)
+    change_manifest(folder, "graphs", "decode", "inputs", 1, "shape", to=["batch", "total"])
     generator = Generator.open(folder, provider="cuda")
     assert generator.generate(IDS[:9], 5).token_ids == dynamic.generate(IDS[:9], 5).token_ids
     assert cuda.opened[0]["options"]["enable_cuda_graph"] == "0"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, read_manifest, write_manifest
+from support.tiny_bundle import MAX_CONTEXT, VOCABULARY, change_manifest
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.engine import Engine
@@ -154,9 +154,7 @@ def test_a_capacity_that_the_bundle_does_not_allow_is_refused(engine: Engine, ca
 
 def test_one_session_serves_both_phases_where_the_manifest_says_so(tiny: Path, tmp_path: Path, engine: Engine) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "bundle"))
-    document = read_manifest(folder)
-    document["graphs"]["decode"]["session_of"] = "prefill"
-    write_manifest(folder, document)
+    change_manifest(folder, "graphs", "decode", "session_of", to="prefill")
     shared = Engine.open(open_bundle(folder), threads=1)
     assert shared.sessions[1] is shared.sessions[0]
     assert engine.sessions[1] is not engine.sessions[0]

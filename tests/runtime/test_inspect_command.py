@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.command import Satchel
 from support.custom_ops import LIBRARY
-from support.tiny_bundle import VOCABULARY, read_manifest, write_manifest
+from support.tiny_bundle import VOCABULARY, change_manifest, read_manifest, write_manifest
 from support.tiny_custom_bundle import digest, write_custom_bundle
 from support.tiny_static_bundle import write_static_bundle
 
@@ -180,7 +180,7 @@ PROVENANCE = {
 def custom(tiny: Path, tmp_path: Path) -> Path:
     """A bundle with passes and a library of a user's own, and with what it was made of."""
     folder = write_custom_bundle(tmp_path / "custom", tiny)
-    write_manifest(folder, {**read_manifest(folder), "provenance": PROVENANCE})
+    change_manifest(folder, "provenance", to=PROVENANCE)
     return folder
 
 
@@ -276,7 +276,7 @@ def test_a_bundle_that_is_damaged_is_one_line_and_exit_code_2(
 
 
 def spoil_passes(folder: Path, entry: dict[str, Any]) -> None:
-    write_manifest(folder, {**read_manifest(folder), "passes": [entry]})
+    change_manifest(folder, "passes", to=[entry])
 
 
 def spoil_cache(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.chat_bundle import write_chat_bundle
-from support.tiny_bundle import VOCABULARY, read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import VOCABULARY, change_manifest, write_bundle
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.cli.main import COMMANDS
@@ -61,7 +61,7 @@ def places(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     certificate = make_certificate(
         engine, engine.score, None, [np.random.default_rng(2).integers(3, VOCABULARY, 20)], [(0, 4, 4)], skip=4
     )
-    write_manifest(bundle, {**read_manifest(bundle), "certificate": strict_json.to_json(certificate)})
+    change_manifest(bundle, "certificate", to=strict_json.to_json(certificate))
     (folder / "text.txt").write_text("the cat sat on the mat and looked at the other cat. " * 20)
     packed = folder / "packed.pyz"
     subprocess.run([sys.executable, "-m", "satchel", "pack", str(bundle), "-o", str(packed), "--quiet"], check=True)

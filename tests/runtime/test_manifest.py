@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_bundle import read_manifest
+from support.tiny_bundle import read_manifest, set_at
 
 from satchel.runtime.bundle.digest import manifest_digest
 from satchel.runtime.bundle.manifest import Manifest
@@ -20,7 +19,7 @@ from satchel.runtime.errors import BundleError
 
 @pytest.fixture
 def document(tiny: Path) -> dict[str, Any]:
-    return copy.deepcopy(read_manifest(tiny))
+    return read_manifest(tiny)
 
 
 def test_reading_what_was_written_gives_an_equal_manifest(document: dict[str, Any]) -> None:
@@ -86,12 +85,6 @@ def test_specialized_graphs_are_of_variants_that_run_the_phase(
         return
     with pytest.raises(BundleError, match=r"'specialized.graphs"):
         Manifest.from_json(document)
-
-
-def set_at(document: dict[str, Any], path: list[Any], value: Any) -> None:
-    for key in path[:-1]:
-        document = document[key]
-    document[path[-1]] = value
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 from support.command import Satchel
-from support.tiny_bundle import read_manifest, replace_file, write_manifest
+from support.tiny_bundle import change_manifest, replace_file
 
 from satchel.runtime.execution import cpu
 from satchel.runtime.tools.profiling import profiling
@@ -42,9 +42,7 @@ def named(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("bundles") / "named"
     shutil.copytree(tiny, folder)
     name_nodes(folder)
-    manifest = read_manifest(folder)
-    manifest["graphs"]["decode"]["session_of"] = "prefill" if request.param == "one session" else None
-    write_manifest(folder, manifest)
+    change_manifest(folder, "graphs", "decode", "session_of", to="prefill" if request.param == "one session" else None)
     return folder
 
 

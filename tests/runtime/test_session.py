@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
-from support.tiny_bundle import read_manifest, replace_file, write_manifest
+from support.tiny_bundle import change_manifest, replace_file
 
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
@@ -45,9 +45,9 @@ def test_a_session_has_the_entries_of_the_manifest_and_stops_spinning(tiny: Path
 
 
 def test_an_entry_that_is_not_for_bundles_is_refused(folder: Path) -> None:
-    document = read_manifest(folder)
-    document["graphs"]["decode"]["session"] = {"session.model_external_initializers_file_folder_path": "/etc"}
-    write_manifest(folder, document)
+    change_manifest(
+        folder, "graphs", "decode", "session", to={"session.model_external_initializers_file_folder_path": "/etc"}
+    )
     with pytest.raises(
         BundleError, match=r"manifest\.json: .*decode\.session.*model_external_initializers_file_folder_path"
     ):
@@ -65,9 +65,7 @@ def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_says_is_refused(
 
 
 def test_a_graph_of_another_type_than_the_manifest_says_is_refused(folder: Path) -> None:
-    document = read_manifest(folder)
-    document["graphs"]["prefill"]["inputs"][0]["dtype"] = "int32"
-    write_manifest(folder, document)
+    change_manifest(folder, "graphs", "prefill", "inputs", 0, "dtype", to="int32")
     with pytest.raises(BundleError, match=r"prefill\.onnx: its inputs .*input_ids tensor\(int"):
         Engine.open(open_bundle(folder))
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from support.command import Satchel
 from support.full_disk import largest_file
-from support.tiny_bundle import read_manifest, write_manifest
+from support.tiny_bundle import change_manifest, read_manifest
 
 from satchel.runtime.bundle import reader as bundle_module
 from satchel.runtime.bundle.signature import new_key_pair
@@ -57,9 +57,7 @@ def test_the_signature_is_one_of_the_digest_by_any_other_library(signed: Path, k
 
 @pytest.mark.parametrize("digest", ["old", "new"])
 def test_a_manifest_changed_with_a_right_digest_is_refused(signed: Path, keys: Path, digest: str) -> None:
-    document = read_manifest(signed)
-    document["model"]["eos_token_ids"] = [7]
-    write_manifest(signed, document)
+    change_manifest(signed, "model", "eos_token_ids", to=[7])
     if digest == "new":
         signature = json.loads((signed / "signature.json").read_text())
         signature["digest"] = read_manifest(signed)["digest"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.command import Satchel
 from support.specialized import IDS, change, files, logits
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import change_manifest, read_manifest, write_bundle, write_manifest
 
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.reader import Bundle
@@ -188,9 +188,7 @@ def test_a_full_disk_is_said_before_the_work(folder: Path, monkeypatch: pytest.M
 
 
 def test_where_phases_share_a_session_there_is_one_graph(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    manifest["graphs"]["decode"]["session_of"] = "prefill"
-    write_manifest(folder, manifest)
+    change_manifest(folder, "graphs", "decode", "session_of", to="prefill")
     specialize.specialize(open_bundle(folder), threads=1)
     bundle = open_bundle(folder)
     assert set(bundle.specialized.graphs) == {"prefill"}  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.command import Satchel
 from support.specialized import files, logits
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import change_manifest, write_bundle
 
 from satchel.runtime.bundle import user_cache
 from satchel.runtime.bundle.lock import BusyError, locked
@@ -76,9 +76,7 @@ def test_only_the_same_bundle_on_the_same_machine_has_it(
 ) -> None:
     prepare(packed, threads=1)
     other = write_bundle(tmp_path / "other")
-    manifest = read_manifest(other)
-    manifest["model"]["eos_token_ids"] = [7]
-    write_manifest(other, manifest)
+    change_manifest(other, "model", "eos_token_ids", to=[7])
     pack(read_bundle(other), tmp_path / "other.pyz")
     assert open_bundle(tmp_path / "other.pyz").specialized is None
     monkeypatch.setattr(machine, "processor_features", lambda: ("riscv64",))

@@ -9,7 +9,7 @@ import pytest
 from support.command import Satchel
 from support.kernels import needs_kernels
 from support.specialized import files, logits
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import change_manifest, read_manifest, write_bundle
 from support.tiny_native_bundle import write_native_bundle
 
 from satchel.runtime.bundle.reader import Bundle
@@ -116,9 +116,7 @@ def test_elsewhere_the_portable_graphs_run(
     elif why == "missing":
         monkeypatch.setattr(library, "__file__", str(made / "library.py"))
     else:
-        document = read_manifest(made)
-        document["variants"][0]["kernel_abi"] = 0
-        write_manifest(made, document)
+        change_manifest(made, "variants", 0, "kernel_abi", to=0)
     with pytest.warns(SatchelWarning, match=f"portable graphs.*{reason}.*: {remedy}"):
         bundle = open_bundle(made)
     np.testing.assert_array_equal(logits(bundle), logits(Bundle(made, bundle.manifest)))

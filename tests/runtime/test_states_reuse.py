@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.chat_bundle import CONTEXT, END, TEMPLATE, chat_tokenizer
-from support.tiny_bundle import read_manifest, write_manifest
+from support.tiny_bundle import change_manifest
 from support.tiny_hybrid import PATTERN, expected, write_hybrid
 
 from satchel.runtime.errors import BundleError
@@ -243,7 +243,7 @@ def test_with_an_even_token_multiple_an_odd_rest_is_fed_first(
     import shutil
 
     copied = Path(shutil.copytree(folder, tmp_path / "bundle"))
-    write_manifest(copied, {**read_manifest(copied), "token_multiple": 2})
+    change_manifest(copied, "token_multiple", to=2)
     generator = Generator.open(copied, threads=1)
     ids = list(range(20, 20 + length))
     answer = generator.generate(ids, 1)

@@ -16,10 +16,9 @@ from support.tiny_bundle import (
     KV_HEADS,
     LAYERS,
     VOCABULARY,
-    read_manifest,
+    change_manifest,
     replace_file,
     write_bundle,
-    write_manifest,
 )
 from support.tiny_static_bundle import write_static_bundle
 
@@ -52,7 +51,7 @@ def static(tmp_path_factory: pytest.TempPathFactory, dynamic: Path) -> Path:
     engine = Engine.open(open_bundle(dynamic), threads=1)
     windows = [np.random.default_rng(3).integers(3, VOCABULARY, 24)]
     certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 12)], skip=4)
-    write_manifest(folder, {**read_manifest(folder), "certificate": strict_json.to_json(certificate)})
+    change_manifest(folder, "certificate", to=strict_json.to_json(certificate))
     return folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from support.command import Satchel
-from support.tiny_bundle import VOCABULARY, read_manifest, replace_file, write_manifest
+from support.tiny_bundle import VOCABULARY, change_manifest, read_manifest, replace_file, write_manifest
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.evaluation.certify import make_certificate
@@ -24,7 +24,7 @@ def certified(tiny: Path, engine: Engine, tmp_path_factory: pytest.TempPathFacto
     shutil.copytree(tiny, folder)
     windows = [np.random.default_rng(2).integers(3, VOCABULARY, 20)]
     certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 16), (0, 9, 8)], skip=4)
-    write_manifest(folder, {**read_manifest(folder), "certificate": strict_json.to_json(certificate)})
+    change_manifest(folder, "certificate", to=strict_json.to_json(certificate))
     return folder
 
 

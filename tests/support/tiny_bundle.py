@@ -252,12 +252,24 @@ def write_manifest(folder: Path, document: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
 
 
+def set_at(document: dict, path: Sequence[str | int], value: object) -> None:
+    """Change the entry at a path of keys in parsed JSON."""
+    for key in path[:-1]:
+        document = document[key]
+    document[path[-1]] = value
+
+
+def change_manifest(folder: Path, *path: str | int, to: object) -> None:
+    """Change the entry at a path of keys in the bundle's manifest."""
+    document = read_manifest(folder)
+    set_at(document, path, to)
+    write_manifest(folder, document)
+
+
 def replace_file(folder: Path, name: str, content: bytes) -> None:
     """Put other content into a listed file, with the manifest's record to match."""
     (folder / name).write_bytes(content)
-    document = read_manifest(folder)
-    document["files"][name] = record(content)
-    write_manifest(folder, document)
+    change_manifest(folder, "files", name, to=record(content))
 
 
 def record(content: bytes) -> dict[str, object]:
