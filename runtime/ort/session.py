@@ -347,7 +347,7 @@ def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
 def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
     path = bundle.folder / graph.file
     try:
-        adapted = (tensor for adapter in bundle.manifest.adapters for tensor in adapter.inputs)
+        adapted = tuple(tensor for adapter in bundle.manifest.adapters for tensor in adapter.inputs)
         inputs = (*session.get_inputs(), *session.get_overridable_initializers())
         sides = (
             ("inputs", (*graph.inputs, *adapted), {(tensor.name, tensor.type) for tensor in inputs}),
@@ -362,8 +362,8 @@ def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSes
                 f"{path}: its {side} differ from those in the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
-    sizes = {tensor.name: tuple(tensor.shape) for tensor in (*session.get_inputs(), *session.get_outputs())}
-    for tensor in (*graph.inputs, *graph.outputs):
+    sizes = {tensor.name: tuple(tensor.shape) for tensor in (*inputs, *session.get_outputs())}
+    for tensor in (*graph.inputs, *adapted, *graph.outputs):
         pairs = zip(tensor.shape, sizes[tensor.name], strict=False)
         if any(isinstance(one, int) and isinstance(other, int) and one != other for one, other in pairs):
             raise _wrong_shape(path, tensor, sizes[tensor.name])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,10 +94,11 @@ def test_adapters_of_all_forms_are_kept_apart(case: str, precision: str, tmp_pat
 
 
 def test_a_text_beyond_the_rotary_border_is_fed_again_with_its_adapter(tmp_path: Path) -> None:
-    model = trained("phi3-longrope", tmp_path / "adapter", target_modules=["qkv_proj", "o_proj"]).eval()
-    engine = exported(tmp_path, save_tiny(tmp_path / "base", "phi3-longrope"))
-    border = engine.bundle.manifest.model.rotary_border
-    assert border is not None
+    trained("phi3-longrope", tmp_path / "adapter", target_modules=["qkv_proj", "o_proj"])
+    border, base = 32, dict[str, Any](family="phi3-longrope", original_max_position_embeddings=32)
+    model = peft.PeftModel.from_pretrained(tiny_model(**base), str(tmp_path / "adapter")).eval()
+    engine = exported(tmp_path, save_tiny(tmp_path / "base", **base))
+    assert engine.bundle.manifest.model.rotary_border == border
     ids = np.random.default_rng(3).integers(3, 440, border + 3).tolist()
     state = engine.new_state(len(ids), "one")
     engine.prefill(state, ids[: border - 2])
