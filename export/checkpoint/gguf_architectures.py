@@ -75,6 +75,10 @@ class Architecture:
         window: The sliding window where the file names none.
         two_ropes: Whether the config has rotary parameters for each kind of layer.
         variants: Architectures that a file with the key, and not 0, is of instead; the first that fits.
+        latent: Whether keys have a part that is rotated, of rope.dimension_count, beside one that is not.
+        by_input: Whether the module has stacks of experts as [experts, inputs, outputs], gates and ups in turn.
+        rotary: Metadata keys that become rotary parameters.
+        yarn: Rotary parameters that are built into the model where the file scales by yarn.
         refused_without_rope: Whether rope.scaling.finetuned false means that nothing is rotated.
         neutral: Keys with the values that say what the model does anyway.
     """
@@ -97,6 +101,10 @@ class Architecture:
     window: int | None = None
     two_ropes: bool = False
     variants: tuple[tuple[str, Architecture], ...] = ()
+    latent: bool = False
+    by_input: bool = False
+    rotary: Mapping[str, str] = field(default_factory=dict)
+    yarn: Mapping[str, Any] = field(default_factory=dict)
     refused_without_rope: bool = False
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -264,6 +272,46 @@ ARCHITECTURES: dict[str, Architecture] = {
         "jais2",
         _layer_norm("layer_norm_eps"),
         flags=_ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+    ),
+    "minicpm": Architecture(
+        "granite",
+        _RMS
+        | {
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        permuted=True,
+    ),
+    "minicpm3": Architecture(
+        "minicpm3",
+        _RMS | {"attention.kv_lora_rank": "kv_lora_rank", "attention.q_lora_rank": "q_lora_rank"},
+        config={"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+        latent=True,
+    ),
+    "mistral3": dataclasses.replace(
+        _LLAMA,
+        yarn={"attention_factor": 1.0},
+        variants=(
+            (
+                "attention.temperature_scale",
+                Architecture(
+                    "ministral3",
+                    permuted=True,
+                    rotary={"attention.temperature_scale": "llama_4_scaling_beta"},
+                    yarn={"attention_factor": 1.0},
+                    neutral={"rope.scaling.yarn_log_multiplier": ANY},
+                ),
+            ),
+        ),
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        _RMS | _LOCAL_EXPERTS,
+        period=2,
+        by_input=True,
+        yarn={"truncate": False},
+        neutral={"expert_feed_forward_length": ANY},
     ),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", flags=_ATTENTION_BIAS),
 }

@@ -95,6 +95,8 @@ def _fields(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
             f"{file.path}: attention.value_length is {facts['attention.value_length']}, but the head size is "
             f"{head_dim}; {_ORIGINAL}"
         )
+    if architecture.latent:
+        fields |= _latent(file, facts, head_dim)
     if architecture.wide_layers is not None:
         wide = fields["num_hidden_layers"] == architecture.wide_layers
         fields["query_pre_attn_scalar"] = fields["hidden_size"] // heads if wide else head_dim
@@ -109,11 +111,20 @@ def _fields(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     return fields
 
 
+def _latent(file: GgufFile, facts: dict[str, Any], head_dim: int) -> dict[str, int]:
+    """Return the sizes of the two parts of a key."""
+    rotated = _count(file, "rope.dimension_count", facts.get("rope.dimension_count"))
+    if rotated >= head_dim:
+        raise ExportError(f"{file.path}: rope.dimension_count is {rotated} of {head_dim}; convert the file again")
+    return {"qk_rope_head_dim": rotated, "qk_nope_head_dim": head_dim - rotated}
+
+
 def _facts(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     """Return the metadata under the architecture's prefix, complete; every key must be known."""
     prefix = f"{file.metadata['general.architecture']}."
     facts = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    known = architecture.required.keys() | architecture.optional.keys() | HANDLED_KEYS | SILENT_KEYS
+    own = architecture.required.keys() | architecture.optional.keys() | architecture.rotary.keys()
+    known = own | HANDLED_KEYS | SILENT_KEYS
     for key, value in facts.items():
         neutral = architecture.neutral.get(key, NEUTRAL_KEYS.get(key))
         if key not in known and (neutral is None or (neutral != ANY and value not in neutral)):
@@ -228,7 +239,7 @@ def _rope(file: GgufFile, architecture: Architecture, facts: dict[str, Any], hea
     rotated = facts.get("rope.dimension_count", head_dim)
     if architecture.partial:
         rope["partial_rotary_factor"] = rotated / head_dim
-    elif rotated != head_dim:
+    elif rotated != head_dim and not architecture.latent:
         raise ExportError(
             f"{file.path}: rope.dimension_count is {rotated}, but the head size is {head_dim}; {_ORIGINAL}"
         )
@@ -243,8 +254,9 @@ def _rope(file: GgufFile, architecture: Architecture, facts: dict[str, Any], hea
             f"{file.path}: rope scaling of type {scaling!r}{more} is not supported, only linear and yarn; {_ORIGINAL}"
         )
     attention = facts.get("rope.scaling.attn_factor", 1.0)
+    rope |= {name: facts[key] for key, name in architecture.rotary.items() if key in facts}
     if scaling == "yarn":
-        return rope | _yarn(file, facts, factor, original, attention)
+        return rope | _yarn(file, facts, factor, original, attention) | dict(architecture.yarn)
     if attention not in (0.0, 1.0):
         raise ExportError(
             f"{file.path}: rope.scaling.attn_factor = {attention} would be dropped without yarn or longrope; "

@@ -25,7 +25,10 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _QUERY, _KEY, _VALUE, _QKV = "attn_q", "attn_k", "attn_v", "attn_qkv"
 _EXPERTS: dict[str, tuple[str, tuple[str, ...], int]] = {
     ".experts.gate_up_proj": ("ffn_gate_up_exps.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), 1),
+    ".experts.gate_up_proj_bias": ("ffn_gate_up_exps.bias", ("ffn_gate_exps.bias", "ffn_up_exps.bias"), 1),
     ".experts.down_proj": ("ffn_down_exps.weight", (), 1),
+    ".experts.down_proj_bias": ("ffn_down_exps.bias", (), 1),
+    ".self_attn.sinks": ("attn_sinks.weight", (), 0),
     ".shared_mlp.input_linear.weight": (
         "ffn_gate_up_shexp.weight",
         ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
@@ -33,7 +36,7 @@ _EXPERTS: dict[str, tuple[str, tuple[str, ...], int]] = {
     ),
     ".e_score_correction_bias": ("exp_probs_b.bias", (), 0),
 }
-"""Parameters of experts: the tensor that holds one whole, or those to join, and along which axis."""
+"""Parameters of experts and attention: the tensor that holds one whole, or those to join, and along which axis."""
 
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 _HEAD_NORM = re.compile(r"\.(q|k)_layernorm\.norms\.(\d+)\.weight$")
@@ -99,8 +102,9 @@ class _Finder:
             return self._row(f"{block}attn_{head_norm[1]}_norm.weight", int(head_norm[2]))
         for end, (whole, parts, axis) in _EXPERTS.items():
             if name.endswith(end):
-                found = self._take(f"{block}{whole}")
-                return found or self._joined([f"{block}{part}" for part in parts], axis, name)
+                found = self._take(f"{block}{whole}") or self._joined([f"{block}{part}" for part in parts], axis, name)
+                turns = self._architecture.by_input and ".experts." in end
+                return _by_input(found, "gate_up" in end) if turns and found is not None else found
         stem, _, suffix = name.rpartition(".")
         stored = self._stored(stem, block)
         weight = self._whole(stored, suffix, name)
@@ -185,6 +189,25 @@ def _marked(sources: list[LazyWeight], make: Callable[[list[LazyWeight]], LazyWe
     elif grids or reasons:
         weight.meta[WIDENED] = reasons[0] if reasons else "it is made of tensors of different types"
     return weight
+
+
+def _by_input(stack: LazyWeight, gated: bool) -> LazyWeight:
+    """Return experts [experts, outputs, inputs] as [experts, inputs, outputs], or biases [experts, outputs] as stored.
+
+    Outputs that are all gates and then all ups come in turn.
+    """
+    outputs = np.arange(stack.dims[1])
+    order = outputs.reshape(2, -1).T.reshape(-1) if gated else outputs
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        part = stack.rows(start, stop)[:, order]
+        return part.swapaxes(1, 2) if part.ndim > 2 else part
+
+    dims = (stack.dims[0], *reversed(stack.dims[1:]))
+    made = LazyWeight(stack.name, dims, stack.dtype, rows)
+    if GRID in stack.meta or WIDENED in stack.meta:
+        made.meta[WIDENED] = str(stack.meta.get(WIDENED, "stacks of experts by input are not kept"))
+    return made
 
 
 def permuted_rows(weight: LazyWeight, heads: int) -> LazyWeight:

@@ -43,6 +43,11 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
+LATENT_KEYS = {"attention.kv_lora_rank": 16, "attention.key_length": 20, "rope.dimension_count": 8}
+
 
 @dataclasses.dataclass(frozen=True)
 class GgufFamily:
@@ -225,6 +230,30 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     ),
     "jais2": GgufFamily("jais2", "jais2", HEADS, HEAD_KEYS, _norm("layer_norm_eps")),
     "hunyuan-dense": GgufFamily("hunyuan-dense", "hunyuan_v1_dense", HEADS, HEAD_KEYS),
+    "minicpm": GgufFamily(
+        "minicpm", "granite", MULTIPLIERS | {"attention_multiplier": HEAD_DIM**-0.5},
+        {"embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0} | ROTATED, permuted=True,
+    ),
+    "minicpm3": GgufFamily(
+        "minicpm3", "minicpm3", {**LATENT, "q_lora_rank": 24, "num_key_value_heads": 4, "rope_parameters": PLAIN_ROPE},
+        LATENT_KEYS | {"attention.q_lora_rank": 24},
+    ),
+    "mistral3": GgufFamily("mistral3", "llama", HEADS, HEAD_KEYS | ROTATED, permuted=True),
+    "ministral3": GgufFamily(
+        "mistral3", "ministral3",
+        {**HEADS, "rope_parameters": {
+            **YARN, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1, "max_position_embeddings": 128,
+        }},
+        HEAD_KEYS | ROTATED | YARN_KEYS
+        | {"rope.scaling.yarn_log_multiplier": 1.0, "attention.temperature_scale": 0.1},
+        permuted=True,
+    ),
+    "gpt-oss": GgufFamily(
+        "gpt-oss", "gpt_oss",
+        {**HEADS, **LOCAL, "sliding_window": WINDOW, "rope_parameters": {**YARN, "truncate": False}},
+        HEAD_KEYS | TWO_OF_FOUR | YARN_KEYS | {"expert_feed_forward_length": 48, "attention.sliding_window": WINDOW},
+    ),
     "llama-3.1": GgufFamily(
         "llama", "llama", {"rope_parameters": LLAMA3}, permuted=True,
         tensors={"rope_freqs.weight": _llama3_factors()},
@@ -277,7 +306,13 @@ def tensors_of(family: GgufFamily, model: transformers.PreTrainedModel) -> dict[
         array: NDArray[np.float32] = parameter.float().numpy()
         layer = next((part for part in name.split(".") if part.isdigit()), "")
         stem, _, suffix = name.rpartition(".")
-        if name.endswith("gate_up_proj") and array.ndim == 3:
+        if family.architecture == "gpt-oss" and ".experts." in name:
+            array, part = (array, "bias") if name.endswith("_bias") else (array.swapaxes(1, 2), "weight")
+            stacks = {"gate": array[:, ::2], "up": array[:, 1::2]} if "gate_up" in name else {"down": array}
+            tensors |= {f"blk.{layer}.ffn_{kind}_exps.{part}": stack for kind, stack in stacks.items()}
+        elif name.endswith(".sinks"):
+            tensors[f"blk.{layer}.attn_sinks.weight"] = array
+        elif name.endswith("gate_up_proj") and array.ndim == 3:
             half = array.shape[1] // 2
             tensors[f"blk.{layer}.ffn_gate_exps.weight"] = array[:, :half]
             tensors[f"blk.{layer}.ffn_up_exps.weight"] = array[:, half:]
