@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.chat_bundle import write_chat_bundle
 from support.command import Satchel
 from support.custom_ops import LIBRARY
 from support.tiny_bundle import VOCABULARY, change_manifest, read_manifest, write_manifest
@@ -292,3 +293,25 @@ def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(
     for path, message in ((tmp_path, "this is a folder"), (tmp_path / "no" / "page.html", "there is no folder")):
         assert satchel.refuses("inspect", tiny, "--html", path).startswith(f"--html {path}: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_templates_are_listed_by_name(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
+    named = {"tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    folder = write_chat_bundle(tmp_path / "several", more_templates=named)
+    assert sorted(satchel.json("inspect", folder, "--json")["templates"]) == ["default", "rag", "tool_use"]
+    for place, wanted in ((folder, {"default", "rag", "tool_use"}), (tiny, {"none"})):
+        (line,) = (line for line in satchel("inspect", place).out.splitlines() if line.strip().startswith("templates"))
+        assert set(re.split(r"[ ,]+", line.strip())[1:]) == wanted
+
+
+def test_the_length_beyond_which_angles_change_is_shown(
+    satchel: Satchel, changed: Callable[..., Path], tiny: Path
+) -> None:
+    """The graphs of this bundle do not take it: only what a manifest says is read."""
+    model, graphs = (read_manifest(tiny)[key] for key in ("model", "graphs"))
+    length = {"name": "text_length", "dtype": "int64", "shape": ["batch", 1]}
+    for graph in graphs.values():
+        graph["inputs"].append(length)
+    folder = changed(model={**model, "rotary_border": 20}, graphs=graphs)
+    (line,) = (line for line in satchel("inspect", folder).out.splitlines() if line.strip().startswith("context"))
+    assert "64 positions" in line and "20 tokens" in line

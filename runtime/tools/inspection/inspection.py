@@ -26,6 +26,7 @@ from satchel.runtime.bundle.plain_graphs import without_custom
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.errors import BundleError
+from satchel.runtime.generation.templates.chat_template import template_files
 
 LARGEST_SIZE = 1 << 63  # bytes; larger sizes are impossible
 
@@ -55,8 +56,8 @@ class Inspection:
     `bytes` is the total of all files except those in `specialized`, `cache_bytes` the KV cache for the whole context,
     and `state_bytes` the states of one sequence. `bits_per_weight` is 8 times the size of weights.bin over the model's
     parameters, None without such a file. `layers` are the quantized layers, as in the manifest; other weights are in
-    `float_weights`. `graphs` are those of the phases and the variants, and under "plain" and the phase those without
-    custom passes.
+    `float_weights`. `templates` are the names of the chat templates. `graphs` are those of the phases and the variants,
+    and under "plain" and the phase those without custom passes.
     """
 
     bundle: str
@@ -67,6 +68,7 @@ class Inspection:
     recipe: str | None
     model: ModelFacts
     tokenizer: str | None
+    templates: tuple[str, ...]
     producer: dict[str, str]
     files: dict[str, int]
     bytes: int
@@ -115,6 +117,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         recipe=manifest.recipe,
         model=manifest.model,
         tokenizer=None if manifest.tokenizer is None else manifest.tokenizer.file,
+        templates=tuple(template_files(bundle)),
         producer=manifest.producer,
         files=dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))),
         bytes=sum(sizes.values()),

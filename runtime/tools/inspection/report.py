@@ -12,7 +12,7 @@ from typing import Any
 from satchel.runtime.bundle.certificate import Certificate, PhaseFidelity
 from satchel.runtime.bundle.checks import PREPARED
 from satchel.runtime.bundle.contract import lora_names
-from satchel.runtime.bundle.manifest import AdapterSpec, LayerPrecision
+from satchel.runtime.bundle.manifest import AdapterSpec, LayerPrecision, ModelFacts
 from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
 from satchel.runtime.util.kl import KL_MEANING, grade
@@ -109,9 +109,10 @@ def _overview(found: Inspection) -> Table:
         ("precision", found.precision + (f", recipe {found.recipe}" if found.recipe else "")),
         ("parameters", f"{model.parameters:,}"),
         ("vocabulary", f"{model.vocab_size:,}"),
-        ("context", f"{model.max_context:,} positions"),
+        ("context", f"{model.max_context:,} positions{_two_sides(model)}"),
         ("layers", _shapes(found)),
         ("tokenizer", found.tokenizer or "none"),
+        ("templates", ", ".join(found.templates) or "none"),
         ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
         ("made with", ", ".join(f"{name} {version}" for name, version in found.producer.items())),
     ]
@@ -130,6 +131,11 @@ def _overview(found: Inspection) -> Table:
             )
         )
     return Table("Bundle", _clean(rows))
+
+
+def _two_sides(model: ModelFacts) -> str:
+    border = model.rotary_border
+    return "" if border is None else f"; texts of up to {border:,} tokens have rotary angles of their own"
 
 
 def _described(adapter: AdapterSpec, found: Inspection) -> str:
