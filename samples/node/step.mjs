@@ -31,6 +31,11 @@ for (const layer of layers) {
   past[layer.past_key] = present[layer.present_key] = buffer(layer.kv_heads, layer.key_dim);
   past[layer.past_value] = present[layer.present_value] = buffer(layer.kv_heads, layer.value_dim);
 }
+// States do not grow with the text, and have to be zeros before its first token.
+for (const { past: input, present: output, dtype, shape } of manifest.states ?? []) {
+  const zeros = new Float32Array(shape.reduce((product, size) => product * size, 1));
+  past[input] = present[output] = new ort.Tensor(dtype, zeros, [1, ...shape]);
+}
 
 // 3. to 5. Prefill, then decode: the mask has a 1 for each token so far. A text that grows beyond `rotary_border` is fed
 // again.
@@ -50,6 +55,9 @@ for (let total = 0; tokens.length < Number(count); ) {
   tokens.push(token);
   text.push(token);
   ids = total === manifest.model.rotary_border ? [...text] : [token];
-  if (ids.length > 1) total = 0;
+  if (ids.length > 1) {
+    total = 0;
+    for (const { past: input } of manifest.states ?? []) past[input].data.fill(0);
+  }
 }
 console.log(JSON.stringify(tokens));

@@ -77,6 +77,7 @@ export class Bundle {
   async feed(state, ids) {
     const whole = ids.length > (this.manifest.model.rotary_border ?? Infinity);
     state.total = 0;
+    Object.assign(state.cache, this.emptyStates());
     let logits;
     for (const [start, end] of chunks(ids.length, whole ? ids.length : CHUNK))
       logits = await this.step(this.prefill, state, ids.slice(start, end));
@@ -96,6 +97,7 @@ export class Bundle {
       state.cache[layer.past_key] = outputs[layer.present_key];
       state.cache[layer.past_value] = outputs[layer.present_value];
     }
+    for (const { past, present } of this.manifest.states ?? []) state.cache[past] = outputs[present];
     state.total = total;
     return outputs.logits.data;
   }
@@ -110,6 +112,16 @@ export class Bundle {
         cache[name] = new this.ort.Tensor(dtype, zeros, [1, kv_heads, capacity, width]);
       }
     return cache;
+  }
+
+  /** The states before the first token, zeros, by graph input, each [1, ...shape]. */
+  emptyStates() {
+    const states = {};
+    for (const { past, dtype, shape } of this.manifest.states ?? []) {
+      const zeros = new ARRAYS[dtype](shape.reduce((product, size) => product * size, 1));
+      states[past] = new this.ort.Tensor(dtype, zeros, [1, ...shape]);
+    }
+    return states;
   }
 }
 

@@ -17,6 +17,7 @@ from integration.conftest import CHECKOUT, NEW_TOKENS, PROMPT
 from support.checkpoints import save_tiny
 from support.genai import by_satchel
 from support.node import answer, node
+from support.tiny_hybrid import expected, write_hybrid
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime import Engine, Generator, open_bundle
@@ -89,6 +90,20 @@ def test_onnxruntime_node_finds_them_by_the_steps_of_the_readme(form: str, reque
     folder, ids, tokens = _work(NODE, request, form)
     done = node(NODE, "step.mjs", folder, COUNT, ids)
     assert answer(done) == json.loads(tokens)
+
+
+@pytest.mark.parametrize("sample", [WEB, NODE], ids=["web", "node"])
+def test_layers_with_states_find_the_tokens_of_numpy(sample: Path, tmp_path: Path) -> None:
+    node(sample, "--version")
+    folder, ids = write_hybrid(tmp_path / "bundle"), [token % 400 for token in IDS]
+    tokens = list(ids)
+    for _ in range(COUNT):
+        tokens.append(int(expected(tokens)[-1].argmax()))
+    found, work = tokens[len(ids) :], json.dumps(ids)
+    if sample == WEB:
+        assert answer(node(WEB, "test/node.mjs", folder, work, json.dumps(found)))["greedy"] == found
+    else:
+        assert answer(node(NODE, "step.mjs", folder, COUNT, work)) == found
 
 
 def _work(sample: Path, request: pytest.FixtureRequest, form: str) -> tuple[str, str, str]:

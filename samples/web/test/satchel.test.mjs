@@ -65,6 +65,15 @@ test("prefill takes the prompt, decode each token, and outputs become the next p
   assert.deepEqual(runs.slice(1).map((run) => [run.feeds.pk, run.feeds.pv]), [["k1", "v1"], ["k2", "v2"]]);
 });
 
+test("states begin as zeros, outputs become the next ones, and a text that is fed again begins anew", async () => {
+  const { ort, runs } = standIn();
+  const states = [{ layer: 1, kind: "conv", dtype: "float32", shape: [3, 4], past: "ps", present: "k" }];
+  const bundle = await openBundle(ort, read({ ...MANIFEST, states, model: { ...MANIFEST.model, rotary_border: 3 } }));
+  await all(bundle.generate([1, 2], 4));
+  const zeros = (run) => run.feeds.ps.data?.every((number) => number === 0) && run.feeds.ps.dims.join() === "1,3,4";
+  assert.deepEqual(runs.map((run) => (zeros(run) ? "zeros" : run.feeds.ps)), ["zeros", "k1", "zeros", "k3"]);
+});
+
 test("an end token ends, and is not given out", async () => {
   const bundle = await openBundle(standIn().ort, read(MANIFEST));
   assert.deepEqual(await all(bundle.generate([6], 8)), [7, 8]);
