@@ -196,10 +196,9 @@ class Flow:
         return feeds
 
     def _empty_cache(self, value: ir.Value) -> NDArray[np.float32]:
-        match dims(value):
-            case [_, int(heads), _, int(width)]:
-                return np.zeros((self.batch, heads, self.length, width), np.float32)
-        raise ValueError(f"{value.name} is not a cache")
+        """A KV cache for the whole text, or the state before it."""
+        _, *sizes = dims(value) or [None]
+        return np.zeros([self.batch, *(d if isinstance(d, int) else self.length for d in sizes)], np.float32)
 
     def _store(self, name: str, index: int, array: NDArray[Any]) -> Path | NDArray[Any]:
         if array.nbytes < 1 << 16:

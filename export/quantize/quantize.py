@@ -22,6 +22,7 @@ from satchel.graphs.analysis.channels import gated_input
 from satchel.graphs.analysis.segments import split
 from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.contract import Refused
+from satchel.graphs.ir.inputs import cached_layers
 from satchel.graphs.ir.pipeline import Done
 from satchel.graphs.ir.values import MICROSOFT, last_dim, nodes, weight
 from satchel.graphs.ir.weights import LazyWeight
@@ -32,7 +33,7 @@ from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
 from satchel.graphs.quant.stored import STORED, StoredGrid, grid_of
 from satchel.graphs.targets.targets import ROTATE, equalize_steps
-from satchel.runtime.bundle.contract import LOGITS, past_names, present_names
+from satchel.runtime.bundle.contract import past_names, present_names
 
 Progress = Callable[[int], Any]
 
@@ -86,7 +87,7 @@ def quantize(
     done += ran
     chosen = rules(model)
     weights = _round(model, chosen, windows, folder, config.effort == "quick", progress, grids or {})
-    scales = {layer: _cache_scales(model, layer, maxima) for layer in range(len(maxima) // 2)}
+    scales = {layer: _cache_scales(model, layer, maxima) for layer in (cached_layers(model) if maxima else ())}
     return Quantized(model, weights, chosen, scales, recipe.name), done
 
 
@@ -175,7 +176,7 @@ def _observe(
         largest = np.abs(array).max(axis=(0, 2))
         maxima[name] = np.maximum(maxima[name], largest) if name in maxima else largest
 
-    caches = [str(v.name) for v in model.graph.outputs if v.name != LOGITS] if int8_cache else []
+    caches = [name for layer in cached_layers(model) for name in present_names(layer)] if int8_cache else []
     flow = Flow(model, _batched(windows), fresh(folder, "observe"), batch=BATCH)
     flow.run(visit, observe, caches, progress)
     return statistics, maxima

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import onnx_ir as ir
 
@@ -91,6 +92,12 @@ def add_present(
     for name, value, past in zip(present_names(layer), values, like, strict=True):
         value.name, value.shape, value.type = name, past.shape, past.type
         model.graph.outputs.append(value)
+
+
+def cached_layers(model: ir.Model) -> list[int]:
+    """The numbers of the layers that have a KV cache, in the order of the graph's inputs."""
+    pattern = re.compile(re.escape(past_names(0)[0]).replace("0", "([0-9]+)"))
+    return [int(found[1]) for value in model.graph.inputs if (found := pattern.fullmatch(str(value.name)))]
 
 
 def add_state(model: ir.Model, kind: str, layer: int, sizes: tuple[int, ...]) -> ir.Value:

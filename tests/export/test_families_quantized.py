@@ -40,7 +40,8 @@ CASES = (
     ("llama", "a16w8", "float"), ("llama", "a8w8", "float"), ("llama", "int4", "float"), ("llama", "fp32", "int8"),
     ("qwen2", "int8", "float"), ("gpt2", "int8", "int8"), ("starcoder2", "a16w4", "int8"),
     ("mixtral", "int4", "float"), ("qwen3_moe", "int8", "float"), ("gemma2", "a16w4", "float"),
-    ("smollm3", "int8", "float"),
+    ("smollm3", "int8", "float"), ("lfm2", "int8", "int8"),
+    ("mamba2", "int4", "float"),
 )  # fmt: skip
 FIRST_CASES = {("llama", "int4"), ("llama", "fp32"), ("gpt2", "int8"), ("qwen3_moe", "int8")}
 """Both kinds of cache, and weights with and without experts; the other cases are slow tests."""
@@ -88,6 +89,8 @@ def realistic(name: str) -> Family:
         options["head_dim"] = 32
     if name == "qwen3_moe":
         options["moe_intermediate_size"] = 64
+    if len(options.get("layer_types", ())) > 2:  # as deep as the others: each layer adds its error
+        options |= {"num_hidden_layers": 2, "layer_types": options["layer_types"][-2:]}
     return dataclasses.replace(family, options=options, deviation=0.1)
 
 

@@ -42,7 +42,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any], int, float]] = {
         },
         2, 0.2,
     ),
-    "falcon_h1": ("falcon_h1", {"head_dim": 16, "mamba_d_ssm": 128, "ssm_in_multiplier": 0.5, **MAMBA2}, 1, 0.2),
+    "falcon_h1": ("falcon_h1", {"head_dim": 16, "mamba_d_ssm": 128, "ssm_out_multiplier": 3.0, **MAMBA2}, 0, 0.2),
     "bamba": ("bamba", {"num_hidden_layers": 3, "attn_layer_indices": [1], **MAMBA2}, 0, 0.2),
     "mamba": ("mamba", MAMBA1, 0, 0.2),
     "mamba2": (
