@@ -27,10 +27,13 @@ MATRIX, SHAPE = (
 )
 
 
-def model(text: str = TEXT, matrix: np.ndarray | None = None, block: int | None = None) -> ir.Model:
+def model(
+    text: str = TEXT, matrix: np.ndarray | None = None, block: int | None = None, **arrays: np.ndarray
+) -> ir.Model:
     """The graph with the matrix as insert_hadamard leaves it: a plain tensor."""
     size = 16 if matrix is None else len(matrix)
-    built = with_linears(text.replace("H)", '"h.plain")'), codes_of(block=block), h__plain=normal(1, size, size))
+    arrays["h__plain"] = normal(1, size, size)
+    built = with_linears(text.replace("H)", '"h.plain")'), codes_of(block=block), **arrays)
     lazy = built.graph.initializers["h.plain"]
     plain = Builder(built).constant(hadamard(16) if matrix is None else matrix, f"hadamard.{size}")
     ir.convenience.replace_all_uses_with(lazy, plain)
@@ -51,12 +54,7 @@ def test_a_product_mixes_its_own_input(size: int, block: int | None) -> None:
 
 def test_a_norm_comes_before_it() -> None:
     text = TEXT.replace("s = Reshape(x,", 'c = RMSNormalization <axis = -1> (x, "norm.weight") s = Reshape(c,')
-    built = with_linears(
-        text.replace("H)", '"h.plain")'), codes_of(), h__plain=hadamard(16), norm__weight=normal(4, 64)
-    )
-    lazy = built.graph.initializers["h.plain"]
-    ir.convenience.replace_all_uses_with(lazy, Builder(built).constant(hadamard(16), "hadamard.16"))
-    del built.graph.initializers["h.plain"]
+    built = model(text, norm__weight=normal(4, 64))
     after = fired(fold_norms, fired(fold_hadamards, built, 1).model, 1).model
     assert operators(after) == {"satchel::Linear": 1}
     same_by_reference(built, after, X)

@@ -58,16 +58,16 @@ def test_a_scale_that_is_no_vector_stays_a_product_after_the_norm(shape: tuple[i
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change",
     [
-        (("last = {-1}", "last = {1}"), "not over the last axis alone"),
-        (("int64[1] last = {-1}", "int64[2] last = {-1, -2}"), "not over the last axis alone"),
-        (("(squares, last)", "(squares)"), "not over the last axis alone"),
+        ("last = {-1}", "last = {1}"),
+        ("int64[1] last = {-1}", "int64[2] last = {-1, -2}"),
+        ("(squares, last)", "(squares)"),
     ],
     ids=["another axis", "two axes", "all axes"],
 )
-def test_a_mean_over_other_axes_is_refused(change: tuple[str, str], reason: str) -> None:
-    assert any(reason in r for r in untouched(fuse_norms, rms(change)))
+def test_a_mean_over_other_axes_is_refused(change: tuple[str, str]) -> None:
+    assert any("not over the last axis alone" in reason for reason in untouched(fuse_norms, rms(change)))
 
 
 def test_a_mean_with_an_unknown_attribute_is_refused() -> None:

@@ -41,21 +41,17 @@ def test_a_reader_of_the_sum_may_stand_before_the_norm() -> None:
     same_numbers(model, fired(fuse_skip_norms, model, 1).model, FEEDS)
 
 
-SHAPE = "the summands may differ in shape"
 VECTOR = "not a constant vector over the last axis"
 
 
 @pytest.mark.parametrize(
-    ("inputs", "reason"),
-    [
-        (INPUTS.replace("[batch,sequence,7] b", "[1,sequence,7] b"), SHAPE),
-        (INPUTS.replace("[batch,sequence,7] b", "[7] b"), SHAPE),
-        (INPUTS.replace("batch,sequence", "?,?"), SHAPE),
-    ],
+    ("old", "new"),
+    [("[batch,sequence,7] b", "[1,sequence,7] b"), ("[batch,sequence,7] b", "[7] b"), ("batch,sequence", "?,?")],
     ids=["repeated", "a vector", "dimensions without a name"],
 )
-def test_summands_that_may_differ_in_shape_are_refused(inputs: str, reason: str) -> None:
-    assert untouched(fuse_skip_norms, block(RMS, inputs=inputs)) == [reason]
+def test_summands_that_may_differ_in_shape_are_refused(old: str, new: str) -> None:
+    reasons = untouched(fuse_skip_norms, block(RMS, inputs=INPUTS.replace(old, new)))
+    assert reasons == ["the summands may differ in shape"]
 
 
 @pytest.mark.parametrize(

@@ -123,25 +123,29 @@ def test_two_mixtures_over_the_same_stacks_share_the_codes() -> None:
     assert all(a is b for a, b in zip(first.inputs, other.inputs, strict=True))
 
 
+NONE = ("y = Neg(m)", "y = Neg(m)")
+NORMALIZE = "normalize_routing_weights=1"
+
+
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("codes", "change", "reason"),
     [
-        ({"gate_up": rounded("gate_up", GATE_UP, 4)}, "are stored as"),
-        ({"gate_up": rounded("gate_up", GATE_UP, 8, 16)}, "are stored as"),
-        ({"gate_up": rounded("gate_up", GATE_UP, symmetric=False)}, "are stored as"),
-        ({"down": rounded("down", GATE_UP)}, "another shape"),
+        (pair() | {"gate_up": rounded("gate_up", GATE_UP, 4)}, NONE, "are stored as"),
+        (pair() | {"gate_up": rounded("gate_up", GATE_UP, 8, 16)}, NONE, "are stored as"),
+        (pair() | {"gate_up": rounded("gate_up", GATE_UP, symmetric=False)}, NONE, "are stored as"),
+        (pair() | {"down": rounded("down", GATE_UP)}, NONE, "another shape"),
+        ({"gate_up": pair()["gate_up"]}, NONE, "only one"),
+        ({"down": pair()["down"]}, NONE, "only one"),
+        (pair(), ("gate_up, , down)", "gate_up, , down, , gate_up)"), "third stack"),
+        (pair(), (NORMALIZE, "normalize_routing_weights=0"), "sum of 1"),
+        (pair(), (NORMALIZE, "swiglu_limit=100.0"), "sum of 1"),
     ],
-    ids=["bits", "blocks", "zero points", "shape"],
-)
-def test_codes_that_the_kernel_does_not_take_are_refused(changed: Pair, reason: str) -> None:
-    (found,) = untouched(quantize_experts(pair() | changed), mixture())
+    ids=["bits", "blocks", "zero points", "shape", "gate and up alone", "down alone", "a third stack",
+         "weights as they are", "weights as they are by default"],
+)  # fmt: skip
+def test_what_the_kernel_does_not_take_is_refused(codes: Pair, change: tuple[str, str], reason: str) -> None:
+    (found,) = untouched(quantize_experts(codes), mixture(change))
     assert reason in found
-
-
-@pytest.mark.parametrize("name", ["gate_up", "down"])
-def test_one_stack_in_float_is_refused(name: str) -> None:
-    (reason,) = untouched(quantize_experts({name: pair()[name]}), mixture())
-    assert "only one" in reason
 
 
 def test_rows_of_half_bytes_are_refused() -> None:
@@ -151,21 +155,9 @@ def test_rows_of_half_bytes_are_refused() -> None:
     assert "no whole bytes" in reason
 
 
-def test_a_third_stack_is_refused() -> None:
-    model = mixture(("(hidden, router, gate_up, , down)", "(hidden, router, gate_up, , down, , gate_up)"))
-    (reason,) = untouched(quantize_experts(pair()), model)
-    assert "third stack" in reason
-
-
 def test_an_unknown_attribute_is_refused() -> None:
     (reason,) = untouched(quantize_experts(pair()), tag(mixture(), "MoE", "use_sparse_mixer", 1))
     assert "use_sparse_mixer" in reason
-
-
-@pytest.mark.parametrize("text", ["normalize_routing_weights=0", "swiglu_limit=100.0"], ids=["zero", "left out"])
-def test_weights_that_do_not_sum_to_1_are_refused(text: str) -> None:
-    (reason,) = untouched(quantize_experts(pair()), mixture(("normalize_routing_weights=1", text)))
-    assert "sum of 1" in reason
 
 
 def test_mixtures_in_float_are_left_alone() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 from support.chat_templates import SPECIAL, TURNS
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import replace_file, write_bundle
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -35,11 +34,8 @@ def reference(source: str, messages: list[dict[str, str]]) -> str:
 def bundle_with(folder: Path, files: dict[str, bytes], **options: Any) -> Bundle:
     """A tiny bundle that lists further files in its manifest."""
     write_bundle(folder, **options)
-    document = read_manifest(folder)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
-        document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(folder, document)
+        replace_file(folder, name, content)
     return open_bundle(folder)
 
 

@@ -61,7 +61,7 @@ def essence(result: Generation) -> tuple[object, ...]:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each call of `State.prefill` fed, but for the trial whether rows agree."""
     counts: list[int] = []
-    monkeypatch.setattr(Engine, "batch_invariant", True)
+    monkeypatch.setattr(Engine, "invariant_with", lambda *_: True)
     prefill = CpuState.prefill
 
     def counting(self: CpuState, ids: np.ndarray) -> None:

@@ -267,7 +267,7 @@ def change_manifest(folder: Path, *path: str | int, to: object) -> None:
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:
-    """Put other content into a listed file, with the manifest's record to match."""
+    """Put a file into the bundle, in the place of one of its name, with the manifest's record to match."""
     (folder / name).write_bytes(content)
     change_manifest(folder, "files", name, to=record(content))
 

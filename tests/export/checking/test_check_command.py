@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.command import Satchel
 from support.custom_ops import LIBRARY
-from support.tiny_bundle import read_manifest, write_bundle, write_manifest
+from support.tiny_bundle import change_manifest, replace_file, write_bundle
 from support.tiny_custom_bundle import write_custom_bundle
 from support.tiny_hybrid import write_hybrid
 
@@ -24,11 +23,8 @@ def bundle(tmp_path: Path) -> Path:
 
 def put_graph(bundle: Path, phase: str, model: onnx.ModelProto, session: dict[str, str] | None = None) -> None:
     """Put another graph in the place of a phase's, with session entries."""
-    content, manifest = model.SerializeToString(), read_manifest(bundle)
-    (bundle / f"{phase}.onnx").write_bytes(content)
-    manifest["files"][f"{phase}.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["graphs"][phase]["session"] = session or {}
-    write_manifest(bundle, manifest)
+    replace_file(bundle, f"{phase}.onnx", model.SerializeToString())
+    change_manifest(bundle, "graphs", phase, "session", to=session or {})
 
 
 def product(*nodes: onnx.NodeProto, name: str = "g") -> onnx.ModelProto:
@@ -185,10 +181,7 @@ def damaged_graphs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", damaged_graphs())
 def test_a_file_that_is_no_graph_is_refused(satchel: Satchel, bundle: Path, name: str) -> None:
-    manifest, content = read_manifest(bundle), damaged_graphs()[name]
-    (bundle / "decode.onnx").write_bytes(content)
-    manifest["files"]["decode.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(bundle, manifest)
+    replace_file(bundle, "decode.onnx", damaged_graphs()[name])
     assert "not a valid ONNX graph" in satchel.refuses("check", bundle, "--provider", "cpu", "--quiet")
 
 
@@ -225,8 +218,7 @@ def test_operators_of_a_library_are_told_apart(bundle: Path, tmp_path: Path, sat
         found = [place for graph in result["graphs"] for place in graph["findings"] if place["node"] == "cut"]
         assert rule in {place["rule"] for place in found}
         assert "U01" not in {place["rule"] for place in found}
-    manifest = read_manifest(custom)
-    write_manifest(custom, {**manifest, "custom_ops": []})  # then nobody knows whose it is
+    change_manifest(custom, "custom_ops", to=[])  # then nobody knows whose it is
     out = satchel("check", custom, "--provider", "cpu", "--quiet", code=1).out
     assert "P01 error: an operator has no kernel (3 in" in out
 
