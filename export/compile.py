@@ -19,7 +19,7 @@ from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.adapters import with_adapters
 from satchel.export.checkpoint.companions import generation_complaints
 from satchel.export.checkpoint.families import PASSED
-from satchel.export.checkpoint.separate_adapters import changed_layers, keep_apart
+from satchel.export.checkpoint.separate_adapters import changes_in, keep_apart
 from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
@@ -268,11 +268,16 @@ def check_attached(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> No
     Raises:
         ExportError: One has not.
     """
-    for layer, adapters in changed_layers(checkpoint).items():
-        if any(adapter_inputs(model).keys().isdisjoint(lora_names(layer)) for model in models.values()):
+    there = set[str].intersection(*(set(adapter_inputs(model)) for model in models.values()))
+    for change in changes_in(checkpoint):
+        if there.isdisjoint(lora_names(change.layer)):
+            adapter, why = next(iter(change.adapters)), "is not multiplied as a linear layer of its own in this model"
+            if change.gains:
+                adapter, why = next(iter(change.gains)), "has DoRA's lengths of outputs, which are rotated here"
             raise ExportError(
-                f"--adapter {adapters[0]}: {layer} is not multiplied as a linear layer of its own in this model, so "
-                "that its change cannot be kept apart; merge it: without --adapters separate"
+                f"--adapter {adapter}: {change.layer} {why}, so that its change cannot be kept apart; merge it: "
+                "without --adapters separate"
+                + (", or choose a precision without rotations, such as fp32" if change.gains else "")
             )
 
 

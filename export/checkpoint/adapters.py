@@ -24,7 +24,7 @@ from satchel.export.checkpoint.safetensors_file import read_safetensors
 from satchel.export.checkpoint.ties import tie
 from satchel.export.checkpoint.torch_file import read_torch
 from satchel.export.errors import ExportError
-from satchel.graphs.ir.weights import LazyWeight, transposed
+from satchel.graphs.ir.weights import LazyWeight, scaled, transposed
 
 CONFIG = "adapter_config.json"
 _FILES = {"adapter_model.safetensors": read_safetensors, "adapter_model.bin": read_torch}
@@ -39,6 +39,9 @@ _OTHER_MEANING = (
 
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is."""
+
+ROWS = 1024
+"""Of a weight whose rows are measured, at a time."""
 
 MERGE_WITH_PEFT = "merge it with peft (merge_and_unload, then save_pretrained) and export the merged folder"
 
@@ -262,7 +265,7 @@ def _merged(
         made = added(weight)
     else:
         check_base(length.size == high.dims[0], adapter, name, length.dims, {name: weight})
-        made = _lengthened(added(weight), added(original), length)
+        made = scaled(added(weight), _gains(added(original), length), name)
     return transposed(made, name) if across else made
 
 
@@ -288,15 +291,28 @@ class _Product:
         )  # fmt: skip
 
 
-def _lengthened(weight: LazyWeight, measured: LazyWeight, length: LazyWeight) -> LazyWeight:
-    """Rows of `weight` times `length` over the length of the same rows of `measured`."""
+def gains_of(adapter: Adapter, path: str, weight: LazyWeight) -> LazyWeight:
+    """DoRA's factor of each output, [outputs]: the stored length over that of the changed row.
 
+    Args:
+        adapter: An adapter with lengths for the layer.
+        path: The layer's name.
+        weight: The base's weight, [outputs, inputs].
+    """
+    parts = adapter.layers[path]
+    length = parts["lora_magnitude_vector"]
+    factor = np.float32(adapter.scaling[path] * adapter.share)
+    measured = _Product(parts["lora_A"], parts["lora_B"], factor).added_to(weight)
+    return _gains(measured, length)
+
+
+def _gains(measured: LazyWeight, length: LazyWeight) -> LazyWeight:
     def rows(start: int, stop: int) -> np.ndarray:
-        norms = np.linalg.norm(measured.rows(start, stop), axis=1, keepdims=True)
-        factors = length.numpy().reshape(-1, 1)[start:stop] / norms
-        return np.asarray(factors * weight.rows(start, stop), np.float32)
+        spans = ((first, min(first + ROWS, stop)) for first in range(start, stop, ROWS))
+        norms = [np.linalg.norm(measured.rows(*span), axis=1) for span in spans]
+        return np.asarray(length.numpy().reshape(-1)[start:stop] / np.concatenate(norms), np.float32)
 
-    return LazyWeight(weight.name, weight.dims, weight.dtype, rows)
+    return LazyWeight(measured.name, (length.size,), measured.dtype, rows)
 
 
 def _sum(weight: LazyWeight, other: LazyWeight, factor: float) -> LazyWeight:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from satchel.export.checkpoint.adapters import CONFIG, Adapter, check_base, is_transposed, read_adapter
+from satchel.export.checkpoint.adapters import CONFIG, Adapter, check_base, gains_of, is_transposed, read_adapter
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.errors import ExportError
 from satchel.graphs.ir.low_rank import CHANGES, Change, LowRank, changes_of
-from satchel.graphs.ir.weights import LazyWeight, from_array, mapped, transposed
+from satchel.graphs.ir.weights import LazyWeight, from_array, mapped, scaled, transposed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ADVICE = "merge it: without --adapters separate"
@@ -68,10 +69,9 @@ def keep_apart(checkpoint: Checkpoint, adapters: Sequence[str | Path]) -> Checkp
     return dataclasses.replace(checkpoint, weights=weights, sources=(*checkpoint.sources, *sources))
 
 
-def changed_layers(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """The names of the adapters that change a layer, by the layer's name."""
-    changes = (change for weight in checkpoint.weights.values() for change in changes_of(weight))
-    return {change.layer: tuple(change.adapters) for change in changes}
+def changes_in(checkpoint: Checkpoint) -> list[Change]:
+    """What adapters that are kept apart change."""
+    return [change for weight in checkpoint.weights.values() for change in changes_of(weight)]
 
 
 def _changes(name: str, adapter: Adapter, checkpoint: Checkpoint) -> Iterator[tuple[str, LowRank]]:
@@ -88,9 +88,10 @@ def _changes(name: str, adapter: Adapter, checkpoint: Checkpoint) -> Iterator[tu
     for layer in {**adapter.layers, **biases}:
         key, parts = f"{layer}.weight", adapter.layers.get(layer, {})
         check_base(key in weights, adapter, key, (), weights)
-        if "lora_embedding_A" in parts or "lora_magnitude_vector" in parts:
-            what = "an embedding's rows" if "lora_embedding_A" in parts else "DoRA, which scales the base's own weights"
-            raise ExportError(f"{where}: {layer} has {what}: only products of two matrices are kept apart; {_ADVICE}")
+        if "lora_embedding_A" in parts:
+            raise ExportError(
+                f"{where}: {layer} is an embedding, and only changes of linear layers are kept apart; {_ADVICE}"
+            )
         if len(weights[key].dims) != 2:
             raise ExportError(
                 f"{where}: {layer}.bias is not that of a linear layer and cannot be kept apart; {_ADVICE}"
@@ -105,7 +106,7 @@ def _low_rank(layer: str, adapter: Adapter, checkpoint: Checkpoint, replaced: La
     """The product and bias of one layer; `replaced` is the bias that stands for the base's."""
     weight, parts = checkpoint.weights[f"{layer}.weight"], adapter.layers.get(layer)
     inputs, outputs = weight.dims if is_transposed(checkpoint.module, layer) else weight.dims[::-1]
-    added = list[LazyWeight]()
+    added, gain = list[LazyWeight](), None
     if replaced is not None:
         name = f"{layer}.bias"
         fits = name in checkpoint.weights and checkpoint.weights[name].dims == replaced.dims
@@ -121,7 +122,14 @@ def _low_rank(layer: str, adapter: Adapter, checkpoint: Checkpoint, replaced: La
         first, second = transposed(low, low.name), mapped(transposed(high, high.name), lambda b: b * factor, high.name)
         if "lora_B.bias" in parts:
             added.append(mapped(parts["lora_B.bias"], lambda b: b * factor, layer))
-    return LowRank(first, second, _row(added, layer) if added else None)
+        length = parts.get("lora_magnitude_vector")
+        if length is not None:
+            check_base(length.size == outputs, adapter, f"{layer}.weight", length.dims, checkpoint.weights)
+            across = is_transposed(checkpoint.module, layer)
+            measure = functools.cache(gains_of(adapter, layer, transposed(weight, layer) if across else weight).numpy)
+            gains = LazyWeight(layer, (outputs,), second.dtype, lambda a, b: measure()[a:b])
+            gain, second = _row([gains], layer), scaled(second, gains, layer, -1)
+    return LowRank(first, second, _row(added, layer) if added else None, gain)
 
 
 def _row(vectors: Sequence[LazyWeight], name: str) -> LazyWeight:

@@ -20,15 +20,20 @@ CHANGES = "changes"
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """x @ first @ second + bias, for first [inputs, rank], second [rank, outputs] and bias [1, outputs] or None."""
+    """gain * (x @ weight) + x @ first @ second + bias, for first [inputs, rank] and second [rank, outputs].
+
+    `bias` and `gain` are [1, outputs], or None for none.
+    """
 
     first: LazyWeight
     second: LazyWeight
     bias: LazyWeight | None = None
+    gain: LazyWeight | None = None
 
     def with_outputs(self, edit: Callable[[LazyWeight], LazyWeight]) -> LowRank:
-        """The same with all that has the outputs edited."""
-        return LowRank(self.first, edit(self.second), None if self.bias is None else edit(self.bias))
+        """The same with the outputs of what is added edited."""
+        bias = None if self.bias is None else edit(self.bias)
+        return dataclasses.replace(self, second=edit(self.second), bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Change:
     start: int
     stop: int
     transposed: bool = False
+
+    @property
+    def gains(self) -> dict[str, LazyWeight]:
+        """The gains of the adapters that have them."""
+        return {name: part.gain for name, part in self.adapters.items() if part.gain is not None}
 
     def each(self, edit: Callable[[LowRank], LowRank]) -> Change:
         """The same with the part of each adapter edited."""
@@ -79,16 +89,19 @@ def carry_inputs(new: LazyWeight, old: LazyWeight, edit: Callable[[LazyWeight], 
 
 
 def carry_outputs(
-    new: LazyWeight, old: LazyWeight, edit: Callable[[LazyWeight, Change], LazyWeight | None]
+    new: LazyWeight, old: LazyWeight, edit: Callable[[LazyWeight, Change], LazyWeight | None], *, mixes: bool
 ) -> LazyWeight:
     """Mark `new`, whose outputs were edited: `edit` does the same to the last axis of what a change has for its own.
 
-    It returns None where these outputs were mixed with others, which loses the change.
+    It returns None where these outputs were mixed with others, which loses the change; so does an edit that `mixes`
+    outputs of which each has a gain.
     """
 
     def edited(change: Change) -> Change | None:
-        if change.transposed or any(edit(part.second, change) is None for part in change.adapters.values()):
-            return None
+        for part in change.adapters.values():
+            made = edit(part.second, change)
+            if change.transposed or made is None or (mixes and part.gain is not None and made is not part.second):
+                return None
         return change.each(lambda part: part.with_outputs(lambda matrix: edit(matrix, change) or matrix))
 
     return carry(new, old, edited)

@@ -276,7 +276,10 @@ def scaled(weight: LazyWeight, factors: LazyWeight, name: str, axis: int = 0) ->
         carry_inputs(new, weight, lambda matrix: scaled(matrix, factors, matrix.name))
     else:
         carry_outputs(
-            new, weight, lambda matrix, own: scaled(matrix, _piece(factors, own.start, own.stop), matrix.name, -1)
+            new,
+            weight,
+            lambda matrix, own: scaled(matrix, _piece(factors, own.start, own.stop), matrix.name, -1),
+            mixes=False,
         )
     return marked_like(new, weight)
 
@@ -324,7 +327,7 @@ def right_multiplied(
         return right_multiplied(own, matrix, own.name, (first - change.start, last - change.start))
 
     new = LazyWeight(name, weight.dims, weight.dtype, rows, computed=weight.computed)
-    return marked_like(carry_outputs(new, weight, outputs), weight)
+    return marked_like(carry_outputs(new, weight, outputs, mixes=True), weight)
 
 
 def left_multiplied(weight: LazyWeight, matrix: np.ndarray, name: str) -> LazyWeight:

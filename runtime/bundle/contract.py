@@ -98,8 +98,8 @@ def present_state_name(layer: int, kind: str) -> str:
     return f"present.{layer}.{kind}"
 
 
-def lora_names(layer: str) -> tuple[str, str, str]:
-    """Names of the optional inputs for an adapter's change of a linear layer, x @ A @ B + bias: those of A [inputs,
-    rank], B [rank, outputs] and bias [1, outputs]. Each has a default without effect.
+def lora_names(layer: str) -> tuple[str, str, str, str]:
+    """Names of the optional inputs for an adapter's change of a linear layer, gain * (x @ W) + x @ A @ B + bias: those
+    of A [inputs, rank], B [rank, outputs], bias [1, outputs] and gain [1, outputs]. Each has a default without effect.
     """
-    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.lora_B.bias"
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.lora_B.bias", f"{layer}.lora_gain"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,14 +20,15 @@ TENSORS = "tensors"
 
 @graph_pass
 def attach_adapters(model: ir.Model, report: Report) -> None:
-    """Add x @ A @ B + bias to linear layers that adapters change, A, B and bias as optional inputs of the graph.
+    """Add x @ A @ B + bias to linear layers that adapters change, A, B and bias as optional inputs of the graph; where
+    an adapter has gains (DoRA), multiply the layer's own result by an input too.
 
-    Their default values have rank 0, for which the product is zero, and a bias of 0: without an adapter, the linear
-    layer gives what it gave.
+    Their default values have rank 0, for which the product is zero, a bias of 0 and a gain of 1: without an adapter,
+    the linear layer gives what it gave.
 
     before: x -> MatMul(W) -> y
-    after:  x -> MatMul(W) -> Add <- MatMul(B) <- MatMul(A) <- x;  Add -> y
-    Where W is joined of several layers, what is added is a Concat of what each of them adds.
+    after:  x -> MatMul(W) -> (Mul(gain) ->) Add <- MatMul(B) <- MatMul(A) <- x;  Add -> y
+    Where W is joined of several layers, what is added is a Concat of what each of them adds, and so are the gains.
     refuses when: no adapter changes W (silently).
     """
     following = [*model.graph, None]
@@ -46,26 +47,51 @@ def adapter_inputs(model: ir.Model) -> dict[str, Mapping[str, LazyWeight]]:
     return {str(value.name): value.meta[TENSORS] for value in model.graph.inputs if TENSORS in value.meta}
 
 
-def _attach(builder: Builder, node: ir.Node, sizes: tuple[int, ...], changes: Iterable[Change]) -> None:
+def _attach(builder: Builder, node: ir.Node, sizes: tuple[int, ...], changes: Sequence[Change]) -> None:
     x, result = node.inputs[0], node.outputs[0]
-    parts, end = list[ir.Value](), 0
-    for change in sorted(changes, key=lambda change: change.start):
-        if change.start > end:
-            parts.append(_nothing(builder, x, result, (sizes[0], change.start - end)))
-        parts.append(_added(builder, x, result, sizes[0], change))
-        end = change.stop
-    if end < sizes[1]:
-        parts.append(_nothing(builder, x, result, (sizes[0], sizes[1] - end)))
-    whole = parts[0] if len(parts) == 1 else builder.value("Concat", parts, f"{node.name}.lora", result, axis=-1)
-    total = builder.value("Add", [result, whole], f"{node.name}.adapted", result)
+    parts, gains, end = list[ir.Value](), list[ir.Value](), 0
+    for change in (*sorted(changes, key=lambda change: change.start), None):
+        start = sizes[1] if change is None else change.start
+        if start > end:
+            parts.append(_nothing(builder, x, result, (sizes[0], start - end)))
+            gains.append(_ones(builder, start - end))
+        if change is not None:
+            parts.append(_added(builder, x, result, sizes[0], change))
+            gains.append(_gain(builder, change))
+            end = change.stop
+    own = result
+    if any(change.gains for change in changes):
+        own = builder.value(
+            "Mul", [result, _joined(builder, gains, f"{node.name}.lora_gain")], f"{node.name}.gained", result
+        )
+    total = builder.value("Add", [own, _joined(builder, parts, f"{node.name}.lora")], f"{node.name}.adapted", result)
     replace(result, total)
-    builder.graph.node(f"{node.name}.adapted").replace_input_with(0, result)  # it read its own result
+    reader = f"{node.name}.adapted" if own is result else f"{node.name}.gained"
+    builder.graph.node(reader).replace_input_with(0, result)  # it read its own result
+
+
+def _joined(builder: Builder, parts: Sequence[ir.Value], name: str) -> ir.Value:
+    return parts[0] if len(parts) == 1 else builder.value("Concat", parts, name, axis=-1)
+
+
+def _ones(builder: Builder, width: int) -> ir.Value:
+    return builder.constant(np.ones((1, width), np.float32), f"ones.1_{width}")
+
+
+def _gain(builder: Builder, change: Change) -> ir.Value:
+    """The gain of each output of a layer, [1, outputs]: those of the input, or ones."""
+    width = change.stop - change.start
+    if not change.gains:
+        return _ones(builder, width)
+    name = lora_names(change.layer)[3]
+    given = _input(builder, name, (1, f"{change.layer}.outputs"), change.gains, np.ones((1, 1), np.float32))
+    return builder.value("Expand", [given, builder.shape(1, width)], f"{name}.wide")
 
 
 def _added(builder: Builder, x: ir.Value | None, like: ir.Value, inputs: int, change: Change) -> ir.Value:
     """x @ A @ B + bias of one layer, as wide as the layer's outputs."""
     outputs, rank = change.stop - change.start, f"{change.layer}.rank"
-    first_name, second_name, bias_name = lora_names(change.layer)
+    first_name, second_name, bias_name, _ = lora_names(change.layer)
     parts = {name: part for name, part in change.adapters.items() if part.first.size}
     biases = {name: part.bias for name, part in change.adapters.items() if part.bias is not None}
     if parts:
@@ -76,7 +102,7 @@ def _added(builder: Builder, x: ir.Value | None, like: ir.Value, inputs: int, ch
         added = _nothing(builder, x, like, (inputs, outputs))
     if not biases:
         return added
-    bias = _input(builder, bias_name, (1, f"{change.layer}.outputs"), biases)
+    bias = _input(builder, bias_name, (1, f"{change.layer}.outputs"), biases, np.zeros((1, 1), np.float32))
     return builder.value("Add", [added, bias], f"{change.layer}.lora_biased", added)
 
 
@@ -102,13 +128,19 @@ def _product(
     return high
 
 
-def _input(builder: Builder, name: str, shape: tuple[int | str, ...], tensors: Mapping[str, LazyWeight]) -> ir.Value:
-    """The optional input of that name, with a default of rank 0, or of one 0 for a bias; made once for a layer."""
+def _input(
+    builder: Builder,
+    name: str,
+    shape: tuple[int | str, ...],
+    tensors: Mapping[str, LazyWeight],
+    default: np.ndarray | None = None,
+) -> ir.Value:
+    """The optional input of that name, by default of rank 0; made once for a layer."""
     there = builder.graph.initializers.get(name)
     if there is not None:
         return there
-    least = 1 if shape[0] == 1 and isinstance(shape[1], str) else 0
-    default = np.zeros([size if isinstance(size, int) else least for size in shape], np.float32)
+    if default is None:
+        default = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
     value = builder.initializer(ir.Tensor(default, name=name))
     value.shape = ir.Shape(shape)
     value.meta[TENSORS] = dict(tensors)

@@ -124,6 +124,8 @@ def _with_moved_bias(matrix: LazyWeight, bias: LazyWeight) -> LazyWeight:
     def moved(change: LowRank) -> LowRank:
         def rows(start: int, stop: int) -> np.ndarray:
             total = bias.numpy()[None] @ change.first.numpy() @ change.second.numpy()
+            if change.gain is not None:  # what the base makes of the bias is added without the gain
+                total += (change.gain.numpy() - 1) * (bias.numpy() @ matrix.numpy())
             return np.asarray(total + (0 if change.bias is None else change.bias.numpy()), np.float32)
 
         wide = (1, change.second.dims[1])
