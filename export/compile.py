@@ -93,10 +93,15 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     check_loads(config.custom_ops)
     recipe = recipe_of(config)
     stages = Stages(progress, tuple(name for name in STAGES if name not in _skipped(config, recipe)))
-    check_target(config.output, config.force)
+    if not config.append_precision:
+        check_target(config.output, config.force)
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
     config, notes = resolve(config, checkpoint)
+    if config.append_precision:
+        config = dataclasses.replace(config, output=config.named_output, append_precision=False)
+        check_target(config.output, config.force)
+        stages.say(f"writing to {config.output} (-o names another folder)")
     grids = stored_grids(checkpoint)
     recipe = kept_recipe(recipe_of(config), config, grids, to_round(checkpoint))
     if recipe is not None:

@@ -52,6 +52,7 @@ class ExportConfig:
 
     Attributes:
         output: The bundle's folder.
+        append_precision: Whether `-PRECISION` is added to the folder's name once the precision is known.
         precision: fp32; fp16, which the CPU computes in float32; or a quantized form, by the recipe of that name.
             Empty for the default: stored if the checkpoint has quantized values that the target's kernels read,
             otherwise the first of TARGET_PRECISIONS.
@@ -104,6 +105,7 @@ class ExportConfig:
     adapter_form: str = ADAPTER_FORMS[0]
     layout: str | None = None
     weights: Path | None = None
+    append_precision: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
@@ -177,6 +179,11 @@ class ExportConfig:
         if self.calibrate is not None and not self.reads_calibration_text:
             chosen = f"--effort {self.effort}" if self.quantized else f"--precision {self.precision}"
             raise ExportError(f"--calibrate does not go with {chosen}, which needs no calibration text: leave it out")
+
+    @property
+    def named_output(self) -> Path:
+        """The bundle's folder, with the precision in its name if it is added."""
+        return Path(f"{self.output}-{self.precision}") if self.append_precision else self.output
 
     @property
     def static(self) -> bool:

@@ -169,20 +169,17 @@ def main(args: argparse.Namespace) -> int:
         from satchel.export.compile import export_bundle
 
     config = ExportConfig(
-        output=args.output or Path(), precision=args.precision, max_context=args.max_context, target=args.target,
-        force=args.force, tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe,
-        calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
-        passes=tuple(args.passes), custom_ops=tuple(args.custom_ops),
-        prefill_lengths=args.prefill_lengths, adapters=tuple(args.adapters), layout=args.layout, weights=args.weights,
-        adapter_form=args.adapter_form,
+        output=args.output or _default_name(args.checkpoint), append_precision=args.output is None,
+        precision=args.precision, max_context=args.max_context, target=args.target, force=args.force,
+        tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe, calibrate=args.calibrate,
+        certificate=args.certificate, effort=args.effort, eval_text=args.eval_text, passes=tuple(args.passes),
+        custom_ops=tuple(args.custom_ops), prefill_lengths=args.prefill_lengths, adapters=tuple(args.adapters),
+        layout=args.layout, weights=args.weights, adapter_form=args.adapter_form,
     )  # fmt: skip
-    if args.output is None:
-        config = dataclasses.replace(config, output=_default_output(args.checkpoint, config.precision))
-        if not args.quiet:
-            print(f"writing to {config.output} (-o names another folder)", file=sys.stderr)
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
-    facts = {"bundle": str(config.output), **report(manifest), "seconds": round(time.monotonic() - start, 1)}
+    written = dataclasses.replace(config, precision=manifest.precision).named_output
+    facts = {"bundle": str(written), **report(manifest), "seconds": round(time.monotonic() - start, 1)}
     if args.json:
         print(json.dumps(facts))
     elif not args.quiet:
@@ -190,11 +187,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default_output(checkpoint: str, precision: str) -> Path:
-    """NAME-PRECISION in the current folder, after a checkpoint's folder or file."""
+def _default_name(checkpoint: str) -> Path:
+    """A place in the current folder, called after a checkpoint's folder or file."""
     path = Path(checkpoint.rpartition(".py:")[0] or checkpoint)
     name = path.stem if path.suffix in (".gguf", ".py") else path.resolve().name
-    return Path(f"{name}-{precision}")
+    return Path(name)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

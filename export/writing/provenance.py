@@ -26,7 +26,7 @@ PACKAGES = (
 )  # fmt: skip
 """Packages whose versions the manifest records."""
 
-SILENT = ("output", "force")
+SILENT = ("output", "append_precision", "force")
 """Options that do not affect the bytes of a bundle."""
 
 

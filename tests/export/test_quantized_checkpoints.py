@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import save_tiny, tiny_model
+from support.command import Satchel
 from support.quantized import Writer, awq, gptq, logits, save_experts, save_quantized
 from support.quantized_floats import fp4, fp8, int8, llm_int8, nf4, packed
 
@@ -59,6 +60,18 @@ def compressed(stored: str, activations: dict[str, Any] | None = None, **weights
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
+
+
+@pytest.mark.parametrize(("flags", "name"), [((), "mine-stored"), (("-p", "fp32"), "mine-fp32")], ids=str)
+def test_without_a_name_the_folder_is_called_after_what_is_in_it(
+    satchel: Satchel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], name: str
+) -> None:
+    save_quantized(tmp_path / "mine", *KEPT["gptq"])
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    found = satchel.json("export", "mine", *flags, "--no-certificate", "--quiet")
+    assert {path.name for path in tmp_path.iterdir()} - before == {name} == {found["bundle"]}
+    assert f"{name} already exists" in satchel.refuses("export", "mine", *flags, "--no-certificate", "--quiet")
 
 
 CHANNEL: dict[str, Any] = {"strategy": "channel", "group_size": None}
