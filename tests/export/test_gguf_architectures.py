@@ -15,10 +15,14 @@ from support.families import TOLERANCE, logits_of
 from support.gguf_families import GGUF_FAMILIES, facts_of, fused, gguf_model, loaded, some_ids, tensors_of, write_family
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.export.checkpoint import open_checkpoint
+from satchel.export.checkpoint import Checkpoint, open_checkpoint
 from satchel.export.checkpoint.gguf_architectures import ARCHITECTURES
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.ort.open_bundle import open_bundle
+
+
+def same_logits(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    assert difference(logits_of(loaded(checkpoint), some_ids()), logits_of(model, some_ids())) <= TOLERANCE
 
 
 def test_every_architecture_and_variant_has_a_model() -> None:
@@ -33,7 +37,7 @@ def test_the_logits_are_those_of_the_converted_model(name: str, tmp_path: Path) 
     model = gguf_model(family)
     checkpoint = open_checkpoint(write_family(tmp_path / "tiny.gguf", family, model))
     assert checkpoint.model_type == family.model_type
-    assert difference(logits_of(loaded(checkpoint), some_ids()), logits_of(model, some_ids())) <= TOLERANCE
+    same_logits(checkpoint, model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("phi3", "mixtral"))])
@@ -60,16 +64,14 @@ def test_keys_that_a_file_may_omit_have_the_defaults_of_llama_cpp(name: str, tmp
     family = GGUF_FAMILIES[name]
     model = gguf_model(family)
     omitted = dict.fromkeys(OMITTED[name])
-    checkpoint = open_checkpoint(write_family(tmp_path / "tiny.gguf", family, model, facts=omitted))
-    assert difference(logits_of(loaded(checkpoint), some_ids()), logits_of(model, some_ids())) <= TOLERANCE
+    same_logits(open_checkpoint(write_family(tmp_path / "tiny.gguf", family, model, facts=omitted)), model)
 
 
 def test_without_a_count_of_key_heads_there_are_as_many_as_query_heads(tmp_path: Path) -> None:
     family = GGUF_FAMILIES["llama"]
     model = gguf_model(GGUF_FAMILIES["llama"].__class__("llama", "llama", {"num_key_value_heads": 4}, permuted=True))
     path = write_family(tmp_path / "tiny.gguf", family, model, facts={"attention.head_count_kv": None})
-    checkpoint = open_checkpoint(path)
-    assert difference(logits_of(loaded(checkpoint), some_ids()), logits_of(model, some_ids())) <= TOLERANCE
+    same_logits(open_checkpoint(path), model)
 
 
 def test_granite_has_neutral_scales_where_the_file_has_none(tmp_path: Path) -> None:
@@ -106,8 +108,7 @@ def test_fused_tensors_are_taken_apart(name: str, tmp_path: Path) -> None:
     model = gguf_model(family)
     tensors = fused(tensors_of(family, model))
     path = write_gguf(tmp_path / "t.gguf", family.architecture, facts_of(family, model), tensors)
-    found = logits_of(loaded(open_checkpoint(path)), some_ids())
-    assert difference(found, logits_of(model, some_ids())) <= TOLERANCE
+    same_logits(open_checkpoint(path), model)
 
 
 def test_separate_tensors_are_joined(tmp_path: Path) -> None:
@@ -120,8 +121,7 @@ def test_separate_tensors_are_joined(tmp_path: Path) -> None:
         for part, array in {"attn_q": q, "attn_k": k, "attn_v": v, "ffn_gate": gate, "ffn_up": up}.items():
             tensors[f"blk.{layer}.{part}.weight"] = array
     path = write_gguf(tmp_path / "t.gguf", "phi3", facts_of(family, model), tensors)
-    found = logits_of(loaded(open_checkpoint(path)), some_ids())
-    assert difference(found, logits_of(model, some_ids())) <= TOLERANCE
+    same_logits(open_checkpoint(path), model)
 
 
 def test_a_bias_that_no_layer_has_is_zero(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_bias_that_no_layer_has_is_zero(tmp_path: Path) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()
-    assert difference(logits_of(loaded(checkpoint), some_ids()), logits_of(model, some_ids())) <= TOLERANCE
+    same_logits(checkpoint, model)
 
 
 def test_the_documentation_lists_every_architecture() -> None:

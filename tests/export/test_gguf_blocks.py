@@ -107,17 +107,17 @@ def test_moved_rows_keep_their_scales(join: bool, tmp_path: Path) -> None:
 
 
 def test_experts_and_joined_tensors_keep_their_scales(tmp_path: Path) -> None:
-    family = dataclasses.replace(GGUF_FAMILIES["mixtral"], options={**GGUF_FAMILIES["mixtral"].options,
-                                                                    "intermediate_size": 64})  # fmt: skip
-    weights = open_checkpoint(quantized(tmp_path / "m.gguf", {"_exps": Q.Q4_0}, family)).weights
+    weights = open_checkpoint(
+        quantized(tmp_path / "m.gguf", {"_exps": Q.Q4_0}, GGUF_FAMILIES["mixtral"], intermediate_size=64)
+    ).weights
     for name in ("gate_up_proj", "down_proj"):
         assert on_grid(weights[f"model.layers.1.mlp.experts.{name}"]).ndim == 3
 
 
 def test_tensors_of_different_types_that_are_joined_are_widened(tmp_path: Path) -> None:
-    family = dataclasses.replace(GGUF_FAMILIES["mixtral"], options={**GGUF_FAMILIES["mixtral"].options,
-                                                                    "intermediate_size": 64})  # fmt: skip
-    path = quantized(tmp_path / "m.gguf", {"gate_exps": Q.Q4_0, "up_exps": Q.Q8_0}, family)
+    path = quantized(
+        tmp_path / "m.gguf", {"gate_exps": Q.Q4_0, "up_exps": Q.Q8_0}, GGUF_FAMILIES["mixtral"], intermediate_size=64
+    )
     weight = open_checkpoint(path).weights["model.layers.0.mlp.experts.gate_up_proj"]
     assert GRID not in weight.meta and "different types" in str(weight.meta[WIDENED])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle with a chat template."""
     return write_chat_bundle(tmp_path_factory.mktemp("bundles") / "chatty")
+
+
+@pytest.fixture(scope="module")
+def plain(chatty: Path) -> Iterator[Generator]:
+    """A generator with a chat template that keeps nothing: what it gives is right."""
+    generator = Generator.open(chatty, threads=1, prefix_cache_mib=0)
+    yield generator
+    generator.template.close()
 
 
 @pytest.fixture(scope="session")

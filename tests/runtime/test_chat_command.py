@@ -37,13 +37,6 @@ HINT = "/help lists the commands, Ctrl-D quits\n"
 Chat = Callable[..., Said]
 
 
-@pytest.fixture(scope="module")
-def generator(chatty: Path) -> Iterator[Generator]:
-    generator = Generator.open(chatty, threads=1, prefix_cache_mib=0)
-    yield generator
-    generator.template.close()
-
-
 def answers(generator: Generator, *questions: str, system: str | None = None, **options: Any) -> list[Generation]:
     """What a conversation in Python gives."""
     talk = Conversation(generator, system=system, options=replace(GenerationOptions(max_new_tokens=12), **options))
@@ -64,9 +57,9 @@ def lines_of(results: list[Generation]) -> str:
     return "".join(f"{result.text}\n" for result in results)
 
 
-def test_each_line_is_a_turn(chat: Chat, generator: Generator) -> None:
+def test_each_line_is_a_turn(chat: Chat, plain: Generator) -> None:
     out, err = chat("hello\n\n  \nthe 猫\r\nand")
-    expected = answers(generator, "hello", "the 猫", "and")
+    expected = answers(plain, "hello", "the 猫", "and")
     assert out == lines_of(expected)
     line = r"\[prompt (\d+) tokens( \((\d+) cached\))?, new 12 at [\d.]+ tokens/s \(length\)\]"
     figures = [re.fullmatch(line, shown) for shown in err.splitlines()]
@@ -75,16 +68,16 @@ def test_each_line_is_a_turn(chat: Chat, generator: Generator) -> None:
     assert [found[3] and int(found[3]) for found in figures] == [None, *known[:2]]
 
 
-def test_a_backslash_goes_on_in_the_next_line_and_two_slashes_are_one(chat: Chat, generator: Generator) -> None:
+def test_a_backslash_goes_on_in_the_next_line_and_two_slashes_are_one(chat: Chat, plain: Generator) -> None:
     said = chat("one\\\ntwo\\\n three\n//exit\nlast\\\n", "--quiet")
-    assert said == (lines_of(answers(generator, "one\ntwo\n three", "/exit", "last")), "")
+    assert said == (lines_of(answers(plain, "one\ntwo\n three", "/exit", "last")), "")
 
 
-def test_json_is_an_object_for_each_answer(chat: Chat, generator: Generator) -> None:
+def test_json_is_an_object_for_each_answer(chat: Chat, plain: Generator) -> None:
     flags = ("--json", "--logprobs", 1, "--temperature", 0.9, "--seed", 4, "--stop", "q")
     out, err = chat("hello\nthe cat\n", *flags)
     found = [json.loads(line) for line in out.splitlines()]
-    expected = answers(generator, "hello", "the cat", logprobs=1, temperature=0.9, seed=4, stop=("q",))
+    expected = answers(plain, "hello", "the cat", logprobs=1, temperature=0.9, seed=4, stop=("q",))
     assert err == ""
     for document, result in zip(found, expected, strict=True):
         assert (document["text"], document["token_ids"]) == (result.text, list(result.token_ids))
@@ -93,10 +86,10 @@ def test_json_is_an_object_for_each_answer(chat: Chat, generator: Generator) -> 
     assert found[0]["reused_tokens"] == 0 < found[1]["reused_tokens"]
 
 
-def test_a_turn_that_fails_is_reported_and_the_rest_is_done(chat: Chat, generator: Generator) -> None:
+def test_a_turn_that_fails_is_reported_and_the_rest_is_done(chat: Chat, plain: Generator) -> None:
     lines = "hello\nforbidden\n/frobnicate\nthe cat\n"
     facts = ["no such talk", "/frobnicate: unknown command"]
-    expected = answers(generator, "hello", "the cat")
+    expected = answers(plain, "hello", "the cat")
     out, errors = chat(lines, "--quiet", code=1)
     assert out == lines_of(expected)
     assert all(fact in line for fact, line in zip(facts, errors.splitlines(), strict=True))
@@ -106,15 +99,15 @@ def test_a_turn_that_fails_is_reported_and_the_rest_is_done(chat: Chat, generato
     assert [f"satchel: error: {row['error']}" for row in failed] == err.splitlines() == errors.splitlines()
 
 
-def test_lines_that_are_not_utf_8_end_it_by_their_number(chat: Chat, generator: Generator) -> None:
+def test_lines_that_are_not_utf_8_end_it_by_their_number(chat: Chat, plain: Generator) -> None:
     out, err = chat(b"hello\n\nab\xff\nmore\n", "--quiet", code=2)
-    assert out == lines_of(answers(generator, "hello"))
+    assert out == lines_of(answers(plain, "hello"))
     assert err.startswith("satchel: error: line 3 of standard input is not UTF-8 text (byte 2): ")
 
 
-def test_the_commands(chat: Chat, generator: Generator, tmp_path: Path) -> None:
+def test_the_commands(chat: Chat, plain: Generator, tmp_path: Path) -> None:
     path = tmp_path / "talk of today"
-    first, second = answers(generator, "hello", "the cat", system="be brief")
+    first, second = answers(plain, "hello", "the cat", system="be brief")
     lines = [
         "/history", "hello", f"/save  {path} ", "/reset", "/history", "hello", "/reset\tbe long", "/history",
         f"/load {path}", "the cat", "/help", "/history", "/exit\tnow", "never",
@@ -157,11 +150,11 @@ def test_the_errors_of_commands(chat: Chat, tmp_path: Path) -> None:
         assert fact in err
 
 
-def test_a_saved_conversation_is_gone_on_with(chat: Chat, generator: Generator, tmp_path: Path) -> None:
+def test_a_saved_conversation_is_gone_on_with(chat: Chat, plain: Generator, tmp_path: Path) -> None:
     path = tmp_path / "talk.state"
     chat(f"hello\n/save {path}\n", "--quiet")
     found = json.loads(chat("the cat\n", "--load-state", path, "--json").out)
-    first, second = answers(generator, "hello", "the cat")
+    first, second = answers(plain, "hello", "the cat")
     assert (found["text"], found["reused_tokens"]) == (second.text, first.prompt_tokens + 11)
     err = chat("the cat\n", "--load-state", path, "--system", "x", code=2).err
     assert "--system" in err
@@ -177,9 +170,7 @@ def test_a_state_of_run_is_no_conversation(chat: Chat, satchel: Satchel, chatty:
         assert err.startswith(f"satchel: error: {path}: does not hold a conversation")
 
 
-def test_sampling_starts_from_the_checkpoint_and_flags_count_more(
-    chat: Chat, tmp_path: Path, generator: Generator
-) -> None:
+def test_sampling_starts_from_the_checkpoint_and_flags_count_more(chat: Chat, tmp_path: Path, plain: Generator) -> None:
     config = {"do_sample": True, "temperature": 6.5, "top_k": 30, "repetition_penalty": 1.2}
     folder = write_chat_bundle(tmp_path / "own", generation_config=config)
     options = replace(checkpoint_options(Generator.open(folder, threads=1), {"seed": 3}), max_new_tokens=12)
@@ -192,7 +183,7 @@ def test_sampling_starts_from_the_checkpoint_and_flags_count_more(
     ):
         fields = {name: getattr(expected, name) for name in expected.__dataclass_fields__}
         out = chat("hello\n", *flags, "--quiet", bundle=folder).out
-        assert out == lines_of(answers(generator, "hello", **fields))
+        assert out == lines_of(answers(plain, "hello", **fields))
         found.add(out)
     assert len(found) == 3
 
@@ -218,29 +209,27 @@ def test_without_a_limit_an_answer_has_1024_tokens_and_a_loop_is_ended(satchel: 
     assert "--max-repeats 0" in err
 
 
-def test_a_question_on_the_command_line_is_answered_once(chat: Chat, generator: Generator) -> None:
+def test_a_question_on_the_command_line_is_answered_once(chat: Chat, plain: Generator) -> None:
     for flags in (["/exit"], ["--prompt", "/exit"], ["-p", "/exit"]):
         out, err = chat("never read\n", *flags)
-        assert (out, err.count("\n")) == (lines_of(answers(generator, "/exit")), 1)
+        assert (out, err.count("\n")) == (lines_of(answers(plain, "/exit")), 1)
     assert "no such talk" in chat("", "forbidden", "--quiet", code=2).err
     assert "--prompt" in chat("", "a", "-p", "b", code=2).err
 
 
-def test_the_template_its_tools_and_its_arguments_can_be_given(
-    chat: Chat, generator: Generator, tmp_path: Path
-) -> None:
+def test_the_template_its_tools_and_its_arguments_can_be_given(chat: Chat, plain: Generator, tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "clock"}}]
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     flags = ("--tools", tmp_path / "tools.json", "--template-argument", 'mood="merry "')
     found = json.loads(chat("hello\n", *flags, "--json").out)
-    talk = Conversation(generator, tools=tools, arguments={"mood": "merry "})
+    talk = Conversation(plain, tools=tools, arguments={"mood": "merry "})
     talk.options = replace(talk.options, max_new_tokens=12)
     expected = talk.ask("hello").result()
     assert (found["text"], found["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
     (tmp_path / "own.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     found = json.loads(chat("hello\n", "--chat-template", tmp_path / "own.jinja", "--json").out)
-    ids = [1, *generator.tokenizer.encode_rendered("hello"), END]
-    assert (found["text"], found["prompt_tokens"]) == (generator.generate(ids, 12).text, len(ids))
+    ids = [1, *plain.tokenizer.encode_rendered("hello"), END]
+    assert (found["text"], found["prompt_tokens"]) == (plain.generate(ids, 12).text, len(ids))
 
 
 @pytest.mark.parametrize(
@@ -276,8 +265,8 @@ def test_wrong_flags_are_one_line_and_exit_code_2(
     assert said.startswith(message.replace("HERE", str(tmp_path)))
 
 
-def test_another_program_gets_each_answer_before_it_asks_again(chatty: Path, generator: Generator) -> None:
-    expected = answers(generator, "hello", "the cat")
+def test_another_program_gets_each_answer_before_it_asks_again(chatty: Path, plain: Generator) -> None:
+    expected = answers(plain, "hello", "the cat")
     command = [*COMMAND, str(chatty), "--json", *SHORT, "--threads", "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for question, result in zip((b"hello\n", b"the cat\n"), expected, strict=True):
@@ -375,9 +364,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(endless: Path, terminals: lis
     assert terminal.end() == 0
 
 
-def test_ctrl_c_at_the_prompt_clears_what_was_typed(
-    chatty: Path, generator: Generator, terminals: list[Terminal]
-) -> None:
+def test_ctrl_c_at_the_prompt_clears_what_was_typed(chatty: Path, plain: Generator, terminals: list[Terminal]) -> None:
     terminal = Terminal(chatty, *SHORT)
     terminals.append(terminal)
     terminal.until(READY)
@@ -388,7 +375,7 @@ def test_ctrl_c_at_the_prompt_clears_what_was_typed(
     assert "satchel: error: /nothing: unknown command" in terminal.until(READY)
     terminal.type("two\n")
     shown = terminal.until(r"\(length\)\]\n> ")
-    (result,) = answers(generator, "two")
+    (result,) = answers(plain, "two")
     assert f"[prompt {result.prompt_tokens} tokens, new 12 at " in shown
     terminal.type("/exit\n")
     assert terminal.end() == 0
@@ -427,22 +414,22 @@ def typed(monkeypatch: pytest.MonkeyPatch, satchel: Satchel, bundle: Path, *line
 
 
 def test_prompts_do_not_get_among_answers_that_go_elsewhere(
-    satchel: Satchel, chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, chatty: Path, plain: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (out, err), prompts = typed(monkeypatch, satchel, chatty, "hello\\", "you", "/exit", "never")
-    assert (out, prompts) == (lines_of(answers(generator, "hello\nyou")), ["", "", ""])
+    assert (out, prompts) == (lines_of(answers(plain, "hello\nyou")), ["", "", ""])
     assert re.fullmatch(rf"{HINT}> \.\.\. \[prompt [^\n]+\]\n> ", err)
 
 
 def test_only_a_slash_at_the_very_beginning_makes_a_command(
-    satchel: Satchel, chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, chatty: Path, plain: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (out, _), _ = typed(monkeypatch, satchel, chatty, "\\", "/exit", " /exit", "last\\")
-    assert out == lines_of(answers(generator, "\n/exit", " /exit", "last"))
+    assert out == lines_of(answers(plain, "\n/exit", " /exit", "last"))
 
 
 def test_an_interrupt_before_the_answer_begins_drops_the_question(
-    satchel: Satchel, chatty: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    satchel: Satchel, chatty: Path, plain: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask, calls = Conversation.ask, []
 
@@ -454,10 +441,10 @@ def test_an_interrupt_before_the_answer_begins_drops_the_question(
 
     monkeypatch.setattr(Conversation, "ask", interrupted)
     (out, _), _ = typed(monkeypatch, satchel, chatty, "the cat", "hello")
-    assert out == lines_of(answers(generator, "hello"))
+    assert out == lines_of(answers(plain, "hello"))
 
 
-def test_each_piece_is_shown_at_once(chat: Chat, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_piece_is_shown_at_once(chat: Chat, plain: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
 
     class Output(io.StringIO):
@@ -466,5 +453,5 @@ def test_each_piece_is_shown_at_once(chat: Chat, generator: Generator, monkeypat
 
     monkeypatch.setattr(sys, "stdout", Output())
     chat("hello\n", "--quiet")
-    pieces = list(Conversation(generator, options=GenerationOptions(max_new_tokens=12)).ask("hello"))
+    pieces = list(Conversation(plain, options=GenerationOptions(max_new_tokens=12)).ask("hello"))
     assert flushed[: len(pieces)] == list(itertools.accumulate(pieces))

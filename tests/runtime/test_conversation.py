@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -29,14 +29,6 @@ SHORT = GenerationOptions(max_new_tokens=12)
 SYSTEM = "be brief"
 HELLO = "hello"
 NEW_TURN = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def plain(chatty: Path) -> Iterator[Generator]:
-    """A generator that keeps nothing: what it gives is right."""
-    generator = Generator.open(chatty, threads=1, prefix_cache_mib=0)
-    yield generator
-    generator.template.close()
 
 
 @pytest.fixture
