@@ -42,8 +42,11 @@ def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str
     missing = [name for name in wanted if name not in weights]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        kind = _kind(module, missing[0])
+        part = f", a part of a layer that the config calls {kind}: use the config of these weights," if kind else ";"
         raise ExportError(
-            f"{source}: tensor {missing[0]} is missing{more}; download the checkpoint again, or export the whole one"
+            f"{source}: tensor {missing[0]} is missing{more}{part} download the checkpoint again, or export the whole "
+            "one"
         )
     for name, tensor in wanted.items():
         if tensor.is_floating_point() and weights[name].dtype != ir.DataType.FLOAT:
@@ -58,6 +61,13 @@ def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str
                 "use the config that belongs to these weights"
             )
     return {name: weights[name] for name in wanted}
+
+
+def _kind(module: torch.nn.Module, name: str) -> str | None:
+    """What the config calls the layer that a tensor is a part of, if its layers are of several kinds."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    number = next((int(part) for part in name.split(".") if part.isdecimal()), len(kinds))
+    return str(kinds[number]) if number < len(kinds) else None
 
 
 def _equal(first: LazyWeight, second: LazyWeight) -> bool:

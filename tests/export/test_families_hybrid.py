@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from support.exported import PROMPT, Exported, difference, exported
-from support.families import STATE, TOLERANCE, by_family, logits_of, reference
+from support.families import FAMILIES, STATE, TOLERANCE, by_family, logits_of, reference, save
 from support.hybrid_families import HYBRIDS
+
+from satchel.export import ExportConfig, ExportError, export_bundle
 
 CUTS = (1, 2, 9, 1, 7)
 """Tokens of each piece of a prompt: fewer and more than a convolution is wide."""
@@ -46,3 +51,36 @@ def test_states_carry_a_tenth_of_the_variance_of_the_logits(family: Exported) ->
     """So that a comparison of logits is one of states too."""
     without = logits_of(reference(family.family, family.weights, STATE), family.ids)
     assert np.square(without - family.logits).mean() >= 0.1 * family.logits.var()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "facts"),
+    [
+        ("lfm2", {"layer_types": ["full_attention", "conv", "conv", "conv"]}, ("layers.0.self_attn", "full_attention")),
+        ("lfm2", {"layer_types": ["conv"] * 4}, ("layers.2.conv", "calls conv")),
+        ("lfm2", {"layer_types": ["conv"] * 3}, ("num_hidden_layers",)),
+        ("mamba2", {"n_groups": 1}, ("conv1d", "shape")),
+    ],
+)
+def test_a_config_of_other_layers_than_the_weights_have_is_refused_in_one_line(
+    name: str, changes: dict[str, object], facts: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = save(FAMILIES[name], tmp_path / "checkpoint") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ExportError) as caught:
+        export_bundle(path.parent, ExportConfig(tmp_path / "bundle", "fp32", max_context=32, certificate=False))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(fact in message for fact in facts), message
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("target", ["cuda", "cann"])
+@pytest.mark.parametrize(("name", "what"), [("lfm2", "convolutions"), ("qwen3_5_text", "convolutions")])
+def test_a_target_without_kernels_for_states_is_refused_by_name(
+    name: str, what: str, target: str, tmp_path: Path
+) -> None:
+    checkpoint = save(FAMILIES[name], tmp_path / "checkpoint")
+    config = ExportConfig(tmp_path / "bundle", "fp16", target=target, max_context=32, certificate=False)
+    with pytest.raises(ExportError, match=rf"{what}.*--target {target}.*--target cpu"):
+        export_bundle(checkpoint, config)
