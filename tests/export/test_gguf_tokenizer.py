@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import sentencepiece
 import tokenizers
+from support.checkpoints import write_gguf
 from support.llama_cpp_ids import ALPHABET, IDS, MERGES, TEXT, TOKENS
 from support.tiny_tokenizers import sentencepiece_model
 
@@ -26,20 +26,10 @@ Pieces = sentencepiece.SentencePieceProcessor
 
 def write(path: Path, model: str, tokens: list[str], kinds: list[int], facts: dict[str, Any], name: str = "") -> Path:
     """A file with nothing but a vocabulary."""
-    writer = gguf.GGUFWriter(path, "llama")
-    if name:
-        writer.add_name(name)
-    writer.add_tokenizer_model(model)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    adders = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
-    for key, value in facts.items():
-        adders.get(type(value), writer.add_array)(f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    vocabulary = {"model": model, "tokens": tokens, "token_type": kinds, **facts}
+    metadata = {"general.name": name} if name else {}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    return write_gguf(path, "llama", {}, {}, metadata=metadata)
 
 
 def byte_level(path: Path, *special: str, kind: int = CONTROL, **facts: Any) -> Path:
