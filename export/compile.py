@@ -29,7 +29,7 @@ from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids, 
 from satchel.export.quantize.overflow import find_too_large, overflow_warnings
 from satchel.export.quantize.quantize import pieces, quantize
 from satchel.export.quantize.texts import open_texts
-from satchel.export.recipes import check_recipe, recipe_of
+from satchel.export.recipes import fit_recipe, recipe_of
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
@@ -105,7 +105,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     grids = stored_grids(checkpoint)
     recipe = kept_recipe(recipe_of(config), config, grids, to_round(checkpoint))
     if recipe is not None:
-        check_recipe(recipe, checkpoint)
+        recipe = fit_recipe(recipe, checkpoint)
     _announce(checkpoint, config, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:

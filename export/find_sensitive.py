@@ -20,7 +20,7 @@ from satchel.export.quantize.sensitivity import (
     raising_costs,
 )
 from satchel.export.quantize.texts import CERTIFICATE_WINDOWS, open_texts
-from satchel.export.recipes import check_recipe, recipe_of
+from satchel.export.recipes import fit_recipe, recipe_of
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.graphs.quant.recipe import write_recipe
@@ -71,7 +71,7 @@ def find_sensitive(source: str | Path, search: Search, *, progress: bool = False
     stages = Stages(progress, STAGES[:4])
     with stages.stage("opening the checkpoint"):
         checkpoint = open_source(source, config)
-    check_recipe(recipe, checkpoint)
+    recipe = fit_recipe(recipe, checkpoint)
     with fixed_threads(), tempfile.TemporaryDirectory(prefix="satchel-") as name:
         folder = Path(name)
         texts = open_texts(checkpoint, config, None, option="--text")

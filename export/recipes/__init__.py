@@ -11,6 +11,7 @@ import torch
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
+from satchel.export.tracing.soundness import ATTENTION, PROMISED
 from satchel.graphs.quant.recipe import Recipe, RecipeError, parse_recipe
 
 FOLDER = Path(__file__).resolve().parent
@@ -77,12 +78,15 @@ def _path(name: str | Path) -> Path:
     return FOLDER / f"{name}.toml" if not path.is_file() and (FOLDER / f"{name}.toml").is_file() else path
 
 
-def check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Check a recipe against a checkpoint without reading its weights.
+def fit_recipe(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """Return the rules that are for a checkpoint, checked against it without reading its weights.
 
     Raises:
         ExportError: A pattern matches no layer, or no group size divides a layer's inputs.
     """
+    keeps_states = any(PROMISED.get(kind, frozenset()) - {ATTENTION} for kind in checkpoint.layer_types)
+    rules = tuple(rule for rule in recipe.rules if keeps_states or not rule.states)
+    recipe = dataclasses.replace(recipe, rules=rules)
     layers = dict(_layers(checkpoint))
     try:
         recipe.check_layers(list(layers))
@@ -95,6 +99,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
                 rule.scheme(inputs)
             except RecipeError as error:
                 raise ExportError(f"recipe {recipe.name}: {layer}: {error}") from None
+    return recipe
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, int | None]]]:

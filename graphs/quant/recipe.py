@@ -60,6 +60,7 @@ class Rule:
         prefill: Activations of the linear layers in prefill: "float", or int8 with a scale per "token".
         decode: The same in decode; "tensor" has one scale and zero point for all tokens of a step, which is one.
         optional: True where the patterns may match no layer.
+        states: True where the rule is for models with layers that keep a state (a convolution or recurrence) only.
     """
 
     layers: tuple[str, ...] = ("*",)
@@ -71,6 +72,7 @@ class Rule:
     prefill: str = "float"
     decode: str = "float"
     optional: bool = False
+    states: bool = False
 
     def matches(self, layer: str, kind: str) -> bool:
         return kind in self.kinds and any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.layers)

@@ -12,6 +12,8 @@ from support.families import FAMILIES, STATE, TOLERANCE, by_family, logits_of, r
 from support.hybrid_families import HYBRIDS
 
 from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export.checkpoint import open_checkpoint
+from satchel.export.recipes import fit_recipe, load_recipe
 
 CUTS = (1, 2, 9, 1, 7)
 """Tokens of each piece of a prompt: fewer and more than a convolution is wide."""
@@ -84,3 +86,14 @@ def test_a_target_without_kernels_for_states_is_refused_by_name(
     config = ExportConfig(tmp_path / "bundle", "fp16", target=target, max_context=32, certificate=False)
     with pytest.raises(ExportError, match=rf"{what}.*--target {target}.*--target cpu"):
         export_bundle(checkpoint, config)
+
+
+@pytest.mark.parametrize(("name", "eights"), [("lfm2", 7), ("qwen3_5_text", 7), ("llama", 0)])
+def test_int4_keeps_attention_and_what_recurrences_put_out_at_8_bits(name: str, eights: int, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save(FAMILIES[name], tmp_path))
+    recipe = fit_recipe(load_recipe("int4"), checkpoint)
+    names = [key.removesuffix(".weight") for key, lazy in checkpoint.weights.items() if len(lazy.dims) == 2]
+    chosen = {layer: rule for layer in names if (rule := recipe.rule(layer, "linear")) is not None}
+    kept = [layer for layer, rule in chosen.items() if rule.bits == 8]
+    assert len(kept) == eights, kept
+    assert all("self_attn" in layer or layer.endswith("out_proj") for layer in kept)

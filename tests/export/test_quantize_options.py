@@ -15,7 +15,7 @@ from support.tiny_bundle import read_manifest
 
 from satchel.export import ExportConfig, ExportError
 from satchel.export.compile import open_source
-from satchel.export.recipes import check_recipe, load_recipe, shipped
+from satchel.export.recipes import fit_recipe, load_recipe, shipped
 
 Options = Callable[[Path], tuple[str | Path, ...]]
 
@@ -140,7 +140,7 @@ def test_the_default_effort_calibrates_only_where_it_pays_or_is_asked_for(
 @pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
 def test_recipes_that_ship_suit_every_family(name: str, family: str, tmp_path: Path) -> None:
-    check_recipe(
+    fit_recipe(
         load_recipe(name), open_source(save_tiny(tmp_path / family, family), ExportConfig(tmp_path, precision="fp32"))
     )
 
