@@ -18,6 +18,7 @@ from satchel.runtime.generation.prefill import Progress, feed
 from satchel.runtime.generation.prefix_cache import PrefixCache, common_length
 from satchel.runtime.generation.sampling.sampler import check_finite
 from satchel.runtime.generation.sequence import Timing
+from satchel.runtime.generation.snapshots import NO_SNAPSHOTS, Snapshots
 
 BLOCK = 64  # scores per block; the search for the highest scores looks at block maxima first
 
@@ -64,13 +65,17 @@ class BeamSearch:
         prefix_cache: PrefixCache,
         adjust: Adjust | None = None,
         progress: Progress = lambda count: None,
+        snapshots: Snapshots = NO_SNAPSHOTS,
     ) -> None:
-        """Allocate the rows; `progress` gets the prompt tokens done. Raises PromptError if the context is too small."""
+        """Allocate the rows. `progress` gets the prompt tokens done, `snapshots` tells where states are copied.
+
+        Raises PromptError if the context is too small.
+        """
         self.timing = Timing()
         self.reused_tokens = 0
         self.prompt, self.settings = prompt, settings
         self._engine, self._prefix_cache = engine, prefix_cache
-        self._adjust, self._progress = adjust, progress
+        self._adjust, self._progress, self._snapshots = adjust, progress, snapshots
         beams, limit = settings.beams, settings.max_new_tokens
         self._rows = engine.new_batch(beams, len(prompt) + max(limit - 1, 0))
         self._ends = frozenset(token for token in settings.end_tokens if 0 <= token < engine.vocabulary)
@@ -98,7 +103,7 @@ class BeamSearch:
         state = self._rows.add(self.settings.adapter)
         self._ids[0, : len(self.prompt)] = self.prompt
         self.reused_tokens = feed(
-            self._engine, state, self.prompt, self._prefix_cache, progress=self._progress, is_over=self._is_over
+            self._engine, state, self.prompt, self._prefix_cache, self._progress, self._is_over, self._snapshots
         )
         if self._is_over():
             self._ended = [Hypothesis((), 0.0, "time")]

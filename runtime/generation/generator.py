@@ -254,7 +254,8 @@ class Generator:
             request.options.adapter,
         )  # fmt: skip
         adjust = adjustment(request.options, len(ids), ends, self.engine.vocabulary, checked.limit)
-        return beam_results(BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust), self.tokenizer)
+        search = BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust, snapshots=checked.snapshots)
+        return beam_results(search, self.tokenizer)
 
     def prompt_logprobs(self, prompt: Prompt, top_n: int = 0, adapter: str | None = None) -> list[TokenLogprob | None]:
         """The log-probability of each prompt token given those before it, and of the `top_n` most likely ones.

@@ -152,6 +152,16 @@ def test_samples_and_beams_are_as_without_reuse(generator: Generator, plain: Gen
                 assert beam.score == pytest.approx(total / len(beam.token_ids), abs=1e-3)
 
 
+def test_a_beam_search_leaves_a_system_prompt_to_others(generator: Generator, plain: Generator) -> None:
+    def asked(question: str) -> np.ndarray:
+        return generator.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
+
+    generator.beam_search(asked("Who?"), 3, max_new_tokens=8)
+    found = generator.generate(asked("Where?"), 6)
+    assert found.reused_tokens == len(generator.need_tokenizer().encode_rendered(f"<|im_start|>system\n{SYSTEM}"))
+    assert found.token_ids == plain.generate(asked("Where?"), 6).token_ids
+
+
 def test_a_saved_conversation_goes_on_elsewhere(generator: Generator, folder: Path, tmp_path: Path) -> None:
     options = GenerationOptions(max_new_tokens=10)
     talk = Conversation(generator, options=options)
