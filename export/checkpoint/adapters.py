@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from satchel.export.checkpoint.adapter_notes import notes_on_adapter
 from satchel.export.checkpoint.companions import read_json
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.checkpoint.safetensors_file import read_safetensors
@@ -150,7 +151,23 @@ def with_adapters(checkpoint: Checkpoint, adapters: Sequence[str | Path]) -> Che
     if isinstance(checkpoint.module, PreTrainedModel):
         tie(checkpoint.module, weights)
     sources = [path for adapter in read for path in (adapter.folder / CONFIG, adapter.file)]
-    return dataclasses.replace(checkpoint, weights=weights, sources=(*checkpoint.sources, *sources))
+    notes = [note for adapter in read for note in _notes(adapter, checkpoint)]
+    return dataclasses.replace(
+        checkpoint, weights=weights, sources=(*checkpoint.sources, *sources), notes=(*checkpoint.notes, *notes)
+    )
+
+
+def _notes(adapter: Adapter, checkpoint: Checkpoint) -> Iterator[str]:
+    """A line for each change of a weight that the base ties, and what else is in the folder."""
+    yield from notes_on_adapter(adapter.folder, checkpoint)
+    weights = checkpoint.weights
+    for name in (f"{path}.weight" for path in adapter.layers):
+        other = next((each for each in weights if each != name and weights[each] is weights[name]), None)
+        if other is not None:
+            yield (
+                f"{adapter.folder}: its change of {name} is one of {other} too, because the base ties them; peft "
+                "merges so as well, but the adapter was trained on one of them"
+            )
 
 
 def _check_settings(table: Mapping[str, Any], folder: Path) -> None:

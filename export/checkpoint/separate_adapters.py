@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from satchel.export.checkpoint.adapter_notes import notes_on_adapter
 from satchel.export.checkpoint.adapters import CONFIG, Adapter, check_base, gains_of, is_transposed, read_adapter
 from satchel.export.checkpoint.record import Checkpoint
 from satchel.export.errors import ExportError
@@ -66,7 +67,10 @@ def keep_apart(checkpoint: Checkpoint, adapters: Sequence[str | Path]) -> Checkp
         new.meta[CHANGES] = (Change(layer, parts, 0, old.dims[1 if across else 0], transposed=not across),)
         weights[f"{layer}.weight"] = new
     sources = [path for adapter in read.values() for path in (adapter.folder / CONFIG, adapter.file)]
-    return dataclasses.replace(checkpoint, weights=weights, sources=(*checkpoint.sources, *sources))
+    notes = [note for adapter in read.values() for note in notes_on_adapter(adapter.folder, checkpoint)]
+    return dataclasses.replace(
+        checkpoint, weights=weights, sources=(*checkpoint.sources, *sources), notes=(*checkpoint.notes, *notes)
+    )
 
 
 def changes_in(checkpoint: Checkpoint) -> list[Change]:

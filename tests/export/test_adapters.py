@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.adapted import trained
 from support.checkpoints import (
     GGUF_ARCHITECTURES,
+    add_tokenizer,
     change_json,
     gguf_metadata,
     refused,
@@ -21,9 +23,12 @@ from support.checkpoints import (
 )
 from support.gguf_families import to_gguf
 
+from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.checkpoint.adapters import split_share
+from satchel.export.compile import open_source
 from satchel.export.errors import ExportError
+from satchel.runtime import Engine, open_bundle
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
@@ -199,3 +204,46 @@ def test_a_share_is_what_follows_the_last_equals_sign(tmp_path: Path) -> None:
     assert split_share(odd) == (odd, 1.0)
     assert split_share(f"{odd}=0.5") == (odd, 0.5)
     assert split_share("x=1e-1") == (Path("x"), 0.1)
+
+
+@pytest.mark.parametrize("form", ["merged", "separate"])
+def test_a_tokenizer_and_a_template_beside_an_adapter_are_named(form: str, tmp_path: Path, adapter: Path) -> None:
+    add_tokenizer(tmp_path / "base")
+    given = {"merged": str(adapter), "separate": f"one={adapter}"}[form]
+
+    def notes(**options: Any) -> str:
+        config = ExportConfig(tmp_path / "bundle", "fp32", adapters=(given,), adapter_form=form, **options)
+        return "\n".join(note for note in open_source(tmp_path / "base", config).notes if str(adapter) in note)
+
+    assert notes() == ""
+    add_tokenizer(adapter)
+    stored = json.loads((adapter / "tokenizer.json").read_text())
+    (adapter / "tokenizer.json").write_text(json.dumps({**stored, "truncation": {"max_length": 8}}))
+    assert notes() == ""
+    stored["added_tokens"][0]["content"] = "<other>"
+    (adapter / "tokenizer.json").write_text(json.dumps(stored))
+    assert f"--tokenizer {adapter}" in notes()
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "chat_template.jinja" in notes()
+    (tmp_path / "base/chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "chat_template.jinja" not in notes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_change_of_a_tied_weight_is_named(tmp_path: Path) -> None:
+    trained("llama-tied", tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    opened = open_checkpoint(save_tiny(tmp_path / "base", "llama-tied"), adapters=[tmp_path / "adapter"])
+    (note,) = (note for note in opened.notes if "ties" in note)
+    assert "embed_tokens.weight" in note
+    assert "lm_head.weight" in note
+
+
+def test_a_quantized_bundle_has_the_adapter_merged(tmp_path: Path) -> None:
+    model = trained("llama", tmp_path / "adapter", target_modules="all-linear").eval()
+    config = ExportConfig(tmp_path / "bundle", "int8", certificate=False, adapters=(tmp_path / "adapter",))
+    export_bundle(save_tiny(tmp_path / "base"), config)
+    ids = [5, 9, 33, 71, 12, 8]
+    logits = Engine.open(open_bundle(tmp_path / "bundle"), threads=1).score(ids)
+    with torch.no_grad():
+        wanted, base = (each(torch.tensor([ids])).logits[0].numpy() for each in (model, tiny_model("llama")))
+    assert np.abs(logits - wanted).max() < 0.05 * np.abs(wanted - base).max()
