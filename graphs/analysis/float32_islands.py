@@ -67,13 +67,14 @@ def write_too_large(model: ir.Model, sizes: dict[str, float]) -> None:
 
 
 def _too_large_values(model: ir.Model) -> list[ir.Value]:
-    """The values of `too_large`. Raises PassError where one is not in this graph, or where attention needs it."""
+    """The values of `too_large`. Raises PassError where one is not in this graph, or attention or a cache needs it."""
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     found = []
     for name, size in too_large(model).items():
         value = values.get(name)
         around = [] if value is None else [value.producer(), *value.consumers()]
-        if value is None or any(node is not None and "Attention" in node.op_type for node in around):
+        attends = any(node is not None and "Attention" in node.op_type for node in around)
+        if value is None or attends or value.is_graph_output():
             raise PassError(f"{name} reaches {size:.3g}, and float16 ends at 65504: {ADVICE}")
         found.append(value)
     return found
