@@ -33,7 +33,7 @@ from satchel.export.recipes import fit_recipe, recipe_of
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
-from satchel.export.tracing.distance_bias import has_distance_bias
+from satchel.export.tracing.own_attention import has_distance_bias
 from satchel.export.tracing.rotary_tables import border_within, varies
 from satchel.export.tracing.soundness import check_sound
 from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementations

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from satchel.export.errors import ExportError
-from satchel.export.tracing import distance_bias
+from satchel.export.tracing import own_attention
 
 IMPLEMENTATION = "satchel"
 """The name under which attention, masks and experts are registered with `transformers`."""
@@ -67,7 +67,7 @@ def register_implementations() -> None:
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
-    distance_bias.register_falcon()
+    own_attention.register_classes()
 
 
 def _attention(
@@ -234,7 +234,7 @@ METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("Llama4TextMoe", "forward"): _llama4_experts,
     ("Gemma3nTextMLP", "_gaussian_topk"): _gaussian_top_k,
     ("Zamba2Attention", "forward"): _shared_attention,
-    **distance_bias.METHODS,
+    **own_attention.METHODS,
 }
 """Replacements for methods of classes of `transformers` that cannot be traced as they are."""
 

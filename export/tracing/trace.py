@@ -20,7 +20,7 @@ import torch
 
 from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
-from satchel.export.tracing.distance_bias import at_positions, has_distance_bias
+from satchel.export.tracing.own_attention import at_positions, has_distance_bias
 from satchel.export.tracing.recurrences import has_recurrences, replaced_functions
 from satchel.export.tracing.rotary_tables import tables_for_rotary
 from satchel.export.tracing.stand_ins import (

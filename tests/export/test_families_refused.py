@@ -16,8 +16,7 @@ from satchel.export.checkpoint.families import PASSED, REFUSED
 
 SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
-    "gptj": ({"rotary_dim": 8}, "hard-coded"),
-    "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "hard-coded"),
+    "xglm": ({}, "hard-coded"),
     "recurrent_gemma": ({"lru_width": 64}, "recurrence is hard-coded"),
     "rwkv": ({}, "recurrence is hard-coded"),
     "deepseek_v32": ({"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "sparse attention"),
@@ -30,7 +29,7 @@ BY_STRUCTURE: dict[str, tuple[dict[str, Any], str]] = {
         "2 experts per token",
     ),
     "diffllama": ({}, "attention layers were traced (indices [0, 0, 1, 1])"),
-    "codegen": ({"rotary_dim": 8, "n_ctx": 128}, "'FakeTensor' and 'Mask'"),
+    "xglm": ({}, "'Mask' object has no attribute 'size'"),
     "doge": ({}, "'Mask' object has no attribute"),
     "xlm": ({"emb_dim": 64, "n_layers": 2, "n_heads": 4}, "torch cannot trace this model: AssertionError"),
 }  # fmt: skip

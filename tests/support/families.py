@@ -24,6 +24,7 @@ from support.lost_features import (
     without_distance,
     without_sinks,
     zeroing,
+    zeroing_positions,
 )
 
 TOLERANCE = 1e-4
@@ -413,6 +414,31 @@ FAMILIES: dict[str, Family] = {
         "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         {"bias for distance": {"alibi": False}}, seed=3,
     ),
+    "gptj": Family("gptj", {"rotary_dim": 8, "n_positions": 128}, {"rotation": zeroing_positions}),
+    "codegen": Family("codegen", {"rotary_dim": 8, "n_ctx": 128, "n_positions": 128}, {"rotation": zeroing_positions}),
+    "gpt_neo": Family(
+        "gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+        {"window": {"window_size": 128}, "learned positions": zeroing("wpe.weight")},
+    ),
+    "gpt-sw3": Family("gpt-sw3", {}, {"learned positions": zeroing("wpe.weight")}),
+    "cwm": Family(
+        "cwm",
+        {
+            "head_dim": HEAD_DIM, "sliding_window": WINDOW, "layer_types": ALTERNATING, "rope_parameters": LLAMA3,
+            "bos_token_id": 1, "eos_token_id": 2,
+        },
+        {"window": {"layer_types": ALWAYS_FULL}},
+        seed=1,
+    ),
+    "gemma4_unified_text": Family(
+        "gemma4_unified_text",
+        {
+            "head_dim": HEAD_DIM, "layer_types": ALTERNATING, "sliding_window": WINDOW, "tie_word_embeddings": False,
+        },
+        {"window": {"sliding_window": 128}},
+        seed=2,
+    ),
+    "phi4_multimodal": Family("phi4_multimodal", {"pad_token_id": 0}, {"rotation": unrotated}),
     "falcon_alibi_one_key": Family("falcon", {"alibi": True}, {"bias for distance": {"alibi": False}}, seed=4),
 }  # fmt: skip
 FAMILIES |= {

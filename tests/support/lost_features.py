@@ -107,3 +107,11 @@ def stateless(model: Model) -> None:
             return found.reshape(*hidden_states.shape[:2], -1)
 
         module.forward = alone  # type: ignore[method-assign]
+
+
+def zeroing_positions(model: Model) -> None:
+    """GPT-J and CodeGen without rotation: sines of 0, cosines of 1."""
+    for module in model.modules():
+        if hasattr(module, "embed_positions"):
+            half = module.embed_positions.shape[-1] // 2
+            module.embed_positions[:, :half], module.embed_positions[:, half:] = 0.0, 1.0

@@ -1,4 +1,4 @@
-"""Attention with a bias for distance (ALiBi), and Falcon's: families whose own code computes the attention.
+"""Replacements for the attention of families whose own code computes it, some with a bias for distance (ALiBi).
 
 ALiBi (https://arxiv.org/abs/2108.12409) adds a slope of the head times the distance to each score. In a row of scores
 the query's position is a constant, which the softmax does not see, so slope times the key's position does the same: one
@@ -124,16 +124,65 @@ def _falcon_heads(module: Any, fused: Any) -> tuple[torch.Tensor, torch.Tensor, 
     return each[..., 0, :], each[..., 1, :], each[..., 2, :]
 
 
-def register_falcon() -> None:
-    """Let Falcon be built for satchel's attention: it looks its class up by the name of the implementation."""
-    from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES
+def _gptj(module: Any, hidden_states: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor, **_: Any) -> Any:
+    from transformers.models.gptj import modeling_gptj as gptj
 
-    FALCON_ATTENTION_CLASSES["satchel"] = FALCON_ATTENTION_CLASSES["eager"]
+    rotate: Any = gptj.apply_rotary_pos_emb  # untyped in transformers
+    width = module.rotary_dim or module.head_dim
+    sin, cos = module.embed_positions[position_ids].chunk(2, dim=-1)
+    heads = (
+        part(hidden_states).unflatten(2, (-1, module.head_dim))
+        for part in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    query, key, value = heads
+    query, key = (torch.cat([rotate(x[..., :width], sin, cos), x[..., width:]], dim=-1) for x in (query, key))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return module.out_proj(_attention(module, query, key, value, attention_mask, 1 / module.scale_attn)), None
+
+
+def _codegen_scored(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any
+) -> Any:
+    """`_attn` of CodeGen: [batch, heads, new, head_dim] each, also the result."""
+    out = torch.ops.satchel.attention(
+        query,
+        key,
+        value,
+        None,
+        module.layer_idx,
+        1 / module.scale_attn,
+        attention_mask.window,
+        attention_mask.chunk,
+        0.0,
+    )
+    return out.transpose(1, 2), None
+
+
+def _gpt_neo_scored(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any
+) -> Any:
+    """`_attn` of GPT-Neo, whose scores have no scale; every other layer sees a window."""
+    window = module.config.window_size if module.attention_type == "local" else attention_mask.window
+    out = torch.ops.satchel.attention(query, key, value, None, module.layer_id, 1.0, window, attention_mask.chunk, 0.0)
+    return out.transpose(1, 2), None
+
+
+def register_classes() -> None:
+    """Let families be built for satchel's attention that look their class up by the name of the implementation."""
+    from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES
+    from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
+    from transformers.models.gptj.modeling_gptj import GPTJ_ATTENTION_CLASSES
+
+    for classes in (FALCON_ATTENTION_CLASSES, GPT_NEO_ATTENTION_CLASSES, GPTJ_ATTENTION_CLASSES):
+        classes["satchel"] = classes["eager"]
 
 
 METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("BloomAttention", "forward"): _bloom,
     ("MptAttention", "forward"): _mpt,
     ("FalconAttention", "forward"): _falcon,
+    ("GPTJAttention", "forward"): _gptj,
+    ("CodeGenAttention", "_attn"): _codegen_scored,
+    ("GPTNeoSelfAttention", "_attn"): _gpt_neo_scored,
 }
 """Replacements for methods of classes of `transformers`, as in `stand_ins.METHODS`."""
