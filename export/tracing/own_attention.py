@@ -173,7 +173,8 @@ def register_classes() -> None:
     from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
     from transformers.models.gptj.modeling_gptj import GPTJ_ATTENTION_CLASSES
 
-    for classes in (FALCON_ATTENTION_CLASSES, GPT_NEO_ATTENTION_CLASSES, GPTJ_ATTENTION_CLASSES):
+    tables: list[dict[str, Any]] = [FALCON_ATTENTION_CLASSES, GPT_NEO_ATTENTION_CLASSES, GPTJ_ATTENTION_CLASSES]
+    for classes in tables:
         classes["satchel"] = classes["eager"]
 
 

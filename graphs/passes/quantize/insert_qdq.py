@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.contract import GraphPass, Report
 from satchel.graphs.ir.sweep import sweep
+from satchel.graphs.ir.two_parts import in_two_parts
 from satchel.graphs.ir.values import MICROSOFT, Builder, rank, replace
-from satchel.graphs.passes.quantize.two_parts import in_two_parts
 from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight, quantized_products
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.layouts import GROUP_SIZE, INT8_MAX, SMALLEST_RANGE

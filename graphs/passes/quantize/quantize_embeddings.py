@@ -7,9 +7,9 @@ from collections.abc import Container, Mapping
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
+from satchel.graphs.ir.two_parts import in_two_parts
 from satchel.graphs.ir.values import MICROSOFT, Builder, attributes, rank, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, reshaped
-from satchel.graphs.passes.quantize.two_parts import in_two_parts
 from satchel.graphs.quant.quantized import FLOAT_PRODUCTS, INT8_PRODUCTS, QuantizedWeight
 
 
