@@ -27,7 +27,7 @@ LIMITS: dict[str, Limit] = {
     "kv_cache.layers": Limit(10_000, "each has two buffers, and two inputs in each graph"),
     "kv_cache sizes": Limit(1 << 20, "heads x width x positions is allocated"),
     "states": Limit(20_000, "each is a buffer, and an input in each graph"),
-    "numbers in states": Limit(1 << 32, "they are set to zero for each sequence"),
+    "numbers in states": Limit(1 << 30, "they are set to zero for each sequence"),
     "variants": Limit(1000, "each is a graph, and their names must differ"),
     "adapters": Limit(10_000, "each is a file that is read as a whole"),
     "layers": Limit(1_000_000, "one for each quantized matrix"),
