@@ -40,6 +40,15 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2_vl": ({"rope_parameters": ROPE}, {"vision_config": {**QWEN_TOWER, "hidden_size": 64}}),
     "qwen2_5_vl": ({"rope_parameters": ROPE}, {"vision_config": QWEN_TOWER}),
     "qwen3_vl": ({"rope_parameters": ROPE, "head_dim": HEAD_DIM}, {"vision_config": QWEN_TOWER}),
+    "qwen3_5": (
+        {
+            "rope_parameters": {**ROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}, "head_dim": HEAD_DIM,
+            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        },
+        {"vision_config": QWEN_TOWER},
+    ),
+    "lfm2_vl": ({"layer_types": ["conv", "full_attention"]}, {"vision_config": TOWER}),
     "qwen2_audio": ({}, {"audio_config": AUDIO}),
     "voxtral": ({"head_dim": HEAD_DIM}, {"audio_config": AUDIO}),
 }  # fmt: skip
