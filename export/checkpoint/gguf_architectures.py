@@ -77,6 +77,7 @@ class Architecture:
         variants: Architectures that a file with the key, and not 0, is of instead; the first that fits.
         latent: Whether keys have a part that is rotated, of rope.dimension_count, beside one that is not.
         by_input: Whether the module has stacks of experts as [experts, inputs, outputs], gates and ups in turn.
+        by_layer: Metadata keys with a number for each layer that is a parameter, with the end of its name.
         rotary: Metadata keys that become rotary parameters.
         yarn: Rotary parameters that are built into the model where the file scales by yarn.
         refused_without_rope: Whether rope.scaling.finetuned false means that nothing is rotated.
@@ -103,6 +104,7 @@ class Architecture:
     variants: tuple[tuple[str, Architecture], ...] = ()
     latent: bool = False
     by_input: bool = False
+    by_layer: Mapping[str, str] = field(default_factory=dict)
     rotary: Mapping[str, str] = field(default_factory=dict)
     yarn: Mapping[str, Any] = field(default_factory=dict)
     refused_without_rope: bool = False
@@ -272,6 +274,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "jais2",
         _layer_norm("layer_norm_eps"),
         flags=_ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+    ),
+    "apertus": Architecture(
+        "apertus",
+        flags=_ATTENTION_BIAS,
+        by_layer={f"xielu.{name}": f".act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")},
     ),
     "minicpm": Architecture(
         "granite",

@@ -123,8 +123,8 @@ def _facts(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     """Return the metadata under the architecture's prefix, complete; every key must be known."""
     prefix = f"{file.metadata['general.architecture']}."
     facts = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    own = architecture.required.keys() | architecture.optional.keys() | architecture.rotary.keys()
-    known = own | HANDLED_KEYS | SILENT_KEYS
+    own = (architecture.required, architecture.optional, architecture.rotary, architecture.by_layer)
+    known = {key for keys in own for key in keys} | HANDLED_KEYS | SILENT_KEYS
     for key, value in facts.items():
         neutral = architecture.neutral.get(key, NEUTRAL_KEYS.get(key))
         if key not in known and (neutral is None or (neutral != ANY and value not in neutral)):
@@ -139,8 +139,8 @@ def _facts(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
         raise ExportError(
             f"{file.path}: {prefix}{missing[0]} is missing from the metadata; {_ORIGINAL}, or convert the file again"
         )
-    return {key: value if key == "attention.sliding_window_pattern" else _scalar(file, key, value)
-            for key, value in facts.items()}  # fmt: skip
+    lists = {"attention.sliding_window_pattern", *architecture.by_layer}
+    return {key: value if key in lists else _scalar(file, key, value) for key, value in facts.items()}
 
 
 def _width(file: GgufFile, key: str) -> dict[str, int]:

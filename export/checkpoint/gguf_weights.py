@@ -87,7 +87,7 @@ class _Finder:
     def __init__(self, module: PreTrainedModel, file: GgufFile, architecture: Architecture) -> None:
         config: Any = module.config
         self.used: set[str] = set()
-        self._tensors, self._architecture = file.tensors, architecture
+        self._tensors, self._architecture, self._metadata = file.tensors, architecture, file.metadata
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = config.head_dim
         kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[file.metadata["general.architecture"]]
@@ -100,6 +100,9 @@ class _Finder:
         head_norm = _HEAD_NORM.search(name)
         if head_norm:
             return self._row(f"{block}attn_{head_norm[1]}_norm.weight", int(head_norm[2]))
+        for key, end in self._architecture.by_layer.items():
+            if layer and name.endswith(end):
+                return self._number(key, int(layer[1]), name)
         for end, (whole, parts, axis) in _EXPERTS.items():
             if name.endswith(end):
                 found = self._take(f"{block}{whole}") or self._joined([f"{block}{part}" for part in parts], axis, name)
@@ -153,6 +156,14 @@ class _Finder:
             return None
         self.used.update(names)
         return _marked([self._tensors[part] for part in names], lambda parts: concatenated(parts, axis, name))
+
+    def _number(self, key: str, layer: int, name: str) -> LazyWeight:
+        """Return the number of a layer in the metadata as a weight [1]."""
+        stored = self._metadata.get(f"{self._metadata['general.architecture']}.{key}")
+        numbers = stored if isinstance(stored, list) else [stored] * (layer + 1)
+        if layer >= len(numbers) or not isinstance(numbers[layer], int | float):
+            raise ValueError(f"{key} has no number for layer {layer}")
+        return from_array(name, np.asarray([numbers[layer]], np.float32))
 
     def _row(self, name: str, index: int) -> LazyWeight | None:
         stacked = self._take(name)
@@ -257,6 +268,8 @@ def _span(weight: LazyWeight, low: int, high: int) -> LazyWeight:
 
 def _shaped(weight: LazyWeight, shape: tuple[int, ...]) -> LazyWeight:
     """Add or drop a dimension of 1, as the gate of a shared expert has, which files store both ways."""
+    if weight.dims == (1,) and not shape:
+        return from_array(weight.name, weight.numpy().reshape(shape))
     if weight.dims == (1, *shape) and len(shape) == 1:
         return LazyWeight(weight.name, shape, weight.dtype, lambda a, b: weight.columns(a, b)[0])
     if shape == (1, *weight.dims) and len(shape) == 2:

@@ -14,7 +14,7 @@ from support.exported import difference
 from support.families import TOLERANCE, logits_of
 from support.gguf_families import GGUF_FAMILIES, facts_of, fused, gguf_model, loaded, some_ids, tensors_of, write_family
 
-from satchel.export import ExportConfig, export_bundle
+from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint import Checkpoint, open_checkpoint
 from satchel.export.checkpoint.gguf_architectures import ARCHITECTURES
 from satchel.runtime.execution.engine import Engine
@@ -40,7 +40,10 @@ def test_the_logits_are_those_of_the_converted_model(name: str, tmp_path: Path) 
     same_logits(checkpoint, model)
 
 
-@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("phi3", "mixtral"))])
+SLOW = ("phi3", "mixtral", "apertus", "gpt-oss", "minicpm3", "ministral3")
+
+
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_the_bundle_gives_the_logits_of_the_converted_model(name: str, tmp_path: Path) -> None:
     family = GGUF_FAMILIES[name]
     model = gguf_model(family)
@@ -48,6 +51,14 @@ def test_the_bundle_gives_the_logits_of_the_converted_model(name: str, tmp_path:
     export_bundle(path, ExportConfig(tmp_path / "bundle", "fp32", max_context=64, certificate=False))
     found = Engine.open(open_bundle(tmp_path / "bundle"), threads=1).score(some_ids(), chunk=60)
     assert difference(found, logits_of(model, some_ids())) <= TOLERANCE
+
+
+@pytest.mark.parametrize("stored", [[0.4], ["a", "b"], None])
+def test_a_layer_without_its_number_is_refused(stored: Any, tmp_path: Path) -> None:
+    family = GGUF_FAMILIES["apertus"]
+    path = write_family(tmp_path / "tiny.gguf", family, gguf_model(family), facts={"xielu.alpha_p": stored})
+    with pytest.raises(ExportError, match=r"xielu\.alpha_p has no number"):
+        open_checkpoint(path)
 
 
 OMITTED = {

@@ -43,6 +43,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
+XIELU = {"alpha_p": [0.4, 0.6], "alpha_n": [-0.9, 0.3], "beta": [0.5, 0.4], "eps": [-1e-6, -1e-6]}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
@@ -230,6 +231,10 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     ),
     "jais2": GgufFamily("jais2", "jais2", HEADS, HEAD_KEYS, _norm("layer_norm_eps")),
     "hunyuan-dense": GgufFamily("hunyuan-dense", "hunyuan_v1_dense", HEADS, HEAD_KEYS),
+    "apertus": GgufFamily(
+        "apertus", "apertus", {"rope_parameters": PLAIN_ROPE}, ROTATED
+        | {f"xielu.{name}": values for name, values in XIELU.items()},
+    ),
     "minicpm": GgufFamily(
         "minicpm", "granite", MULTIPLIERS | {"attention_multiplier": HEAD_DIM**-0.5},
         {"embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0} | ROTATED, permuted=True,
@@ -269,6 +274,10 @@ def gguf_model(family: GgufFamily) -> transformers.PreTrainedModel:
     one = 0.0 if family.one_more else 1.0
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if ".act_fn." in name:
+                layer, part = name.split(".")[2], name.rpartition(".")[2]
+                parameter.fill_(XIELU[part][int(layer)])
+                continue
             if "rotary" in name or "scale" in name.rpartition(".")[2] or not parameter.is_floating_point():
                 continue
             center = one if ("norm" in name or ".ln_" in name) and name.endswith("weight") else 0.0
@@ -310,6 +319,8 @@ def tensors_of(family: GgufFamily, model: transformers.PreTrainedModel) -> dict[
             array, part = (array, "bias") if name.endswith("_bias") else (array.swapaxes(1, 2), "weight")
             stacks = {"gate": array[:, ::2], "up": array[:, 1::2]} if "gate_up" in name else {"down": array}
             tensors |= {f"blk.{layer}.ffn_{kind}_exps.{part}": stack for kind, stack in stacks.items()}
+        elif ".act_fn." in name:
+            continue
         elif name.endswith(".sinks"):
             tensors[f"blk.{layer}.attn_sinks.weight"] = array
         elif name.endswith("gate_up_proj") and array.ndim == 3:
