@@ -223,6 +223,33 @@ def test_a_cut_answer_and_one_left_early_are_gone_on_from(generator: Generator, 
     assert found.token_ids == plain.generate(more, 8).token_ids
 
 
+def test_an_interrupt_after_the_graph_wrote_leaves_no_wrong_state(
+    generator: Generator, plain: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from satchel.runtime.execution import cpu
+
+    run, calls = cpu.run_bound, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        run(*arguments)
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+
+    prompt = generator.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Who?"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "run_bound", interrupted)
+        stream = generator.stream(prompt, 20)
+        with pytest.raises(KeyboardInterrupt):
+            stream.result()
+    answer = stream.result().token_ids
+    more = [*prompt, *answer, *plain.generate([*prompt, *answer], 1).token_ids, 5, 6]
+    found = generator.generate(more, 8)
+    assert 0 < found.reused_tokens < len(prompt)
+    assert found.token_ids == plain.generate(more, 8).token_ids
+
+
 @pytest.mark.parametrize("snapshots", [0, 1, 3, 40])
 def test_what_is_kept_stays_under_the_limit(folder: Path, snapshots: int, plain: Generator) -> None:
     generator = Generator.open(folder, threads=1)
