@@ -15,16 +15,37 @@ GROUP_SIZE = "group size"
 """What the reason names where a form would be kept but for its groups."""
 
 
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")
+"""The two weights of a mixture, which its kernel takes in one form only."""
+
+
 def stored_grids(checkpoint: Checkpoint) -> dict[str, StoredGrid]:
-    """The grids of the weights that the checkpoint stores quantized, by layer."""
-    found = {name.removesuffix(".weight"): weight.meta.get(GRID) for name, weight in checkpoint.weights.items()}
-    return {layer: grid for layer, grid in found.items() if isinstance(grid, StoredGrid)}
+    """The grids of the weights that the checkpoint stores quantized and that are kept, by layer."""
+    found = _marks(checkpoint, GRID)
+    unlike = _unlike(found)
+    return {layer: grid for layer, grid in found.items() if isinstance(grid, StoredGrid) and layer not in unlike}
 
 
 def widened(checkpoint: Checkpoint) -> dict[str, str]:
     """Why weights that are stored quantized are widened to float, by layer."""
-    found = {name.removesuffix(".weight"): weight.meta.get(WIDENED) for name, weight in checkpoint.weights.items()}
-    return {layer: str(reason) for layer, reason in found.items() if reason is not None}
+    grids = _marks(checkpoint, GRID)
+    unlike = dict.fromkeys(sorted(_unlike(grids) & grids.keys()), "its mixture has stacks of two forms")
+    return {layer: str(reason) for layer, reason in _marks(checkpoint, WIDENED).items()} | unlike
+
+
+def _marks(checkpoint: Checkpoint, mark: str) -> dict[str, object]:
+    weights = checkpoint.weights.items()
+    return {name.removesuffix(".weight"): weight.meta[mark] for name, weight in weights if mark in weight.meta}
+
+
+def _unlike(grids: Mapping[str, object]) -> set[str]:
+    """The stacks of mixtures whose two stacks are not in one form."""
+    found = set()
+    for mixture in {layer.removesuffix(end) for layer in grids for end in STACKS if layer.endswith(end)}:
+        pair = [grids.get(mixture + end) for end in STACKS]
+        if len({grid.scheme if isinstance(grid, StoredGrid) else None for grid in pair}) > 1:
+            found |= {mixture + end for end in STACKS}
+    return found
 
 
 def resolve(config: ExportConfig, checkpoint: Checkpoint) -> tuple[ExportConfig, list[str]]:

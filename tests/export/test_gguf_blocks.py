@@ -27,7 +27,7 @@ from support.gguf_families import (
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import Checkpoint, open_checkpoint
 from satchel.export.checkpoint.gguf_file import dequantized
-from satchel.export.quantize.keeping import resolve
+from satchel.export.quantize.keeping import resolve, stored_grids, widened
 from satchel.graphs.ir.weights import LazyWeight
 from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid
 from satchel.runtime.bundle.manifest import Manifest
@@ -120,6 +120,18 @@ def test_tensors_of_different_types_that_are_joined_are_widened(tmp_path: Path) 
     )
     weight = open_checkpoint(path).weights["model.layers.0.mlp.experts.gate_up_proj"]
     assert GRID not in weight.meta and "different types" in str(weight.meta[WIDENED])
+
+
+def test_stacks_of_a_mixture_that_are_stored_in_two_forms_are_rounded(tmp_path: Path) -> None:
+    family = dataclasses.replace(GGUF_FAMILIES["mixtral"], options={**GGUF_FAMILIES["mixtral"].options,
+                                                                    "intermediate_size": 64})  # fmt: skip
+    types = {"gate_exps": Q.Q4_0, "up_exps": Q.Q4_0, "down_exps": Q.Q8_0, "attn_output": Q.Q4_0}
+    path = quantized(tmp_path / "m.gguf", types, family)
+    manifest, apart, checkpoint = exported(path, ExportConfig(tmp_path / "b", "stored", max_context=64))
+    assert len(stored_grids(checkpoint)) == 2 and len(widened(checkpoint)) == 4
+    bits = {name: layer.bits for name, layer in manifest.layers.items()}
+    assert len(bits) == 6 and all(found == (8 if "experts" in name else 4) for name, found in bits.items()), bits
+    assert apart < 0.1
 
 
 def exported(path: Path, config: ExportConfig) -> tuple[Manifest, float, Checkpoint]:
