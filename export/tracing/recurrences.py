@@ -39,7 +39,8 @@ class Place:
         Raises:
             ExportError: One of `options` is neither None nor False and not among those that are harmless.
         """
-        unknown = sorted(k for k, v in options.items() if k not in HARMLESS and v is not None and v is not False)
+        harmless = HARMLESS | {"position_embeddings"}
+        unknown = sorted(k for k, v in options.items() if k not in harmless and v is not None and v is not False)
         if unknown:
             raise ExportError(
                 f"{type(self.module).__name__}: its convolution or recurrence uses {', '.join(unknown)}, which satchel "
@@ -69,9 +70,12 @@ def _delta_rule(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """`torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention`; g as `satchel::Recurrence` has decay."""
     place.refuse(options)
-    if use_qk_l2norm_in_kernel:
-        query, key = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6) for x in (query, key))
-    out = torch.ops.satchel.recurrence(query, key, value, g, beta, place.layer, query.shape[-1] ** -0.5)
+    width = query.shape[-1]
+    scale = width**-0.5
+    if use_qk_l2norm_in_kernel:  # written as a root-mean-square norm, which is one operator
+        query, key = (x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6 / width) for x in (query, key))
+        key, scale = key * scale, scale * scale
+    out = torch.ops.satchel.recurrence(query, key, value, g, beta, place.layer, scale)
     return out, None
 
 

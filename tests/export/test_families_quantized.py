@@ -41,7 +41,7 @@ CASES = (
     ("qwen2", "int8", "float"), ("gpt2", "int8", "int8"), ("starcoder2", "a16w4", "int8"),
     ("mixtral", "int4", "float"), ("qwen3_moe", "int8", "float"), ("gemma2", "a16w4", "float"),
     ("smollm3", "int8", "float"), ("lfm2", "int8", "int8"),
-    ("mamba2", "int4", "float"),
+    ("mamba2", "a16w4", "float"),
 )  # fmt: skip
 FIRST_CASES = {("llama", "int4"), ("llama", "fp32"), ("gpt2", "int8"), ("qwen3_moe", "int8")}
 """Both kinds of cache, and weights with and without experts; the other cases are slow tests."""

@@ -25,6 +25,11 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any], int, float]] = {
     "qwen3_next": ("qwen3_next", {**DELTA, **LINEAR, **MIXTURE, "shared_expert_intermediate_size": 24}, 0, 0.2),
     "lfm2": ("lfm2", SHORT, 0, 0.2),
     "lfm2_moe": ("lfm2_moe", {**SHORT, **MIXTURE, "num_dense_layers": 1}, 0, 0.2),
+    "lfm3": (
+        "lfm3",
+        {**SHORT, "layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": 7},
+        0, 0.2,
+    ),
     "granitemoehybrid_mamba": (
         "granitemoehybrid",
         {
@@ -65,9 +70,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any], int, float]] = {
         {
             "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
             "attention_head_dim": 32, "mamba_d_state": 16, "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_expand": 2,
-            "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 8,
+            "chunk_size": 8, "num_mem_blocks": 2, "adapter_rank": 8, "use_shared_attention_adapter": True,
+            "use_mem_rope": True, "num_key_value_heads": 4,
         },
-        1, 0.1,
+        0, 0.1,
     ),
     "olmo_hybrid": (
         "olmo_hybrid",
@@ -76,6 +82,16 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any], int, float]] = {
             "linear_value_head_dim": 24, "pad_token_id": 0,
         },
         0, 0.2,
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        {
+            **DELTA, "linear_num_heads": 4, "linear_head_dim": 16, "num_key_value_heads": 4, "kv_lora_rank": 24,
+            "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1, "n_group": 1,
+            "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
+        0, 0.1,
     ),
     "kimi_linear": (
         "kimi_linear",
