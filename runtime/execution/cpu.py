@@ -56,6 +56,14 @@ class CpuEngine(Engine):
         fixed = any(isinstance(tensor.shape[0], int) for tensor in decode.inputs)
         return not (fixed or manifest.has_fixed_mask or decode.top_tokens)
 
+    def may_run_ahead(self, state: State) -> bool:
+        """Where satchel's own attention decodes, all layers attend, and there is neither an adapter nor a border."""
+        manifest, made = self.bundle.manifest, self.bundle.specialized
+        name = made.variant("decode") if made is not None else None
+        own = name is not None and manifest.variant(name).kernel_abi is not None
+        plain = not (manifest.states or manifest.model.rotary_border or manifest.has_fixed_mask)
+        return own and plain and state.cache.adapter is None
+
     def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
         """An empty KV cache of `capacity` positions for each of `rows` sequences.
 
@@ -121,6 +129,7 @@ class RowRunner:
         self._adapters = adapters
         self._lengths = text_lengths(manifest)
         self._bindings: dict[tuple[int, int, int, str | None], ort.IOBinding] = {}
+        self._ahead: dict[tuple[int, int], tuple[ort.IOBinding, Logits]] = {}
 
     def prefill(self, row: int, cache: Cache, tokens: Ids) -> None:
         """Feed tokens to one row; `cache` is its part of the cache, with its length."""
@@ -155,6 +164,25 @@ class RowRunner:
         binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, (1, length + 1), self._ones_address)
         run_bound(self._sessions[DECODE], binding, f"at position {length}")
         cache.advance(1)
+
+    def decode_ahead(self, row: int, cache: Cache, tokens: Ids) -> Logits:
+        """Feed tokens to one row in one run, as rows that have one cache. Returns logits, [tokens, vocabulary]."""
+        count, first = len(tokens), cache.length + 1
+        cache.begin(count)
+        key = row, count
+        if key not in self._ahead:
+            binding = self.cache.bind(self._sessions[DECODE], slice(row, row + 1))
+            logits = np.empty((count, self.logits.shape[1]), np.float32)
+            bind_output(binding, LOGITS, logits, (count, 1, logits.shape[1]))
+            self._ahead[key] = binding, logits
+        binding, logits = self._ahead[key]
+        ids, width = tokens.reshape(count, 1), cache.length + count
+        mask = (np.arange(width) < np.arange(first, first + count)[:, None]).astype(np.int64)
+        bind_input(binding, INPUT_IDS, ids, ids.shape)
+        bind_input(binding, ATTENTION_MASK, mask, mask.shape)
+        run_bound(self._sessions[DECODE], binding, f"with {count} tokens at position {cache.length}")
+        cache.advance(count)
+        return logits
 
     def _binding(self, phase: int, first: int, count: int, adapter: str | None) -> ort.IOBinding:
         """A binding of `count` rows, from row `first` on, and of an adapter to the graph of a phase."""
@@ -235,6 +263,9 @@ class CpuState(State):
         for mine, theirs in zip(buffers, others, strict=True):
             mine[:], theirs[:] = theirs.copy(), mine.copy()
         self._fed, other._fed = other._fed, self._fed
+
+    def decode_ahead(self, tokens: Ids) -> Logits:
+        return self._runner.decode_ahead(self._row, self.cache, tokens)
 
     def _prefill(self, tokens: Ids) -> None:
         self._runner.prefill(self._row, self.cache, tokens)

@@ -38,6 +38,8 @@ class Engine(ABC):
         self.adapters = Adapters(bundle)
         self._invariant: dict[str | None, bool] = {}
         self._piece_invariant: bool | None = None
+        self.runs_ahead: dict[int, bool] = {}
+        """Whether a run of a token and so many drafted ones gives each the logits that it gets alone, where tried."""
         self._invariant_lock = threading.Lock()
 
     @staticmethod
@@ -81,6 +83,10 @@ class Engine(ABC):
             if adapter not in self._invariant:
                 self._invariant[adapter] = self.supports_batch and rows_agree(self, adapter)
             return self._invariant[adapter]
+
+    def may_run_ahead(self, state: State) -> bool:
+        """Whether `state.decode_ahead` may be one run of the graph, which is then worth trying."""
+        return False
 
     @property
     def piece_invariant(self) -> bool:

@@ -113,6 +113,10 @@ class Cache(ABC):
         self._length += count
         self._running = False
 
+    def shorten(self, length: int) -> None:
+        """Forget all positions but the first `length`, of a cache without states."""
+        self._length, self._running = length, False
+
     def clear(self, adapter: str | None = None) -> None:
         """Empty the cache: the next position to be written is the first, by this adapter, and states are zeros."""
         self._length, self._running, self.snapshots, self.long, self.adapter = 0, False, {}, False, adapter

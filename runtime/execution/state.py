@@ -90,6 +90,14 @@ class State(ABC):
         self._decode(token)
         self.note(token)
 
+    def decode_ahead(self, tokens: Ids) -> Logits:
+        """Feed tokens. Returns the logits of each, [tokens, vocabulary], those of `decode` of one after another."""
+        found = np.empty((len(tokens), len(self._logits)), np.float32)
+        for row, token in zip(found, tokens.tolist(), strict=True):
+            self.decode(token)
+            row[:] = self.logits
+        return found
+
     def note(self, token: int) -> None:
         """Remember the token of a step that has just run."""
         if self._border is not None:

@@ -19,6 +19,7 @@ from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
+from satchel.runtime.generation.drafts import Drafter, NgramPool
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, full_context_bytes
@@ -29,7 +30,7 @@ from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
 from satchel.runtime.generation.session_file import SavedState, check_adapter, check_size, read_state, write_state
-from satchel.runtime.generation.snapshots import NO_SNAPSHOTS, Snapshots, message_boundaries
+from satchel.runtime.generation.snapshots import snapshots_of
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.chat_template import ChatTemplate, template_files
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ from satchel.runtime.ort.background import specialize_in_background
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
-from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER, STRETCH
+from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER
 from satchel.runtime.util.progress import waiting
 
 MIB = 1 << 20
@@ -58,6 +59,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.prefix_cache = prefix_cache
+        self._ngrams = NgramPool()
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
 
@@ -207,29 +209,13 @@ class Generator:
             elif event.outcome is not None:
                 raise event.outcome
 
-    def scheduler(
-        self,
-        *,
-        rows: int = BATCH_ROWS,
-        capacity: int | None = None,
-        queue_limit: int | None = None,
-        stretch: float = STRETCH,
-        force_batch: bool = False,
-    ) -> Scheduler:
+    def scheduler(self, *, rows: int = BATCH_ROWS, capacity: int | None = None, **options: Any) -> Scheduler:
         """A scheduler for requests that come and go. Arguments and errors are those of `Scheduler`.
 
         `capacity` None gives each row the largest context.
         """
-        return Scheduler(
-            self.engine,
-            self.prefix_cache,
-            self.new_sequence,
-            rows=rows,
-            capacity=self.max_context if capacity is None else capacity,
-            queue_limit=queue_limit,
-            stretch=stretch,
-            force_batch=force_batch,
-        )
+        capacity = self.max_context if capacity is None else capacity
+        return Scheduler(self.engine, self.prefix_cache, self.new_sequence, rows=rows, capacity=capacity, **options)
 
     def beam_search(
         self,
@@ -382,16 +368,10 @@ class Generator:
         text = IncrementalDetokenizer(self.tokenizer, ids.tolist()) if self.tokenizer else None
         if choose is None:
             choose = Sampler(options, ends, self.engine.vocabulary, ids, request.sample, limit)
-        return ActiveSequence(ids, options, limit, choose, ends, text, callback, self._snapshots(ids))
-
-    def _snapshots(self, ids: NDArray[np.int64]) -> Snapshots:
-        """Where states of a prompt are copied; nowhere without states, or without a prefix cache to keep them in."""
-        most = self.prefix_cache.max_snapshots
-        if not most:
-            return NO_SNAPSHOTS
-        multiple = self.engine.bundle.manifest.token_multiple
         special = self.tokenizer.is_hidden if self.tokenizer else lambda token: False
-        return Snapshots(message_boundaries(ids, special, multiple), most)
+        multiple = self.engine.bundle.manifest.token_multiple
+        snapshots = snapshots_of(ids, special, multiple, self.prefix_cache.max_snapshots)
+        return ActiveSequence(ids, options, limit, choose, ends, text, callback, snapshots, Drafter(self._ngrams))
 
     def _run_all(self, requests: Sequence[Request], *, rows: int, force_batch: bool = False) -> list[Generation]:
         """The results of requests, in order. Raises the first error."""

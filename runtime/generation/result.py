@@ -15,7 +15,7 @@ class Generation:
 
     `finish_reason` is "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context is used up),
     "loop", "time", "callback" or "closed". `reused_tokens` of the prompt were not fed, since the prefix cache had them.
-    `decode_steps` counts runs of the decode graph: the first token comes from prefill, and an end token takes a step.
+    `decode_steps` counts tokens after the first, which comes from prefill, and an end token; one run may take several.
     `logprobs` has an entry for each of `token_ids`, or is None if not asked for. With a stop string, `token_ids` and
     `logprobs` include its tokens. `score` is that of a beam search, else None; each text of a search has the times and
     steps of the whole search.

@@ -24,6 +24,7 @@ from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob
 from satchel.runtime.generation.sequence import ActiveSequence
+from satchel.runtime.generation.speculation import decode
 from satchel.runtime.util.defaults import STRETCH
 
 
@@ -280,15 +281,20 @@ class Scheduler:
         jobs = [job for job in self._rows[: self._decoding] if job is not None]
         if not jobs:
             return
-        start = time.perf_counter()
-        with failing(*jobs):
-            self._batch.decode([job.sequence.token_ids[-1] for job in jobs])
-        for job in jobs:
-            self._take(job)
+        start, taken = time.perf_counter(), 1
+        if len(jobs) == 1:
+            with failing(*jobs):
+                taken = decode(self._engine, self._state(jobs[0]), jobs[0].sequence)
+                self._queue.charge(jobs[0], taken)
+        else:  # a drafted token would cost as much as that of another request
+            with failing(*jobs):
+                self._batch.decode([job.sequence.token_ids[-1] for job in jobs])
+            for job in jobs:
+                self._take(job)
         self._pace.decoded(time.perf_counter() - start)
         for job in jobs:
             job.sequence.timing.decode_seconds += job.lap()
-            job.sequence.timing.decode_steps += 1
+            job.sequence.timing.decode_steps += taken
             self._tell(job)
 
     def _take(self, job: Job) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.state import Logits, State
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
+from satchel.runtime.generation.drafts import Drafter
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.repeats import RepeatDetector
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities
@@ -55,6 +56,7 @@ class ActiveSequence:
         text: IncrementalDetokenizer | None,
         callback: Callback | None = None,
         snapshots: Snapshots = NO_SNAPSHOTS,
+        drafter: Drafter | None = None,
     ) -> None:
         """`choose` is a sampler, or picks a token from logits.
 
@@ -64,6 +66,7 @@ class ActiveSequence:
         self.options = options
         self.limit = limit
         self.snapshots = snapshots
+        self.drafter = drafter
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []

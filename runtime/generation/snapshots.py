@@ -47,6 +47,11 @@ class Snapshots:
 NO_SNAPSHOTS = Snapshots()
 
 
+def snapshots_of(ids: NDArray[np.int64], is_special: Callable[[int], bool], multiple: int, most: int) -> Snapshots:
+    """Where at most `most` snapshots of a prompt are taken: at its `message_boundaries`, and after each chunk."""
+    return Snapshots(message_boundaries(ids, is_special, multiple), most) if most else NO_SNAPSHOTS
+
+
 def message_boundaries(ids: NDArray[np.int64], is_special: Callable[[int], bool], multiple: int) -> tuple[int, ...]:
     """Where messages of a prompt begin or end, as far as its special tokens tell, at multiples of `multiple`.
 

@@ -11,6 +11,7 @@ from satchel.runtime.generation.prefill import Progress, prefill
 from satchel.runtime.generation.prefix_cache import PrefixCache
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sequence import ActiveSequence
+from satchel.runtime.generation.speculation import decode
 
 
 class TokenStream:
@@ -82,7 +83,5 @@ class TokenStream:
             prefill(self._engine, state, sequence, self._prefix_cache, progress=self._progress)
             return
         start = time.perf_counter()
-        state.decode(sequence.token_ids[-1])
-        sequence.take_from(state)
+        sequence.timing.decode_steps += decode(self._engine, state, sequence)
         sequence.timing.decode_seconds += time.perf_counter() - start
-        sequence.timing.decode_steps += 1

@@ -34,6 +34,8 @@ static const char *check_positions(const AttentionCall *call)
         return "satchel:Attention: total_sequence_length is below the number of new tokens";
     if (call->total > call->capacity)
         return "satchel:Attention: total_sequence_length is beyond the cache's capacity";
+    if (call->one_cache && call->tokens > 1)
+        return "satchel:Attention: rows that have one cache are single tokens";
     if (call->tokens > 1 && call->tokens != call->total && call->batch != 1)
         return "satchel:Attention: several new tokens with a past need batch size 1";
     for (int64_t row = 0; row < call->batch; row++) {

@@ -2,6 +2,7 @@
 #ifndef SATCHEL_ATTENTION_H
 #define SATCHEL_ATTENTION_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -20,6 +21,8 @@ typedef struct {
     float *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
     float *present_value;
     int64_t capacity;
+    bool one_cache; /* past and present have one row: the rows of the batch are single tokens of one sequence, each of
+                     * which sees those before it; past and present are the same memory */
     const int32_t *seqlens_k; /* [batch]: tokens in the cache after this step, minus one */
     int32_t total;            /* equal to tokens: the cache was empty in all rows */
     const float *cos, *sin;   /* [rotary_rows, rotary_half]; NULL: no rotation */

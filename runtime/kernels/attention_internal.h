@@ -36,7 +36,7 @@ static inline int64_t first_key(const AttentionCall *call, int64_t position)
 
 static inline float *cache_of(const AttentionCall *call, float *cache, int64_t row, int64_t kv_head)
 {
-    return cache + (row * call->kv_heads + kv_head) * call->capacity * call->head_dim;
+    return cache + ((call->one_cache ? 0 : row) * call->kv_heads + kv_head) * call->capacity * call->head_dim;
 }
 
 static inline const float *query_of(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head)

@@ -57,7 +57,8 @@ static bool read_past(const AttentionParams *params, Run *run, AttentionCall *ca
     Tensor key, value;
     if (!input(run, 3, ORT_FLOAT, &key) || !input(run, 4, ORT_FLOAT, &value))
         return false;
-    const int64_t dims[] = {call->batch, params->kv_heads, key.dims[2], call->head_dim};
+    call->one_cache = call->batch > 1 && key.rank == 4 && key.dims[0] == 1;
+    const int64_t dims[] = {call->one_cache ? 1 : call->batch, params->kv_heads, key.dims[2], call->head_dim};
     if (!has_dims(&key, 4, dims) || !has_dims(&value, 4, dims))
         return fail(run, "satchel:Attention: the past is not [batch, kv_heads, capacity, head_dim]");
     call->past_key = key.data, call->past_value = value.data, call->past_capacity = dims[2];
@@ -108,13 +109,15 @@ static bool run(const void *kernel, Run *run)
     if (error != NULL)
         return fail(run, error);
     const int64_t dims[] = {call.batch, call.tokens, call.heads * call.head_dim};
-    const int64_t cache[] = {call.batch, call.kv_heads, call.capacity, call.head_dim};
+    const int64_t cache[] = {call.one_cache ? 1 : call.batch, call.kv_heads, call.capacity, call.head_dim};
     if (!output(run, 0, dims, 3, &call.out) || !output(run, 1, cache, 4, &call.present_key)
         || !output(run, 2, cache, 4, &call.present_value))
         return false;
     if (call.past_capacity != call.capacity
         && (call.past_key == call.present_key || call.past_value == call.present_value))
         return fail(run, "satchel:Attention: past and present share memory and differ in capacity");
+    if (call.one_cache && (call.past_key != call.present_key || call.past_value != call.present_value))
+        return fail(run, "satchel:Attention: rows that have one cache need past and present to share memory");
     void *memory = bytes > 0 ? thread_scratch(bytes) : NULL;
     if (bytes > 0 && memory == NULL)
         return fail(run, "satchel:Attention: out of memory");

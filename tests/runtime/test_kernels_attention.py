@@ -97,6 +97,37 @@ def test_rows_of_a_batch_are_what_they_are_alone() -> None:
         assert np.array_equal(attend(dataclasses.replace(step, past=past), alone)[0][0], together[row])
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"rotary": 0}])
+def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str, int]) -> None:
+    """Bit for bit what one token after another gives, here over a boundary between ranges of keys."""
+    count, past = 5, 254
+    step = Step(past=tuple(range(past, past + count)), **{"rotary": 64, "heads": 9, "kv_heads": 3, **options})
+    feeds = step.feeds()
+    keys, values = (feeds[name][:1].copy() for name in ("past_key", "past_value"))
+    expected = []
+    for row in range(count):
+        alone = {name: feeds[name][row : row + 1] for name in ("query", "key", "value", "seqlens_k")}
+        alone |= {name: feeds[name] for name in ("cos", "sin") if name in feeds}
+        alone |= {"past_key": keys, "past_value": values}
+        alone["total_sequence_length"] = np.asarray(past + row + 1, np.int32)
+        y, keys, values = attend(dataclasses.replace(step, past=past + row), alone)
+        expected.append(y[0])
+    caches = [feeds[name][:1].copy() for name in ("past_key", "past_value")]
+    session = open_node(step, tuple(feeds))
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        if not name.startswith("past"):
+            binding.bind_cpu_input(name, array)
+    for side, cache in zip(("key", "value"), caches, strict=True):
+        for bind, name in ((binding.bind_input, f"past_{side}"), (binding.bind_output, f"present_{side}")):
+            bind(name, "cpu", 0, np.float32, cache.shape, cache.ctypes.data)
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    assert np.array_equal(binding.get_outputs()[-1].numpy(), np.stack(expected))
+    for found, wanted in zip(caches, (keys, values), strict=True):
+        assert np.array_equal(found[:, :, : past + count], wanted[:, :, : past + count])
+
+
 def test_a_prompt_in_chunks_is_what_it_is_whole() -> None:
     step = Step(tokens=300, rotary=64, window=150)
     feeds = step.feeds()
@@ -173,7 +204,15 @@ BAD = {
     "key without value": (changed(CHUNK, value=None), "key and value do not"),
     "past of another width": (changed(CHUNK, past_key=lambda x: x[..., :32]), "the past is not"),
     "past of fewer heads": (changed(CHUNK, past_key=lambda x: x[:, :1], past_value=lambda x: x[:, :1]), "past is not"),
-    "past of fewer rows": (changed(DECODE, past_key=lambda x: x[:1], past_value=lambda x: x[:1]), "the past is not"),
+    "past of fewer rows": (changed(DECODE, past_key=lambda x: x[:2], past_value=lambda x: x[:2]), "the past is not"),
+    "one past for all, not in place": (
+        changed(DECODE, past_key=lambda x: x[:1], past_value=lambda x: x[:1]),
+        "share memory",
+    ),
+    "one past for all, of several tokens": (
+        changed(Step(tokens=4, past=(5, 5)), past_key=lambda x: x[:1], past_value=lambda x: x[:1]),
+        "single tokens",
+    ),
     "no past": (changed(CHUNK, past_key=None), "the past is not"),
     "one length for all rows": (changed(DECODE, seqlens_k=lambda x: x[:1]), "one number for each row"),
     "length below zero": (changed(DECODE, seqlens_k=lambda x: x - 1000), "seqlens_k is not within"),

@@ -1,4 +1,4 @@
-"""The tiny bundle with an int8 head, and a native graph in which it is a satchel:Linear over panels."""
+"""The tiny bundle with an int8 head, and a native graph of satchel:Attention and a satchel:Linear over panels."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
             kept = [node for node in graph.node if "logits" not in node.output and node.op_type != "DequantizeLinear"]
             tensors = [t for t in graph.initializer if not t.name.startswith("head")] + panels
             nodes = [*kept, linear]
+            for node in nodes:
+                if node.op_type == "GroupQueryAttention":
+                    node.op_type, node.domain = "Attention", "satchel"
             model.opset_import.append(helper.make_opsetid("satchel", 1))
         else:
             nodes = [helper.make_node("DequantizeLinear", ["head.codes", "head.scales"], ["head"], axis=1), *graph.node]
