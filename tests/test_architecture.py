@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOPS = ("runtime", "graphs", "export")
 RUNTIME = [
-    "bundle", "errors", "util", "kernels", "ort", "execution", "generation", "tools", "evaluation", "optimize", "cli",
-    "entry",
+    "bundle", "errors", "util", "kernels", "ort", "execution", "generation", "tools", "evaluation", "optimize",
+    "server", "cli", "entry",
 ]  # fmt: skip
 """The packages of the runner from the bottom up: each imports only those before it."""
 BOUNDARIES = {

@@ -1,0 +1,1 @@
+"""An HTTP server over the scheduler, with the protocols of OpenAI and Anthropic."""

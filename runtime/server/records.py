@@ -1,0 +1,122 @@
+"""What the log and the metrics know of requests."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request as HttpRequest
+
+from satchel.runtime.generation.result import Generation
+from satchel.runtime.server.models import Model
+from satchel.runtime.util.terminal import printable
+
+
+@dataclass
+class Record:
+    """One HTTP request: what it asked for, and the answers that were finished."""
+
+    method: str
+    path: str
+    began: float = field(default_factory=time.monotonic)
+    status: int = 0
+    model: str = ""
+    prompt: str = ""
+    results: list[Generation] = field(default_factory=list)
+
+    def asks(self, model: str, prompt: object) -> None:
+        """Note the model, and the prompt unless it is None."""
+        self.model, self.prompt = model, "" if prompt is None else str(prompt)
+
+    def add(self, results: Sequence[Generation]) -> None:
+        """Add answers that have ended."""
+        self.results.extend(results)
+
+    def line(self) -> str:
+        """The line of the log."""
+        parts = [f"{self.method} {printable(self.path)[:100]} {self.status}"]
+        if self.model:
+            parts.append(f"model {printable(self.model)}")
+        if self.results:
+            prompts, cached, new = totals(self.results)
+            reasons = ",".join(sorted({result.finish_reason for result in self.results}))
+            parts.append(f"prompt {prompts} ({cached} cached), new {new} ({reasons})")
+        parts.append(f"{time.monotonic() - self.began:.3f} s")
+        if self.prompt:
+            parts.append(f"prompt {printable(self.prompt)}")
+        return ", ".join(parts)
+
+
+def record_of(http: HttpRequest) -> Record:
+    """The record of a request, which the guard has made."""
+    found: Record = http.state.record
+    return found
+
+
+def totals(results: Iterable[Generation]) -> tuple[int, int, int]:
+    """The numbers of prompt tokens, of those that were cached, and of new tokens."""
+    results = list(results)
+    return (
+        sum(result.prompt_tokens for result in results),
+        sum(result.reused_tokens for result in results),
+        sum(result.new_tokens for result in results),
+    )
+
+
+COUNTERS = {
+    "prompt_tokens_total": "Prompt tokens that were fed.",
+    "prompt_tokens_cached_total": "Prompt tokens that were in the prefix cache.",
+    "prompt_seconds_total": "Seconds until first tokens.",
+    "tokens_predicted_total": "New tokens.",
+    "tokens_predicted_seconds_total": "Seconds for further tokens.",
+}
+
+
+class Metrics:
+    """Counts since the start, in the text format of Prometheus."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self._statuses: Counter[tuple[str, int]] = Counter()
+
+    def add(self, record: Record, known: bool) -> None:
+        """Count a request that has ended; a path that is not `known` is no label."""
+        self._statuses[record.path if known else "other", record.status] += 1
+        for result in record.results:
+            values = (
+                result.prompt_tokens - result.reused_tokens, result.reused_tokens, result.prefill_seconds,
+                result.new_tokens, result.decode_seconds,
+            )  # fmt: skip
+            for name, value in zip(COUNTERS, values, strict=True):
+                self._counts[name] += value
+
+    def text(self, models: Iterable[Model]) -> str:
+        """The page."""
+        lines = []
+        for name, what in COUNTERS.items():
+            lines += [*_head(name, what, "counter"), f"satchel_{name} {self._counts[name]}"]
+        lines += _head("requests_total", "HTTP requests that have ended.", "counter")
+        for (path, status), count in sorted(self._statuses.items()):
+            lines.append(f'satchel_requests_total{{path="{path}",status="{status}"}} {count}')
+        loaded = list(models)
+        for name, what, values in (
+            ("requests_processing", "Requests that have a row.", [each.scheduler.running for each in loaded]),
+            ("requests_deferred", "Requests that wait for a row.", [each.scheduler.waiting for each in loaded]),
+            ("model_bytes", "About the memory of a loaded model.", [each.nbytes for each in loaded]),
+        ):
+            lines += _head(name, what, "gauge")
+            lines += [
+                f'satchel_{name}{{model="{_label(model.name)}"}} {value}'
+                for model, value in zip(loaded, values, strict=True)
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def _head(name: str, what: str, kind: str) -> list[str]:
+    return [f"# HELP satchel_{name} {what}", f"# TYPE satchel_{name} {kind}"]
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
