@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from satchel.runtime.server import texts
+from satchel.runtime.server import anthropic, texts
 from satchel.runtime.server.chat import chat
 from satchel.runtime.server.completions import completions
 from satchel.runtime.server.errors import Gone, RequestError, explain
@@ -28,6 +28,8 @@ Handler = Callable[[State, Request, Any], Awaitable[Response]]
 POSTS: dict[str, Handler] = {
     "/v1/chat/completions": chat,
     "/v1/completions": completions,
+    "/v1/messages": anthropic.messages,
+    "/v1/messages/count_tokens": anthropic.count_tokens,
     "/tokenize": texts.tokenize,
     "/detokenize": texts.detokenize,
     "/apply-template": texts.apply_template,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
@@ -36,9 +36,17 @@ class EventStream(StreamingResponse):
     An error after the first event is an event too: the status has been sent then.
     """
 
-    def __init__(self, chunks: Chunks, stack: AsyncExitStack, *, named: bool = False, done: str | None = None) -> None:
-        """`named` events have the name that is their "type"; `done` is the text of a last event."""
-        self._chunks, self._stack, self._named, self._done = chunks, stack, named, done
+    def __init__(
+        self,
+        chunks: Chunks,
+        stack: AsyncExitStack,
+        *,
+        named: bool = False,
+        done: str | None = None,
+        form: Callable[[RequestError], dict[str, Any]] = lambda error: error.body(anthropic=False),
+    ) -> None:
+        """`named` events have their "type" as a name; `done` is a last event's text, `form` that of an error."""
+        self._chunks, self._stack, self._named, self._done, self._form = chunks, stack, named, done, form
         super().__init__(self._lines(), headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +64,7 @@ class EventStream(StreamingResponse):
         except Gone:
             return
         except Exception as error:  # noqa: BLE001 - the client is to know of any
-            yield self._event(explain(error).body(anthropic=self._named))
+            yield self._event(self._form(explain(error)))
 
     def _event(self, chunk: dict[str, Any]) -> bytes:
         name = b"event: " + chunk["type"].encode() + b"\n" if self._named else b""

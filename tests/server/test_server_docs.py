@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.served import Served
 
-from satchel.runtime.server import chat, completions
+from satchel.runtime.server import anthropic, chat, completions
 from satchel.runtime.server.app import GETS, POSTS
 from satchel.runtime.server.options import OWN
 
@@ -39,7 +39,11 @@ def test_the_curl_example_gets_an_answer(served: Served) -> None:
 def test_every_key_and_path_is_named() -> None:
     named = set(re.findall(r"`([^`\s]+)`", PAGE))
     options = set(OWN) - {"temperature", "top_p"}  # one row refers to the page of options
-    keys = {key for table in (chat.TABLE, completions.TABLE) for key in table} - options - {"messages", "prompt"}
+    keys = (
+        {key for table in (chat.TABLE, completions.TABLE, anthropic.TABLE) for key in table}
+        - options
+        - {"messages", "prompt"}
+    )
     assert keys - named == set()
     paths = {path.replace("{name:path}", "NAME") for path in (*POSTS, *GETS)}
-    assert {path for path in paths if f"{path}`" not in PAGE} == set()
+    assert {path for path in paths if f" {path}`" not in PAGE} == set()
