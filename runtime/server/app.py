@@ -20,6 +20,7 @@ from satchel.runtime.server.completions import completions
 from satchel.runtime.server.errors import Gone, RequestError, explain
 from satchel.runtime.server.fields import parse
 from satchel.runtime.server.guard import Guard, is_anthropic, read_body
+from satchel.runtime.server.response_items import responses
 from satchel.runtime.server.responses import error_response, json_response
 from satchel.runtime.server.state import State
 
@@ -28,6 +29,7 @@ Handler = Callable[[State, Request, Any], Awaitable[Response]]
 POSTS: dict[str, Handler] = {
     "/v1/chat/completions": chat,
     "/v1/completions": completions,
+    "/v1/responses": responses,
     "/v1/messages": anthropic.messages,
     "/v1/messages/count_tokens": anthropic.count_tokens,
     "/tokenize": texts.tokenize,
