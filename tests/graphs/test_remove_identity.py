@@ -134,3 +134,37 @@ def test_an_output_keeps_its_name_when_its_node_goes() -> None:
 )
 def test_an_output_that_is_something_else_too_keeps_its_node(text: str) -> None:
     assert untouched(remove_identity, build(text)) == []
+
+
+COPIES = """(int64[batch,sequence] x) => (int64[batch,sequence] y) <int64[1] zero = {0}, int64[1] one = {1},
+    int64[1] end = {9}, int64[1] axis = {AXIS}, int64[3] four = {4, 1, 1}, int64 which = {1}, int64[1] list = {1},
+    int64[4,batch,sequence] all, int64[batch,sequence] b> {
+    a = Neg(x) u = Unsqueeze(a, axis) all = Expand(u, four) NODES y = Abs(b) }"""
+
+
+@pytest.mark.parametrize(
+    "nodes", ["b = Gather(all, which)", "some = Slice(all, one, end, zero) b = Gather(some, which)"]
+)
+def test_one_of_the_copies_of_a_value_is_the_value(nodes: str) -> None:
+    model = build(COPIES.replace("NODES", nodes).replace("AXIS", "0"))
+    result = fired(remove_identity, model, 1, feeds={"x": np.arange(6).reshape(2, 3)}, exact=True)
+    assert operators(result.model) == {"Neg": 1, "Abs": 1}
+
+
+def test_a_row_of_a_value_is_not_taken_for_one_of_its_copies() -> None:
+    model = build(
+        """(int64[4,sequence] x) => (int64[sequence] y) <int64 which = {1}, int64[sequence] b> {
+        a = Neg(x) b = Gather(a, which) y = Abs(b) }"""
+    )
+    assert untouched(remove_identity, model) == []
+
+
+def test_a_slice_that_leaves_as_much_as_there_was_goes_wherever_it_begins() -> None:
+    """As the tracer writes x[:, -length:], where the length is that of x."""
+    model = build(
+        """(float[batch,sequence] x) => (float[batch,sequence] y) <int64[1] axis = {1}, int64[1] step = {1},
+        int64[1] end = {9223372036854775807}, float[batch,sequence] b> {
+        a = Neg(x) n = Shape<start = 1, end = 2>(a) start = Neg(n) b = Slice(a, start, end, axis, step) y = Abs(b) }"""
+    )
+    result = fired(remove_identity, model, 1, feeds={"x": normal(1, 2, 5)}, exact=True)
+    assert operators(result.model) == {"Neg": 1, "Abs": 1}
