@@ -124,9 +124,12 @@ def _falcon_heads(module: Any, fused: Any) -> tuple[torch.Tensor, torch.Tensor, 
     return each[..., 0, :], each[..., 1, :], each[..., 2, :]
 
 
-def _gptj(module: Any, hidden_states: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor, **_: Any) -> Any:
+def _gptj(module: Any, hidden_states: torch.Tensor, attention_mask: Any, **options: Any) -> Any:
     from transformers.models.gptj import modeling_gptj as gptj
 
+    if not hasattr(module, "_attn"):  # transformers 5.24 calls the attention function of the registry
+        return type(module).forward(module, hidden_states, attention_mask=attention_mask, **options)
+    position_ids = options["position_ids"]
     rotate: Any = gptj.apply_rotary_pos_emb  # untyped in transformers
     width = module.rotary_dim or module.head_dim
     sin, cos = module.embed_positions[position_ids].chunk(2, dim=-1)
@@ -169,13 +172,14 @@ def _gpt_neo_scored(
 
 def register_classes() -> None:
     """Let families be built for satchel's attention that look their class up by the name of the implementation."""
-    from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES
-    from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
-    from transformers.models.gptj.modeling_gptj import GPTJ_ATTENTION_CLASSES
+    from transformers.models.falcon import modeling_falcon as falcon
+    from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
+    from transformers.models.gptj import modeling_gptj as gptj
 
-    tables: list[dict[str, Any]] = [FALCON_ATTENTION_CLASSES, GPT_NEO_ATTENTION_CLASSES, GPTJ_ATTENTION_CLASSES]
-    for classes in tables:
-        classes["satchel"] = classes["eager"]
+    for home, name in ((falcon, "FALCON"), (gpt_neo, "GPT_NEO"), (gptj, "GPTJ")):
+        classes = getattr(home, f"{name}_ATTENTION_CLASSES", None)
+        if classes is not None:
+            classes["satchel"] = classes["eager"]
 
 
 METHODS: dict[tuple[str, str], Callable[..., Any]] = {
