@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -67,7 +68,25 @@ async def metrics(state: State, http: Request, body: Any) -> Response:
     return PlainTextResponse(state.metrics.text(state.models.loaded.values()))
 
 
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""The page loads nothing, and asks this server only."""
+
+
+async def page(state: State, http: Request, body: Any) -> Response:
+    """A page to chat with."""
+    return FileResponse(PAGE, headers=PAGE_HEADERS, media_type="text/html")
+
+
 GETS: dict[str, Handler] = {
+    "/": page,
     "/health": health,
     "/v1/models": models,
     "/v1/models/{name:path}": models,
