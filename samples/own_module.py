@@ -102,15 +102,15 @@ def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torc
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def make_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer learned from the text: it can encode anything, and this text in few tokens."""
+def make_tokenizer(text: str = TEXT, vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer learned from a text: it can encode anything, and this text in few tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        [TEXT],
+        [text],
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             special_tokens=[END],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

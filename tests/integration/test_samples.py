@@ -37,7 +37,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own_module.py", "custom_pass.py"])
+@pytest.mark.parametrize("name", ["own_module.py", "custom_pass.py", "train_hybrid.py"])
 def test_a_sample_does_not_write_over_what_it_is_given(name: str, tmp_path: Path) -> None:
     path = tmp_path / "mine"
     path.write_text("precious")
@@ -63,6 +63,22 @@ def test_a_pass_of_ones_own_runs_over_a_library_and_is_switched_off(tmp_path: Pa
     assert custom.startswith("with the pass:    ' on the lid.")
     assert plain.startswith("without the pass: ' on the lid.")
     assert 0.1 < float(change.removeprefix("largest change of a logit: ")) < 10
+
+
+@pytest.mark.slow
+def test_the_bundles_of_a_trained_hybrid_predict_as_torch_does(tmp_path: Path) -> None:
+    done = sample("train_hybrid.py", tmp_path / "hybrid", "--steps", "16", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    head, *rows, fp32, int8 = done.stdout.splitlines()
+    assert head.split() == ["perplexity", "score", "decode"]
+    found = {name: np.array(figures, float) for name, *figures in map(str.split, rows)}
+    assert list(found) == ["torch", "fp32", "int8"]
+    assert (found["torch"] < 300).all()  # without training 512, the size of the vocabulary
+    np.testing.assert_allclose(found["fp32"], found["torch"], rtol=0.0001)
+    np.testing.assert_allclose(found["int8"], found["torch"], rtol=0.02)
+    assert (found["int8"] != found["fp32"]).any()
+    assert fp32.startswith("fp32: 'By the time")
+    assert int8.startswith("int8: 'By the time")
 
 
 @pytest.mark.slow
