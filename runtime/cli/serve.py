@@ -76,7 +76,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     _check(args)
-    from satchel.runtime.ort import session
     from satchel.runtime.server.models import Models
     from satchel.runtime.server.records import Metrics
     from satchel.runtime.server.run import listen, make_server
@@ -84,8 +83,6 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.server.state import State
 
     paths = _named(args.bundles)
-    provider_flags.choice_of(args)
-    session.share_thread_pool(args.threads)
     settings = Settings(
         rows=args.batch,
         queue=args.queue,
@@ -141,24 +138,7 @@ def _named(arguments: list[str]) -> dict[str, str]:
 
 
 def _open(args: argparse.Namespace, path: str) -> Generator:
-    from satchel.runtime.generation.generator import Generator
-    from satchel.runtime.ort.open_bundle import open_bundle
-
-    one = argparse.Namespace(**{**vars(args), "bundle": path})
-    ready.make_ready(one)
-    custom = custom_flags.custom_of(args)
-    context = args.max_context
-    if context is None:
-        bundle = open_bundle(one.bundle, require_signature=args.require_signature, custom=custom)
-        context = min(CONTEXT, bundle.manifest.model.max_context)
-    return Generator.open(
-        one.bundle,
-        provider=provider_flags.choice_of(args),
-        threads=args.threads,
-        max_context=context,
-        prefix_cache_mib=args.prefix_cache_mib,
-        verbose=args.verbose,
-        custom=custom,
-        require_signature=args.require_signature,
-        specialize=args.specialize is None,
-    )
+    generator = ready.open_generator(argparse.Namespace(**{**vars(args), "bundle": path}), args.prefix_cache_mib)
+    if args.max_context is None:
+        generator.max_context = min(CONTEXT, generator.max_context)
+    return generator

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,7 @@ print(*{name.split(".")[0] for name in sys.modules})
         (("export", "{place}", "-o", "{place}/out"), "torch"),
         (("bench", "{bundle}", "--plot", "{place}/speed.png"), "matplotlib"),
         (("sign", "--new-key", "{place}/key"), "cryptography"),
+        (("serve", "{bundle}", "--port", "0"), "starlette"),
     ],
 )
 def test_without_its_extra_a_command_names_the_package(
@@ -111,6 +114,23 @@ def test_the_extra_plot_draws(bundle: Path, tmp_path: Path, tmp_path_factory: py
     plot = ("--plot", tmp_path / "speed.png", "--prompt-lengths", "4,8", "--new-tokens", "2")
     satchel(environment(tmp_path_factory, "plot"), "bench", bundle, *plot)
     assert (tmp_path / "speed.png").stat().st_size > 0
+
+
+def test_the_extra_serve_serves(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    env = environment(tmp_path_factory, "serve")
+    command = [env / "bin" / "python", *CLI, "serve", bundle, "--port", "0", "--no-specialize"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=env) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert said.startswith("serving "), said + process.stderr.read()
+        address = said.split()[-1]
+        try:
+            for path in ("/", "/v1/models"):
+                with urllib.request.urlopen(address + path, timeout=60) as answer:
+                    assert answer.status == 200
+        finally:
+            process.terminate()
+    assert process.returncode == 0
 
 
 def test_the_extra_sign_signs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
