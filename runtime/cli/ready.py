@@ -36,7 +36,7 @@ def open_generator(args: argparse.Namespace, prefix_cache_mib: int | None) -> Ge
 
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
-    _make_ready(args)
+    make_ready(args)
     return Generator.open(
         args.bundle,
         provider=choice,
@@ -51,7 +51,7 @@ def open_generator(args: argparse.Namespace, prefix_cache_mib: int | None) -> Ge
     )
 
 
-def _make_ready(args: argparse.Namespace) -> None:
+def make_ready(args: argparse.Namespace) -> None:
     """Export BUNDLE if it is a checkpoint, and specialize it if --specialize is given.
 
     Sets `args.bundle` to the bundle. Raises SatchelError, and SystemExit if the export fails with its own error.

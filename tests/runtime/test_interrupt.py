@@ -50,6 +50,7 @@ WORK = {
     "check": ["BUNDLE", "--provider", "cpu"],
     "export": ["FACTORY", "-o", "OUT"],
     "sensitivity": ["FACTORY"],
+    "serve": ["BUNDLE", "--port", "0", "--quiet", "--no-specialize"],
 }
 LATEST = 1.5  # seconds; most commands end before
 
