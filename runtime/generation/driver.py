@@ -25,6 +25,11 @@ class Driver:
         self._thread = threading.Thread(target=self._run, name="satchel-scheduler", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; False once it is closed, or a step has failed."""
+        return self._thread.is_alive()
+
     def events(self, request: Request) -> Iterator[Event]:
         """Submit a request, and yield its events as they come; leaving the iterator early cancels it.
 

@@ -44,7 +44,10 @@ GONE = 499
 
 
 async def health(state: State, http: Request, body: Any) -> Response:
-    """Whether the server answers."""
+    """Whether the server answers, and all loaded models run."""
+    failed = sorted(name for name, model in state.models.loaded.items() if not model.alive)
+    if failed:
+        raise RequestError(503, f"model {', '.join(failed)}: a step failed; the next request loads it again")
     return json_response({"status": "ok"})
 
 

@@ -37,6 +37,11 @@ class Model:
         self.scheduler = generator.scheduler(rows=settings.rows, queue_limit=settings.queue)
         self._driver = Driver(self.scheduler)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests can still run; a step that fails ends all of them."""
+        return self._driver.alive
+
     def close(self, *, drain: bool) -> None:
         """End the thread, after its requests or, without `drain`, without their rest."""
         self._driver.close(drain=drain)
@@ -86,6 +91,8 @@ class Models:
             known = ", ".join(self.paths)
             raise RequestError(404, f"model {name[:60]}: is not served here: use {known}", "model", "model_not_found")
         async with self._lock:
+            if name in self.loaded and not self.loaded[name].alive:
+                self.loaded.pop(name).close(drain=False)
             if name not in self.loaded:
                 self.loaded[name] = await asyncio.to_thread(self._load, name)
             return self.loaded[name]

@@ -66,3 +66,17 @@ def test_a_model_beyond_the_limit_is_refused(bundles: dict[str, Path]) -> None:
     with serving(bundles) as served:
         object.__setattr__(served.state.settings, "memory_limit", 1000)
         assert "--memory-limit" in served.refuses(TEXT, {"model": "b", "prompt": "Hello"}, 500)["message"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_model_whose_step_failed_is_loaded_again(bundles: dict[str, Path]) -> None:
+    def fail() -> None:
+        raise MemoryError("a step failed")
+
+    with serving({"a": bundles["a"]}) as served:
+        text = ask(served, "a")
+        served.state.models.loaded["a"].scheduler.step = fail  # type: ignore[assignment, method-assign]
+        served.refuses(TEXT, {"model": "a", "prompt": "Hello"}, 500)
+        assert served.get("/health").status_code == 503
+        assert ask(served, "a") == text
+        assert served.get("/health").status_code == 200
