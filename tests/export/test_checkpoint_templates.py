@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.checkpoints import add_tokenizer, save_tiny, tiny_model, write_gguf
 from support.checkpoints import gguf_metadata as metadata_of
-from support.checkpoints import to_gguf as tensors_of
+from support.gguf_families import to_gguf as tensors_of
 from support.tiny_bundle import write_bundle
 from support.tiny_tokenizers import byte_level_json
 from transformers import AutoTokenizer
