@@ -78,7 +78,10 @@ def test_a_config_of_other_layers_than_the_weights_have_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("target", ["cuda", "cann"])
-@pytest.mark.parametrize(("name", "what"), [("lfm2", "convolutions"), ("qwen3_5_text", "convolutions")])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("lfm2", "convolutions"), pytest.param("qwen3_5_text", "convolutions", marks=pytest.mark.slow)],
+)
 def test_a_target_without_kernels_for_states_is_refused_by_name(
     name: str, what: str, target: str, tmp_path: Path
 ) -> None:

@@ -107,7 +107,7 @@ WIDENED: dict[str, tuple[Mapping[str, Any], Writer]] = {
     "nf4, nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4(nested=True)),
 }
 ALL = KEPT | WIDENED | {"w8a8": W8A8}
-BUNDLES = ("gptq", "gptq, zero points", "gptq, 8 bits", "gptq, act-order", "awq", "nvfp4")
+BUNDLES = ("gptq, act-order", "awq", "nvfp4")
 """One for each way through the export; the others, which are slow, differ in what is read."""
 OTHERS = tuple(pytest.param(name, marks=pytest.mark.slow) for name in KEPT if name not in BUNDLES)
 
@@ -159,6 +159,7 @@ def test_int8_activations_are_kept_too(tmp_path: Path) -> None:
     assert TOLERANCE < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_square_layers_of_gpt2_are_turned(tmp_path: Path) -> None:
     settings, write = KEPT["gptq, zero points"]
     model = save_quantized(tmp_path / "checkpoint", settings, write, tiny_model("gpt2"))
@@ -225,6 +226,7 @@ def test_a_widened_format_is_rounded_as_a_float_model_is(tmp_path: Path) -> None
     assert "no kernel reads" in notes[0]
 
 
+@pytest.mark.slow
 def test_the_tolerance_would_notice_another_rounding(tmp_path: Path) -> None:
     model = save_quantized(tmp_path / "checkpoint", *KEPT["gptq"])
     export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", "a16w8", certificate=False))
@@ -232,6 +234,7 @@ def test_the_tolerance_would_notice_another_rounding(tmp_path: Path) -> None:
     assert np.abs(engine.score(IDS) - logits(model, IDS)).max() > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_fp32_widens_the_values(tmp_path: Path) -> None:
     model = save_quantized(tmp_path / "checkpoint", *KEPT["gptq, act-order"])
     manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", "fp32", certificate=False))

@@ -242,6 +242,7 @@ def _largest_difference_without_the_input(case: Case) -> float:
     return max(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "options"),
     [
@@ -266,6 +267,7 @@ def test_rounded_bundles_choose_alike(tmp_path: Path, kernels: str, options: dic
     assert difference(engine.prefill(engine.new_state(60), IDS[:60], 9), made.logits(60)[-1]) <= ROUNDED
 
 
+@pytest.mark.slow
 def test_static_graphs_take_the_rows_of_their_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("satchel.export.writing.static_graphs.TARGETS", in_float32())
     config = ExportConfig(tmp_path / "bundle", target="cann", max_context=CONTEXT, prefill_lengths=(8, 13))
@@ -283,6 +285,7 @@ def test_static_graphs_take_the_rows_of_their_side(tmp_path: Path, monkeypatch: 
         assert difference(found, logits_of(model, IDS[: position + 1])[-1]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_graphs_for_cuda_choose_by_the_same_input(tmp_path: Path) -> None:
     """Rotations stay outside of the fused attention there, whose own positions some versions ignore."""
     made = exported(LONGROPE, tmp_path, "fp16", target="cuda")

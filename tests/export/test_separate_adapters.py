@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.adapted import ADAPTERS, IDS, adapted, trained
 from support.checkpoints import change_json, save_tiny, tiny_model
+from support.families import by_family
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint.separate_adapters import split_name
@@ -81,8 +82,12 @@ def test_satchels_own_kernels_take_adapters(tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    by_family(
+        [(c, p) for c in FAMILIES for p in ("fp32", "int8")], {("patterns", "fp32"), ("dora", "int8")}.__contains__
+    ),
+)
 def test_adapters_of_all_forms_are_kept_apart(case: str, precision: str, tmp_path: Path) -> None:
     family, settings = FAMILIES[case]
     model = trained(family, tmp_path / "adapter", **settings).eval()
@@ -161,6 +166,7 @@ def refused(config: ExportConfig, base: Path, *parts: str) -> None:
     assert not config.output.exists()
 
 
+@pytest.mark.slow
 def test_lengths_of_rotated_outputs_are_refused(tmp_path: Path) -> None:
     model = trained("llama", tmp_path / "adapter", target_modules=["q_proj", "o_proj"], use_dora=True).eval()
     base = save_tiny(tmp_path / "base")
@@ -186,6 +192,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused(config(tmp_path), base, "layers.7.", "does not exist")
 
 
+@pytest.mark.slow
 def test_a_table_that_is_no_linear_layer_is_refused(tmp_path: Path) -> None:
     trained("gpt2", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     file, key = tmp_path / "adapter/adapter_model.safetensors", "base_model.model.transformer.wpe.lora_"

@@ -39,7 +39,7 @@ COMMON: dict[str, Any] = {
 
 QUICK = {
     "llama", "gemma2", "cohere", "gpt2", "phi3_long", "granite", "smollm3", "stablelm", "qwen3_moe",
-    "qwen3_5_text", "lfm2", "mamba2",
+    "qwen3_5_text", "lfm2",
 }  # fmt: skip
 """Families that together have each kind of norm, rotation, attention and layer; the others are slow tests."""
 
