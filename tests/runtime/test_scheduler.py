@@ -115,13 +115,17 @@ def test_whatever_runs_beside_a_request_its_answer_is_that_of_its_solo_run(
             assert essence(found) == essence(expected)
 
 
-def test_a_long_prompt_is_fed_in_pieces_between_the_tokens_of_others(
-    roomy: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pieces: list[int] = []
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of each run of the prefill graph, on kernels for which pieces change no result."""
+    found: list[int] = []
     prefill = CpuState.prefill
     monkeypatch.setattr(Engine, "piece_invariant", True)
-    monkeypatch.setattr(CpuState, "prefill", lambda state, ids: pieces.append(len(ids)) or prefill(state, ids))
+    monkeypatch.setattr(CpuState, "prefill", lambda state, ids: found.append(len(ids)) or prefill(state, ids))
+    return found
+
+
+def test_a_long_prompt_is_fed_in_pieces_between_the_tokens_of_others(roomy: Generator, pieces: list[int]) -> None:
     scheduler = roomy.scheduler(rows=2, stretch=1.0)  # the smallest pieces
     first, second = ask(5, 100), ask(200, 4)
     number = scheduler.submit(first)
@@ -142,13 +146,7 @@ def test_a_long_prompt_is_fed_in_pieces_between_the_tokens_of_others(
     assert essence(outcomes(events)[late]) == essence(alone(roomy, second))
 
 
-def test_without_anybody_who_waits_prompts_are_fed_in_the_usual_spans(
-    roomy: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pieces: list[int] = []
-    prefill = CpuState.prefill
-    monkeypatch.setattr(Engine, "piece_invariant", True)
-    monkeypatch.setattr(CpuState, "prefill", lambda state, ids: pieces.append(len(ids)) or prefill(state, ids))
+def test_without_anybody_who_waits_prompts_are_fed_in_the_usual_spans(roomy: Generator, pieces: list[int]) -> None:
     scheduler = roomy.scheduler(rows=2)
     scheduler.submit(ask(290, 1))
     list(scheduler.run())
