@@ -53,8 +53,8 @@ from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import StoredGrid, orders_of
-from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps
-from satchel.runtime.bundle.contract import LOGITS, PHASES, lora_names
+from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps, output_step
+from satchel.runtime.bundle.contract import EMBED, LOGITS, PHASES, lora_names
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
 from satchel.runtime.ort.session import check_loads
@@ -167,7 +167,8 @@ def trace_source(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
             "with the position and does not fit 8 bits: choose float"
         )
     context = config.context(checkpoint.max_context)
-    traced = trace(checkpoint.module, checkpoint.name, context, protocol=checkpoint.kind == "module")
+    hidden = config.embeddings is not None
+    traced = trace(checkpoint.module, checkpoint.name, context, checkpoint.kind == "module", hidden=hidden)
     return bind(traced, checkpoint.weights, checkpoint.name)
 
 
@@ -232,8 +233,10 @@ def lower_phases(
     target, models = TARGETS[config.target], {}
     custom = tuple(Step(user.graph_pass) for user in config.passes)
     names = {step.name for step in custom}
-    for phase in target.graphs(quantized):
-        models[phase], finished = pipeline.run(common, target.steps(phase, config.precision, quantized, custom))
+    hidden = config.embeddings is not None
+    for phase in (*target.graphs(quantized), *((EMBED,) if hidden else ())):
+        steps = target.steps(phase, config.precision, quantized, custom)
+        models[phase], finished = pipeline.run(common, (output_step(phase), *steps) if hidden else steps)
         report += [done.as_json(phase) for done in finished]
         ours = [done for done in finished if done.name not in names]
         refused = [r for done in ours if done.name.startswith("quantize_") for r in done.refusals]

@@ -19,6 +19,7 @@ QUICK_PRECISIONS = ("int8", "a8w8", "a16w8", STORED)
 
 EFFORTS = ("quick", "normal")
 KV_CACHES = ("float", "int8")
+POOLINGS = ("mean", "last")
 ADAPTER_FORMS = ("merged", "separate")
 TARGETS = ("cpu", "cuda", "cann")
 TARGET_PRECISIONS = {
@@ -74,6 +75,8 @@ class ExportConfig:
         adapters: Folders of LoRA adapters in PEFT's format to merge, in this order: each a path, or FOLDER=SHARE. To
             keep apart, each is NAME=FOLDER.
         adapter_form: merged into the weights, or separate: inputs of the graphs, of which each request chooses one.
+        embeddings: Add a graph of hidden states, from which the runner makes one vector of a text: the mean over its
+            tokens, or those of the last one. None for no such graph.
         layout: The model_type to read the checkpoint as, where transformers does not know its own.
         weights: For file.py:factory, a file of tensors (torch.save, safetensors) to load into the module.
         prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, in ascending order;
@@ -106,6 +109,7 @@ class ExportConfig:
     layout: str | None = None
     weights: Path | None = None
     append_precision: bool = False
+    embeddings: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
@@ -119,6 +123,7 @@ class ExportConfig:
             ("kv-cache", self.kv_cache, KV_CACHES),
             ("effort", self.effort or EFFORTS[0], EFFORTS),
             ("adapters", self.adapter_form, ADAPTER_FORMS),
+            ("embeddings", self.embeddings or POOLINGS[0], POOLINGS),
         ):
             if value not in allowed:
                 raise ExportError(f"--{option} {value}: unknown value; choose {' or '.join(allowed)}")
@@ -131,6 +136,8 @@ class ExportConfig:
                 f"--custom-ops does not go with --target {self.target}, which supports standard operators only: "
                 "leave it out, or choose another target"
             )
+        if self.embeddings is not None and self.passes:
+            raise ExportError("--embeddings and --pass are mutually exclusive: leave one of them out")
         if self.custom_ops and not self.passes:
             raise ExportError("--custom-ops requires --pass: without one, no graph uses the library's operators")
         if self.separate_adapters and not self.adapters:
@@ -152,6 +159,8 @@ class ExportConfig:
                 f"--adapters {self.adapter_form} is not supported by --target {self.target}, whose graphs have no "
                 "optional inputs: merge one adapter, or choose --target cpu"
             )
+        if self.embeddings is not None and self.target != "cpu":
+            raise ExportError(f"--embeddings is not supported by --target {self.target}: choose --target cpu")
         lengths = self.prefill_lengths
         if not self.static:
             if lengths:

@@ -44,10 +44,10 @@ def checked(module: torch.nn.Module, weights: dict[str, LazyWeight], source: str
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         kind = _kind(module, missing[0])
         part = f", a part of a layer that the config calls {kind}: use the config of these weights," if kind else ";"
-        raise ExportError(
-            f"{source}: tensor {missing[0]} is missing{more}{part} download the checkpoint again, or export the whole "
-            "one"
-        )
+        remedy = "download the checkpoint again, or export the whole one"
+        if missing == ["lm_head.weight"]:
+            remedy += '; for embeddings, which need no head, set "tie_word_embeddings": true in its config.json'
+        raise ExportError(f"{source}: tensor {missing[0]} is missing{more}{part} {remedy}")
     for name, tensor in wanted.items():
         if tensor.is_floating_point() and weights[name].dtype != ir.DataType.FLOAT:
             raise ExportError(

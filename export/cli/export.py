@@ -16,6 +16,7 @@ from satchel.export.config import (
     DEFAULT_CONTEXT,
     EFFORTS,
     KV_CACHES,
+    POOLINGS,
     PRECISIONS,
     PREFILL_LENGTHS,
     TARGETS,
@@ -123,6 +124,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     parser.add_argument(
+        "--embeddings",
+        metavar="POOLING",
+        help=f"add a graph for satchel embed; one vector of a text is the {' or the '.join(POOLINGS)} of the hidden "
+        "states of its tokens",
+    )
+    parser.add_argument(
         "--as",
         dest="layout",
         metavar="TYPE",
@@ -174,7 +181,7 @@ def main(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe, calibrate=args.calibrate,
         certificate=args.certificate, effort=args.effort, eval_text=args.eval_text, passes=tuple(args.passes),
         custom_ops=tuple(args.custom_ops), prefill_lengths=args.prefill_lengths, adapters=tuple(args.adapters),
-        layout=args.layout, weights=args.weights, adapter_form=args.adapter_form,
+        layout=args.layout, weights=args.weights, adapter_form=args.adapter_form, embeddings=args.embeddings,
     )  # fmt: skip
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)

@@ -31,7 +31,7 @@ def bind(trace: Trace, weights: Mapping[str, LazyWeight], name: str) -> ir.Model
     sweep(model.graph)
     for value in list(model.graph.initializers.values()):
         key = str(value.name).removeprefix(PREFIX)
-        if not str(value.name).startswith(PREFIX) and value.const_value is not None:
+        if not (str(value.name).startswith(PREFIX) or key in trace.constants) and value.const_value is not None:
             continue
         lazy = weights.get(key)
         if lazy is None and key in trace.constants:

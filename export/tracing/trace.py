@@ -1,7 +1,8 @@
 """Traces a module on meta tensors into one ONNX graph of standard operators and two internal ones.
 
 The graph maps `input_ids` and `position_ids` [batch, sequence] to `logits` [batch, sequence, vocabulary] for the new
-tokens only. Only `satchel::Attention`, once per layer, depends on earlier tokens; graph passes add its KV cache later.
+tokens only, and to their `hidden_states` if asked for. Only `satchel::Attention`, once per layer, depends on earlier
+tokens; graph passes add its KV cache later.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -29,8 +31,17 @@ from satchel.export.tracing.stand_ins import (
     replaced_methods,
     without_temperature,
 )
-from satchel.graphs.ir.values import INTERNAL, nodes
-from satchel.runtime.bundle.contract import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, POSITION_IDS, SEQUENCE, TOTAL
+from satchel.graphs.ir.values import IDENTITY, INTERNAL, nodes
+from satchel.runtime.bundle.contract import (
+    ATTENTION_MASK,
+    BATCH,
+    HIDDEN_STATES,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    SEQUENCE,
+    TOTAL,
+)
 
 OPSET = 24
 """The version of ONNX's standard operators in the graph: the first with TensorScatter."""
@@ -49,7 +60,7 @@ class Trace:
     constants: dict[str, np.ndarray]
 
 
-def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = False) -> Trace:
+def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = False, *, hidden: bool = False) -> Trace:
     """Trace `module` for any batch and sequence length.
 
     Args:
@@ -58,12 +69,19 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
         capacity: Number of positions in the rotary tables; length-dependent scaling (longrope, dynamic) uses it as the
             length.
         protocol: Whether this is a custom module, whose forward takes the attention function as an argument.
+        hidden: Whether the hidden states are an output too, times an identity matrix (`choose_output`).
 
     Raises:
         ExportError: The model is not compatible with a KV cache, or torch cannot trace it.
     """
     register_implementations()
-    wrapper: torch.nn.Module = _ProtocolWrapper(module) if protocol else _ModelWrapper(module, name)
+    wrapper: torch.nn.Module
+    if protocol:
+        if hidden:
+            raise ExportError(f"--embeddings: {name} gives logits only: leave it out for a module of your own")
+        wrapper = _ProtocolWrapper(module)
+    else:
+        wrapper = _HiddenWrapper(module, name) if hidden else _ModelWrapper(module, name)
     # Three tensors, since the tracer treats the same tensor as the same input.
     device = next((p.device for p in module.parameters()), torch.device("meta"))
     examples = tuple(torch.zeros(2, length, dtype=torch.int64, device=device) for length in (7, 7, 11))
@@ -107,12 +125,16 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     model = onnx_program.model
     for value, wanted in zip(model.graph.inputs, (INPUT_IDS, POSITION_IDS, ATTENTION_MASK), strict=True):
         value.name = wanted
-    model.graph.outputs[0].name = LOGITS
+    for value, wanted in zip(model.graph.outputs, (LOGITS, HIDDEN_STATES), strict=False):
+        value.name = wanted
     _name_dimensions(model)
     for node in nodes(model, "Attention", INTERNAL):
         if node.attributes.get_int("chunk", 0) >= capacity:
             node.attributes["chunk"] = ir.AttrInt64("chunk", 0)  # all positions are in one chunk
-    return Trace(model, dict(values))
+    constants = dict(values)
+    if isinstance(wrapper, _HiddenWrapper):
+        constants[IDENTITY] = np.eye(wrapper.size, dtype=np.float32)
+    return Trace(model, constants)
 
 
 def _name_dimensions(model: ir.Model) -> None:
@@ -153,6 +175,31 @@ class _ModelWrapper(torch.nn.Module):
             result = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places)
         logits: torch.Tensor = result.logits
         return logits
+
+
+class _HiddenWrapper(_ModelWrapper):
+    """Takes the hidden states of the model's body as well, times an identity matrix."""
+
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        body: Any = getattr(module, "base_model", module)
+        head = cast(Any, module).get_output_embeddings()
+        if body is module or head is None:
+            raise ExportError(f"--embeddings: {name} has no body and head of its own: leave it out for this model")
+        self.size = int(head.weight.shape[-1])
+        self.hidden_states = torch.nn.Linear(self.size, self.size, bias=False, device="meta")
+        self._body = [body]  # no module of this one
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found: list[torch.Tensor] = []
+        hook = self._body[0].register_forward_hook(lambda body, given, result: found.append(result[0]))
+        try:
+            logits = super().forward(input_ids, position_ids, attention_mask)
+        finally:
+            hook.remove()
+        return logits, found[-1] @ self.hidden_states.weight
 
 
 class _ProtocolWrapper(torch.nn.Module):

@@ -21,6 +21,8 @@ from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
 from satchel.runtime.bundle.contract import (
     DECODE_BLOCKS,
+    EMBED,
+    HIDDEN_STATES,
     NATIVE,
     PHASES,
     PREFILL_INT8,
@@ -37,6 +39,7 @@ from satchel.runtime.bundle.manifest import (
     AdapterSpec,
     CacheLayer,
     CacheSpec,
+    Embeddings,
     FileRecord,
     Graphs,
     GraphSpec,
@@ -128,6 +131,7 @@ def describe(
         specialized=None,
         states=state_specs(models),
         adapters=adapters,
+        embeddings=_embeddings(models, sessions, config),
     )
 
 
@@ -166,6 +170,16 @@ def _layer_numbers(names: Iterable[str], first: str) -> list[int]:
     """Return the numbers of the layers that have an input named as `first` is for layer 0, in ascending order."""
     pattern = re.compile(re.escape(first).replace("0", "([0-9]+)"))
     return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+
+
+def _embeddings(
+    models: Mapping[str, ir.Model], sessions: Mapping[str, Session], config: ExportConfig
+) -> Embeddings | None:
+    if config.embeddings is None:
+        return None
+    graph = _graph_spec(EMBED, models[EMBED], sessions[EMBED])
+    size = next(tensor.shape[-1] for tensor in graph.outputs if tensor.name == HIDDEN_STATES)
+    return Embeddings(config.embeddings, int(size), graph)
 
 
 def _layers(quantized: Quantized | None) -> dict[str, LayerPrecision]:

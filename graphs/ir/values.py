@@ -10,9 +10,13 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Refused
 from satchel.graphs.ir.weights import LazyWeight
+from satchel.runtime.bundle.contract import HIDDEN_STATES
 
 MICROSOFT = "com.microsoft"
 INTERNAL = "satchel"
+IDENTITY = f"{HIDDEN_STATES}.weight"
+"""The identity matrix in front of the hidden states, where a graph has them beside logits: it takes in what passes do
+to all matrices that read the residual stream."""
 SMALL = 1 << 16
 """A constant of at most so many bytes may be read while passes run; larger ones stay lazy."""
 

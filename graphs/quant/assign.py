@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import GraphPass, Report
-from satchel.graphs.ir.values import INTERNAL, weight
+from satchel.graphs.ir.values import IDENTITY, INTERNAL, weight
 from satchel.graphs.ir.weights import LazyWeight
 from satchel.graphs.quant.quantized import QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, Rule
@@ -69,6 +69,8 @@ def _layers(model: ir.Model) -> Iterator[tuple[LazyWeight, str]]:
     for node in model.graph:
         if node.op_type == "MatMul" and node.domain == "":
             lazy = weight(node.inputs[1])
+            if lazy is not None and lazy.name == IDENTITY:
+                continue
             if lazy is not None and len(lazy.dims) == 2:
                 tied = layer_name(lazy) in tables
                 yield lazy, "embedding" if tied else "head" if node is head else "linear"

@@ -31,6 +31,7 @@ from satchel.graphs.passes.fuse.lower_recurrence import lower_recurrence
 from satchel.graphs.passes.fuse.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
 from satchel.graphs.passes.logits.add_top_k import add_top_k
+from satchel.graphs.passes.logits.choose_output import choose_output
 from satchel.graphs.passes.logits.share_tied_head import share_tied_head
 from satchel.graphs.passes.logits.slice_final_logits import slice_final_logits
 from satchel.graphs.passes.logits.slice_last_logits import slice_last_logits
@@ -73,7 +74,16 @@ from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
 from satchel.graphs.quant.stored import STORED
 from satchel.graphs.targets.native import has_linear, native_steps
-from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8, Layout
+from satchel.runtime.bundle.contract import (
+    DECODE_BLOCKS,
+    EMBED,
+    HIDDEN_STATES,
+    LOGITS,
+    NATIVE,
+    PHASES,
+    PREFILL_INT8,
+    Layout,
+)
 
 PLAIN = "plain_"
 """Graphs without user passes are called by this and their phase."""
@@ -155,7 +165,14 @@ PHASE_STEPS: Mapping[str, tuple[Step, ...]] = {
     DECODE_BLOCKS: (*DECODE, ADAPT),
     NATIVE: (Step(slice_last_logits), ADAPT),
     "score": (Step(fuse_skip_norms), ADAPT),
+    EMBED: (Step(fuse_skip_norms), ADAPT),
 }
+
+
+def output_step(phase: str) -> Step:
+    """The pass that runs before those of a phase, where the phases share a graph with hidden states."""
+    return Step(choose_output(HIDDEN_STATES if phase == EMBED else LOGITS), changes_signature=True)
+
 
 PREFILL_CUDA = (Step(slice_final_logits), Step(fuse_skip_norms, after=("slice_final_logits",)))
 DECODE_CUDA = (*DECODE, Step(full_length_mask))
@@ -201,7 +218,7 @@ def quantize_steps(phase: str, quantized: Quantized) -> tuple[Step, ...]:
     weights = quantized.weights
     activations = {name: ACTIVATIONS[phase](rule) for name, rule in quantized.rules.items()}
     kept = {name for name, rule in quantized.rules.items() if rule.rounding == STORED and activations[name] == "float"}
-    exact = kept if phase in PHASES else set()
+    exact = kept if phase in (*PHASES, EMBED) else set()
     if not _only_kept_fours(quantized):
         activations |= dict.fromkeys(exact, "twice")
     steps = (
@@ -253,6 +270,7 @@ ACTIVATIONS: Mapping[str, Callable[[Rule], str]] = {
     "prefill": lambda rule: rule.prefill,
     "decode": lambda rule: rule.decode,
     "score": lambda rule: rule.prefill,
+    EMBED: lambda rule: rule.prefill,
     PREFILL_INT8: lambda rule: Layout.INT8.value if _gains_by_int8(rule) else rule.prefill,
     DECODE_BLOCKS: lambda rule: "float" if rule.decode == "float" else Layout.GROUPS.value,
 }
@@ -343,9 +361,11 @@ def cpu_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
             "prefill": Session(),
             "decode": Session(of="prefill"),
             "score": Session({"session.disable_prepacking": "1"}),
+            EMBED: Session(),
         }
     if not quantized.weights:  # an int8 cache alone
-        return {"prefill": Session(), "decode": Session(), "score": Session({"session.disable_prepacking": "1"})}
+        score = Session({"session.disable_prepacking": "1"})
+        return {"prefill": Session(), "decode": Session(), "score": score, EMBED: Session()}
     same = not quantized.kv_scales and all(rule.prefill == rule.decode for rule in quantized.rules.values())
     # Int8 activations inside the kernel: without them a step of one token of 8 bits takes 50 times as long, of 4 bits
     # little longer, so that kept values of 4 bits are multiplied in float.
@@ -355,6 +375,7 @@ def cpu_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
         "prefill": Session(config),
         "decode": Session(config, of="prefill" if same else None),
         "score": Session(config),
+        EMBED: Session(config),
         PREFILL_INT8: Session(config),
         DECODE_BLOCKS: Session(config),
         NATIVE: Session(config),

@@ -11,9 +11,12 @@ from satchel.runtime.bundle.certificate import check_values
 from satchel.runtime.bundle.contract import (
     ATTENTION_MASK,
     CACHE_MODES,
+    EMBED,
+    HIDDEN_STATES,
     INPUT_IDS,
     LOGITS,
     PHASES,
+    POOLINGS,
     STATIC_INPUTS,
     TEXT_LENGTH,
     TOKENIZER_KINDS,
@@ -30,6 +33,7 @@ from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle.manifest import (
+        Embeddings,
         FileRecord,
         GraphSpec,
         Manifest,
@@ -82,6 +86,8 @@ def check_manifest(manifest: Manifest) -> None:
             _check_graph(manifest, manifest.graph(phase), phase, f"graphs.{phase}")
         chosen = [manifest.graph(phase).top_tokens for phase in ("prefill", "decode")]
         _check(chosen[0] == chosen[1], "graphs.decode.outputs", chosen, "as many top tokens as those of prefill")
+    if manifest.embeddings is not None:
+        _check_embeddings(manifest, manifest.embeddings)
     _check_variants(manifest)
     _check_adapters(manifest)
     _check_one_of(manifest.float_weights, "float_weights", FLOATS)
@@ -104,6 +110,17 @@ def check_manifest(manifest: Manifest) -> None:
         check_values(manifest.certificate, model.vocab_size, model.max_context)
     if manifest.specialized:
         _check_specialized(manifest, manifest.specialized)
+
+
+def _check_embeddings(manifest: Manifest, embeddings: Embeddings) -> None:
+    key = "embeddings"
+    _check_one_of(embeddings.pooling, f"{key}.pooling", POOLINGS)
+    _check(embeddings.size > 0, f"{key}.size", embeddings.size, "a number above 0")
+    plain = manifest.static is None and manifest.plain is None
+    _check(plain, key, embeddings.pooling, "null with 'static' or 'plain'")
+    _check_graph(manifest, embeddings.graph, EMBED, f"{key}.graph", HIDDEN_STATES)
+    width = next(tensor.shape[-1:] for tensor in embeddings.graph.outputs if tensor.name == HIDDEN_STATES)
+    _check(width == (embeddings.size,), f"{key}.graph.outputs", width, f"{embeddings.size} wide, as 'size' says")
 
 
 def _check_variants(manifest: Manifest) -> None:
@@ -165,7 +182,7 @@ def _check_sha256(digest: str, key: str) -> None:
     _check(well_formed, key, digest, "64 lower-case hex digits")
 
 
-def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str) -> None:
+def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str, result: str = LOGITS) -> None:
     _check(graph.file in manifest.files, f"{key}.file", graph.file, "listed in 'files'")
     for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         for index, tensor in enumerate(tensors):
@@ -179,7 +196,7 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str) -> N
     found = {tensor.name for tensor in graph.inputs}
     expected = "the contract's names and those of kv_cache and states"
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), expected)
-    wanted = {LOGITS, *(name for layer in layers for name in (layer.present_key, layer.present_value))}
+    wanted = {result, *(name for layer in layers for name in (layer.present_key, layer.present_value))}
     wanted |= {state.present for state in states}
     chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
     found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
@@ -270,6 +287,8 @@ def check_limits(manifest: Manifest) -> None:
     """Compare a manifest with `LIMITS`. Raises StrictJsonError with the key, the value and the limit."""
     model, cache, tokenizer = manifest.model, manifest.kv_cache, manifest.tokenizer
     _limit("model.vocab_size", model.vocab_size)
+    if manifest.embeddings is not None:
+        _limit("embeddings.size", manifest.embeddings.size)
     _limit("model.max_context", model.max_context)
     _limit("model.parameters", model.parameters)
     _limit("model.eos_token_ids", len(model.eos_token_ids))
@@ -308,6 +327,8 @@ def check_limits(manifest: Manifest) -> None:
 def _graphs(manifest: Manifest) -> Iterator[GraphSpec]:
     if manifest.graphs is not None:
         yield from vars(manifest.graphs).values()
+    if manifest.embeddings is not None:
+        yield manifest.embeddings.graph
     _limit("variants", len(manifest.variants))
     yield from (variant.graph for variant in manifest.variants)
     if manifest.static is not None:

@@ -10,6 +10,9 @@ import enum
 PHASES = ("prefill", "decode", "score")
 """The graphs of every bundle."""
 
+EMBED = "embed"
+"""A graph of bundles that were exported for embeddings: the hidden states of every position."""
+
 PREFILL_INT8 = "prefill_int8"
 """A variant for bundles with 4-bit linear layers: prefill over int8 weights, which are made from the 4-bit weights when
 the bundle is specialized. Prefill is compute-bound, and int8 matmuls are the fastest."""
@@ -45,6 +48,13 @@ tokens of the whole prompt, of which a run may be one chunk. It may be left out,
 
 LOGITS = "logits"
 """[batch, 1, vocabulary] float32 of the last token, or [batch, sequence, vocabulary] of a score graph."""
+
+HIDDEN_STATES = "hidden_states"
+"""[batch, sequence, hidden] float32, those of the model's last norm: the output of the graph `EMBED`, which has no
+logits."""
+
+POOLINGS = ("mean", "last")
+"""How the hidden states of a text become one vector: their mean, or those of the last token."""
 
 TOP_IDS, TOP_LOGITS = TOP_OUTPUTS = ("top_ids", "top_logits")
 """Optional outputs, both or neither: the most likely tokens, the most likely first, as ids int64 and logits float32,

@@ -36,6 +36,7 @@ LIMITS: dict[str, Limit] = {
     "static graphs": Limit(10_000, "each part is a session"),
     "model.vocab_size": Limit(1 << 24, "a row of logits is allocated for each sequence"),
     "model.max_context": Limit(1 << 27, "a cache of as many positions can be requested"),
+    "embeddings.size": Limit(1 << 20, "a row of numbers is allocated for each token of a run"),
     "model.parameters": Limit(1 << 50, "figures are computed from it"),
     "model.eos_token_ids": Limit(10_000, "each token is looked up among them"),
     "tokenizer.corpus": Limit(10_000, "each text is encoded when the tokenizer is opened"),

@@ -9,7 +9,7 @@ from typing import Any
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.checks import check_limits, check_manifest
-from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, TOP_IDS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, EMBED, TOP_IDS
 from satchel.runtime.bundle.digest import (
     FORMAT,
     VERSION,
@@ -142,6 +142,15 @@ class Graphs:
     prefill: GraphSpec
     decode: GraphSpec
     score: GraphSpec
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """How texts become vectors: the graph that gives hidden states, their `size`, and one of `POOLINGS`."""
+
+    pooling: str
+    size: int
+    graph: GraphSpec
 
 
 @dataclass(frozen=True)
@@ -356,6 +365,7 @@ class Manifest:
     `certificate` is None for a bundle without one, and `specialized` for a bundle with portable graphs only.
     `states` are those of layers with a convolution or a recurrence, none in models that only attend.
     `adapters` are those that requests may choose; without any, as in the certificate, the graphs are the base model.
+    `embeddings` is None for a bundle that was not exported for them.
     """
 
     producer: dict[str, str]
@@ -381,6 +391,7 @@ class Manifest:
     specialized: Specialized | None
     states: tuple[StateSpec, ...] = ()
     adapters: tuple[AdapterSpec, ...] = ()
+    embeddings: Embeddings | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -421,6 +432,10 @@ class Manifest:
 
     def graph(self, name: str) -> GraphSpec:
         """The graph of a phase, or of the variant with this name. Raises BundleError if there is none."""
+        if name == EMBED:
+            if self.embeddings is None:
+                raise BundleError("this bundle has no graph for embeddings: export it with --embeddings mean or last")
+            return self.embeddings.graph
         if self.graphs is None:
             raise BundleError(f"this bundle has static graphs for {self.target}, and no dynamic {name} graph")
         found: GraphSpec | None = getattr(self.graphs, name, None)

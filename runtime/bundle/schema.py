@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-from satchel.runtime.bundle.contract import CACHE_MODES, STATE_KINDS, TOKENIZER_KINDS
+from satchel.runtime.bundle.contract import CACHE_MODES, POOLINGS, STATE_KINDS, TOKENIZER_KINDS
 from satchel.runtime.bundle.digest import FORMAT, VERSION
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
@@ -40,6 +40,8 @@ NARROWER: dict[str, dict[str, Any]] = {
     "CacheLayer.kv_heads": SIZE,
     "CacheLayer.key_dim": SIZE,
     "CacheLayer.value_dim": SIZE,
+    "Embeddings.pooling": {"enum": list(POOLINGS)},
+    "Embeddings.size": {"minimum": 1, "maximum": LIMITS["embeddings.size"].most},
     "FileRecord.bytes": {"minimum": 0, "maximum": LIMITS["bytes of a file"].most},
     "FileRecord.sha256": HEX_256,
     "NamedFile.sha256": HEX_256,

@@ -38,6 +38,7 @@ COMMANDS = {
     "check": Command("satchel.export.cli.check", "check operator coverage for an execution provider"),
     "run": Command("satchel.runtime.cli.run", "generate text from a prompt or a JSONL file"),
     "chat": Command("satchel.runtime.cli.chat", "chat with a model"),
+    "embed": Command("satchel.runtime.cli.embed", "turn texts into vectors"),
     "serve": Command("satchel.runtime.cli.serve", "serve models over HTTP"),
     "specialize": Command("satchel.runtime.cli.specialize", "optimize a bundle for this machine"),
     "bench": Command("satchel.runtime.cli.bench", "measure the speed and memory use of a bundle"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, EMBED, HIDDEN_STATES, INPUT_IDS, LOGITS
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError
@@ -24,7 +24,7 @@ from satchel.runtime.ort.session import SessionSettings, open_session
 Cache = dict[str, NDArray[np.float32]]
 Ids = NDArray[np.int64]
 Compared = tuple[str, NDArray[np.float32], NDArray[np.float32]]
-"""A phase, its logits, and those of the prefill graph for the same tokens."""
+"""A phase, its logits, and those of the prefill graph for the same tokens; or hidden states, and those of one run."""
 
 TOKENS = 6
 
@@ -90,7 +90,13 @@ def _compared_dynamic(bundle: Bundle, adapter: str | None) -> list[Compared]:
     decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, cache | tensors)
     score, _ = _run(bundle, "score", ids, 0, empty | tensors)
     of = "" if adapter is None else f" with adapter {adapter}"
-    return [(f"decode{of}", decode, whole), (f"score{of}", score, whole)]
+    compared = [(f"decode{of}", decode, whole), (f"score{of}", score, whole)]
+    if bundle.manifest.embeddings is not None:
+        once, _ = _run(bundle, EMBED, ids, 0, empty | tensors)
+        _, cache = _run(bundle, EMBED, ids[:, :-1], 0, empty | tensors) if length > 1 else (once, empty)
+        pieces, _ = _run(bundle, EMBED, ids[:, -1:], length - 1, cache | tensors)
+        compared.append((f"{EMBED}{of}", pieces, once))
+    return compared
 
 
 def _compared_static(bundle: Bundle) -> list[Compared]:
@@ -134,7 +140,7 @@ def _run(
 ) -> tuple[NDArray[np.float32], Cache]:
     """The logits [vocabulary] of the last of `ids` [1, sequence], after `past` cached positions, and the new cache.
 
-    `cache` may be followed by the tensors of an adapter.
+    The graph of hidden states gives those in place of logits. `cache` may be followed by the tensors of an adapter.
     """
     session = open_session(bundle, phase, SessionSettings(lean=True))
     end = past + ids.shape[1]
@@ -149,7 +155,9 @@ def _run(
         for layer in layers
         for n, p in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
     ] + [(state.past, state.present) for state in bundle.manifest.states]
-    return values[LOGITS][0, -1], {name: values[present] for name, present in pairs}
+    return values[HIDDEN_STATES if phase == EMBED else LOGITS][0, -1], {
+        name: values[present] for name, present in pairs
+    }
 
 
 def main() -> int:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import itertools
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnxruntime as ort
 
-from satchel.runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, TEXT_LENGTH, TOP_IDS, TOP_LOGITS
+from satchel.runtime.bundle.contract import (
+    ATTENTION_MASK,
+    EMBED,
+    HIDDEN_STATES,
+    INPUT_IDS,
+    LOGITS,
+    TEXT_LENGTH,
+    TOP_IDS,
+    TOP_LOGITS,
+)
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.adapters import Adapters
@@ -35,8 +44,8 @@ class CpuEngine(Engine):
         """Open prefill and decode, in one session if the manifest says so. Raises BundleError and ProviderError."""
         super().__init__(bundle, settings)
         self._sessions = open_both(bundle, settings)
-        self._score: ort.InferenceSession | None = None
-        self._score_lock = threading.Lock()
+        self._whole: dict[str, ort.InferenceSession] = {}  # those that return something of each token
+        self._whole_lock = threading.Lock()
         self._spare: mmap.mmap | None = None
         self._spare_lock = threading.Lock()
 
@@ -92,10 +101,30 @@ class CpuEngine(Engine):
         return CpuBatch(self, runner, force)
 
     def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
-        with self._score_lock:
-            if self._score is None:
-                self._score = open_session(self.bundle, "score", self._settings)
-            session = self._score
+        for _ in self._run_whole("score", LOGITS, tokens, chunk, lambda span: logits[span], adapter):
+            pass
+
+    def _run_hidden(self, tokens: Ids, chunk: int | None, adapter: str | None) -> Iterator[Logits]:
+        width = self.check_embeddings().size
+        buffer: Logits = np.empty((min(chunk or PREFILL_CHUNK, len(tokens)), width), np.float32)
+        return self._run_whole(
+            EMBED, HIDDEN_STATES, tokens, chunk, lambda span: buffer[: span.stop - span.start], adapter
+        )
+
+    def _run_whole(
+        self,
+        graph: str,
+        output: str,
+        tokens: Ids,
+        chunk: int | None,
+        rows_of: Callable[[slice], Logits],
+        adapter: str | None,
+    ) -> Iterator[Logits]:
+        """Run a graph that returns a row for each token. Yields the rows of each span, in the buffer of `rows_of`."""
+        with self._whole_lock:
+            session = self._whole.get(graph)
+            if session is None:
+                session = self._whole[graph] = open_session(self.bundle, graph, self._settings)
         cache = self.new_cache(len(tokens))
         try:
             cache.long = self.bundle.manifest.model.is_long(len(tokens))
@@ -104,9 +133,10 @@ class CpuEngine(Engine):
                 bind_input(binding, name, tensor, tensor.shape)
             lengths = text_lengths(self.bundle.manifest)
             for span in self.spans(len(tokens), chunk):
-                rows = logits[span]
-                bind_output(binding, LOGITS, rows, (1, *rows.shape))
+                rows = rows_of(span)
+                bind_output(binding, output, rows, (1, *rows.shape))
                 run_span(session, binding, cache, tokens[span], ones.ctypes.data, lengths)
+                yield rows
         finally:
             self.release(cache)
 

@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from satchel.runtime.bundle.manifest import Embeddings
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import PromptError, ProviderError
+from satchel.runtime.errors import BundleError, PromptError, ProviderError
 from satchel.runtime.execution.adapters import Adapters
 from satchel.runtime.execution.batch import Batch, pieces_agree, rows_agree
 from satchel.runtime.execution.kv_cache import Cache
@@ -166,6 +167,29 @@ class Engine(ABC):
         self._run_score(tokens, chunk, logits, adapter)
         return logits
 
+    def embed(self, ids: TokenIds, chunk: int | None = None, adapter: str | None = None) -> Logits:
+        """One vector of a text, [hidden] float32: its hidden states, pooled as the manifest says, not normalized.
+
+        The graph of hidden states is opened on first use. Raises PromptError as `prefill` does, BundleError for a
+        bundle that was exported without `--embeddings`.
+        """
+        embeddings = self.check_embeddings()
+        tokens = self.check_ids(ids)
+        _check_chunk(chunk)
+        self.adapters.check(adapter)
+        self.check_capacity(len(tokens))
+        total: NDArray[np.float64] = np.zeros(embeddings.size)
+        for states in self._run_hidden(tokens, chunk, adapter):
+            total = states[-1] if embeddings.pooling == "last" else total + states.sum(axis=0, dtype=np.float64)
+        return (total if embeddings.pooling == "last" else total / len(tokens)).astype(np.float32)
+
+    def check_embeddings(self) -> Embeddings:
+        """How texts become vectors. Raises BundleError for a bundle that was exported without `--embeddings`."""
+        embeddings = self.bundle.manifest.embeddings
+        if embeddings is None:
+            raise BundleError(f"{self.bundle.folder}: has no embeddings: export it with --embeddings mean or last")
+        return embeddings
+
     def end_profiling(self) -> dict[ort.InferenceSession, Path]:
         """Write the profiles that `SessionSettings.profile` asked for, and record no more; the file of each session."""
         return {session: Path(session.end_profiling()) for session in dict.fromkeys(self.sessions)}
@@ -203,6 +227,10 @@ class Engine(ABC):
     @abstractmethod
     def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
         """Write the logits of all tokens, [tokens, vocabulary], by the score graph."""
+
+    def _run_hidden(self, tokens: Ids, chunk: int | None, adapter: str | None) -> Iterator[Logits]:
+        """The hidden states of each span of tokens, [tokens of the span, hidden]; a buffer for the next ones."""
+        raise BundleError(f"{self.bundle.folder}: embeddings run with the provider cpu only")
 
 
 def open_engine(bundle: Bundle, settings: SessionSettings) -> Engine:

@@ -243,6 +243,22 @@ class Generator:
         search = BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust, snapshots=checked.snapshots)
         return beam_results(search, self.tokenizer)
 
+    def embed(
+        self, texts: Sequence[Prompt], *, normalize: bool = True, adapter: str | None = None
+    ) -> NDArray[np.float32]:
+        """A vector for each text (or its token ids), [texts, hidden] float32, by a bundle exported with `--embeddings`.
+
+        `normalize` scales each to length 1, so that their products are cosines. Each text is what it is alone, of any
+        length up to `max_context`. Raises PromptError, and BundleError for a bundle without that graph.
+        """
+        found = np.empty((len(texts), self.engine.check_embeddings().size), np.float32)
+        for index, text in enumerate(texts):
+            ids = self.encode(text)
+            self._check_length(ids)
+            vector = self.engine.embed(ids, adapter=adapter)
+            found[index] = vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector
+        return found
+
     def prompt_logprobs(self, prompt: Prompt, top_n: int = 0, adapter: str | None = None) -> list[TokenLogprob | None]:
         """The log-probability of each prompt token given those before it, and of the `top_n` most likely ones.
 

@@ -17,8 +17,8 @@ from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step, check_order
 from satchel.graphs.quant.quantized import KVScales, Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
-from satchel.graphs.targets.targets import FIT_FLOAT16, ROTATE, TARGETS, equalize_steps, order_steps
-from satchel.runtime.bundle.contract import DECODE_BLOCKS, NATIVE, PHASES, PREFILL_INT8
+from satchel.graphs.targets.targets import FIT_FLOAT16, ROTATE, TARGETS, equalize_steps, order_steps, output_step
+from satchel.runtime.bundle.contract import DECODE_BLOCKS, EMBED, NATIVE, PHASES, PREFILL_INT8
 
 MODULES = {
     module.name.rpartition(".")[2]: module.name
@@ -69,7 +69,7 @@ def varying_pipelines() -> dict[str, tuple[Step, ...]]:
     }
 
 
-PIPELINES = {**whole_pipelines(), "float16": FIT_FLOAT16}
+PIPELINES = {**whole_pipelines(), "float16": FIT_FLOAT16, "embeddings": (output_step(EMBED),)}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -79,7 +79,7 @@ def test_every_step_comes_after_those_that_it_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_every_phase(name: str) -> None:
-    assert set(PHASES) <= set(TARGETS[name].phases) <= {*PHASES, PREFILL_INT8, DECODE_BLOCKS, NATIVE}
+    assert set(PHASES) <= set(TARGETS[name].phases) <= {*PHASES, EMBED, PREFILL_INT8, DECODE_BLOCKS, NATIVE}
 
 
 def test_a_target_of_dynamic_shapes_has_no_static_steps() -> None:

@@ -75,7 +75,7 @@ def flags(name: str) -> set[str]:
 
 def test_bash_completes_commands(scripts: Path) -> None:
     assert completed(scripts, "satchel ") == list(cli.COMMANDS)
-    assert completed(scripts, "satchel e") == ["export", "eval"]
+    assert completed(scripts, "satchel e") == ["export", "embed", "eval"]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -50,6 +50,7 @@ WORK = {
     "check": ["BUNDLE", "--provider", "cpu"],
     "export": ["FACTORY", "-o", "OUT"],
     "sensitivity": ["FACTORY"],
+    "embed": ["VECTORS", "the cat"],
     "serve": ["BUNDLE", "--port", "0", "--quiet", "--no-specialize"],
 }
 LATEST = 1.5  # seconds; most commands end before
@@ -71,6 +72,7 @@ def places(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {
         "CHATTY": chatty,
         "BUNDLE": bundle,
+        "VECTORS": write_bundle(folder / "vectors", embeddings="mean"),
         "TEXT": folder / "text.txt",
         "PACKED": packed,
         "FACTORY": Path(f"{factory}:build"),

@@ -17,6 +17,7 @@ from satchel.runtime.bundle.digest import manifest_digest
 from satchel.runtime.bundle.manifest import (
     CacheLayer,
     CacheSpec,
+    Embeddings,
     FileRecord,
     Graphs,
     GraphSpec,
@@ -103,7 +104,9 @@ def graph_spec(phase: str) -> GraphSpec:
             *(TensorSpec(name, "float32", cache) for name in past),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", "sequence" if phase == "score" else 1, VOCABULARY)),
+            TensorSpec("hidden_states", "float32", ("batch", "sequence", HIDDEN))
+            if phase == "embed"
+            else TensorSpec("logits", "float32", ("batch", "sequence" if phase == "score" else 1, VOCABULARY)),
             *(TensorSpec(name, "float32", cache) for name in present),
         ),
     )
@@ -147,7 +150,9 @@ def make_graph(phase: str, weights: Weights, rows_mix: float = 0.0) -> onnx.Mode
             node("Mul", ["sum", "mix"], ["share"]),
             node("Add", ["unmixed", "share"], ["states"]),
         ]
-    if phase != "score":
+    if phase == "embed":
+        nodes[-1].output[0] = "hidden_states"
+    elif phase != "score":
         nodes += [  # row of the last real token: min(real, sequence) - 1
             node("Shape", ["input_ids"], ["sequence"], start=1, end=2),
             node("Min", ["real", "sequence"], ["end"]),
@@ -155,7 +160,8 @@ def make_graph(phase: str, weights: Weights, rows_mix: float = 0.0) -> onnx.Mode
             node("Unsqueeze", ["row", "axes12"], ["rows"]),
             node("GatherND", ["states", "rows"], ["picked"], batch_dims=1),
         ]
-    nodes.append(node("MatMul", ["states" if phase == "score" else "picked", "head"], ["logits"]))
+    if phase != "embed":
+        nodes.append(node("MatMul", ["states" if phase == "score" else "picked", "head"], ["logits"]))
     spec = graph_spec(phase)
     graph = helper.make_graph(nodes, phase, _values(spec.inputs), _values(spec.outputs), weights.tensors)
     if rows_mix:
@@ -182,12 +188,13 @@ def write_bundle(
     max_context: int = MAX_CONTEXT,
     companions: Mapping[str, bytes] | None = None,
     rows_mix: float = 0.0,
+    embeddings: str | None = None,
 ) -> Path:
     """Write a bundle into the new folder `folder` and return it.
 
     `tokenizer` is the content of the tokenizer's file, by default a byte-level tokenizer.json; `tokenizer_kind` None
     leaves the tokenizer out. `companions` are further files, such as a chat template. In decode, each row gets
-    `rows_mix` times the sum of all rows, before the head.
+    `rows_mix` times the sum of all rows, before the head. `embeddings` is the pooling of a graph of hidden states.
     """
     folder.mkdir(parents=True)
     weights = make_weights(seed, max_context)
@@ -196,6 +203,8 @@ def write_bundle(
         contents[f"{phase}.onnx"] = make_graph(
             phase, weights, rows_mix if phase == "decode" else 0.0
         ).SerializeToString()
+    if embeddings:
+        contents["embed.onnx"] = make_graph("embed", weights).SerializeToString()
     spec = None
     if tokenizer_kind:
         name = "tokenizer.model" if tokenizer_kind == "sentencepiece" else "tokenizer.json"
@@ -235,6 +244,7 @@ def write_bundle(
         },
         certificate=None,
         specialized=None,
+        embeddings=Embeddings(embeddings, HIDDEN, graph_spec("embed")) if embeddings else None,
     )
     write_manifest(folder, manifest.to_json())
     return folder

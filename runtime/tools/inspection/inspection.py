@@ -7,7 +7,7 @@ from typing import Any
 
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
-from satchel.runtime.bundle.contract import PHASES, WEIGHTS_NAME
+from satchel.runtime.bundle.contract import EMBED, PHASES, WEIGHTS_NAME
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -155,7 +155,8 @@ def _graphs(manifest: Manifest) -> dict[str, GraphSpec]:
 def _graphs_of(manifest: Manifest) -> dict[str, GraphSpec]:
     static = manifest.static
     if static is None:
-        names = (*PHASES, *(variant.name for variant in manifest.variants))
+        embed = () if manifest.embeddings is None else (EMBED,)
+        names = (*PHASES, *embed, *(variant.name for variant in manifest.variants))
         return {name: manifest.graph(name) for name in names}
     prefill = [(f"prefill of {graph.tokens}", graph) for graph in static.prefill]
     named = [*prefill, ("decode", static.decode), (f"score of {static.score.tokens}", static.score)]
