@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -18,17 +18,22 @@ class IncrementalDetokenizer:
 
     The text of a token depends on those before it (a leading space, the first bytes of a character), so each step
     decodes a short window of tokens, of which the first `_shown` characters were returned before. A piece never ends
-    inside a character. Special tokens have no text.
+    inside a character. Special tokens have no text, but for those that are to be visible.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], visible: Collection[int] = ()) -> None:
+        self._tokenizer, self._visible = tokenizer, visible
         # The text of the last `_pending` tokens had not been returned when the window was last cut.
         self._window, self._pending = _end_of(tokenizer, prompt)
         self._shown = len(tokenizer.decode(self._window[: len(self._window) - self._pending]))
 
     def add(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete, and for special tokens."""
+        if token in self._visible:
+            piece = self.finish()
+            if piece:  # a character that stays incomplete
+                self._window, self._pending, self._shown = [], 0, 0
+            return piece + (self._tokenizer.token_text(token) or "")
         if self._tokenizer.is_hidden(token):
             return ""
         self._window.append(token)

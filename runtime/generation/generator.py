@@ -381,7 +381,7 @@ class Generator:
             self.need_tokenizer()
         self._check_length(ids)
         limit, ends = min(options.max_new_tokens, self.max_context - len(ids) + 1), self._end_tokens(options)
-        text = IncrementalDetokenizer(self.tokenizer, ids.tolist()) if self.tokenizer else None
+        text = IncrementalDetokenizer(self.tokenizer, ids.tolist(), request.visible) if self.tokenizer else None
         if choose is None:
             choose = Sampler(options, ends, self.engine.vocabulary, ids, request.sample, limit)
         special = self.tokenizer.is_hidden if self.tokenizer else lambda token: False

@@ -20,6 +20,7 @@ class Request:
         sample: The number of the sample: requests that differ in this alone draw other random numbers from their seed.
         priority: Requests of a higher priority come first.
         client: Clients of one priority get equal shares; any name.
+        visible: Special tokens that have their text in the answer; others have none.
         timeout: Maximum seconds from submission, time in the queue included; None for no limit.
     """
 
@@ -28,4 +29,5 @@ class Request:
     sample: int = 0
     priority: int = 0
     client: str = ""
+    visible: frozenset[int] = frozenset()
     timeout: float | None = None

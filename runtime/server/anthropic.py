@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.server import openai
-from satchel.runtime.server.answers import Answers, asking
+from satchel.runtime.server.anthropic_messages import for_template
 from satchel.runtime.server.errors import RequestError
-from satchel.runtime.server.fields import (
-    Field,
-    anything,
-    flag,
-    ignored,
-    mapping,
-    objects,
-    one_of,
-    read,
-    refused,
-    text,
-    whole,
-)
+from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, one_of, read, text, whole
 from satchel.runtime.server.fields import texts as several_texts
-from satchel.runtime.server.messages import chat_ids
-from satchel.runtime.server.models import Model
-from satchel.runtime.server.options import MOST_TOKENS, OWN, options_of
+from satchel.runtime.server.options import MOST_TOKENS, OWN
 from satchel.runtime.server.records import record_of
+from satchel.runtime.server.replies import Piece
 from satchel.runtime.server.responses import Chunks, EventStream, json_response
 from satchel.runtime.server.state import State
+from satchel.runtime.server.talks import Asked, Talk, ask, encoded
+from satchel.runtime.server.tools import anthropic_tools
 
 COUNTED: dict[str, Field] = {
     "model": text,
     "messages": objects,
     "system": anything,
     "chat_template_kwargs": mapping,
-    "thinking": refused({"type": "disabled"}, why="is not supported: leave it out"),
-    "tools": refused([], why="are not supported: leave them out"),
-    "tool_choice": refused({"type": "auto"}, {"type": "none"}, why="must be auto or none"),
+    "thinking": mapping,
+    "tools": objects,
+    "tool_choice": mapping,
 }
 """Keys of both endpoints."""
 
@@ -57,8 +45,11 @@ TABLE: dict[str, Field] = {
     "service_tier": ignored,
 }
 
-MESSAGE: dict[str, Field] = {"role": one_of("user", "assistant"), "content": anything}
-BLOCK: dict[str, Field] = {"type": one_of("text"), "text": text, "cache_control": ignored, "citations": ignored}
+THINKING: dict[str, Field] = {
+    "type": one_of("enabled", "adaptive", "disabled"),
+    "budget_tokens": whole(1, MOST_TOKENS),
+    "display": ignored,
+}
 
 
 async def messages(state: State, http: HttpRequest, body: Any) -> Response:
@@ -66,16 +57,10 @@ async def messages(state: State, http: HttpRequest, body: Any) -> Response:
     given = read(body, TABLE, "messages", "max_tokens")
     talk = _talk(given)
     async with AsyncExitStack() as stack:
-        model = await stack.enter_async_context(state.models.using(given.get("model")))
-        written, ids = await _encoded(model, given, talk)
-        record_of(http).asks(model.name, written if state.settings.log_prompts else None)
-        options = options_of(given, model.chat_options, model.generator.engine.vocabulary)
-        answers = await stack.enter_async_context(asking(model, [Request(ids, options)], http, state.settings.timeout))
-        work = _Work(model, answers, len(ids), options.stop)
+        work = _Work(await ask(stack, state, http, given, talk))
         if given.get("stream"):
             return EventStream(work.chunks(), stack.pop_all(), named=True, form=anthropic_form)
-        (result,) = await answers.whole()
-        return json_response(work.document(result))
+        return json_response(await work.document())
 
 
 async def count_tokens(state: State, http: HttpRequest, body: Any) -> Response:
@@ -84,7 +69,7 @@ async def count_tokens(state: State, http: HttpRequest, body: Any) -> Response:
     talk = _talk(given)
     async with state.models.using(given.get("model")) as model:
         record_of(http).asks(model.name, None)
-        _, ids = await _encoded(model, given, talk)
+        _, ids = await encoded(model, talk)
         return json_response({"input_tokens": len(ids)})
 
 
@@ -93,74 +78,100 @@ def anthropic_form(error: RequestError) -> dict[str, Any]:
     return error.body(anthropic=True)
 
 
-async def _encoded(model: Model, given: dict[str, Any], talk: list[dict[str, Any]]) -> tuple[str, Any]:
-    """The text and the ids of messages; the answer continues a last message of the assistant."""
-    unfinished = talk[-1]["role"] == "assistant"
-    arguments = given.get("chat_template_kwargs")
-    return await asyncio.to_thread(chat_ids, model.generator, talk, arguments=arguments, unfinished=unfinished)
+def _talk(given: dict[str, Any]) -> Talk:
+    """What the model is told; the answer continues a last message of the assistant. Raises RequestError."""
+    talk = for_template(given)
+    arguments = given.get("chat_template_kwargs", {})
+    if "thinking" in given:
+        thinking = read(given["thinking"], THINKING, "type", where="thinking.")
+        arguments = {"enable_thinking": thinking["type"] != "disabled"} | arguments
+    last = talk[-1]
+    return Talk(talk, anthropic_tools(given), arguments, last["role"] == "assistant" and "tool_calls" not in last)
 
 
-def _talk(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages as chat templates expect them. Raises RequestError."""
-    if not given["messages"]:
-        raise RequestError(400, "messages: must have at least one message", "messages", "invalid_value")
-    found = [{"role": "system", "content": _text(given["system"], "system")}] if given.get("system") else []
-    for place, message in enumerate(given["messages"]):
-        where = f"messages[{place}]."
-        one = read(message, MESSAGE, "role", "content", where=where)
-        found.append({"role": one["role"], "content": _text(one["content"], f"{where}content")})
-    return found
+@dataclass(frozen=True)
+class _Block:
+    """A kind of block: its type, and those of its deltas with the key of their text."""
+
+    type: str
+    delta: str
+    key: str
+
+    def begun(self, piece: Piece) -> dict[str, Any]:
+        """A block before its first delta."""
+        if self.type == "tool_use":
+            return {"type": self.type, "id": openai.new_id("toolu"), "name": piece.name, "input": {}}
+        return {"type": self.type, self.type: ""} | ({"signature": ""} if self.type == "thinking" else {})
 
 
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(400, f"{where}: must be a text or a list of blocks", where, "invalid_value")
-    blocks = (read(block, BLOCK, "type", "text", where=f"{where}[{place}].") for place, block in enumerate(content))
-    return "\n".join(block["text"] for block in blocks)
+BLOCKS = {
+    "content": _Block("text", "text_delta", "text"),
+    "reasoning": _Block("thinking", "thinking_delta", "thinking"),
+    "call": _Block("tool_use", "input_json_delta", "partial_json"),
+}
+"""The blocks of the pieces of answers."""
 
 
 @dataclass
 class _Work:
     """What is being answered, and the form of the answer."""
 
-    model: Model
-    answers: Answers
-    prompt_tokens: int
-    stops: tuple[str, ...]
+    asked: Asked
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
-    def document(self, result: Generation) -> dict[str, Any]:
+    async def document(self) -> dict[str, Any]:
         """The answer as a whole."""
-        content = [{"type": "text", "text": result.text}] if result.text else []
-        return self._message(content) | self._end(result) | {"usage": _usage(result)}
+        async for _ in self._content():
+            pass
+        result = self.asked.answers.results[0]
+        return self._message(self.blocks) | self._end(result) | {"usage": _usage(result)}
 
     async def chunks(self) -> Chunks:
         """The answer in pieces."""
-        begun = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
+        begun = {"input_tokens": self.asked.prompt_tokens, "output_tokens": 0}
         ends = {"stop_reason": None, "stop_sequence": None}
         yield {"type": "message_start", "message": self._message([]) | ends | {"usage": begun}}
-        yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-        async for _, event in self.answers:
-            if event.text:
-                delta = {"type": "text_delta", "text": event.text}
-                yield {"type": "content_block_delta", "index": 0, "delta": delta}
-        result = self.answers.results[0]
-        yield {"type": "content_block_stop", "index": 0}
+        async for event in self._content():
+            yield event
+        result = self.asked.answers.results[0]
         yield {"type": "message_delta", "delta": self._end(result), "usage": _usage(result)}
         yield {"type": "message_stop"}
 
+    async def _content(self) -> Chunks:
+        """The events of the blocks, which are collected; pieces of one kind that follow each other are one block."""
+        async for _, event in self.asked.answers:
+            for piece in self.asked.pieces(0, event):
+                kind = BLOCKS[piece.kind]
+                place = len(self.blocks) - 1
+                if place < 0 or kind.type != self.blocks[place]["type"] or piece.kind == "call":
+                    if place >= 0:
+                        yield {"type": "content_block_stop", "index": place}
+                    place += 1
+                    self.blocks.append(kind.begun(piece))
+                    yield {"type": "content_block_start", "index": place, "content_block": dict(self.blocks[place])}
+                delta = {"type": kind.delta, kind.key: piece.text}
+                yield {"type": "content_block_delta", "index": place, "delta": delta}
+                if piece.kind == "call":
+                    self.blocks[place]["input"] = json.loads(piece.text or "{}")
+                else:
+                    self.blocks[place][kind.type] += piece.text
+        if self.blocks:
+            yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
+
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": openai.new_id("msg"), "type": "message", "role": "assistant", "model": self.model.name}
+        head = {"id": openai.new_id("msg"), "type": "message", "role": "assistant", "model": self.asked.model.name}
         return head | {"content": content}
 
     def _end(self, result: Generation) -> dict[str, Any]:
         """Why an answer ended; the tokens of one that a stop text ended hold that text."""
         if result.finish_reason != "stop":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
-        told = self.model.tokenizer.decode(result.token_ids) if self.stops else ""
-        found = min((stop for stop in self.stops if stop in told), key=told.index, default=None)
-        return {"stop_reason": "end_turn" if found is None else "stop_sequence", "stop_sequence": found}
+        stops = self.asked.options.stop
+        told = self.asked.model.tokenizer.decode(result.token_ids) if stops else ""
+        found = min((stop for stop in stops if stop in told), key=told.index, default=None)
+        called = any(block["type"] == "tool_use" for block in self.blocks)
+        reason = "stop_sequence" if found is not None else "tool_use" if called else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": found}
 
 
 def _usage(result: Generation) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -13,20 +12,18 @@ from starlette.responses import Response
 
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.scheduler import Event
-from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.server import openai
-from satchel.runtime.server.answers import Answers, asking, now
+from satchel.runtime.server.answers import now
 from satchel.runtime.server.errors import RequestError
-from satchel.runtime.server.fields import Field, flag, ignored, mapping, objects, one_of, read, refused, text, whole
-from satchel.runtime.server.messages import chat_ids, for_template
-from satchel.runtime.server.models import Model
-from satchel.runtime.server.options import MOST_LOGPROBS, MOST_TOKENS, options_of
-from satchel.runtime.server.records import record_of
-from satchel.runtime.server.replies import CLOSED, THINK, Piece, Reply
+from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, read, refused, whole
+from satchel.runtime.server.messages import for_template
+from satchel.runtime.server.options import MOST_LOGPROBS, MOST_TOKENS
+from satchel.runtime.server.replies import Piece
 from satchel.runtime.server.responses import Chunks, EventStream, json_response
 from satchel.runtime.server.state import State
+from satchel.runtime.server.talks import Asked, Talk, ask
+from satchel.runtime.server.tools import chat_tools
 
-LOOSE = "arguments are not constrained: leave it out"
 TEXT_ONLY = "satchel writes text only: leave it out"
 
 TABLE: dict[str, Field] = {
@@ -40,8 +37,8 @@ TABLE: dict[str, Field] = {
     "chat_template_kwargs": mapping,
     "response_format": refused({"type": "text"}, why="only text is supported: leave it out"),
     "tools": objects,
-    "tool_choice": refused("none", "auto", why="must be none or auto"),
-    "parallel_tool_calls": ignored,
+    "tool_choice": anything,
+    "parallel_tool_calls": flag,
     "modalities": refused(["text"], why=TEXT_ONLY),
     "audio": refused(why=TEXT_ONLY),
     "prediction": ignored,
@@ -50,59 +47,17 @@ TABLE: dict[str, Field] = {
 }
 
 
-TOOL: dict[str, Field] = {"type": one_of("function"), "function": mapping}
-FUNCTION: dict[str, Field] = {
-    "name": text,
-    "description": text,
-    "parameters": mapping,
-    "strict": refused(False, why=LOOSE),
-}
-
-
 async def chat(state: State, http: HttpRequest, body: Any) -> Response:
     """Answer one request."""
     given = read(body, TABLE, "messages")
     told, messages = openai.wants_usage(given), for_template(given["messages"])
+    talk = Talk(messages, chat_tools(given), given.get("chat_template_kwargs"), _is_unfinished(given))
     async with AsyncExitStack() as stack:
-        model = await stack.enter_async_context(state.models.using(given.get("model")))
-        tools = _tools(given, model)
-        rendered, ids = await asyncio.to_thread(
-            chat_ids, model.generator, messages, tools=tools,
-            arguments=given.get("chat_template_kwargs"), unfinished=_is_unfinished(given),
-        )  # fmt: skip
-        record_of(http).asks(model.name, rendered if state.settings.log_prompts else None)
-        options = options_of(_with_logprobs(given), model.chat_options, model.generator.engine.vocabulary)
-        requests = openai.samples(ids, options, given.get("n", 1))
-        answers = await stack.enter_async_context(asking(model, requests, http, state.settings.timeout))
-        thinking = rendered.rstrip().endswith(THINK)
-        replies = [Reply(tools=bool(tools), thinking=thinking) for _ in requests]
-        work = _Work(model, answers, told, replies, special_marks(model.tokenizer) if tools else {})
+        asked = await ask(stack, state, http, _with_logprobs(given), talk, given.get("n", 1))
+        work = _Work(asked, told)
         if given.get("stream"):
             return EventStream(work.chunks(), stack.pop_all(), done="[DONE]")
         return json_response(await work.document())
-
-
-def _tools(given: dict[str, Any], model: Model) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of, None for none. Raises RequestError."""
-    tools = given.get("tools") or None
-    if tools is None or given.get("tool_choice") == "none":
-        return None
-    for place, tool in enumerate(tools):
-        where = f"tools[{place}]."
-        function = read(read(tool, TOOL, "type", "function", where=where)["function"], FUNCTION, "name",
-                        where=f"{where}function.")  # fmt: skip
-        if not function["name"]:
-            raise RequestError(400, f"{where}function.name: must not be empty", f"{where}function.name")
-    generator = model.generator
-    if generator.has_template and "tools" not in generator.template.sources[generator.template.choose(None, tools)]:
-        raise RequestError(400, "tools: the chat template of this model takes none", "tools", "tools_not_supported")
-    return list(tools)
-
-
-def special_marks(tokenizer: Tokenizer) -> dict[int, str]:
-    """What begins a call, by the ids of special tokens, which have no text."""
-    ids = {tokenizer.special_token(mark): mark for mark in CLOSED}
-    return {token: mark for token, mark in ids.items() if token is not None}
 
 
 def _is_unfinished(given: dict[str, Any]) -> bool:
@@ -128,11 +83,8 @@ def _with_logprobs(given: dict[str, Any]) -> dict[str, Any]:
 class _Work:
     """What is being answered, and the form of the answer."""
 
-    model: Model
-    answers: Answers
+    asked: Asked
     told: bool
-    replies: list[Reply]
-    marks: dict[int, str]
     head: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,19 +92,19 @@ class _Work:
             "id": openai.new_id("chatcmpl"),
             "object": "chat.completion",
             "created": now(),
-            "model": self.model.name,
-            "system_fingerprint": self.model.fingerprint,
+            "model": self.asked.model.name,
+            "system_fingerprint": self.asked.model.fingerprint,
         }
 
     async def document(self) -> dict[str, Any]:
         """The answer as a whole."""
-        pieces: list[list[Piece]] = [[] for _ in self.replies]
-        async for index, event in self.answers:
-            pieces[index] += self._pieces(index, event)
-        results = [self.answers.results[index] for index in range(len(self.replies))]
-        choices = []
+        pieces: list[list[Piece]] = [[] for _ in self.asked.replies]
+        async for index, event in self.asked.answers:
+            pieces[index] += self.asked.pieces(index, event)
+        results = [self.asked.answers.results[index] for index in range(len(self.asked.replies))]
+        choices, tokenizer = [], self.asked.model.tokenizer
         for index, result in enumerate(results):
-            found = None if result.logprobs is None else openai.chat_logprobs(self.model.tokenizer, result.logprobs)
+            found = None if result.logprobs is None else openai.chat_logprobs(tokenizer, result.logprobs)
             called = any(piece.kind == "call" for piece in pieces[index])
             choices.append(
                 {
@@ -166,33 +118,28 @@ class _Work:
 
     async def chunks(self) -> Chunks:
         """The answer in pieces."""
-        calls = [0 for _ in self.replies]
-        for index in range(len(self.replies)):
+        calls = [0 for _ in self.asked.replies]
+        for index in range(len(self.asked.replies)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async for index, event in self.answers:
+        async for index, event in self.asked.answers:
             deltas: list[dict[str, Any]] = []
-            for piece in self._pieces(index, event):
+            for piece in self.asked.pieces(index, event):
                 deltas += _deltas(piece, calls[index])
                 calls[index] += piece.kind == "call"
             if event.logprobs:
                 deltas = deltas or [{}]
             for place, delta in enumerate(deltas):
                 yield self._chunk(index, delta, event=event if place == 0 else None)
-            if ended := self.answers.results.get(index):
+            if ended := self.asked.answers.results.get(index):
                 yield self._chunk(index, {}, _reason(ended, calls[index] > 0))
         if self.told:
-            results = [self.answers.results[index] for index in range(len(self.replies))]
+            results = [self.asked.answers.results[index] for index in range(len(self.asked.replies))]
             yield {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": openai.usage(results)}
-
-    def _pieces(self, index: int, event: Event) -> list[Piece]:
-        """The pieces that an event brings; special tokens that begin a call have no text of their own."""
-        marks = "".join(self.marks.get(token, "") for token in event.token_ids) if self.marks else ""
-        return self.replies[index].add(event.text + marks, final=event.outcome is not None)
 
     def _chunk(
         self, index: int, delta: dict[str, Any], reason: str | None = None, event: Event | None = None
     ) -> dict[str, Any]:
-        found = openai.chat_logprobs(self.model.tokenizer, event.logprobs) if event and event.logprobs else None
+        found = openai.chat_logprobs(self.asked.model.tokenizer, event.logprobs) if event and event.logprobs else None
         choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
         empty = {"usage": None} if self.told else {}
         return {**self.head, "object": "chat.completion.chunk", "choices": [choice], **empty}

@@ -1,19 +1,17 @@
-"""Splits the text of an answer into content, reasoning and calls of tools.
-
-Calls are read as Hermes and Qwen (`<tool_call>`), Mistral (`[TOOL_CALLS]`) and Llama 3 (an object of JSON, with or
-without `<|python_tag|>`) write them.
-"""
+"""Splits the text of an answer into content, reasoning and calls of tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-THINK, THOUGHT = "<think>", "</think>"
-CLOSED = {"<tool_call>": "</tool_call>", "[TOOL_CALLS]": None, "<|python_tag|>": None}
-"""What begins a call, and what ends it; None for the end of the answer."""
+from satchel.runtime.generation.tokenizer import Tokenizer
+from satchel.runtime.server.call_readers import UNREADABLE, Schemas
+from satchel.runtime.server.tool_forms import THOUGHTS, Form, forms_of
 
 
 @dataclass(frozen=True)
@@ -25,15 +23,72 @@ class Piece:
     name: str = ""
 
 
+@dataclass(frozen=True)
+class Syntax:
+    """How the answers of a model are written, as far as its chat template shows."""
+
+    template: str
+
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms of calls."""
+        return forms_of(self.template)
+
+    @cached_property
+    def thoughts(self) -> dict[str, str]:
+        """What begins reasoning, and what ends it; `<think>` may always."""
+        return {begin: end for begin, end in THOUGHTS if begin == "<think>" or begin in self.template}
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether answers are messages in channels, as gpt-oss writes them."""
+        return all(mark in self.template for mark in HARMONY[:2])
+
+    def marks(self, *, tools: bool) -> set[str]:
+        """What must be in the text of an answer, even if it is a special token."""
+        if self.is_harmony:
+            return set(HARMONY)
+        found = {mark for pair in self.thoughts.items() for mark in pair}
+        for form in self.forms if tools else ():
+            found |= {form.begin, form.end, *form.inner}
+        return {mark.removesuffix("thought") for mark in found if mark}
+
+    def special(self, tokenizer: Tokenizer, *, tools: bool) -> frozenset[int]:
+        """The special tokens among the marks."""
+        ids = (tokenizer.special_token(mark) for mark in self.marks(tools=tools))
+        return frozenset(token for token in ids if token is not None)
+
+    def reply(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, several: bool = True) -> Reply | Harmony:
+        """What reads an answer to a prompt; calls are looked for if there are tools, and not `several` gives one."""
+        functions = [tool["function"] for tool in tools]
+        schemas = {function["name"]: function.get("parameters") or {} for function in functions}
+        if self.is_harmony:
+            return Harmony(schemas, several=several, unfinished=_ends_in_message(prompt))
+        open_thought = next((end for begin, end in self.thoughts.items() if prompt.rstrip().endswith(begin)), "")
+        return Reply(self.forms if tools else (), self.thoughts, schemas, several=several, thinking=open_thought)
+
+
 class Reply:
     """Takes the text of one answer as it comes, and gives its pieces."""
 
-    def __init__(self, *, tools: bool = False, thinking: bool = False) -> None:
-        """`tools` are looked for only if there are any; `thinking` is whether the prompt ends within reasoning."""
-        self._tools = tools
+    def __init__(
+        self,
+        forms: Sequence[Form],
+        thoughts: Mapping[str, str],
+        schemas: Schemas,
+        *,
+        several: bool = True,
+        thinking: str = "",
+    ) -> None:
+        """`thinking` is what ends the reasoning within which the prompt ends, if it does; `schemas` are the tools."""
+        self._forms, self._thoughts, self._schemas, self._several = forms, thoughts, schemas, several
+        self._begins = {form.begin: form for form in forms if form.begin}
+        self._bare = next((form for form in forms if not form.begin), None)
         self._state = "thinking" if thinking else "start"
-        self._held = ""
-        self._open = ""
+        self._closing = thinking
+        self._form = forms[0] if forms else None
+        self._held = self._gap = ""  # the gap is the space before a call
+        self._called = False
 
     def add(self, text: str, *, final: bool = False) -> list[Piece]:
         """The pieces that are known with this text; with a `final` one, all that was held back too."""
@@ -48,74 +103,153 @@ class Reply:
 
     def _start(self, final: bool) -> Iterator[Piece]:
         stripped = self._held.lstrip()
-        if stripped.startswith(THINK):
-            self._state, self._held = "thinking", stripped.removeprefix(THINK)
-        elif THINK.startswith(stripped) and not final:
+        begun = next((begin for begin in self._thoughts if stripped.startswith(begin)), None)
+        if begun is not None:
+            self._state, self._closing, self._held = "thinking", self._thoughts[begun], stripped.removeprefix(begun)
+        elif not final and any(begin.startswith(stripped) for begin in self._thoughts):
             return
-        elif self._tools and stripped.startswith("{"):
-            self._state, self._open, self._held = "call", "", stripped
+        elif self._bare is not None and stripped.startswith("{"):
+            self._state, self._form, self._held = "call", self._bare, stripped
         else:
             self._state = "content"
         yield from ()
 
     def _think(self, final: bool) -> Iterator[Piece]:
-        thought, closed, rest = self._held.partition(THOUGHT)
+        thought, closed, rest = self._held.partition(self._closing)
         if closed:
             self._state, self._held = "start", rest.lstrip()
             yield Piece("reasoning", thought)
         else:
-            yield self._flush("reasoning", (THOUGHT,), final)
+            yield self._flush("reasoning", (self._closing,), final)
 
     def _content(self, final: bool) -> Iterator[Piece]:
-        begun = [mark for mark in CLOSED if mark in self._held] if self._tools else []
+        begun = [mark for mark in self._begins if mark in self._held]
         if not begun:
-            yield self._flush("content", tuple(CLOSED) if self._tools else (), final)
+            yield self._flush("content", tuple(self._begins), final)
             return
-        self._open = min(begun, key=self._held.index)
-        before, _, self._held = self._held.partition(self._open)
-        self._state = "call"
-        yield Piece("content", before.rstrip())
+        mark = min(begun, key=self._held.index)
+        before, _, self._held = self._held.partition(mark)
+        shown = before.rstrip()
+        self._state, self._form, self._gap = "call", self._begins[mark], before[len(shown) :]
+        yield Piece("content", shown)
 
     def _call(self, final: bool) -> Iterator[Piece]:
-        end = CLOSED.get(self._open)
-        inner, closed, rest = self._held.partition(end) if end else (self._held, "", "")
+        form = self._form
+        if form is None:
+            return
+        inner, closed, rest = self._held.partition(form.end) if form.end else (self._held, "", "")
         if not closed and not final:
             return
-        calls = _calls(inner)
-        yield from calls or [Piece("content", self._open + inner + closed)]
-        self._state, self._held = "content", rest.lstrip() if calls else rest
+        calls = self._read(form, inner)
+        if calls is None:
+            yield Piece("content", self._gap + form.begin + inner + closed)
+        else:
+            wanted = calls if self._several else calls[: not self._called]
+            self._called |= bool(calls)
+            yield from wanted
+        self._state, self._held = "content", rest if calls is None else rest.lstrip()
+
+    def _read(self, form: Form, inner: str) -> list[Piece] | None:
+        """The calls in a text; None if it holds none, as an object of JSON which names no tool."""
+        try:
+            calls = form.read(inner, self._schemas)
+        except UNREADABLE:
+            return None
+        if not calls or (not form.begin and not all(name in self._schemas for name, _ in calls)):
+            return None
+        return [Piece("call", json.dumps(arguments, ensure_ascii=False), name) for name, arguments in calls]
 
     def _flush(self, kind: str, marks: tuple[str, ...], final: bool) -> Piece:
         """The held text, but for an end of it that may begin one of the marks, with the space before it."""
         length = len(self._held)
         if marks and not final:
-            sizes = [size for mark in marks for size in range(1, len(mark)) if self._held.endswith(mark[:size])]
-            length -= max(sizes, default=0)
+            length -= _overlap(self._held, marks)
             length = len(self._held[:length].rstrip()) if kind == "content" else length
         text, self._held = self._held[:length], self._held[length:]
         return Piece(kind, text)
 
 
-def _calls(text: str) -> list[Piece]:
-    """The calls in a text of JSON: an object, several separated by semicolons, or a list. Empty if it is none."""
-    decoder, place, values = json.JSONDecoder(), 0, []
-    text = text.strip()
+CHANNEL, MESSAGE, START, ENDS = "<|channel|>", "<|message|>", "<|start|>", ("<|end|>", "<|call|>", "<|return|>")
+HARMONY = (CHANNEL, MESSAGE, START, *ENDS, "<|constrain|>")
+RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
+
+
+class Harmony:
+    """As `Reply`, of answers that are messages: `<|channel|>NAME<|message|>TEXT<|end|>`, one after another.
+
+    The channel "analysis" is reasoning, and a message to a recipient is a call; others are content.
+    """
+
+    def __init__(self, schemas: Schemas, *, several: bool = True, unfinished: bool = False) -> None:
+        """`unfinished` is whether the prompt ends within a message."""
+        self._tools, self._several = bool(schemas), several
+        self._held, self._called = "", False
+        # What the open message is, and whom it is for; None between messages.
+        self._kind: tuple[str, str] | None = (
+            ("content", "") if unfinished else None
+        )  # of the message, and its recipient
+
+    def add(self, text: str, *, final: bool = False) -> list[Piece]:
+        """As `Reply.add`."""
+        self._held += text
+        found: list[Piece] = []
+        while True:
+            before = self._kind, self._held
+            found += [piece for piece in self._step(final) if piece.text or piece.kind == "call"]
+            if before == (self._kind, self._held):
+                return found
+
+    def _step(self, final: bool) -> Iterator[Piece]:
+        if self._kind is None:
+            header, begun, rest = self._held.partition(MESSAGE)
+            if begun:
+                self._kind, self._held = self._kind_of(header), rest
+            elif final:
+                held, self._held = self._held, ""
+                yield Piece("content", "" if any(mark in held for mark in HARMONY) else held)
+            return
+        kind, name = self._kind
+        ends = [mark for mark in (*ENDS, START) if mark in self._held]
+        if ends:
+            mark = min(ends, key=self._held.index)
+            text, _, self._held = self._held.partition(mark)
+            self._kind = None
+        elif final:
+            text, self._held, self._kind = self._held, "", None
+        elif kind == "call":
+            return
+        else:
+            length = len(self._held) - _overlap(self._held, (*ENDS, START))
+            text, self._held = self._held[:length], self._held[length:]
+        if kind != "call":
+            yield Piece(kind, text)
+        elif not _is_object(text):
+            yield Piece("content", text)
+        elif self._several or not self._called:
+            self._called = True
+            yield Piece("call", text.strip(), name)
+
+    def _kind_of(self, header: str) -> tuple[str, str]:
+        recipient = RECIPIENT.search(header)
+        if recipient is not None and self._tools:
+            return "call", recipient[1]
+        channel = header.rpartition(CHANNEL)[2].split()
+        return ("reasoning" if channel[:1] == ["analysis"] else "content"), ""
+
+
+def _ends_in_message(prompt: str) -> bool:
+    """Whether a prompt ends within a message, for the model to continue it."""
+    return prompt.rfind(MESSAGE) > max(prompt.rfind(mark) for mark in (*ENDS, START))
+
+
+def _is_object(text: str) -> bool:
     try:
-        while place < len(text):
-            value, place = decoder.raw_decode(text, place)
-            values += value if isinstance(value, list) else [value]
-            while place < len(text) and text[place] in "; \n\t":
-                place += 1
-    except (ValueError, RecursionError):
-        return []
-    found = [_one(value) for value in values]
-    return [piece for piece in found if piece is not None] if all(found) else []
+        return isinstance(json.loads(text), dict)
+    except UNREADABLE:
+        return False
 
 
-def _one(value: Any) -> Piece | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return Piece("call", arguments, value["name"]) if isinstance(arguments, str) else None
+def _overlap(text: str, marks: Sequence[str]) -> int:
+    """The length of the longest end of a text that may begin one of the marks."""
+    sizes = [size for mark in marks for size in range(1, len(mark)) if text.endswith(mark[:size])]
+    return max(sizes, default=0)

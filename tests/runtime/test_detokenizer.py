@@ -111,3 +111,17 @@ def test_the_tokens_that_are_decoded_are_linear_in_the_length(
         stream(tokenizer, [], ids)
         work.append(sum(decoded))
     assert work[1] < 5 * work[0]  # 4 when linear, 16 when quadratic
+
+
+def test_special_tokens_that_are_to_be_visible_have_their_text_where_they_stand(tokenizer: Tokenizer) -> None:
+    words = tokenizer.encode_rendered("the cat") + tokenizer.encode_rendered("the mat")
+    special = next(token for token in range(400) if tokenizer.is_hidden(token) and tokenizer.token_text(token))
+    mark = tokenizer.token_text(special)
+    broken = tokenizer.encode_rendered("🙂")[-2:-1]
+    ids = [*words, special, *words, *broken, special, *words]
+    text = IncrementalDetokenizer(tokenizer, [], {special})
+    pieces = [text.add(token) for token in ids]
+    assert [place for place, piece in enumerate(pieces) if mark in piece] == [len(words), 2 * len(words) + 2]
+    assert pieces[2 * len(words) + 2] == UNFINISHED + mark
+    found = "".join([*pieces, text.finish()]).replace(UNFINISHED, "").split(mark)
+    assert [part.strip() for part in found] == [tokenizer.decode(words).strip()] * 3

@@ -81,7 +81,7 @@ def test_tokens_are_counted(served: Served, client: anthropic.Anthropic) -> None
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, {"extra_body": {"top_k": -1}},
         {"messages": [{"role": "user", "content": "forbidden"}]}, {"extra_body": {"no_such": 1}},
         {"messages": [{"role": "user", "content": "a b " * CONTEXT}]},
-        {"extra_body": {"thinking": {"type": "enabled"}}},
+        {"thinking": {"type": "enabled", "budget_tokens": 0}}, {"thinking": {"type": "much"}},
     ],
 )  # fmt: skip
 def test_wrong_requests_are_refused_in_the_protocols_form(client: anthropic.Anthropic, change: dict[str, Any]) -> None:

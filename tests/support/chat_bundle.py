@@ -17,6 +17,7 @@ CONTEXT = 400
 
 TEMPLATE = """\
 {%- if tools %}<|im_start|>tools
+{#- calls are written as <tool_call>{...}</tool_call> #}
 {{ tools | tojson }}<|im_end|>
 {% endif -%}
 {%- for message in (messages[-1:] if forget else messages) -%}
