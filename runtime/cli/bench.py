@@ -77,6 +77,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", metavar="N", type=int, help="draw prompt ids below N (default: all)")
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument(
+        "--report", metavar="FILE", type=Path, help="write the figures, the machine and all versions as JSON"
+    )
     provider_flags.add_flags(parser)
 
 
@@ -84,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure, and print a small table or one JSON object."""
     started = time.perf_counter()  # the import of numpy and ONNX Runtime is part of the load time
     given = _checked_lengths(args)
+    from satchel.runtime.bundle.atomic_write import atomic_write, check_target
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
     from satchel.runtime.tools.bench.benchmark import Workload, check_workload, summarize, warm_up
@@ -96,6 +100,8 @@ def main(args: argparse.Namespace) -> int:
         from satchel.runtime.tools.bench.speed_plot import check_plot, write_plot
 
         check_plot(args.plot)
+    if args.report is not None:
+        check_target(args.report, "--report")
     choice = provider_flags.choice_of(args)
     session.share_thread_pool(args.threads)
     bundle = custom_flags.open_bundle_of(args)
@@ -120,17 +126,23 @@ def main(args: argparse.Namespace) -> int:
         if several and not args.json:
             print(_row((str(workload.prompt_tokens), *_cells(summaries[-1], args.runs)), args.runs), flush=True)
     figures = {"load": load, "rss_mb": peak_rss_mib(), "pss_mb": pss_mib()}
-    if args.json:
-        share = _shares(engine, workloads, summaries, shown) if args.bandwidth else None
-        print(json.dumps(_as_json(args, workloads, summaries, figures, share, several)))
-    else:
+    if not args.json:
         if not several:
             _show_run(workloads[0], summaries[0], args.runs)
         print(f"load     {load:10.3f} s")
         memory = f"{figures['pss_mb']:10.1f} MiB now (PSS), {figures['rss_mb']:.1f} MiB peak (RSS)"
         print(f"memory   {memory}", flush=True)
-        if args.bandwidth is not False and args.provider == "cpu":
-            _show_bandwidth(*_shares(engine, workloads, summaries, shown), workloads, several)
+    share = None
+    if args.bandwidth or (args.bandwidth is None and args.provider == "cpu" and not args.json):
+        share = _shares(engine, workloads, summaries, shown)
+    found = _as_json(args, workloads, summaries, figures, share, several)
+    if args.json:
+        print(json.dumps(found))
+    elif share is not None:
+        _show_bandwidth(*share, workloads, several)
+    if args.report is not None:
+        atomic_write(args.report, json.dumps(_report(args, found), indent=1) + "\n", "--report")
+        tell_written(args.report, shown=shown)
     if args.plot is not None:
         threads = session.default_threads() if args.threads is None else args.threads
         title = f"{bundle.folder.resolve().name}, batch {args.batch}, threads {threads}, runs {args.runs}"
@@ -284,6 +296,16 @@ def _as_json(
         {"prompt_tokens": workload.prompt_tokens, **point} for workload, point in zip(workloads, points, strict=True)
     ]
     return {"prompt_lengths": rows, "new_tokens": args.new_tokens, **figures, **bandwidth}
+
+
+def _report(args: argparse.Namespace, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of `--json`, with what ran them."""
+    from satchel.runtime.evaluation.trial import shared
+    from satchel.runtime.tools.doctor import examine
+
+    run = {name: getattr(args, name) for name in ("threads", "runs", "batch", "new_tokens", "provider")}
+    machine = {finding.name: finding.facts for finding in shared(examine(args.bundle))}
+    return {"bench": {**run, **figures}, "machine": machine}
 
 
 def _point(summary: Summary, runs: int, batch: int) -> dict[str, Any]:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from satchel.runtime.cli import provider_flags
+from satchel.runtime.errors import PromptError
+
+if TYPE_CHECKING:
+    from satchel.runtime.tools.doctor import Finding
 
 EXIT_BROKEN = 1
 
@@ -12,20 +21,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `satchel doctor`."""
     parser.description = (
         "Show what is installed, what this machine can do, whether satchel's kernels run on it, and for a bundle "
-        "whether it is specialized for this machine. Exits with 1 if something is broken."
+        "whether it is specialized for this machine. With --report it also runs the bundle: placement of all nodes, "
+        "the prompts of the certificate, and the speed of both phases at three lengths and with a batch. Exits with 1 "
+        "if something is broken."
     )
-    parser.epilog = "example:\n  satchel doctor out/smollm2-int8"
+    parser.epilog = "example:\n  satchel doctor out/smollm2-int8 --report laptop.json"
     parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="made by satchel export or satchel pack")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="run the bundle too, and write all findings as JSON and as a page: FILE with the extensions .json and "
+        ".html; no path of this machine is in them",
+    )
+    provider_flags.add_threads(parser)
+    provider_flags.add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print a line for each finding, or one JSON object. Returns 1 if something is broken."""
-    from satchel.runtime.tools.doctor import examine
+    """Print a line for each finding, or one JSON object; write the report. Returns 1 if something is broken."""
     from satchel.runtime.util.terminal import printable
 
     findings = []
-    for finding in examine(args.bundle):
+    for finding in _findings(args):
         findings.append(finding)
         if not args.json:
             mark = "" if finding.works else "BROKEN: "
@@ -33,4 +52,47 @@ def main(args: argparse.Namespace) -> int:
     works = all(finding.works for finding in findings)
     if args.json:
         print(json.dumps({"works": works, **{finding.name: finding.facts for finding in findings}}))
+    if args.report is not None:
+        _write(args, findings)
     return 0 if works else EXIT_BROKEN
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    """All findings. Raises PromptError and ProviderError for options that are wrong, before the first of them."""
+    from satchel.runtime.bundle.atomic_write import check_target
+    from satchel.runtime.tools.doctor import examine
+
+    choice = provider_flags.choice_of(args)
+    if args.report is None:
+        yield from examine(args.bundle)
+        return
+    if args.bundle is None:
+        raise PromptError(f"--report {args.report}: name the bundle that is to be tried")
+    for path in _paths(args.report):
+        check_target(path, "--report")
+    from satchel.runtime.evaluation.trial import try_bundle
+    from satchel.runtime.ort.open_bundle import open_bundle
+
+    works = True
+    for finding in examine(args.bundle):
+        works = works and finding.works
+        yield finding
+    if works:
+        bundle = open_bundle(args.bundle, progress=not args.quiet)
+        yield from try_bundle(bundle, choice, args.threads)
+
+
+def _paths(report: Path) -> tuple[Path, Path]:
+    """The JSON file and the page."""
+    return report.with_suffix(".json"), report.with_suffix(".html")
+
+
+def _write(args: argparse.Namespace, findings: list[Finding]) -> None:
+    from satchel.runtime.bundle.atomic_write import atomic_write
+    from satchel.runtime.evaluation.trial import as_json, as_page
+    from satchel.runtime.util.terminal import tell_written
+
+    title = f"{Path(args.bundle).resolve().name} on {args.provider}"
+    for path, content in zip(_paths(args.report), (as_json(findings), as_page(findings, title)), strict=True):
+        atomic_write(path, content, "--report")
+        tell_written(path, shown=not args.quiet)

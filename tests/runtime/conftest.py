@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.chat_bundle import write_chat_bundle
-from support.tiny_bundle import write_bundle
+from support.tiny_bundle import VOCABULARY, change_manifest, write_bundle
 
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.evaluation.certify import make_certificate
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -41,3 +45,14 @@ def engine(tiny: Path) -> Engine:
 @pytest.fixture(scope="session")
 def generator(tiny: Path) -> Generator:
     return Generator.open(tiny, threads=1)
+
+
+@pytest.fixture(scope="session")
+def certified(tiny: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with a certificate of itself."""
+    folder = tmp_path_factory.mktemp("bundles") / "certified"
+    shutil.copytree(tiny, folder)
+    windows = [np.random.default_rng(2).integers(3, VOCABULARY, 20)]
+    certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 16), (0, 9, 8)], skip=4)
+    change_manifest(folder, "certificate", to=strict_json.to_json(certificate))
+    return folder

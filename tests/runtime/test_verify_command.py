@@ -11,21 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from support.command import Satchel
-from support.tiny_bundle import VOCABULARY, change_manifest, read_manifest, replace_file, write_manifest
-
-from satchel.runtime.bundle import strict_json
-from satchel.runtime.evaluation.certify import make_certificate
-from satchel.runtime.execution.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def certified(tiny: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "certified"
-    shutil.copytree(tiny, folder)
-    windows = [np.random.default_rng(2).integers(3, VOCABULARY, 20)]
-    certificate = make_certificate(engine, engine.score, None, windows, [(0, 4, 16), (0, 9, 8)], skip=4)
-    change_manifest(folder, "certificate", to=strict_json.to_json(certificate))
-    return folder
+from support.tiny_bundle import VOCABULARY, read_manifest, replace_file, write_manifest
 
 
 @pytest.fixture
