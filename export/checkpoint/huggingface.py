@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from satchel.export.checkpoint import adapters
@@ -137,7 +137,9 @@ def _config_table(folder: Path, layout: str | None) -> dict[str, Any]:
         return table
     if model_type not in CONFIG_MAPPING:
         wants_code = (
-            "needs code from the checkpoint, which satchel does not run" if table.get("auto_map") else "is unknown"
+            "needs code from the checkpoint, which satchel does not run"
+            if table.get("auto_map")
+            else f"is unknown to the installed transformers {__version__}"
         )
         raise ExportError(
             f"{path}: model_type {model_type!r} {wants_code}; export an architecture that is part of transformers, "

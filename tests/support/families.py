@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
-from support.hybrid_families import HYBRIDS
+from support.hybrid_families import HYBRIDS, is_known
 from support.lost_features import (
     Model,
     sequential,
@@ -440,8 +440,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi4_multimodal": Family("phi4_multimodal", {"pad_token_id": 0}, {"rotation": unrotated}),
     "falcon_alibi_one_key": Family("falcon", {"alibi": True}, {"bias for distance": {"alibi": False}}, seed=4),
+    "exaone": Family("exaone", {"head_dim": HEAD_DIM, "pad_token_id": 0}, {"rotation": unrotated}, seed=2),
+    "sarvam_mla": Family(
+        "sarvam_mla", {**LATENT, **ROUTED, "first_k_dense_replace": 1}, {"rotation": unrotated, **SECOND_EXPERT}
+    ),
+    "sarvam_moe": Family(
+        "sarvam_moe", {**ROUTED, "head_dim": HEAD_DIM, "first_k_dense_replace": 1, "use_qk_norm": True},
+        {"rotation of all channels": {"partial_rotary_factor": 0.5}, "norms of queries and keys": HEAD_NORMS},
+    ),
+    "apertus1p5_text": Family("apertus1p5_text", {}, {"rotation": unrotated}),
 }  # fmt: skip
 FAMILIES |= {
     name: Family(model_type, options, {STATE: stateless}, seed=seed, deviation=deviation)
     for name, (model_type, options, seed, deviation) in HYBRIDS.items()
 }
+FAMILIES = {name: family for name, family in FAMILIES.items() if is_known(family.model_type)}

@@ -5,6 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
+SINCE = {
+    "flint": "5.21", "internlm3": "5.23", "iquestcoder": "5.23", "lfm3": "5.23", "apertus1p5_text": "5.24",
+    "dory": "5.24", "exaone": "5.24", "inkling2_loop_text": "5.24", "lara_mini": "5.24", "sarvam_mla": "5.24",
+    "sarvam_moe": "5.24",
+}  # fmt: skip
+"""The version of transformers that brought a family: those that came after the lowest version that satchel takes."""
+
+
+def is_known(model_type: str) -> bool:
+    """Whether the installed transformers has a family; one without an entry in `SINCE` is there or it is a mistake."""
+    return model_type not in SINCE or model_type in CONFIG_MAPPING
+
+
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8,
 }  # fmt: skip
@@ -103,4 +118,14 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any], int, float]] = {
         },
         0, 0.2,
     ),
+    "lara_mini": (
+        "lara_mini",
+        {
+            **LINEAR, **MIXTURE, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 7,
+            "layer_types": ["linear_attention", "sliding_attention", "linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 24,
+        },
+        0, 0.2,
+    ),
 }  # fmt: skip
+HYBRIDS = {name: family for name, family in HYBRIDS.items() if is_known(family[0])}
