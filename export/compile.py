@@ -46,15 +46,17 @@ from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.float32_islands import too_large
 from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.contract import PassError
-from satchel.graphs.ir.pipeline import Step
-from satchel.graphs.ir.values import INTERNAL, nodes
+from satchel.graphs.ir.inputs import cached_layers
+from satchel.graphs.ir.pipeline import Done, Step
+from satchel.graphs.ir.values import INTERNAL, dims, nodes
 from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import StoredGrid, orders_of
+from satchel.graphs.targets.latent import ABSORB, with_latent
 from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps, output_step
-from satchel.runtime.bundle.contract import EMBED, LOGITS, PHASES, lora_names
+from satchel.runtime.bundle.contract import EMBED, LOGITS, PHASES, lora_names, past_names
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
 from satchel.runtime.ort.session import check_loads
@@ -114,6 +116,8 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):
             common, report = lower(model, checkpoint, config, recipe, grids)
+        if note := latent_note(common, report):
+            stages.say(note)
         quantized = None
         if recipe is not None:
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
@@ -193,7 +197,8 @@ def lower(
     check_sound(normal, checkpoint.name, checkpoint.layers, checkpoint.layer_types)
     orders = {} if grids is None or config.precision != STORED else orders_of(grids)
     marks = () if recipe is None else (Step(assign(recipe)), *order_steps(orders))
-    common, fused = pipeline.run(normal, (*marks, *target.fuse))
+    common, fused = pipeline.run(normal, (*marks, *with_latent(target.fuse, config.latent_cache)))
+    _check_latent(fused, checkpoint.name, config)
     for kind, called in INTERNAL_OPERATORS.items():
         left = {str(node.name) for node in nodes(common, kind, INTERNAL)}
         reasons = [refusal.reason for done in fused for refusal in done.refusals if refusal.node in left]
@@ -201,6 +206,36 @@ def lower(
             why = f": {reasons[-1]}" if reasons else ": choose --target cpu"
             raise ExportError(f"{checkpoint.name}: {called} no form on --target {config.target}{why}")
     return common, [done.as_json("common") for done in (*normalized, *fused)]
+
+
+def _check_latent(fused: Sequence[Done], name: str, config: ExportConfig) -> None:
+    """Check that every layer keeps latents where that is asked for.
+
+    Raises:
+        ExportError: One cannot, or the model has no latent attention.
+    """
+    done = next((each for each in fused if each.name == ABSORB), None)
+    if config.latent_cache == "compressed" and (done is None or done.refusals or not done.count):
+        reasons = [refusal.reason for refusal in done.refusals] if done is not None else []
+        raise ExportError(
+            f"{name}: --latent-cache compressed: {reasons[0] if reasons else 'it has no latent attention'}: leave it "
+            "out, or choose expanded"
+        )
+
+
+def latent_note(common: ir.Model, report: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to say about the latents that layers keep in place of keys and values, if any do."""
+    count = next((step["count"] for step in report if step["pass"] == ABSORB), 0)
+    if not count:
+        return None
+    names = {str(value.name): dims(value) for value in common.graph.inputs}
+    alone = [i for i in cached_layers(common) if past_names(i)[1] not in names]
+    widths = {(names[past_names(i)[0]] or [0])[-1] for i in alone}
+    numbers = " or ".join(map(str, sorted(widths, key=str)))
+    return (
+        f"latent attention: {count} layers keep {numbers} numbers of each token in place of the keys and values of all "
+        "heads; --latent-cache expanded keeps those"
+    )
 
 
 def fit_float16(common: ir.Model, windows: NDArray[np.int64], folder: Path, name: str, stages: Stages) -> ir.Model:

@@ -19,6 +19,7 @@ QUICK_PRECISIONS = ("int8", "a8w8", "a16w8", STORED)
 
 EFFORTS = ("quick", "normal")
 KV_CACHES = ("float", "int8")
+LATENT_CACHES = ("compressed", "expanded")
 POOLINGS = ("mean", "last")
 ADAPTER_FORMS = ("merged", "separate")
 TARGETS = ("cpu", "cuda", "cann")
@@ -62,6 +63,8 @@ class ExportConfig:
         force: Replace an existing bundle at `output`.
         tokenizer: A tokenizer to use instead of the checkpoint's own.
         kv_cache: How the KV cache is stored: float or int8, whose scales come from the calibration text.
+        latent_cache: What layers of latent attention keep of a token: compressed, the latent that all heads share, or
+            expanded, each head's keys and values. None for what is smaller, where the target has operators for it.
         effort: How weights are rounded. normal does what the recipe says: GPTQ and smoothing on a calibration text.
             quick needs no text: it searches for the scales with the least error, and layers with more outputs than
             inputs run GPTQ on a few random token ids. None for the default: quick for 8 bits, normal for 4 bits and
@@ -95,6 +98,7 @@ class ExportConfig:
     force: bool = False
     tokenizer: Path | None = None
     kv_cache: str = "float"
+    latent_cache: str | None = None
     effort: str | None = None
     recipe: str | Path | None = None
     calibrate: Path | None = None
@@ -121,6 +125,7 @@ class ExportConfig:
             ("target", self.target, TARGETS),
             ("precision", self.precision, PRECISIONS),
             ("kv-cache", self.kv_cache, KV_CACHES),
+            ("latent-cache", self.latent_cache or LATENT_CACHES[0], LATENT_CACHES),
             ("effort", self.effort or EFFORTS[0], EFFORTS),
             ("adapters", self.adapter_form, ADAPTER_FORMS),
             ("embeddings", self.embeddings or POOLINGS[0], POOLINGS),
@@ -158,6 +163,11 @@ class ExportConfig:
             raise ExportError(
                 f"--adapters {self.adapter_form} is not supported by --target {self.target}, whose graphs have no "
                 "optional inputs: merge one adapter, or choose --target cpu"
+            )
+        if self.latent_cache == LATENT_CACHES[0] and self.target != "cpu":
+            raise ExportError(
+                f"--latent-cache {self.latent_cache} is not supported by --target {self.target}: leave it out, or "
+                "choose --target cpu"
             )
         if self.embeddings is not None and self.target != "cpu":
             raise ExportError(f"--embeddings is not supported by --target {self.target}: choose --target cpu")

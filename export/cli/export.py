@@ -16,6 +16,7 @@ from satchel.export.config import (
     DEFAULT_CONTEXT,
     EFFORTS,
     KV_CACHES,
+    LATENT_CACHES,
     POOLINGS,
     PRECISIONS,
     PREFILL_LENGTHS,
@@ -65,6 +66,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         default=ExportConfig.kv_cache,
         help=f"how the KV cache is stored: {' or '.join(KV_CACHES)} (default %(default)s)",
+    )
+    parser.add_argument(
+        "--latent-cache",
+        metavar="FORM",
+        help=f"what latent attention keeps of a token: {' or '.join(LATENT_CACHES)} (default: the smaller)",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", help="the precision of each layer: a TOML file, or the name of a shipped recipe"
@@ -178,10 +184,11 @@ def main(args: argparse.Namespace) -> int:
     config = ExportConfig(
         output=args.output or _default_name(args.checkpoint), append_precision=args.output is None,
         precision=args.precision, max_context=args.max_context, target=args.target, force=args.force,
-        tokenizer=args.tokenizer, kv_cache=args.kv_cache, recipe=args.recipe, calibrate=args.calibrate,
-        certificate=args.certificate, effort=args.effort, eval_text=args.eval_text, passes=tuple(args.passes),
-        custom_ops=tuple(args.custom_ops), prefill_lengths=args.prefill_lengths, adapters=tuple(args.adapters),
-        layout=args.layout, weights=args.weights, adapter_form=args.adapter_form, embeddings=args.embeddings,
+        tokenizer=args.tokenizer, kv_cache=args.kv_cache, latent_cache=args.latent_cache, recipe=args.recipe,
+        calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
+        passes=tuple(args.passes), custom_ops=tuple(args.custom_ops), prefill_lengths=args.prefill_lengths,
+        adapters=tuple(args.adapters), layout=args.layout, weights=args.weights, adapter_form=args.adapter_form,
+        embeddings=args.embeddings,
     )  # fmt: skip
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)

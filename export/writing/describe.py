@@ -145,8 +145,13 @@ def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpe
     by_name, layers, dtype = _inputs(models), [], FLOAT32.name
     for index in _layer_numbers(by_name, past_names(0)[0]):
         past, present = past_names(index), present_names(index)
-        (_, kv_heads, _, key_dim), (_, _, _, value_dim) = by_name[past[0]].shape, by_name[past[1]].shape
-        layers.append(CacheLayer(int(kv_heads), int(key_dim), int(value_dim), *past, *present))
+        _, kv_heads, _, key_dim = by_name[past[0]].shape
+        own = past[1] in by_name
+        value_dim = by_name[past[1]].shape[-1] if own else 0
+        values = (past[1], present[1]) if own else (None, None)
+        layers.append(
+            CacheLayer(int(kv_heads), int(key_dim), int(value_dim), past[0], values[0], present[0], values[1])
+        )
         dtype = by_name[past[0]].dtype
     return CacheSpec(mode, dtype, tuple(layers))
 

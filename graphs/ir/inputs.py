@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -72,24 +73,22 @@ def static_input(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[in
     return value
 
 
-def add_cache(model: ir.Model, layer: int, sizes: tuple[int, int, int]) -> tuple[ir.Value, ir.Value]:
-    """Add one layer's KV cache to the graph's inputs: two of [batch, kv_heads, capacity, head_dim], for `sizes` =
-    (kv_heads, key_dim, value_dim).
+def add_cache(model: ir.Model, layer: int, sizes: Sequence[int]) -> tuple[ir.Value, ...]:
+    """Add one layer's KV cache to the graph's inputs, each [batch, kv_heads, capacity, head_dim]: keys and values for
+    `sizes` = (kv_heads, key_dim, value_dim), keys alone for (kv_heads, key_dim).
     """
     kv_heads, *widths = sizes
     made = []
-    for name, width in zip(past_names(layer), widths, strict=True):
+    for name, width in zip(past_names(layer), widths, strict=False):
         value = ir.val(name, ir.DataType.FLOAT, ir.Shape([BATCH, kv_heads, CAPACITY, width]))
         model.graph.inputs.append(value)
         made.append(value)
-    return made[0], made[1]
+    return tuple(made)
 
 
-def add_present(
-    model: ir.Model, layer: int, values: tuple[ir.Value, ir.Value], like: tuple[ir.Value, ir.Value]
-) -> None:
+def add_present(model: ir.Model, layer: int, values: Sequence[ir.Value], like: Sequence[ir.Value]) -> None:
     """Make `values` the graph's outputs for one layer's KV cache, with the shapes of its inputs."""
-    for name, value, past in zip(present_names(layer), values, like, strict=True):
+    for name, value, past in zip(present_names(layer)[: len(like)], values, like, strict=True):
         value.name, value.shape, value.type = name, past.shape, past.type
         model.graph.outputs.append(value)
 

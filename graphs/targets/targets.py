@@ -21,6 +21,7 @@ from satchel.graphs.passes.float16.compute_float16 import compute_float16
 from satchel.graphs.passes.float16.scale_products import scale_products
 from satchel.graphs.passes.float16.store_float16 import store_float16
 from satchel.graphs.passes.float16.store_linear_float16 import store_linear_float16
+from satchel.graphs.passes.fuse.absorb_latent import absorb_latent
 from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
 from satchel.graphs.passes.fuse.fuse_norms import fuse_norms
 from satchel.graphs.passes.fuse.fuse_rotary import fuse_rotary
@@ -112,15 +113,16 @@ FUSE = (
     ),  # the same norm traced twice would hide that its parts have one reader
     Step(sink_transposes, after=("fuse_norms",)),
     Step(fuse_rotary, after=("remove_duplicates",)),
-    Step(fuse_attention, after=("fuse_rotary",), changes_signature=True),  # takes the rotation in
+    Step(absorb_latent(), after=("fuse_rotary",), changes_signature=True),
+    Step(fuse_attention, after=("fuse_rotary", "absorb_latent"), changes_signature=True),  # takes the rotation in
     Step(expand_attention, after=("fuse_attention",), changes_signature=True),  # what the fused operator refused
     Step(lower_experts),
     Step(choose_rotary_rows, after=("fuse_attention",), changes_signature=True),  # which looks for what it replaces
     Step(lower_convolution, changes_signature=True),
     Step(lower_recurrence, changes_signature=True),
     Step(
-        derive_positions, after=("fuse_attention", "expand_attention"), changes_signature=True
-    ),  # both look for the input
+        derive_positions, after=("absorb_latent", "fuse_attention", "expand_attention"), changes_signature=True
+    ),  # which look for the input
     Step(remove_identity, after=("fuse_attention",)),
     Step(pack_qkv, after=("fuse_attention", "name_projections")),
     Step(pack_gate_up, after=("name_projections",)),
@@ -139,7 +141,7 @@ FUSE_STANDARD = (
 )
 """For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
 _CHOOSE = Step(choose_rotary_rows, changes_signature=True)
-NOT_ON_CUDA = ("expand_attention", "choose_rotary_rows", "lower_convolution", "lower_recurrence")
+NOT_ON_CUDA = ("absorb_latent", "expand_attention", "choose_rotary_rows", "lower_convolution", "lower_recurrence")
 FUSE_CUDA = tuple(
     each
     for step in FUSE

@@ -70,7 +70,11 @@ def check_manifest(manifest: Manifest) -> None:
     for index, layer in enumerate(cache.layers):
         for field in ("kv_heads", "key_dim", "value_dim"):
             size = getattr(layer, field)
-            _check(size > 0, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
+            least = 0 if field == "value_dim" and layer.past_value is None else 1
+            _check(size >= least, f"kv_cache.layers[{index}].{field}", size, "a number above 0")
+        none = [name is None for name in (layer.past_value, layer.present_value)] + [layer.value_dim == 0]
+        key = f"kv_cache.layers[{index}].present_value"
+        _check(len(set(none)) == 1, key, layer.present_value, "null if and only if past_value is, and value_dim 0")
     check_states(manifest.states)
     _check(manifest.static is None or not manifest.states, "states", len(manifest.states), "none with 'static'")
     _check(
@@ -190,13 +194,13 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str, resu
     shareable = (None, "prefill") if name == "decode" else (None,)
     _check(graph.session_of in shareable, f"{key}.session_of", graph.session_of, f"one of {shareable}")
     layers, states = manifest.kv_cache.layers, manifest.states
-    wanted = {INPUT_IDS, ATTENTION_MASK, *(name for layer in layers for name in (layer.past_key, layer.past_value))}
+    wanted = {INPUT_IDS, ATTENTION_MASK, *(past for layer in layers for past, _, _ in layer.buffers)}
     wanted |= {state.past for state in states}
     wanted |= set() if manifest.model.rotary_border is None else {TEXT_LENGTH}
     found = {tensor.name for tensor in graph.inputs}
     expected = "the contract's names and those of kv_cache and states"
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), expected)
-    wanted = {result, *(name for layer in layers for name in (layer.present_key, layer.present_value))}
+    wanted = {result, *(present for layer in layers for _, present, _ in layer.buffers)}
     wanted |= {state.present for state in states}
     chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
     found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
@@ -263,8 +267,8 @@ def _check_static_graph(manifest: Manifest, key: str, graph: StaticGraph) -> Non
             _check(numbers, f"{where}.{tensor.name}.shape", tensor.shape, "numbers above 0")
         fed |= {tensor.name for tensor in part.inputs} - made
         made |= {tensor.name for tensor in part.outputs}
-    past = {name for layer in layers for name in (layer.past_key, layer.past_value)}
-    present = {name for layer in layers for name in (layer.present_key, layer.present_value)}
+    past = {past for layer in layers for past, _, _ in layer.buffers}
+    present = {present for layer in layers for _, present, _ in layer.buffers}
     tables = set() if static is None else {table.input for table in static.tables}
     masks = set() if static is None else set(static.masks)
     unknown = fed - past - tables - masks - STATIC_INPUTS

@@ -81,15 +81,27 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One layer's key and value buffers, [batch, kv_heads, capacity, key_dim or value_dim], and their tensor names."""
+    """One layer's key and value buffers, [batch, kv_heads, capacity, key_dim or value_dim], and their tensor names.
+
+    A layer of latent attention has no values of its own, as they are the first channels of its keys: `value_dim` is 0,
+    and the names of values are None.
+    """
 
     kv_heads: int
     key_dim: int
     value_dim: int
     past_key: str
-    past_value: str
+    past_value: str | None
     present_key: str
-    present_value: str
+    present_value: str | None
+
+    @property
+    def buffers(self) -> tuple[tuple[str, str, int], ...]:
+        """(graph input, graph output, width) of each buffer."""
+        keys = (self.past_key, self.present_key, self.key_dim)
+        if self.past_value is None or self.present_value is None:
+            return (keys,)
+        return keys, (self.past_value, self.present_value, self.value_dim)
 
 
 @dataclass(frozen=True)

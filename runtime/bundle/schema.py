@@ -39,7 +39,7 @@ NARROWER: dict[str, dict[str, Any]] = {
     "CacheSpec.layers": {"maxItems": LIMITS["kv_cache.layers"].most},
     "CacheLayer.kv_heads": SIZE,
     "CacheLayer.key_dim": SIZE,
-    "CacheLayer.value_dim": SIZE,
+    "CacheLayer.value_dim": SIZE | {"minimum": 0},
     "Embeddings.pooling": {"enum": list(POOLINGS)},
     "Embeddings.size": {"minimum": 1, "maximum": LIMITS["embeddings.size"].most},
     "FileRecord.bytes": {"minimum": 0, "maximum": LIMITS["bytes of a file"].most},

@@ -42,13 +42,13 @@ def main(args: argparse.Namespace) -> int:
     """Print the script."""
     import shtab
 
-    from satchel.export.config import EFFORTS, KV_CACHES, PRECISIONS, TARGETS
+    from satchel.export.config import EFFORTS, KV_CACHES, LATENT_CACHES, PRECISIONS, TARGETS
     from satchel.runtime.cli.main import COMMANDS, build_full_parser
 
     # argparse does not know these choices: they are checked later, with messages of their own.
     choices = {
         "--precision": PRECISIONS, "--effort": EFFORTS, "--kv-cache": KV_CACHES, "--target": TARGETS,
-        "--provider": tuple(PROVIDERS),
+        "--provider": tuple(PROVIDERS), "--latent-cache": LATENT_CACHES,
     }  # fmt: skip
     parser = build_full_parser()
     for action in _actions(parser):

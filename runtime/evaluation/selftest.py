@@ -130,7 +130,7 @@ def _root_mean_square(values: NDArray[np.float32]) -> float:
 def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
     cache = {}
     for layer in manifest.kv_cache.layers:
-        for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim)):
+        for name, _, width in layer.buffers:
             cache[name] = np.zeros((1, layer.kv_heads, capacity, width), manifest.kv_cache.dtype)
     return cache | {state.past: np.zeros((1, *state.shape), state.dtype) for state in manifest.states}
 
@@ -150,14 +150,10 @@ def _run(
     names = [output.name for output in session.get_outputs()]
     values = dict(zip(names, session.run(None, {INPUT_IDS: ids, ATTENTION_MASK: mask, **cache}), strict=True))
     layers = bundle.manifest.kv_cache.layers
-    pairs = [
-        (n, p)
-        for layer in layers
-        for n, p in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
-    ] + [(state.past, state.present) for state in bundle.manifest.states]
-    return values[HIDDEN_STATES if phase == EMBED else LOGITS][0, -1], {
-        name: values[present] for name, present in pairs
-    }
+    pairs = [(past, present) for layer in layers for past, present, _ in layer.buffers]
+    pairs += [(state.past, state.present) for state in bundle.manifest.states]
+    result = HIDDEN_STATES if phase == EMBED else LOGITS
+    return values[result][0, -1], {name: values[present] for name, present in pairs}
 
 
 def main() -> int:

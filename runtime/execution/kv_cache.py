@@ -166,10 +166,7 @@ class KVCache(Cache):
             self._states[state.past] = self.next_states[state.present] = kept
             kept[...] = 0  # what was in the memory before
         for layer in spec.layers:
-            for past, present, width in (
-                (layer.past_key, layer.present_key, layer.key_dim),
-                (layer.past_value, layer.present_value, layer.value_dim),
-            ):
+            for past, present, width in layer.buffers:
                 buffer: NDArray[Any] = np.ndarray((rows, layer.kv_heads, capacity, width), dtype, memory, offset)
                 offset += buffer.nbytes
                 self._past[past] = self.present[present] = buffer

@@ -228,8 +228,8 @@ def _entries_for(manifest: Manifest, count: int) -> Iterator[Entry]:
         yield state.past, np.dtype(state.dtype), state.shape
     dtype = np.dtype(manifest.kv_cache.dtype)
     for layer in manifest.kv_cache.layers:
-        yield layer.past_key, dtype, (layer.kv_heads, count, layer.key_dim)
-        yield layer.past_value, dtype, (layer.kv_heads, count, layer.value_dim)
+        for past, _, width in layer.buffers:
+            yield past, dtype, (layer.kv_heads, count, width)
 
 
 def _entries_of(prefix: Prefix) -> Iterator[Entry]:

@@ -101,6 +101,8 @@ def test_specialized_graphs_are_of_variants_that_run_the_phase(
         (["graphs", "decode", "outputs", 0, "dtype"], "float8", r"'graphs.decode.outputs\[0\].dtype' must be one of"),
         (["graphs", "decode", "session_of"], "score", "'graphs.decode.session_of' must be one of"),
         (["kv_cache", "layers", 0, "kv_heads"], 0, r"'kv_cache.layers\[0\].kv_heads' must be a number above 0"),
+        (["kv_cache", "layers", 0, "value_dim"], 0, r"'kv_cache.layers\[0\].value_dim' must be a number above 0"),
+        (["kv_cache", "layers", 0, "past_value"], None, r"'kv_cache.layers\[0\].present_value' must be null if and"),
         (["tokenizer", "kind"], "words", "'tokenizer.kind' must be one of tokenizer.json, sentencepiece"),
         (["tokenizer", "add_bos"], 1, "'tokenizer.add_bos' must be true or false"),
         (["files", "weights.bin", "sha256"], "abc", "'files.weights.bin.sha256' must be 64 lower-case hex digits"),

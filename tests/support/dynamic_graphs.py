@@ -29,7 +29,7 @@ class DynamicGraphs:
         return {
             name: np.zeros((rows, layer.kv_heads, self.capacity, width), self.dtype)
             for layer in self.layers
-            for name, width in ((layer.past_key, layer.key_dim), (layer.past_value, layer.value_dim))
+            for name, _, width in layer.buffers
         }
 
     def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Values) -> tuple[Values, Values]:
@@ -37,11 +37,7 @@ class DynamicGraphs:
         names = [output.name for output in self.session.get_outputs()]
         feeds = {"input_ids": ids, "attention_mask": mask, **cache}
         found = dict(zip(names, self.session.run(names, feeds), strict=True))
-        after = {
-            past: found.pop(present)
-            for layer in self.layers
-            for past, present in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
-        }
+        after = {past: found.pop(present) for layer in self.layers for past, present, _ in layer.buffers}
         return found, after
 
     def prefill(self, ids: NDArray[np.int64], chunk: int) -> tuple[Values, Values]:

@@ -44,7 +44,7 @@ def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tup
     index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
     query, key, value = node.inputs[:3]
     past = add_cache(model, index, sizes)
-    first = _first_positions(model)
+    first = first_positions(model)
     present = tuple(
         builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
         for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
@@ -59,13 +59,13 @@ def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tup
     add_present(model, index, (present[0], present[1]), past)
 
 
-def _named(model: ir.Model, name: str) -> ir.Value | None:
+def named(model: ir.Model, name: str) -> ir.Value | None:
     return next((n.outputs[0] for n in model.graph if n.name == name), None)
 
 
-def _first_positions(model: ir.Model) -> ir.Value:
+def first_positions(model: ir.Model) -> ir.Value:
     """The position of each row's first new token [batch], made once at the graph's start."""
-    there = _named(model, "cache.first")
+    there = named(model, "cache.first")
     if there is not None:
         return there
     builder = Builder(model, next(iter(model.graph)))
@@ -76,7 +76,7 @@ def _first_positions(model: ir.Model) -> ir.Value:
 def _mask(model: ir.Model, before: ir.Node, window: int, chunk: int) -> ir.Value:
     """Which cached positions each new token sees: [batch, 1, new, capacity] bool, made once for each limit."""
     name = f"mask.chunk_{chunk}" if chunk else f"mask.window_{window}"
-    there = _named(model, name)
+    there = named(model, name)
     if there is not None:
         return there
     builder = Builder(model, before)

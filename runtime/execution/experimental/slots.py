@@ -38,10 +38,7 @@ class Slot:
         self.cache: dict[str, Buffer] = {}
         self.present: dict[str, str] = {}
         for layer in manifest.kv_cache.layers:
-            for past, present, width in (
-                (layer.past_key, layer.present_key, layer.key_dim),
-                (layer.past_value, layer.present_value, layer.value_dim),
-            ):
+            for past, present, width in layer.buffers:
                 self.cache[past] = memory.buffer((1, layer.kv_heads, capacity, width), manifest.kv_cache.dtype)
                 self.present[present] = past
         self.token = memory.feed((1, 1), "int64")

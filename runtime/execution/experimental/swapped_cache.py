@@ -35,10 +35,7 @@ class SwappedCache(Cache):
         self._sets: tuple[Buffers, Buffers] = ({}, {})
         try:
             for layer in spec.layers:
-                for past, present, width in (
-                    (layer.past_key, layer.present_key, layer.key_dim),
-                    (layer.past_value, layer.present_value, layer.value_dim),
-                ):
+                for past, present, width in layer.buffers:
                     self._names[past] = present
                     for buffers in self._sets:
                         buffers[past] = memory.buffer((1, layer.kv_heads, size, width), spec.dtype)

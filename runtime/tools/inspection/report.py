@@ -151,7 +151,8 @@ def _shapes(found: Inspection) -> str:
     parts = []
     for (kv_heads, key_dim, value_dim), count in shapes.items():
         width = str(key_dim) if value_dim == key_dim else f"{key_dim} (keys) and {value_dim} (values)"
-        parts.append(f"{count} with {kv_heads} KV heads of {width}")
+        latent = f"a latent of {key_dim}, keys and values in one"
+        parts.append(f"{count} with {f'{kv_heads} KV heads of {width}' if value_dim else latent}")
     return "; ".join(parts) or "none"
 
 
