@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.cli import custom_flags, provider_flags
+from satchel.runtime.cli import custom_flags, provider_flags, ready
 from satchel.runtime.errors import PromptError
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle.reader import Bundle
     from satchel.runtime.execution.engine import Engine
+    from satchel.runtime.generation.speculation import Speculation
+    from satchel.runtime.ort.providers import ProviderChoice
     from satchel.runtime.tools.bench.bandwidth import Bandwidth
     from satchel.runtime.tools.bench.benchmark import Run, Summary, Workload
 
@@ -75,6 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     provider_flags.add_threads(parser)
     parser.add_argument("--vocabulary", metavar="N", type=int, help="draw prompt ids below N (default: all)")
+    ready.add_speculation(parser, default="off")
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     parser.add_argument(
@@ -112,6 +115,7 @@ def main(args: argparse.Namespace) -> int:
         check_workload(workload, bundle.manifest)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
+        speculation = _speculation(args, engine, choice)
     engine.adapters.check(args.adapter)
     load = time.perf_counter() - started
 
@@ -122,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
         warm_up(engine, workloads[0])
     summaries = []
     for workload in workloads:
-        summaries.append(summarize(_timed_runs(engine, workload, args.runs, shown)))
+        summaries.append(summarize(_timed_runs(engine, workload, args.runs, shown, speculation)))
         if several and not args.json:
             print(_row((str(workload.prompt_tokens), *_cells(summaries[-1], args.runs)), args.runs), flush=True)
     figures = {"load": load, "rss_mb": peak_rss_mib(), "pss_mb": pss_mib()}
@@ -154,6 +158,11 @@ def main(args: argparse.Namespace) -> int:
 
 def _checked_lengths(args: argparse.Namespace) -> list[int] | None:
     """The values of `--prompt-lengths`, or None. Raises PromptError for values that are invalid for every bundle."""
+    from satchel.runtime.generation.speculation import check_mode
+
+    check_mode(args.speculate, args.draft)
+    if args.speculate != "off" and args.batch > 1:
+        raise PromptError(f"--speculate {args.speculate} with --batch {args.batch}: drafts are for one sequence")
     for option, value in (("--runs", args.runs), ("--batch", args.batch)):
         if value < 1:
             raise PromptError(f"{option} {value}: must be 1 or more")
@@ -192,7 +201,26 @@ def _lengths(args: argparse.Namespace, given: list[int] | None, bundle: Bundle) 
     return fitting
 
 
-def _timed_runs(engine: Engine, workload: Workload, count: int, shown: bool) -> list[Run]:
+def _speculation(args: argparse.Namespace, engine: Engine, choice: ProviderChoice) -> Speculation | None:
+    """What drafts, if --speculate says so."""
+    if args.speculate == "off":
+        return None
+    from satchel.runtime.generation.draft_model import DraftModel
+    from satchel.runtime.generation.speculation import Speculation, warn_without_effect
+
+    warn_without_effect(engine, args.speculate, args.draft)
+    model = None
+    if args.draft is not None:
+        model = DraftModel.open(
+            args.draft, engine.bundle, choice, args.threads, verbose=args.verbose,
+            require_signature=args.require_signature,
+        )  # fmt: skip
+    return Speculation(engine, model)
+
+
+def _timed_runs(
+    engine: Engine, workload: Workload, count: int, shown: bool, speculation: Speculation | None
+) -> list[Run]:
     from satchel.runtime.tools.bench.benchmark import timed_run
     from satchel.runtime.util.progress import waiting
 
@@ -200,7 +228,7 @@ def _timed_runs(engine: Engine, workload: Workload, count: int, shown: bool) -> 
     for number in range(1, count + 1):
         of = "" if count == 1 else f", run {number} of {count}"
         with waiting(f"measuring {workload.prompt_tokens} + {workload.new_tokens} tokens{of}", shown=shown):
-            runs.append(timed_run(engine, workload))
+            runs.append(timed_run(engine, workload, speculation))
     return runs
 
 
@@ -219,6 +247,8 @@ def _show_run(workload: Workload, summary: Summary, runs: int) -> None:
     for name, count in (("prefill", workload.prompt_tokens), ("decode", workload.new_tokens)):
         total, low, high = (getattr(run, name) for run in (median, lowest, highest))
         print(f"{name:8} {total:10.1f} tokens/s  {between(f'{low:.1f}', f'{high:.1f}')}{tokens(count, total)}")
+        if name == "decode" and median.drafted:
+            print(f"drafts   {median.drafted:10.0f} tokens, {median.accepted:.0f} accepted and as many runs saved")
         if name == "prefill":
             span = between(f"{lowest.ttft:.3f}", f"{highest.ttft:.3f}")
             print(f"ttft     {median.ttft:10.3f} s  {span}".rstrip())
@@ -313,9 +343,12 @@ def _point(summary: Summary, runs: int, batch: int) -> dict[str, Any]:
         return {"prefill": run.prefill / parts, "decode": run.decode / parts}
 
     point: dict[str, Any] = {**speeds(summary.median, 1), "ttft": summary.median.ttft}
+    if summary.highest.drafted:
+        point |= {"drafted_tokens": summary.median.drafted, "accepted_tokens": summary.median.accepted}
     if batch > 1:
         point |= {"batch": batch, "per_sequence": speeds(summary.median, batch)}
     if runs > 1:
         lowest, highest = dataclasses.asdict(summary.lowest), dataclasses.asdict(summary.highest)
-        point |= {"runs": runs, "spread": {name: [lowest[name], highest[name]] for name in lowest}}
+        names = [name for name in lowest if name not in ("drafted", "accepted")]
+        point |= {"runs": runs, "spread": {name: [lowest[name], highest[name]] for name in names}}
     return point

@@ -81,6 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     provider_flags.add_threads(parser)
     ready.add_flag(parser)
+    ready.add_speculation(parser)
     custom_flags.add_flags(parser)
     parser.add_argument(
         "--json",

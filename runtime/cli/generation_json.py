@@ -98,4 +98,6 @@ def _figures_json(result: Generation, speed: float, kv_bytes: int) -> dict[str, 
         "prefill_tokens_per_second": result.prefill_speed,
         "decode_tokens_per_second": speed,
         "kv_bytes": kv_bytes,
+        "drafted_tokens": result.drafted_tokens,
+        "accepted_tokens": result.accepted_tokens,
     }

@@ -15,6 +15,7 @@ from satchel.runtime.cli import custom_flags, provider_flags
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.util import requirements
 from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.defaults import SPECULATE
 
 if TYPE_CHECKING:
     from satchel.runtime.generation.generator import Generator
@@ -26,6 +27,20 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
         "--specialize",
         action=argparse.BooleanOptionalAction,
         help="optimize the bundle for this machine first, or never (default: in the background on first use)",
+    )
+
+
+def add_speculation(parser: argparse.ArgumentParser, default: str = SPECULATE) -> None:
+    """Add --speculate and --draft."""
+    parser.add_argument(
+        "--speculate",
+        metavar="MODE",
+        default=default,
+        help="draft the next tokens, and check several in one run: auto (earlier text and --draft), ngram (only "
+        "earlier text) or off; the text is the same (default %(default)s)",
+    )
+    parser.add_argument(
+        "--draft", metavar="BUNDLE", help="a bundle of a smaller model with the same tokenizer, which drafts tokens"
     )
 
 
@@ -48,6 +63,8 @@ def open_generator(args: argparse.Namespace, prefix_cache_mib: int | None) -> Ge
         custom=custom_flags.custom_of(args),
         require_signature=args.require_signature,
         specialize=args.specialize is None,
+        speculate=args.speculate,
+        draft=args.draft,
     )
 
 

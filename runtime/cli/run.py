@@ -163,15 +163,24 @@ def _state_bytes(generator: Generator) -> int:
     return generator.engine.bundle.manifest.state_bytes
 
 
+def _speculation(results: Sequence[Generation]) -> str:
+    """How many drafted tokens were right, each of which saved a run of the graph; empty without any draft."""
+    drafted = sum(result.drafted_tokens for result in results)
+    accepted = sum(result.accepted_tokens for result in results)
+    return f", {accepted} of {drafted} drafted tokens accepted, {accepted} runs saved" if drafted else ""
+
+
 def _figures(results: Sequence[Generation], speed: float, templated: bool, state_bytes: int) -> str:
     first, states = results[0], state_bytes * len(results)
     reused = f", {first.reused_tokens} reused" if first.reused_tokens else ""
     reasons = Counter(result.finish_reason for result in results)
     ends = ", ".join(reason if len(results) == 1 else f"{reason} {count}" for reason, count in reasons.items())
     texts = "" if len(results) == 1 else f" in {len(results)} texts"
+    speculation = _speculation(results)
     return (
         f"{'chat template' if templated else 'raw'}: prompt {first.prompt_tokens} tokens at "
         f"{first.prefill_speed:.1f} tokens/s{reused}, new {sum(result.new_tokens for result in results)} tokens{texts} "
-        f"at {speed:.1f} tokens/s ({ends}), KV cache {(sum(r.kv_bytes for r in results) - states) / MIB:.1f} MiB"
+        f"at {speed:.1f} tokens/s ({ends}){speculation}, KV cache "
+        f"{(sum(r.kv_bytes for r in results) - states) / MIB:.1f} MiB"
         + (f", states {states / MIB:.1f} MiB" if states else "")
     )

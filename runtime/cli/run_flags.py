@@ -70,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     provider_flags.add_threads(parser)
     ready.add_flag(parser)
+    ready.add_speculation(parser)
     custom_flags.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with text, token ids and figures")
     parser.add_argument(

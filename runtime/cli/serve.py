@@ -69,6 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     provider_flags.add_threads(parser)
     ready.add_flag(parser)
+    ready.add_speculation(parser)
     custom_flags.add_flags(parser)
     provider_flags.add_flags(parser)
 

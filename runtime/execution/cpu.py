@@ -65,13 +65,17 @@ class CpuEngine(Engine):
         fixed = any(isinstance(tensor.shape[0], int) for tensor in decode.inputs)
         return not (fixed or manifest.has_fixed_mask or decode.top_tokens)
 
-    def may_run_ahead(self, state: State) -> bool:
-        """Where satchel's own attention decodes, all layers attend, and there is neither an adapter nor a border."""
+    def why_not_ahead(self, adapter: str | None) -> str | None:
+        """None where satchel's own attention decodes, all layers attend, and there is no adapter and no border."""
         manifest, made = self.bundle.manifest, self.bundle.specialized
+        if manifest.states:
+            return "its layers with convolution or recurrent states cannot go back to an earlier token"
+        if manifest.model.rotary_border:
+            return "its rotary angles depend on the length of the text"
         name = made.variant("decode") if made is not None else None
-        own = name is not None and manifest.variant(name).kernel_abi is not None
-        plain = not (manifest.states or manifest.model.rotary_border or manifest.has_fixed_mask)
-        return own and plain and state.cache.adapter is None
+        if name is None or manifest.variant(name).kernel_abi is None or manifest.has_fixed_mask:
+            return "it does not run on satchel's own attention here (see satchel specialize)"
+        return None if adapter is None else "adapters take one token of a sequence in a run"
 
     def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
         """An empty KV cache of `capacity` positions for each of `rows` sequences.

@@ -39,8 +39,10 @@ class Engine(ABC):
         self.adapters = Adapters(bundle)
         self._invariant: dict[str | None, bool] = {}
         self._piece_invariant: bool | None = None
-        self.runs_ahead: dict[int, bool] = {}
-        """Whether a run of a token and so many drafted ones gives each the logits that it gets alone, where tried."""
+        self.runs_ahead: set[int] = set()
+        """So many drafted tokens in one run get the logits that each gets alone: they were compared."""
+        self.wrong_ahead: set[int] = set()
+        """So many do not."""
         self._invariant_lock = threading.Lock()
 
     @staticmethod
@@ -85,9 +87,9 @@ class Engine(ABC):
                 self._invariant[adapter] = self.supports_batch and rows_agree(self, adapter)
             return self._invariant[adapter]
 
-    def may_run_ahead(self, state: State) -> bool:
-        """Whether `state.decode_ahead` may be one run of the graph, which is then worth trying."""
-        return False
+    def why_not_ahead(self, adapter: str | None) -> str | None:
+        """Why `State.decode_ahead` is more than one run of the graph; None if one run is worth trying."""
+        return "only the provider cpu takes several tokens of a sequence in a run"
 
     @property
     def piece_invariant(self) -> bool:

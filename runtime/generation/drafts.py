@@ -1,73 +1,108 @@
-"""Drafts of the next tokens: those that followed the last ones before, in this text or another."""
+"""Drafts of the next tokens from texts: those that followed the last ones before, in this text or another."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 NGRAM = 3  # tokens that have to be the same
-MAX_NGRAMS = 1 << 17
-WIDTHS = (1, 3, 7)  # of drafts: with the token before them, the rows of a run are powers of two
-LONGEST_PAUSE = 64  # steps
+MAX_NGRAMS = 1 << 16
+RUNS = 16  # of right tokens, that are told apart
+MEMORY = 512  # tries that an estimate remembers
 
 
 class NgramPool:
-    """What followed the n-grams of the latest texts. Threads may share one."""
+    """What followed the n-grams of the latest texts, and how often that was right again. Threads may share one."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, ...], tuple[list[int], int]] = {}
+        self._places: dict[int, tuple[list[int], int]] = {}
         self._lock = threading.Lock()
+        self._tried, self._right = [0.0] * (RUNS + 1), [0.0] * (RUNS + 1)
 
-    def add(self, text: list[int], start: int) -> None:
-        """Remember where the n-grams of a text that grows end, from position `start` on: those that are followed."""
-        with self._lock:
-            for end in range(max(start, NGRAM), len(text)):
-                ngram = tuple(text[end - NGRAM : end])
-                self._places.pop(ngram, None)
-                self._places[ngram] = text, end
-            while len(self._places) > MAX_NGRAMS:
-                del self._places[next(iter(self._places))]
-
-    def after(self, text: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the last n-gram of a text before."""
-        with self._lock:
-            before, end = self._places.get(tuple(text[-NGRAM:]), ([], 0))
-            return before[end : end + count]
-
-
-class Drafter:
-    """Drafts the next tokens of one sequence: more while they are right, and none for a while after wrong ones."""
-
-    def __init__(self, pool: NgramPool) -> None:
-        """`pool` is shared by all sequences."""
-        self._pool = pool
-        self._text: list[int] = []
-        self._width = 0
-        self._misses = self._pause = 0
-
-    def draft(self, prompt: NDArray[np.int64], token_ids: Sequence[int], limit: int) -> list[int]:
-        """Up to `limit` tokens that may follow a prompt and its new tokens; often none."""
-        known = len(self._text)
-        if not known:
-            self._text = prompt.tolist()
-        self._text += token_ids[max(known - len(prompt), 0) :]
-        self._pool.add(self._text, known)
-        if self._pause:
-            self._pause -= 1
-            return []
-        found = self._pool.after(self._text, min(WIDTHS[self._width], limit))
-        return found[: max((width for width in WIDTHS if width <= len(found)), default=0)]
-
-    def learn(self, drafted: int, right: int) -> None:
-        """Note how many tokens of a draft were right."""
-        if right == drafted:
-            self._width = min(self._width + 1, len(WIDTHS) - 1)
-        elif not right:
-            self._width = 0
-            self._misses += 1
-            self._pause = min(1 << self._misses, LONGEST_PAUSE)
+    def add_all(self, text: list[int]) -> None:
+        """Remember where each n-gram of a text ends, if it is followed. More may be appended to the list later."""
+        ids = np.asarray(text, np.int64)
+        if len(ids) <= NGRAM:
             return
-        self._misses = 0
+        keys = sum(ids[at : len(ids) - NGRAM + at] << (21 * (NGRAM - 1 - at)) for at in range(NGRAM))
+        with self._lock:
+            self._places.update(zip(np.asarray(keys).tolist(), zip(repeat(text), range(NGRAM, len(ids))), strict=False))
+            self._forget()
+
+    def take(self, text: list[int]) -> tuple[list[int], int] | None:
+        """Where the last n-gram of a text ended before, in which text; and remember where it ends now."""
+        if len(text) < NGRAM:
+            return None
+        first, second, third = text[-NGRAM:]
+        key = (first << 42) + (second << 21) + third
+        with self._lock:
+            found = self._places.pop(key, None)
+            self._places[key] = text, len(text)
+            self._forget()
+        return found
+
+    def note(self, run: int, right: bool) -> None:
+        """Count a prediction after a run of so many right ones."""
+        run = min(run, RUNS)
+        self._tried[run] += 1
+        self._right[run] += right
+        if self._tried[run] > MEMORY:
+            self._tried[run] /= 2
+            self._right[run] /= 2
+
+    def chance(self, run: int) -> float:
+        """The probability that the next prediction is right after `run` right ones, as measured so far.
+
+        Before much is measured, that of a rule that has held `run` times and failed once before.
+        """
+        counted = min(run, RUNS)
+        return (self._right[counted] + run + 1) / (self._tried[counted] + run + 3)
+
+    def _forget(self) -> None:
+        while len(self._places) > MAX_NGRAMS:
+            del self._places[next(iter(self._places))]
+
+
+class NgramDrafter:
+    """Predicts the next tokens of one text, one after another, whether they are drafted or not.
+
+    So it is known at no cost how good the predictions are: where a text does not repeat, none is tried.
+    """
+
+    def __init__(self, pool: NgramPool, prompt: NDArray[np.int64]) -> None:
+        """`pool` is shared by all texts."""
+        self._pool = pool
+        self.text: list[int] = prompt.tolist()
+        pool.add_all(self.text)
+        self._source = pool.take(self.text)
+        self._run = 0
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Let the text go on."""
+        pool, text = self._pool, self.text
+        for token in tokens:
+            source, self._source = self._source, None
+            right = source is not None and source[0][source[1]] == token
+            if source is not None:
+                pool.note(self._run, right)
+            self._run = self._run + 1 if right else 0
+            text.append(token)
+            found = pool.take(text)
+            if source is not None and right and source[1] + 1 < len(source[0]):
+                self._source = source[0], source[1] + 1
+            elif found is not None and found[1] < len(found[0]):
+                self._source = found
+
+    def predicted(self, most: int) -> tuple[list[int], list[float]]:
+        """Up to `most` tokens that may follow, and the probability that each is right if those before it are."""
+        if self._source is None:
+            return [], []
+        before, place = self._source
+        tokens = before[place : place + most]
+        while before is self.text and len(tokens) < most:  # a loop goes on
+            tokens += tokens[: most - len(tokens)]
+        return tokens, [self._pool.chance(self._run + at) for at in range(len(tokens))]

@@ -19,7 +19,7 @@ from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
-from satchel.runtime.generation.drafts import Drafter, NgramPool
+from satchel.runtime.generation.draft_model import DraftModel
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, full_context_bytes
@@ -31,6 +31,7 @@ from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.generation.sequence import ActiveSequence, Callback, Choose
 from satchel.runtime.generation.session_file import SavedState, check_adapter, check_size, read_state, write_state
 from satchel.runtime.generation.snapshots import snapshots_of
+from satchel.runtime.generation.speculation import Speculation, check_mode, warn_without_effect
 from satchel.runtime.generation.stream import TokenStream
 from satchel.runtime.generation.templates.chat_template import ChatTemplate, template_files
 from satchel.runtime.generation.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ from satchel.runtime.ort.background import specialize_in_background
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.providers import ProviderChoice
-from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER
+from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB, PROVIDER, SPECULATE
 from satchel.runtime.util.progress import waiting
 
 MIB = 1 << 20
@@ -53,13 +54,20 @@ class Generator:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, max_context: int, prefix_cache: PrefixCache
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        max_context: int,
+        prefix_cache: PrefixCache,
+        *,
+        speculate: str = SPECULATE,
+        draft: DraftModel | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.prefix_cache = prefix_cache
-        self._ngrams = NgramPool()
+        self.speculation = None if speculate == "off" else Speculation(engine, draft)
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
 
@@ -77,6 +85,8 @@ class Generator:
         custom: Custom = DEFAULT_CUSTOM,
         require_signature: str | Path | None = None,
         specialize: bool = True,
+        speculate: str = SPECULATE,
+        draft: str | Path | None = None,
     ) -> Generator:
         """Open a bundle: a folder or a packed file.
 
@@ -92,12 +102,16 @@ class Generator:
             require_signature: File of a public key; the bundle must be signed with its private key.
             specialize: Optimize the bundle for this machine in the background, so that it opens and runs faster the
                 next time; SATCHEL_SPECIALIZE=off switches that off for all programs.
+            speculate: Where drafts of the next tokens come from: "auto" (earlier text, and `draft` if given), "ngram"
+                (earlier text) or "off" (no drafts). The text is the same.
+            draft: A bundle of a smaller model with the same tokenizer, which drafts the next tokens.
 
         Raises:
             BundleError: The bundle cannot be used.
             ProviderError: The provider is not available.
-            PromptError: `max_context` or `prefix_cache_mib` is out of range.
+            PromptError: `max_context` or `prefix_cache_mib` is out of range, or `draft` has another tokenizer.
         """
+        check_mode(speculate, draft)
         bundle = open_bundle(path, progress=progress, require_signature=require_signature, custom=custom)
         limit = bundle.manifest.model.max_context
         if max_context is not None and not 1 <= max_context <= limit:
@@ -112,7 +126,14 @@ class Generator:
         context, manifest = max_context or limit, bundle.manifest
         size = full_context_bytes(manifest, context) if prefix_cache_mib is None else prefix_cache_mib * MIB
         prefix_cache = PrefixCache(manifest.kv_cache, size, manifest.model.rotary_border, manifest.states)
-        return cls(engine, tokenizer, context, prefix_cache)
+        model = None
+        if draft is not None:
+            model = DraftModel.open(
+                draft, bundle, provider, threads, cache_bytes=size, verbose=verbose, progress=progress,
+                require_signature=require_signature, specialize=specialize,
+            )  # fmt: skip
+        warn_without_effect(engine, speculate, draft)
+        return cls(engine, tokenizer, context, prefix_cache, speculate=speculate, draft=model)
 
     def generate(
         self,
@@ -387,7 +408,10 @@ class Generator:
         special = self.tokenizer.is_hidden if self.tokenizer else lambda token: False
         multiple = self.engine.bundle.manifest.token_multiple
         snapshots = snapshots_of(ids, special, multiple, self.prefix_cache.max_snapshots)
-        return ActiveSequence(ids, options, limit, choose, ends, text, callback, snapshots, Drafter(self._ngrams))
+        sequence = ActiveSequence(ids, options, limit, choose, ends, text, callback, snapshots)
+        if self.speculation is not None:
+            sequence.drafter = self.speculation.drafter(sequence, choose if isinstance(choose, Sampler) else None)
+        return sequence
 
     def _run_all(self, requests: Sequence[Request], *, rows: int, force_batch: bool = False) -> list[Generation]:
         """The results of requests, in order. Raises the first error."""

@@ -15,7 +15,8 @@ class Generation:
 
     `finish_reason` is "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context is used up),
     "loop", "time", "callback" or "closed". `reused_tokens` of the prompt were not fed, since the prefix cache had them.
-    `decode_steps` counts tokens after the first, which comes from prefill, and an end token; one run may take several.
+    `decode_steps` counts tokens after the first, which comes from prefill, and an end token. Of `drafted_tokens`,
+    `accepted_tokens` were right, and saved as many runs of the graph.
     `logprobs` has an entry for each of `token_ids`, or is None if not asked for. With a stop string, `token_ids` and
     `logprobs` include its tokens. `score` is that of a beam search, else None; each text of a search has the times and
     steps of the whole search.
@@ -32,6 +33,8 @@ class Generation:
     kv_bytes: int
     logprobs: tuple[TokenLogprob, ...] | None
     score: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @classmethod
     def of(cls, sequence: ActiveSequence, kv_bytes: int) -> Generation:
@@ -48,6 +51,8 @@ class Generation:
             decode_steps=timing.decode_steps,
             kv_bytes=kv_bytes,
             logprobs=None if sequence.options.logprobs is None else tuple(sequence.logprobs),
+            drafted_tokens=timing.drafted,
+            accepted_tokens=timing.accepted,
         )
 
     @property

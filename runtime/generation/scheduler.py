@@ -331,6 +331,7 @@ class Scheduler:
             if row < self._decoding:
                 self._decoding -= 1
                 self._exchange(row, self._decoding)
+        job.sequence.end_drafts()
         self._queue.leave(job)
         with self._lock:
             del self._jobs[job.id]

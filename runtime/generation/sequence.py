@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +13,15 @@ from numpy.typing import NDArray
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.state import Logits, State
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
-from satchel.runtime.generation.drafts import Drafter
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.repeats import RepeatDetector
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities
 from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.snapshots import NO_SNAPSHOTS, Snapshots
 from satchel.runtime.generation.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from satchel.runtime.generation.speculation import Drafter
 
 Choose = Callable[[Logits], int]
 Callback = Callable[[str], object]
@@ -28,12 +31,16 @@ Callback = Callable[[str], object]
 class Timing:
     """Seconds until the first token was chosen, seconds for further tokens, and the number of their steps.
 
+    `drafted` tokens were checked, of which `accepted` were right: as many runs of the graph were saved.
+
     The steps of a batch count in full for each of its rows.
     """
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class ActiveSequence:
@@ -56,7 +63,6 @@ class ActiveSequence:
         text: IncrementalDetokenizer | None,
         callback: Callback | None = None,
         snapshots: Snapshots = NO_SNAPSHOTS,
-        drafter: Drafter | None = None,
     ) -> None:
         """`choose` is a sampler, or picks a token from logits.
 
@@ -66,7 +72,7 @@ class ActiveSequence:
         self.options = options
         self.limit = limit
         self.snapshots = snapshots
-        self.drafter = drafter
+        self.drafter: Drafter | None = None
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []
@@ -124,6 +130,12 @@ class ActiveSequence:
         """End this early; nothing changes it afterwards. Text that was held back is shown."""
         if self.finish_reason is None:
             self._end(reason)
+
+    def end_drafts(self) -> None:
+        """Free what drafts for this, and keep its text for others."""
+        drafter, self.drafter = self.drafter, None
+        if drafter is not None:
+            drafter.close(self.token_ids)
 
     def fail(self, error: Exception) -> None:
         """End this with an error."""

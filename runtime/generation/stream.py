@@ -67,6 +67,7 @@ class TokenStream:
         """End the stream, put its tokens into the prefix cache, and free its KV cache."""
         state, self._state = self._state, None
         self._sequence.close()
+        self._sequence.end_drafts()
         if state is not None:
             self._prefix_cache.keep(self._sequence.fed, state.cache)
             self._engine.release(state.cache)

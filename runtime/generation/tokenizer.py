@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +93,14 @@ class Tokenizer(ABC):
         return ids[0] if found else None
 
     @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all tokens with their ids, 64 hex digits: equal for tokenizers of one vocabulary."""
+        hashed = hashlib.sha256()
+        for token, text in sorted(self._vocabulary().items()):
+            hashed.update(f"{token} {text!r}\n".encode())
+        return hashed.hexdigest()
+
+    @cached_property
     def _some_text(self) -> list[int]:
         return [token for token in self._encode_rendered("a") if not self.is_hidden(token)]
 
@@ -102,6 +111,9 @@ class Tokenizer(ABC):
     @abstractmethod
     def is_hidden(self, token: int) -> bool:
         """Whether a token has no text: a special token, or an id that the tokenizer does not know."""
+
+    @abstractmethod
+    def _vocabulary(self) -> dict[int, str]: ...
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -137,6 +149,9 @@ class JsonTokenizer(Tokenizer):
     def token_text(self, token: int) -> str | None:
         found: str | None = self._tokenizer.id_to_token(token) if token >= 0 else None
         return found
+
+    def _vocabulary(self) -> dict[int, str]:
+        return {token: text for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items()}
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
@@ -192,6 +207,9 @@ class SentencePieceTokenizer(Tokenizer):
         if token in self._texts:
             return self._texts[token]
         return str(self._processor.id_to_piece(token)) if 0 <= token < self._size else None
+
+    def _vocabulary(self) -> dict[int, str]:
+        return {token: str(self._processor.id_to_piece(token)) for token in range(self._size)} | self._texts
 
     def _encode(self, text: str) -> list[int]:
         return [*self._start, *self._encode_parts(text, self._added_texts), *self._end]

@@ -86,6 +86,14 @@ class Sampler:
         order = np.argsort(ids[:count])  # `draw` depends on the order of ids
         return self._remember(int(ids[order[draw(narrowed(logits[order], self.options), self._random.random())]]))
 
+    def coming(self, count: int) -> list[float]:
+        """The next `count` random numbers, which stay the next ones; none if this is greedy."""
+        return [] if self._random is None else copy.deepcopy(self._random).random(count).tolist()
+
+    def drawn(self, logits: NDArray[np.float32], uniform: float) -> int:
+        """The token that `uniform` draws from any logits, regardless of penalties; nothing is remembered."""
+        return draw(narrowed(logits, self.options), uniform)
+
     def fork(self, row: int) -> Self:
         """An independent copy with the history so far and the random stream of `row`, from its start.
 

@@ -17,7 +17,10 @@ from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.sampling.greedy import greedy
+from satchel.runtime.generation.sequence import ActiveSequence
+from satchel.runtime.generation.speculation import Speculation, decode
 from satchel.runtime.util.memory import peak_rss_mib, pss_mib
 
 LOWEST_ID = 100  # ids below are often special tokens
@@ -42,12 +45,15 @@ class Workload:
 class Run:
     """One timed run: `prefill` and `decode` in tokens per second over all sequences, `ttft` in seconds.
 
-    `ttft`, the time to first token, ends when every sequence has chosen its first token.
+    `ttft`, the time to first token, ends when every sequence has chosen its first token. Of the tokens `drafted`, those
+    `accepted` were right.
     """
 
     prefill: float
     ttft: float
     decode: float
+    drafted: float = 0.0
+    accepted: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,15 @@ def warm_up(engine: Engine, workload: Workload) -> None:
     warm.decode(warm.choose(warm.prefill(_prompt_ids(workload)[..., :tokens])))
 
 
-def timed_run(engine: Engine, workload: Workload) -> Run:
+def timed_run(engine: Engine, workload: Workload, speculation: Speculation | None = None) -> Run:
     """Time one run on a fresh KV cache. The workload must have been checked.
 
     Prefill is timed until the first token is chosen, decode over `new_tokens` steps that each choose the most likely
-    token. Prompt ids come from a fixed seed; EOS is ignored.
+    token. Prompt ids come from a fixed seed; EOS is ignored. `speculation` drafts tokens of a single sequence.
     """
     ids = _prompt_ids(workload)
+    if speculation is not None:
+        return _speculative_run(engine, ids, workload, speculation)
     sequences = _Sequences(engine, workload, workload.prompt_tokens + workload.new_tokens)
     prefill, decode, choose = sequences.prefill, sequences.decode, sequences.choose
     start = time.perf_counter()
@@ -125,6 +133,24 @@ def timed_run(engine: Engine, workload: Workload) -> Run:
         token = choose(decode(token))
     decoding = time.perf_counter() - start
     return Run(ids.size / ttft, ttft, workload.batch * workload.new_tokens / decoding)
+
+
+def _speculative_run(engine: Engine, ids: NDArray[np.int64], workload: Workload, speculation: Speculation) -> Run:
+    count = workload.new_tokens + 1  # the first one comes from prefill
+    options = GenerationOptions(max_new_tokens=count, adapter=workload.adapter)
+    sequence = ActiveSequence(ids, options, count, greedy, (), None)
+    state = engine.new_state(sequence.positions, workload.adapter)
+    sequence.drafter = speculation.drafter(sequence, None)
+    start = time.perf_counter()
+    sequence.take(engine.prefill(state, ids))
+    ttft = time.perf_counter() - start
+    start = time.perf_counter()
+    while sequence.finish_reason is None:
+        decode(engine, state, sequence)
+    decoding = time.perf_counter() - start
+    sequence.end_drafts()
+    timing = sequence.timing
+    return Run(ids.size / ttft, ttft, workload.new_tokens / decoding, timing.drafted, timing.accepted)
 
 
 def summarize(runs: Sequence[Run]) -> Summary:
