@@ -248,7 +248,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     if (domain == NULL) {
         OrtCustomOpDomain *made;
         status = ORT(api, CreateCustomOpDomain)("satchel", &made);
-        Operator *operators[] = {&linear_operator, &table_linear_operator, &attention_operator};
+        Operator *operators[] = {&linear_operator, &table_linear_operator, &attention_operator, &recurrence_operator,
+                                 &convolution_operator};
         for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
             status = add(api, made, operators[i]);
         if (status == NULL)

@@ -42,7 +42,7 @@ typedef struct {
     bool (*run)(const void *kernel, Run *run);
 } Operator;
 
-extern Operator linear_operator, table_linear_operator, attention_operator;
+extern Operator linear_operator, table_linear_operator, attention_operator, recurrence_operator, convolution_operator;
 
 int64_t attribute(Create *create, const char *name, int64_t fallback);
 float attribute_float(Create *create, const char *name, float fallback);

@@ -152,6 +152,42 @@ class Attention(OpRun):
         return y.reshape(batch, new, -1), *present
 
 
+class LinearAttention(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(
+        self, query: Array, key: Array, value: Array, past: Array, decay: Optional = None, beta: Optional = None,
+        **options: Any,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        batch, heads, key_dim, _ = past.shape
+        state, y = past.astype(np.float64), []
+        shared = heads // options["q_num_heads"]
+        for token in range(query.shape[1]):
+            q, k = (np.repeat(x[:, token].reshape(batch, -1, key_dim), shared, 1) for x in (query, key))
+            new = value[:, token].reshape(batch, heads, -1)
+            if "gated" in options["update_rule"]:
+                assert decay is not None
+                state = state * np.exp(decay[:, token].reshape(batch, heads, -1, 1))
+            if "delta" in options["update_rule"]:
+                assert beta is not None
+                new = beta[:, token][..., None] * (new - np.einsum("bhkv,bhk->bhv", state, k))
+            state = state + k[..., None] * new[:, :, None]
+            y.append(options["scale"] * np.einsum("bhkv,bhk->bhv", state, q))
+        return np.stack(y, 1).reshape(value.shape).astype(np.float32), state.astype(np.float32)
+
+
+class CausalConv(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(
+        self, x: Array, weight: Array, bias: Optional, past: Array, activation: str = "",
+    ) -> tuple[Array, Array]:  # fmt: skip
+        every, tokens = np.concatenate([past, x], 1), x.shape[1]
+        y = sum(every[:, w : w + tokens] * weight[:, 0, w] for w in range(weight.shape[2]))
+        y = y if bias is None else y + bias
+        return ACTIVATIONS[activation](y) if activation else y, every[:, tokens:]
+
+
 class SkipLayerNormalization(OpRun):
     op_domain: ClassVar[str] = "com.microsoft"
 
@@ -164,7 +200,9 @@ class SkipLayerNormalization(OpRun):
         return whole.astype(np.float32), unused, unused, total.astype(np.float32)
 
 
-OPERATORS = [SkipLayerNormalization, Linear, TableLinear, Attention, GatherBlockQuantized]
+OPERATORS = [
+    SkipLayerNormalization, Linear, TableLinear, Attention, LinearAttention, CausalConv, GatherBlockQuantized,
+]  # fmt: skip
 
 
 def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:

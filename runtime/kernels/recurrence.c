@@ -1,0 +1,404 @@
+/* A linear recurrence for each head: with decay exp(g) (1 if not gated) and, under the delta rule, beta,
+ *
+ *     S = exp(g) S + k u^T,    u = beta (v - (exp(g) S)^T k)  or  v,    out = scale S^T q
+ *
+ * A prompt runs in chunks of 32 tokens. With S0 the state before a chunk and w[t][i] the decay from token i to t,
+ * U = (I + A)^-1 beta (V - w0 K S0), A[t][i] = beta[t] w[t][i] k[t].k[i] for i < t, so that a chunk is a few matrix
+ * products and one forward substitution (Yang et al., Parallelizing Linear Transformers with the Delta Rule over
+ * Sequence Length, 2024; Gated Delta Networks, 2024). Decays are sums of the logarithms between two tokens only: no
+ * differences, in which digits cancel, and no quotients, which overflow.
+ */
+#include "vectors.h"
+
+#include "recurrence.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "exponential.h"
+#include "scratch.h"
+
+enum { CHUNK = 32, TALL = 8 };
+
+/* Scratch memory of a chunk; widths are rounded up to whole vectors, and what is beyond the sizes is 0. */
+typedef struct {
+    int64_t rows, key_width, value_width;
+    float *query, *key;   /* [CHUNK, key_width] */
+    float *key_columns;   /* [key_width, CHUNK] */
+    float *from_start;    /* [2, CHUNK, key_width]: keys, then queries, times the decay since the chunk's start */
+    float *to_end;        /* [CHUNK, key_width]: keys times the decay until its end */
+    float *kept;          /* [key_width]: the decay of the whole chunk */
+    float *decay, *sum;   /* [CHUNK, key_width] or [CHUNK, 1] logarithms; [key_width] sums of them */
+    float *beta, *ones;   /* [CHUNK] */
+    float *key_key, *query_key; /* [CHUNK, CHUNK]: dot products, each times the decay between the two tokens */
+    float *update, *out;  /* [CHUNK, value_width], one after the other */
+} Chunk;
+
+static int64_t whole(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+/* Lays the arrays out in `memory`, if there is any, and returns how many floats they take. */
+static int64_t lay_out(Chunk *chunk, float *memory)
+{
+    const int64_t keys = CHUNK * chunk->key_width, values = CHUNK * chunk->value_width;
+    const struct {
+        float **array;
+        int64_t size;
+    } parts[] = {{&chunk->query, keys},
+                 {&chunk->key, keys},
+                 {&chunk->key_columns, keys},
+                 {&chunk->from_start, 2 * keys},
+                 {&chunk->to_end, keys},
+                 {&chunk->kept, chunk->key_width},
+                 {&chunk->decay, keys},
+                 {&chunk->sum, chunk->key_width},
+                 {&chunk->beta, CHUNK},
+                 {&chunk->ones, CHUNK},
+                 {&chunk->key_key, CHUNK * CHUNK},
+                 {&chunk->query_key, CHUNK * CHUNK},
+                 {&chunk->update, values},
+                 {&chunk->out, values}};
+    int64_t used = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        if (memory != NULL)
+            *parts[i].array = memory + used;
+        used += parts[i].size;
+    }
+    return used;
+}
+
+/* exp(x) of logarithms of decay. */
+INLINE __m512 exp16(__m512 x) { return exp2_lanes(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f))); }
+
+/* A matrix product of one tile: c[r] = keep[r] c[r] + sum over j of a[r, j] b[j], up to 32 columns. */
+typedef struct {
+    const float *a, *b, *keep; /* keep NULL: c is not read */
+    float *c;
+    int64_t inner, a_row, a_column, b_row, c_row;
+} Product;
+
+INLINE void tile(const Product *p, int64_t row, int64_t column, int64_t columns, const int height)
+{
+    const __mmask16 first = lanes(columns - column), second = lanes(columns - column - LANES);
+    const float *a = p->a + row * p->a_row, *b = p->b + column;
+    float *c = p->c + row * p->c_row + column;
+    __m512 left[TALL], right[TALL];
+    UNROLL for (int r = 0; r < height; r++) {
+        left[r] = right[r] = _mm512_setzero_ps();
+        if (p->keep != NULL) {
+            const __m512 keep = _mm512_set1_ps(p->keep[row + r]);
+            left[r] = _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(first, c + r * p->c_row));
+            right[r] = _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(second, c + r * p->c_row + LANES));
+        }
+    }
+    for (int64_t j = 0; j < p->inner; j++) {
+        const __m512 b0 = _mm512_maskz_loadu_ps(first, b + j * p->b_row);
+        const __m512 b1 = _mm512_maskz_loadu_ps(second, b + j * p->b_row + LANES);
+        UNROLL for (int r = 0; r < height; r++) {
+            const __m512 weight = _mm512_set1_ps(a[r * p->a_row + j * p->a_column]);
+            left[r] = _mm512_fmadd_ps(weight, b0, left[r]);
+            right[r] = _mm512_fmadd_ps(weight, b1, right[r]);
+        }
+    }
+    UNROLL for (int r = 0; r < height; r++) {
+        _mm512_mask_storeu_ps(c + r * p->c_row, first, left[r]);
+        _mm512_mask_storeu_ps(c + r * p->c_row + LANES, second, right[r]);
+    }
+}
+
+/* Each number is one sum in the order of j, whatever the sizes. */
+static void multiply(const Product *p, int64_t rows, int64_t columns)
+{
+    for (int64_t column = 0; column < columns; column += 2 * LANES) {
+        int64_t row = 0;
+        for (; row + TALL <= rows; row += TALL)
+            tile(p, row, column, columns, TALL);
+        for (; row < rows; row++)
+            tile(p, row, column, columns, 1);
+    }
+}
+
+/* Copies a query or key, normalized if asked to, times a factor. */
+static void read_row(const float *from, int64_t size, float epsilon, float factor, float *to)
+{
+    if (epsilon > 0) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t d = 0; d < size; d += LANES) {
+            const __m512 x = _mm512_maskz_loadu_ps(lanes(size - d), from + d);
+            sum = _mm512_fmadd_ps(x, x, sum);
+        }
+        factor /= sqrtf(_mm512_reduce_add_ps(sum) + epsilon);
+    }
+    for (int64_t d = 0; d < size; d += LANES)
+        _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(size - d), from + d), _mm512_set1_ps(factor)));
+}
+
+/* One head of one sequence. */
+typedef struct {
+    const RecurrenceParams *params;
+    const RecurrenceCall *call;
+    const float *query, *key, *value, *decay, *beta; /* of its first token */
+    float *out, *state;
+    int64_t decays;       /* numbers of decay for each token: 1, or the key's channels */
+    int64_t decay_stride; /* from token to token */
+} Head;
+
+static void read_tokens(const Head *head, Chunk *chunk, int64_t start, int64_t count)
+{
+    const RecurrenceParams *params = head->params;
+    const RecurrenceCall *call = head->call;
+    const int64_t width = chunk->key_width, decays = head->decays > 1 ? width : 1;
+    chunk->rows = (count + TALL - 1) / TALL * TALL;
+    memset(chunk->query + count * width, 0, (chunk->rows - count) * width * sizeof(float));
+    memset(chunk->key + count * width, 0, (chunk->rows - count) * width * sizeof(float));
+    memset(chunk->decay, 0, CHUNK * decays * sizeof(float));
+    memset(chunk->beta, 0, CHUNK * sizeof(float));
+    for (int64_t t = 0; t < count; t++) {
+        const int64_t token = start + t;
+        read_row(head->query + token * call->query_stride, params->key_dim, params->epsilon, params->scale,
+                 chunk->query + t * width);
+        read_row(head->key + token * call->key_stride, params->key_dim, params->epsilon, 1, chunk->key + t * width);
+        if (params->gated)
+            memcpy(chunk->decay + t * decays, head->decay + token * head->decay_stride, head->decays * sizeof(float));
+        if (params->delta)
+            chunk->beta[t] = head->beta[token * params->heads];
+    }
+}
+
+/* rows times weights[row] */
+static void scale_rows(const Chunk *chunk, const float *from, const float *weights, float *to)
+{
+    const int64_t width = chunk->key_width;
+    for (int64_t t = 0; t < chunk->rows; t++)
+        for (int64_t d = 0; d < width; d += LANES)
+            _mm512_storeu_ps(to + t * width + d,
+                             _mm512_mul_ps(_mm512_set1_ps(weights[t]), _mm512_loadu_ps(from + t * width + d)));
+}
+
+/* Dot products and decays, if all channels of a head decay alike. */
+static void weigh_tokens(Chunk *chunk)
+{
+    const int64_t rows = chunk->rows, width = chunk->key_width;
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t d = 0; d < width; d++)
+            chunk->key_columns[d * CHUNK + t] = chunk->key[t * width + d];
+    Product product = {.a = chunk->key, .a_row = width, .a_column = 1, .b = chunk->key_columns, .b_row = CHUNK,
+                       .c = chunk->key_key, .c_row = CHUNK, .inner = width};
+    multiply(&product, rows, rows);
+    product.a = chunk->query, product.c = chunk->query_key;
+    multiply(&product, rows, rows);
+    float from_start[CHUNK], to_end[CHUNK], sums[CHUNK];
+    __m512 between[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}; /* the logarithm from each token to t */
+    float sum = 0;
+    for (int64_t t = 0; t < rows; t++) {
+        const __m512 decay = _mm512_set1_ps(chunk->decay[t]);
+        sums[t] = sum += chunk->decay[t];
+        UNROLL for (int half = 0; half < 2; half++) {
+            between[half] = _mm512_maskz_add_ps(lanes(t - half * LANES), between[half], decay);
+            const __mmask16 seen = lanes(t + 1 - half * LANES);
+            const __m512 weight = _mm512_maskz_mov_ps(seen, exp16(between[half]));
+            float *keys = chunk->key_key + t * CHUNK + half * LANES, *queries = chunk->query_key + t * CHUNK + half * LANES;
+            _mm512_storeu_ps(keys, _mm512_maskz_mul_ps(seen, weight, _mm512_loadu_ps(keys)));
+            _mm512_storeu_ps(queries, _mm512_maskz_mul_ps(seen, weight, _mm512_loadu_ps(queries)));
+            if (t == rows - 1)
+                _mm512_storeu_ps(to_end + half * LANES, weight);
+        }
+    }
+    for (int64_t t = rows; t < CHUNK; t++)
+        sums[t] = 0;
+    for (int half = 0; half < 2; half++)
+        _mm512_storeu_ps(from_start + half * LANES, exp16(_mm512_loadu_ps(sums + half * LANES)));
+    scale_rows(chunk, chunk->key, from_start, chunk->from_start);
+    scale_rows(chunk, chunk->query, from_start, chunk->from_start + rows * width);
+    scale_rows(chunk, chunk->key, to_end, chunk->to_end);
+    for (int64_t d = 0; d < width; d++)
+        chunk->kept[d] = from_start[rows - 1];
+}
+
+/* The same if each channel has a decay of its own. */
+static void weigh_channels(Chunk *chunk)
+{
+    const int64_t rows = chunk->rows, width = chunk->key_width;
+    float *keys = chunk->from_start, *queries = keys + rows * width;
+    memset(chunk->key_key, 0, rows * CHUNK * sizeof(float));
+    memset(chunk->query_key, 0, rows * CHUNK * sizeof(float));
+    for (int64_t t = 0; t < rows; t++) {
+        memset(chunk->sum, 0, width * sizeof(float));
+        for (int64_t i = t; i >= 0; i--) {
+            __m512 key_key = _mm512_setzero_ps(), query_key = key_key;
+            for (int64_t d = 0; d < width; d += LANES) {
+                const __m512 sum = _mm512_loadu_ps(chunk->sum + d);
+                const __m512 key = _mm512_mul_ps(exp16(sum), _mm512_loadu_ps(chunk->key + i * width + d));
+                key_key = _mm512_fmadd_ps(key, _mm512_loadu_ps(chunk->key + t * width + d), key_key);
+                query_key = _mm512_fmadd_ps(key, _mm512_loadu_ps(chunk->query + t * width + d), query_key);
+                if (t == rows - 1)
+                    _mm512_storeu_ps(chunk->to_end + i * width + d, key);
+                _mm512_storeu_ps(chunk->sum + d, _mm512_add_ps(sum, _mm512_loadu_ps(chunk->decay + i * width + d)));
+            }
+            chunk->key_key[t * CHUNK + i] = _mm512_reduce_add_ps(key_key);
+            chunk->query_key[t * CHUNK + i] = _mm512_reduce_add_ps(query_key);
+        }
+        for (int64_t d = 0; d < width; d += LANES) {
+            const __m512 decay = exp16(_mm512_loadu_ps(chunk->sum + d));
+            _mm512_storeu_ps(keys + t * width + d, _mm512_mul_ps(decay, _mm512_loadu_ps(chunk->key + t * width + d)));
+            _mm512_storeu_ps(queries + t * width + d,
+                             _mm512_mul_ps(decay, _mm512_loadu_ps(chunk->query + t * width + d)));
+            _mm512_storeu_ps(chunk->kept + d, decay);
+        }
+    }
+}
+
+/* update: V, or (I + A)^-1 beta (V - update) by forward substitution. */
+static void solve(const Head *head, Chunk *chunk, int64_t start, int64_t count)
+{
+    const int64_t columns = head->params->value_dim, width = chunk->value_width;
+    for (int64_t column = 0; column < columns; column += 4 * LANES)
+        for (int64_t t = 0; t < chunk->rows; t++) {
+            const float *value = head->value + (start + t) * head->call->value_stride + column;
+            float *row = chunk->update + t * width + column;
+            const __m512 beta = _mm512_set1_ps(chunk->beta[t]);
+            __m512 sum[4];
+            UNROLL for (int part = 0; part < 4; part++) {
+                const __mmask16 mask = lanes(columns - column - part * LANES), present = t < count ? mask : 0;
+                sum[part] = _mm512_maskz_loadu_ps(present, value + part * LANES);
+                if (head->params->delta)
+                    sum[part] = _mm512_sub_ps(sum[part], _mm512_maskz_loadu_ps(mask, row + part * LANES));
+            }
+            if (head->params->delta) {
+                for (int64_t i = 0; i < t; i++) {
+                    const __m512 weight = _mm512_set1_ps(chunk->key_key[t * CHUNK + i]);
+                    UNROLL for (int part = 0; part < 4; part++) {
+                        const __mmask16 mask = lanes(columns - column - part * LANES);
+                        const __m512 before = _mm512_maskz_loadu_ps(mask, row + (i - t) * width + part * LANES);
+                        sum[part] = _mm512_fnmadd_ps(weight, before, sum[part]);
+                    }
+                }
+                UNROLL for (int part = 0; part < 4; part++)
+                    sum[part] = _mm512_mul_ps(beta, sum[part]);
+            }
+            UNROLL for (int part = 0; part < 4; part++)
+                _mm512_mask_storeu_ps(row + part * LANES, lanes(columns - column - part * LANES), sum[part]);
+        }
+}
+
+static void run_chunk(const Head *head, Chunk *chunk, int64_t start, int64_t count)
+{
+    const RecurrenceParams *params = head->params;
+    const int64_t keys = params->key_dim, values = params->value_dim, width = chunk->key_width;
+    read_tokens(head, chunk, start, count);
+    (head->decays > 1 ? weigh_channels : weigh_tokens)(chunk);
+    const int64_t rows = chunk->rows, first = params->delta ? 0 : rows; /* what keys find in the state is not needed */
+    chunk->out = chunk->update + rows * chunk->value_width;
+    Product product = {.a = chunk->from_start + first * width, .a_row = width, .a_column = 1, .b = head->state,
+                       .b_row = values, .c = chunk->update + first * chunk->value_width, .c_row = chunk->value_width,
+                       .inner = keys};
+    multiply(&product, 2 * rows - first, values);
+    solve(head, chunk, start, count);
+    product = (Product){.a = chunk->query_key, .a_row = CHUNK, .a_column = 1, .b = chunk->update,
+                        .b_row = chunk->value_width, .c = chunk->out, .c_row = chunk->value_width,
+                        .keep = chunk->ones, .inner = rows};
+    multiply(&product, rows, values);
+    for (int64_t t = 0; t < count; t++)
+        memcpy(head->out + (start + t) * params->heads * values, chunk->out + t * chunk->value_width,
+               values * sizeof(float));
+    product = (Product){.a = chunk->to_end, .a_row = 1, .a_column = width, .b = chunk->update,
+                        .b_row = chunk->value_width, .c = head->state, .c_row = values, .keep = chunk->kept,
+                        .inner = rows};
+    multiply(&product, keys, values);
+}
+
+/* One token: the state is read twice and written once. */
+static void run_token(const Head *head, Chunk *chunk)
+{
+    const RecurrenceParams *params = head->params;
+    const int64_t keys = params->key_dim, values = params->value_dim;
+    read_tokens(head, chunk, 0, 1);
+    for (int64_t d = 0; d < chunk->key_width; d += LANES) {
+        const __m512 decay = head->decays > 1 ? _mm512_loadu_ps(chunk->decay + d) : _mm512_set1_ps(chunk->decay[0]);
+        _mm512_storeu_ps(chunk->kept + d, exp16(decay));
+    }
+    for (int64_t column = 0; column < values; column += 4 * LANES) {
+        __mmask16 mask[4];
+        __m512 update[4], out[4], found[4];
+        UNROLL for (int part = 0; part < 4; part++) {
+            mask[part] = lanes(values - column - part * LANES);
+            update[part] = _mm512_maskz_loadu_ps(mask[part], head->value + column + part * LANES);
+            out[part] = found[part] = _mm512_setzero_ps();
+        }
+        float *state = head->state + column;
+        if (params->delta) {
+            for (int64_t d = 0; d < keys; d++) {
+                const __m512 key = _mm512_set1_ps(chunk->key[d] * chunk->kept[d]);
+                UNROLL for (int part = 0; part < 4; part++) {
+                    const __m512 s = _mm512_maskz_loadu_ps(mask[part], state + d * values + part * LANES);
+                    found[part] = _mm512_fmadd_ps(key, s, found[part]);
+                }
+            }
+            UNROLL for (int part = 0; part < 4; part++)
+                update[part] = _mm512_mul_ps(_mm512_set1_ps(chunk->beta[0]), _mm512_sub_ps(update[part], found[part]));
+        }
+        for (int64_t d = 0; d < keys; d++) {
+            const __m512 kept = _mm512_set1_ps(chunk->kept[d]), key = _mm512_set1_ps(chunk->key[d]),
+                         query = _mm512_set1_ps(chunk->query[d]);
+            UNROLL for (int part = 0; part < 4; part++) {
+                float *place = state + d * values + part * LANES;
+                __m512 s = _mm512_mul_ps(kept, _mm512_maskz_loadu_ps(mask[part], place));
+                s = _mm512_fmadd_ps(key, update[part], s);
+                out[part] = _mm512_fmadd_ps(query, s, out[part]);
+                _mm512_mask_storeu_ps(place, mask[part], s);
+            }
+        }
+        UNROLL for (int part = 0; part < 4; part++)
+            _mm512_mask_storeu_ps(head->out + column + part * LANES, mask[part], out[part]);
+    }
+}
+
+typedef struct {
+    const RecurrenceParams *params;
+    const RecurrenceCall *call;
+    bool failed;
+} Work;
+
+static void run_head(void *data, size_t index)
+{
+    Work *work = data;
+    const RecurrenceParams *params = work->params;
+    const RecurrenceCall *call = work->call;
+    const int64_t heads = params->heads, keys = params->key_dim, values = params->value_dim;
+    const int64_t sequence = (int64_t)index / heads, own = (int64_t)index % heads, tokens = call->tokens;
+    const int64_t shared = own / (heads / params->key_heads), first = sequence * tokens, size = keys * values;
+    const int64_t decays = call->channel_decay ? keys : 1;
+    Head head = {.params = params,
+                 .call = call,
+                 .query = call->query + first * call->query_stride + shared * keys,
+                 .key = call->key + first * call->key_stride + shared * keys,
+                 .value = call->value + first * call->value_stride + own * values,
+                 .decay = params->gated ? call->decay + (first * heads + own) * decays : NULL,
+                 .beta = params->delta ? call->beta + first * heads + own : NULL,
+                 .out = call->out + (first * heads + own) * values,
+                 .state = call->present + (int64_t)index * size,
+                 .decays = decays,
+                 .decay_stride = heads * decays};
+    Chunk chunk = {.key_width = whole(keys), .value_width = whole(values)};
+    float *memory = thread_scratch(lay_out(&chunk, NULL) * sizeof(float));
+    if (memory == NULL) {
+        __atomic_store_n(&work->failed, true, __ATOMIC_RELAXED);
+        return;
+    }
+    lay_out(&chunk, memory);
+    for (int i = 0; i < CHUNK; i++)
+        chunk.ones[i] = 1;
+    if (call->past != call->present)
+        memcpy(head.state, call->past + (int64_t)index * size, size * sizeof(float));
+    if (tokens == 1)
+        run_token(&head, &chunk);
+    else
+        for (int64_t start = 0; start < tokens; start += CHUNK)
+            run_chunk(&head, &chunk, start, tokens - start < CHUNK ? tokens - start : CHUNK);
+}
+
+const char *recurrence_run(const RecurrenceParams *params, const RecurrenceCall *call, const Parallel *parallel)
+{
+    Work work = {params, call, false};
+    parallel_for(parallel, (size_t)(call->batch * params->heads), run_head, &work);
+    return work.failed ? "satchel:LinearAttention: out of memory" : NULL;
+}
