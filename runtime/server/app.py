@@ -121,7 +121,9 @@ def make_app(state: State, hosts: frozenset[str] | None = None) -> ASGIApp:
         found = RequestError(
             status, f"{http.url.path[:60]}: {words.get(status, 'cannot be answered')}", code="not_found"
         )
-        return error_response(found, anthropic=is_anthropic(http.url.path))
+        response = error_response(found, anthropic=is_anthropic(http.url.path))
+        response.headers.update(getattr(error, "headers", None) or {})  # Allow
+        return response
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -103,7 +103,7 @@ number = _rule("a number", lambda value: type(value) in (int, float) and math.is
 
 
 def _whole_number(digits: str) -> int:
-    value = int(digits) if len(digits) < 20 else LARGEST + 1
+    value = int(digits) if len(digits.lstrip("-")) < 20 else LARGEST + 1
     if abs(value) > LARGEST:
         raise ValueError(f"the number {digits[:20]} is out of range")
     return value

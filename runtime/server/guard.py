@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import re
+import secrets
 import sys
 from urllib.parse import urlsplit
 
@@ -17,6 +19,8 @@ from satchel.runtime.server.state import State
 
 PUBLIC = ("/", "/health")
 """Paths that need no key."""
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+"""What a client may call its request."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -28,11 +32,14 @@ class Guard:
         self._app, self._state, self._paths, self._hosts = app, state, paths, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
+        """Handle one request. Its answer has its id, which the client may have given."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, record = Headers(scope=scope), Record(scope["method"], scope["path"])
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        record = Record(scope["method"], scope["path"], id)
         scope.setdefault("state", {})["record"] = record
         origin = headers.get("origin")
         allowed = origin if origin in self._state.settings.cors_origins else None
@@ -40,6 +47,7 @@ class Guard:
         async def recorded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                MutableHeaders(scope=message)["request-id" if is_anthropic(scope["path"]) else "x-request-id"] = id
                 if allowed is not None:
                     _allow(MutableHeaders(scope=message), allowed)
             await send(message)
@@ -69,8 +77,9 @@ class Guard:
             )
         if settings.api_key is None or scope["path"] in PUBLIC or scope["method"] == "OPTIONS":
             return None
-        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
+        if not hmac.compare_digest(given.encode("latin-1"), settings.api_key.encode()):
             return RequestError(401, "the API key is missing or wrong: send the server's", code="invalid_api_key")
         return None
 

@@ -20,6 +20,7 @@ class Record:
 
     method: str
     path: str
+    id: str = ""
     began: float = field(default_factory=time.monotonic)
     status: int = 0
     model: str = ""
@@ -44,6 +45,7 @@ class Record:
             reasons = ",".join(sorted({result.finish_reason for result in self.results}))
             parts.append(f"prompt {prompts} ({cached} cached), new {new} ({reasons})")
         parts.append(f"{time.monotonic() - self.began:.3f} s")
+        parts.append(self.id)
         if self.prompt:
             parts.append(f"prompt {printable(self.prompt)}")
         return ", ".join(parts)
@@ -70,7 +72,8 @@ COUNTERS = {
     "prompt_tokens_cached_total": "Prompt tokens that were in the prefix cache.",
     "prompt_seconds_total": "Seconds until first tokens.",
     "tokens_predicted_total": "New tokens.",
-    "tokens_predicted_seconds_total": "Seconds for further tokens.",
+    "tokens_decoded_total": "New tokens after the first one of each answer.",
+    "tokens_decoded_seconds_total": "Seconds for new tokens after the first one.",
 }
 
 
@@ -87,7 +90,7 @@ class Metrics:
         for result in record.results:
             values = (
                 result.prompt_tokens - result.reused_tokens, result.reused_tokens, result.prefill_seconds,
-                result.new_tokens, result.decode_seconds,
+                result.new_tokens, result.decode_steps, result.decode_seconds,
             )  # fmt: skip
             for name, value in zip(COUNTERS, values, strict=True):
                 self._counts[name] += value

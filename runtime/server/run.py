@@ -47,7 +47,9 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one. Raises SatchelError if that is not possible."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        # asyncio sends small events at once (TCP_NODELAY) only on sockets that say that they are TCP's.
+        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=listener.detach())
     except (OSError, OverflowError) as error:
         raise SatchelError(f"--host {host} --port {port}: cannot listen ({error}): choose others") from None
 
