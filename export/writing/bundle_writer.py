@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnxruntime import AdapterFormat, OrtValue
 
 from satchel.export.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from satchel.graphs.ir.values import weight
 from satchel.graphs.ir.weights import LazyWeight, stored
 from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.quantized import LAYOUT, Quantized
-from satchel.runtime.bundle.contract import TEXT_LENGTH, WEIGHTS_NAME, Layout
+from satchel.runtime.bundle.contract import BLOCK_TABLE, ROW_OFFSETS, TEXT_LENGTH, WEIGHTS_NAME, Layout
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, AdapterSpec, FileRecord, Manifest, TensorSpec
 
@@ -35,6 +36,13 @@ separately, and a cache line for smaller ones.
 """
 
 LARGE = 1 << 20
+
+DEFAULTS: Mapping[str | None, NDArray[Any]] = {
+    TEXT_LENGTH: np.zeros((1, 1), np.int64),
+    ROW_OFFSETS: np.zeros(0, np.int32),
+    BLOCK_TABLE: np.zeros((0, 0), np.int32),
+}
+"""What inputs are where a run leaves them out."""
 
 Advance = Callable[[int], object]
 
@@ -137,12 +145,12 @@ def write_weights(folder: Path, places: Mapping[str, Place], advance: Advance) -
 def write_graph(folder: Path, name: str, model: ir.Model, places: Mapping[str, Place]) -> None:
     """Write one graph, with its weights as external data in the weight file.
 
-    `text_length` gets a default, so that a runner that does not know it can leave it out.
+    Inputs in `DEFAULTS` get these, so that a runner that does not know them can leave them out.
     """
     model = model.clone()
     for value in model.graph.inputs:
-        if value.name == TEXT_LENGTH:
-            value.const_value = ir.tensor(np.zeros((1, 1), np.int64), name=TEXT_LENGTH)
+        if value.name in DEFAULTS:
+            value.const_value = ir.tensor(DEFAULTS[value.name], name=value.name)
             model.graph.register_initializer(value)
     for value in model.graph.initializers.values():
         lazy = weight(value)

@@ -16,6 +16,7 @@ from satchel.graphs.passes.native.insert_linear import insert_linear
 from satchel.graphs.passes.native.lower_attention_native import lower_attention_native
 from satchel.graphs.passes.native.lower_embedding_matmul import lower_embedding_matmul
 from satchel.graphs.passes.native.lower_states_native import lower_states_native
+from satchel.graphs.passes.native.take_rows import take_rows
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
 from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddings
 from satchel.graphs.passes.quantize.quantize_experts import quantize_experts
@@ -47,6 +48,7 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(lower_embedding_matmul, after=("quantize_embeddings",)),
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(store_linear_float16),
+        Step(take_rows, after=("lower_attention_native", "insert_linear", "slice_last_logits"), changes_signature=True),
     )
 
 

@@ -17,6 +17,8 @@ from satchel.runtime.bundle.contract import (
     LOGITS,
     PHASES,
     POOLINGS,
+    RAGGED_INPUTS,
+    ROW_OFFSETS,
     STATIC_INPUTS,
     TEXT_LENGTH,
     TOKENIZER_KINDS,
@@ -198,6 +200,7 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str, resu
     wanted |= {state.past for state in states}
     wanted |= set() if manifest.model.rotary_border is None else {TEXT_LENGTH}
     found = {tensor.name for tensor in graph.inputs}
+    wanted |= set(RAGGED_INPUTS) if ROW_OFFSETS in found and name not in PHASES else set()
     expected = "the contract's names and those of kv_cache and states"
     _check(found == wanted, f"{key}.inputs", sorted(found ^ wanted), expected)
     wanted = {result, *(present for layer in layers for _, present, _ in layer.buffers)}

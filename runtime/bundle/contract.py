@@ -46,6 +46,12 @@ TEXT_LENGTH = "text_length"
 """[batch, 1] int64, where the rotary table depends on the length of the text (`model.rotary_border`): the number of
 tokens of the whole prompt, of which a run may be one chunk. It may be left out, and is 0 then: a run's mask decides."""
 
+ROW_OFFSETS, BLOCK_TABLE = RAGGED_INPUTS = ("row_offsets", "block_table")
+"""Optional inputs of the variant for satchel's own kernels, both or neither. `row_offsets` [sequences + 1] int32: where
+the new tokens of each sequence begin in `input_ids`, which is [1, tokens] then, and their number; `block_table`
+[sequences, blocks] int32: which block of the cache has each of a sequence's runs of positions. Left out, both are
+empty, and a run is as in the other graphs."""
+
 LOGITS = "logits"
 """[batch, 1, vocabulary] float32 of the last token, or [batch, sequence, vocabulary] of a score graph."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.checks import check_limits, check_manifest
-from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, EMBED, TOP_IDS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, CAPACITY, EMBED, ROW_OFFSETS, TOP_IDS
 from satchel.runtime.bundle.digest import (
     FORMAT,
     VERSION,
@@ -191,6 +191,11 @@ class Variant:
     weights: VariantWeights
     requires: tuple[str, ...]
     kernel_abi: int | None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether one run may hold new tokens of several sequences, with keys and values in blocks of a pool."""
+        return any(tensor.name == ROW_OFFSETS for tensor in self.graph.inputs)
 
 
 @dataclass(frozen=True)

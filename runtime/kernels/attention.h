@@ -10,21 +10,26 @@
 
 /* One step. All tensors are float32 and dense; a token's channels lie head by head. */
 typedef struct {
-    int64_t batch, tokens, heads, kv_heads, head_dim;
+    int64_t batch, tokens, heads, kv_heads, head_dim; /* sequences, and new tokens of each; ragged: of all together */
+    const int32_t *row_offsets; /* [batch + 1]: ragged: where each sequence's new tokens begin, and their number; NULL:
+                                 * each sequence has as many */
+    const int32_t *block_table; /* ragged: [batch, table_width]: which block has each `capacity` positions of a
+                                 * sequence; those that no new token sees or is written to are not read */
+    int64_t table_width, blocks;
     const float *query; /* [batch, tokens, heads * head_dim]; packed: [.., (heads + 2 * kv_heads) * head_dim] */
     const float *key;   /* [batch, tokens, kv_heads * head_dim]; packed: NULL, and so is value */
     const float *value;
     const float *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
-                            * with the same capacity, or memory apart */
+                            * with the same capacity, or memory apart. Ragged: [blocks, ..], the present's own */
     const float *past_value;
     int64_t past_capacity;
     float *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
     float *present_value;
-    int64_t capacity;
+    int64_t capacity; /* ragged: a power of two */
     bool one_cache; /* past and present have one row: the rows of the batch are single tokens of one sequence, each of
                      * which sees those before it; past and present are the same memory */
     const int32_t *seqlens_k; /* [batch]: tokens in the cache after this step, minus one */
-    int32_t total;            /* equal to tokens: the cache was empty in all rows */
+    int32_t total;            /* equal to tokens: the cache was empty in all rows; ragged: not read */
     const float *cos, *sin;   /* [rotary_rows, rotary_half]; NULL: no rotation */
     int64_t rotary_rows, rotary_half;
     const int64_t *rotary_row; /* [batch, tokens]: which row each new token has; NULL: that of its position */
@@ -40,7 +45,7 @@ typedef struct {
 const char *attention_check(const AttentionCall *call, size_t *scratch);
 
 /* Runs a step that attention_check accepted. `scratch` is aligned to 64 bytes. Results do not depend on the number of
- * threads, and are batch-invariant. Returns NULL, or an error as a constant string. */
+ * threads, on where keys and values lie, or on the other sequences. Returns NULL, or an error as a constant string. */
 const char *attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel);
 
 #endif

@@ -1,15 +1,16 @@
 #include "vectors.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "attention_internal.h"
 #include "exponential.h"
 
-/* Attention of one token per row of the batch. Its keys are split into ranges. A task takes one range of one key head
+/* Attention of sequences with one new token. Its keys are split into ranges. A task takes one range of one key head
  * for all its query heads, and stores their maximum, the sum of exponentials and the weighted values. These are merged
  * in the order of the ranges (as in Flash-Decoding). The split depends on the number of keys only. */
-enum { ROWS = 4, MAX_RANGE = 512, ALONE = 1 << 15 };
+enum { ROWS = 4, MAX_RANGE = 512, STRIDE = MAX_RANGE + LANES }; /* a run of keys is stored in whole steps */
 
 /* Keys in a range. Short ranges give work to more threads, long ones are read from memory faster. */
 static int64_t range_of(int64_t keys)
@@ -18,29 +19,21 @@ static int64_t range_of(int64_t keys)
     return ((keys + ranges - 1) / ranges + LANES - 1) / LANES * LANES;
 }
 
-static int64_t ranges_of(int64_t keys) { return (keys + range_of(keys) - 1) / range_of(keys); }
-
-/* Where the parts of the scratch memory start, in bytes. */
-typedef struct {
-    const AttentionPlan *plan;
-    int64_t *starts; /* [batch + 1]: ranges of the rows before */
-    float *queries;  /* [batch, heads, head_dim] */
-    float *partials; /* [ranges of all rows, heads, head_dim + 2]: weighted values, maximum, sum */
-} Decode;
-
 static int64_t seen_keys(const AttentionCall *call, int64_t row)
 {
     int64_t position = past_tokens(call, row);
     return position + 1 - first_key(call, position);
 }
 
-size_t decode_scratch(const AttentionCall *call)
+int64_t decode_ranges(const AttentionCall *call, int64_t row)
 {
-    int64_t ranges = 0, width = call->heads * call->head_dim;
-    for (int64_t row = 0; row < call->batch; row++)
-        ranges += ranges_of(seen_keys(call, row));
-    int64_t floats = call->batch * width + ranges * (width + 2 * call->heads);
-    return (size_t)(call->batch + 1) * sizeof(int64_t) + 64 + (size_t)floats * sizeof(float);
+    int64_t keys = seen_keys(call, row);
+    return (keys + range_of(keys) - 1) / range_of(keys);
+}
+
+int64_t decode_work(const AttentionCall *call, int64_t row)
+{
+    return seen_keys(call, row) * call->heads * call->head_dim;
 }
 
 INLINE __m512 add_shuffled(__m512 a, __m512 b, const int first, const int second)
@@ -95,11 +88,11 @@ INLINE void decode_scores(const float *query, const float *keys, const float *va
             continue;
         }
         _mm_storeu_ps(scores + key, _mm512_castps512_ps128(sums));
-        _mm_storeu_ps(scores + MAX_RANGE + key, _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(scores + STRIDE + key, _mm512_extractf32x4_ps(sums, 1));
         if (rows > 2)
-            _mm_storeu_ps(scores + 2 * MAX_RANGE + key, _mm512_extractf32x4_ps(sums, 2));
+            _mm_storeu_ps(scores + 2 * STRIDE + key, _mm512_extractf32x4_ps(sums, 2));
         if (rows > 3)
-            _mm_storeu_ps(scores + 3 * MAX_RANGE + key, _mm512_extractf32x4_ps(sums, 3));
+            _mm_storeu_ps(scores + 3 * STRIDE + key, _mm512_extractf32x4_ps(sums, 3));
     }
 }
 
@@ -126,16 +119,17 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
     *total = _mm512_reduce_add_ps(sum);
 }
 
-/* out[rows][columns] = scores * values, for up to 4 vectors of columns. */
-INLINE void decode_values(const float *scores, const float *values, int64_t count, int64_t head_dim, __mmask16 tail,
-                          float *out, const int rows, const int vectors)
+/* out[rows][columns] += scores * values, for up to 4 vectors of columns; the first keys start at zero. */
+INLINE void decode_values(const float *scores, const float *values, int64_t count, int64_t head_dim, bool start,
+                          __mmask16 tail, float *out, const int rows, const int vectors)
 {
     __m512 sum[ROWS][4];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < vectors; c++)
-            sum[r][c] = _mm512_setzero_ps();
+            sum[r][c] = _mm512_maskz_loadu_ps(start ? 0 : c == vectors - 1 ? tail : 0xffff,
+                                              out + r * head_dim + c * LANES);
     for (int64_t key = 0; key < count; key++) {
         __m512 x[4];
         UNROLL
@@ -143,7 +137,7 @@ INLINE void decode_values(const float *scores, const float *values, int64_t coun
             x[c] = _mm512_maskz_loadu_ps(c == vectors - 1 ? tail : 0xffff, values + key * head_dim + c * LANES);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            __m512 score = _mm512_set1_ps(scores[r * MAX_RANGE + key]);
+            __m512 score = _mm512_set1_ps(scores[r * STRIDE + key]);
             UNROLL
             for (int c = 0; c < vectors; c++)
                 sum[r][c] = _mm512_fmadd_ps(score, x[c], sum[r][c]);
@@ -156,79 +150,91 @@ INLINE void decode_values(const float *scores, const float *values, int64_t coun
             _mm512_mask_storeu_ps(out + r * head_dim + c * LANES, c == vectors - 1 ? tail : 0xffff, sum[r][c]);
 }
 
-INLINE void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim,
-                   float cap, float *out, float *maximum, float *total, const int rows)
+/* The keys of one range, for `rows` query heads. */
+typedef struct {
+    const AttentionPlan *plan;
+    int64_t row, kv_head, from, count;
+    const float *query;           /* [rows, head_dim] */
+    float *out, *maximum, *total; /* [rows, head_dim], [rows], [rows] */
+} Range;
+
+INLINE void attend(const Range *range, const int rows)
 {
-    float scores[ROWS * MAX_RANGE];
-    decode_scores(query, keys, values, count, head_dim, scores, rows);
+    const AttentionPlan *plan = range->plan;
+    const AttentionCall *call = plan->call;
+    int64_t head_dim = call->head_dim, from = range->from, end = from + range->count;
+    float scores[ROWS * STRIDE];
+    for (int64_t key = from, next; key < end; key = next) {
+        next = run_end(plan, key, end);
+        int64_t place = place_of(plan, range->row, range->kv_head, key);
+        decode_scores(range->query, call->present_key + place, call->present_value + place, next - key, head_dim,
+                      scores + key - from, rows);
+    }
     for (int r = 0; r < rows; r++)
-        softmax(scores + r * MAX_RANGE, count, cap, maximum + r, total + r);
+        softmax(scores + r * STRIDE, range->count, plan->cap, range->maximum + r, range->total + r);
     for (int64_t column = 0; column < head_dim; column += 4 * LANES) {
         int64_t left = min64(head_dim - column, 4 * LANES), vectors = (left + LANES - 1) / LANES;
         __mmask16 tail = lanes(left - (vectors - 1) * LANES);
-        const float *value = values + column;
-        switch (vectors) {
-        case 1: decode_values(scores, value, count, head_dim, tail, out + column, rows, 1); break;
-        case 2: decode_values(scores, value, count, head_dim, tail, out + column, rows, 2); break;
-        case 3: decode_values(scores, value, count, head_dim, tail, out + column, rows, 3); break;
-        default: decode_values(scores, value, count, head_dim, tail, out + column, rows, 4);
+        float *out = range->out + column;
+        for (int64_t key = from, next; key < end; key = next) {
+            next = run_end(plan, key, end);
+            const float *at = scores + key - from;
+            const float *value = call->present_value + place_of(plan, range->row, range->kv_head, key) + column;
+            switch (vectors) {
+            case 1: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 1); break;
+            case 2: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 2); break;
+            case 3: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 3); break;
+            default: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 4);
+            }
         }
     }
 }
 
 /* The same for each number of query heads that are done together. */
-#define ATTEND(name, rows)                                                                                        \
-    static void name(const float *query, const float *keys, const float *values, int64_t count, int64_t head_dim, \
-                     float cap, float *out, float *maximum, float *total)                                         \
-    {                                                                                                             \
-        attend(query, keys, values, count, head_dim, cap, out, maximum, total, rows);                             \
-    }
-ATTEND(attend_one, 1)
-ATTEND(attend_two, 2)
-ATTEND(attend_three, 3)
-ATTEND(attend_four, 4)
+static void attend_one(const Range *range) { attend(range, 1); }
+static void attend_two(const Range *range) { attend(range, 2); }
+static void attend_three(const Range *range) { attend(range, 3); }
+static void attend_four(const Range *range) { attend(range, 4); }
+static void (*const ATTEND[])(const Range *) = {attend_one, attend_two, attend_three, attend_four};
 
-static void decode_task(void *data, size_t index)
+void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head)
 {
-    const Decode *decode = data;
-    const AttentionPlan *plan = decode->plan;
     const AttentionCall *call = plan->call;
-    int64_t kv_head = (int64_t)index % call->kv_heads, range = (int64_t)index / call->kv_heads;
-    int64_t low = 0, high = call->batch; /* the row: starts[low] <= range < starts[low + 1] */
-    while (high - low > 1) {
-        int64_t middle = (low + high) / 2;
-        if (decode->starts[middle] <= range)
-            low = middle;
-        else
-            high = middle;
-    }
-    int64_t row = low, head_dim = call->head_dim, position = past_tokens(call, row);
+    for (int64_t head = kv_head * plan->group; head < (kv_head + 1) * plan->group; head++)
+        rotate_head(call, query_of(plan, row, 0, head), rotary_row_of(call, row, 0), plan->query_scale,
+                    plan->queries + (row * call->heads + head) * call->head_dim);
+}
+
+void decode_task(const AttentionPlan *plan, int64_t index)
+{
+    const AttentionCall *call = plan->call;
+    int64_t kv_head = index % call->kv_heads, place = index / call->kv_heads, head_dim = call->head_dim;
+    int64_t row = part_of(plan->ranges, call->batch, place), position = past_tokens(call, row);
     int64_t length = range_of(seen_keys(call, row));
-    int64_t from = first_key(call, position) + (range - decode->starts[row]) * length;
-    int64_t count = min64(length, position + 1 - from), first = kv_head * plan->group;
-    const float *query = decode->queries + (row * call->heads + first) * head_dim;
-    const float *keys = cache_of(call, call->present_key, row, kv_head) + from * head_dim;
-    const float *values = cache_of(call, call->present_value, row, kv_head) + from * head_dim;
-    float *out = decode->partials + range * call->heads * (head_dim + 2), *maximum = out + call->heads * head_dim;
+    int64_t from = first_key(call, position) + (place - plan->ranges[row]) * length;
+    float *out = plan->partials + place * call->heads * (head_dim + 2), *maximum = out + call->heads * head_dim;
     for (int64_t head = 0; head < plan->group; head += ROWS) {
-        int64_t rows = min64(plan->group - head, ROWS), at = first + head;
-        void (*run)(const float *, const float *, const float *, int64_t, int64_t, float, float *, float *, float *)
-            = rows == 1 ? attend_one
-            : rows == 2 ? attend_two
-            : rows == 3 ? attend_three
-                        : attend_four;
-        run(query + head * head_dim, keys, values, count, head_dim, plan->cap, out + at * head_dim, maximum + at,
-            maximum + call->heads + at);
+        int64_t rows = min64(plan->group - head, ROWS), at = kv_head * plan->group + head;
+        Range range = {.plan = plan,
+                       .row = row,
+                       .kv_head = kv_head,
+                       .from = from,
+                       .count = min64(length, position + 1 - from),
+                       .query = plan->queries + (row * call->heads + at) * head_dim,
+                       .out = out + at * head_dim,
+                       .maximum = maximum + at,
+                       .total = maximum + call->heads + at};
+        ATTEND[rows - 1](&range);
     }
 }
 
 /* The ranges of one row and head to its output. */
-static void merge(const Decode *decode, int64_t row, int64_t head)
+static void merge(const AttentionPlan *plan, int64_t row, int64_t head)
 {
-    const AttentionCall *call = decode->plan->call;
-    int64_t head_dim = call->head_dim, from = decode->starts[row], to = decode->starts[row + 1];
+    const AttentionCall *call = plan->call;
+    int64_t head_dim = call->head_dim, from = plan->ranges[row], to = plan->ranges[row + 1];
     int64_t width = call->heads * (head_dim + 2);
-    const float *partials = decode->partials, *maxima = partials + call->heads * head_dim + head;
+    const float *partials = plan->partials, *maxima = partials + call->heads * head_dim + head;
     float maximum = maxima[from * width], total = 0, *out = out_of(call, row, 0, head);
     for (int64_t range = from; range < to; range++)
         maximum = fmaxf(maximum, maxima[range * width]);
@@ -246,31 +252,8 @@ static void merge(const Decode *decode, int64_t row, int64_t head)
         out[d] /= total;
 }
 
-void decode_run(const AttentionPlan *plan, const Parallel *parallel)
+void decode_merge(const AttentionPlan *plan, int64_t row)
 {
-    const AttentionCall *call = plan->call;
-    Decode decode = {.plan = plan, .starts = (int64_t *)plan->scratch};
-    decode.queries = (float *)(plan->scratch + ((size_t)(call->batch + 1) * sizeof(int64_t) + 63) / 64 * 64);
-    decode.partials = decode.queries + call->batch * call->heads * call->head_dim;
-    int64_t work = 0;
-    decode.starts[0] = 0;
-    for (int64_t row = 0; row < call->batch; row++) {
-        int64_t keys = seen_keys(call, row);
-        decode.starts[row + 1] = decode.starts[row] + ranges_of(keys);
-        work += keys * call->heads * call->head_dim;
-        for (int64_t head = 0; head < call->heads; head++)
-            rotate_head(call, query_of(plan, row, 0, head), rotary_row_of(call, row, 0), plan->query_scale,
-                        decode.queries + (row * call->heads + head) * call->head_dim);
-        for (int64_t kv_head = 0; kv_head < call->kv_heads; kv_head++)
-            append_tokens(plan, row, kv_head, 0, 1);
-    }
-    size_t tasks = (size_t)(decode.starts[call->batch] * call->kv_heads);
-    if (work < ALONE)
-        for (size_t index = 0; index < tasks; index++)
-            decode_task(&decode, index);
-    else
-        parallel_for(parallel, tasks, decode_task, &decode);
-    for (int64_t row = 0; row < call->batch; row++)
-        for (int64_t head = 0; head < call->heads; head++)
-            merge(&decode, row, head);
+    for (int64_t head = 0; head < plan->call->heads; head++)
+        merge(plan, row, head);
 }

@@ -4,11 +4,14 @@
 
 #include "vectors.h"
 
+#include <stdatomic.h>
+
 #include "attention.h"
 
 enum { MAX_HEAD_DIM = 512 }; /* bounds the scratch memory of a tile */
 
-/* A call, and values derived from it. */
+/* A call, and values derived from it. Position p of a sequence is at p & mask of block table[row][p >> shift]; a dense
+ * cache has one block for each row. */
 typedef struct {
     const AttentionCall *call;
     int64_t group;                 /* query heads to a key head */
@@ -16,16 +19,36 @@ typedef struct {
     int64_t query_width, kv_width; /* floats from a token to the next */
     float query_scale;             /* on queries: scores are exponents of two, or fractions of the softcap */
     float cap;                     /* softcap in exponents of two; 0: none */
-    char *scratch;
+    const int32_t *table;
+    int64_t table_width;
+    int shift;
+    int64_t *ranges; /* [batch + 1]: ranges of keys of the sequences before, of those with one new token */
+    int64_t *tiles;  /* [batch + 1]: the same of tiles of queries, of those with several new tokens */
+    int64_t height;  /* query rows of a tile */
+    float *queries;  /* [batch, heads, head_dim]: rotated and scaled, of single tokens */
+    float *partials; /* [ranges, heads, head_dim + 2]: weighted values, maximum, sum */
+    atomic_bool failed; /* a thread had no scratch memory */
 } AttentionPlan;
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Where a sequence's new tokens begin in the row of all. */
+static inline int64_t first_token(const AttentionCall *call, int64_t row)
+{
+    return call->row_offsets ? call->row_offsets[row] : row * call->tokens;
+}
+
+static inline int64_t new_tokens(const AttentionCall *call, int64_t row)
+{
+    return call->row_offsets ? call->row_offsets[row + 1] - call->row_offsets[row] : call->tokens;
+}
+
 /* Tokens in the cache before this step. */
 static inline int64_t past_tokens(const AttentionCall *call, int64_t row)
 {
-    return call->tokens == call->total ? 0 : (int64_t)call->seqlens_k[row] + 1 - call->tokens;
+    bool empty = !call->row_offsets && call->tokens == call->total;
+    return empty ? 0 : (int64_t)call->seqlens_k[row] + 1 - new_tokens(call, row);
 }
 
 /* First key that the token at `position` attends to. */
@@ -34,26 +57,50 @@ static inline int64_t first_key(const AttentionCall *call, int64_t position)
     return call->window > 0 ? max64(0, position + 1 - call->window) : 0;
 }
 
-static inline float *cache_of(const AttentionCall *call, float *cache, int64_t row, int64_t kv_head)
+/* Where a position of a sequence is in a cache of keys or values, in floats: the same for both. */
+static inline int64_t place_of(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t position)
 {
-    return cache + ((call->one_cache ? 0 : row) * call->kv_heads + kv_head) * call->capacity * call->head_dim;
+    const AttentionCall *call = plan->call;
+    int64_t block = plan->table[row * plan->table_width + (position >> plan->shift)];
+    int64_t within = position & (((int64_t)1 << plan->shift) - 1);
+    return ((block * call->kv_heads + kv_head) * call->capacity + within) * call->head_dim;
+}
+
+/* The end of the positions up to `end` that follow `position` in memory. */
+static inline int64_t run_end(const AttentionPlan *plan, int64_t position, int64_t end)
+{
+    return min64(end, ((position >> plan->shift) + 1) << plan->shift);
 }
 
 static inline const float *query_of(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head)
 {
     const AttentionCall *call = plan->call;
-    return call->query + (row * call->tokens + token) * plan->query_width + head * call->head_dim;
+    return call->query + (first_token(call, row) + token) * plan->query_width + head * call->head_dim;
 }
 
 static inline float *out_of(const AttentionCall *call, int64_t row, int64_t token, int64_t head)
 {
-    return call->out + ((row * call->tokens + token) * call->heads + head) * call->head_dim;
+    return call->out + ((first_token(call, row) + token) * call->heads + head) * call->head_dim;
 }
 
 /* The row of the rotary tables that a new token has. */
 static inline int64_t rotary_row_of(const AttentionCall *call, int64_t row, int64_t token)
 {
-    return call->rotary_row ? call->rotary_row[row * call->tokens + token] : past_tokens(call, row) + token;
+    return call->rotary_row ? call->rotary_row[first_token(call, row) + token] : past_tokens(call, row) + token;
+}
+
+/* The row whose part holds `index`: starts[row] <= index < starts[row + 1]. */
+static inline int64_t part_of(const int64_t *starts, int64_t rows, int64_t index)
+{
+    int64_t low = 0, high = rows;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (starts[middle] <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
 }
 
 /* One head's channels, rotated by row `at` of the tables and multiplied by `scale`. */
@@ -62,8 +109,16 @@ void rotate_head(const AttentionCall *call, const float *head, int64_t at, float
 /* Writes the new tokens from..to of a row and key head to the cache. */
 void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);
 
-const char *prefill_run(const AttentionPlan *plan, const Parallel *parallel);
-size_t decode_scratch(const AttentionCall *call);
-void decode_run(const AttentionPlan *plan, const Parallel *parallel);
+/* Prefill: sequences with several new tokens. `index` counts tiles of all key heads. */
+int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height);
+void prefill_plan(AttentionPlan *plan);
+void prefill_task(AttentionPlan *plan, int64_t index);
+
+/* Decode: sequences with one new token. `index` counts ranges of all key heads. */
+int64_t decode_ranges(const AttentionCall *call, int64_t row);
+int64_t decode_work(const AttentionCall *call, int64_t row);
+void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head);
+void decode_task(const AttentionPlan *plan, int64_t index);
+void decode_merge(const AttentionPlan *plan, int64_t row);
 
 #endif

@@ -52,13 +52,34 @@ static bool read_new_tokens(const AttentionParams *params, Run *run, AttentionCa
     return true;
 }
 
+/* The ragged form: the row of tokens is of several sequences, and their caches are in blocks. */
+static bool read_rows(Run *run, AttentionCall *call)
+{
+    Tensor offsets, table;
+    if (!input(run, 10, ORT_INT32, &offsets) || !input(run, 11, ORT_INT32, &table))
+        return false;
+    if (offsets.count == 0 || offsets.data == NULL)
+        return true;
+    if (call->batch != 1)
+        return fail(run, "satchel:Attention: with row_offsets all new tokens are in one row");
+    if (offsets.rank != 1 || offsets.count < 2)
+        return fail(run, "satchel:Attention: row_offsets are not [sequences + 1]");
+    call->row_offsets = offsets.data, call->batch = offsets.count - 1;
+    if (table.data == NULL || table.rank != 2 || table.dims[0] != call->batch || table.dims[1] < 1)
+        return fail(run, "satchel:Attention: block_table is not [sequences, blocks]");
+    call->block_table = table.data, call->table_width = table.dims[1];
+    return true;
+}
+
 static bool read_past(const AttentionParams *params, Run *run, AttentionCall *call)
 {
     Tensor key, value;
     if (!input(run, 3, ORT_FLOAT, &key) || !input(run, 4, ORT_FLOAT, &value))
         return false;
-    call->one_cache = call->batch > 1 && key.rank == 4 && key.dims[0] == 1;
-    const int64_t dims[] = {call->one_cache ? 1 : call->batch, params->kv_heads, key.dims[2], call->head_dim};
+    const bool ragged = call->row_offsets != NULL;
+    call->one_cache = !ragged && call->batch > 1 && key.rank == 4 && key.dims[0] == 1;
+    call->blocks = ragged ? key.dims[0] : call->one_cache ? 1 : call->batch;
+    const int64_t dims[] = {call->blocks, params->kv_heads, key.dims[2], call->head_dim};
     if (!has_dims(&key, 4, dims) || !has_dims(&value, 4, dims))
         return fail(run, "satchel:Attention: the past is not [batch, kv_heads, capacity, head_dim]");
     call->past_key = key.data, call->past_value = value.data, call->past_capacity = dims[2];
@@ -84,7 +105,7 @@ static bool read_rotation(Run *run, AttentionCall *call)
     if (cos.data == NULL || cos.rank != 2 || sin.data == NULL || !has_dims(&sin, 2, cos.dims))
         return fail(run, "satchel:Attention: cos and sin are not two tables of one shape");
     call->cos = cos.data, call->sin = sin.data, call->rotary_rows = cos.dims[0], call->rotary_half = cos.dims[1];
-    const int64_t dims[] = {call->batch, call->tokens};
+    const int64_t dims[] = {call->row_offsets ? 1 : call->batch, call->tokens};
     if (rows.data != NULL && !has_dims(&rows, 2, dims))
         return fail(run, "satchel:Attention: position_ids are not [batch, tokens]");
     call->rotary_row = rows.data;
@@ -100,34 +121,35 @@ static bool run(const void *kernel, Run *run)
                           .scale = params->scale,
                           .softcap = params->softcap,
                           .interleaved = params->interleaved};
-    if (!read_new_tokens(params, run, &call) || !read_past(params, run, &call) || !read_lengths(run, &call)
-        || (params->rotates && !read_rotation(run, &call)))
+    if (!read_new_tokens(params, run, &call) || !read_rows(run, &call) || !read_past(params, run, &call)
+        || !read_lengths(run, &call) || (params->rotates && !read_rotation(run, &call)))
         return false;
-    call.capacity = call.past_capacity > call.total ? call.past_capacity : call.total;
+    const bool ragged = call.row_offsets != NULL;
+    call.capacity = ragged || call.past_capacity > call.total ? call.past_capacity : call.total;
     size_t bytes;
     const char *error = attention_check(&call, &bytes);
     if (error != NULL)
         return fail(run, error);
-    const int64_t dims[] = {call.batch, call.tokens, call.heads * call.head_dim};
-    const int64_t cache[] = {call.one_cache ? 1 : call.batch, call.kv_heads, call.capacity, call.head_dim};
+    const int64_t dims[] = {ragged ? 1 : call.batch, call.tokens, call.heads * call.head_dim};
+    const int64_t cache[] = {call.blocks, call.kv_heads, call.capacity, call.head_dim};
     if (!output(run, 0, dims, 3, &call.out) || !output(run, 1, cache, 4, &call.present_key)
         || !output(run, 2, cache, 4, &call.present_value))
         return false;
     if (call.past_capacity != call.capacity
         && (call.past_key == call.present_key || call.past_value == call.present_value))
         return fail(run, "satchel:Attention: past and present share memory and differ in capacity");
-    if (call.one_cache && (call.past_key != call.present_key || call.past_value != call.present_value))
-        return fail(run, "satchel:Attention: rows that have one cache need past and present to share memory");
-    void *memory = bytes > 0 ? thread_scratch(bytes) : NULL;
-    if (bytes > 0 && memory == NULL)
+    if ((ragged || call.one_cache) && (call.past_key != call.present_key || call.past_value != call.present_value))
+        return fail(run, "satchel:Attention: rows of one cache or of a block_table need past and present to share memory");
+    void *memory = thread_scratch(OF_RUN, bytes);
+    if (memory == NULL)
         return fail(run, "satchel:Attention: out of memory");
     error = attention_run(&call, memory, &run->parallel);
     return error == NULL || fail(run, error);
 }
 
 static const OrtElementType INPUTS[]
-    = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
-       ORT_INT64};
+    = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32,
+       ORT_INT32, ORT_FLOAT, ORT_FLOAT, ORT_INT64, ORT_INT32, ORT_INT32};
 
 Operator attention_operator = {
-    .name = "Attention", .inputs = 10, .required = 1, .outputs = 3, .input_types = INPUTS, .create = create, .run = run};
+    .name = "Attention", .inputs = 12, .required = 1, .outputs = 3, .input_types = INPUTS, .create = create, .run = run};

@@ -1,7 +1,6 @@
 #include "vectors.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
 
@@ -9,12 +8,12 @@
 #include "exponential.h"
 #include "scratch.h"
 
-/* Attention of many tokens. A task takes TILE query rows of one key head (row by row; the heads of a token are adjacent)
+/* Attention of sequences with several new tokens. A task takes TILE query rows of one key head (row by row; the heads of a token are adjacent)
  * over blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so
  * that keys and values are read in place: scores are [keys][rows], softmax runs along the lanes of a vector, and both
  * products are register tiles of 6 broadcast floats by up to 4 vectors. Blocks start at multiples of BLOCK from the
  * start of the cache, so the result of a row does not depend on the other rows. */
-enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, APPENDED = 64, ENOUGH_TASKS = 16 };
+enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, ENOUGH_TASKS = 16 };
 
 typedef struct {
     float query[MAX_HEAD_DIM * TILE];   /* [head_dim][rows], rotated and scaled */
@@ -219,10 +218,13 @@ static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, i
     _mm512_storeu_ps(tile->factor + vector * LANES, factor);
 }
 
+static const float ONES[BROADCASTS] = {1, 1, 1, 1, 1, 1}; /* the first run of a block has rescaled the sums */
+
 /* One block of keys start..end, all of which some row of the tile sees. */
-static void attend_block(const AttentionPlan *plan, Tile *tile, const float *keys, const float *values, int64_t start,
+static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_batch, int64_t kv_head, int64_t start,
                          int64_t end, int count)
 {
+    const float *keys = plan->call->present_key, *values = plan->call->present_value;
     int64_t head_dim = plan->call->head_dim, from[VECTORS], to[VECTORS];
     int used = (count + LANES - 1) / LANES;
     for (int v = 0; v < used; v++) {
@@ -240,7 +242,7 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
             continue;
         const float *at[BROADCASTS];
         for (int k = 0; k < BROADCASTS; k++)
-            at[k] = keys + min64(key + k, end - 1) * head_dim;
+            at[k] = keys + place_of(plan, row_of_batch, kv_head, min64(key + k, end - 1));
         float *scores = tile->scores + (key - start) * TILE + low * LANES;
         prefill_scores(at, tile->query + low * LANES, head_dim, scores, high - low);
     }
@@ -249,35 +251,47 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, const float *key
     for (int row = 0; row < count;) {
         int left = count - row, rows = left > 4 ? 6 : 4, end_row = (int)min64(row + rows, count) - 1;
         int64_t low = max64(start, tile->first[row]), high = min64(end, tile->last[end_row]);
-        if (low < high) {
+        const float *factor = tile->factor + row;
+        for (int64_t next; low < high; low = next, factor = ONES) {
+            next = run_end(plan, low, high);
             const float *scores = tile->scores + (low - start) * TILE + row;
-            (rows == 6 ? add_six : add_four)(scores, values + low * head_dim, high - low, head_dim, tile->factor + row,
-                                             tile->sums + row * head_dim);
+            const float *at = values + place_of(plan, row_of_batch, kv_head, low);
+            (rows == 6 ? add_six : add_four)(scores, at, next - low, head_dim, factor, tile->sums + row * head_dim);
         }
         row += rows;
     }
 }
 
-typedef struct {
-    const AttentionPlan *plan;
-    int64_t rows, height; /* query rows of a key head, and those of a tile */
-    atomic_bool failed;   /* a thread had no scratch memory */
-} Prefill;
-
-static int64_t tiles_of(const Prefill *prefill) { return (prefill->rows + prefill->height - 1) / prefill->height; }
-
-static void attend_tile(void *data, size_t index)
+int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height)
 {
-    Prefill *prefill = data;
-    const AttentionPlan *plan = prefill->plan;
+    int64_t rows = new_tokens(call, row) * (call->heads / call->kv_heads);
+    return (rows + height - 1) / height;
+}
+
+/* Chooses tiles that are low enough to occupy all threads, and counts them. */
+void prefill_plan(AttentionPlan *plan)
+{
     const AttentionCall *call = plan->call;
-    int64_t pairs = call->batch * call->kv_heads, head_dim = call->head_dim;
-    int64_t start = (tiles_of(prefill) - 1 - (int64_t)index / pairs) * prefill->height; /* longest first */
-    int64_t row = (int64_t)index % pairs / call->kv_heads, kv_head = (int64_t)index % pairs % call->kv_heads;
-    int count = (int)min64(prefill->height, prefill->rows - start);
-    Tile *tile = thread_scratch(sizeof *tile); /* some 300 KB: too much for the stack of a musl thread */
+    for (plan->height = TILE;; plan->height /= 2) {
+        plan->tiles[0] = 0;
+        for (int64_t row = 0; row < call->batch; row++)
+            plan->tiles[row + 1]
+                = plan->tiles[row] + (new_tokens(call, row) == 1 ? 0 : prefill_tiles(call, row, plan->height));
+        if (plan->height == LANES || plan->tiles[call->batch] * call->kv_heads >= ENOUGH_TASKS)
+            return;
+    }
+}
+
+void prefill_task(AttentionPlan *plan, int64_t index)
+{
+    const AttentionCall *call = plan->call;
+    int64_t kv_head = index % call->kv_heads, place = index / call->kv_heads, head_dim = call->head_dim;
+    int64_t row = part_of(plan->tiles, call->batch, place), rows = new_tokens(call, row) * plan->group;
+    int64_t start = (plan->tiles[row + 1] - 1 - place) * plan->height; /* longest first */
+    int count = (int)min64(plan->height, rows - start);
+    Tile *tile = thread_scratch(OF_TASK, sizeof *tile); /* some 300 KB: too much for the stack of a musl thread */
     if (tile == NULL) {
-        atomic_store(&prefill->failed, true);
+        atomic_store(&plan->failed, true);
         return;
     }
     load_queries(plan, tile, row, kv_head, start, count);
@@ -288,12 +302,10 @@ static void attend_tile(void *data, size_t index)
         tile->maximum[v] = _mm512_set1_ps(-0x1p+126f); /* finite: infinity minus infinity is NaN */
         tile->total[v] = _mm512_setzero_ps();
     }
-    const float *keys = cache_of(call, call->present_key, row, kv_head);
-    const float *values = cache_of(call, call->present_value, row, kv_head);
     int64_t end = tile->last[count - 1];
     for (int64_t key = tile->first[0]; key < end;) {
         int64_t next = min64(end, key / BLOCK * BLOCK + BLOCK);
-        attend_block(plan, tile, keys, values, key, next, count);
+        attend_block(plan, tile, row, kv_head, key, next, count);
         key = next;
     }
     float totals[TILE];
@@ -309,26 +321,4 @@ static void attend_tile(void *data, size_t index)
             _mm512_mask_storeu_ps(out + d, mask, _mm512_mul_ps(sum, share));
         }
     }
-}
-
-static void append_task(void *data, size_t index)
-{
-    const AttentionPlan *plan = data;
-    const AttentionCall *call = plan->call;
-    int64_t parts = (call->tokens + APPENDED - 1) / APPENDED, pair = (int64_t)index / parts;
-    int64_t from = (int64_t)index % parts * APPENDED;
-    append_tokens(plan, pair / call->kv_heads, pair % call->kv_heads, from, min64(call->tokens, from + APPENDED));
-}
-
-const char *prefill_run(const AttentionPlan *plan, const Parallel *parallel)
-{
-    const AttentionCall *call = plan->call;
-    int64_t pairs = call->batch * call->kv_heads;
-    Prefill prefill = {.plan = plan, .rows = call->tokens * plan->group, .height = TILE};
-    while (prefill.height > LANES && pairs * tiles_of(&prefill) < ENOUGH_TASKS)
-        prefill.height /= 2;
-    int64_t parts = (call->tokens + APPENDED - 1) / APPENDED;
-    parallel_for(parallel, (size_t)(pairs * parts), append_task, (void *)plan);
-    parallel_for(parallel, (size_t)(pairs * tiles_of(&prefill)), attend_tile, &prefill);
-    return atomic_load(&prefill.failed) ? "satchel:Attention: out of memory" : NULL;
 }

@@ -24,7 +24,10 @@ static const char *get_provider(const OrtCustomOp *op) { return (void)op, "CPUEx
 static size_t get_input_count(const OrtCustomOp *op) { return operator_of(op)->inputs; }
 static size_t get_output_count(const OrtCustomOp *op) { return operator_of(op)->outputs; }
 static OrtElementType get_input_type(const OrtCustomOp *op, size_t i) { return operator_of(op)->input_types[i]; }
-static OrtElementType get_output_type(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_FLOAT; }
+static OrtElementType get_output_type(const OrtCustomOp *op, size_t i)
+{
+    return operator_of(op)->output_types == NULL ? ORT_FLOAT : operator_of(op)->output_types[i];
+}
 static int get_input_memory(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int get_start_version(const OrtCustomOp *op) { return (void)op, 1; }
 static int get_end_version(const OrtCustomOp *op) { return (void)op, INT_MAX; }
@@ -142,7 +145,7 @@ bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor)
                  "satchel: an input has no data");
 }
 
-bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data)
+bool output_of_any_type(Run *run, size_t index, const int64_t *dims, size_t rank, void **data)
 {
     const OrtApi *api = run->api;
     OrtValue *value = NULL;
@@ -151,7 +154,7 @@ bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **da
         return false;
     if (value == NULL)
         return fail(run, "satchel: an output is missing");
-    return check(run, ORT(api, GetTensorMutableData)(value, (void **)data), "satchel: an output has no data");
+    return check(run, ORT(api, GetTensorMutableData)(value, data), "satchel: an output has no data");
 }
 
 bool has_dims(const Tensor *tensor, size_t rank, const int64_t *dims)
@@ -248,8 +251,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     if (domain == NULL) {
         OrtCustomOpDomain *made;
         status = ORT(api, CreateCustomOpDomain)("satchel", &made);
-        Operator *operators[] = {&linear_operator, &table_linear_operator, &attention_operator, &recurrence_operator,
-                                 &convolution_operator};
+        Operator *operators[] = {&linear_operator,    &table_linear_operator, &attention_operator, &recurrence_operator,
+                                 &convolution_operator, &positions_operator,    &last_token_operator};
         for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
             status = add(api, made, operators[i]);
         if (status == NULL)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from satchel.runtime.util.cpu import processor_features
 
-VERSION = 1
-"""Raise it when the operators or the layout of their weights change: older bundles must then be exported again."""
+VERSION, OLDEST = 2, 1
+"""Raise the first when the operators change, for new graphs. Raise the second, too, when the layout of weights or the
+meaning of an operator changes: bundles of before must then be exported again."""
 
 NAME = "_library"
 
@@ -22,6 +23,11 @@ SWITCH, OFF = "SATCHEL_KERNELS", "off"
 ARCHITECTURES = ("x86_64", "AMD64")
 EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma")
 """The instruction set that the operators are compiled for; extensions are spelled as in /proc/cpuinfo."""
+
+
+def runs(version: int) -> bool:
+    """Whether these operators run graphs that were made for this version of them."""
+    return OLDEST <= version <= VERSION
 
 
 def library() -> Path | None:

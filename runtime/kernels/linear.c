@@ -16,15 +16,23 @@ enum {
     MULTIPLIED_ROWS = 96, /* rows of a task that multiplies: they fit in the cache of a core */
 };
 
+/* Quantized rows that are multiplied together: one per row of the call, or two where its quantization error is quantized
+ * as well. */
+typedef struct {
+    int64_t from, end; /* quantized rows */
+    int64_t row;       /* of the call: the first */
+    bool twice;
+} Part;
+
 typedef struct {
     const LinearParams *params;
     const LinearCall *call;
-    int8_t *activations; /* [rows, row_bytes] */
-    float *scales;       /* [rows, row_scales] */
+    int8_t *activations; /* [quantized rows, row_bytes] */
+    float *scales;       /* [quantized rows, row_scales] */
     int32_t *sums;       /* the same */
     float *scratch;      /* [row tasks, row_bytes] */
-    int64_t rows;        /* quantized rows: one or two (`twice`) per row of the call */
-    bool twice;
+    int64_t *places;     /* [rows + 1]: the first quantized row of each row */
+    Part *parts;
     int64_t width; /* panels of a task */
     size_t groups; /* tasks that cover the panels */
 } Work;
@@ -83,8 +91,8 @@ INLINE __m512 bias(const Work *work, int64_t first, int64_t end)
     return values == NULL ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes(end - first), values + first);
 }
 
-/* Turns the sums of a tile into outputs. Gate panels come in pairs. With `twice`, pairs of rows are added. */
-INLINE void finish(const int rows, const int width, const bool twice, const Work *work, int64_t row, int64_t panel,
+/* Turns the sums of a tile into outputs, of rows from `out` on. Gate panels come in pairs. With `twice`, pairs of rows are added. */
+INLINE void finish(const int rows, const int width, const bool twice, const Work *work, int64_t out, int64_t panel,
                    __m512 (*product)[CHANNEL_PANELS])
 {
     const LinearParams *params = work->params;
@@ -104,7 +112,7 @@ INLINE void finish(const int rows, const int width, const bool twice, const Work
             UNROLL
             for (int r = 0; r < rows / each; r++) {
                 __m512 gate = activate(params->gate, _mm512_add_ps(product[r][p], low));
-                put(work, row / each + r, column, count, _mm512_mul_ps(gate, _mm512_add_ps(product[r][p + 1], high)));
+                put(work, out + r, column, count, _mm512_mul_ps(gate, _mm512_add_ps(product[r][p + 1], high)));
             }
         }
         return;
@@ -114,7 +122,7 @@ INLINE void finish(const int rows, const int width, const bool twice, const Work
         const __m512 added = bias(work, (panel + p) * LANES, count);
         UNROLL
         for (int r = 0; r < rows / each; r++)
-            put(work, row / each + r, panel + p, count, _mm512_add_ps(product[r][p], added));
+            put(work, out + r, panel + p, count, _mm512_add_ps(product[r][p], added));
     }
 }
 
@@ -206,7 +214,7 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
  * subtracted from each block's sum. Sums of a block are integers, and blocks are added in order, so the result of a row
  * does not depend on the tile. */
 INLINE void tile(const int rows, const int width, const int bits, const bool channel, const bool twice,
-                 const Work *work, int64_t row, int64_t panel)
+                 const Work *work, int64_t row, int64_t out, int64_t panel)
 {
     const LinearParams *params = work->params;
     const LinearCall *call = work->call;
@@ -245,28 +253,29 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
             }
         }
     }
-    finish(rows, width, twice, work, row, panel, product);
+    finish(rows, width, twice, work, out, panel, product);
 }
 
-/* Rows `row` to `end` times `width` panels, in tiles of a few sizes. */
-INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const Work *work, int64_t row,
-                  int64_t end, int64_t panel)
+/* The rows of a part times `width` panels, in tiles of a few sizes. */
+INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const Work *work,
+                  const Part *part, int64_t panel)
 {
-    const int small = twice ? 2 : 3, smallest = twice ? 2 : 1;
-    for (; row + TILE_ROWS <= end; row += TILE_ROWS)
-        tile(TILE_ROWS, width, bits, channel, twice, work, row, panel);
-    for (; row + small <= end; row += small)
-        tile(small, width, bits, channel, twice, work, row, panel);
-    for (; row < end; row += smallest)
-        tile(smallest, width, bits, channel, twice, work, row, panel);
+    const int small = twice ? 2 : 3, smallest = twice ? 2 : 1, each = twice ? 2 : 1;
+    int64_t row = part->from, out = part->row;
+    for (; row + TILE_ROWS <= part->end; row += TILE_ROWS, out += TILE_ROWS / each)
+        tile(TILE_ROWS, width, bits, channel, twice, work, row, out, panel);
+    for (; row + small <= part->end; row += small, out += small / each)
+        tile(small, width, bits, channel, twice, work, row, out, panel);
+    for (; row < part->end; row += smallest, out++)
+        tile(smallest, width, bits, channel, twice, work, row, out, panel);
 }
 
-typedef void Strip(const Work *work, int64_t row, int64_t end, int64_t panel);
+typedef void Strip(const Work *work, const Part *part, int64_t panel);
 
-#define STRIP(name, width, bits, channel, twice)                                \
-    static void name(const Work *work, int64_t row, int64_t end, int64_t panel) \
-    {                                                                           \
-        strip(width, bits, channel, twice, work, row, end, panel);              \
+#define STRIP(name, width, bits, channel, twice)                        \
+    static void name(const Work *work, const Part *part, int64_t panel) \
+    {                                                                   \
+        strip(width, bits, channel, twice, work, part, panel);          \
     }
 STRIP(channel_4, 4, 8, true, false)
 STRIP(channel_2, 2, 8, true, false)
@@ -287,19 +296,17 @@ static void multiply(void *data, size_t index)
 {
     const Work *work = data;
     const LinearParams *params = work->params;
-    const int64_t whole = panels(params), group = (int64_t)(index % work->groups),
-                  part = (int64_t)(index / work->groups);
-    const int64_t row = part * MULTIPLIED_ROWS;
-    const int64_t end = row + MULTIPLIED_ROWS < work->rows ? row + MULTIPLIED_ROWS : work->rows;
-    int64_t panel = group * work->width;
+    const int64_t whole = panels(params);
+    const Part *part = work->parts + index / work->groups;
+    int64_t panel = (int64_t)(index % work->groups) * work->width;
     const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
-    Strip *const *strips = work->twice ? TWICE : params->row.block == 0 ? CHANNEL : params->bits == 8 ? EIGHT : FOUR;
+    Strip *const *strips = part->twice ? TWICE : params->row.block == 0 ? CHANNEL : params->bits == 8 ? EIGHT : FOUR;
     for (; strips[0] != NULL && panel + 4 <= stop; panel += 4)
-        strips[0](work, row, end, panel);
+        strips[0](work, part, panel);
     for (; panel + 2 <= stop; panel += 2)
-        strips[1](work, row, end, panel);
+        strips[1](work, part, panel);
     if (panel < stop)
-        strips[2](work, row, end, panel);
+        strips[2](work, part, panel);
 }
 
 static void quantize_rows(void *data, size_t index)
@@ -309,35 +316,68 @@ static void quantize_rows(void *data, size_t index)
     const LinearCall *call = work->call;
     const int64_t first = (int64_t)index * QUANTIZED_ROWS, scales = row_scales(params), stride = row_bytes(params);
     for (int64_t r = first; r < first + QUANTIZED_ROWS && r < call->rows; r++) {
-        const int64_t at = work->twice ? 2 * r : r;
-        (work->twice ? quantize_row_twice : quantize_row)(
+        const int64_t at = work->places[r];
+        (work->places[r + 1] - at == 2 ? quantize_row_twice : quantize_row)(
             params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride,
             work->activations + at * stride, work->scales + at * scales, work->sums + at * scales);
     }
 }
 
+/* Whether a sequence's tokens are quantized twice: it has one, and rows have one scale. */
+static bool is_twice(const LinearParams *params, const LinearCall *call, int64_t sequence)
+{
+    if (params->row.block != 0)
+        return false;
+    return call->row_offsets == NULL ? call->single
+                                     : call->row_offsets[sequence + 1] - call->row_offsets[sequence] == 1;
+}
+
+/* Lays out the quantized rows, and splits them into parts of neighbors that are quantized alike. Returns their number. */
+static size_t lay_out(const LinearParams *params, const LinearCall *call, int64_t *places, Part *parts)
+{
+    const int64_t sequences = call->row_offsets == NULL ? 1 : call->sequences;
+    int64_t at = 0, count = 0;
+    for (int64_t i = 0; i < sequences; i++) {
+        const bool twice = is_twice(params, call, i);
+        const int64_t end = call->row_offsets == NULL ? call->rows : call->row_offsets[i + 1];
+        for (int64_t row = call->row_offsets == NULL ? 0 : call->row_offsets[i]; row < end; row++) {
+            Part *last = parts + count - 1;
+            if (count == 0 || last->twice != twice || last->end - last->from >= MULTIPLIED_ROWS) {
+                parts[count++] = (Part){at, at, row, twice};
+                last = parts + count - 1;
+            }
+            places[row] = at;
+            at += twice ? 2 : 1;
+            last->end = at;
+        }
+    }
+    places[call->rows] = at;
+    return (size_t)count;
+}
+
 const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
 {
     const int64_t stride = row_bytes(&params->row), scales = row_scales(&params->row);
-    const bool twice = call->single && params->row.block == 0;
-    const int64_t rows = call->rows * (twice ? 2 : 1);
+    const int64_t most = params->row.block == 0 && (call->single || call->row_offsets != NULL) ? 2 * call->rows
+                                                                                              : call->rows;
+    const int64_t kinds = call->row_offsets == NULL ? 1 : call->sequences;
     const size_t tasks = (size_t)((call->rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS);
-    const size_t parts = (size_t)((rows + MULTIPLIED_ROWS - 1) / MULTIPLIED_ROWS);
-    const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), activation_bytes = (size_t)(rows * stride);
-    if (rows == 0)
+    const size_t part_bytes = (size_t)(kinds + most / MULTIPLIED_ROWS + 1) * sizeof(Part);
+    const size_t place_bytes = (size_t)(call->rows + 1) * sizeof(int64_t), activation_bytes = (size_t)(most * stride);
+    const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), scale_bytes = (size_t)(most * scales) * 4;
+    if (call->rows == 0)
         return NULL;
-    uint8_t *memory = thread_scratch(scratch_bytes + activation_bytes + (size_t)(rows * scales) * 8);
+    uint8_t *memory
+        = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + place_bytes + 2 * scale_bytes);
     if (memory == NULL)
         return "satchel:Linear: out of memory";
-    float *row_scale = (float *)(memory + scratch_bytes + activation_bytes);
-    Work work = {.params = params,
-                 .call = call,
-                 .activations = (int8_t *)(memory + scratch_bytes),
-                 .scales = row_scale,
-                 .sums = (int32_t *)(row_scale + rows * scales),
-                 .scratch = (float *)memory,
-                 .rows = rows,
-                 .twice = twice};
+    Work work = {.params = params, .call = call, .scratch = (float *)memory};
+    work.activations = (int8_t *)(memory + scratch_bytes);
+    work.parts = (Part *)(memory + scratch_bytes + activation_bytes);
+    work.places = (int64_t *)((uint8_t *)work.parts + part_bytes);
+    work.scales = (float *)((uint8_t *)work.places + place_bytes);
+    work.sums = (int32_t *)((uint8_t *)work.scales + scale_bytes);
+    const size_t parts = lay_out(params, call, work.places, work.parts);
     work.width = params->row.block == 0 && call->rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
     work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
     parallel_for(parallel, tasks, quantize_rows, &work);

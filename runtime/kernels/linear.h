@@ -20,6 +20,8 @@ typedef struct {
 typedef struct {
     int64_t rows;
     bool single;                /* each row is the only new token of its sequence */
+    const int32_t *row_offsets; /* [sequences + 1]: where each sequence's new tokens begin; NULL: `single` says all */
+    int64_t sequences;
     const float *x;             /* [rows, inputs] */
     const uint8_t *weights;     /* [panels, panel_bytes] */
     const float *scales;        /* [panels, blocks, 16] */

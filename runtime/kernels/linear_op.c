@@ -4,6 +4,7 @@
 
 #include "linear.h"
 #include "operator.h"
+#include "ragged.h"
 
 enum {
     MAX_SIZE = 1 << 24,
@@ -71,10 +72,11 @@ static bool fits(const LinearParams *params, const Tensor *weights, const Tensor
 static bool run(const void *kernel, Run *run)
 {
     const LinearParams *params = kernel;
-    Tensor x, weights, scales, zero_points, bias, residual, norm_weight;
+    Tensor x, weights, scales, zero_points, bias, residual, norm_weight, offsets;
     if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_FLOAT, &scales)
         || !input(run, 3, ORT_UINT8, &zero_points) || !input(run, 4, ORT_FLOAT, &bias)
-        || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &norm_weight))
+        || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &norm_weight)
+        || !input(run, 7, ORT_INT32, &offsets))
         return false;
     if (x.rank == 0 || x.dims[x.rank - 1] != params->row.inputs)
         return fail(run, "satchel:Linear: the input width differs from attribute inputs");
@@ -85,15 +87,28 @@ static bool run(const void *kernel, Run *run)
     x.dims[x.rank - 1] = half_outputs(params);
     if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
         return fail(run, "satchel:Linear: the residual does not have the shape of the output");
-    LinearCall call = {rows,      single,        x.data,           weights.data, scales.data, zero_points.data,
-                       bias.data, residual.data, norm_weight.data, NULL};
+    const bool ragged = offsets.count > 0 && offsets.data != NULL;
+    if (ragged && !splits(offsets.data, offsets.count - 1, rows))
+        return fail(run, "satchel:Linear: row_offsets do not ascend from 0 to the number of rows");
+    LinearCall call = {.rows = rows,
+                       .single = single,
+                       .row_offsets = ragged ? offsets.data : NULL,
+                       .sequences = offsets.count - 1,
+                       .x = x.data,
+                       .weights = weights.data,
+                       .scales = scales.data,
+                       .zero_points = zero_points.data,
+                       .bias = bias.data,
+                       .residual = residual.data,
+                       .norm_weight = norm_weight.data};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
     const char *error = linear_run(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
     return error == NULL || fail(run, error);
 }
 
-static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
+static const OrtElementType INPUTS[]
+    = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32};
 
 Operator linear_operator
-    = {.name = "Linear", .inputs = 7, .required = 3, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};
+    = {.name = "Linear", .inputs = 8, .required = 3, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};

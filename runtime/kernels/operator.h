@@ -37,12 +37,13 @@ typedef struct {
     OrtCustomOp op; /* first member: ONNX Runtime passes a pointer to it */
     const char *name;
     size_t inputs, required, outputs;
-    const OrtElementType *input_types;
+    const OrtElementType *input_types, *output_types; /* no output_types: float32 */
     void *(*create)(Create *create); /* NULL on failure */
     bool (*run)(const void *kernel, Run *run);
 } Operator;
 
 extern Operator linear_operator, table_linear_operator, attention_operator, recurrence_operator, convolution_operator;
+extern Operator positions_operator, last_token_operator;
 
 int64_t attribute(Create *create, const char *name, int64_t fallback);
 float attribute_float(Create *create, const char *name, float fallback);
@@ -51,8 +52,13 @@ bool attribute_text(Create *create, const char *name, char *text, size_t size);
 
 /* Reads an input of the given type; `data` is NULL if it is absent. */
 bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor);
-/* Allocates a float32 output, or gets the memory that the caller bound. */
-bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data);
+/* Allocates an output, or gets the memory that the caller bound. */
+bool output_of_any_type(Run *run, size_t index, const int64_t *dims, size_t rank, void **data);
+/* The same of a float32 output. */
+static inline bool output(Run *run, size_t index, const int64_t *dims, size_t rank, float **data)
+{
+    return output_of_any_type(run, index, dims, rank, (void **)data);
+}
 bool has_dims(const Tensor *tensor, size_t rank, const int64_t *dims);
 bool fail(Run *run, const char *error);
 

@@ -379,7 +379,7 @@ static void run_head(void *data, size_t index)
                  .decays = decays,
                  .decay_stride = heads * decays};
     Chunk chunk = {.key_width = whole(keys), .value_width = whole(values)};
-    float *memory = thread_scratch(lay_out(&chunk, NULL) * sizeof(float));
+    float *memory = thread_scratch(OF_TASK, lay_out(&chunk, NULL) * sizeof(float));
     if (memory == NULL) {
         __atomic_store_n(&work->failed, true, __ATOMIC_RELAXED);
         return;

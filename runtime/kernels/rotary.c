@@ -48,11 +48,10 @@ void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int6
 {
     const AttentionCall *call = plan->call;
     int64_t past = past_tokens(call, row), head_dim = call->head_dim;
-    float *keys = cache_of(call, call->present_key, row, kv_head);
-    float *values = cache_of(call, call->present_value, row, kv_head);
     for (int64_t token = from; token < to; token++) {
-        int64_t offset = (row * call->tokens + token) * plan->kv_width + kv_head * head_dim, position = past + token;
-        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, keys + position * head_dim);
-        memcpy(values + position * head_dim, plan->value + offset, (size_t)head_dim * sizeof(float));
+        int64_t offset = (first_token(call, row) + token) * plan->kv_width + kv_head * head_dim;
+        int64_t place = place_of(plan, row, kv_head, past + token);
+        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, call->present_key + place);
+        memcpy(call->present_value + place, plan->value + offset, (size_t)head_dim * sizeof(float));
     }
 }

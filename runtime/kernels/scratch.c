@@ -11,18 +11,21 @@ typedef struct {
     _Alignas(ALIGNMENT) unsigned char memory[];
 } Scratch;
 
-static pthread_key_t key;
+static pthread_key_t keys[2]; /* by owner */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static bool has_key;
+static bool has_keys;
 
-static void make_key(void) { has_key = pthread_key_create(&key, free) == 0; }
-
-void *thread_scratch(size_t bytes)
+static void make_keys(void)
 {
-    pthread_once(&once, make_key);
-    if (!has_key)
+    has_keys = pthread_key_create(&keys[OF_RUN], free) == 0 && pthread_key_create(&keys[OF_TASK], free) == 0;
+}
+
+void *thread_scratch(ScratchOwner owner, size_t bytes)
+{
+    pthread_once(&once, make_keys);
+    if (!has_keys)
         return NULL;
-    Scratch *current = pthread_getspecific(key);
+    Scratch *current = pthread_getspecific(keys[owner]);
     if (current != NULL && current->bytes >= bytes)
         return current->memory;
     size_t total = (sizeof(Scratch) + bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -31,6 +34,6 @@ void *thread_scratch(size_t bytes)
         return NULL;
     free(current);
     larger->bytes = bytes;
-    pthread_setspecific(key, larger);
+    pthread_setspecific(keys[owner], larger);
     return larger->memory;
 }

@@ -4,8 +4,11 @@
 
 #include <stddef.h>
 
-/* Returns `bytes` bytes, 64-byte aligned and uninitialized, or NULL if out of memory. The thread's next call reuses the
- * memory; it is freed when the thread ends. */
-void *thread_scratch(size_t bytes);
+/* Memory of one run of an operator, and of one of its tasks, which may be on the same thread. */
+typedef enum { OF_RUN, OF_TASK } ScratchOwner;
+
+/* Returns `bytes` bytes, 64-byte aligned and uninitialized, or NULL if out of memory. The thread's next call for the same
+ * owner reuses the memory; it is freed when the thread ends. */
+void *thread_scratch(ScratchOwner owner, size_t bytes);
 
 #endif

@@ -111,7 +111,7 @@ static bool run(const void *kernel, Run *run)
         return true;
     /* quantized values, scales and offsets of each row; then scratch, scales and sums of one row */
     const size_t each = (size_t)stride, quantized_bytes = (size_t)rows * each, lane_bytes = quantized_bytes;
-    uint8_t *memory = thread_scratch(quantized_bytes + 2 * lane_bytes + each * 4 + (size_t)blocks * 8);
+    uint8_t *memory = thread_scratch(OF_RUN, quantized_bytes + 2 * lane_bytes + each * 4 + (size_t)blocks * 8);
     if (memory == NULL)
         return fail(run, "satchel:TableLinear: out of memory");
     int8_t *rounded = (int8_t *)memory;

@@ -87,7 +87,8 @@ def _remedy(manifest: Manifest, specialized: Specialized) -> str:
 
 def is_outdated(variant: Variant) -> bool:
     """Whether a variant is for another version of satchel's own kernels, which run here: only a new export helps."""
-    return library.reason() is None and variant.kernel_abi not in (None, library.VERSION)
+    version = variant.kernel_abi
+    return library.reason() is None and version is not None and not library.runs(version)
 
 
 def unusable(variant: Variant) -> str | None:
@@ -96,7 +97,7 @@ def unusable(variant: Variant) -> str | None:
         reason = library.reason()
         if reason is not None:
             return f"satchel's own kernels, which {reason}"
-        if variant.kernel_abi != library.VERSION:
+        if not library.runs(variant.kernel_abi):
             return f"version {variant.kernel_abi} of satchel's own kernels, and this is version {library.VERSION}"
     lacking = [feature for feature in variant.requires if feature not in processor_features()]
     return f"a processor with {', '.join(lacking)}" if lacking else None

@@ -76,7 +76,7 @@ class Linear(OpRun):
 
     def _run(
         self, x: Array, codes: Array, scales: Array, zero_points: Optional = None, bias: Optional = None,
-        residual: Optional = None, gain: Optional = None, **options: Any,
+        residual: Optional = None, gain: Optional = None, offsets: Optional = None, **options: Any,
     ) -> tuple[Array]:  # fmt: skip
         inputs, outputs, bits, block = (options[name] for name in ("inputs", "outputs", "bits", "block"))
         gate, epsilon, hadamard = options.get("gate", ""), options.get("epsilon", 0.0), options.get("hadamard", 0)
@@ -129,8 +129,10 @@ class Attention(OpRun):
 
     def _run(
         self, query: Array, key: Optional, value: Optional, past_key: Array, past_value: Array, seqlens: Array,
-        total: Array, cos: Optional = None, sin: Optional = None, rows: Optional = None, **options: Any,
+        total: Array, cos: Optional = None, sin: Optional = None, rows: Optional = None, offsets: Optional = None,
+        table: Optional = None, **options: Any,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
+        assert offsets is None or not offsets.size
         (batch, new, _), width = query.shape, past_key.shape[-1]
         heads, kv_heads = options["num_heads"], options["kv_num_heads"]
         if key is None or value is None:
@@ -188,6 +190,29 @@ class CausalConv(OpRun):
         return ACTIVATIONS[activation](y) if activation else y, every[:, tokens:]
 
 
+class Positions(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(self, ids: Array, lengths: Array, offsets: Optional = None, first: Optional = None) -> tuple[Array]:
+        starts = 0 if first is None else first.reshape(-1)
+        if offsets is None or not offsets.size:
+            past = np.maximum(lengths.reshape(-1) - ids.shape[1], 0) + starts
+            return (past[:, None] + np.arange(ids.shape[1]),)
+        counts = np.diff(offsets).astype(np.int64)
+        past = lengths.reshape(-1) - counts + starts
+        return (np.concatenate([p + np.arange(n) for p, n in zip(past, counts, strict=True)])[None],)
+
+
+class LastToken(OpRun):
+    op_domain: ClassVar[str] = "satchel"
+
+    def _run(self, x: Array, lengths: Array, offsets: Optional = None) -> tuple[Array]:
+        if offsets is None or not offsets.size:
+            ends = np.minimum(lengths.reshape(-1), x.shape[1]) - 1
+            return (x[np.arange(len(x)), ends][:, None],)
+        return (x[0, offsets[1:] - 1][:, None],)
+
+
 class SkipLayerNormalization(OpRun):
     op_domain: ClassVar[str] = "com.microsoft"
 
@@ -202,7 +227,11 @@ class SkipLayerNormalization(OpRun):
 
 OPERATORS = [
     SkipLayerNormalization, Linear, TableLinear, Attention, LinearAttention, CausalConv, GatherBlockQuantized,
+    Positions, LastToken,
 ]  # fmt: skip
+
+
+LEFT_OUT = {"row_offsets": np.zeros(0, np.int32), "block_table": np.zeros((0, 0), np.int32)}
 
 
 def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -211,4 +240,5 @@ def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array])
     for index, node in enumerate(proto.graph.node):  # an output without a name would become each input without one
         node.output[:] = [name or f"unused.{index}.{place}" for place, name in enumerate(node.output)]
     evaluator = ReferenceEvaluator(proto, new_ops=OPERATORS)
-    return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
+    defaults = {name: array for name, array in LEFT_OUT.items() if name in evaluator.input_names}
+    return dict(zip(evaluator.output_names, evaluator.run(None, defaults | dict(feeds)), strict=True))

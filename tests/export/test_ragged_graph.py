@@ -1,0 +1,73 @@
+"""Ragged runs of native graphs: prompt pieces and single tokens of several sequences together, as each has it alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from support.checkpoints import save_tiny
+from support.families import FAMILIES, save
+from support.kernels import needs_kernels
+from support.ragged import Pool
+
+from satchel.export import ExportConfig, export_bundle
+from satchel.runtime.bundle.contract import NATIVE
+from satchel.runtime.execution.engine import Engine
+from satchel.runtime.optimize.specialize import specialize
+from satchel.runtime.ort.open_bundle import open_bundle
+
+pytestmark = needs_kernels
+
+BLOCK = 16
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
+FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "int8": ("llama", "int8", WIDE),
+    "int4": ("llama", "int4", WIDE),
+    "a sliding window and a cap": ("gemma2", "int8", {}),
+    "learned positions": ("gpt2", "int8", {}),
+    "rotation beside attention": ("cohere", "int8", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
+    """The bundle of a form, specialized for satchel's kernels."""
+
+    @functools.cache
+    def load(form: str) -> Engine:
+        folder = tmp_path_factory.mktemp("ragged")
+        family, precision, changes = FORMS[form]
+        if changes:
+            checkpoint = save_tiny(folder / "checkpoint", family, **changes)
+        else:
+            checkpoint = save(FAMILIES[family], folder / "checkpoint")
+        export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=120, certificate=False))
+        specialize(open_bundle(folder / "bundle"), kernels="satchel", threads=1)
+        return Engine.open(open_bundle(folder / "bundle"), threads=2)
+
+    return load
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_sequence_gets_the_numbers_that_it_has_alone(form: str, opened: Callable[[str], Engine]) -> None:
+    engine, draw = opened(form), np.random.default_rng(7)
+    assert engine.bundle.manifest.variant(NATIVE).ragged
+    pool, rows = Pool(engine, 60, BLOCK), 7
+    ids = draw.integers(3, engine.vocabulary, (rows, 110))
+    states = [engine.new_state(120) for _ in range(rows)]
+    for _ in range(14):
+        pieces, wanted = {}, []
+        for row in draw.permutation(rows)[: draw.integers(1, rows + 1)].tolist():
+            start = states[row].cache.length
+            count = int(draw.choice([1, 1, 1, 2, 5, 19, 40]))
+            tokens = ids[row, start : start + count]
+            if len(tokens):
+                pieces[row] = tokens
+                states[row].prefill(tokens)
+                wanted.append(states[row].logits.copy())
+        if pieces:
+            np.testing.assert_array_equal(pool.step(pieces), np.stack(wanted))
