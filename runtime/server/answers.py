@@ -40,6 +40,8 @@ class Answers:
             found = await self._queue.get()
             if found is None:
                 raise Gone
+            if not self._queue.empty():
+                await asyncio.sleep(0)  # a burst: let the loop see that the client has gone
             index, event = found
             if isinstance(event.outcome, Exception):
                 raise event.outcome

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from integration.conftest import CHECKOUT
+from support.chat_bundle import write_chat_bundle
 from support.export_command import satchel
 from support.tiny_bundle import write_bundle
 
@@ -97,6 +98,18 @@ def test_prompts_that_begin_alike_are_prefilled_once(tmp_path: Path) -> None:
     assert re.fullmatch(r"prefill without reuse [\d.]+ s, with [\d.]+ s: [\d.]+ times less", prefill)
     assert reused == "reused 80 of 130 prompt tokens"
     assert same == "the same answers: 5 of 5"
+
+
+def test_the_overhead_of_the_server_is_measured(tmp_path: Path) -> None:
+    bundle = write_chat_bundle(tmp_path / "chatty")
+    done = sample(
+        "server_overhead.py", bundle, "--requests", "3", "--prompt-tokens", "9", "--new-tokens", "4", "--rounds", "2"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *rounds, median = done.stdout.splitlines()
+    assert len(rounds) == 2
+    assert all(re.fullmatch(r"scheduler [\d.]+ s, server [\d.]+ s: [+-][\d.]+ %", line) for line in rounds)
+    assert re.fullmatch(r"overhead of the server: [+-][\d.]+ % \(median of 2\)", median)
 
 
 @pytest.mark.slow
