@@ -353,6 +353,7 @@ def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSes
             ("inputs", (*graph.inputs, *adapted), {(tensor.name, tensor.type) for tensor in inputs}),
             ("outputs", graph.outputs, {(tensor.name, tensor.type) for tensor in session.get_outputs()}),
         )
+        sizes = {tensor.name: tuple(tensor.shape) for tensor in (*inputs, *session.get_outputs())}
     except UnicodeDecodeError:
         raise BundleError(f"{path}: a name in it is not UTF-8: export the bundle again") from None
     for side, declared, found in sides:
@@ -362,7 +363,6 @@ def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSes
                 f"{path}: its {side} differ from those in the manifest "
                 f"(first difference: {' '.join(differing[0])}): export the bundle again"
             )
-    sizes = {tensor.name: tuple(tensor.shape) for tensor in (*inputs, *session.get_outputs())}
     for tensor in (*graph.inputs, *adapted, *graph.outputs):
         pairs = zip(tensor.shape, sizes[tensor.name], strict=False)
         if any(isinstance(one, int) and isinstance(other, int) and one != other for one, other in pairs):

@@ -25,8 +25,8 @@ def main() -> int:
     started, endings = time.monotonic(), []
     indices = range(args.mutants) if args.only is None else range(args.only, args.only + 1)
     with tempfile.TemporaryDirectory(prefix="satchel-fuzz-") as name:
-        good = prepare(Path(name))
-        for ending in run_mutants(good, Path(name), args.seed, indices):
+        bundles = prepare(Path(name))
+        for ending in run_mutants(bundles, Path(name), args.seed, indices):
             endings.append(ending)
             if ending.how not in GOOD or ending.how == "died" or args.only is not None:
                 print(f"{ending.index} {ending.kind} ({ending.note}): {ending.how}\n{ending.said}", flush=True)

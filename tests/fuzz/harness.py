@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz.mutants import KINDS, Trial
+from fuzz.mutants import KINDS
+from fuzz.trial import RUN, Trial
 
 from satchel.runtime.cli import main as cli
 
@@ -44,38 +46,58 @@ class Ending:
     said: str
 
 
-def prepare(folder: Path) -> Path:
-    """Load what children need, and write the good bundle that is changed. Returns the bundle."""
+def prepare(folder: Path) -> list[Path]:
+    """Load what children need, and write the good bundles that are changed, each with a saved state beside it.
+
+    Returns the bundles: one whose layers attend, and one of which some keep states of fixed size.
+    """
     import numpy  # noqa: F401 - loaded here, once, for all children
     import onnxruntime  # noqa: F401
     import tokenizers  # noqa: F401
-    from support.chat_bundle import write_chat_bundle
+    from support.chat_bundle import CONTEXT, END, TEMPLATE, chat_tokenizer, write_chat_bundle
+    from support.tiny_hybrid import write_hybrid
 
     from satchel.runtime.bundle.signature import new_key_pair
 
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "SATCHEL_SPECIALIZE": "off"}  # no process works on after a child
     new_key_pair(folder / "key")
-    return write_chat_bundle(folder / "good")
+    hybrid = write_hybrid(
+        folder / "hybrid", tokenizer=chat_tokenizer(), eos_token_ids=(END,), max_context=CONTEXT,
+        companions={"chat_template.jinja": TEMPLATE.encode()},
+    )  # fmt: skip
+    bundles = [write_chat_bundle(folder / "good"), hybrid]
+    for bundle in bundles:
+        command, *flags = RUN  # in a process of its own: children must not be forked beside threads of ONNX Runtime
+        state = ("--save-state", str(state_of(bundle)))
+        subprocess.run([sys.executable, "-m", "satchel", command, str(bundle), *flags, *state], check=True)
+    return bundles
 
 
-def run_mutants(good: Path, scratch: Path, seed: int, indices: range) -> Iterator[Ending]:
+def state_of(bundle: Path) -> Path:
+    """Where the saved state of a good bundle lies."""
+    return bundle.with_suffix(".state")
+
+
+def run_mutants(bundles: list[Path], scratch: Path, seed: int, indices: range) -> Iterator[Ending]:
     """Make, run and judge the mutants of these numbers; each depends on the seed and its number alone."""
     names = list(KINDS)
     for index in indices:
         rng = random.Random(f"{seed}/{index}")
         make = rng.choices(names, list(KINDS.values()))[0]
+        good = rng.choice(bundles)
         place = scratch / "place"
         shutil.rmtree(place, ignore_errors=True)
         for name in ("outside", "out", "tmp", "cache", "cwd"):
             (place / name).mkdir(parents=True)
         (place / "outside" / "secret").write_bytes(b"secret")
         shutil.copyfile(good.parent / "key.pub", place / "key.pub")
+        shutil.copyfile(state_of(good), place / "talk.state")
         trial = make(rng, Path(shutil.copytree(good, place / "bundle")))
         before = snapshot(place)
         how, said = run_child(trial, place)
         if how in GOOD and snapshot(place) != before:
             how = "changed files outside its scratch folder"
-        yield Ending(index, make.__name__, trial.note, how, said)
+        yield Ending(index, make.__name__, f"{good.name}: {trial.note}", how, said)
 
 
 def snapshot(place: Path) -> dict[str, tuple[int, ...]]:

@@ -10,42 +10,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 from fuzz.edges import LOCATIONS, NUMBERS, TEMPLATE_PARTS, TEXTS
 from fuzz.mutate import Random, mend, mutate_bytes, mutate_json
+from fuzz.states import change_states, state_file
+from fuzz.trial import CHAT, RUN, Make, Trial, some_command
 from support.tiny_bundle import read_manifest, write_manifest
 
 from satchel.runtime.bundle.archive.zip_writer import Entry, zip_parts
-
-RUN = ("run", "the cat", "--max-new-tokens", "1", "--threads", "1", "--quiet")
-CHAT = ("chat", "--max-new-tokens", "1", "--threads", "1", "--temperature", "0", "--quiet")
-OTHERS = (
-    ("inspect", "--json"),
-    ("inspect", "--quiet"),
-    ("pack", "-o", "../out/m.pyz", "--quiet"),
-    ("verify", "--quiet"),
-)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The bundle to open, the command with its flags, and what was changed."""
-
-    path: Path
-    note: str
-    command: tuple[str, ...] = RUN
-
-
-Make = Callable[[Random, Path], Trial]
-
-
-def some_command(rng: Random) -> tuple[str, ...]:
-    return RUN if rng.random() < 0.75 else rng.choice(OTHERS)
 
 
 def manifest_values(rng: Random, folder: Path) -> Trial:
@@ -65,7 +40,7 @@ def manifest_files(rng: Random, folder: Path) -> Trial:
     notes = []
     for _ in range(rng.choice((1, 2))):
         name = rng.choice((*document["files"], *TEXTS))
-        slot = rng.choice(("prefill", "decode", "score", "tokenizer", "files", "cache", "size"))
+        slot = rng.choice(("prefill", "decode", "score", "tokenizer", "files", "cache", "size", "states"))
         if slot in ("prefill", "decode", "score"):
             document["graphs"][slot]["file"] = name
         elif slot == "tokenizer":
@@ -75,6 +50,8 @@ def manifest_files(rng: Random, folder: Path) -> Trial:
         elif slot == "cache":
             layer = rng.choice(document["kv_cache"]["layers"])
             layer[rng.choice(("kv_heads", "key_dim", "value_dim"))] = rng.choice((1, 3, 16, 32, 1024, 1 << 20))
+        elif slot == "states":
+            change_states(rng, document)
         else:
             document["model"][rng.choice(("vocab_size", "max_context"))] = rng.choice((1, 300, 401, 1 << 20, 1 << 24))
         notes.append(f"{slot} {name[:20]!r}")
@@ -369,6 +346,7 @@ KINDS: dict[Make, int] = {
     zip_bytes: 6,
     zip_entries: 2,
     packed_content: 5,
+    state_file: 8,
     signature: 2,
 }
 """The kinds of mutants, with their weights."""

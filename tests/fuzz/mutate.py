@@ -108,3 +108,15 @@ def mend(folder: Path, document: Any = None) -> None:
         write_manifest(folder, document)
     except (ValueError, RecursionError):  # no text, or no number: it has no digest
         (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def state_with(header: Any, tensors: bytes) -> bytes:
+    """A saved state of this header and these bytes of tensors, with the hash made right as far as that is possible."""
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict):
+        others = {key: value for key, value in metadata.items() if key != "sha256"}
+        text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+        metadata["sha256"] = hashlib.sha256(text.encode() + tensors).hexdigest()
+    line = json.dumps(header).encode()
+    line += b" " * (-len(line) % 8)
+    return len(line).to_bytes(8, "little") + line + tensors

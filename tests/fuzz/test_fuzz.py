@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import harness
-from fuzz.mutants import Trial
+from fuzz.trial import Trial
 
 
 def test_thirty_changed_bundles_are_refused_or_run() -> None:

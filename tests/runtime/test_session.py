@@ -54,6 +54,15 @@ def test_an_entry_that_is_not_for_bundles_is_refused(folder: Path) -> None:
         Engine.open(open_bundle(folder))
 
 
+@pytest.mark.parametrize("name", [b"logits", b"capacity"])
+def test_a_name_that_is_not_text_is_refused(folder: Path, name: bytes) -> None:
+    content = (folder / "decode.onnx").read_bytes()
+    assert name in content
+    replace_file(folder, "decode.onnx", content.replace(name, b"\xe3" + name[1:]))
+    with pytest.raises(BundleError, match=r"decode\.onnx: .*not UTF-8"):
+        Engine.open(open_bundle(folder))
+
+
 def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_says_is_refused(folder: Path) -> None:
     model = onnx.load(folder / "decode.onnx", load_external_data=False)
     for node in model.graph.node:
