@@ -165,6 +165,10 @@ def _check_adapters(manifest: Manifest) -> None:
 
 def _check_specialized(manifest: Manifest, specialized: Specialized) -> None:
     _check_files(specialized.files, "specialized.files")
+    for index, run in enumerate(specialized.runs_ahead):
+        key = f"specialized.runs_ahead[{index}]"
+        _check(run.drafted > 0, f"{key}.drafted", run.drafted, "a number above 0")
+        _check(0 < run.steps < math.inf, f"{key}.steps", run.steps, "a number above 0")
     found, known = specialized.graphs, {variant.name: variant for variant in manifest.variants}
     fits = set(found) in ({"prefill"}, {"prefill", "decode"})
     _check(fits, "specialized.graphs", sorted(found), "prefill, or prefill and decode")

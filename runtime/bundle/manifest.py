@@ -336,13 +336,24 @@ class PreparedGraph:
 
 
 @dataclass(frozen=True)
+class RunAhead:
+    """A run of decode over a token and `drafted` further ones of its sequence, whose logits are those of single steps.
+
+    It took the time of so many single `steps`.
+    """
+
+    drafted: int
+    steps: float
+
+
+@dataclass(frozen=True)
 class Specialized:
     """Graphs and packed weights that `satchel specialize` made for one kind of machine.
 
     They can be used if `onnxruntime` (a version), `provider` and `features` (the processor's architecture and
     extensions) are the same; `processor` is its display name. `graphs` has the graphs of prefill and decode, or only
     that of prefill if its session runs decode too. `tiled_attention` says which of ONNX Runtime's two attention kernels
-    was faster. `files` lists all files.
+    was faster. `files` lists all files. `runs_ahead` are those that were tried and gave the same bits.
     """
 
     onnxruntime: str
@@ -352,6 +363,7 @@ class Specialized:
     tiled_attention: bool
     graphs: dict[str, PreparedGraph]
     files: dict[str, FileRecord]
+    runs_ahead: tuple[RunAhead, ...] = ()
 
     def variant(self, phase: str) -> str | None:
         """The name of the variant that runs prefill or decode, None for the portable graph."""

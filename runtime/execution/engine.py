@@ -39,7 +39,8 @@ class Engine(ABC):
         self.adapters = Adapters(bundle)
         self._invariant: dict[str | None, bool] = {}
         self._piece_invariant: bool | None = None
-        self.runs_ahead: set[int] = set()
+        made = bundle.specialized
+        self.runs_ahead: set[int] = set() if made is None else {run.drafted for run in made.runs_ahead}
         """So many drafted tokens in one run get the logits that each gets alone: they were compared."""
         self.wrong_ahead: set[int] = set()
         """So many do not."""

@@ -34,7 +34,7 @@ class NgramPool:
             self._forget()
 
     def take(self, text: list[int]) -> tuple[list[int], int] | None:
-        """Where the last n-gram of a text ended before, in which text; and remember where it ends now."""
+        """In which text and where the last n-gram of a text ended before, if followed; remember where it ends now."""
         if len(text) < NGRAM:
             return None
         first, second, third = text[-NGRAM:]
@@ -43,7 +43,7 @@ class NgramPool:
             found = self._places.pop(key, None)
             self._places[key] = text, len(text)
             self._forget()
-        return found
+        return found if found is not None and found[1] < len(found[0]) else None
 
     def note(self, run: int, right: bool) -> None:
         """Count a prediction after a run of so many right ones."""
@@ -57,10 +57,10 @@ class NgramPool:
     def chance(self, run: int) -> float:
         """The probability that the next prediction is right after `run` right ones, as measured so far.
 
-        Before much is measured, that of a rule that has held `run` times and failed once before.
+        Before much is measured, that of a rule that has held `run` times and failed twice before.
         """
         counted = min(run, RUNS)
-        return (self._right[counted] + run + 1) / (self._tried[counted] + run + 3)
+        return (self._right[counted] + run + 1) / (self._tried[counted] + run + 4)
 
     def _forget(self) -> None:
         while len(self._places) > MAX_NGRAMS:
@@ -94,7 +94,7 @@ class NgramDrafter:
             found = pool.take(text)
             if source is not None and right and source[1] + 1 < len(source[0]):
                 self._source = source[0], source[1] + 1
-            elif found is not None and found[1] < len(found[0]):
+            else:
                 self._source = found
 
     def predicted(self, most: int) -> tuple[list[int], list[float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,9 @@ def warn_without_effect(engine: Engine, speculate: str, draft: str | Path | None
 class Costs:
     """Seconds of a run by the number of drafted tokens in it, measured on this machine as it works."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Mapping[int, float] | None = None) -> None:
+        """`steps` are what runs took in single steps when the bundle was specialized, until they are measured here."""
+        self._steps = steps or {}
         self._seconds: dict[int, float] = {}
         self._times: dict[int, int] = {}
 
@@ -64,7 +66,7 @@ class Costs:
         """Seconds of a run; infinity before a single step was measured."""
         if self._times.get(drafted, 0) >= SURE:
             return self._seconds[drafted]
-        return np.inf if not drafted else self.of(0) * (1 + ROW * drafted)
+        return self.of(0) * self._steps.get(drafted, 1 + ROW * drafted) if drafted else np.inf
 
     def best(self, chances: Sequence[float], wrong: Collection[int] = (), each: float = 0.0) -> tuple[int, float]:
         """How many of the drafted tokens give the most tokens per second, 0 for none, and that number.
@@ -90,7 +92,9 @@ class Speculation:
     """What all sequences of one engine share: what was seen before, a small model if there is one, and costs."""
 
     def __init__(self, engine: Engine, model: DraftModel | None = None) -> None:
-        self.pool, self.model, self.costs = NgramPool(), model, Costs()
+        made = engine.bundle.specialized
+        steps = {} if made is None else {run.drafted: run.steps for run in made.runs_ahead}
+        self.pool, self.model, self.costs = NgramPool(), model, Costs(steps)
         self.model_costs = 0.0  # seconds of a token that the small model drafts
         self.model_tried, self.model_right = 3.0, 2.0
         self._engine = engine

@@ -26,7 +26,7 @@ from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.optimize.forms import PREFIX, STORED, Form, Made, described, form_of, portable_form, token_of
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
-from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, step_seconds
+from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, runs_ahead, step_seconds
 from satchel.runtime.ort.open_bundle import is_outdated, unusable
 from satchel.runtime.ort.session import SessionSettings, save_optimized
 
@@ -85,6 +85,8 @@ def specialize(
     with _scratch(bundle.folder) as scratch, contextlib.ExitStack() as placed:
         maker = _Maker(portable, SessionSettings(threads=threads), scratch, placed, old, progress)
         chosen = _chosen(maker, own, forms, say, own_only=kernels == "satchel")
+        progress("timing runs of several tokens")
+        chosen = replace(chosen, runs_ahead=runs_ahead(replace(portable, specialized=chosen), maker.settings))
         manifest = replace(bundle.manifest, specialized=chosen)
         _write_manifest(bundle.folder, manifest, scratch)
     for name in (old | maker.written) - set(chosen.files):

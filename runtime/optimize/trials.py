@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.manifest import Specialized
+from satchel.runtime.bundle.manifest import RunAhead, Specialized
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import SatchelError
+from satchel.runtime.errors import BundleError, SatchelError
 from satchel.runtime.evaluation.certify import check_certificate
-from satchel.runtime.execution.engine import open_engine
+from satchel.runtime.execution.engine import Engine, open_engine
+from satchel.runtime.execution.state import State
+from satchel.runtime.generation.speculation import WIDTHS
 from satchel.runtime.ort.session import SessionSettings
 
 TIMED_TOKENS, TIMED_RUNS = 512, 5
@@ -25,6 +27,9 @@ NEW_TOKENS = 128
 ENOUGH_FASTER = 0.95
 """Forms that need more memory, attention without tiles or decode by groups, must take less than this share of the time.
 """
+
+AHEAD_LENGTHS, AHEAD_RUNS = (5, 40, 75), 3
+"""Tokens before a run of several tokens, and how often each is timed."""
 
 CHECKED_TOKENS = 8
 TOLERANCE = 1e-3
@@ -102,6 +107,56 @@ def fastest(
     if kept.specialized is None:
         raise ValueError("there are no specialized graphs")
     return kept.specialized
+
+
+def runs_ahead(specialized: Bundle, settings: SessionSettings) -> tuple[RunAhead, ...]:
+    """Which runs of several tokens of a sequence give the bits of single steps, and how long they take.
+
+    Compared at several lengths; the number of threads does not matter. None where the bundle takes no such runs.
+    """
+    engine = open_engine(specialized, settings)
+    if engine.why_not_ahead(None) is not None:
+        return ()
+    taken: dict[int, list[float]] = {drafted: [] for drafted in WIDTHS}
+    for length in AHEAD_LENGTHS:
+        fitting = [drafted for drafted in taken if length + drafted < engine.max_context]
+        for drafted, steps in _compared(engine, length, fitting).items():
+            if steps is None:
+                del taken[drafted]
+            else:
+                taken[drafted].append(steps)
+    return tuple(RunAhead(drafted, round(max(min(steps), 0.01), 3)) for drafted, steps in taken.items() if steps)
+
+
+def _compared(engine: Engine, length: int, widths: Sequence[int]) -> dict[int, float | None]:
+    """By the number of drafted tokens, the time of a run after `length` tokens, in single steps.
+
+    None for one that fails or gives other logits than single steps.
+    """
+    if not widths:
+        return {}
+    ids = np.asarray([(13 * i + 1) % engine.vocabulary for i in range(length + max(widths) + 1)], np.int64)
+    state, found = engine.new_state(len(ids)), dict[int, float | None]()
+    engine.prefill(state, ids[:length])
+    start = time.perf_counter()
+    expected = State.decode_ahead(state, ids[length:])
+    single = (time.perf_counter() - start) / len(expected)
+    for drafted in widths:
+        shares = []
+        for _ in range(AHEAD_RUNS):
+            state.cache.shorten(length)
+            start = time.perf_counter()
+            try:
+                logits = state.decode_ahead(ids[length : length + drafted + 1])
+            except BundleError:  # its kernels do not take several tokens of one sequence
+                shares = []
+                break
+            shares.append((time.perf_counter() - start) / single)
+            if not np.array_equal(logits, expected[: drafted + 1]):
+                shares = []
+                break
+        found[drafted] = float(np.median(shares)) if shares else None
+    return found
 
 
 def prefill_seconds(bundles: Sequence[Bundle], settings: SessionSettings) -> list[float]:

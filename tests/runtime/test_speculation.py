@@ -173,6 +173,16 @@ def test_predictions_are_what_followed_the_last_tokens() -> None:
     assert texts_of(other, 1) == [1]
 
 
+def test_a_text_that_ends_as_another_is_not_predicted_until_that_goes_on() -> None:
+    pool = NgramPool()
+    first = NgramDrafter(pool, np.array([1, 2, 3, 4]))
+    second = NgramDrafter(pool, np.array([9, 2, 3, 4]))
+    assert texts_of(second) == []
+    second.add([7])
+    first.add([5])
+    assert texts_of(NgramDrafter(pool, np.array([8, 2, 3, 4]))) == [7]
+
+
 def test_a_loop_is_predicted_further_than_it_was_seen() -> None:
     drafter = NgramDrafter(NgramPool(), np.array([5, 6, 7, 5, 6]))
     drafter.add([7, 5, 6, 7])
@@ -190,7 +200,7 @@ def test_how_often_predictions_are_right_is_measured_without_drafts() -> None:
     copied = rng.integers(100, 1 << 20, 200)
     drafter = NgramDrafter(pool, copied)
     drafter.add(copied.tolist())
-    assert pool.chance(8) > 0.8
+    assert pool.chance(8) > 0.7
     assert pool.chance(1000) > 0.95
 
 
@@ -267,7 +277,10 @@ def test_a_text_ends_within_a_draft(tmp_path: Path, folder: Path, ahead: list[in
 @needs_kernels
 def test_on_satchels_own_kernels_a_run_ahead_gives_the_same_bits(tmp_path: Path) -> None:
     folder = write_native_bundle(tmp_path / "native")
-    specialize.specialize(open_bundle(folder), kernels="satchel", threads=1)
+    made = specialize.specialize(open_bundle(folder), kernels="satchel", threads=1).specialized
+    assert made is not None
+    assert [run.drafted for run in made.runs_ahead] == [1, 3, 7, 15]
+    assert all(run.steps > 0 for run in made.runs_ahead)
     engine = Generator.open(folder, threads=1, specialize=False).engine
     one, other = (engine.new_state(50) for _ in range(2))
     assert engine.why_not_ahead(None) is None
@@ -277,7 +290,38 @@ def test_on_satchels_own_kernels_a_run_ahead_gives_the_same_bits(tmp_path: Path)
     found, expected = one.decode_ahead(PROMPT[:8]), State.decode_ahead(other, PROMPT[:8])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     assert one.cache.length == other.cache.length == len(PROMPT) + 8
+    assert np.array_equal(found, expected)
     for state in (one, other):
         state.cache.shorten(len(PROMPT) + 3)
         state.decode(7)
     np.testing.assert_allclose(one.logits, other.logits, rtol=0, atol=1e-4 * np.abs(other.logits).max())
+
+
+@needs_kernels
+def test_a_run_that_differs_by_a_bit_is_not_recorded_when_a_bundle_is_specialized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = CpuState.decode_ahead
+
+    def differing(state: CpuState, tokens: Ids) -> Logits:
+        if len(tokens) == 16:
+            raise BundleError("too many")
+        return np.nextafter(run(state, tokens), np.inf) if len(tokens) == 4 else run(state, tokens)
+
+    monkeypatch.setattr(CpuState, "decode_ahead", differing)
+    folder = write_native_bundle(tmp_path / "native")
+    made = specialize.specialize(open_bundle(folder), kernels="satchel", threads=1).specialized
+    assert made is not None
+    assert [run.drafted for run in made.runs_ahead] == [1, 7]
+    engine = Generator.open(folder, threads=1, specialize=False).engine
+    assert engine.runs_ahead == {1, 7}
+
+
+def test_costs_begin_with_those_that_were_recorded() -> None:
+    costs = Costs({1: 1.05, 3: 1.4})
+    for _ in range(2):
+        costs.note(0, 2.0)
+    assert [costs.of(drafted) for drafted in (0, 1, 3, 7)] == [2.0, 2.1, 2.8, 9.0]
+    for _ in range(2):
+        costs.note(3, 9.0)
+    assert costs.of(3) == 9.0
