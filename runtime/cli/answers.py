@@ -18,7 +18,7 @@ from satchel.runtime.cli.prompt_lines import Chat, PromptLine, located, read_lin
 from satchel.runtime.cli.run_flags import STANDARD
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.generation.generation_config import stored_rules
-from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
+from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions, in_chat
 from satchel.runtime.util.defaults import BATCH_ROWS
 from satchel.runtime.util.progress import progress_bar
 
@@ -47,8 +47,12 @@ class Defaults:
 
     def options_of(self, line: PromptLine) -> GenerationOptions:
         """The effective options of a line."""
+        given = {**self.options, **line.options}
+        if not self.raw_of(line):
+            given = in_chat(given)
         base = {} if self.raw_of(line) else CHAT_DEFAULTS
-        return GenerationOptions(**{**base, **self.options}).updated(line.options)
+        options = GenerationOptions(**{**base, **self.options}).updated(line.options)
+        return dataclasses.replace(options, grammar=given.get("grammar"))
 
 
 class Tally:
@@ -118,6 +122,8 @@ def request_digest(line: PromptLine, defaults: Defaults, common: Sequence[Any]) 
     if line.error is None:
         options = defaults.options_of(line)
         fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        grammar = fields.pop("grammar")
+        fields |= {} if grammar is None else {"grammar": dataclasses.astuple(grammar)}
         fields |= {"logit_bias": dict(options.logit_bias), "template": defaults.template_of(line)}
         request = [*common, prompt, defaults.raw_of(line), fields]
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()[:32]

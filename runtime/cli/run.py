@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from satchel.runtime.cli import ready, run_flags
 from satchel.runtime.errors import PromptError, SatchelWarning
 from satchel.runtime.generation.generation_config import stored_rules
-from satchel.runtime.generation.options import CHAT_DEFAULTS, given_in
+from satchel.runtime.generation.options import CHAT_DEFAULTS, given_in, in_chat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
     templated = generator.has_template and not args.raw
     ids = generator.encode_chat(prompt, template=args.template) if templated else generator.encode(prompt)
     options = stored_rules(generator.engine.bundle, options, beams=args.beams is not None) | options
+    if templated:
+        options = in_chat(options)
     if args.num_return_sequences is None and args.beams is None:
         result = _run_single(args, generator, ids, CHAT_DEFAULTS | options if templated else options, templated)
         if args.save_state is not None:

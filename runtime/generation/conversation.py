@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.generation_config import read_stored, stored_options
 from satchel.runtime.generation.generator import Generator
-from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions
+from satchel.runtime.generation.options import CHAT_DEFAULTS, GenerationOptions, in_chat
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
@@ -72,7 +72,8 @@ class Conversation:
         self.tools = tools
         self.arguments = dict(arguments or {})
         self.template = template
-        self.options = checkpoint_options(generator) if options is None else options
+        options = checkpoint_options(generator) if options is None else options
+        self.options = replace(options, **in_chat({"grammar": options.grammar}))
         self.messages: list[Message] = []
         self.dropped_messages = 0
         self._ids: Ids = np.empty(0, np.int64)

@@ -18,6 +18,7 @@ from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation.beam_results import adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
+from satchel.runtime.generation.constraint import Grammars
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.draft_model import DraftModel
 from satchel.runtime.generation.options import GenerationOptions
@@ -68,6 +69,7 @@ class Generator:
         self.max_context = max_context
         self.prefix_cache = prefix_cache
         self.speculation = None if speculate == "off" else Speculation(engine, draft)
+        self._grammars = Grammars(tokenizer, engine.vocabulary, engine.bundle.manifest.model.eos_token_ids)
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
 
@@ -408,7 +410,11 @@ class Generator:
         special = self.tokenizer.is_hidden if self.tokenizer else lambda token: False
         multiple = self.engine.bundle.manifest.token_multiple
         snapshots = snapshots_of(ids, special, multiple, self.prefix_cache.max_snapshots)
-        sequence = ActiveSequence(ids, options, limit, choose, ends, text, callback, snapshots)
+        constraint = None
+        if options.grammar is not None:
+            source = self.template.sources[self.template.choose(None, None)] if options.grammar.chat else ""
+            constraint = self._grammars.constraint(options.grammar, ids, ends, source)
+        sequence = ActiveSequence(ids, options, limit, choose, ends, text, callback, snapshots, constraint)
         if self.speculation is not None:
             sequence.drafter = self.speculation.drafter(sequence, choose if isinstance(choose, Sampler) else None)
         return sequence

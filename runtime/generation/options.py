@@ -6,15 +6,20 @@ import argparse
 import math
 import numbers
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.grammar import Grammar
 from satchel.runtime.generation.sampling import options as sampling
+from satchel.runtime.generation.sampling.table import BY_FIELD
 from satchel.runtime.util.defaults import CHAT_MAX_NEW_TOKENS, CHAT_MAX_REPEATS, MAX_NEW_TOKENS
 
 MAX_LOGPROBS = 100
-KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs", "adapter")
+KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs", "adapter", "grammar")
+
+# They choose tokens, or rule out the end, whatever a grammar allows.
+FORCING = ("forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_length")
 
 CHAT_DEFAULTS: dict[str, Any] = {"max_new_tokens": CHAT_MAX_NEW_TOKENS, "max_repeats": CHAT_MAX_REPEATS}
 """Defaults for an answer in a chat template, in place of those of `GenerationOptions`."""
@@ -31,6 +36,7 @@ class GenerationOptions(sampling.SamplingOptions):
         time_limit: Maximum seconds, from the start of prefill; None for no limit.
         logprobs: Record the log-probability of each token and of this many most likely ones; None records nothing.
         adapter: The name of one of the bundle's adapters; None, or an empty text, for the base model.
+        grammar: What the text must match, as a `Grammar` or a mapping of its kind to its source; None for any text.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -39,12 +45,15 @@ class GenerationOptions(sampling.SamplingOptions):
     time_limit: float | None = None
     logprobs: int | None = None
     adapter: str | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         stop: Collection[str] = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "adapter", self.adapter or None)
+        if self.grammar is not None:
+            object.__setattr__(self, "grammar", Grammar.of(self.grammar))
 
     def check_all(self, vocabulary: int, where: str | None = None) -> None:
         """Raise PromptError for values out of range and for options that contradict each other.
@@ -61,6 +70,8 @@ class GenerationOptions(sampling.SamplingOptions):
             raise PromptError(f"{_name('time_limit', where)} {self.time_limit}: must be seconds, above 0")
         if self.logprobs is not None and not (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS):
             raise PromptError(f"{_name('logprobs', where)} {self.logprobs}: must be from 0 to {MAX_LOGPROBS}")
+        for option in (BY_FIELD[field] for field in FORCING if self.grammar is not None and self.differs(field)):
+            raise PromptError(f"{option.name(where)}: cannot be combined with a grammar: remove one")
         self.check(self.max_new_tokens, vocabulary, where)
 
 
@@ -92,8 +103,14 @@ def add_flags(parser: argparse.ArgumentParser, *, chat: bool = False) -> None:
 
 def given_in(args: argparse.Namespace) -> dict[str, Any]:
     """The options given on a parsed command line, by field."""
-    own = {key: value for key in KEYS if (value := getattr(args, key)) is not None}
+    own = {key: value for key in KEYS if (value := getattr(args, key, None)) is not None}
     return own | sampling.given_in(args)
+
+
+def in_chat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for an answer in a chat template: before what a grammar demands, a model may reason."""
+    grammar = options.get("grammar")
+    return options if grammar is None else options | {"grammar": replace(Grammar.of(grammar), chat=True)}
 
 
 def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
@@ -112,6 +129,8 @@ def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
     ):
         if key in own and not right(own[key]):
             raise PromptError(f"{where}: {key} {str(own[key])[:60]!r}: must be {what}")
+    if "grammar" in own:
+        own["grammar"] = Grammar.of(own["grammar"], f"{where}: grammar")
     return own | sampling.from_mapping({key: value for key, value in values.items() if key not in KEYS}, where)
 
 

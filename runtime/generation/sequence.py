@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.state import Logits, State
+from satchel.runtime.generation.constraint import Constraint
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.repeats import RepeatDetector
@@ -63,6 +64,7 @@ class ActiveSequence:
         text: IncrementalDetokenizer | None,
         callback: Callback | None = None,
         snapshots: Snapshots = NO_SNAPSHOTS,
+        constraint: Constraint | None = None,
     ) -> None:
         """`choose` is a sampler, or picks a token from logits.
 
@@ -72,6 +74,7 @@ class ActiveSequence:
         self.options = options
         self.limit = limit
         self.snapshots = snapshots
+        self.constraint = constraint
         self.drafter: Drafter | None = None
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
@@ -154,20 +157,22 @@ class ActiveSequence:
         return "".join(self.pieces[shown:])
 
     def _checked(self, logits: Logits) -> int:
-        token = int(self._choose(logits))
+        token = int(self._choose(logits if self.constraint is None else self.constraint.masked(logits)))
         if not 0 <= token < len(logits):
             raise PromptError(f"token id {token} was chosen, outside the vocabulary of {len(logits)} ids")
         return token
 
     def _chosen_from(self, state: State) -> tuple[int, Logits | None]:
         """The token, and the logits if they had to be read."""
-        if self._sampler is not None and self.options.logprobs is None:
+        if self._sampler is not None and self.options.logprobs is None and self.constraint is None:
             token = self._sampler.choose_best(state.best)
             if token is not None:
                 return token, None
         return self._checked(state.logits), state.logits
 
     def _add(self, token: int, logits: Logits | None) -> None:
+        if self.constraint is not None:
+            self.constraint.take(token)
         if token in self._end_tokens:
             self._end("stop")
             return
@@ -180,6 +185,8 @@ class ActiveSequence:
             self.finish_reason = "stop"
         elif unwanted:
             self._end("callback")
+        elif self.constraint is not None and self.constraint.complete:
+            self._end("stop")
         elif len(self.token_ids) == self.limit:
             self._end("length")
         elif self._repeats is not None and self._repeats.add(token):

@@ -132,12 +132,21 @@ class Drafter:
         self._by_model = False
         self._idle, self._patience = 0, IDLE
 
-    def draft(self, token_ids: Sequence[int], limit: int, wrong: Collection[int]) -> list[int]:
-        """Up to `limit` tokens that may follow the new tokens; often none. `wrong` widths do not work."""
+    def draft(
+        self, token_ids: Sequence[int], limit: int, wrong: Collection[int], forced: Sequence[int] = ()
+    ) -> list[int]:
+        """Up to `limit` tokens that may follow the new tokens; often none. `wrong` widths do not work.
+
+        `forced` are tokens that a grammar leaves no choice of.
+        """
         self.follow(token_ids)
+        self._by_model = False
+        sure = min(len(forced), limit, WIDTHS[-1])
+        count, _ = self.costs.best([1.0] * sure, wrong)
+        if count:
+            return list(forced[:count])
         tokens, chances = self._ngrams.predicted(min(limit, WIDTHS[-1]))
         count, rate = self.costs.best(chances, wrong) if tokens else (0, 0.0)
-        self._by_model = False
         if self._model is not None and not (count and chances[0] > 0.9):
             drafted = self._from_model(limit, wrong, rate if count else 0.0)
             if drafted:
@@ -194,7 +203,8 @@ def decode(engine: Engine, state: State, sequence: ActiveSequence) -> int:
     drafter, known, timing = sequence.drafter, len(sequence.token_ids), sequence.timing
     draft, last = [], sequence.token_ids[-1]
     if drafter is not None:
-        draft = drafter.draft(sequence.token_ids, sequence.limit - known - 1, engine.wrong_ahead)
+        forced = () if sequence.constraint is None else sequence.constraint.forced
+        draft = drafter.draft(sequence.token_ids, sequence.limit - known - 1, engine.wrong_ahead, forced)
     start = time.perf_counter()
     if drafter is None or not draft:
         state.decode(last)

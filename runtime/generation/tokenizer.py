@@ -143,6 +143,16 @@ class JsonTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
 
+    @property
+    def definition(self) -> str:
+        """The tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
+    @property
+    def size(self) -> int:
+        """The number of ids."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
     def is_hidden(self, token: int) -> bool:
         return token in self._special or self.token_text(token) is None
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from satchel.runtime.generation.templates.thoughts import thoughts_of
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.server.call_readers import UNREADABLE, Schemas
-from satchel.runtime.server.tool_forms import THOUGHTS, Form, forms_of
+from satchel.runtime.server.tool_forms import Form, forms_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Syntax:
     @cached_property
     def thoughts(self) -> dict[str, str]:
         """What begins reasoning, and what ends it; `<think>` may always."""
-        return {begin: end for begin, end in THOUGHTS if begin == "<think>" or begin in self.template}
+        return thoughts_of(self.template)
 
     @property
     def is_harmony(self) -> bool:

@@ -77,15 +77,6 @@ FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 """The forms that are known; of those with the same beginning, the first that a template shows counts."""
 
-THOUGHTS: tuple[tuple[str, str], ...] = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),  # Mistral
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
-    ("<seed:think>", "</seed:think>"),
-)
-"""What begins and ends reasoning; a template shows the name in a mark such as `<|channel>`."""
-
 
 @cache
 def forms_of(template: str) -> tuple[Form, ...]:

@@ -84,6 +84,7 @@ print(*{name.split(".")[0] for name in sys.modules})
         (("bench", "{bundle}", "--plot", "{place}/speed.png"), "matplotlib"),
         (("sign", "--new-key", "{place}/key"), "cryptography"),
         (("serve", "{bundle}", "--port", "0"), "starlette"),
+        (("run", "{bundle}", "the", "--regex", "cat"), "llguidance"),
     ],
 )
 def test_without_its_extra_a_command_names_the_package(
@@ -108,6 +109,11 @@ def test_the_extra_export_exports_and_compares_with_a_gguf(
     windows = ("--windows", "2", "--window-tokens", "32", "--skip", "4")
     found = satchel(env, "eval", tmp_path / "bundle", "--text", text, "--reference", model, "--json", *windows)
     assert json.loads(found)["windows"] == 2
+
+
+def test_the_extra_grammar_constrains(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    env = environment(tmp_path_factory, "grammar")
+    assert satchel(env, "run", bundle, "the", "--regex", "cat", "--quiet").strip() == "cat"
 
 
 def test_the_extra_plot_draws(bundle: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,0 +1,248 @@
+"""Constrained output: which tokens may follow, so that a text matches a grammar. The grammars are llguidance's."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.grammar import Grammar
+from satchel.runtime.generation.templates.thoughts import CHANNELS, FINAL, thoughts_of
+from satchel.runtime.generation.tokenizer import JsonTokenizer, Tokenizer
+from satchel.runtime.util.requirements import not_installed
+
+# JSON as Python writes it. Space wherever JSON allows it would let a model write spaces for ever.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MOST_COMPILED = 32
+TAIL = 16  # tokens in which the end of reasoning is looked for
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, and keeps some of them. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocabulary: int, ends: Collection[int]) -> None:
+        """`vocabulary` is the number of logits, `ends` are the model's end tokens."""
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._ends = sorted(token for token in ends if 0 <= token < vocabulary)
+        self._lock = threading.Lock()
+        self._tokens: Any = None
+        self._compiled: dict[tuple[str, str], Any] = {}
+
+    def constraint(
+        self, grammar: Grammar, prompt: NDArray[np.int64], ends: Collection[int], template: str
+    ) -> Constraint:
+        """What constrains the text after a prompt; `ends` are all tokens that end it.
+
+        In a chat the marks of reasoning are those that the source of its template shows. Raises PromptError for a
+        grammar that cannot be compiled, without llguidance, and for a tokenizer that it cannot use.
+        """
+        library = _library()
+        with self._lock:
+            matcher = self._matcher(library, grammar).deep_copy()
+            tokens = self._tokens
+        tokenizer = self._tokenizer
+        thought = Thought.of(tokenizer, prompt, template) if grammar.chat and tokenizer is not None else None
+        return Constraint(matcher, tokens, self._vocabulary, ends, thought)
+
+    def _matcher(self, library: ModuleType, grammar: Grammar) -> Any:
+        key = grammar.kind, grammar.source
+        found = self._compiled.pop(key, None)
+        if found is None:
+            if self._tokens is None:
+                self._tokens = self._open(library)
+            found = _compiled(library, self._tokens, grammar)
+        self._compiled[key] = found
+        while len(self._compiled) > MOST_COMPILED:
+            del self._compiled[next(iter(self._compiled))]
+        return found
+
+    def _open(self, library: ModuleType) -> Any:
+        if not isinstance(self._tokenizer, JsonTokenizer):
+            raise PromptError("a grammar needs a bundle with a tokenizer.json: leave it out for this bundle")
+        if not self._ends:
+            raise PromptError("a grammar needs a model with an end token, which this bundle does not name")
+        size = max(self._vocabulary, self._tokenizer.size)
+        try:
+            return library.LLTokenizer(self._tokenizer.definition, n_vocab=size, eos_token=self._ends)
+        except ValueError as error:
+            raise PromptError(f"a grammar cannot be used with this bundle's tokenizer: {_line(error)}") from None
+
+
+class Thought:
+    """Follows the reasoning before an answer, which no grammar constrains, to its end."""
+
+    def __init__(self, tokenizer: Tokenizer, end: str, *, begins: Collection[int] = ()) -> None:
+        """The prompt has begun it already, unless one of the tokens `begins` may do so."""
+        self.begins = frozenset(begins)
+        self._tokenizer, self._end = tokenizer, end
+        self._end_ids = tokenizer.encode_rendered(end)
+        self._last: list[int] = []
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, prompt: NDArray[np.int64], template: str) -> Thought | None:
+        """The reasoning after a prompt; None if the answer follows at once."""
+        said, marks = _shown(tokenizer, prompt[-TAIL:].tolist()).rstrip(), thoughts_of(template)
+        if all(mark in template for mark in CHANNELS):
+            return None if said.endswith(FINAL) else cls(tokenizer, FINAL)
+        for begin, end in marks.items():
+            if said.endswith(begin):
+                return cls(tokenizer, end)
+        if said.endswith(tuple(marks.values())):
+            return None
+        for begin, end in marks.items():
+            first, *rest = tokenizer.encode_rendered(begin)
+            if begin in template and (not rest or tokenizer.is_hidden(first)):
+                return cls(tokenizer, end, begins=[first])
+        return None
+
+    def rest(self, token: int) -> str | None:
+        """The text after the end of the reasoning, once a token has brought that; None before."""
+        self._last = [*self._last, token][-max(TAIL, len(self._end_ids)) :]
+        if self._last[-len(self._end_ids) :] == self._end_ids:
+            return ""
+        _, found, rest = _shown(self._tokenizer, self._last).partition(self._end)
+        return rest.lstrip() if found else None
+
+
+class Constraint:
+    """Follows one text through a grammar. `allowed` is asked before each token, and `take` told of it afterwards.
+
+    Where the grammar leaves one continuation, its tokens are those of the tokenizer for it: `forced`. So a text does
+    not depend on how many of them are fed in one run.
+    """
+
+    def __init__(
+        self, matcher: Any, tokens: Any, vocabulary: int, ends: Collection[int], thought: Thought | None = None
+    ) -> None:
+        """`matcher` and `tokens` are llguidance's, `ends` all tokens that end the text."""
+        self._matcher, self._tokens, self._vocabulary = matcher, tokens, vocabulary
+        self._ends = [token for token in ends if 0 <= token < vocabulary]
+        self._thought = thought
+        self._thinking = thought is not None and not thought.begins
+        self.forced: list[int] = [] if thought is not None else self._next_forced()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text matches and nothing may follow."""
+        return self._thought is None and bool(self._matcher.is_stopped()) and bool(self._matcher.is_accepting())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may follow, [vocabulary]. Raises PromptError if the grammar fails."""
+        if self._thinking:
+            mask = np.ones(self._vocabulary, np.bool_)
+            mask[self._ends] = False
+            return mask
+        if self.forced:
+            mask = np.zeros(self._vocabulary, np.bool_)
+            mask[self.forced[0]] = True
+            return mask
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        mask = np.unpackbits(bits, bitorder="little", count=self._vocabulary).view(np.bool_)
+        if self._thought is not None:
+            mask[list(self._thought.begins)] = True
+        if not mask.any():
+            raise PromptError("the grammar leaves no token to choose from: loosen it")
+        return mask
+
+    def masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A copy of logits [vocabulary] with -inf for each token that may not follow. Raises PromptError."""
+        return np.where(self.allowed(), logits, np.float32(-np.inf))
+
+    def take(self, token: int) -> None:
+        """Go on after a token. Raises PromptError for one that may not follow."""
+        if self._thought is not None:
+            if not self._thinking and token in self._thought.begins:
+                self._thinking = True
+                return
+            if self._thinking:
+                rest = self._thought.rest(token)
+                if rest is not None:
+                    self._begin(rest)
+                return
+            self._thought = None
+        self._consume([token])
+        if self.forced:
+            del self.forced[0]
+        if not self.forced:
+            self.forced = self._next_forced()
+
+    def _begin(self, text: str) -> None:
+        """Begin the part that has to match, with text that came with the last token of the reasoning."""
+        self._thought, self._thinking = None, False
+        if text:
+            self._consume(self._tokens.tokenize_str(text))
+        self.forced = self._next_forced()
+
+    def _consume(self, tokens: Sequence[int]) -> None:
+        if not self._matcher.consume_tokens(tokens):
+            self._check()
+            raise PromptError("a token was chosen that the grammar does not allow")
+
+    def _next_forced(self) -> list[int]:
+        found = [] if self._matcher.is_stopped() else list(self._matcher.compute_ff_tokens())
+        self._check()
+        return found
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise PromptError(f"the grammar fails: {_line(self._matcher.get_error())}")
+
+
+def _library() -> ModuleType:
+    try:
+        import llguidance
+    except ImportError:
+        missing = not_installed("llguidance") or "llguidance is not installed: pip install llguidance"
+        raise PromptError(f"a grammar needs satchel's extra grammar: {missing}") from None
+    return llguidance
+
+
+def _compiled(library: ModuleType, tokens: Any, grammar: Grammar) -> Any:
+    """llguidance's matcher of a grammar, at its beginning. Raises PromptError."""
+    matcher = library.LLMatcher
+    try:
+        if grammar.kind == "json_schema":
+            source = matcher.grammar_from_json_schema(json.loads(grammar.source), defaults=JSON_FORM)
+        elif grammar.kind == "regex":
+            source = matcher.grammar_from_regex(grammar.source)
+        else:
+            source = matcher.grammar_from_lark(grammar.source)
+    except ValueError as error:
+        raise _refused(grammar, str(error)) from None
+    limits = library.LLParserLimits(verbose_errors=False)
+    found = matcher(tokens, source, log_level=0, limits=limits)
+    if found.is_error():
+        raise _refused(grammar, found.get_error())
+    if found.is_stopped() and not found.is_accepting():
+        raise _refused(grammar, "nothing matches it")
+    return found
+
+
+def _refused(grammar: Grammar, reason: str) -> PromptError:
+    names = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "Lark grammar"}
+    return PromptError(f"the {names[grammar.kind]} cannot be used: {_line(reason)}")
+
+
+def _line(reason: object) -> str:
+    """What a message says, in one line of moderate length."""
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids, with special tokens."""
+    text = ""
+    run: list[int] = []
+    for token in ids:
+        if tokenizer.is_hidden(token):
+            text, run = text + tokenizer.decode(run) + (tokenizer.token_text(token) or ""), []
+        else:
+            run.append(token)
+    return text + tokenizer.decode(run)
