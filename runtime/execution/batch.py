@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.execution.state import Ids, Logits, State
 
 if TYPE_CHECKING:
@@ -19,6 +22,31 @@ SMALL_PIECE = 4
 """Tokens of the smallest piece that a prompt is fed in; an even number, since some kernels take tokens in pairs."""
 TOLERANCE = 1e-4
 """Of the largest logit: above what sums in another order differ by, far below what other int8 activations do."""
+
+
+class PoolFullError(Exception):
+    """All memory that rows share is in use."""
+
+
+class Evicts(Protocol):
+    """What keeps caches of earlier sequences."""
+
+    def nbytes_of(self, chosen: Callable[[Cache], bool]) -> int:
+        """The bytes of those that are `chosen`."""
+
+
+Feed = tuple[int, Ids]
+"""A row, and the tokens that it is fed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a graph: the rows that it concerns, how many tokens of prompts they are fed, and what runs it."""
+
+    rows: tuple[int, ...]
+    prompt_tokens: int
+    decoded: bool
+    go: Callable[[], None]
 
 
 class Batch:
@@ -85,6 +113,32 @@ class Batch:
         Raises PromptError if a token is outside the vocabulary or a row's context is full.
         """
         self._decode(self._engine.check_ids(tokens))
+
+    @property
+    def positions(self) -> int:
+        """The largest number of positions that one row can have."""
+        return self.states[0].cache.capacity
+
+    def plan(self, feeds: Sequence[Feed], decoded: int) -> list[Run]:
+        """The runs that feed rows tokens; the first `decoded` of `feeds` are one token of each of the first rows."""
+        last, pieces = feeds[:decoded], feeds[decoded:]
+        runs = [Run((row,), len(piece), False, partial(self.states[row].prefill, piece)) for row, piece in pieces]
+        if last:
+            tokens = [int(ids[0]) for _, ids in last]
+            runs.append(Run(tuple(row for row, _ in last), 0, True, partial(self.decode, tokens)))
+        return runs
+
+    def is_short_of(self, feeds: Sequence[Feed]) -> bool:
+        """Whether there is not enough memory for a step with these; never where all rows have theirs."""
+        return False
+
+    def holds(self, positions: int, prefix_cache: Evicts) -> bool:
+        """Whether a further row of so many positions has its memory, if prefixes are let go."""
+        return True
+
+    def owns(self, cache: Cache) -> bool:
+        """Whether a cache that is let go frees memory for the rows of this batch."""
+        return False
 
     def _decode(self, tokens: Ids) -> None:
         for state, token in zip(self.states, tokens.tolist(), strict=False):

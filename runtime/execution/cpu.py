@@ -26,6 +26,7 @@ from satchel.runtime.execution.adapters import Adapters
 from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.kv_cache import Cache, KVCache
+from satchel.runtime.execution.paged import Paging
 from satchel.runtime.execution.spans import PREFILL_CHUNK, chunks
 from satchel.runtime.execution.state import Ids, Logits, State, TopTokens
 from satchel.runtime.ort.binding import bind_input, bind_output, run_bound
@@ -48,6 +49,8 @@ class CpuEngine(Engine):
         self._whole_lock = threading.Lock()
         self._spare: mmap.mmap | None = None
         self._spare_lock = threading.Lock()
+        self._paging: Paging | None = None
+        self._paging_lock = threading.Lock()
 
     @property
     def sessions(self) -> Sessions:
@@ -99,6 +102,23 @@ class CpuEngine(Engine):
 
     def spans(self, count: int, chunk: int | None = None) -> Iterator[slice]:
         return chunks(count, chunk or PREFILL_CHUNK)
+
+    def new_pool(self, rows: int, capacity: int, kept: int, limit: int | None = None, *, force: bool = False) -> Batch:
+        session = self._ragged_session()
+        if session is not None:
+            with self._paging_lock:
+                self._paging = self._paging or Paging(self, session)
+            if self._paging.works:
+                return self._paging.new_batch(rows, capacity, kept, limit)
+        return super().new_pool(rows, capacity, kept, limit, force=force)
+
+    def _ragged_session(self) -> ort.InferenceSession | None:
+        """The session whose graph takes new tokens of several sequences in one run, if there is one."""
+        manifest, made = self.bundle.manifest, self.bundle.specialized
+        names = {made.variant(phase) for phase in ("prefill", "decode")} if made is not None else {None}
+        name = next(iter(names))
+        plain = len(names) == 1 and not manifest.states and manifest.model.rotary_border is None
+        return self.sessions[DECODE] if plain and name and manifest.variant(name).ragged else None
 
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
         runner = RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest, self.adapters)

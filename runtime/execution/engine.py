@@ -118,6 +118,20 @@ class Engine(ABC):
                 state.watch(border, self.spans)
         return batch
 
+    def new_pool(self, rows: int, capacity: int, kept: int, limit: int | None = None, *, force: bool = False) -> Batch:
+        """As `new_batch`, of rows that share memory where the graphs allow that: in blocks, each taken when needed.
+
+        `kept` are bytes for sequences that are kept when they have ended, `limit` those for all, None for as many as
+        `rows` and `kept` need. Raises PromptError as `new_batch`, and for a limit that holds no block or that these
+        graphs do not keep.
+        """
+        if limit is not None:
+            raise PromptError(
+                f"--kv-cache-mib {limit >> 20}: the rows of this bundle have fixed memory: specialize it for satchel's "
+                "kernels, or lower --rows or --max-context instead"
+            )
+        return self.new_batch(rows, capacity, force=force)
+
     def new_state(self, capacity: int, adapter: str | None = None) -> State:
         """A sequence of up to `capacity` positions, a batch of one row. Raises PromptError as `new_batch` and `add`."""
         return self.new_batch(1, capacity).add(adapter)

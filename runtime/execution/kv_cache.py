@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -70,6 +71,10 @@ class Cache(ABC):
 
         `count` is one that `other` can return to (`reach`). Raises PromptError if they do not fit.
         """
+
+    def kept(self, count: int) -> Cache | None:
+        """A cache that shares the first `count` positions with this one; None if they have to be copied."""
+        return None
 
     def take_snapshot(self) -> None:
         """Keep a copy of the states as they are now, if there are any."""
@@ -236,6 +241,16 @@ class KVCache(Cache):
         self._running, other._running = other._running, self._running
         self.snapshots, other.snapshots = other.snapshots, self.snapshots
         self.adapter, other.adapter = other.adapter, self.adapter
+
+
+def parked(spec: CacheSpec, cache: Cache) -> KVCache:
+    """A copy of a cache without states, in a temporary file that the system removes when nothing refers to it."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(max(cache.length * position_bytes(spec), 1))
+        memory = mmap.mmap(file.fileno(), 0)
+    copied = KVCache(spec, max(cache.length, 1), cache.length, memory=memory)
+    copied.copy_from(cache, cache.length)
+    return copied
 
 
 def position_bytes(spec: CacheSpec) -> int:

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from satchel.runtime.execution.kv_cache import Cache
 from satchel.runtime.generation.sequence import ActiveSequence
 
 
@@ -15,7 +16,8 @@ class Job:
     """A request in the scheduler.
 
     `row` is None until it has one, `fed` the number of prompt tokens in it, `shown` and `told` the pieces of text and
-    the tokens that events have told, and `since` the time of its last token.
+    the tokens that events have told, and `since` the time of its last token. `parked` has the keys and values of one
+    that had to give its row to others.
     """
 
     id: int
@@ -26,6 +28,7 @@ class Job:
     deliver: Callable[..., object] | None
     row: int | None = None
     fed: int = 0
+    parked: Cache | None = None
     shown: int = 0
     told: int = 0
     since: float = 0.0
@@ -71,6 +74,14 @@ class FairQueue:
         if not self._queues[key]:
             del self._queues[key]
         self._timed.pop(job.id, None)
+
+    def return_(self, job: Job) -> None:
+        """Let a request wait again that had a row, as the first of its client."""
+        queue = self._queues.setdefault((job.priority, job.client), OrderedDict())
+        queue[job.id] = job
+        queue.move_to_end(job.id, last=False)
+        if job.timed:
+            self._timed[job.id] = job
 
     def leave(self, job: Job) -> None:
         """A request that does not wait has ended: forget its client with the last one."""

@@ -95,21 +95,21 @@ def copy_prefix(
     return reused
 
 
-def feed_piece(
-    engine: Engine,
-    state: State,
-    prompt: NDArray[np.int64],
-    size: int | None = None,
-    snapshots: Snapshots = NO_SNAPSHOTS,
-) -> int:
-    """Feed the next span of a prompt, of up to `size` tokens; None: of what suits the graphs. Returns its length.
-
-    It ends where a snapshot is due, and at a multiple of `token_multiple` if it does not begin at one.
-    """
-    start = state.cache.length
-    over = -start % engine.bundle.manifest.token_multiple
-    rest = prompt[start : start + over] if over else prompt[start : snapshots.end(start, len(prompt))]
-    piece = rest[next(iter(engine.spans(len(rest), size)))]
+def feed_piece(engine: Engine, state: State, prompt: NDArray[np.int64], snapshots: Snapshots = NO_SNAPSHOTS) -> int:
+    """Feed the next span of a prompt. Returns its length."""
+    piece = next_piece(engine, state.cache.length, prompt, None, snapshots)
     state.prefill(piece)
     snapshots.add_due(state.cache)
     return len(piece)
+
+
+def next_piece(
+    engine: Engine, start: int, prompt: NDArray[np.int64], size: int | None, snapshots: Snapshots = NO_SNAPSHOTS
+) -> NDArray[np.int64]:
+    """The span of a prompt that is fed after its first `start` tokens, of up to `size`; None: of what suits the graphs.
+
+    It ends where a snapshot is due, and at a multiple of `token_multiple` if it does not begin at one.
+    """
+    over = -start % engine.bundle.manifest.token_multiple
+    rest = prompt[start : start + over] if over else prompt[start : snapshots.end(start, len(prompt))]
+    return rest[next(iter(engine.spans(len(rest), size)))]

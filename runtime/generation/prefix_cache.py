@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,23 @@ class PrefixCache:
         self._prefixes: list[Prefix] = []  # the most recently used one last
 
     @property
+    def limit(self) -> int:
+        """The limit in bytes."""
+        return self._limit
+
+    def nbytes_of(self, chosen: Callable[[Cache], bool]) -> int:
+        """The bytes of those prefixes whose caches are `chosen`."""
+        with self._lock:
+            return sum(self._size(len(each.ids), 0) for each in self._prefixes if chosen(each.cache))
+
+    def evict(self, chosen: Callable[[Cache], bool]) -> bool:
+        """Let go of the least recently used prefix whose cache is `chosen`. Returns whether there is one."""
+        with self._lock:
+            found = next((prefix for prefix in self._prefixes if chosen(prefix.cache)), None)
+            self._prefixes = [prefix for prefix in self._prefixes if prefix is not found]
+            return found is not None
+
+    @property
     def max_positions(self) -> int:
         """The number of positions of a single prefix that fit."""
         return max(0, self._limit - self._state_bytes) // self._position_bytes
@@ -102,7 +119,7 @@ class PrefixCache:
             return length, best.cache
 
     def keep(self, ids: Ids, cache: Cache) -> None:
-        """Copy what `cache`, of one row, holds for the first of `ids`, as far as the limit allows.
+        """Keep what `cache`, of one row, holds for the first of `ids`, as far as the limit allows.
 
         Of its snapshots the oldest are left out first.
         """
@@ -119,8 +136,10 @@ class PrefixCache:
                 return
             # Before the copy, so that both together stay under the limit.
             self._make_room(ids, cache.kind, self._size(count, len(snapshots)))
-        kept = KVCache(self._spec, count, count, states=self._states)
-        kept.copy_from(cache, count)
+        kept = cache.kept(count)
+        if kept is None:
+            kept = KVCache(self._spec, count, count, states=self._states)
+            kept.copy_from(cache, count)
         kept.snapshots = snapshots
         self.put(Prefix(ids, kept))
 

@@ -6,19 +6,21 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from satchel.runtime.errors import PromptError, QueueFullError
-from satchel.runtime.execution.batch import Batch
+from satchel.runtime.execution.batch import Batch, PoolFullError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.state import State
+from satchel.runtime.execution.kv_cache import parked
+from satchel.runtime.execution.state import Ids, State
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.pace import Pace
-from satchel.runtime.generation.prefill import copy_prefix, feed_piece
+from satchel.runtime.generation.prefill import copy_prefix, next_piece
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
@@ -48,14 +50,16 @@ class Event:
 
 
 Deliver = Callable[[Event], object]
+Filled = TypeVar("Filled")
 
 
 class Scheduler:
     """Runs many requests over the rows of one batch. Each gets the answer that it gets alone.
 
     `submit` and `cancel` may be called from any thread; `step` is for one thread, and `Driver` is such a thread. A step
-    feeds pieces of prompts, then one token of every row that has its prompt. Requests are taken by priority, then from
-    the client that has had the least, each in the order of arrival.
+    feeds pieces of prompts and the last token of every row that has its prompt: in one run of the graph where keys and
+    values are in blocks. Requests are taken by priority, then from the client that has had the least, each in the order
+    of arrival.
     """
 
     def __init__(
@@ -69,22 +73,28 @@ class Scheduler:
         queue_limit: int | None = None,
         stretch: float = STRETCH,
         force_batch: bool = False,
+        kv_cache_mib: int | None = None,
     ) -> None:
         """Allocate `rows` rows of `capacity` positions each.
 
         `new_sequence` checks a request. At most `queue_limit` requests wait for a row; None means any number. While
         prompts are fed, the time between the tokens of other requests is up to `stretch` times the usual one, as far as
-        that can be planned; infinity feeds each prompt at once. `force_batch` is as for `Engine.new_batch`. Raises
-        PromptError as that.
+        that can be planned; infinity plans nothing. `force_batch` is as for `Engine.new_batch`. `kv_cache_mib` limits
+        the memory of keys and values, those kept for later prompts included: where not all rows fit, requests of low
+        priority wait in a temporary file; None is room for all. Raises PromptError as `Engine.new_pool`.
         """
         self._engine, self._prefix_cache, self._new_sequence = engine, prefix_cache, new_sequence
-        self._batch: Batch = engine.new_batch(rows, capacity, force=force_batch)
+        self._batch: Batch = engine.new_pool(
+            rows, capacity, prefix_cache.limit, None if kv_cache_mib is None else kv_cache_mib << 20, force=force_batch
+        )
         self._capacity, self._queue_limit = capacity, queue_limit
         self._pace = Pace(stretch, in_pieces=stretch < math.inf and engine.piece_invariant)
         self._rows: list[Job | None] = [None] * rows
         self._decoding = 0  # so many of the first rows are decoded; rows behind them are free or get their prompt
         self._queue = FairQueue()
         self._oldest = True
+        self.parked = 0
+        """How many times a request had to give its memory to others and waited in a file."""
         self._events: list[Event] = []
         self._ids = itertools.count()
         self._lock = threading.Lock()  # of what follows
@@ -104,10 +114,11 @@ class Scheduler:
 
     def enqueue(self, sequence: ActiveSequence, request: Request, deliver: Deliver | None = None) -> int:
         """As `submit`, of a request that has been checked."""
-        if sequence.positions > self._capacity:
+        most = min(self._capacity, self._batch.positions)
+        if sequence.positions > most:
             raise PromptError(
-                f"the request needs {sequence.positions} positions but a row holds {self._capacity}: shorten the "
-                "prompt, or lower --max-new-tokens"
+                f"the request needs {sequence.positions} positions but a row holds {most}: shorten the prompt, or "
+                "lower --max-new-tokens"
             )
         if request.timeout is not None:
             sequence.end_within(request.timeout)
@@ -157,14 +168,19 @@ class Scheduler:
         return len(self._jobs) - self.running
 
     def step(self) -> list[Event]:
-        """Feed prompts, then one token of each row that has its prompt. Returns what is new; [] if nothing runs.
+        """Feed prompts, and one token of each row that has its prompt. Returns what is new; [] if nothing runs.
 
         An error ends the requests that it concerns, and no other.
         """
         self._events = []
         self._arrive()
-        self._feed()
-        self._decode()
+        pieces = self._pieces()
+        decoding = [job for job in self._rows[: self._decoding] if job is not None]
+        self._make_room(pieces, decoding)
+        if len(decoding) == 1 and not pieces:
+            self._decode_alone(decoding[0])
+        else:  # a drafted token would cost as much as that of another request
+            self._run(pieces, decoding)
         return self._events
 
     def run(self) -> Iterator[Event]:
@@ -194,33 +210,48 @@ class Scheduler:
             if job.sequence.finish_reason:
                 self._tell(job)
 
-    def _feed(self) -> None:
-        """Feed pieces of prompts: as many as the pace allows."""
+    def _pieces(self) -> list[tuple[Job, Ids]]:
+        """The pieces of prompts that this step feeds: as many tokens as the pace allows, at most one of a request."""
         self._pace.begin(alone=not self._decoding)
-        while (job := self._next()) is not None and (size := self._pace.piece()) != 0:
+        found: list[tuple[Job, Ids]] = []
+        while (job := self._next([each for each, _ in found])) is not None and (size := self._pace.piece()) != 0:
             self._oldest = not self._oldest
             with failing(job):
                 if job.row is None:
-                    self._copy_prefix(job, self._enter(job))
-                self._feed_piece(job, size)
+                    self._enter(job)
+                    self._begin(job)
+                if job.remaining:
+                    prompt, snapshots = job.sequence.prompt, job.sequence.snapshots
+                    piece = next_piece(self._engine, job.fed, prompt, size, snapshots)
+                    found.append((job, piece))
+                    self._pace.plan(len(piece))
             if job.sequence.finish_reason:
                 self._tell(job)
             elif not job.remaining:
-                self._start(job)
+                self._to_decoding(job)  # it was interrupted
+        return found
 
-    def _next(self) -> Job | None:
+    def _next(self, planned: Sequence[Job]) -> Job | None:
         """The request whose prompt is fed next: half of the time the oldest, so that a long one does not starve.
 
-        One that has no row yet lets another go first that is being fed what it needs too.
+        One that has no row yet lets another go first that is being fed what it needs too; those of `planned` have a
+        piece in this step already.
         """
         feeding = [job for job in self._rows[self._decoding :] if job is not None]
         waiting = self._queue.first() if None in self._rows else None
-        job = self._queue.best([*feeding, waiting] if waiting else feeding, oldest=self._oldest)
+        if waiting is not None and not self._fits(waiting):
+            waiting = None
+        ready = [job for job in [*feeding, *([waiting] if waiting else [])] if job not in planned]
+        job = self._queue.best(ready, oldest=self._oldest)
         if job is not None and job is waiting:
             for other in (each for each in feeding if _share_adapter(each, job)):
                 if common_length(other.sequence.prompt, job.sequence.prompt) > other.fed:
-                    return other
+                    return None if other in planned else other
         return job
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is memory for the prompt of a request that waits, or nothing runs that could free more."""
+        return not self.running or self._batch.holds(job.sequence.positions, self._prefix_cache)
 
     def _enter(self, job: Job) -> State:
         """Give a request that waits a free row."""
@@ -232,26 +263,85 @@ class Scheduler:
         job.since = time.perf_counter()
         return state
 
-    def _copy_prefix(self, job: Job, state: State) -> None:
-        """Copy what another row or the prefix cache has of a prompt."""
-        sequence = job.sequence
+    def _begin(self, job: Job) -> None:
+        """Fill the row of a request with what another row or the prefix cache has of its prompt, or what it had."""
+        state, sequence = self._state(job), job.sequence
+        if job.parked is not None:
+            kept = job.parked
+            self._with_room(lambda: state.cache.copy_from(kept, kept.length))
+            job.fed, job.parked = min(job.parked.length, len(sequence.prompt)), None
+            return
         sequence.begin()
         live = [
             Prefix(beside.sequence.fed[: cache.length], cache)
             for row, beside in enumerate(self._rows)
             if beside not in (None, job) and (cache := self._batch.states[row].cache).length
         ]
-        job.fed = sequence.reused_tokens = copy_prefix(
-            self._engine, state, sequence.prompt, self._prefix_cache, live, sequence.snapshots
+        job.fed = sequence.reused_tokens = self._with_room(
+            lambda: copy_prefix(self._engine, state, sequence.prompt, self._prefix_cache, live, sequence.snapshots)
         )
 
-    def _feed_piece(self, job: Job, size: int | None) -> None:
-        start = time.perf_counter()
-        count = feed_piece(self._engine, self._state(job), job.sequence.prompt, size, job.sequence.snapshots)
-        self._pace.fed(count, time.perf_counter() - start)
-        self._queue.charge(job, count)
-        job.fed += count
-        job.sequence.check_time()
+    def _with_room(self, fill: Callable[[], Filled]) -> Filled:
+        """Fill a row, and let go of prefixes, the least recently used first, as long as there is no memory for that."""
+        while True:
+            try:
+                return fill()
+            except PoolFullError:
+                if not self._prefix_cache.evict(self._batch.owns):
+                    raise
+
+    def _make_room(self, pieces: list[tuple[Job, Ids]], decoding: list[Job]) -> None:
+        """Let go of prefixes, the least recently used first, and then of requests, until the step has the memory."""
+        while self._batch.is_short_of(self._tokens_of(pieces, decoding)):
+            if self._prefix_cache.evict(self._batch.owns):
+                continue
+            running = [job for job in self._rows if job is not None]
+            if len(running) == 1:
+                return
+            self._park(max(running, key=lambda job: (-job.priority, job.id)))
+            pieces[:] = [(job, piece) for job, piece in pieces if job.row is not None]
+            decoding[:] = [job for job in decoding if job.row is not None]
+
+    def _park(self, job: Job) -> None:
+        """Keep what a request has in a temporary file, and let it wait again, as the first."""
+        job.parked = parked(self._engine.bundle.manifest.kv_cache, self._state(job).cache)
+        self._free(job)
+        self._queue.return_(job)
+        self.parked += 1
+
+    def _run(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> None:
+        """Feed pieces and last tokens, and take the tokens that follow."""
+        for run in self._batch.plan(self._tokens_of(pieces, decoding), len(decoding)):
+            concerned = [job for row in run.rows if (job := self._rows[row]) is not None]
+            start = time.perf_counter()
+            with failing(*concerned):
+                run.go()
+            self._pace.ran(run.prompt_tokens, time.perf_counter() - start, decoded=run.decoded)
+        for job, piece in pieces:
+            self._fed(job, len(piece))
+        for job in decoding:
+            self._take(job)
+        for job in decoding:
+            job.sequence.timing.decode_seconds += job.lap()
+            job.sequence.timing.decode_steps += 1
+            self._tell(job)
+
+    def _tokens_of(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> list[tuple[int, Ids]]:
+        """What each row is fed: first the last tokens of those that are decoded."""
+        last = [(self._row(job), np.array(job.sequence.token_ids[-1:], np.int64)) for job in decoding]
+        return last + [(self._row(job), piece) for job, piece in pieces]
+
+    def _fed(self, job: Job, count: int) -> None:
+        """Note that a piece of a prompt has run; the first token is taken after the last one."""
+        if job.sequence.finish_reason is None:
+            job.sequence.snapshots.add_due(self._state(job).cache)
+            self._queue.charge(job, count)
+            job.fed += count
+            job.sequence.check_time()
+        if job.sequence.finish_reason:
+            self._tell(job)
+        elif not job.remaining:
+            self._start(job)
 
     def _start(self, job: Job) -> None:
         """Take the first token of a request whose prompt was fed, and of those next that have the same prompt."""
@@ -262,8 +352,12 @@ class Scheduler:
         for each in ready:
             self._tell(each)
             if each.row is not None:
-                self._exchange(each.row, self._decoding)
-                self._decoding += 1
+                self._to_decoding(each)
+
+    def _to_decoding(self, job: Job) -> None:
+        """A request whose prompt was fed is decoded from the next step on."""
+        self._exchange(self._row(job), self._decoding)
+        self._decoding += 1
 
     def _twins(self, job: Job) -> Iterator[Job]:
         """Those next in the queue that have the same prompt, in rows of their own with its keys, values and logits."""
@@ -276,26 +370,16 @@ class Scheduler:
             twin.since = job.since
             yield twin
 
-    def _decode(self) -> None:
-        """Feed each row that has its prompt its last token, and choose the next ones."""
-        jobs = [job for job in self._rows[: self._decoding] if job is not None]
-        if not jobs:
-            return
+    def _decode_alone(self, job: Job) -> None:
+        """Choose the next token of the only request, or several where a draft is right."""
         start, taken = time.perf_counter(), 1
-        if len(jobs) == 1:
-            with failing(*jobs):
-                taken = decode(self._engine, self._state(jobs[0]), jobs[0].sequence)
-                self._queue.charge(jobs[0], taken)
-        else:  # a drafted token would cost as much as that of another request
-            with failing(*jobs):
-                self._batch.decode([job.sequence.token_ids[-1] for job in jobs])
-            for job in jobs:
-                self._take(job)
-        self._pace.decoded(time.perf_counter() - start)
-        for job in jobs:
-            job.sequence.timing.decode_seconds += job.lap()
-            job.sequence.timing.decode_steps += taken
-            self._tell(job)
+        with failing(job):
+            taken = decode(self._engine, self._state(job), job.sequence)
+            self._queue.charge(job, taken)
+        self._pace.ran(0, time.perf_counter() - start, decoded=True)
+        job.sequence.timing.decode_seconds += job.lap()
+        job.sequence.timing.decode_steps += taken
+        self._tell(job)
 
     def _take(self, job: Job) -> None:
         """Choose the next token of a request."""
@@ -323,18 +407,21 @@ class Scheduler:
         if job.row is None:
             self._queue.take(job)
         else:
-            row, cache = job.row, self._state(job).cache
             if job.sequence.error is None:
-                self._prefix_cache.keep(job.sequence.fed, cache)
-            cache.clear()
-            job.row = self._rows[row] = None
-            if row < self._decoding:
-                self._decoding -= 1
-                self._exchange(row, self._decoding)
-        job.sequence.end_drafts()
+                self._prefix_cache.keep(job.sequence.fed, self._state(job).cache)
+            self._free(job)
         self._queue.leave(job)
         with self._lock:
             del self._jobs[job.id]
+
+    def _free(self, job: Job) -> None:
+        """Free the row of a request, and close the gap among those that are decoded."""
+        row = self._row(job)
+        self._state(job).cache.clear()
+        job.row = self._rows[row] = None
+        if row < self._decoding:
+            self._decoding -= 1
+            self._exchange(row, self._decoding)
 
     def _exchange(self, row: int, other: int) -> None:
         """Exchange two rows; either may be free."""
@@ -348,9 +435,13 @@ class Scheduler:
 
     def _state(self, job: Job) -> State:
         """The state of the row that a request has."""
+        return self._batch.states[self._row(job)]
+
+    def _row(self, job: Job) -> int:
+        """The row that a request has."""
         if job.row is None:
             raise ValueError(f"request {job.id} has no row")
-        return self._batch.states[job.row]
+        return job.row
 
 
 def _share_adapter(job: Job, other: Job) -> bool:

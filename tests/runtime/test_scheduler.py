@@ -15,13 +15,12 @@ from satchel.runtime.errors import BundleError, PromptError, QueueFullError
 from satchel.runtime.execution.batch import SMALL_PIECE, Batch
 from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.generation import pace as pace_module
 from satchel.runtime.generation import sequence
 from satchel.runtime.generation.driver import Driver
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.generation.pace import Pace
+from satchel.runtime.generation.pace import RUN, Pace
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.scheduler import Event, Scheduler
@@ -218,14 +217,15 @@ def test_a_client_that_comes_back_has_saved_nothing_up() -> None:
 
 def test_a_cancelled_request_frees_its_row_at_the_next_step(roomy: Generator) -> None:
     scheduler = roomy.scheduler(rows=2, stretch=1.0)
-    running, feeding, waiting = (scheduler.submit(ask(length, 50)) for length in (5, 200, 6))
+    running = scheduler.submit(ask(5, 50))
     scheduler.step()
+    feeding, waiting = (scheduler.submit(ask(length, 50)) for length in (200, 6))
     scheduler.step()
     assert (scheduler.running, scheduler.waiting) == (2, 1)
     assert all(scheduler.cancel(number) for number in (running, feeding))
     ended = outcomes(scheduler.step())
     assert {number: result.finish_reason for number, result in ended.items()} == {running: "closed", feeding: "closed"}
-    assert (ended[running].new_tokens, ended[feeding].new_tokens) == (3, 0)
+    assert (ended[running].new_tokens, ended[feeding].new_tokens) == (2, 0)
     assert (scheduler.running, scheduler.waiting) == (1, 0)
     assert scheduler.cancel(waiting)
     assert not scheduler.cancel(running)
@@ -273,7 +273,7 @@ def test_the_time_in_the_queue_counts(roomy: Generator, monkeypatch: pytest.Monk
     assert {number: result.finish_reason for number, result in ended.items()} == {waiting: "time"}
     now[0] += 60
     ended = outcomes([*scheduler.step(), *scheduler.run()])
-    assert (ended[running].finish_reason, ended[running].new_tokens) == ("time", 3)
+    assert (ended[running].finish_reason, ended[running].new_tokens) == ("time", 2)
     assert (ended[patient].finish_reason, ended[patient].new_tokens) == ("length", 3)
 
 
@@ -317,30 +317,29 @@ def test_a_failed_step_ends_those_that_ran_and_the_next_ones_run(
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.002, 0.0001), (0.008, 0.0005), (0.0, 0.00001)])
-def test_planned_pieces_are_as_long_as_the_time_for_them(
-    monkeypatch: pytest.MonkeyPatch, fixed: float, each: float
-) -> None:
+def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: float) -> None:
     """A piece takes a fixed time and so much for each of its tokens, a decode step 0.010 seconds."""
-    now = [0.0]
-    monkeypatch.setattr(pace_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     pace = Pace(3.0, in_pieces=True)
-    pace.decoded(0.010)
+    pace.ran(0, 0.010, decoded=True)
     steps: list[tuple[float, int]] = []
     for _ in range(50):
         pace.begin(alone=False)
-        start, total = now[0], 0
+        total = 0
         while size := pace.piece():
             assert size % 2 == 0
-            seconds = fixed + each * size
-            now[0] += seconds
-            pace.fed(size, seconds)
-            total += size
-        steps.append((now[0] - start, total))
+            piece = min(size, 48)  # a prompt ends there
+            pace.plan(piece)
+            total += piece
+        seconds = fixed + each * total if total else 0.0
+        pace.ran(total, 0.010 + seconds, decoded=True)
+        steps.append((seconds, total))
     assert max(seconds for seconds, _ in steps) <= 0.020  # so that a step takes at most 3 times its 0.010 seconds
     possible = (0.014 - fixed) / each
     assert 0.7 * min(possible, 256) <= steps[-1][1] <= possible
     pace.begin(alone=True)
-    assert (pace.piece(), pace.piece()) == (None, 0)
+    assert pace.piece() is None
+    pace.plan(RUN)
+    assert pace.piece() == 0
 
 
 def test_threads_may_submit_and_cancel_while_one_steps(roomy: Generator) -> None:
@@ -376,7 +375,7 @@ def test_closing_without_draining_cancels(roomy: Generator) -> None:
 
 
 def test_nobody_waits_for_a_scheduler_that_broke(roomy: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "_feed", raising(RuntimeError("a fault of satchel")))
+    monkeypatch.setattr(Scheduler, "_pieces", raising(RuntimeError("a fault of satchel")))
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     driver = Driver(roomy.scheduler(rows=1))
     assert isinstance(list(driver.events(ask(5)))[-1].outcome, RuntimeError)
