@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from satchel.runtime.server import anthropic, texts
 from satchel.runtime.server.chat import chat
 from satchel.runtime.server.completions import completions
+from satchel.runtime.server.embeddings import embeddings
 from satchel.runtime.server.errors import Gone, RequestError, explain
 from satchel.runtime.server.fields import parse
 from satchel.runtime.server.guard import Guard, is_anthropic, read_body
@@ -33,6 +34,7 @@ POSTS: dict[str, Handler] = {
     "/v1/responses": responses,
     "/v1/messages": anthropic.messages,
     "/v1/messages/count_tokens": anthropic.count_tokens,
+    "/v1/embeddings": embeddings,
     "/tokenize": texts.tokenize,
     "/detokenize": texts.detokenize,
     "/apply-template": texts.apply_template,

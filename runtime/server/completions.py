@@ -16,7 +16,6 @@ from satchel.runtime.generation.sampling.logprobs import TokenLogprob
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import Answers, asking, now
-from satchel.runtime.server.errors import RequestError
 from satchel.runtime.server.fields import Field, anything, read, refused, whole
 from satchel.runtime.server.models import Model
 from satchel.runtime.server.options import MOST_LOGPROBS, options_of
@@ -43,7 +42,7 @@ async def completions(state: State, http: HttpRequest, body: Any) -> Response:
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(state.models.using(given.get("model")))
         options = options_of(given, model.raw_options, model.generator.engine.vocabulary)
-        prompts = _prompts(given["prompt"])
+        prompts = openai.prompts_of(given["prompt"], "prompt", MOST_PROMPTS)
         record_of(http).asks(model.name, prompts if state.settings.log_prompts else None)
         ids = [await asyncio.to_thread(openai.checked_ids, model.generator, prompt, "prompt") for prompt in prompts]
         requests = [each for one in ids for each in openai.samples(one, options, given.get("n", 1))]
@@ -102,24 +101,6 @@ class _Work:
     ) -> dict[str, Any]:
         found = None if entries is None else _logprobs(self.model.tokenizer, entries, offset)
         return {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
-
-
-def _prompts(value: Any) -> list[Any]:
-    """The prompts of a request: a text, ids, or a list of either. Raises RequestError."""
-    if isinstance(value, str) or _is_ids(value):
-        return [value]
-    if (
-        isinstance(value, list)
-        and 0 < len(value) <= MOST_PROMPTS
-        and all(isinstance(p, str) or _is_ids(p) for p in value)
-    ):
-        return value
-    words = f"must be a text, a list of token ids, or a list of up to {MOST_PROMPTS} of those"
-    raise RequestError(400, f"prompt: {words}", "prompt", "invalid_value")
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int and 0 <= token < 2**31 for token in value)
 
 
 def _logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Model:
         self.fingerprint = bundle.fingerprint[:16]
         self.users = 0
         self.used = time.monotonic()
+        self.embedding = asyncio.Lock()  # of those who want vectors
+        self.embedding_waits = 0
         self.nbytes = expected_bytes(generator, settings.rows)
         self.scheduler = generator.scheduler(rows=settings.rows, queue_limit=settings.queue)
         self._driver = Driver(self.scheduler)

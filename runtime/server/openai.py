@@ -84,6 +84,20 @@ def checked_ids(generator: Generator, prompt: Prompt, param: str) -> Any:
     return ids
 
 
+def prompts_of(value: Any, param: str, most: int) -> list[Any]:
+    """The prompts of a request: a text, ids, or a list of either. Raises RequestError."""
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    if isinstance(value, list) and 0 < len(value) <= most and all(isinstance(p, str) or _is_ids(p) for p in value):
+        return value
+    words = f"must be a text, a list of token ids, or a list of up to {most} of those"
+    raise RequestError(400, f"{param}: {words}", param, "invalid_value")
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int and 0 <= token < 2**31 for token in value)
+
+
 def samples(ids: Any, options: GenerationOptions, count: int) -> list[Request]:
     """The requests for `count` answers to one prompt."""
     return [Request(ids, options, sample=sample) for sample in range(count)]

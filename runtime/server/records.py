@@ -25,6 +25,7 @@ class Record:
     status: int = 0
     model: str = ""
     prompt: str = ""
+    embedded: int = 0
     results: list[Generation] = field(default_factory=list)
 
     def asks(self, model: str, prompt: object) -> None:
@@ -44,6 +45,8 @@ class Record:
             prompts, cached, new = totals(self.results)
             reasons = ",".join(sorted({result.finish_reason for result in self.results}))
             parts.append(f"prompt {prompts} ({cached} cached), new {new} ({reasons})")
+        if self.embedded:
+            parts.append(f"embedded {self.embedded}")
         parts.append(f"{time.monotonic() - self.began:.3f} s")
         parts.append(self.id)
         if self.prompt:
@@ -71,6 +74,7 @@ COUNTERS = {
     "prompt_tokens_total": "Prompt tokens that were fed.",
     "prompt_tokens_cached_total": "Prompt tokens that were in the prefix cache.",
     "prompt_seconds_total": "Seconds until first tokens.",
+    "embedded_tokens_total": "Tokens of texts that became vectors.",
     "tokens_predicted_total": "New tokens.",
     "tokens_decoded_total": "New tokens after the first one of each answer.",
     "tokens_decoded_seconds_total": "Seconds for new tokens after the first one.",
@@ -87,12 +91,16 @@ class Metrics:
     def add(self, record: Record, known: bool) -> None:
         """Count a request that has ended; a path that is not `known` is no label."""
         self._statuses[record.path if known else "other", record.status] += 1
+        self._counts["embedded_tokens_total"] += record.embedded
         for result in record.results:
-            values = (
-                result.prompt_tokens - result.reused_tokens, result.reused_tokens, result.prefill_seconds,
-                result.new_tokens, result.decode_steps, result.decode_seconds,
-            )  # fmt: skip
-            for name, value in zip(COUNTERS, values, strict=True):
+            for name, value in {
+                "prompt_tokens_total": result.prompt_tokens - result.reused_tokens,
+                "prompt_tokens_cached_total": result.reused_tokens,
+                "prompt_seconds_total": result.prefill_seconds,
+                "tokens_predicted_total": result.new_tokens,
+                "tokens_decoded_total": result.decode_steps,
+                "tokens_decoded_seconds_total": result.decode_seconds,
+            }.items():
                 self._counts[name] += value
 
     def text(self, models: Iterable[Model]) -> str:

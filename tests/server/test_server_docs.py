@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.served import Served
 
-from satchel.runtime.server import anthropic, chat, completions, response_items
+from satchel.runtime.server import anthropic, chat, completions, embeddings, response_items
 from satchel.runtime.server.app import GETS, POSTS
 from satchel.runtime.server.options import OWN
 
@@ -40,7 +40,7 @@ def test_every_key_and_path_is_named() -> None:
     named = set(re.findall(r"`([^`\s]+)`", PAGE))
     options = set(OWN) - {"temperature", "top_p"}  # one row refers to the page of options
     keys = (
-        {key for table in (chat.TABLE, completions.TABLE, anthropic.TABLE, response_items.TABLE) for key in table}
+        {key for module in (chat, completions, anthropic, response_items, embeddings) for key in module.TABLE}
         - options
         - {"messages", "prompt"}
     )
