@@ -13,11 +13,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from support.memory import anonymous_mib
 from support.served import Served, serving
 
 from satchel.runtime.generation.sequence import ActiveSequence
 from satchel.runtime.server.answers import Answers
-from satchel.runtime.util.memory import pss_mib, release_freed
+from satchel.runtime.util.memory import release_freed
 
 CONNECTIONS = 16
 TEXT, CHAT, MESSAGES, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"
@@ -125,7 +126,7 @@ def memory() -> float:
     """MiB of this process that are in use."""
     gc.collect()
     release_freed()
-    return pss_mib()
+    return anonymous_mib()
 
 
 @pytest.mark.slow
