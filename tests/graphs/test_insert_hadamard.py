@@ -46,6 +46,31 @@ def test_the_input_is_mixed_in_blocks() -> None:
     np.testing.assert_allclose(run(expose(after, mixed.name), X)[mixed.name], wanted.reshape(2, 3, 16), atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", ["Sigmoid(g)", "Neg(g)"])
+def test_the_output_behind_the_gate_of_a_recurrence_or_an_attention_is_mixed(gate: str) -> None:
+    """Its other factor need not come from a linear layer, and heads may be apart."""
+    parts = f"""g = MatMul(x, "gate.weight.T") a = {gate} u = MatMul(x, "up.weight.T") t = Tanh(u) m = Mul(t, a)"""
+    assert operators(check(layer(parts, DOWN), 4))["MatMul"] == 4
+    apart = parts.replace(
+        "m = Mul(t, a)",
+        """th = Reshape(t, heads) ah = Reshape(a, heads) mh = Mul(th, ah)
+        m = Reshape(mh, flat)""",
+    )
+    text = f"""{HEADER} <int64[4] heads = {{0, 0, 2, 8}}, int64[3] flat = {{0, 0, 16}},
+        float[batch,sequence,2,8] th, float[batch,sequence,2,8] ah, float[batch,sequence,2,8] mh,
+        float[batch,sequence,16] m> {{ {apart} {DOWN} }}"""
+    used = {name: array for name, array in WEIGHTS.items() if name != "down2__weight__T"}
+    assert operators(check(build(text, **used), 8))["MatMul"] == 4
+
+
+@pytest.mark.parametrize("factor", ["x1", "scales", "t"], ids=["of each token", "of each channel", "itself"])
+def test_factors_of_whole_tokens_or_channels_and_squares_are_no_gates(factor: str) -> None:
+    text = f"""{HEADER} <float[16] scales = {{{", ".join(["2"] * 16)}}}> {{ u = MatMul(x, "up.weight.T") t = Tanh(u)
+        x1 = ReduceMax<keepdims = 1>(x, axis) m = Mul(t, {factor}) {DOWN} }}"""
+    used = {name: WEIGHTS[name] for name in ("up__weight__T", "down__weight__T")}
+    assert untouched(insert_hadamard(4), build(text, axis=np.asarray([2]), **used)) == []
+
+
 def test_a_width_that_is_no_multiple_is_refused() -> None:
     assert untouched(insert_hadamard(32), layer(GATED, DOWN)) == ["16 channels are not a multiple of 32"]
 

@@ -1,24 +1,30 @@
-"""Outliers in front of a down projection are spread over blocks of channels."""
+"""Outliers in front of a linear layer that follows a gate are spread over blocks of channels."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs.analysis.channels import gated_input
+from satchel.graphs.analysis.channels import check_unshared
 from satchel.graphs.analysis.rotations import hadamard
 from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
-from satchel.graphs.ir.values import Builder, nodes, rank, replace, weight
+from satchel.graphs.ir.values import Builder, dims, nodes, only_user, producer, rank, replace, weight
 from satchel.graphs.ir.weights import left_multiplied
+
+EACH_ELEMENT = {
+    "Add", "Cast", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Mul", "Neg", "Pow", "Reciprocal", "Relu",
+    "Reshape", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh",
+}  # fmt: skip
 
 
 def insert_hadamard(block: int) -> GraphPass:
-    """Multiply the input of each gated layer's down projection by a Hadamard matrix H in blocks of `block` channels,
-    and its weight by the inverse.
+    """Multiply the gated input of a linear layer by a Hadamard matrix H in blocks of `block` channels, and its weight
+    by the inverse: the input of a feed-forward layer's down projection, and of the output projection behind the gate
+    of a convolution, a recurrence or an attention (rotate_values cannot pass a gate).
 
     H is a plain tensor `const/hadamard.<block>`, not a lazy weight: what stores weights in fewer bits leaves it alone.
 
-    before: x = act(gate) * up -> MatMul(W) -> y
+    before: x = act(gate) * up, or a Reshape of it -> MatMul(W) -> y
     after:  x -> Reshape [batch, new, k / block, block] -> MatMul(H) -> Reshape [batch, new, k] ->
             MatMul(blockdiag(H).T W) -> y
     refuses when: the width is not a multiple of `block`, x does not have three dimensions, or x or W are read
@@ -38,11 +44,11 @@ def insert_hadamard(block: int) -> GraphPass:
         shared: ir.Value | None = None
         for node in nodes(model, "MatMul"):
             with report.refusing(node):
-                up = gated_input(node)
-                if up is None:
+                width = _gated_width(node)
+                if width is None:
                     continue
-                if (up.stop - up.start) % block:
-                    raise Refused(f"{up.stop - up.start} channels are not a multiple of {block}")
+                if width % block:
+                    raise Refused(f"{width} channels are not a multiple of {block}")
                 if rank(node.inputs[0]) != 3:
                     raise Refused("its input does not have three dimensions")
                 shared = shared or Builder(model).constant(matrix, f"hadamard.{block}")
@@ -50,6 +56,46 @@ def insert_hadamard(block: int) -> GraphPass:
                 report.count += 1
 
     return graph_pass(edit, insert_hadamard)
+
+
+def _gated_width(node: ir.Node) -> int | None:
+    """The inputs of a linear layer behind a product of two values that both have a number for each channel, or None.
+
+    Raises:
+        Refused: It is one, and its input or weights are read by something else too.
+    """
+    matrix = weight(node.inputs[1])
+    if node.domain != "" or matrix is None or len(matrix.dims) != 2:
+        return None
+    x = node.inputs[0]
+    flat = producer(x, "Reshape")
+    gated = producer(x if flat is None else flat.inputs[0], "Mul")
+    if gated is None:
+        return None
+    shapes = [dims(value) for value in (*gated.inputs, gated.outputs[0])]
+    if None in shapes or any(shape != shapes[-1] for shape in shapes):
+        return None  # a factor for whole channels or tokens
+    if _sources(gated.inputs[0]) & _sources(gated.inputs[1]):
+        return None  # a square, or an activation such as x * sigmoid(x)
+    for value in (gated.outputs[0], x):
+        if value is not None and only_user(value) is None:
+            raise Refused(f"{value.name} is read by more than one node")
+    check_unshared(node.inputs[1])
+    return int(matrix.dims[0])
+
+
+def _sources(value: ir.Value | None) -> set[ir.Value]:
+    """What a value is computed from by operators that work on each element alone; constants are left out."""
+    found: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node.domain == "" and node.op_type in EACH_ELEMENT:
+            waiting += node.inputs
+        elif value is not None and (node is not None or value.is_graph_input()):
+            found.add(value)
+    return found
 
 
 def _insert(model: ir.Model, node: ir.Node, matrix: np.ndarray, shared: ir.Value) -> None:
