@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-web | coverage | fuzz | fuzz-gguf | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-all | test-newest | test-web | coverage | fuzz | fuzz-gguf | lint | types | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,13 +16,15 @@ BUNDLE := out/smollm2-int8
 PROMPT ?= What is the capital of Japan?
 MUTANTS ?= 5000
 SEED ?= 0
+# What test-newest installs beside the versions of constraints.txt.
+NEWEST ?= onnxruntime 'transformers<6'
 WORKERS ?= 2
 
 # samples/web and the server's page in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-all test-web coverage fuzz fuzz-gguf lint types clean
+.PHONY: demo test test-all test-newest test-web coverage fuzz fuzz-gguf lint types clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -37,6 +39,12 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev | $(MODEL)
 	$(PYTEST)
+
+# The quick tests with other versions, which lie in a folder that comes before .venv in Python's path.
+test-newest: $(VENV)/.dev
+	@rm -rf build/newest
+	@$(PIP) install --no-deps --target build/newest $(NEWEST)
+	PYTHONPATH=$(CURDIR)/build/newest $(PYTEST) -m "not slow"
 
 # Lines that the tests run, those in processes of their own included.
 coverage: $(VENV)/.dev

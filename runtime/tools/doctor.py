@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from satchel.runtime.bundle.manifest import Manifest
     from satchel.runtime.bundle.reader import Bundle
 
-TESTED_ONNXRUNTIME = ("1.25.0", "1.31.1")
+TESTED_ONNXRUNTIME = ("1.30.0", "1.32.0")
 """The oldest and the newest ONNX Runtime that satchel was tested with."""
 
 MB, GIB = 1e6, 1 << 30
