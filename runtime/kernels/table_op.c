@@ -7,7 +7,10 @@
 #include "rows.h"
 #include "scratch.h"
 
-enum { TABLE_ROWS = 256 }; /* rows of the table that a task takes */
+enum {
+    TABLE_ROWS = 256, /* rows of the table that a task takes */
+    TILE = 4,         /* rows of the table, and of activations, that share what they load */
+};
 
 typedef struct {
     RowParams row;
@@ -44,30 +47,52 @@ static void *create(Create *create)
     return NULL;
 }
 
-/* One row of the table times one row of activations. Lanes hold 4 inputs each, all of one block. */
-INLINE float dot(const TableWork *work, int64_t row, int64_t output)
+/* Some rows of the table times some rows of activations. Lanes hold 4 inputs each, all of one block. Each pair has sums of
+ * its own, so the result of a row does not depend on the tile. */
+INLINE void tile(const int rows, const int outputs, const TableWork *work, int64_t row, int64_t output)
 {
     const int64_t inputs = work->params->row.inputs, block = work->params->row.block, blocks = inputs / block;
-    const int64_t vectors = row_bytes(&work->params->row) / BYTES;
+    const int64_t vectors = row_bytes(&work->params->row) / BYTES, stride = vectors * BYTES;
     const uint8_t *weights = work->weights + output * inputs;
-    const float *scales = work->scales + output * blocks, *steps = work->steps + row * vectors * LANES;
-    const int8_t *rounded = work->rounded + row * vectors * BYTES;
-    const int32_t *offsets = work->offsets + row * vectors * LANES;
+    const float *scales = work->scales + output * blocks, *steps = work->steps + row * stride / 4;
+    const int8_t *rounded = work->rounded + row * stride;
+    const int32_t *offsets = work->offsets + row * stride / 4;
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i place = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(block >= BYTES ? 4 : block == 32 ? 3 : 2));
-    __m512 sum = _mm512_setzero_ps();
+    __m512 sum[TILE][TILE];
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            sum[r][o] = _mm512_setzero_ps();
     for (int64_t v = 0; v < vectors; v++) {
         const int64_t first = v * BYTES / block;
-        __m512i w = _mm512_maskz_loadu_epi8(bytes(inputs - v * BYTES), weights + v * BYTES);
-        __m512i whole
-            = _mm512_dpbusd_epi32(_mm512_load_si512(offsets + v * LANES), w, _mm512_load_si512(rounded + v * BYTES));
-        __m512 scale = block >= BYTES
-            ? _mm512_set1_ps(scales[first])
-            : _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(lanes(blocks - first), scales + first));
-        scale = _mm512_mul_ps(scale, _mm512_load_ps(steps + v * LANES));
-        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, sum);
+        __m512i w[TILE];
+        __m512 scale[TILE];
+        UNROLL
+        for (int o = 0; o < outputs; o++) {
+            const float *at = scales + o * blocks + first;
+            w[o] = _mm512_maskz_loadu_epi8(bytes(inputs - v * BYTES), weights + o * inputs + v * BYTES);
+            scale[o] = block >= BYTES ? _mm512_set1_ps(*at)
+                                      : _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(lanes(blocks - first), at));
+        }
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = r * stride + v * BYTES;
+            const __m512i x = _mm512_load_si512(rounded + at), offset = _mm512_load_si512(offsets + at / 4);
+            const __m512 step = _mm512_load_ps(steps + at / 4);
+            UNROLL
+            for (int o = 0; o < outputs; o++) {
+                __m512 whole = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(offset, w[o], x));
+                sum[r][o] = _mm512_fmadd_ps(whole, _mm512_mul_ps(scale[o], step), sum[r][o]);
+            }
+        }
     }
-    return _mm512_reduce_add_ps(sum);
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            work->y[(row + r) * work->params->outputs + output + o] = _mm512_reduce_add_ps(sum[r][o]);
 }
 
 static void multiply(void *data, size_t index)
@@ -75,9 +100,17 @@ static void multiply(void *data, size_t index)
     const TableWork *work = data;
     const int64_t outputs = work->params->outputs, first = (int64_t)index * TABLE_ROWS;
     const int64_t end = first + TABLE_ROWS < outputs ? first + TABLE_ROWS : outputs;
-    for (int64_t o = first; o < end; o++)
+    int64_t o = first;
+    for (; work->rows >= TILE && o + TILE <= end; o += TILE) {
+        int64_t r = 0;
+        for (; r + TILE <= work->rows; r += TILE)
+            tile(TILE, TILE, work, r, o);
+        for (; r < work->rows; r++)
+            tile(1, TILE, work, r, o);
+    }
+    for (; o < end; o++)
         for (int64_t r = 0; r < work->rows; r++)
-            work->y[r * outputs + o] = dot(work, r, o);
+            tile(1, 1, work, r, o);
 }
 
 /* Copies each block's scale, and the contribution of its zero points, to the lanes of its inputs. */

@@ -175,7 +175,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize("table", TABLES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 3, 5, 9])
 def test_a_table_is_multiplied_as_numpy_says(table: Table, rows: int) -> None:
     constants = table.constants()
     feeds = {"x": np.random.default_rng(rows).standard_normal((rows, 1, table.inputs)).astype(np.float32)}

@@ -15,6 +15,7 @@ from support.native_ops import Attention
 Array = npt.NDArray[Any]
 
 INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin", "rows")
+RAGGED_INPUTS = (*INPUTS, "row_offsets", "block_table")
 OUTPUTS = ("y", "present_key", "present_value")
 
 
@@ -79,12 +80,12 @@ class Step:
 def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threads: int = 2) -> ort.InferenceSession:
     """A session of one node with the inputs `names`."""
     operator = "Attention" if domain == "satchel" else "GroupQueryAttention"
-    nodes = [
-        helper.make_node(
-            operator, [name if name in names else "" for name in INPUTS], OUTPUTS, domain=domain, **step.attributes()
-        )
-    ]
-    kinds = {"seqlens_k": TensorProto.INT32, "total_sequence_length": TensorProto.INT32, "rows": TensorProto.INT64}
+    every = RAGGED_INPUTS if domain == "satchel" else INPUTS
+    reads = [name if name in names else "" for name in every]
+    nodes = [helper.make_node(operator, reads, OUTPUTS, domain=domain, **step.attributes())]
+    kinds = dict.fromkeys(("seqlens_k", "total_sequence_length", "row_offsets", "block_table"), TensorProto.INT32) | {
+        "rows": TensorProto.INT64
+    }
     inputs = [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None) for name in names]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]

@@ -29,10 +29,11 @@ def operator_session(
     *,
     outputs: tuple[str, ...] = ("y",),
     threads: int = 2,
+    kind: int = onnx.TensorProto.FLOAT,
 ) -> ort.InferenceSession:
     """A graph of one operator; `inputs` are names, "" where one is left out, of what is fed or constant.
 
-    All dimensions of what is fed may vary.
+    All dimensions of what is fed may vary. Outputs are of the type `kind`.
     """
     node = helper.make_node(name, inputs, list(outputs), domain="satchel")
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -43,7 +44,7 @@ def operator_session(
             helper.make_tensor_value_info(key, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
             for key, value in feeds.items()
         ],
-        [helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None) for output in outputs],
+        [helper.make_tensor_value_info(output, kind, None) for output in outputs],
         [numpy_helper.from_array(value, key) for key, value in constants.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("satchel", 1)]
