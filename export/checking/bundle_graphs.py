@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from satchel.runtime.bundle.contract import PHASES
+from satchel.runtime.bundle.contract import EMBED, PHASES
 from satchel.runtime.bundle.hash_cache import sha256_of
 from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph, Variant
 from satchel.runtime.bundle.reader import Bundle
@@ -60,6 +60,8 @@ def _specs(manifest: Manifest) -> Iterator[tuple[str, str, GraphSpec]]:
     if manifest.graphs is not None:
         for phase in PHASES:
             yield phase, phase, manifest.graph(phase)
+        if manifest.embeddings is not None:
+            yield EMBED, "score", manifest.embeddings.graph
         for variant in manifest.variants:
             yield variant.name, variant.runs[0], variant.graph
     if manifest.static is not None:

@@ -142,7 +142,7 @@ def _compared(engine: Engine, length: int, widths: Sequence[int]) -> dict[int, f
     expected = State.decode_ahead(state, ids[length:])
     single = (time.perf_counter() - start) / len(expected)
     for drafted in widths:
-        shares = []
+        shares: list[float] = []
         for _ in range(AHEAD_RUNS):
             state.cache.shorten(length)
             start = time.perf_counter()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from support.adapted import ADAPTERS, IDS, trained
 from support.checkpoints import change_json, save_tiny
 from support.exported import stored_weights
 from support.families import FAMILIES, TOLERANCE, VOCABULARY, by_family, reference, save
@@ -114,6 +115,20 @@ def test_a_checkpoint_of_a_body_alone_is_exported_if_its_head_is_tied(class_name
     with pytest.raises(ExportError, match=r"lm_head\.weight.*tie_word_embeddings"):
         export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "other", "fp32", embeddings="last"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_adapters_that_are_kept_apart_change_the_vectors(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "base")
+    model = trained("llama", tmp_path / "style", **ADAPTERS["style"]).eval()
+    options = {"adapters": (f"style={tmp_path / 'style'}",), "adapter_form": "separate", "embeddings": "last"}
+    export_bundle(source, ExportConfig(tmp_path / "bundle", "fp32", certificate=False, **options))
+    generator = Generator.open(tmp_path / "bundle", threads=1)
+    with torch.no_grad():
+        states = model(torch.tensor([IDS]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+    found = generator.embed([IDS], normalize=False, adapter="style")
+    assert off_by(found, states[None]) <= TOLERANCE
+    assert off_by(generator.embed([IDS], normalize=False), states[None]) > 0.1
 
 
 def test_a_module_of_ones_own_is_refused(tmp_path: Path) -> None:

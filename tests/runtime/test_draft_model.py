@@ -26,6 +26,7 @@ from satchel.runtime.generation.speculation import Costs, Speculation
 from satchel.runtime.ort.open_bundle import open_bundle
 
 PROMPT = np.random.default_rng(3).integers(3, 300, 20)
+PREDICTED = NgramDrafter.predicted
 CASES: list[dict[str, object]] = [
     {},
     {"temperature": 0.9, "seed": 5},
@@ -87,6 +88,30 @@ def test_the_text_is_the_same(
             assert found.accepted_tokens > 30 or found.new_tokens < 60
             assert ahead
         ahead.clear()
+
+
+@pytest.mark.parametrize("seed", range(3, 9))
+def test_any_model_and_draft_give_the_text_of_single_steps(
+    tmp_path: Path, ahead: list[int], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Texts from both kinds of drafts, whose predictions are partly right."""
+    monkeypatch.setattr(NgramDrafter, "predicted", PREDICTED)
+    rng = np.random.default_rng(seed)
+    target = write_bundle(tmp_path / "target", seed=seed, max_context=200, eos_token_ids=(int(rng.integers(400)),))
+    small = write_bundle(tmp_path / "small", seed=seed + seed % 2, max_context=160)
+    options: dict[str, object] = {
+        "logprobs": int(rng.integers(3)), "repetition_penalty": float(rng.choice([1.0, 1.2])),
+        "no_repeat_ngram_size": int(rng.choice([0, 5])),
+        "logit_bias": {token: -np.inf for token in range(400) if token % int(rng.integers(20, 60))},
+    }  # fmt: skip
+    if seed % 3:
+        options |= {"temperature": float(rng.choice([0.3, 1.2])), "seed": seed}
+    prompts = [rng.integers(0, 400, int(rng.integers(2, 60))) for _ in range(3)]
+    drafted = Generator.open(target, threads=1, draft=small)
+    plain = Generator.open(target, threads=1, speculate="off")
+    for prompt in prompts:
+        assert essence(drafted.generate(prompt, 120, **options)) == essence(plain.generate(prompt, 120, **options))
+    assert ahead
 
 
 def test_a_model_that_is_always_right_saves_most_runs_and_a_wrong_one_is_left_alone(

@@ -126,8 +126,11 @@ def test_the_command_says_how_to_get_embeddings(satchel: Satchel, chatty: Path) 
     assert "--embeddings" in satchel.refuses("embed", chatty, "a", "--quiet")
 
 
-def test_inspect_shows_the_graph(satchel: Satchel, folder: Path) -> None:
-    assert "embed" in satchel.json("inspect", folder)["graphs"]
+def test_inspect_shows_the_graph(satchel: Satchel, folder: Path, pooling: str) -> None:
+    facts = satchel.json("inspect", folder)
+    assert "embed" in facts["graphs"]
+    assert (facts["embeddings"], facts["embedding_size"]) == (pooling, HIDDEN)
+    assert f"{pooling}, {HIDDEN} numbers" in satchel("inspect", folder).out
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Inspection:
     and `state_bytes` the states of one sequence. `bits_per_weight` is 8 times the size of weights.bin over the model's
     parameters, None without such a file. `layers` are the quantized layers, as in the manifest; other weights are in
     `float_weights`. `templates` are the names of the chat templates. `graphs` are those of the phases and the variants,
-    and under "plain" and the phase those without custom passes.
+    and under "plain" and the phase those without custom passes. `embeddings` is the pooling, None without such a graph.
     """
 
     bundle: str
@@ -83,6 +83,8 @@ class Inspection:
     graphs: dict[str, GraphSpec]
     custom_ops: tuple[NamedFile, ...]
     adapters: tuple[AdapterSpec, ...]
+    embeddings: str | None
+    embedding_size: int | None
     passes: tuple[PassFacts, ...]
     certificate: Certificate | None
     specialized: Specialized | None
@@ -132,6 +134,8 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         graphs=_graphs(manifest),
         custom_ops=manifest.custom_ops,
         adapters=manifest.adapters,
+        embeddings=None if manifest.embeddings is None else manifest.embeddings.pooling,
+        embedding_size=None if manifest.embeddings is None else manifest.embeddings.size,
         passes=_passes(bundle),
         certificate=manifest.certificate,
         specialized=specialized,

@@ -116,6 +116,8 @@ def _overview(found: Inspection) -> Table:
         ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
         ("made with", ", ".join(f"{name} {version}" for name, version in found.producer.items())),
     ]
+    if found.embeddings is not None:
+        rows.append(("embeddings", f"{found.embeddings}, {found.embedding_size:,} numbers"))
     rows += [("adapter", f"{adapter.name}: {_described(adapter, found)}") for adapter in found.adapters]
     if found.custom_ops:
         rows.append(("needs", ", ".join(f"{file.name}, SHA-256 {file.sha256}" for file in found.custom_ops)))
