@@ -16,6 +16,7 @@ from satchel.runtime.server import openai
 from satchel.runtime.server.answers import now
 from satchel.runtime.server.errors import RequestError
 from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, read, refused, whole
+from satchel.runtime.server.formats import chat_format
 from satchel.runtime.server.messages import for_template
 from satchel.runtime.server.options import MOST_LOGPROBS, MOST_TOKENS
 from satchel.runtime.server.replies import Piece
@@ -35,7 +36,7 @@ TABLE: dict[str, Field] = {
     "continue_final_message": flag,
     "add_generation_prompt": flag,
     "chat_template_kwargs": mapping,
-    "response_format": refused({"type": "text"}, why="only text is supported: leave it out"),
+    "response_format": mapping,
     "tools": objects,
     "tool_choice": anything,
     "parallel_tool_calls": flag,
@@ -50,6 +51,7 @@ TABLE: dict[str, Field] = {
 async def chat(state: State, http: HttpRequest, body: Any) -> Response:
     """Answer one request."""
     given = read(body, TABLE, "messages")
+    given |= chat_format(given)
     told, messages = openai.wants_usage(given), for_template(given["messages"])
     talk = Talk(messages, chat_tools(given), given.get("chat_template_kwargs"), _is_unfinished(given))
     async with AsyncExitStack() as stack:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from satchel.runtime.errors import PromptError
+from satchel.runtime.generation.grammar import Grammar
 from satchel.runtime.generation.options import GenerationOptions, from_mapping
 from satchel.runtime.generation.sampling.options import DRAW_ONLY
 from satchel.runtime.generation.sampling.table import OPTIONS, Option
@@ -35,11 +36,20 @@ def _field(option: Option) -> Field:
     return wrong
 
 
+def _grammar(value: Any) -> str | None:
+    try:
+        Grammar.of(value, "")
+    except PromptError as error:
+        return str(error)
+    return None
+
+
 OWN: dict[str, Field] = {
     **{option.field: _field(option) for option in OPTIONS},
     "stop": texts,
     "max_repeats": whole(0, MOST_TOKENS),
     "adapter": text,
+    "grammar": _grammar,
 }
 """Satchel's options, which requests of all protocols may have."""
 

@@ -15,6 +15,7 @@ from satchel.runtime.server import openai
 from satchel.runtime.server.answers import now
 from satchel.runtime.server.errors import RequestError
 from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, read, refused, text, whole
+from satchel.runtime.server.formats import responses_format
 from satchel.runtime.server.options import MOST_TOKENS, OWN
 from satchel.runtime.server.replies import Piece
 from satchel.runtime.server.response_input import messages_of
@@ -34,7 +35,7 @@ TABLE: dict[str, Field] = {
     "stream": flag,
     "stream_options": mapping,
     "chat_template_kwargs": mapping,
-    "text": refused({"format": {"type": "text"}}, {}, why="only text is supported: leave it out"),
+    "text": mapping,
     "tools": objects,
     "tool_choice": anything,
     "truncation": refused("disabled", why="prompts are not shortened: leave it out"),
@@ -56,6 +57,7 @@ TABLE: dict[str, Field] = {
 async def responses(state: State, http: HttpRequest, body: Any) -> Response:
     """Answer one request."""
     given = read(body, TABLE, "input")
+    given |= responses_format(given)
     talk = Talk(messages_of(given), responses_tools(given), given.get("chat_template_kwargs"))
     async with AsyncExitStack() as stack:
         work = _Work(await ask(stack, state, http, given, talk), given)
@@ -139,7 +141,7 @@ class _Work:
             "previous_response_id": None,
             "store": False,
             "temperature": self.given.get("temperature"),
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}} | self.given.get("text", {}),
             "tool_choice": self.given.get("tool_choice", "auto"),
             "tools": self.given.get("tools", []),
             "top_p": self.given.get("top_p"),

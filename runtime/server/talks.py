@@ -15,6 +15,7 @@ from satchel.runtime.generation.scheduler import Event
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import Answers, asking
 from satchel.runtime.server.errors import RequestError
+from satchel.runtime.server.formats import answer_grammar
 from satchel.runtime.server.messages import chat_ids
 from satchel.runtime.server.models import Model
 from satchel.runtime.server.options import options_of
@@ -75,6 +76,7 @@ async def ask(
     tools = talk.tools.functions
     syntax = Syntax(template_of(model, tools or None))
     visible = syntax.special(model.tokenizer, tools=bool(tools))
+    options = replace(options, grammar=answer_grammar(options.grammar, talk.tools, syntax, model.tokenizer))
     requests = [replace(each, visible=visible) for each in openai.samples(ids, options, count)]
     answers = await stack.enter_async_context(asking(model, requests, http, state.settings.timeout))
     replies = [syntax.reply(rendered, tools, several=talk.tools.several) for _ in requests]

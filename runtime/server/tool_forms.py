@@ -33,6 +33,8 @@ class Form:
         read: Reads what is between.
         signs: Texts that a chat template has which shows this form; `begin` if there are none.
         inner: Special tokens in between.
+        write: A call as it is written, with NAME and ARGUMENTS, which is JSON; empty where arguments are not JSON.
+        listed: Whether the calls stand in a list.
     """
 
     begin: str
@@ -40,8 +42,13 @@ class Form:
     read: Reader
     signs: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
+    write: str = ""
+    listed: bool = False
 
 
+_OBJECT = '{"name": NAME, "arguments": ARGUMENTS}'
+_LLAMA = '{"name": NAME, "parameters": ARGUMENTS}'
+_COMMAND = '{"tool_name": NAME, "parameters": ARGUMENTS}'
 _DEEPSEEK = r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^\s<]+)(?:<｜tool▁sep｜>|\s*```json)\s*"
 _read_deepseek = partial(read_named, before=_DEEPSEEK, after=r"\s*(?:```)?\s*<｜tool▁call▁end｜>\s*")
 _KIMI = r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s:<]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*"
@@ -53,24 +60,25 @@ _KIMI_MARKS = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_ca
 FORMS: tuple[Form, ...] = (
     Form("<tool_call>", "</tool_call>", read_elements, ("<tool_call>", "<function=")),  # Qwen 3 Coder, 3.5
     Form("<tool_call>", "</tool_call>", read_pairs, ("<tool_call>", "<arg_key>")),  # GLM 4.5
-    Form("<tool_call>", "</tool_call>", read_objects),  # Hermes, Qwen, SmolLM3, Granite 4, EXAONE
-    Form("<tool_calls>", "</tool_calls>", read_objects),  # Jamba, Hunyuan
-    Form("<TOOLCALL>", "</TOOLCALL>", read_objects),  # Nemotron
-    Form("<|tool_call|>", "<|/tool_call|>", read_objects, ("<|/tool_call|>",)),  # Phi 4
-    Form("<|tool_call|>", "", read_objects),  # Granite 3
-    Form("[TOOL_CALLS]", "", partial(read_named, before=_MISTRAL), ("[TOOL_CALLS]", "[ARGS]"), _MISTRAL_MARKS),
-    Form("[TOOL_CALLS]", "", read_objects),  # Mistral 7B
+    Form("<tool_call>", "</tool_call>", read_objects, write=_OBJECT),  # Hermes, Qwen, SmolLM3, Granite 4, EXAONE
+    Form("<tool_calls>", "</tool_calls>", read_objects, write=_OBJECT, listed=True),  # Jamba, Hunyuan
+    Form("<TOOLCALL>", "</TOOLCALL>", read_objects, write=_OBJECT, listed=True),  # Nemotron
+    Form("<|tool_call|>", "<|/tool_call|>", read_objects, ("<|/tool_call|>",), write=_OBJECT, listed=True),  # Phi 4
+    Form("<|tool_call|>", "", read_objects, write=_OBJECT, listed=True),  # Granite 3
+    Form("[TOOL_CALLS]", "", partial(read_named, before=_MISTRAL), ("[TOOL_CALLS]", "[ARGS]"), _MISTRAL_MARKS,
+         "NAME[ARGS]ARGUMENTS"),
+    Form("[TOOL_CALLS]", "", read_objects, write=_OBJECT, listed=True),  # Mistral 7B
     Form("<|python_start|>", "<|python_end|>", read_python),  # Llama 4
-    Form("<|python_tag|>", "", read_objects),  # Llama 3
-    Form("", "", read_objects, ("ipython",)),  # Llama 3
+    Form("<|python_tag|>", "", read_objects, write=_LLAMA),  # Llama 3
+    Form("", "", read_objects, ("ipython",), write=_LLAMA),  # Llama 3
     Form("<|tool_call_start|>", "<|tool_call_end|>", read_python, ("<|tool_list_start|>",)),  # LFM2
     Form("<|tool_call_start|>", "<|tool_call_end|>", read_python, ("List of tools: [",)),  # LFM2.5
     Form("<function_calls>", "</function_calls>", read_python),  # OLMo 3
     Form("<|tool_call>", "<tool_call|>", partial(read_bare_keys, quote='<|"|>'), inner=('<|"|>',)),  # Gemma 4
     Form("<start_function_call>", "<end_function_call>",
          partial(read_bare_keys, quote="<escape>"), inner=("<escape>",)),  # FunctionGemma
-    Form("<|START_ACTION|>", "<|END_ACTION|>", read_objects),  # Command R 7B, Command A
-    Form("Action: ```json", "```", read_objects),  # Command R
+    Form("<|START_ACTION|>", "<|END_ACTION|>", read_objects, write=_COMMAND, listed=True),  # Command R 7B, Command A
+    Form("Action: ```json", "```", read_objects, write=_COMMAND, listed=True),  # Command R
     Form("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _read_deepseek, inner=_DEEPSEEK_MARKS),
     Form("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
          partial(read_named, before=_KIMI, after=r"\s*<\|tool_call_end\|>\s*"), inner=_KIMI_MARKS),

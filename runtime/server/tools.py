@@ -117,4 +117,4 @@ def _tools(functions: Sequence[dict[str, Any]], choice: Any, several: bool) -> T
     if not any(name in (None, tool["function"]["name"]) for tool in functions):
         what = "there are no tools" if name is None else f"there is no tool {name[:60]}"
         raise RequestError(400, f"tool_choice: {what}", "tool_choice", "invalid_value")
-    raise RequestError(400, "tool_choice: must be none or auto", "tool_choice", "invalid_value")
+    return Tools(tuple(functions), "required", name, several)

@@ -62,7 +62,7 @@ def test_an_answer_that_ends_by_itself_is_completed(served: Served, client: open
         {"input": "a b " * CONTEXT},
         {"max_output_tokens": -1},
         {"previous_response_id": "resp-1"},
-        {"text": {"format": {"type": "json_object"}}},
+        {"text": {"format": {"type": "xml"}}},
         {"tools": [{"type": "web_search"}]},
         {"extra_body": {"no_such": 1}},
     ],
