@@ -42,7 +42,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": HELLO, "stop": ["a"] * 100}, "stop"),
     (CHAT, {"messages": HELLO, "stream": "yes"}, "stream"),
     (CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}}, "stream_options"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type"),
     (CHAT, {"messages": HELLO, "no_such": 1}, "no_such"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     (TEXT, {}, "prompt"),
