@@ -54,7 +54,7 @@ from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import StoredGrid, orders_of
-from satchel.graphs.targets.latent import ABSORB, with_latent
+from satchel.graphs.targets.caches import ABSORB, with_caches
 from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps, output_step
 from satchel.runtime.bundle.contract import EMBED, LOGITS, PHASES, lora_names, past_names
 from satchel.runtime.bundle.manifest import Manifest
@@ -197,7 +197,8 @@ def lower(
     check_sound(normal, checkpoint.name, checkpoint.layers, checkpoint.layer_types)
     orders = {} if grids is None or config.precision != STORED else orders_of(grids)
     marks = () if recipe is None else (Step(assign(recipe)), *order_steps(orders))
-    common, fused = pipeline.run(normal, (*marks, *with_latent(target.fuse, config.latent_cache)))
+    fuse = with_caches(target.fuse, config.latent_cache, shared=not config.int8_cache)
+    common, fused = pipeline.run(normal, (*marks, *fuse))
     _check_latent(fused, checkpoint.name, config)
     for kind, called in INTERNAL_OPERATORS.items():
         left = {str(node.name) for node in nodes(common, kind, INTERNAL)}

@@ -93,6 +93,12 @@ def add_present(model: ir.Model, layer: int, values: Sequence[ir.Value], like: S
         model.graph.outputs.append(value)
 
 
+def present_of(model: ir.Model, layer: int) -> tuple[ir.Value, ...]:
+    """The outputs for one layer's KV cache, none where that layer has no form yet."""
+    names = present_names(layer)
+    return tuple(value for value in model.graph.outputs if value.name in names)
+
+
 def cached_layers(model: ir.Model) -> list[int]:
     """The numbers of the layers that have a KV cache, in the order of the graph's inputs."""
     pattern = re.compile(re.escape(past_names(0)[0]).replace("0", "([0-9]+)"))

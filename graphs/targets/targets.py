@@ -31,6 +31,7 @@ from satchel.graphs.passes.fuse.lower_experts import lower_experts
 from satchel.graphs.passes.fuse.lower_recurrence import lower_recurrence
 from satchel.graphs.passes.fuse.pack_gate_up import pack_gate_up
 from satchel.graphs.passes.fuse.pack_qkv import pack_qkv
+from satchel.graphs.passes.fuse.share_caches import share_caches
 from satchel.graphs.passes.logits.add_top_k import add_top_k
 from satchel.graphs.passes.logits.choose_output import choose_output
 from satchel.graphs.passes.logits.share_tied_head import share_tied_head
@@ -113,8 +114,11 @@ FUSE = (
     ),  # the same norm traced twice would hide that its parts have one reader
     Step(sink_transposes, after=("fuse_norms",)),
     Step(fuse_rotary, after=("remove_duplicates",)),
-    Step(absorb_latent(), after=("fuse_rotary",), changes_signature=True),
-    Step(fuse_attention, after=("fuse_rotary", "absorb_latent"), changes_signature=True),  # takes the rotation in
+    Step(share_caches, after=("remove_duplicates",)),
+    Step(absorb_latent(), after=("fuse_rotary", "share_caches"), changes_signature=True),
+    Step(
+        fuse_attention, after=("fuse_rotary", "share_caches", "absorb_latent"), changes_signature=True
+    ),  # takes the rotation in
     Step(expand_attention, after=("fuse_attention",), changes_signature=True),  # what the fused operator refused
     Step(lower_experts),
     Step(choose_rotary_rows, after=("fuse_attention",), changes_signature=True),  # which looks for what it replaces
@@ -141,7 +145,14 @@ FUSE_STANDARD = (
 )
 """For a target that has standard operators only. Rotations stay arithmetic: their tables' rows are to be inputs."""
 _CHOOSE = Step(choose_rotary_rows, changes_signature=True)
-NOT_ON_CUDA = ("absorb_latent", "expand_attention", "choose_rotary_rows", "lower_convolution", "lower_recurrence")
+NOT_ON_CUDA = (
+    "share_caches",
+    "absorb_latent",
+    "expand_attention",
+    "choose_rotary_rows",
+    "lower_convolution",
+    "lower_recurrence",
+)
 FUSE_CUDA = tuple(
     each
     for step in FUSE

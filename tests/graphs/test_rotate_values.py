@@ -112,3 +112,9 @@ REFUSED: dict[str, tuple[ir.Model, str]] = {
 def test_values_that_cannot_be_rotated_are_refused(name: str) -> None:
     before, reason = REFUSED[name]
     assert untouched(rotate_values, before) == [reason]
+
+
+def test_values_that_another_layer_reads_from_the_cache_stay_as_they_are() -> None:
+    second = f'b, pk2, pv2 = {GROUPED}(q, k, v, pk, pv, last, total) c = Add(a, b) y = MatMul(c, "o.weight.T")'
+    reasons = untouched(rotate_values, layer(PACKED, SPLIT, APART, second))
+    assert reasons == ["its cache is read by several layers"] * 2

@@ -93,7 +93,9 @@ def absorb_latent(always: bool = False) -> GraphPass:
             with report.refusing(node):
                 if not _has_shared_part(node):
                     continue
-                options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0)
+                options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0, owner=-1)
+                if options["owner"] >= 0:
+                    raise Refused("it reads the cache of another layer")
                 if options["window"] or options["chunk"] or options["softcap"] or any(node.inputs[3:]):
                     raise Refused("it has a window, chunks, a softcap or sinks")
                 layer = _match(node)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
-from satchel.graphs.ir.inputs import add_cache, add_present, graph_input
+from satchel.graphs.ir.inputs import add_cache, add_present, graph_input, present_of
 from satchel.graphs.ir.values import (
     INTERNAL,
     MICROSOFT,
@@ -23,7 +23,7 @@ from satchel.graphs.ir.values import (
     producer,
     replace,
 )
-from satchel.runtime.bundle.contract import ATTENTION_MASK, POSITION_IDS
+from satchel.runtime.bundle.contract import ATTENTION_MASK, BATCH, POSITION_IDS
 
 SINKS = 11
 """Which input of GroupQueryAttention the sinks are."""
@@ -64,22 +64,27 @@ def fuse_attention(model: ir.Model, report: Report) -> None:
     after:  query, key, value [batch, new, heads * head_dim], past_key_values.N, sinks -> GroupQueryAttention ->
             Reshape -> [batch, new, heads, head_dim]
                                                                                       \\-> present.N
+    A layer that share_caches has marked reads the present of its owner, and adds no tokens to it: key and value are
+    [batch, 0, kv_heads * head_dim], and its rotation stays outside.
     refuses when: tokens see chunks, keys and values differ in width, the width is not a multiple of 8, the heads do
     not divide, or a size is not known. expand_attention takes those layers.
     """
     for node in nodes(model, "Attention", INTERNAL):
         with report.refusing(node):
-            options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0)
+            options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0, owner=-1)
             if options["chunk"]:
                 raise Refused("its tokens see chunks, which GroupQueryAttention does not have")
             if not options["scale"]:
                 raise Refused("GroupQueryAttention takes a scale of 0 for none given")
-            layer = _match(model, node, report)
-            _rewrite(model, node, layer, options)
+            layer = _match(model, node, report, options["owner"] >= 0)
+            if options["owner"] >= 0:
+                _attend_to_owner(model, node, layer, options)
+            else:
+                _rewrite(model, node, layer, options)
             report.count += 1
 
 
-def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
+def _match(model: ir.Model, node: ir.Node, report: Report, shared: bool) -> Layer:
     query, key, value, *sinks = (v for v in node.inputs if v is not None)
     (heads, head_dim), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, (query, key, value))
     if key_dim != value_dim:
@@ -89,6 +94,8 @@ def _match(model: ir.Model, node: ir.Node, report: Report) -> Layer:
     if head_dim % 8:
         raise Refused(f"heads are {head_dim} channels wide: GroupQueryAttention wants a multiple of 8")
     layer = Layer(query, key, value, None, None, False, heads, kv_heads, head_dim, sinks[0] if sinks else None)
+    if shared:
+        return layer
     try:
         return _with_rotation(model, layer)
     except Refused as refusal:
@@ -138,6 +145,38 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
     inputs: list[ir.Value | None] = [*flat, *past, *lengths, *(layer.rotary or ())]
     if layer.rows is not None:
         inputs.append(layer.rows)
+    fused = _fused(builder, node, layer, options, inputs)
+    add_present(model, index, (fused.outputs[1], fused.outputs[2]), past)
+
+
+def _attend_to_owner(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, Any]) -> None:
+    builder, name = Builder(model, node), f"attention.{options['layer']}"
+    present = present_of(model, int(options["owner"]))
+    if len(present) != 2 or any(producer(value, "GroupQueryAttention", MICROSOFT) is None for value in present):
+        raise Refused("the layer whose cache it reads has another form")
+    query = _flat(builder, layer.query, f"{name}.query")
+    none = _no_tokens(model, builder, layer.kv_heads * layer.head_dim)
+    _fused(builder, node, layer, options, [query, none, none, *present, *_lengths(model)])
+
+
+def _no_tokens(model: ir.Model, builder: Builder, width: int) -> ir.Value:
+    """Keys or values of no new tokens, [batch, 0, width]; made once."""
+    name = f"no_tokens.{width}"
+    for node in model.graph:
+        if node.name == name:
+            return node.outputs[0]
+    batch = builder.value("Shape", [graph_input(model, ATTENTION_MASK)], f"{name}.batch", start=0, end=1)
+    rest = builder.constant(np.asarray([0, width], np.int64), f"{name}.sizes")
+    none = builder.value("ConstantOfShape", [builder.value("Concat", [batch, rest], f"{name}.shape", axis=0)], name)
+    none.shape, none.type = ir.Shape([BATCH, 0, width]), ir.TensorType(ir.DataType.FLOAT)
+    return none
+
+
+def _fused(
+    builder: Builder, node: ir.Node, layer: Layer, options: dict[str, Any], inputs: list[ir.Value | None]
+) -> ir.Node:
+    """The operator, whose first output takes the place of the node's."""
+    name = f"attention.{options['layer']}"
     if layer.sinks is not None:
         inputs += [None] * (SINKS - len(inputs)) + [layer.sinks]
     fused = builder.node(
@@ -151,7 +190,7 @@ def _rewrite(model: ir.Model, node: ir.Node, layer: Layer, options: dict[str, An
     fused.outputs[0].type = output.type
     shape = builder.shape(0, 0, layer.heads, layer.head_dim)
     replace(output, builder.value("Reshape", [fused.outputs[0], shape], f"{name}.heads", output))
-    add_present(model, index, (fused.outputs[1], fused.outputs[2]), past)
+    return fused
 
 
 def _flat(builder: Builder, value: ir.Value, name: str) -> ir.Value:

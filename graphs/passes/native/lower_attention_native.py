@@ -19,8 +19,8 @@ def lower_attention_native(model: ir.Model, report: Report) -> None:
 
     before: query, key, value, past, lengths, rotation -> GroupQueryAttention -> y, present
     after:  query, key, value, past, lengths, rotation -> satchel::Attention -> y, present
-    refuses when: GroupQueryAttention has an attribute or an input that the operator does not have, no scale, or a
-    cache that is not in float32.
+    refuses when: GroupQueryAttention has an attribute or an input that the operator does not have, no scale, a cache
+    that is not in float32, or that of another layer.
     """
     for node in nodes(model, "GroupQueryAttention", MICROSOFT):
         with report.refusing(node):
@@ -36,6 +36,8 @@ def _options(node: ir.Node) -> dict[str, Any]:
     )  # fmt: skip
     if any(value is not None for value in node.inputs[KNOWN_INPUTS:]):
         raise Refused("GroupQueryAttention has an input that the operator does not have")
+    if any(value is not None and not value.is_graph_input() for value in node.inputs[PAST]):
+        raise Refused("it reads the cache of another layer")
     if any(value is None or value.dtype != ir.DataType.FLOAT for value in node.inputs[PAST]):
         raise Refused("its cache is not in float32")
     if not options["scale"]:

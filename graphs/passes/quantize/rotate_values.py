@@ -27,7 +27,8 @@ def rotate_values(model: ir.Model, report: Report) -> None:
     after:  MatMul(qkv with R after each head's values) -> GroupQueryAttention -> MatMul(R.T for each query head, o)
     R is a Hadamard matrix, or a random orthogonal one where the heads are no power of two wide.
     refuses when: something stands between the linear layer and the values, or between the attention and the output
-    projection; these or their weights are read elsewhere too; or the attention has an attribute that is not known.
+    projection; these, their weights or the cache are read elsewhere too; or the attention has an attribute that is not
+    known.
     Source: QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
     for attention in nodes(model, "GroupQueryAttention", MICROSOFT):
@@ -55,6 +56,9 @@ def _match(attention: ir.Node) -> Match | None:
         rotary_interleaved=0, smooth_softmax=0,
     )  # fmt: skip
     heads, kv_heads = int(options["num_heads"]), int(options["kv_num_heads"])
+    cached = [value for value in attention.inputs[3:5] if value is not None]
+    if any(not value.is_graph_input() for value in cached) or any(v.uses() for v in attention.outputs[1:3]):
+        raise Refused("its cache is read by several layers")
     projection = only_user(attention.outputs[0])
     if projection is None or projection.op_type != "MatMul" or projection.inputs[0] is not attention.outputs[0]:
         raise Refused("its output does not go straight into one linear layer")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
-from satchel.graphs.ir.inputs import add_cache, add_present, graph_input
+from satchel.graphs.ir.inputs import add_cache, add_present, graph_input, present_of
 from satchel.graphs.ir.values import INTERNAL, Builder, attributes, heads_of, nodes, replace
 from satchel.runtime.bundle.contract import POSITION_IDS
 
@@ -17,7 +17,7 @@ from satchel.runtime.bundle.contract import POSITION_IDS
 def expand_attention(model: ir.Model, report: Report) -> None:
     """Give each attention layer its KV cache and lower it to opset 24's TensorScatter and Attention.
 
-    Causality and the window become a boolean mask.
+    Causality and the window become a boolean mask. A layer that share_caches has marked attends to its owner's present.
 
     before: query, key, value [batch, heads, new, head_dim] -> satchel::Attention -> [batch, new, heads, value_dim]
     after:  key, value, past_key_values.N -> TensorScatter at the first new position -> present.N
@@ -28,7 +28,7 @@ def expand_attention(model: ir.Model, report: Report) -> None:
     """
     for node in nodes(model, "Attention", INTERNAL):
         with report.refusing(node):
-            options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0)
+            options = attributes(node, layer=None, scale=None, window=0, chunk=0, softcap=0.0, owner=-1)
             if len(node.inputs) > 3 and node.inputs[3] is not None:
                 raise Refused("attention sinks, which the standard operator does not have")
             (heads, _), (kv_heads, key_dim), (value_heads, value_dim) = map(heads_of, node.inputs[:3])
@@ -43,12 +43,13 @@ def expand_attention(model: ir.Model, report: Report) -> None:
 def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     index, builder, name = int(options["layer"]), Builder(model, node), f"attention.{options['layer']}"
     query, key, value = node.inputs[:3]
-    past = add_cache(model, index, sizes)
-    first = first_positions(model)
-    present = tuple(
-        builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
-        for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
-    )
+    present, past = present_of(model, int(options["owner"])), None
+    if len(present) != 2:
+        past, first = add_cache(model, index, sizes), first_positions(model)
+        present = tuple(
+            builder.value("TensorScatter", [cache, new, first], f"{name}.{part}", axis=-2)
+            for part, cache, new in (("keys", past[0], key), ("values", past[1], value))
+        )
     mask = _mask(model, node, int(options["window"]), int(options["chunk"]))
     mixed = builder.value(
         "Attention", [query, *present, mask], name, scale=options["scale"], softcap=options["softcap"]
@@ -56,7 +57,8 @@ def _rewrite(model: ir.Model, node: ir.Node, options: dict[str, Any], sizes: tup
     replace(
         node.outputs[0], builder.value("Transpose", [mixed], f"{name}.by_token", node.outputs[0], perm=[0, 2, 1, 3])
     )
-    add_present(model, index, (present[0], present[1]), past)
+    if past is not None:
+        add_present(model, index, present, past)
 
 
 def named(model: ir.Model, name: str) -> ir.Value | None:
