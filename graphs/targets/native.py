@@ -10,6 +10,7 @@ from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
 from satchel.graphs.passes.native.fold_biases import fold_biases
 from satchel.graphs.passes.native.fold_gates import fold_gates
 from satchel.graphs.passes.native.fold_hadamards import fold_hadamards
+from satchel.graphs.passes.native.fold_key_norms import fold_key_norms
 from satchel.graphs.passes.native.fold_norms import fold_norms
 from satchel.graphs.passes.native.fold_residuals import fold_residuals
 from satchel.graphs.passes.native.insert_linear import insert_linear
@@ -45,6 +46,7 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
         Step(lower_attention_native),
         Step(lower_states_native),
+        Step(fold_key_norms, after=("lower_states_native",)),
         Step(lower_embedding_matmul, after=("quantize_embeddings",)),
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(store_linear_float16),

@@ -158,12 +158,19 @@ class LinearAttention(OpRun):
     op_domain: ClassVar[str] = "satchel"
 
     def _run(
-        self, query: Array, key: Array, value: Array, past: Array, decay: Optional = None, beta: Optional = None,
+        self, query: Array, key: Optional, value: Optional, past: Array, decay: Optional = None, beta: Optional = None,
         **options: Any,
     ) -> tuple[Array, Array]:  # fmt: skip
         batch, heads, key_dim, _ = past.shape
         state, y = past.astype(np.float64), []
-        shared = heads // options["q_num_heads"]
+        shared, keys = heads // options["q_num_heads"], options["q_num_heads"] * key_dim
+        if key is None or value is None:
+            query, key, value = np.split(query, [keys, 2 * keys], axis=-1)
+        if options.get("epsilon"):
+            query, key = (
+                x / np.sqrt((x * x).sum(-1, keepdims=True) + options["epsilon"])
+                for x in (part.reshape(batch, -1, options["q_num_heads"], key_dim) for part in (query, key))
+            )
         for token in range(query.shape[1]):
             q, k = (np.repeat(x[:, token].reshape(batch, -1, key_dim), shared, 1) for x in (query, key))
             new = value[:, token].reshape(batch, heads, -1)
