@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -114,3 +115,20 @@ def test_a_graph_without_its_state_is_refused(satchel: Satchel, folder: Path, tm
     document["states"][0]["shape"] = [64, 7]
     write_manifest(wrong, document)
     assert "past.0.conv" in satchel.refuses("run", wrong, "abc")
+
+
+def test_packed_specialized_and_in_a_batch_it_gives_the_same_text(
+    satchel: Satchel, folder: Path, tmp_path: Path
+) -> None:
+    flags = ("-n", 6, "--threads", 1)
+    wanted = satchel.json("run", folder, "abc", *flags)["text"]
+    satchel("pack", folder, "-o", tmp_path / "model.pyz", "--quiet")
+    assert satchel.json("run", tmp_path / "model.pyz", "abc", *flags)["text"] == wanted
+    satchel("unpack", tmp_path / "model.pyz", "-o", tmp_path / "unpacked", "--quiet")
+    satchel("specialize", tmp_path / "unpacked", "--threads", 1, "--quiet")
+    assert satchel.json("run", tmp_path / "unpacked", "abc", *flags)["text"] == wanted
+    lines = tmp_path / "in.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("a longer text", "abc", "x")))
+    satchel("run", folder, "--input", lines, "--output", tmp_path / "out.jsonl", *flags, "--batch", 3, "--quiet")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows[1]["text"] == wanted
