@@ -410,6 +410,7 @@ class Scheduler:
             if job.sequence.error is None:
                 self._prefix_cache.keep(job.sequence.fed, self._state(job).cache)
             self._free(job)
+        job.sequence.end_drafts()
         self._queue.leave(job)
         with self._lock:
             del self._jobs[job.id]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ class Speculation:
         if self._engine.why_not_ahead(sequence.options.adapter) is not None:
             return None
         model = None if self.model is None else ModelDrafter(self.model, sequence.positions)
-        return Drafter(self, NgramDrafter(self.pool, sequence.prompt), model, sampler)
+        return Drafter(self, sequence.prompt, model, sampler)
 
     def note_model(self, drafted: int, right: int, seconds: float | None) -> None:
         """Count a draft of the small model, and the time that it took, unless it was a first one."""
@@ -122,12 +123,11 @@ class Drafter:
     """Drafts for one sequence: from texts, or by a small model where that promises more."""
 
     def __init__(
-        self, shared: Speculation, ngrams: NgramDrafter, model: ModelDrafter | None, sampler: Sampler | None
+        self, shared: Speculation, prompt: NDArray[np.int64], model: ModelDrafter | None, sampler: Sampler | None
     ) -> None:
         """`sampler` is that of the sequence; None if it chooses in a way of its own."""
         self.costs = shared.costs
-        self._shared, self._ngrams, self._model, self._sampler = shared, ngrams, model, sampler
-        self._prompt_tokens = len(ngrams.text)
+        self._shared, self._prompt, self._model, self._sampler = shared, prompt, model, sampler
         self._seconds: float | None = None
         self._by_model = False
         self._idle, self._patience = 0, IDLE
@@ -153,9 +153,14 @@ class Drafter:
                 return drafted
         return tokens[:count]
 
+    @cached_property
+    def _ngrams(self) -> NgramDrafter:
+        """Made when it is first needed: a request that waits has no use for it."""
+        return NgramDrafter(self._shared.pool, self._prompt)
+
     def follow(self, token_ids: Sequence[int]) -> None:
         """Take in what was chosen since."""
-        known = len(self._ngrams.text) - self._prompt_tokens
+        known = len(self._ngrams.text) - len(self._prompt)
         if known < len(token_ids):
             self._ngrams.add(token_ids[known:])
 
@@ -167,7 +172,8 @@ class Drafter:
 
     def close(self, token_ids: Sequence[int]) -> None:
         """Keep what the sequence has become for others."""
-        self.follow(token_ids)
+        if token_ids:
+            self.follow(token_ids)
         if self._model is not None:
             self._model.close()
 

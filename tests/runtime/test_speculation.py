@@ -240,6 +240,19 @@ def test_times_that_were_disturbed_count_less() -> None:
     assert costs.of(1) == 1.1
 
 
+def test_a_request_that_waits_takes_no_memory_for_drafts_and_its_text_is_known_to_others(
+    folder: Path, ahead: list[int]
+) -> None:
+    generator = Generator.open(folder, threads=1, prefix_cache_mib=0)
+    assert generator.speculation is not None
+    sequence = generator.new_sequence(Request(PROMPT))
+    assert texts_of(NgramDrafter(generator.speculation.pool, PROMPT[:5])) == []
+    sequence.end_drafts()
+    assert texts_of(NgramDrafter(generator.speculation.pool, PROMPT[2:7])) == []
+    first, _ = generator.generate_batch([PROMPT[8:], PROMPT[5:17]], rows=2, max_new_tokens=8)
+    assert texts_of(NgramDrafter(generator.speculation.pool, PROMPT[10:]), 8) == list(first.token_ids)
+
+
 def test_a_text_that_does_not_repeat_has_no_drafts(folder: Path, ahead: list[int]) -> None:
     generator = Generator.open(folder, threads=1, prefix_cache_mib=0)
     result = generator.generate(PROMPT, 100, temperature=3.0, seed=1)
