@@ -179,6 +179,10 @@ class PagedCache(Cache):
         kept.copy_from(self, count)
         return kept
 
+    def blocks(self, count: int) -> set[tuple[int, int]]:
+        """As `Cache.blocks`: each is a pool and a number."""
+        return {(id(self.pool), block) for block in self.table[: -(-count // BLOCK)]}
+
     def _writes_shared(self) -> bool:
         """Whether the next position is in a block that others refer to as well."""
         return bool(self._length % BLOCK and self.pool.is_shared(self.table[self._length // BLOCK]))

@@ -6,7 +6,7 @@ import copy
 import mmap
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -75,6 +75,10 @@ class Cache(ABC):
     def kept(self, count: int) -> Cache | None:
         """A cache that shares the first `count` positions with this one; None if they have to be copied."""
         return None
+
+    def blocks(self, count: int) -> Collection[tuple[int, int]]:
+        """The blocks of the first `count` positions, which others may share; none where these have their own memory."""
+        return ()
 
     def take_snapshot(self) -> None:
         """Keep a copy of the states as they are now, if there are any."""

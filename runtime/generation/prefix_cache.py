@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from satchel.runtime.bundle.manifest import CacheSpec, Manifest
 from satchel.runtime.bundle.states import StateSpec
+from satchel.runtime.execution.block_pool import BLOCK
 from satchel.runtime.execution.kv_cache import Cache, Kind, KVCache, position_bytes
 
 Ids = NDArray[np.int64]
@@ -65,7 +66,8 @@ class PrefixCache:
     def nbytes_of(self, chosen: Callable[[Cache], bool]) -> int:
         """The bytes of those prefixes whose caches are `chosen`."""
         with self._lock:
-            return sum(self._size(len(each.ids), 0) for each in self._prefixes if chosen(each.cache))
+            counted: set[tuple[int, int]] = set()
+            return sum(self._bytes_of(each, counted) for each in self._prefixes if chosen(each.cache))
 
     def evict(self, chosen: Callable[[Cache], bool]) -> bool:
         """Let go of the least recently used prefix whose cache is `chosen`. Returns whether there is one."""
@@ -124,10 +126,12 @@ class PrefixCache:
         Of its snapshots the oldest are left out first.
         """
         count = cache.reach(min(len(ids), cache.length, self.max_positions))
+        if len(cache.blocks(count)) * BLOCK > self.max_positions:
+            count -= count % BLOCK
         if not count:
             return
         ids = ids[:count].copy()
-        room = self._limit - self._size(count, 0)
+        room = self._limit - self._size(cache, count, 0)
         fitting = room // self._state_bytes if self._state_bytes else 0
         lengths = sorted(length for length in cache.snapshots if length < count)
         snapshots = {length: cache.snapshots[length] for length in lengths[max(0, len(lengths) - fitting) :]}
@@ -135,7 +139,7 @@ class PrefixCache:
             if self._covers(ids, cache.kind):
                 return
             # Before the copy, so that both together stay under the limit.
-            self._make_room(ids, cache.kind, self._size(count, len(snapshots)))
+            self._make_room(ids, cache, self._size(cache, count, len(snapshots)))
         kept = cache.kept(count)
         if kept is None:
             kept = KVCache(self._spec, count, count, states=self._states)
@@ -148,15 +152,25 @@ class PrefixCache:
 
         One larger than the limit is not cached, and neither is one that a cached prefix covers, which counts as used.
         """
-        size = self._size(len(prefix.ids), len(prefix.cache.snapshots))
+        size = self._size(prefix.cache, len(prefix.ids), len(prefix.cache.snapshots))
         with self._lock:
             if size <= self._limit and not self._covers(prefix.ids, prefix.cache.kind):
-                self._make_room(prefix.ids, prefix.cache.kind, size)
+                self._make_room(prefix.ids, prefix.cache, size)
                 self._prefixes.append(prefix)
 
-    def _size(self, positions: int, snapshots: int) -> int:
-        """The bytes of a prefix: the states at its end count too."""
-        return positions * self._position_bytes + (1 + snapshots) * self._state_bytes
+    def _size(self, cache: Cache, positions: int, snapshots: int) -> int:
+        """The bytes of a prefix of a cache: whole blocks where it has blocks, and the states at its end count too."""
+        held = len(cache.blocks(positions)) * BLOCK or positions
+        return held * self._position_bytes + (1 + snapshots) * self._state_bytes
+
+    def _bytes_of(self, prefix: Prefix, counted: set[tuple[int, int]]) -> int:
+        """The bytes of a prefix but for blocks that are `counted` already, to which this adds its own."""
+        length, cache = len(prefix.ids), prefix.cache
+        blocks = set(cache.blocks(length))
+        size = self._size(cache, length, len(cache.snapshots))
+        size -= len(blocks & counted) * BLOCK * self._position_bytes
+        counted |= blocks
+        return size
 
     def _covers(self, ids: Ids, kind: Kind) -> bool:
         """Whether some cached prefix can be reused for all of `ids`, which then counts as used. The lock is held."""
@@ -166,14 +180,20 @@ class PrefixCache:
                 return True
         return False
 
-    def _make_room(self, ids: Ids, kind: Kind, size: int) -> None:
-        """Evict prefixes of `ids`, then others until `size` bytes for `ids` fit. The lock is held."""
-        others = [old for old in self._prefixes if old.cache.kind != kind or common_length(old.ids, ids) < len(old.ids)]
-        sizes = [self._size(len(old.ids), len(old.cache.snapshots)) for old in others]
-        while others and sum(sizes) > self._limit - size:
-            others.pop(0)
-            sizes.pop(0)
-        self._prefixes = others
+    def _make_room(self, ids: Ids, cache: Cache, size: int) -> None:
+        """Evict prefixes of `ids`, then the least recently used until the `size` bytes of `cache` for `ids` fit.
+
+        Blocks that several prefixes share count once. The lock is held.
+        """
+        counted, kept = set(cache.blocks(len(ids))), list[Prefix]()
+        for old in reversed(self._prefixes):
+            if old.cache.kind == cache.kind and common_length(old.ids, ids) == len(old.ids):
+                continue
+            size += self._bytes_of(old, counted)
+            if size > self._limit:
+                break
+            kept.append(old)
+        self._prefixes = kept[::-1]
 
 
 def full_context_bytes(manifest: Manifest, context: int) -> int:

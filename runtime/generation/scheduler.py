@@ -26,7 +26,7 @@ from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob
 from satchel.runtime.generation.sequence import ActiveSequence
-from satchel.runtime.generation.speculation import decode
+from satchel.runtime.generation.speculation import WIDTHS, decode
 from satchel.runtime.util.defaults import STRETCH
 
 
@@ -177,7 +177,7 @@ class Scheduler:
         pieces = self._pieces()
         decoding = [job for job in self._rows[: self._decoding] if job is not None]
         self._make_room(pieces, decoding)
-        if len(decoding) == 1 and not pieces:
+        if len(decoding) == 1 and not pieces and self._has_room_ahead(decoding[0]):
             self._decode_alone(decoding[0])
         else:  # a drafted token would cost as much as that of another request
             self._run(pieces, decoding)
@@ -301,6 +301,15 @@ class Scheduler:
             self._park(max(running, key=lambda job: (-job.priority, job.id)))
             pieces[:] = [(job, piece) for job, piece in pieces if job.row is not None]
             decoding[:] = [job for job in decoding if job.row is not None]
+
+    def _has_room_ahead(self, job: Job) -> bool:
+        """Whether there is memory for the longest draft, if prefixes are let go for it."""
+        most = min(1 + WIDTHS[-1], job.sequence.limit - len(job.sequence.token_ids))
+        draft = [(self._row(job), np.zeros(most if job.sequence.drafter else 1, np.int64))]
+        while self._batch.is_short_of(draft):
+            if not self._prefix_cache.evict(self._batch.owns):
+                return False
+        return True
 
     def _park(self, job: Job) -> None:
         """Keep what a request has in a temporary file, and let it wait again, as the first."""

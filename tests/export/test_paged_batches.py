@@ -18,6 +18,7 @@ from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.scheduler import Event, Scheduler
+from satchel.runtime.generation.speculation import Drafter
 from satchel.runtime.optimize.specialize import specialize
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -149,3 +150,46 @@ def test_a_limit_that_holds_nothing_is_refused(bundle: Path, alone: Generator) -
     scheduler = alone.scheduler(rows=2, capacity=BLOCK)
     with pytest.raises(PromptError, match=str(BLOCK)):
         scheduler.submit(Request(np.arange(3, 3 + BLOCK), GenerationOptions(max_new_tokens=9)))
+
+
+@pytest.mark.parametrize("own", [4, BLOCK // 2])
+def test_prefixes_take_no_more_memory_than_their_limit(bundle: Path, own: int) -> None:
+    """Short ones take whole blocks, and blocks that several share count once."""
+    generator = Generator.open(bundle, threads=1, prefix_cache_mib=1)
+    rng = np.random.default_rng(0)
+    common = rng.integers(3, generator.engine.vocabulary, 2 * BLOCK) if own > 4 else np.zeros(0, np.int64)
+    scheduler = generator.scheduler(rows=4)
+    assert isinstance(scheduler._batch, PagedBatch)
+    pool = scheduler._batch.runner.pool
+    fitting = (1 << 20) // pool.block_bytes
+    for count in range(1, 2 * fitting):
+        prompt = np.concatenate([common, rng.integers(3, generator.engine.vocabulary, own)])
+        scheduler.submit(Request(prompt, GenerationOptions(max_new_tokens=1)))
+        list(scheduler.run())
+        assert pool.used == min(count + len(common) // BLOCK, fitting)
+
+
+def test_a_draft_takes_the_memory_of_prefixes(bundle: Path, alone: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator.open(bundle, threads=1)
+    rng = np.random.default_rng(0)
+    scheduler = generator.scheduler(rows=2)
+    assert isinstance(scheduler._batch, PagedBatch)
+    pool = scheduler._batch.runner.pool
+    del pool._free[5:]
+    pool.blocks = 5
+    for _ in range(8):
+        scheduler.submit(Request(rng.integers(3, 90, BLOCK - 4), GenerationOptions(max_new_tokens=2)))
+        list(scheduler.run())
+    assert pool.used == pool.blocks
+    request = Request(rng.integers(3, 90, 40), GenerationOptions(max_new_tokens=200, min_new_tokens=200))
+    expected = solo(alone, request)
+
+    def draft(self: object, token_ids: list[int], limit: int, *more: object) -> list[int]:
+        return list(expected.token_ids[len(token_ids) : len(token_ids) + 15]) if limit >= 15 else []
+
+    monkeypatch.setattr(Drafter, "draft", draft)
+    scheduler.submit(request)
+    (found,) = (event.outcome for event in scheduler.run() if event.outcome is not None)
+    assert isinstance(found, Generation), found
+    assert found.token_ids == expected.token_ids
+    assert found.accepted_tokens > 100

@@ -262,7 +262,9 @@ def test_what_is_kept_stays_under_the_limit(folder: Path, snapshots: int, plain:
         ids = rng.integers(5, 250, length)
         ids[::20] = END
         assert generator.generate(ids, 6).token_ids == plain.generate(ids, 6).token_ids
-        used = sum(store._size(len(prefix.ids), len(prefix.cache.snapshots)) for prefix in store._prefixes)
+        used = sum(
+            store._size(prefix.cache, len(prefix.ids), len(prefix.cache.snapshots)) for prefix in store._prefixes
+        )
         held = sum(
             array.nbytes
             for prefix in store._prefixes
