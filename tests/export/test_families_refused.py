@@ -90,6 +90,23 @@ def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err
 
 
+def test_experts_without_a_gate_are_refused_by_name(tmp_path: Path) -> None:
+    options = {
+        "num_hidden_layers": 2, "layers_block_type": ["moe", "attention"], "head_dim": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    message = refusal("nemotron_h", options, tmp_path)
+    assert all(fact in message for fact in ("NemotronHExperts", "no gate", "ReLUSquared")), message
+
+
+def test_sinks_are_refused_for_a_target_of_standard_operators(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("granite_swa", **SMALL)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match=r"no form on --target cann: attention sinks"):
+        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", target="cann", max_context=32))
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_an_int8_cache_of_keys_with_positions_is_refused(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model("bloom", **SMALL)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
