@@ -25,7 +25,7 @@ from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.targets.targets import TARGETS
-from satchel.runtime.bundle.contract import NATIVE, Layout
+from satchel.runtime.bundle.contract import NATIVE, RAGGED_INPUTS, Layout
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.engine import Engine
@@ -152,6 +152,16 @@ def test_families_compute_the_same_by_satchel_s_own_operators(
             feeds[str(value.name)] = np.zeros((1, heads, CAPACITY, width), np.float32)
     wanted, found = run(prefill, feeds)["logits"], run_reference(own, feeds)["logits"]
     assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+    assert set(RAGGED_INPUTS) <= {value.name for value in own.graph.inputs}
+
+
+def test_a_model_with_states_takes_no_ragged_rows(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A state would go on from one sequence to the next."""
+    quantized = plainly_rounded(common("lfm2", tmp_path_factory))
+    own, done = pipeline.run(quantized.model, TARGETS["cpu"].steps(NATIVE, "a8w8", quantized))
+    assert not set(RAGGED_INPUTS) & {value.name for value in own.graph.inputs}
+    (refused,) = [each for each in done if each.name == "take_rows"]
+    assert "is not the cache of satchel's own attention" in refused.refusals[0].reason
 
 
 def common(name: str, places: pytest.TempPathFactory) -> ir.Model:

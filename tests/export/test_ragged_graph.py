@@ -14,7 +14,7 @@ from support.kernels import needs_kernels
 from support.ragged import Pool
 
 from satchel.export import ExportConfig, export_bundle
-from satchel.runtime.bundle.contract import NATIVE
+from satchel.runtime.bundle.contract import NATIVE, TEXT_LENGTH
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.optimize.specialize import specialize
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -22,6 +22,7 @@ from satchel.runtime.ort.open_bundle import open_bundle
 pytestmark = needs_kernels
 
 BLOCK = 16
+LONG = np.full((7, 1), 90, np.int64)
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -30,6 +31,7 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "a sliding window and a cap": ("gemma2", "int8", {}),
     "learned positions": ("gpt2", "int8", {}),
     "rotation beside attention": ("cohere", "int8", {}),
+    "two blocks of angles": ("phi3_long", "int8", {}),
 }
 
 
@@ -45,20 +47,27 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
             checkpoint = save_tiny(folder / "checkpoint", family, **changes)
         else:
             checkpoint = save(FAMILIES[family], folder / "checkpoint")
-        export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=120, certificate=False))
+        export_bundle(checkpoint, ExportConfig(folder / "bundle", precision, max_context=96, certificate=False))
         specialize(open_bundle(folder / "bundle"), kernels="satchel", threads=1)
         return Engine.open(open_bundle(folder / "bundle"), threads=2)
 
     return load
 
 
-@pytest.mark.parametrize("form", FORMS)
+QUICK = ("int8", "int4")
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_each_sequence_gets_the_numbers_that_it_has_alone(form: str, opened: Callable[[str], Engine]) -> None:
     engine, draw = opened(form), np.random.default_rng(7)
     assert engine.bundle.manifest.variant(NATIVE).ragged
     pool, rows = Pool(engine, 60, BLOCK), 7
-    ids = draw.integers(3, engine.vocabulary, (rows, 110))
-    states = [engine.new_state(120) for _ in range(rows)]
+    ids = draw.integers(3, engine.vocabulary, (rows, 90))
+    states = [engine.new_state(96) for _ in range(rows)]
+    for state in states:
+        state.expect(90)  # where that is beyond a border, from the first piece on
     for _ in range(14):
         pieces, wanted = {}, []
         for row in draw.permutation(rows)[: draw.integers(1, rows + 1)].tolist():
@@ -70,4 +79,5 @@ def test_each_sequence_gets_the_numbers_that_it_has_alone(form: str, opened: Cal
                 states[row].prefill(tokens)
                 wanted.append(states[row].logits.copy())
         if pieces:
-            np.testing.assert_array_equal(pool.step(pieces), np.stack(wanted))
+            border = {} if engine.bundle.manifest.model.rotary_border is None else {TEXT_LENGTH: LONG[: len(pieces)]}
+            np.testing.assert_array_equal(pool.step(pieces, **border), np.stack(wanted))
