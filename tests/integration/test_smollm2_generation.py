@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from integration.conftest import PROMPT
 
 from satchel.runtime import Conversation, Generator
+from satchel.runtime.generation.options import GenerationOptions
 
 pytestmark = pytest.mark.slow
 
@@ -60,3 +63,21 @@ def test_a_batch_and_a_reused_prefix_change_no_answer(smollm2: Path) -> None:
     found = Generator.open(smollm2, threads=2).generate_batch(prompts, rows=3, max_new_tokens=16)
     assert [one.token_ids for one in found] == [one.token_ids for one in alone]
     assert sum(one.reused_tokens for one in found) > 20
+
+
+def test_an_answer_by_a_schema_is_right(generator: Generator) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "country": {"type": "string", "maxLength": 20},
+            "capital": {"type": "string", "maxLength": 20},
+            "continent": {"enum": ["Africa", "America", "Asia", "Europe", "Oceania"]},
+        },
+        "required": ["country", "capital", "continent"],
+        "additionalProperties": False,
+    }
+    talk = Conversation(generator, options=GenerationOptions(max_new_tokens=80, grammar={"json_schema": schema}))
+    answer = talk.ask(f"{QUESTIONS[0]} Answer in JSON.").result()
+    found = json.loads(answer.text)
+    jsonschema.validate(found, schema)
+    assert (answer.finish_reason, found["capital"], found["continent"]) == ("stop", "Paris", "Europe")
