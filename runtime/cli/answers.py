@@ -164,7 +164,9 @@ def answer_lines(
                 fail(line, str(error))
             else:
                 runnable.append(line)
-        running = generator.run_requests(requests, rows=args.batch or BATCH_ROWS, force_batch=args.force_batch)
+        running = generator.run_requests(
+            requests, rows=args.batch or BATCH_ROWS, force_batch=args.force_batch, kv_cache_mib=args.kv_cache_mib
+        )
         for index, outcome in running:
             if isinstance(outcome, SatchelError):
                 fail(runnable[index], str(outcome))

@@ -25,6 +25,7 @@ REQUIRES = {
     "--output": ("--input",),
     "--batch": ("--input",),
     "--force-batch": ("--input",),
+    "--kv-cache-mib": ("--input",),
     "--length-penalty": ("--beams",),
     "--early-stopping": ("--beams",),
     "--logprobs": ("--json", "--input"),
@@ -180,6 +181,18 @@ def _add_lines(parser: argparse.ArgumentParser) -> None:
         "--force-batch",
         action="store_true",
         help="always decode in one batch: faster, even if results then differ from those of each prompt alone",
+    )
+    add_kv_cache(group)
+
+
+def add_kv_cache(group: argparse._ArgumentGroup) -> None:
+    """Add --kv-cache-mib, of commands that run several requests at a time."""
+    group.add_argument(
+        "--kv-cache-mib",
+        metavar="MIB",
+        type=int,
+        help="memory of all keys and values, those kept for later prompts included: requests that do not fit wait in "
+        "a temporary file (default: room for all rows; needs satchel's kernels)",
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from satchel.runtime.cli import custom_flags, provider_flags, ready
+from satchel.runtime.cli import custom_flags, provider_flags, ready, run_flags
 from satchel.runtime.errors import PromptError
 from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB
 
@@ -66,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefix-cache-mib", metavar="MIB", type=int, default=PREFIX_CACHE_MIB, help="size of a model's prefix cache"
     )
+    run_flags.add_kv_cache(group)
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     provider_flags.add_threads(parser)
     ready.add_flag(parser)
@@ -91,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
         timeout=args.timeout,
         api_key=args.api_key or os.environ.get("SATCHEL_API_KEY") or None,
         cors_origins=tuple(args.cors_origin),
+        kv_cache_mib=args.kv_cache_mib,
         memory_limit=None if args.memory_limit is None else args.memory_limit * MIB,
         log_prompts=args.log_prompts,
         quiet=args.quiet,
@@ -112,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"batch": 1, "queue": 0, "port": 0, "max_body": 0, "memory_limit": 1, "timeout": 0}
+    least = {"batch": 1, "queue": 0, "port": 0, "max_body": 0, "memory_limit": 1, "kv_cache_mib": 1, "timeout": 0}
     for name, low in least.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if value is not None and not low <= value < float("inf"):

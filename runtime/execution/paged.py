@@ -211,7 +211,7 @@ class Paging:
         blocks = rows * (-(-capacity // BLOCK) + 1) + -(-kept // block)
         if limit is not None:
             blocks = min(blocks, limit // block)
-        if not blocks:
+        if blocks < 1:
             raise PromptError(
                 f"--kv-cache-mib {(limit or 0) >> 20}: {BLOCK} positions take {-(-block >> 20)} MiB: give at least that"
             )

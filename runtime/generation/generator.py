@@ -206,12 +206,18 @@ class Generator:
         return self._run_all(requests, rows=rows, force_batch=force_batch)
 
     def run_requests(
-        self, requests: Sequence[Request], *, rows: int = BATCH_ROWS, force_batch: bool = False
+        self,
+        requests: Sequence[Request],
+        *,
+        rows: int = BATCH_ROWS,
+        force_batch: bool = False,
+        kv_cache_mib: int | None = None,
     ) -> Iterator[tuple[int, Generation | SatchelError]]:
         """Run requests, up to `rows` at a time; yields the index and the result of each as it ends.
 
-        A request that is wrong yields its error; the others run. `force_batch` is as for `generate_batch`. Raises
-        PromptError for wrong `rows`, and for `force_batch` where the graph cannot decode a batch.
+        A request that is wrong yields its error; the others run. `force_batch` is as for `generate_batch`,
+        `kv_cache_mib` as for `Scheduler`. Raises PromptError for wrong `rows`, for `force_batch` where the graph cannot
+        decode a batch, and for a limit that cannot be kept.
         """
         sequences: dict[int, ActiveSequence] = {}
         for index, request in enumerate(requests):
@@ -223,7 +229,11 @@ class Generator:
             return
         capacity = max(sequence.positions for sequence in sequences.values())
         scheduler = self.scheduler(
-            rows=min(rows, len(sequences)), capacity=capacity, stretch=math.inf, force_batch=force_batch
+            rows=min(rows, len(sequences)),
+            capacity=capacity,
+            stretch=math.inf,
+            force_batch=force_batch,
+            kv_cache_mib=kv_cache_mib,
         )
         indices = {scheduler.enqueue(sequence, requests[index]): index for index, sequence in sequences.items()}
         for event in scheduler.run():

@@ -163,6 +163,11 @@ class Scheduler:
         return sum(job is not None for job in self._rows)
 
     @property
+    def kv_bytes(self) -> int:
+        """The bytes of keys and values: of blocks in use, those of kept prefixes included, or of all rows."""
+        return self._batch.nbytes
+
+    @property
     def waiting(self) -> int:
         """The number of requests in the queue."""
         return len(self._jobs) - self.running

@@ -38,8 +38,10 @@ class Model:
         self.used = time.monotonic()
         self.embedding = asyncio.Lock()  # of those who want vectors
         self.embedding_waits = 0
-        self.nbytes = expected_bytes(generator, settings.rows)
-        self.scheduler = generator.scheduler(rows=settings.rows, queue_limit=settings.queue)
+        self.nbytes = expected_bytes(generator, settings)
+        self.scheduler = generator.scheduler(
+            rows=settings.rows, queue_limit=settings.queue, kv_cache_mib=settings.kv_cache_mib
+        )
         self._driver = Driver(self.scheduler)
 
     @cached_property
@@ -117,7 +119,7 @@ class Models:
 
     def _load(self, name: str) -> Model:
         generator = self._open(self.paths[name])
-        self._make_room(name, expected_bytes(generator, self._settings.rows))
+        self._make_room(name, expected_bytes(generator, self._settings))
         return Model(name, generator, self._settings)
 
     def _make_room(self, name: str, needed: int) -> None:
@@ -141,8 +143,10 @@ class Models:
             release_freed()
 
 
-def expected_bytes(generator: Generator, rows: int) -> int:
-    """About the bytes that a model takes: those of its files, and of the keys and values of `rows` full contexts."""
+def expected_bytes(generator: Generator, settings: Settings) -> int:
+    """About the bytes that a model takes: those of its files, and of keys and values: of full rows, or their limit."""
     manifest = generator.engine.bundle.manifest
     files = sum(record.bytes for record in manifest.files.values())
-    return files + rows * full_context_bytes(manifest, generator.max_context)
+    if settings.kv_cache_mib is not None:
+        return files + settings.kv_cache_mib * MIB
+    return files + settings.rows * full_context_bytes(manifest, generator.max_context)

@@ -115,6 +115,12 @@ class Metrics:
         for name, what, values in (
             ("requests_processing", "Requests that have a row.", [each.scheduler.running for each in loaded]),
             ("requests_deferred", "Requests that wait for a row.", [each.scheduler.waiting for each in loaded]),
+            (
+                "kv_cache_bytes",
+                "Keys and values of requests and kept ones.",
+                [each.scheduler.kv_bytes for each in loaded],
+            ),
+            ("requests_parked", "Times that a request waited in a file.", [each.scheduler.parked for each in loaded]),
             ("model_bytes", "About the memory of a loaded model.", [each.nbytes for each in loaded]),
         ):
             lines += _head(name, what, "gauge")

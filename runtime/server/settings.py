@@ -18,6 +18,7 @@ class Settings:
         timeout: Maximum seconds for a request, time in the queue included; None for no limit.
         api_key: The key that requests must have; None for none.
         cors_origins: Origins, such as http://localhost:3000, whose pages may ask.
+        kv_cache_mib: Memory of the keys and values of a model in MiB; None for room for all rows.
         memory_limit: Bytes that all loaded models may take; None for no limit.
         log_prompts: Whether the log has the texts of prompts.
         quiet: Whether there is no log of requests.
@@ -29,6 +30,7 @@ class Settings:
     timeout: float | None = None
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    kv_cache_mib: int | None = None
     memory_limit: int | None = None
     log_prompts: bool = False
     quiet: bool = False

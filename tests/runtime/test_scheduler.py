@@ -388,3 +388,8 @@ def test_prompts_may_fill_a_row(roomy: Generator) -> None:
     numbers = [scheduler.submit(request) for request in requests]
     ended = outcomes(list(scheduler.run()))
     assert [essence(ended[number]) for number in numbers] == [essence(alone(roomy, request)) for request in requests]
+
+
+def test_rows_of_fixed_memory_keep_no_limit(roomy: Generator) -> None:
+    with pytest.raises(PromptError, match="--kv-cache-mib 5"):
+        roomy.scheduler(rows=2, kv_cache_mib=5)

@@ -182,3 +182,4 @@ def test_metrics_count_the_tokens_of_all_protocols(bundle: Path) -> None:
     assert 0 < float(values["satchel_tokens_decoded_seconds_total"]) < 60
     assert values['satchel_requests_processing{model="chatty"}'] == "0"
     assert values['satchel_requests_deferred{model="chatty"}'] == "0"
+    assert int(values['satchel_kv_cache_bytes{model="chatty"}']) > 0
