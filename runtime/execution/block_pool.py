@@ -135,8 +135,9 @@ class PagedCache(Cache):
         """As `Cache.begin`. Raises PoolFullError too, and has changed nothing then that matters."""
         self.require(count)
         if self._writes_shared():
-            last = self.table[-1]
-            self.table[-1] = self.pool.copy_of(last, self._length % BLOCK)
+            place = self._length // BLOCK
+            last = self.table[place]
+            self.table[place] = self.pool.copy_of(last, self._length % BLOCK)
             self.pool.release([last])
         while len(self.table) * BLOCK < self._length + count:
             self.table.append(self.pool.allocate())

@@ -16,8 +16,7 @@ START, END = 345, 346  # <|im_start|> and <|im_end|>: the ids after those of the
 CONTEXT = 400
 
 TEMPLATE = """\
-{%- if tools %}<|im_start|>tools
-{#- calls are written as <tool_call>{...}</tool_call> #}
+{%- if tools %}{# calls are written as <tool_call>{...}</tool_call> #}<|im_start|>tools
 {{ tools | tojson }}<|im_end|>
 {% endif -%}
 {%- for message in (messages[-1:] if forget else messages) -%}
