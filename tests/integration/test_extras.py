@@ -136,6 +136,7 @@ def test_the_extra_serve_serves(bundle: Path, tmp_path_factory: pytest.TempPathF
                     assert answer.status == 200
         finally:
             process.terminate()
+            process.communicate(timeout=60)  # it may still write to its log, which must not be closed then
     assert process.returncode == 0
 
 
