@@ -179,7 +179,7 @@ def test_every_command_that_opens_a_bundle_checks(satchel: Satchel, tiny: Path, 
     (tmp_path / "text").write_text("the cat sat on the mat")
     further = {
         "run": ["the cat"], "eval": ["--text", str(tmp_path / "text")], "pack": ["-o", str(tmp_path / "m.pyz")],
-        "unpack": ["-o", str(tmp_path / "m")], "check": ["--provider", "cuda"],
+        "embed": ["the cat"], "unpack": ["-o", str(tmp_path / "m")], "check": ["--provider", "cuda"],
     }  # fmt: skip
     checked = [name for name, command in cli.COMMANDS.items() if command.opens and name != "specialize"]
     assert {"run", "chat", "bench", "eval", "verify", "profile", "inspect", "pack"} <= set(checked)
