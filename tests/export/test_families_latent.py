@@ -127,7 +127,8 @@ def test_what_a_latent_cache_does_not_go_with_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantized_bundles_keep_latents_and_both_halves_of_the_matrix_in_float(precision: str, tmp_path: Path) -> None:
     bundle = open_bundle(export("minicpm3", tmp_path, precision=precision))
     assert {layer.past_value for layer in bundle.manifest.kv_cache.layers} == {None}

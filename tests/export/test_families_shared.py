@@ -66,6 +66,7 @@ def test_a_second_turn_goes_on_from_a_file(family: Exported, tmp_path: Path) -> 
     assert found.token_ids[0] == logits_of(family.reference, np.asarray(turn))[-1].argmax()
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_one_for_each_layer(tmp_path: Path) -> None:
     checkpoint = save(FAMILIES["gemma4_text"], tmp_path / "checkpoint")
     config = ExportConfig(tmp_path / "bundle", "fp32", kv_cache="int8", max_context=64, certificate=False)

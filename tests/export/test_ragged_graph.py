@@ -54,7 +54,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
     return load
 
 
-QUICK = ("int8", "int4")
+QUICK = ("int8",)
 
 
 @pytest.mark.parametrize(
