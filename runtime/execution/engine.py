@@ -128,7 +128,7 @@ class Engine(ABC):
         if limit is not None:
             raise PromptError(
                 f"--kv-cache-mib {limit >> 20}: the rows of this bundle have fixed memory: specialize it for satchel's "
-                "kernels, or lower --rows or --max-context instead"
+                "kernels, or lower --batch or --max-context instead"
             )
         return self.new_batch(rows, capacity, force=force)
 

@@ -247,7 +247,7 @@ class KVCache(Cache):
         self.adapter, other.adapter = other.adapter, self.adapter
 
 
-def parked(spec: CacheSpec, cache: Cache) -> KVCache:
+def swapped_out(spec: CacheSpec, cache: Cache) -> KVCache:
     """A copy of a cache without states, in a temporary file that the system removes when nothing refers to it."""
     with tempfile.TemporaryFile() as file:
         file.truncate(max(cache.length * position_bytes(spec), 1))

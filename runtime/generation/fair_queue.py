@@ -16,7 +16,7 @@ class Job:
     """A request in the scheduler.
 
     `row` is None until it has one, `fed` the number of prompt tokens in it, `shown` and `told` the pieces of text and
-    the tokens that events have told, and `since` the time of its last token. `parked` has the keys and values of one
+    the tokens that events have told, and `since` the time of its last token. `swapped` has the keys and values of one
     that had to give its row to others.
     """
 
@@ -28,7 +28,7 @@ class Job:
     deliver: Callable[..., object] | None
     row: int | None = None
     fed: int = 0
-    parked: Cache | None = None
+    swapped: Cache | None = None
     shown: int = 0
     told: int = 0
     since: float = 0.0

@@ -16,7 +16,7 @@ import numpy as np
 from satchel.runtime.errors import PromptError, QueueFullError
 from satchel.runtime.execution.batch import Batch, PoolFullError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.kv_cache import parked
+from satchel.runtime.execution.kv_cache import swapped_out
 from satchel.runtime.execution.state import Ids, State
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.pace import Pace
@@ -93,7 +93,7 @@ class Scheduler:
         self._decoding = 0  # so many of the first rows are decoded; rows behind them are free or get their prompt
         self._queue = FairQueue()
         self._oldest = True
-        self.parked = 0
+        self.preemptions = 0
         """How many times a request had to give its memory to others and waited in a file."""
         self._events: list[Event] = []
         self._ids = itertools.count()
@@ -271,10 +271,10 @@ class Scheduler:
     def _begin(self, job: Job) -> None:
         """Fill the row of a request with what another row or the prefix cache has of its prompt, or what it had."""
         state, sequence = self._state(job), job.sequence
-        if job.parked is not None:
-            kept = job.parked
+        if job.swapped is not None:
+            kept = job.swapped
             self._with_room(lambda: state.cache.copy_from(kept, kept.length))
-            job.fed, job.parked = min(job.parked.length, len(sequence.prompt)), None
+            job.fed, job.swapped = min(job.swapped.length, len(sequence.prompt)), None
             return
         sequence.begin()
         live = [
@@ -303,7 +303,7 @@ class Scheduler:
             running = [job for job in self._rows if job is not None]
             if len(running) == 1:
                 return
-            self._park(max(running, key=lambda job: (-job.priority, job.id)))
+            self._preempt(max(running, key=lambda job: (-job.priority, job.id)))
             pieces[:] = [(job, piece) for job, piece in pieces if job.row is not None]
             decoding[:] = [job for job in decoding if job.row is not None]
 
@@ -316,12 +316,12 @@ class Scheduler:
                 return False
         return True
 
-    def _park(self, job: Job) -> None:
+    def _preempt(self, job: Job) -> None:
         """Keep what a request has in a temporary file, and let it wait again, as the first."""
-        job.parked = parked(self._engine.bundle.manifest.kv_cache, self._state(job).cache)
+        job.swapped = swapped_out(self._engine.bundle.manifest.kv_cache, self._state(job).cache)
         self._free(job)
         self._queue.return_(job)
-        self.parked += 1
+        self.preemptions += 1
 
     def _run(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> None:
         """Feed pieces and last tokens, and take the tokens that follow."""

@@ -120,7 +120,11 @@ class Metrics:
                 "Keys and values of requests and kept ones.",
                 [each.scheduler.kv_bytes for each in loaded],
             ),
-            ("requests_parked", "Times that a request waited in a file.", [each.scheduler.parked for each in loaded]),
+            (
+                "requests_preempted",
+                "Times that a request waited in a file.",
+                [each.scheduler.preemptions for each in loaded],
+            ),
             ("model_bytes", "About the memory of a loaded model.", [each.nbytes for each in loaded]),
         ):
             lines += _head(name, what, "gauge")

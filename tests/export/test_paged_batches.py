@@ -97,7 +97,7 @@ def test_whatever_runs_beside_a_request_its_answer_is_that_of_its_solo_run(
         pool.blocks = 5
     outcomes = drive(scheduler, requests, rng)
     assert len(outcomes) == len(requests)
-    assert not limited or scheduler.parked
+    assert not limited or scheduler.preemptions
     for index, request in enumerate(requests):
         found, expected = outcomes[index], solo(alone, request)
         assert isinstance(found, Generation), found

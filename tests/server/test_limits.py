@@ -125,7 +125,7 @@ def test_limits_of_the_server_are_told_in_the_form_of_the_protocol(bundle: Path,
 def test_greedy_answers_are_the_same_in_batches_of_any_size_and_without_a_cache(
     bundle: Path, path: str, rows: int
 ) -> None:
-    """Eight requests at once, some that begin alike and some that repeat, are answered as each is alone."""
+    """Eight requests at once, some with a shared prefix and some repeated, are answered as each is alone."""
     key = "max_output_tokens" if path == RESPONSES else "max_tokens"
     texts = [f"Once upon a time there was a {word}" for word in ("cat", "dog", "cat")] + [
         "x" * 150,
