@@ -25,9 +25,11 @@ class Window:
 class PhaseFidelity:
     """The accuracy of one phase against the reference, over all positions that count.
 
-    `kl_mean`, `kl_median` and `kl_p90` are of KL(reference || bundle) in nats. `top1` is the share of positions where
-    both have the same most likely token. All four are None without a reference. `perplexity` is the bundle's on the
-    text, `reference_perplexity` the reference's. A certificate stores 5 significant digits and at most 9 decimals.
+    `kl_mean`, `kl_median`, `kl_p90`, `kl_p999` (the 99.9th percentile) and `kl_max` are of KL(reference || bundle) in
+    nats. `top1` is the share of positions where both have the same most likely token, `flips` the number of the others.
+    `perplexity` is the bundle's on the text, `reference_perplexity` the reference's. Only `perplexity` is never None:
+    the others need a reference. A certificate stores 5 significant digits and at most 9 decimals; certificates of
+    earlier versions lack the last three.
     """
 
     kl_mean: float | None
@@ -36,6 +38,9 @@ class PhaseFidelity:
     top1: float | None
     perplexity: float
     reference_perplexity: float | None
+    kl_p999: float | None = None
+    kl_max: float | None = None
+    flips: int | None = None
 
 
 @dataclass(frozen=True)

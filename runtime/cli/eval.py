@@ -21,22 +21,13 @@ if TYPE_CHECKING:
     from satchel.runtime.evaluation.fidelity import Fidelity, Ids, Reference
     from satchel.runtime.ort.custom_ops import Custom
 
-ROWS = (
-    ("KL mean", "kl_mean", ".5f"),
-    ("KL median", "kl_median", ".5f"),
-    ("KL p90", "kl_p90", ".5f"),
-    ("top-1", "top1", ".4f"),
-    ("perplexity", "perplexity", ".6g"),
-    ("reference's", "reference_perplexity", ".6g"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel eval`."""
     parser.description = (
         "Measure on a text how close the predictions of a bundle are to those of a reference, such as the model that "
-        "it was made from: KL(reference || bundle), top-1 agreement and both perplexities, for prefill and decode. "
-        "Without a reference, only the perplexity of the bundle."
+        "it was made from: KL(reference || bundle) and its tail, top-1 agreement and both perplexities, for prefill "
+        "and decode. Without a reference, only the perplexity of the bundle."
     )
     parser.epilog = (
         "example:\n  satchel eval out/smollm2-fp16 --text book.txt --reference SmolLM2-135M-Instruct/ --json"
@@ -83,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.ort import session
     from satchel.runtime.ort.custom_ops import choose
     from satchel.runtime.ort.open_bundle import open_bundle
-    from satchel.runtime.util.kl import KL_MEANING, grade
+    from satchel.runtime.util.kl import FIGURES, KL_MEANING, grade
     from satchel.runtime.util.progress import progress_bar, waiting
 
     shown = not args.quiet
@@ -105,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(_as_json(fidelity, windows, args), ensure_ascii=False))
         return 0
     print(f"{'':15}{'prefill':>14}{'decode':>14}")
-    for label, field, form in ROWS:
+    for label, field, form in FIGURES:
         values = [getattr(phase, field) for phase in (fidelity.prefill, fidelity.decode)]
         if None not in values:
             print(f"{label:15}" + "".join(f"{value:14{form}}" for value in values))

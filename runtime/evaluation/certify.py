@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -228,8 +229,8 @@ def _rounded(figure: float) -> float:
 
 
 def _rounded_figures(figures: PhaseFidelity) -> PhaseFidelity:
-    rounded = {name: None if value is None else _rounded(value) for name, value in vars(figures).items()}
-    return PhaseFidelity(**rounded)  # type: ignore[arg-type]
+    rounded = {name: _rounded(value) for name, value in vars(figures).items() if isinstance(value, float)}
+    return dataclasses.replace(figures, **rounded)  # type: ignore[arg-type]
 
 
 def _log_sum_exp(logits: NDArray[np.float32]) -> float:

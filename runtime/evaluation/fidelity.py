@@ -154,6 +154,9 @@ class _Figures:
             top1=float(np.mean(self._agreements)),
             perplexity=perplexity,
             reference_perplexity=_perplexity(self._reference_losses),
+            kl_p999=float(np.quantile(divergences, 0.999)),
+            kl_max=float(divergences.max()),
+            flips=len(self._agreements) - int(np.sum(self._agreements)),
         )
 
 

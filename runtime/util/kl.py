@@ -1,6 +1,19 @@
-"""What a KL divergence means and whether it is good, and why texts may differ within it, in words for people."""
+"""Figures of accuracy for people: how they are shown, what a KL means, and why texts may differ within it."""
 
 from __future__ import annotations
+
+FIGURES = (
+    ("KL mean", "kl_mean", ".5f"),
+    ("KL median", "kl_median", ".5f"),
+    ("KL p90", "kl_p90", ".5f"),
+    ("KL p99.9", "kl_p999", ".5f"),
+    ("KL max", "kl_max", ".5f"),
+    ("top-1", "top1", ".4f"),
+    ("flips", "flips", ",d"),
+    ("perplexity", "perplexity", ".6g"),
+    ("reference's", "reference_perplexity", ".6g"),
+)
+"""The figures of a phase in the order of tables: label, field of `PhaseFidelity`, and format."""
 
 KL_MEANING = (
     "KL is the divergence of the bundle's next-token probabilities from the reference's, in nats per token: "

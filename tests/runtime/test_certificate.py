@@ -91,6 +91,30 @@ def test_a_certificate_goes_through_json(tiny: Path, certificate: Certificate) -
     assert Manifest.from_json(json.loads(json.dumps(document))).certificate == certificate
 
 
+def test_a_certificate_has_the_tail_of_the_divergence(engine: Engine) -> None:
+    noise = np.random.default_rng(9).normal(0, 1, VOCABULARY).astype(np.float32)
+    prefill = make_certificate(engine, lambda ids: engine.score(ids) + noise, None, WINDOWS, PROMPTS, skip=4).prefill
+    rows = np.concatenate([engine.score(window)[4:] for window in WINDOWS]).astype(np.float64)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (rows + noise, rows))
+    divergences = (p * np.log(p / q)).sum(-1)
+    assert prefill.kl_p999 == pytest.approx(np.percentile(divergences, 99.9), rel=1e-3)
+    assert prefill.kl_max == pytest.approx(divergences.max(), rel=1e-3)
+    assert prefill.flips == np.sum(p.argmax(-1) != q.argmax(-1)) > 0
+    assert type(prefill.flips) is int
+
+
+def test_a_certificate_from_before_the_tail_was_recorded_is_read(tiny: Path, certificate: Certificate) -> None:
+    document = {**read_manifest(tiny), "certificate": strict_json.to_json(certificate)}
+    for phase in ("prefill", "decode"):
+        for key in ("kl_p999", "kl_max", "flips"):
+            del document["certificate"][phase][key]
+    read = Manifest.from_json(document).certificate
+    assert read is not None
+    assert (read.prefill.kl_max, read.decode.flips) == (None, None)
+    assert read.prefill.kl_mean == certificate.prefill.kl_mean
+    assert strict_json.to_json(read) == document["certificate"]
+
+
 def test_the_bundle_that_was_certified_holds_to_its_certificate(engine: Engine, certificate: Certificate) -> None:
     assert check_certificate(engine, certificate) == []
 

@@ -20,7 +20,9 @@ from satchel.runtime.util.kl import KL_MEANING
 
 WORDS = "the cat sat on the mat and looked at the other cat, which sat elsewhere. " * 4
 SMALL = ["--windows", "2", "--window-tokens", "30", "--skip", "6", "--threads", "1"]
-PHASE_KEYS = ["kl_mean", "kl_median", "kl_p90", "top1", "perplexity", "reference_perplexity"]
+PHASE_KEYS = [
+    "kl_mean", "kl_median", "kl_p90", "top1", "perplexity", "reference_perplexity", "kl_p999", "kl_max", "flips",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_the_figures_are_those_of_the_text_without_special_tokens(
     alone = satchel.json("eval", other, "--text", text, *SMALL)
     assert alone["prefill"]["perplexity"] == pytest.approx(found["prefill"]["reference_perplexity"], rel=1e-6)
     assert alone["reference"] is None
-    assert [alone["decode"][key] is None for key in PHASE_KEYS] == [True, True, True, True, False, True]
+    assert [alone["decode"][key] is None for key in PHASE_KEYS] == [key != "perplexity" for key in PHASE_KEYS]
 
 
 def test_a_table_has_a_row_for_each_figure(satchel: Satchel, tiny: Path, text: Path) -> None:
@@ -65,7 +67,9 @@ def test_a_table_has_a_row_for_each_figure(satchel: Satchel, tiny: Path, text: P
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     assert (err.count("\n"), rows[0]) == (1, ["prefill", "decode"])
     assert KL_MEANING in err
-    assert [row[0] for row in rows[1:]] == ["KL mean", "KL median", "KL p90", "top-1", "perplexity", "reference's"]
+    assert [row[0] for row in rows[1:]] == [
+        "KL mean", "KL median", "KL p90", "KL p99.9", "KL max", "top-1", "flips", "perplexity", "reference's",
+    ]  # fmt: skip
     assert all(len(row) == 3 for row in rows[1:])
     out, _ = satchel("eval", tiny, "--text", text, *SMALL)
     assert [line.split()[0] for line in out.splitlines()] == ["prefill", "perplexity"]

@@ -52,6 +52,9 @@ def plain(engine: Engine, reference: Callable[[np.ndarray], np.ndarray], first: 
         float(np.quantile(divergences, 0.9)),
         sum(agreements) / len(agreements),
         *mean,
+        float(np.quantile(divergences, 0.999)),
+        max(divergences),
+        agreements.count(False),
     )
 
 
@@ -76,6 +79,23 @@ def test_the_figures_are_those_of_a_plain_computation(
     assert_figures(found.decode, plain(engine, reference, LENGTH // 2, WINDOWS))
     assert 0.2 < found.prefill.top1 < 1
     assert found.prefill.kl_mean > 0.1
+    assert found.prefill.kl_p90 < found.prefill.kl_p999 < found.prefill.kl_max
+
+
+def test_one_position_that_is_far_off_shows_in_the_tail_alone(engine: Engine) -> None:
+    def reference(ids: np.ndarray) -> np.ndarray:
+        rows = engine.score(ids)
+        rows[9] = -rows[9]
+        return rows
+
+    far = evaluate(engine, [WINDOWS[0], WINDOWS[1]], reference, skip=SKIP, decode_windows=1).prefill
+    p = [
+        np.array(probabilities(rows[9])) for window in WINDOWS[:2] for rows in (reference(window), engine.score(window))
+    ]
+    worst = max(float((p[0] * np.log(p[0] / p[1])).sum()), float((p[2] * np.log(p[2] / p[3])).sum()))
+    assert far.kl_p90 < TOLERANCE
+    assert far.kl_max == pytest.approx(worst, rel=1e-4)
+    assert far.flips == 2
 
 
 def test_decode_can_use_fewer_windows_and_skips_too(engine: Engine) -> None:
@@ -92,7 +112,8 @@ def test_a_bundle_against_itself_has_no_divergence(engine: Engine) -> None:
     for phase in (found.prefill, found.decode):
         assert 0 <= phase.kl_mean < TOLERANCE
         assert 0 <= phase.kl_p90 < TOLERANCE
-        assert phase.top1 == 1
+        assert 0 <= phase.kl_max < TOLERANCE
+        assert (phase.top1, phase.flips) == (1, 0)
         assert phase.perplexity == pytest.approx(phase.reference_perplexity, rel=1e-5)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from satchel.runtime.bundle.certificate import Certificate, PhaseFidelity
+from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.checks import PREPARED
 from satchel.runtime.bundle.contract import lora_names
 from satchel.runtime.bundle.manifest import AdapterSpec, LayerPrecision, ModelFacts
 from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
-from satchel.runtime.util.kl import KL_MEANING, grade
+from satchel.runtime.util.kl import FIGURES, KL_MEANING, grade
 from satchel.runtime.util.terminal import columns, printable
 
 TEMPLATE = "inspection.html.jinja"
@@ -23,15 +23,6 @@ MB, MIB = 1e6, 1 << 20
 WIDEST_BITS = 8  # of a quantized weight
 WRAP = 96  # columns
 LORA_FIRST = lora_names("")[0]
-
-FIGURES: tuple[tuple[str, Callable[[PhaseFidelity], float | None], str], ...] = (
-    ("KL mean", lambda figures: figures.kl_mean, ".5f"),
-    ("KL median", lambda figures: figures.kl_median, ".5f"),
-    ("KL p90", lambda figures: figures.kl_p90, ".5f"),
-    ("top-1", lambda figures: figures.top1, ".4f"),
-    ("perplexity", lambda figures: figures.perplexity, ".6g"),
-    ("reference's", lambda figures: figures.reference_perplexity, ".6g"),
-)
 
 
 @dataclass(frozen=True)
@@ -300,8 +291,8 @@ def _certificate(found: Inspection) -> list[Table]:
     if certificate is None:
         return [Table("Certificate", (("none: the export measured no accuracy",),))]
     figures = []
-    for label, of, form in FIGURES:
-        values = (of(certificate.prefill), of(certificate.decode))
+    for label, field, form in FIGURES:
+        values = [getattr(phase, field) for phase in (certificate.prefill, certificate.decode)]
         figures.append((label, *("" if value is None else f"{value:{form}}" for value in values)))
     return [
         Table("Certificate", _clean(_measured(certificate))),
