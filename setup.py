@@ -21,8 +21,8 @@ setup(
     ext_modules=[
         Extension(
             "satchel.runtime.kernels._library",
-            sources=sorted(map(str, KERNELS.glob("*.c"))),
-            depends=sorted(map(str, KERNELS.glob("*.h"))),
+            sources=sorted(map(str, [*KERNELS.glob("*.c"), *KERNELS.glob("isa/*.c")])),
+            depends=sorted(map(str, [*KERNELS.rglob("*.h"), *KERNELS.glob("vector/*.c")])),
             # No fused multiply-add but where the code says so: a row gets the same result alone and in a batch.
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off"],
             # The library stays loaded: thread-local memory is freed by code in it when a thread ends.

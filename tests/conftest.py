@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.command import Satchel
 
-from satchel.runtime.kernels.library import EXTENSIONS, reason
+from satchel.runtime.kernels.library import instruction_set, reason
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a worker has one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,9 +35,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     }
     ran, skipped = reports["passed"] + reports["failed"], reports["skipped"]
     if ran or skipped:
-        form = "compiled for " + ", ".join(EXTENSIONS)
         terminalreporter.write_line(
-            f"satchel's own operators, {form}: {ran} tests ran"
+            f"satchel's own operators ({instruction_set()}): {ran} tests ran"
             + (f"; {skipped} were skipped: they {reason()}" if skipped else "")
         )
 

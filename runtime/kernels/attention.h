@@ -40,12 +40,4 @@ typedef struct {
     float *out;      /* [batch, tokens, heads * head_dim] */
 } AttentionCall;
 
-/* Returns NULL, or a constant string that says what is wrong; does not read the present or the output. Sets `scratch`
- * to the bytes that attention_run needs. */
-const char *attention_check(const AttentionCall *call, size_t *scratch);
-
-/* Runs a step that attention_check accepted. `scratch` is aligned to 64 bytes. Results do not depend on the number of
- * threads, on where keys and values lie, or on the other sequences. Returns NULL, or an error as a constant string. */
-const char *attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel);
-
 #endif

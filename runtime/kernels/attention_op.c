@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "instruction_set.h"
 #include "operator.h"
 #include "scratch.h"
 
@@ -127,7 +128,7 @@ static bool run(const void *kernel, Run *run)
     const bool ragged = call.row_offsets != NULL;
     call.capacity = ragged || call.past_capacity > call.total ? call.past_capacity : call.total;
     size_t bytes;
-    const char *error = attention_check(&call, &bytes);
+    const char *error = instructions->attention_check(&call, &bytes);
     if (error != NULL)
         return fail(run, error);
     const int64_t dims[] = {ragged ? 1 : call.batch, call.tokens, call.heads * call.head_dim};
@@ -143,7 +144,7 @@ static bool run(const void *kernel, Run *run)
     void *memory = thread_scratch(OF_RUN, bytes);
     if (memory == NULL)
         return fail(run, "satchel:Attention: out of memory");
-    error = attention_run(&call, memory, &run->parallel);
+    error = instructions->attention(&call, memory, &run->parallel);
     return error == NULL || fail(run, error);
 }
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "instruction_set.h"
 #include "operator.h"
 
 static const Operator *operator_of(const OrtCustomOp *op) { return (const Operator *)op; }
@@ -200,17 +201,6 @@ bool attribute_text(Create *create, const char *name, char *text, size_t size)
     return false;
 }
 
-static bool can_run(void)
-{
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2")
-        && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
-}
-
 static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *operator)
 {
     operator->op = (OrtCustomOp){
@@ -233,8 +223,17 @@ static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *op
     return ORT(api, CustomOpDomain_Add)(domain, &operator->op);
 }
 
+#ifdef _WIN32
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
+
+/* For satchel's runner, which calls this before the first session: see choose_instruction_set. */
+EXPORTED const char *satchel_choose_instruction_set(const char *name) { return choose_instruction_set(name); }
+
 /* The entry point that ONNX Runtime calls in a custom operator library. The domain lives as long as the process. */
-__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
+EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
 {
     static OrtCustomOpDomain *domain;
     static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
@@ -245,8 +244,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
         return oldest == NULL ? NULL
                               : make_error(oldest, "satchel: this ONNX Runtime is too old for satchel's kernels");
     }
-    if (!can_run())
-        return make_error(api, "satchel: this processor has no AVX-512 VNNI");
+    if (instructions == NULL && choose_instruction_set(NULL) == NULL)
+        return make_error(api, "satchel: this processor has none of the instruction sets of satchel's kernels");
     pthread_mutex_lock(&making);
     if (domain == NULL) {
         OrtCustomOpDomain *made;

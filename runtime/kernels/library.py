@@ -5,11 +5,11 @@ It is built beside this module when satchel is installed with a C compiler. No o
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.machinery
 import os
 from pathlib import Path
-
-from satchel.runtime.util.cpu import processor_features
 
 VERSION, OLDEST = 2, 1
 """Raise the first when the operators change, for new graphs. Raise the second, too, when the layout of weights or the
@@ -18,11 +18,11 @@ meaning of an operator changes: bundles of before must then be exported again.""
 NAME = "_library"
 
 SWITCH, OFF = "SATCHEL_KERNELS", "off"
-"""An environment variable, and the value that disables satchel's own operators."""
+"""An environment variable, and the value that disables satchel's own operators. Another value is the name of the
+instruction set that they use; unset, it is the fastest that the processor has."""
 
-ARCHITECTURES = ("x86_64", "AMD64")
-EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma")
-"""The instruction set that the operators are compiled for; extensions are spelled as in /proc/cpuinfo."""
+INSTRUCTION_SETS = ("avx512", "avx2", "neon", "plain")
+"""The names of instruction sets, as in isa/; plain C, right on any processor but slow, is used only if it is named."""
 
 
 def runs(version: int) -> bool:
@@ -41,11 +41,38 @@ def reason() -> str | None:
         return f"are switched off ({SWITCH}={OFF})"
     if _built() is None:
         return "are not built (there was no C compiler when satchel was installed)"
-    architecture, *extensions = processor_features()
-    if architecture not in ARCHITECTURES:
-        return f"are for x86-64, and this processor is {architecture}"
-    lacking = [name for name in EXTENSIONS if name not in extensions]
-    return f"need a processor with {', '.join(lacking)}" if lacking else None
+    try:
+        if instruction_set() is not None:
+            return None
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+    named = os.environ.get(SWITCH)
+    if named is None:
+        return "need a processor with AVX2 (x86-64) or dot products (Arm)"
+    if named not in INSTRUCTION_SETS:
+        return f"know no instruction set {named} ({SWITCH}: {', '.join((OFF, *INSTRUCTION_SETS))})"
+    return f"cannot use {named} on this processor ({SWITCH}={named})"
+
+
+def instruction_set() -> str | None:
+    """The name of the instruction set that satchel's own operators use from now on; None if they cannot be used.
+
+    Raises:
+        OSError: The library was built for another system.
+    """
+    built = _built()
+    if built is None:
+        return None
+    choose = _opened(built).satchel_choose_instruction_set
+    choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+    named = os.environ.get(SWITCH)
+    chosen: bytes | None = choose(None if named is None else named.encode())
+    return None if chosen is None else chosen.decode()
+
+
+@functools.cache
+def _opened(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
 
 
 def _built() -> Path | None:

@@ -46,7 +46,4 @@ static inline int64_t panel_bytes(const LinearParams *params)
     return params->bits == 4 ? params->row.inputs * 8 : (params->row.inputs + 3) / 4 * 64;
 }
 
-/* Returns NULL, or an error as a constant string. */
-const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel);
-
 #endif

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "linear.h"
+#include "instruction_set.h"
 #include "operator.h"
 #include "ragged.h"
 
@@ -103,7 +104,7 @@ static bool run(const void *kernel, Run *run)
                        .norm_weight = norm_weight.data};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
-    const char *error = linear_run(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
+    const char *error = instructions->linear(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
     return error == NULL || fail(run, error);
 }
 

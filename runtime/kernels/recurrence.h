@@ -28,7 +28,4 @@ typedef struct {
     bool channel_decay;
 } RecurrenceCall;
 
-/* Returns a message if it fails. */
-const char *recurrence_run(const RecurrenceParams *params, const RecurrenceCall *call, const Parallel *parallel);
-
 #endif

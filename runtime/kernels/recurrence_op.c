@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "instruction_set.h"
 #include "operator.h"
 #include "recurrence.h"
 
@@ -102,7 +103,7 @@ static bool run(const void *kernel, Run *run)
                   state[] = {call.batch, params.heads, params.key_dim, params.value_dim};
     if (!output(run, 0, dims, 3, &call.out) || !output(run, 1, state, 4, &call.present))
         return false;
-    const char *error = recurrence_run(&params, &call, &run->parallel);
+    const char *error = instructions->recurrence(&params, &call, &run->parallel);
     return error == NULL || fail(run, error);
 }
 

@@ -15,14 +15,4 @@ typedef struct {
 static inline int64_t row_bytes(const RowParams *params) { return (params->inputs + 63) / 64 * 64; }
 static inline int64_t row_scales(const RowParams *params) { return params->block ? params->inputs / params->block : 1; }
 
-/* Quantizes one row: int8 values [row_bytes], and for each block its scale and the sum of its values.
- * `norm_weight` [inputs] or NULL; `scratch` [row_bytes] floats. A row with a NaN gets NaN scales. */
-void quantize_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized,
-                  float *scales, int32_t *sums);
-
-/* Quantizes a row with one scale, and then its quantization error. The second values, scale and sum follow the first;
- * their sum is within 1/64,000 of the row's largest magnitude. */
-void quantize_row_twice(const RowParams *params, const float *x, const float *norm_weight, float *scratch,
-                        int8_t *quantized, float *scales, int32_t *sums);
-
 #endif

@@ -4,6 +4,14 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#ifdef _WIN32
+#include <malloc.h>
+#define aligned_alloc(alignment, bytes) _aligned_malloc(bytes, alignment)
+#define free_aligned _aligned_free
+#else
+#define free_aligned free
+#endif
+
 enum { ALIGNMENT = 64 };
 
 typedef struct {
@@ -17,7 +25,8 @@ static bool has_keys;
 
 static void make_keys(void)
 {
-    has_keys = pthread_key_create(&keys[OF_RUN], free) == 0 && pthread_key_create(&keys[OF_TASK], free) == 0;
+    has_keys = pthread_key_create(&keys[OF_RUN], free_aligned) == 0
+        && pthread_key_create(&keys[OF_TASK], free_aligned) == 0;
 }
 
 void *thread_scratch(ScratchOwner owner, size_t bytes)
@@ -32,7 +41,7 @@ void *thread_scratch(ScratchOwner owner, size_t bytes)
     Scratch *larger = total > bytes ? aligned_alloc(ALIGNMENT, total) : NULL;
     if (larger == NULL)
         return NULL;
-    free(current);
+    free_aligned(current);
     larger->bytes = bytes;
     pthread_setspecific(keys[owner], larger);
     return larger->memory;

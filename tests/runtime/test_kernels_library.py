@@ -3,46 +3,70 @@
 from __future__ import annotations
 
 import importlib.machinery
+import platform
+import shutil
 from pathlib import Path
 
 import pytest
+from support.kernels import needs_kernels
 
 from satchel.runtime.kernels import library
 
 
 @pytest.fixture
 def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A built library and a processor for it."""
+    """A copy of the built library, in a folder of its own."""
     monkeypatch.delenv(library.SWITCH, raising=False)
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    monkeypatch.setattr(library, "processor_features", lambda: ("x86_64", "avx2", *library.EXTENSIONS))
     path = tmp_path / f"_library{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    path.write_bytes(b"")
+    if (built := library.library()) is not None:
+        shutil.copy(built, path)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     return path
 
 
+@needs_kernels
 def test_the_library_is_the_file_beside_the_module(beside: Path) -> None:
     assert (library.library(), library.reason()) == (beside, None)
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", ["plain", None])
+def test_an_instruction_set_is_chosen_by_name(beside: Path, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    fastest = library.instruction_set()
+    assert fastest not in (None, "plain")
+    if name is not None:
+        monkeypatch.setenv(library.SWITCH, name)
+    assert library.instruction_set() == (name or fastest)
+
+
+def test_without_the_file_it_is_not_built(beside: Path) -> None:
+    beside.unlink(missing_ok=True)
+    assert (library.library(), library.instruction_set()) == (None, None)
+    assert "not built" in str(library.reason())
+
+
+def test_a_file_of_another_system_is_not_loaded(beside: Path) -> None:
+    beside.write_bytes(b"MZ")
+    assert library.library() is None
+    assert str(beside) in str(library.reason())
+
+
+@needs_kernels
 @pytest.mark.parametrize(
-    ("features", "reason"),
+    ("value", "fact"),
     [
-        (None, "are not built"),
-        (("aarch64", "asimddp"), "aarch64"),
-        (("x86_64", "avx2", "fma", "f16c", "avx512f"), "avx512bw, avx512dq, avx512vl, avx512_vnni"),
-        (("x86_64", "Some processor"), "avx512f, "),
-        ((), "SATCHEL_KERNELS=off"),
+        ("off", "SATCHEL_KERNELS=off"),
+        ("avx3", "avx3"),
+        ("neon" if platform.machine() in ("x86_64", "AMD64") else "avx2", "on this processor"),
     ],
 )
-def test_why_it_is_not_used_is_said(
-    beside: Path, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, reason: str
-) -> None:
-    if features:
-        monkeypatch.setattr(library, "processor_features", lambda: features)
-    elif features is None:
-        beside.unlink()
-    else:
-        monkeypatch.setenv("SATCHEL_KERNELS", "off")
+def test_why_it_is_not_used_is_said(beside: Path, monkeypatch: pytest.MonkeyPatch, value: str, fact: str) -> None:
+    monkeypatch.setenv(library.SWITCH, value)
     assert library.library() is None
-    assert reason in str(library.reason())
+    assert fact in str(library.reason())
+
+
+@needs_kernels
+def test_a_processor_without_its_instruction_sets_is_told_which(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "instruction_set", lambda: None)
+    assert "AVX2" in str(library.reason())

@@ -25,13 +25,13 @@ static int64_t seen_keys(const AttentionCall *call, int64_t row)
     return position + 1 - first_key(call, position);
 }
 
-int64_t decode_ranges(const AttentionCall *call, int64_t row)
+static int64_t decode_ranges(const AttentionCall *call, int64_t row)
 {
     int64_t keys = seen_keys(call, row);
     return (keys + range_of(keys) - 1) / range_of(keys);
 }
 
-int64_t decode_work(const AttentionCall *call, int64_t row)
+static int64_t decode_work(const AttentionCall *call, int64_t row)
 {
     return seen_keys(call, row) * call->heads * call->head_dim;
 }
@@ -197,7 +197,7 @@ static void attend_three(const Range *range) { attend(range, 3); }
 static void attend_four(const Range *range) { attend(range, 4); }
 static void (*const ATTEND[])(const Range *) = {attend_one, attend_two, attend_three, attend_four};
 
-void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head)
+static void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head)
 {
     const AttentionCall *call = plan->call;
     for (int64_t head = kv_head * plan->group; head < (kv_head + 1) * plan->group; head++)
@@ -205,7 +205,7 @@ void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head)
                     plan->queries + (row * call->heads + head) * call->head_dim);
 }
 
-void decode_task(const AttentionPlan *plan, int64_t index)
+static void decode_task(const AttentionPlan *plan, int64_t index)
 {
     const AttentionCall *call = plan->call;
     int64_t kv_head = index % call->kv_heads, place = index / call->kv_heads, head_dim = call->head_dim;
@@ -252,7 +252,7 @@ static void merge(const AttentionPlan *plan, int64_t row, int64_t head)
         out[d] /= total;
 }
 
-void decode_merge(const AttentionPlan *plan, int64_t row)
+static void decode_merge(const AttentionPlan *plan, int64_t row)
 {
     for (int64_t head = 0; head < plan->call->heads; head++)
         merge(plan, row, head);

@@ -10,14 +10,14 @@
  */
 #include "vectors.h"
 
-#include "recurrence.h"
+#include "../recurrence.h"
 
 #include <math.h>
 #include <string.h>
 
 #include "exponential.h"
 #include "products.h"
-#include "scratch.h"
+#include "../scratch.h"
 
 enum { CHUNK = 32 };
 
@@ -38,7 +38,7 @@ typedef struct {
 static int64_t whole(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
 /* Lays the arrays out in `memory`, if there is any, and returns how many floats they take. */
-static int64_t lay_out(Chunk *chunk, float *memory)
+static int64_t lay_out_chunk(Chunk *chunk, float *memory)
 {
     const int64_t keys = CHUNK * chunk->key_width, values = CHUNK * chunk->value_width;
     const struct {
@@ -309,11 +309,11 @@ typedef struct {
     const RecurrenceParams *params;
     const RecurrenceCall *call;
     bool failed;
-} Work;
+} HeadWork;
 
 static void run_head(void *data, size_t index)
 {
-    Work *work = data;
+    HeadWork *work = data;
     const RecurrenceParams *params = work->params;
     const RecurrenceCall *call = work->call;
     const int64_t heads = params->heads, keys = params->key_dim, values = params->value_dim;
@@ -332,12 +332,12 @@ static void run_head(void *data, size_t index)
                  .decays = decays,
                  .decay_stride = heads * decays};
     Chunk chunk = {.key_width = whole(keys), .value_width = whole(values)};
-    float *memory = thread_scratch(OF_TASK, lay_out(&chunk, NULL) * sizeof(float));
+    float *memory = thread_scratch(OF_TASK, lay_out_chunk(&chunk, NULL) * sizeof(float));
     if (memory == NULL) {
         __atomic_store_n(&work->failed, true, __ATOMIC_RELAXED);
         return;
     }
-    lay_out(&chunk, memory);
+    lay_out_chunk(&chunk, memory);
     for (int i = 0; i < CHUNK; i++)
         chunk.ones[i] = 1;
     if (call->past != call->present)
@@ -349,9 +349,9 @@ static void run_head(void *data, size_t index)
             run_chunk(&head, &chunk, start, tokens - start < CHUNK ? tokens - start : CHUNK);
 }
 
-const char *recurrence_run(const RecurrenceParams *params, const RecurrenceCall *call, const Parallel *parallel)
+static const char *recurrence_run(const RecurrenceParams *params, const RecurrenceCall *call, const Parallel *parallel)
 {
-    Work work = {params, call, false};
+    HeadWork work = {params, call, false};
     parallel_for(parallel, (size_t)(call->batch * params->heads), run_head, &work);
     return work.failed ? "satchel:LinearAttention: out of memory" : NULL;
 }

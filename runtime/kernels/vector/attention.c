@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "attention_internal.h"
-#include "ragged.h"
+#include "../ragged.h"
 
 enum {
     MIN_BLOCK = 16,
@@ -119,7 +119,7 @@ static Parts parts_of(const AttentionCall *call)
     return parts;
 }
 
-const char *attention_check(const AttentionCall *call, size_t *scratch)
+static const char *attention_check(const AttentionCall *call, size_t *scratch)
 {
     *scratch = 0;
     const char *problem = check_sizes(call);
@@ -235,7 +235,7 @@ static void run_tasks(const Parallel *parallel, bool alone, int64_t tasks, void 
             task(data, (size_t)index);
 }
 
-const char *attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel)
+static const char *attention_run(const AttentionCall *call, void *scratch, const Parallel *parallel)
 {
     AttentionPlan plan;
     make_plan(&plan, call, scratch);

@@ -6,7 +6,7 @@
 
 #include "attention_internal.h"
 #include "exponential.h"
-#include "scratch.h"
+#include "../scratch.h"
 
 /* Attention of sequences with several new tokens. A task takes TILE query rows of one key head (row by row; the heads of a token are adjacent)
  * over blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so
@@ -262,14 +262,14 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_b
     }
 }
 
-int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height)
+static int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height)
 {
     int64_t rows = new_tokens(call, row) * (call->heads / call->kv_heads);
     return (rows + height - 1) / height;
 }
 
 /* Chooses tiles that are low enough to occupy all threads, and counts them. */
-void prefill_plan(AttentionPlan *plan)
+static void prefill_plan(AttentionPlan *plan)
 {
     const AttentionCall *call = plan->call;
     for (plan->height = TILE;; plan->height /= 2) {
@@ -282,7 +282,7 @@ void prefill_plan(AttentionPlan *plan)
     }
 }
 
-void prefill_task(AttentionPlan *plan, int64_t index)
+static void prefill_task(AttentionPlan *plan, int64_t index)
 {
     const AttentionCall *call = plan->call;
     int64_t kv_head = index % call->kv_heads, place = index / call->kv_heads, head_dim = call->head_dim;

@@ -6,7 +6,7 @@
 
 #include <stdatomic.h>
 
-#include "attention.h"
+#include "../attention.h"
 
 enum { MAX_HEAD_DIM = 512 }; /* bounds the scratch memory of a tile */
 
@@ -104,21 +104,21 @@ static inline int64_t part_of(const int64_t *starts, int64_t rows, int64_t index
 }
 
 /* One head's channels, rotated by row `at` of the tables and multiplied by `scale`. */
-void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out);
+static void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out);
 
 /* Writes the new tokens from..to of a row and key head to the cache. */
-void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);
+static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);
 
 /* Prefill: sequences with several new tokens. `index` counts tiles of all key heads. */
-int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height);
-void prefill_plan(AttentionPlan *plan);
-void prefill_task(AttentionPlan *plan, int64_t index);
+static int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height);
+static void prefill_plan(AttentionPlan *plan);
+static void prefill_task(AttentionPlan *plan, int64_t index);
 
 /* Decode: sequences with one new token. `index` counts ranges of all key heads. */
-int64_t decode_ranges(const AttentionCall *call, int64_t row);
-int64_t decode_work(const AttentionCall *call, int64_t row);
-void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head);
-void decode_task(const AttentionPlan *plan, int64_t index);
-void decode_merge(const AttentionPlan *plan, int64_t row);
+static int64_t decode_ranges(const AttentionCall *call, int64_t row);
+static int64_t decode_work(const AttentionCall *call, int64_t row);
+static void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head);
+static void decode_task(const AttentionPlan *plan, int64_t index);
+static void decode_merge(const AttentionPlan *plan, int64_t row);
 
 #endif

@@ -5,8 +5,9 @@
 #include <string.h>
 
 #include "exponential.h"
-#include "linear.h"
-#include "scratch.h"
+#include "../rows.h"
+#include "../linear.h"
+#include "../scratch.h"
 
 enum {
     TILE_ROWS = 6, /* with 4 panels: 24 sums, 4 weights and 1 activation in 32 registers */
@@ -35,7 +36,7 @@ typedef struct {
     Part *parts;
     int64_t width; /* panels of a task */
     size_t groups; /* tasks that cover the panels */
-} Work;
+} LinearWork;
 
 /* exp(-x) */
 INLINE __m512 exp_less(__m512 x) { return exp2_lanes(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f))); }
@@ -75,7 +76,7 @@ INLINE __m512 activate(Gate gate, __m512 x)
 }
 
 /* Stores 16 outputs of a row, starting at 16 * column, out of `count`. */
-INLINE void put(const Work *work, int64_t row, int64_t column, int64_t count, __m512 value)
+INLINE void put(const LinearWork *work, int64_t row, int64_t column, int64_t count, __m512 value)
 {
     const int64_t first = column * LANES;
     const __mmask16 mask = lanes(count - first);
@@ -85,14 +86,14 @@ INLINE void put(const Work *work, int64_t row, int64_t column, int64_t count, __
     _mm512_mask_storeu_ps(call->y + row * count + first, mask, value);
 }
 
-INLINE __m512 bias(const Work *work, int64_t first, int64_t end)
+INLINE __m512 bias(const LinearWork *work, int64_t first, int64_t end)
 {
     const float *values = work->call->bias;
     return values == NULL ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes(end - first), values + first);
 }
 
 /* Turns the sums of a tile into outputs, of rows from `out` on. Gate panels come in pairs. With `twice`, pairs of rows are added. */
-INLINE void finish(const int rows, const int width, const bool twice, const Work *work, int64_t out, int64_t panel,
+INLINE void finish(const int rows, const int width, const bool twice, const LinearWork *work, int64_t out, int64_t panel,
                    __m512 (*product)[CHANNEL_PANELS])
 {
     const LinearParams *params = work->params;
@@ -213,8 +214,8 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
 /* One tile: `rows` rows times `width` panels. Weights are unsigned: the zero point times the sum of the activations is
  * subtracted from each block's sum. Sums of a block are integers, and blocks are added in order, so the result of a row
  * does not depend on the tile. */
-INLINE void tile(const int rows, const int width, const int bits, const bool channel, const bool twice,
-                 const Work *work, int64_t row, int64_t out, int64_t panel)
+INLINE void linear_tile(const int rows, const int width, const int bits, const bool channel, const bool twice,
+                 const LinearWork *work, int64_t row, int64_t out, int64_t panel)
 {
     const LinearParams *params = work->params;
     const LinearCall *call = work->call;
@@ -257,23 +258,23 @@ INLINE void tile(const int rows, const int width, const int bits, const bool cha
 }
 
 /* The rows of a part times `width` panels, in tiles of a few sizes. */
-INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const Work *work,
+INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const LinearWork *work,
                   const Part *part, int64_t panel)
 {
     const int small = twice ? 2 : 3, smallest = twice ? 2 : 1, each = twice ? 2 : 1;
     int64_t row = part->from, out = part->row;
     for (; row + TILE_ROWS <= part->end; row += TILE_ROWS, out += TILE_ROWS / each)
-        tile(TILE_ROWS, width, bits, channel, twice, work, row, out, panel);
+        linear_tile(TILE_ROWS, width, bits, channel, twice, work, row, out, panel);
     for (; row + small <= part->end; row += small, out += small / each)
-        tile(small, width, bits, channel, twice, work, row, out, panel);
+        linear_tile(small, width, bits, channel, twice, work, row, out, panel);
     for (; row < part->end; row += smallest, out++)
-        tile(smallest, width, bits, channel, twice, work, row, out, panel);
+        linear_tile(smallest, width, bits, channel, twice, work, row, out, panel);
 }
 
-typedef void Strip(const Work *work, const Part *part, int64_t panel);
+typedef void Strip(const LinearWork *work, const Part *part, int64_t panel);
 
 #define STRIP(name, width, bits, channel, twice)                        \
-    static void name(const Work *work, const Part *part, int64_t panel) \
+    static void name(const LinearWork *work, const Part *part, int64_t panel) \
     {                                                                   \
         strip(width, bits, channel, twice, work, part, panel);          \
     }
@@ -292,9 +293,9 @@ STRIP(four_1, 1, 4, false, false)
 static Strip *const CHANNEL[] = {channel_4, channel_2, channel_1}, *const TWICE[] = {twice_4, twice_2, twice_1};
 static Strip *const EIGHT[] = {NULL, eight_2, eight_1}, *const FOUR[] = {NULL, four_2, four_1};
 
-static void multiply(void *data, size_t index)
+static void multiply_panels(void *data, size_t index)
 {
-    const Work *work = data;
+    const LinearWork *work = data;
     const LinearParams *params = work->params;
     const int64_t whole = panels(params);
     const Part *part = work->parts + index / work->groups;
@@ -311,7 +312,7 @@ static void multiply(void *data, size_t index)
 
 static void quantize_rows(void *data, size_t index)
 {
-    const Work *work = data;
+    const LinearWork *work = data;
     const RowParams *params = &work->params->row;
     const LinearCall *call = work->call;
     const int64_t first = (int64_t)index * QUANTIZED_ROWS, scales = row_scales(params), stride = row_bytes(params);
@@ -333,7 +334,7 @@ static bool is_twice(const LinearParams *params, const LinearCall *call, int64_t
 }
 
 /* Lays out the quantized rows, and splits them into parts of neighbors that are quantized alike. Returns their number. */
-static size_t lay_out(const LinearParams *params, const LinearCall *call, int64_t *places, Part *parts)
+static size_t lay_out_rows(const LinearParams *params, const LinearCall *call, int64_t *places, Part *parts)
 {
     const int64_t sequences = call->row_offsets == NULL ? 1 : call->sequences;
     int64_t at = 0, count = 0;
@@ -355,7 +356,7 @@ static size_t lay_out(const LinearParams *params, const LinearCall *call, int64_
     return (size_t)count;
 }
 
-const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
+static const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
 {
     const int64_t stride = row_bytes(&params->row), scales = row_scales(&params->row);
     const int64_t most = params->row.block == 0 && (call->single || call->row_offsets != NULL) ? 2 * call->rows
@@ -371,16 +372,16 @@ const char *linear_run(const LinearParams *params, const LinearCall *call, const
         = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + place_bytes + 2 * scale_bytes);
     if (memory == NULL)
         return "satchel:Linear: out of memory";
-    Work work = {.params = params, .call = call, .scratch = (float *)memory};
+    LinearWork work = {.params = params, .call = call, .scratch = (float *)memory};
     work.activations = (int8_t *)(memory + scratch_bytes);
     work.parts = (Part *)(memory + scratch_bytes + activation_bytes);
     work.places = (int64_t *)((uint8_t *)work.parts + part_bytes);
     work.scales = (float *)((uint8_t *)work.places + place_bytes);
     work.sums = (int32_t *)((uint8_t *)work.scales + scale_bytes);
-    const size_t parts = lay_out(params, call, work.places, work.parts);
+    const size_t parts = lay_out_rows(params, call, work.places, work.parts);
     work.width = params->row.block == 0 && call->rows > 1 ? CHANNEL_PANELS : BLOCK_PANELS;
     work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
     parallel_for(parallel, tasks, quantize_rows, &work);
-    parallel_for(parallel, work.groups * parts, multiply, &work);
+    parallel_for(parallel, work.groups * parts, multiply_panels, &work);
     return NULL;
 }

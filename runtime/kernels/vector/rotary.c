@@ -30,7 +30,7 @@ static void rotate_pairs(const float *x, const float *cos, const float *sin, int
     }
 }
 
-void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out)
+static void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out)
 {
     const __m512 factor = _mm512_set1_ps(scale);
     int64_t half = call->cos ? call->rotary_half : 0;
@@ -44,7 +44,7 @@ void rotate_head(const AttentionCall *call, const float *head, int64_t at, float
     }
 }
 
-void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to)
+static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to)
 {
     const AttentionCall *call = plan->call;
     int64_t past = past_tokens(call, row), head_dim = call->head_dim;

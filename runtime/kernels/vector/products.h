@@ -13,7 +13,7 @@ typedef struct {
     int64_t inner, a_row, a_column, b_row, c_row;
 } Product;
 
-INLINE void tile(const Product *p, int64_t row, int64_t column, int64_t columns, const int height)
+INLINE void product_tile(const Product *p, int64_t row, int64_t column, int64_t columns, const int height)
 {
     const __mmask16 first = lanes(columns - column), second = lanes(columns - column - LANES);
     const float *a = p->a + row * p->a_row, *b = p->b + column;
@@ -48,9 +48,9 @@ static void multiply(const Product *p, int64_t rows, int64_t columns)
     for (int64_t column = 0; column < columns; column += 2 * LANES) {
         int64_t row = 0;
         for (; row + TALL <= rows; row += TALL)
-            tile(p, row, column, columns, TALL);
+            product_tile(p, row, column, columns, TALL);
         for (; row < rows; row++)
-            tile(p, row, column, columns, 1);
+            product_tile(p, row, column, columns, 1);
     }
 }
 

@@ -1,0 +1,8 @@
+/* AVX2 with FMA. */
+#ifdef __x86_64__
+#define SATCHEL_ISA_AVX2
+#include "../vector/all.h"
+
+const Instructions avx2_instructions = {"avx2", KERNELS};
+END_TARGET
+#endif

@@ -1,0 +1,30 @@
+/* AVX-512 with VNNI: a vector is one register. */
+#include <immintrin.h>
+
+TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
+
+enum { PARTS = 1 };
+typedef float PartF __attribute__((vector_size(64)));
+typedef int32_t PartI __attribute__((vector_size(64)));
+
+INLINE __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1); }
+
+INLINE PartF part_fma(PartF a, PartF b, PartF c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE PartF part_max(PartF a, PartF b) { return _mm512_max_ps(a, b); }
+INLINE PartF part_min(PartF a, PartF b) { return _mm512_min_ps(a, b); }
+INLINE PartF part_floor(PartF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE PartI part_nearest(PartF a) { return (PartI)_mm512_cvtps_epi32(a); }
+INLINE PartF part_load_some(const float *x, int64_t left) { return _mm512_maskz_loadu_ps(lanes(left), x); }
+INLINE void part_store_some(float *x, int64_t left, PartF v) { _mm512_mask_storeu_ps(x, lanes(left), v); }
+INLINE PartI part_load_signed(const int8_t *x) { return (PartI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)); }
+INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)); }
+INLINE void part_store_bytes(int8_t *x, PartI v) { _mm_storeu_si128((__m128i *)x, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE int32_t part_sum_ints(PartI v) { return _mm512_reduce_add_epi32((__m512i)v); }
+INLINE float part_sum(PartF v) { return _mm512_reduce_add_ps(v); }
+INLINE float part_largest(PartF v) { return _mm512_reduce_max_ps(v); }
+
+INLINE PartF part_swap_1(PartF v) { return _mm512_permute_ps(v, 0xb1); }
+INLINE PartF part_swap_2(PartF v) { return _mm512_permute_ps(v, 0x4e); }
+INLINE PartF part_swap_4(PartF v) { return _mm512_shuffle_f32x4(v, v, 0xb1); }
+INLINE PartF part_swap_8(PartF v) { return _mm512_shuffle_f32x4(v, v, 0x4e); }
+#define part_times_power(p, x) ((PartF)_mm512_scalef_ps(p, x))

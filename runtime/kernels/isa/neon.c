@@ -1,0 +1,8 @@
+/* Arm with dot products. */
+#ifdef __aarch64__
+#define SATCHEL_ISA_NEON
+#include "../vector/all.h"
+
+const Instructions neon_instructions = {"neon", KERNELS};
+END_TARGET
+#endif

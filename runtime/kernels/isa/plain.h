@@ -1,0 +1,59 @@
+/* Plain C: a vector is four of the compiler's own, right on any processor. */
+#include <math.h>
+
+enum { PARTS = 4 };
+typedef float PartF __attribute__((vector_size(16)));
+typedef int32_t PartI __attribute__((vector_size(16)));
+
+#define EACH_LANE(expression)   \
+    PartF r;                    \
+    UNROLL                      \
+    for (int j = 0; j < 4; j++) \
+        r[j] = expression;      \
+    return r
+
+INLINE PartF part_fma(PartF a, PartF b, PartF c) { EACH_LANE(fmaf(a[j], b[j], c[j])); }
+INLINE PartF part_max(PartF a, PartF b) { EACH_LANE(a[j] > b[j] ? a[j] : b[j]); }
+INLINE PartF part_min(PartF a, PartF b) { EACH_LANE(a[j] < b[j] ? a[j] : b[j]); }
+INLINE PartF part_floor(PartF a) { EACH_LANE(floorf(a[j])); }
+
+INLINE PartI part_nearest(PartF a)
+{
+    PartI r;
+    for (int j = 0; j < 4; j++)
+        r[j] = (int32_t)rintf(a[j]);
+    return r;
+}
+
+INLINE PartF part_load_some(const float *x, int64_t left) { EACH_LANE(j < left ? x[j] : 0); }
+
+INLINE void part_store_some(float *x, int64_t left, PartF v)
+{
+    for (int64_t j = 0; j < 4 && j < left; j++)
+        x[j] = v[j];
+}
+
+INLINE PartI part_load_signed(const int8_t *x) { return (PartI){x[0], x[1], x[2], x[3]}; }
+INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI){x[0], x[1], x[2], x[3]}; }
+
+INLINE void part_store_bytes(int8_t *x, PartI v)
+{
+    for (int j = 0; j < 4; j++)
+        x[j] = (int8_t)v[j];
+}
+
+INLINE int32_t part_sum_ints(PartI v) { return v[0] + v[1] + v[2] + v[3]; }
+INLINE float part_sum(PartF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+INLINE float part_largest(PartF v)
+{
+    float most = v[0];
+    for (int i = 1; i < 4; i++)
+        most = most > v[i] ? most : v[i];
+    return most;
+}
+
+INLINE PartF part_swap_1(PartF v) { return (PartF){v[1], v[0], v[3], v[2]}; }
+INLINE PartF part_swap_2(PartF v) { return (PartF){v[2], v[3], v[0], v[1]}; }
+INLINE PartF part_swap_4(PartF v) { return v; } /* not within a part */
+INLINE PartF part_swap_8(PartF v) { return v; }

@@ -1,0 +1,17 @@
+/* What the processor has, and the operating system lets programs use. */
+#ifndef SATCHEL_PROCESSOR_H
+#define SATCHEL_PROCESSOR_H
+
+#include <stdbool.h>
+
+#if defined(__x86_64__)
+bool has_avx2(void);        /* with FMA */
+bool has_avx_vnni(void);    /* and AVX2 */
+bool has_avx512_vnni(void); /* and F, BW, DQ and VL */
+bool has_amx_int8(void);    /* and AVX-512 VNNI; asks the system for permission to use tiles */
+#elif defined(__aarch64__)
+bool has_dot_products(void);
+bool has_i8mm(void);
+#endif
+
+#endif
