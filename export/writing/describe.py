@@ -63,16 +63,13 @@ class VariantKind:
 
     runs: tuple[str, ...]
     layout: Layout
-    requires: tuple[str, ...] = ()
     kernel_abi: int | None = None
 
 
 VARIANTS: Mapping[str, VariantKind] = {
     PREFILL_INT8: VariantKind(("prefill",), Layout.INT8),
     DECODE_BLOCKS: VariantKind(("decode",), Layout.GROUPS),
-    NATIVE: VariantKind(
-        ("prefill", "decode"), Layout.PANELS, (library.ARCHITECTURES[0], *library.EXTENSIONS), library.VERSION
-    ),
+    NATIVE: VariantKind(("prefill", "decode"), Layout.PANELS, kernel_abi=library.VERSION),
 }
 """The variants by name: graphs that a target adds to the portable ones."""
 
@@ -210,7 +207,7 @@ def _variants(models: Mapping[str, ir.Model], sessions: Mapping[str, Session]) -
             runs=kind.runs,
             graph=_graph_spec(name, models[name], sessions[name]),
             weights=VariantWeights(kind.layout.value, file_name(kind.layout)),
-            requires=kind.requires,
+            requires=(),
             kernel_abi=kind.kernel_abi,
         )
         for name, kind in VARIANTS.items()

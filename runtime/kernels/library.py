@@ -45,7 +45,7 @@ def reason() -> str | None:
         if instruction_set() is not None:
             return None
     except OSError as error:
-        return f"cannot be loaded: {error}"
+        return f"cannot be loaded ({error}); install satchel again"
     named = os.environ.get(SWITCH)
     if named is None:
         return "need a processor with AVX2 (x86-64) or dot products (Arm)"

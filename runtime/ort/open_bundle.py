@@ -99,6 +99,7 @@ def unusable(variant: Variant) -> str | None:
             return f"satchel's own kernels, which {reason}"
         if not library.runs(variant.kernel_abi):
             return f"version {variant.kernel_abi} of satchel's own kernels, and this is version {library.VERSION}"
+        return None  # they are compiled for any processor, whatever `requires` said when they were not
     lacking = [feature for feature in variant.requires if feature not in processor_features()]
     return f"a processor with {', '.join(lacking)}" if lacking else None
 

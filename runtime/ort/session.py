@@ -322,7 +322,7 @@ def _register_own(options: ort.SessionOptions) -> None:
     """Register satchel's own operators. Raises BundleError."""
     path = library.library()
     if path is None:
-        raise BundleError(f"satchel's own kernels {library.reason()}: specialize the bundle again")
+        raise BundleError(f"satchel's own kernels {library.reason()}")
     try:
         options.register_custom_ops_library(str(path))
     except ORT_ERRORS as error:
