@@ -132,6 +132,22 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_presence_penalty_does_
     assert tokens(make(prompt=(0,), frequency_penalty=0.5), 5, logits) == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("options", [{"min_new_tokens": 4}, {"min_length": 6}])
+@pytest.mark.parametrize("best", [END, 0, 9])
+def test_a_ban_of_ends_is_lifted_at_the_minimum_and_leaves_other_choices_as_they_are(
+    best: int, options: dict[str, Any]
+) -> None:
+    logits = LOGITS.copy()
+    logits[best] = 5
+    banned = logits.astype(np.float64)
+    banned[END] = -np.inf
+    expected = [int(banned.argmax())] * 4 + [best] * 3
+    assert tokens(make(**options), 7, logits) == expected
+    sampler = make(**options)
+    found = [sampler.choose_best(lambda count: (np.array([best]), logits[[best]])) for _ in range(3)]
+    assert found == [None if best == END else best] * 3
+
+
 def test_an_end_token_beyond_the_vocabulary_needs_no_ban() -> None:
     sampler = Sampler(SamplingOptions(min_new_tokens=1), {END, VOCABULARY, -1}, VOCABULARY, [0])
     logits = np.zeros(VOCABULARY, np.float32)

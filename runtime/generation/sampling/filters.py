@@ -13,7 +13,7 @@ that cannot be chosen. None changes its input. Narrowing keeps at least one toke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,13 @@ _ADJUSTING = (
 )  # fmt: skip
 
 
-def adjusts(options: SamplingOptions) -> bool:
-    """Whether `adjusted` has any effect with these options."""
-    return any(options.differs(field) for field in _ADJUSTING)
+EARLY_END = ("min_length", "min_new_tokens")
+"""The adjustments that ban end tokens and leave all other logits as they are."""
+
+
+def adjusts(options: SamplingOptions, besides: Collection[str] = ()) -> bool:
+    """Whether `adjusted` has any effect with these options, those of `besides` left out."""
+    return any(options.differs(field) for field in _ADJUSTING if field not in besides)
 
 
 def adjusted(

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.generation.sampling.filters import Row, adjusted, adjusts, narrowed
+from satchel.runtime.generation.sampling.filters import EARLY_END, Row, adjusted, adjusts, narrowed
 from satchel.runtime.generation.sampling.finite import most_likely
 from satchel.runtime.generation.sampling.options import SamplingOptions
 
@@ -43,6 +43,7 @@ class Sampler:
         # A model can name an end token beyond its logits, which can never be chosen.
         self._end_tokens = np.array([token for token in end_tokens if 0 <= token < vocabulary], np.int64)
         self._adjusts = adjusts(options)
+        self._bans_only_ends = options.greedy and not adjusts(options, EARLY_END)
         # How many of the most likely tokens are enough to choose; 0 for all.
         self._enough = 1 if options.greedy else options.top_k + 1 if options.top_k and not options.top_h else 0
         self._limit = limit
@@ -63,7 +64,7 @@ class Sampler:
         Raises BundleError for logits that are not finite, PromptError if the options leave no token.
         """
         token = 0 if self.options.remove_invalid_values else check_finite(logits, self.step)
-        if self._adjusts or self._random is not None:
+        if self._random is not None or not self._stands(token):
             token = self._filtered(logits)
         return self._remember(token)
 
@@ -73,11 +74,11 @@ class Sampler:
         `best` returns at least so many of the most likely tokens, or None. Greedy needs one; top-k needs the k that it
         samples from and one more, which shows that there is no tie at the end. Raises BundleError as `choose`.
         """
-        if self._adjusts or not self._enough or (found := best(self._enough)) is None:
+        if not self._enough or (found := best(self._enough)) is None:
             return None
         ids, logits = found
-        if not np.isfinite(logits[0]):
-            return None  # `choose` finds out what is wrong
+        if not np.isfinite(logits[0]) or not self._stands(int(ids[0])):
+            return None  # `choose` finds out what is wrong, or adjusts all logits
         if self._random is None:
             return self._remember(int(ids[0]))
         count = self._enough - 1
@@ -110,6 +111,10 @@ class Sampler:
         self._ids[self._length] = token
         self._length += 1
         return token
+
+    def _stands(self, token: int) -> bool:
+        """Whether the most likely token stays the most likely one when the logits are adjusted."""
+        return not self._adjusts or (self._bans_only_ends and token not in self._end_tokens)
 
     def _filtered(self, logits: NDArray[np.float32]) -> int:
         row: NDArray[np.floating[Any]] = logits
