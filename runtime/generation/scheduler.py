@@ -9,21 +9,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from satchel.runtime.errors import PromptError, QueueFullError
-from satchel.runtime.execution.batch import Batch, PoolFullError
+from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.kv_cache import swapped_out
-from satchel.runtime.execution.state import Ids, State
+from satchel.runtime.execution.state import Ids
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.pace import Pace
-from satchel.runtime.generation.prefill import copy_prefix, next_piece
-from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
+from satchel.runtime.generation.prefill import next_piece
+from satchel.runtime.generation.prefix_cache import PrefixCache, common_length
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
+from satchel.runtime.generation.rows import Rows
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob
 from satchel.runtime.generation.sequence import ActiveSequence
 from satchel.runtime.generation.speculation import WIDTHS, decode
@@ -50,7 +49,6 @@ class Event:
 
 
 Deliver = Callable[[Event], object]
-Filled = TypeVar("Filled")
 
 
 class Scheduler:
@@ -89,12 +87,9 @@ class Scheduler:
         )
         self._capacity, self._queue_limit = capacity, queue_limit
         self._pace = Pace(stretch, in_pieces=stretch < math.inf and engine.piece_invariant)
-        self._rows: list[Job | None] = [None] * rows
-        self._decoding = 0  # so many of the first rows are decoded; rows behind them are free or get their prompt
+        self._rows = Rows(engine, self._batch, prefix_cache)
         self._queue = FairQueue()
         self._oldest = True
-        self.preemptions = 0
-        """How many times a request had to give its memory to others and waited in a file."""
         self._events: list[Event] = []
         self._ids = itertools.count()
         self._lock = threading.Lock()  # of what follows
@@ -160,7 +155,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         """The number of rows in use."""
-        return sum(job is not None for job in self._rows)
+        return len(self._rows.running)
+
+    @property
+    def preemptions(self) -> int:
+        """How many times a request had to give its memory to others and waited in a file."""
+        return self._rows.preemptions
 
     @property
     def kv_bytes(self) -> int:
@@ -180,7 +180,7 @@ class Scheduler:
         self._events = []
         self._arrive()
         pieces = self._pieces()
-        decoding = [job for job in self._rows[: self._decoding] if job is not None]
+        decoding = self._rows.decoding
         self._make_room(pieces, decoding)
         if len(decoding) == 1 and not pieces and self._has_room_ahead(decoding[0]):
             self._decode_alone(decoding[0])
@@ -209,22 +209,22 @@ class Scheduler:
             self._queue.add(job)
         for job in cancelled:
             job.sequence.close()
-        running = [job for job in self._rows if job is not None]
-        for job in dict.fromkeys([*running, *self._queue.timed(), *cancelled, *arrived]):
+        for job in dict.fromkeys([*self._rows.running, *self._queue.timed(), *cancelled, *arrived]):
             job.sequence.check_time()
             if job.sequence.finish_reason:
                 self._tell(job)
 
     def _pieces(self) -> list[tuple[Job, Ids]]:
         """The pieces of prompts that this step feeds: as many tokens as the pace allows, at most one of a request."""
-        self._pace.begin(alone=not self._decoding)
+        self._pace.begin(alone=not self._rows.decoding)
         found: list[tuple[Job, Ids]] = []
         while (job := self._next([each for each, _ in found])) is not None and (size := self._pace.piece()) != 0:
             self._oldest = not self._oldest
             with failing(job):
                 if job.row is None:
-                    self._enter(job)
-                    self._begin(job)
+                    self._queue.take(job)
+                    self._rows.enter(job)
+                    self._rows.begin(job)
                 if job.remaining:
                     prompt, snapshots = job.sequence.prompt, job.sequence.snapshots
                     piece = next_piece(self._engine, job.fed, prompt, size, snapshots)
@@ -233,7 +233,7 @@ class Scheduler:
             if job.sequence.finish_reason:
                 self._tell(job)
             elif not job.remaining:
-                self._to_decoding(job)  # it was interrupted
+                self._rows.to_decoding(job)  # it was interrupted
         return found
 
     def _next(self, planned: Sequence[Job]) -> Job | None:
@@ -242,9 +242,9 @@ class Scheduler:
         One that has no row yet lets another go first that is being fed what it needs too; those of `planned` have a
         piece in this step already.
         """
-        feeding = [job for job in self._rows[self._decoding :] if job is not None]
-        waiting = self._queue.first() if None in self._rows else None
-        if waiting is not None and not self._fits(waiting):
+        feeding = self._rows.feeding
+        waiting = None if self._rows.is_full else self._queue.first()
+        if waiting is not None and not self._rows.fits(waiting):
             waiting = None
         ready = [job for job in [*feeding, *([waiting] if waiting else [])] if job not in planned]
         job = self._queue.best(ready, oldest=self._oldest)
@@ -254,74 +254,21 @@ class Scheduler:
                     return None if other in planned else other
         return job
 
-    def _fits(self, job: Job) -> bool:
-        """Whether there is memory for the prompt of a request that waits, or nothing runs that could free more."""
-        return not self.running or self._batch.holds(job.sequence.positions, self._prefix_cache)
-
-    def _enter(self, job: Job) -> State:
-        """Give a request that waits a free row."""
-        self._queue.take(job)
-        job.row = self._rows.index(None)
-        self._rows[job.row] = job
-        state = self._batch.states[job.row]
-        state.cache.clear(job.sequence.options.adapter)
-        job.since = time.perf_counter()
-        return state
-
-    def _begin(self, job: Job) -> None:
-        """Fill the row of a request with what another row or the prefix cache has of its prompt, or what it had."""
-        state, sequence = self._state(job), job.sequence
-        if job.swapped is not None:
-            kept = job.swapped
-            self._with_room(lambda: state.cache.copy_from(kept, kept.length))
-            job.fed, job.swapped = min(job.swapped.length, len(sequence.prompt)), None
-            return
-        sequence.begin()
-        live = [
-            Prefix(beside.sequence.fed[: cache.length], cache)
-            for row, beside in enumerate(self._rows)
-            if beside not in (None, job) and (cache := self._batch.states[row].cache).length
-        ]
-        job.fed = sequence.reused_tokens = self._with_room(
-            lambda: copy_prefix(self._engine, state, sequence.prompt, self._prefix_cache, live, sequence.snapshots)
-        )
-
-    def _with_room(self, fill: Callable[[], Filled]) -> Filled:
-        """Fill a row, and let go of prefixes, the least recently used first, as long as there is no memory for that."""
-        while True:
-            try:
-                return fill()
-            except PoolFullError:
-                if not self._prefix_cache.evict(self._batch.owns):
-                    raise
-
     def _make_room(self, pieces: list[tuple[Job, Ids]], decoding: list[Job]) -> None:
-        """Let go of prefixes, the least recently used first, and then of requests, until the step has the memory."""
-        while self._batch.is_short_of(self._tokens_of(pieces, decoding)):
-            if self._prefix_cache.evict(self._batch.owns):
-                continue
-            running = [job for job in self._rows if job is not None]
-            if len(running) == 1:
+        """Preempt requests until the step has the memory; they wait again, as the first."""
+        while not self._rows.has_memory(self._tokens_of(pieces, decoding)):
+            preempted = self._rows.preempt()
+            if preempted is None:
                 return
-            self._preempt(max(running, key=lambda job: (-job.priority, job.id)))
+            self._queue.return_(preempted)
             pieces[:] = [(job, piece) for job, piece in pieces if job.row is not None]
             decoding[:] = [job for job in decoding if job.row is not None]
 
     def _has_room_ahead(self, job: Job) -> bool:
         """Whether there is memory for the longest draft, if prefixes are let go for it."""
         most = min(1 + WIDTHS[-1], job.sequence.limit - len(job.sequence.token_ids))
-        draft = [(self._row(job), np.zeros(most if job.sequence.drafter else 1, np.int64))]
-        while self._batch.is_short_of(draft):
-            if not self._prefix_cache.evict(self._batch.owns):
-                return False
-        return True
-
-    def _preempt(self, job: Job) -> None:
-        """Keep what a request has in a temporary file, and let it wait again, as the first."""
-        job.swapped = swapped_out(self._engine.bundle.manifest.kv_cache, self._state(job).cache)
-        self._free(job)
-        self._queue.return_(job)
-        self.preemptions += 1
+        tokens = np.zeros(most if job.sequence.drafter else 1, np.int64)
+        return self._rows.has_memory([(self._rows.number(job), tokens)])
 
     def _run(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> None:
         """Feed pieces and last tokens, and take the tokens that follow."""
@@ -342,13 +289,13 @@ class Scheduler:
 
     def _tokens_of(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> list[tuple[int, Ids]]:
         """What each row is fed: first the last tokens of those that are decoded."""
-        last = [(self._row(job), np.array(job.sequence.token_ids[-1:], np.int64)) for job in decoding]
-        return last + [(self._row(job), piece) for job, piece in pieces]
+        last = [(self._rows.number(job), np.array(job.sequence.token_ids[-1:], np.int64)) for job in decoding]
+        return last + [(self._rows.number(job), piece) for job, piece in pieces]
 
     def _fed(self, job: Job, count: int) -> None:
         """Note that a piece of a prompt has run; the first token is taken after the last one."""
         if job.sequence.finish_reason is None:
-            job.sequence.snapshots.add_due(self._state(job).cache)
+            job.sequence.snapshots.add_due(self._rows.state(job).cache)
             self._queue.charge(job, count)
             job.fed += count
             job.sequence.check_time()
@@ -366,20 +313,16 @@ class Scheduler:
         for each in ready:
             self._tell(each)
             if each.row is not None:
-                self._to_decoding(each)
-
-    def _to_decoding(self, job: Job) -> None:
-        """A request whose prompt was fed is decoded from the next step on."""
-        self._exchange(self._row(job), self._decoding)
-        self._decoding += 1
+                self._rows.to_decoding(each)
 
     def _twins(self, job: Job) -> Iterator[Job]:
         """Those next in the queue that have the same prompt, in rows of their own with its keys, values and logits."""
-        while None in self._rows and (twin := self._queue.first()) is not None:
+        while not self._rows.is_full and (twin := self._queue.first()) is not None:
             if not _share_adapter(twin, job) or not np.array_equal(twin.sequence.prompt, job.sequence.prompt):
                 return
             twin.sequence.begin(job.sequence)
-            self._enter(twin).copy_from(self._state(job))
+            self._queue.take(twin)
+            self._rows.enter(twin).copy_from(self._rows.state(job))
             twin.fed = twin.sequence.reused_tokens = len(twin.sequence.prompt)
             twin.since = job.since
             yield twin
@@ -388,7 +331,7 @@ class Scheduler:
         """Choose the next token of the only request, or several where a draft is right."""
         start, taken = time.perf_counter(), 1
         with failing(job):
-            taken = decode(self._engine, self._state(job), job.sequence)
+            taken = decode(self._engine, self._rows.state(job), job.sequence)
             self._queue.charge(job, taken)
         self._pace.ran(0, time.perf_counter() - start, decoded=True)
         job.sequence.timing.decode_seconds += job.lap()
@@ -400,7 +343,7 @@ class Scheduler:
         self._queue.charge(job, 1)
         if job.sequence.finish_reason is None:
             with failing(job):
-                job.sequence.take_from(self._state(job))
+                job.sequence.take_from(self._rows.state(job))
 
     def _tell(self, job: Job) -> None:
         """Add the event of what is new of a request, and free the place of one that has ended."""
@@ -422,41 +365,12 @@ class Scheduler:
             self._queue.take(job)
         else:
             if job.sequence.error is None:
-                self._prefix_cache.keep(job.sequence.fed, self._state(job).cache)
-            self._free(job)
+                self._prefix_cache.keep(job.sequence.fed, self._rows.state(job).cache)
+            self._rows.free(job)
         job.sequence.end_drafts()
         self._queue.leave(job)
         with self._lock:
             del self._jobs[job.id]
-
-    def _free(self, job: Job) -> None:
-        """Free the row of a request, and close the gap among those that are decoded."""
-        row = self._row(job)
-        self._state(job).cache.clear()
-        job.row = self._rows[row] = None
-        if row < self._decoding:
-            self._decoding -= 1
-            self._exchange(row, self._decoding)
-
-    def _exchange(self, row: int, other: int) -> None:
-        """Exchange two rows; either may be free."""
-        if row == other:
-            return
-        self._batch.exchange(row, other)
-        self._rows[row], self._rows[other] = self._rows[other], self._rows[row]
-        for place in (row, other):
-            if (job := self._rows[place]) is not None:
-                job.row = place
-
-    def _state(self, job: Job) -> State:
-        """The state of the row that a request has."""
-        return self._batch.states[self._row(job)]
-
-    def _row(self, job: Job) -> int:
-        """The row that a request has."""
-        if job.row is None:
-            raise ValueError(f"request {job.id} has no row")
-        return job.row
 
 
 def _share_adapter(job: Job, other: Job) -> bool:
