@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-newest | test-web | coverage | fuzz | fuzz-gguf | lint | types | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-all | test-newest | test-web | coverage | fuzz | fuzz-gguf | lint | types | wheels | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ WORKERS ?= 2
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-all test-newest test-web coverage fuzz fuzz-gguf lint types clean
+.PHONY: demo test test-all test-newest test-web coverage fuzz fuzz-gguf lint types wheels clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -76,9 +76,14 @@ types: $(VENV)/.dev
 	@$(INSTALL) --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --package satchel.runtime --package satchel.graphs --package satchel.export
 
+# Wheels of all platforms with the kernels inside, and a pure one, in dist/.
+wheels: $(VENV)/.dev
+	@rm -rf dist
+	$(BIN)/python packaging/wheels.py dist
+
 clean:
 	rm -rf $(WEB_SAMPLES:%=%/node_modules)
-	rm -rf build out .mypy_cache .pytest_cache .ruff_cache satchel.egg-info $(VENV)
+	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache satchel.egg-info $(VENV)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

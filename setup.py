@@ -1,8 +1,9 @@
 """Finds what setuptools cannot: packages of three folders under one name, and the C sources of the kernels.
 
-All other facts of the distribution stand in pyproject.toml.
+All other facts of the distribution stand in pyproject.toml. packaging/wheels.py reads LIBRARY.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -10,25 +11,25 @@ from setuptools import Extension, find_packages, setup
 FOLDERS = ("runtime", "graphs", "export")
 KERNELS = Path("runtime/kernels")
 ENTRY = "entry"  # runtime/entry is the package `satchel` itself: __init__ and __main__
+SWITCH, OFF = "SATCHEL_KERNELS", "off"  # the same disables the kernels when satchel runs
 
-setup(
-    packages=[
-        "satchel",
-        *(f"satchel.{top}" for top in FOLDERS),
-        *(f"satchel.{top}.{sub}" for top in FOLDERS for sub in find_packages(top, exclude=[ENTRY])),
-    ],
-    package_dir={"satchel": f"runtime/{ENTRY}", **{f"satchel.{top}": top for top in FOLDERS}},
-    ext_modules=[
-        Extension(
-            "satchel.runtime.kernels._library",
-            sources=sorted(map(str, [*KERNELS.glob("*.c"), *KERNELS.glob("isa/*.c")])),
-            depends=sorted(map(str, [*KERNELS.rglob("*.h"), *KERNELS.glob("vector/*.c")])),
-            # No fused multiply-add but where the code says so: a row gets the same result alone and in a batch.
-            extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off"],
-            # The library stays loaded: thread-local memory is freed by code in it when a thread ends.
-            extra_link_args=["-Wl,-z,nodelete"],
-            libraries=["m", "pthread"],
-            optional=True,  # without a C compiler satchel installs all the same
-        )
-    ],
+LIBRARY = Extension(
+    "satchel.runtime.kernels._library",
+    sources=sorted(map(str, [*KERNELS.glob("*.c"), *KERNELS.glob("isa/*.c")])),
+    depends=sorted(map(str, [*KERNELS.rglob("*.h"), *KERNELS.glob("vector/*.c")])),
+    # No fused multiply-add but where the code says so: a row gets the same result alone and in a batch.
+    extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off"],
+    libraries=["m", "pthread"],
+    optional=True,  # without a C compiler satchel installs all the same
 )
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "satchel",
+            *(f"satchel.{top}" for top in FOLDERS),
+            *(f"satchel.{top}.{sub}" for top in FOLDERS for sub in find_packages(top, exclude=[ENTRY])),
+        ],
+        package_dir={"satchel": f"runtime/{ENTRY}", **{f"satchel.{top}": top for top in FOLDERS}},
+        ext_modules=[] if os.environ.get(SWITCH) == OFF else [LIBRARY],
+    )

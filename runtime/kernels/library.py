@@ -1,6 +1,7 @@
 """Locates the library of satchel's own operators, and says why it cannot be used on this machine.
 
-It is built beside this module when satchel is installed with a C compiler. No other file is ever loaded as the library.
+It lies beside this module in wheels for a platform, and is built there when satchel is installed from source with a C
+compiler. No other file is ever loaded as the library.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def instruction_set() -> str | None:
 
 @functools.cache
 def _opened(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path))  # never unloaded: memory of threads is freed by code in it when they end
 
 
 def _built() -> Path | None:

@@ -34,8 +34,8 @@ def wheel(places: pytest.TempPathFactory) -> Path:
     return found
 
 
-def environment(places: pytest.TempPathFactory, extra: str = "") -> Path:
-    """A virtual environment with the wheel and what the base package or one of its extras requires, and nothing else.
+def environment(places: pytest.TempPathFactory, extra: str = "", built: Path | None = None) -> Path:
+    """A virtual environment with a wheel (`built`, or the tree's), what it or an extra requires, and nothing else.
 
     The dependencies are links to those of this environment: no network is needed.
     """
@@ -44,7 +44,7 @@ def environment(places: pytest.TempPathFactory, extra: str = "") -> Path:
         venv.create(place / "env", symlinks=True)
         site = site_packages(place / "env")
         install = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
-        subprocess.run([*install, "--no-index", "--target", str(site), str(wheel(places))], check=True)
+        subprocess.run([*install, "--no-index", "--target", str(site), str(built or wheel(places))], check=True)
         found: dict[str, Distribution] = {}
         for line in distribution("satchel").requires or ():
             if needed(Requirement(line), extra):
@@ -54,7 +54,7 @@ def environment(places: pytest.TempPathFactory, extra: str = "") -> Path:
                 if not (site / top).exists():
                     (site / top).symlink_to(dependency.locate_file(top))
 
-    return made_once(places, f"environment-{extra or 'base'}", make) / "env"
+    return made_once(places, f"environment-{extra or 'base'}-{built.stem if built else ''}", make) / "env"
 
 
 def site_packages(environment: Path) -> Path:

@@ -36,10 +36,9 @@ static int64_t decode_work(const AttentionCall *call, int64_t row)
     return seen_keys(call, row) * call->heads * call->head_dim;
 }
 
-INLINE __m512 add_shuffled(__m512 a, __m512 b, const int first, const int second)
-{
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second));
-}
+/* A macro, since clang wants constants in the intrinsics' own arguments. */
+#define add_shuffled(a, b, first, second) \
+    _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second))
 
 /* 16 vectors to their sums: lane 4i + j has that of vector 4i + j. */
 INLINE __m512 sum_lanes(const __m512 v[16])
