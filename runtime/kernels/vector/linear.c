@@ -11,6 +11,7 @@
 
 enum {
     TILE_ROWS = 6, /* with 4 panels: 24 sums, 4 weights and 1 activation in 32 registers */
+    FEWER_ROWS = 4,
     CHANNEL_PANELS = 4,
     BLOCK_PANELS = 2,     /* each has one sum per block and one over all blocks */
     QUANTIZED_ROWS = 8,   /* rows of a task that quantizes activations */
@@ -167,7 +168,8 @@ INLINE __m512i four_inputs(const int8_t *values)
 }
 
 /* Integer sums of a tile over inputs `from` to `end`: rows are `stride` bytes apart, panels `apart`. With `pairs` each
- * step takes 8 inputs of at most 2 panels; a single row then has two sums, so that steps do not wait for each other. */
+ * step takes 8 inputs of at most 2 panels; a single row then has two sums, so that steps do not wait for each other. The
+ * panels that come next are fetched on the way: processors do not fetch ahead across pages by themselves. */
 INLINE void add_products(const int rows, const int width, const int bits, const bool pairs, const int8_t *a,
                          int64_t stride, const uint8_t *b, int64_t apart, int64_t from, int64_t end,
                          __m512i (*sums)[CHANNEL_PANELS])
@@ -184,6 +186,10 @@ INLINE void add_products(const int rows, const int width, const int bits, const 
     for (int64_t i = from; i < end; i += pairs ? 8 : 4) {
         const uint8_t *at = b + i * (bits == 4 ? 8 : 16);
         w0 = _mm512_loadu_si512(at);
+        UNROLL
+        for (int p = width; p < 2 * width; p++)
+            for (int part = 0; part < (pairs && bits == 8 ? 2 : 1); part++)
+                __builtin_prefetch(at + p * apart + part * BYTES, 0, 2);
         if (width > 1)
             w1 = _mm512_loadu_si512(at + apart);
         if (width > 2)
@@ -265,6 +271,8 @@ INLINE void strip(const int width, const int bits, const bool channel, const boo
     int64_t row = part->from, out = part->row;
     for (; row + TILE_ROWS <= part->end; row += TILE_ROWS, out += TILE_ROWS / each)
         linear_tile(TILE_ROWS, width, bits, channel, twice, work, row, out, panel);
+    for (; row + FEWER_ROWS <= part->end; row += FEWER_ROWS, out += FEWER_ROWS / each)
+        linear_tile(FEWER_ROWS, width, bits, channel, twice, work, row, out, panel);
     for (; row + small <= part->end; row += small, out += small / each)
         linear_tile(small, width, bits, channel, twice, work, row, out, panel);
     for (; row < part->end; row += smallest, out++)
