@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from support.kernels import needs_kernels, operator_session
+from support.kernels import equal_in_all_sets, needs_kernels, operator_session
 
 pytestmark = needs_kernels
 
@@ -46,6 +46,14 @@ def test_it_is_what_numpy_says(channels: int, width: int, tokens: int, bias: boo
     (y, present), (wanted, state) = session(given, activation).run(None, given), expected(given, activation)
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
     np.testing.assert_array_equal(present, state.astype(np.float32))
+
+
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize(("channels", "width"), [(300, 3), (7, 2), (129, 32)])
+def test_all_instruction_sets_give_the_same_bits(channels: int, width: int, activation: str) -> None:
+    given = feeds(2, 40, channels, width)
+    given["x"][0, 3, 1:3] = np.nan, np.inf
+    equal_in_all_sets(lambda: session(given, activation).run(None, given))
 
 
 @pytest.mark.parametrize("cuts", [(1,) * 9, (2, 1, 6)], ids=str)

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from support.kernels import needs_kernels, operator_session
+from support.kernels import equal_in_all_sets, needs_kernels, operator_session
 
 pytestmark = needs_kernels
 
@@ -152,6 +152,21 @@ def test_a_row_gets_the_same_bits_alone_and_in_a_batch_padded_or_not(rule: Rule,
         (whole, states), (part, state) = rule.session(feeds).run(None, padded), alone.run(None, row)
         np.testing.assert_array_equal(whole[1:2, :40], part)
         np.testing.assert_array_equal(states[1:2], state)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_all_instruction_sets_give_the_same_bits(rule: Rule) -> None:
+    for tokens in (1, 45):
+        feeds = rule.feeds(1, tokens, seed=3)
+        equal_in_all_sets(lambda feeds=feeds: rule.session(feeds).run(None, feeds))
+
+
+def test_all_instruction_sets_give_the_same_bits_of_what_is_not_finite() -> None:
+    rule = RULES[3]
+    feeds = rule.feeds(1, 40, decay=1e4)
+    feeds["d"][0, 20] = -np.inf
+    feeds["v"][0, 30, 5], feeds["k"][0, 33, 2] = np.inf, np.nan
+    equal_in_all_sets(lambda: rule.session(feeds).run(None, feeds))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

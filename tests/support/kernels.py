@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,27 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from support.native_ops import ACTIVATIONS, mixed, rounded_rows
 
-from satchel.runtime.kernels.library import library
+from satchel.runtime.kernels.library import INSTRUCTION_SETS, SWITCH, instruction_set, library
 
 needs_kernels = pytest.mark.own_kernels
+
+
+def equal_in_all_sets(run: Callable[[], list[NDArray[Any]]]) -> None:
+    """Run with each instruction set that this machine has, and compare the bits with those of the fastest.
+
+    NaNs are equal to each other.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(SWITCH, raising=False)
+        fastest, wanted, ran = instruction_set(), run(), []
+        for name in INSTRUCTION_SETS:
+            patch.setenv(SWITCH, name)
+            if instruction_set() == name != fastest:
+                for found, values in zip(run(), wanted, strict=True):
+                    np.testing.assert_array_equal(found, values, err_msg=name)
+                ran.append(name)
+        assert "plain" in ran
+    instruction_set()
 
 
 def operator_session(

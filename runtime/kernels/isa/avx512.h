@@ -7,7 +7,11 @@ enum { PARTS = 1 };
 typedef float PartF __attribute__((vector_size(64)));
 typedef int32_t PartI __attribute__((vector_size(64)));
 
-INLINE __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1); }
+INLINE __mmask16 lanes(int64_t left)
+{
+    left = left < 0 ? 0 : left;
+    return (__mmask16)((1u << (left < LANES ? left : LANES)) - 1); /* without a branch, so that it leaves loops */
+}
 
 INLINE PartF part_fma(PartF a, PartF b, PartF c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE PartF part_max(PartF a, PartF b) { return _mm512_max_ps(a, b); }

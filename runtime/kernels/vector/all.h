@@ -4,6 +4,8 @@
 #include "../instruction_set.h"
 
 #include "rows.c"
+#include "recurrence.c"
+#include "convolution.c"
 
 #ifdef SATCHEL_ISA_AVX512 /* not yet written over vectors.h */
 #include "native.h"
@@ -13,11 +15,11 @@
 #include "attention_decode.c"
 #include "attention_prefill.c"
 #include "attention.c"
-#include "recurrence.c"
-#include "convolution.c"
-#define KERNELS                                                                                                   \
-    .linear = linear_run, .table = table_run, .attention_check = attention_check, .attention = attention_run,     \
-    .recurrence = recurrence_run, .convolution = convolution_run
+#define LINEAR .linear = linear_run, .table = table_run
+#define ATTENTION .attention_check = attention_check, .attention = attention_run
 #else
-#define KERNELS 0
+#define LINEAR .linear = 0
+#define ATTENTION .attention = 0
 #endif
+
+#define KERNELS LINEAR, ATTENTION, .recurrence = recurrence_run, .convolution = convolution_run

@@ -38,6 +38,12 @@ INLINE F16 exp2_lanes(F16 x)
     return choose(is_below(x, floats(-126)), floats(0), times_power(p, bounded));
 }
 
+/* e^x */
+INLINE F16 exp_lanes(F16 x) { return exp2_lanes(mul(x, floats(1.44269504f))); }
+
+/* x / (1 + e^-x) */
+INLINE F16 silu(F16 x) { return divide(x, add(floats(1), exp2_lanes(mul(x, floats(-1.44269504f))))); }
+
 /* tanh(y) = e / (e + 2) with e = exp(2|y|) - 1, and the sign of y; near 0 no digits are lost, as e is no difference. */
 INLINE F16 tanh_lanes(F16 y)
 {

@@ -4,7 +4,8 @@
 
 #include "vectors.h"
 
-enum { TALL = 8 }; /* rows of a tile, which is two vectors wide */
+/* A tile of rows and vectors: its sums and what they share are in registers. */
+enum { TALL = PARTS == 1 ? 8 : 4, ABREAST = PARTS == 1 ? 2 : 1 };
 
 /* Small matrix products: c[r] = keep[r] c[r] + sum over j of a[r, j] b[j]. */
 typedef struct {
@@ -13,45 +14,48 @@ typedef struct {
     int64_t inner, a_row, a_column, b_row, c_row;
 } Product;
 
-INLINE void product_tile(const Product *p, int64_t row, int64_t column, int64_t columns, const int height)
+INLINE void product_tile(const int height, const bool whole, const Product *p, int64_t row, int64_t column, int64_t left)
 {
-    const __mmask16 first = lanes(columns - column), second = lanes(columns - column - LANES);
     const float *a = p->a + row * p->a_row, *b = p->b + column;
     float *c = p->c + row * p->c_row + column;
-    __m512 left[TALL], right[TALL];
-    UNROLL for (int r = 0; r < height; r++) {
-        left[r] = right[r] = _mm512_setzero_ps();
-        if (p->keep != NULL) {
-            const __m512 keep = _mm512_set1_ps(p->keep[row + r]);
-            left[r] = _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(first, c + r * p->c_row));
-            right[r] = _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(second, c + r * p->c_row + LANES));
-        }
-    }
+    F16 sum[TALL][ABREAST];
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int v = 0; v < ABREAST; v++)
+            sum[r][v] = p->keep == NULL ? floats(0)
+                                        : mul(floats(p->keep[row + r]),
+                                              load_up_to(whole, c + r * p->c_row + v * LANES, left - v * LANES));
     for (int64_t j = 0; j < p->inner; j++) {
-        const __m512 b0 = _mm512_maskz_loadu_ps(first, b + j * p->b_row);
-        const __m512 b1 = _mm512_maskz_loadu_ps(second, b + j * p->b_row + LANES);
+        F16 shared[ABREAST];
+        UNROLL for (int v = 0; v < ABREAST; v++)
+            shared[v] = load_up_to(whole, b + j * p->b_row + v * LANES, left - v * LANES);
         UNROLL for (int r = 0; r < height; r++) {
-            const __m512 weight = _mm512_set1_ps(a[r * p->a_row + j * p->a_column]);
-            left[r] = _mm512_fmadd_ps(weight, b0, left[r]);
-            right[r] = _mm512_fmadd_ps(weight, b1, right[r]);
+            const F16 weight = floats(a[r * p->a_row + j * p->a_column]);
+            UNROLL for (int v = 0; v < ABREAST; v++)
+                sum[r][v] = mul_add(weight, shared[v], sum[r][v]);
         }
     }
-    UNROLL for (int r = 0; r < height; r++) {
-        _mm512_mask_storeu_ps(c + r * p->c_row, first, left[r]);
-        _mm512_mask_storeu_ps(c + r * p->c_row + LANES, second, right[r]);
-    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int v = 0; v < ABREAST; v++)
+            store_up_to(whole, c + r * p->c_row + v * LANES, left - v * LANES, sum[r][v]);
+}
+
+INLINE void product_rows(const bool whole, const Product *p, int64_t rows, int64_t column, int64_t left)
+{
+    int64_t row = 0;
+    for (; row + TALL <= rows; row += TALL)
+        product_tile(TALL, whole, p, row, column, left);
+    for (; row < rows; row++)
+        product_tile(1, whole, p, row, column, left);
 }
 
 /* Each number is one sum in the order of j, whatever the sizes. */
 static void multiply(const Product *p, int64_t rows, int64_t columns)
 {
-    for (int64_t column = 0; column < columns; column += 2 * LANES) {
-        int64_t row = 0;
-        for (; row + TALL <= rows; row += TALL)
-            product_tile(p, row, column, columns, TALL);
-        for (; row < rows; row++)
-            product_tile(p, row, column, columns, 1);
-    }
+    int64_t column = 0;
+    for (; column + ABREAST * LANES <= columns; column += ABREAST * LANES)
+        product_rows(true, p, rows, column, ABREAST * LANES);
+    if (column < columns)
+        product_rows(false, p, rows, column, columns - column);
 }
 
 #endif

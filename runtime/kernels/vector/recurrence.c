@@ -19,7 +19,11 @@
 #include "products.h"
 #include "../scratch.h"
 
-enum { CHUNK = 32 };
+enum {
+    CHUNK = 32,
+    CHUNK_STEP = 8,             /* tokens of a chunk are rounded up to a multiple of it */
+    WIDE = PARTS == 1 ? 4 : 2, /* vectors of a state side by side, as registers allow */
+};
 
 /* Scratch memory of a chunk; widths are rounded up to whole vectors, and what is beyond the sizes is 0. */
 typedef struct {
@@ -67,22 +71,19 @@ static int64_t lay_out_chunk(Chunk *chunk, float *memory)
     return used;
 }
 
-/* exp(x) of logarithms of decay. */
-INLINE __m512 exp16(__m512 x) { return exp2_lanes(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f))); }
-
 /* Copies a query or key, normalized if asked to, times a factor. */
 static void read_row(const float *from, int64_t size, float epsilon, float factor, float *to)
 {
     if (epsilon > 0) {
-        __m512 sum = _mm512_setzero_ps();
+        F16 sum = floats(0);
         for (int64_t d = 0; d < size; d += LANES) {
-            const __m512 x = _mm512_maskz_loadu_ps(lanes(size - d), from + d);
-            sum = _mm512_fmadd_ps(x, x, sum);
+            const F16 x = load_some(from + d, size - d);
+            sum = mul_add(x, x, sum);
         }
-        factor /= sqrtf(_mm512_reduce_add_ps(sum) + epsilon);
+        factor /= sqrtf(sum_of(sum) + epsilon);
     }
     for (int64_t d = 0; d < size; d += LANES)
-        _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(size - d), from + d), _mm512_set1_ps(factor)));
+        store(to + d, mul(load_some(from + d, size - d), floats(factor)));
 }
 
 /* One head of one sequence. */
@@ -100,7 +101,7 @@ static void read_tokens(const Head *head, Chunk *chunk, int64_t start, int64_t c
     const RecurrenceParams *params = head->params;
     const RecurrenceCall *call = head->call;
     const int64_t width = chunk->key_width, decays = head->decays > 1 ? width : 1;
-    chunk->rows = (count + TALL - 1) / TALL * TALL;
+    chunk->rows = (count + CHUNK_STEP - 1) / CHUNK_STEP * CHUNK_STEP;
     memset(chunk->query + count * width, 0, (chunk->rows - count) * width * sizeof(float));
     memset(chunk->key + count * width, 0, (chunk->rows - count) * width * sizeof(float));
     memset(chunk->decay, 0, CHUNK * decays * sizeof(float));
@@ -123,8 +124,7 @@ static void scale_rows(const Chunk *chunk, const float *from, const float *weigh
     const int64_t width = chunk->key_width;
     for (int64_t t = 0; t < chunk->rows; t++)
         for (int64_t d = 0; d < width; d += LANES)
-            _mm512_storeu_ps(to + t * width + d,
-                             _mm512_mul_ps(_mm512_set1_ps(weights[t]), _mm512_loadu_ps(from + t * width + d)));
+            store(to + t * width + d, mul(floats(weights[t]), load(from + t * width + d)));
 }
 
 /* Dot products and decays, if all channels of a head decay alike. */
@@ -140,26 +140,26 @@ static void weigh_tokens(Chunk *chunk)
     product.a = chunk->query, product.c = chunk->query_key;
     multiply(&product, rows, rows);
     float from_start[CHUNK], to_end[CHUNK], sums[CHUNK];
-    __m512 between[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}; /* the logarithm from each token to t */
+    F16 between[2] = {floats(0), floats(0)}; /* the logarithm from each token to t */
     float sum = 0;
     for (int64_t t = 0; t < rows; t++) {
-        const __m512 decay = _mm512_set1_ps(chunk->decay[t]);
+        const F16 decay = floats(chunk->decay[t]);
         sums[t] = sum += chunk->decay[t];
         UNROLL for (int half = 0; half < 2; half++) {
-            between[half] = _mm512_maskz_add_ps(lanes(t - half * LANES), between[half], decay);
-            const __mmask16 seen = lanes(t + 1 - half * LANES);
-            const __m512 weight = _mm512_maskz_mov_ps(seen, exp16(between[half]));
+            between[half] = only_where(lanes_below(t - half * LANES), add(between[half], decay));
+            const I16 seen = lanes_below(t + 1 - half * LANES);
+            const F16 weight = only_where(seen, exp_lanes(between[half]));
             float *keys = chunk->key_key + t * CHUNK + half * LANES, *queries = chunk->query_key + t * CHUNK + half * LANES;
-            _mm512_storeu_ps(keys, _mm512_maskz_mul_ps(seen, weight, _mm512_loadu_ps(keys)));
-            _mm512_storeu_ps(queries, _mm512_maskz_mul_ps(seen, weight, _mm512_loadu_ps(queries)));
+            store(keys, only_where(seen, mul(weight, load(keys))));
+            store(queries, only_where(seen, mul(weight, load(queries))));
             if (t == rows - 1)
-                _mm512_storeu_ps(to_end + half * LANES, weight);
+                store(to_end + half * LANES, weight);
         }
     }
     for (int64_t t = rows; t < CHUNK; t++)
         sums[t] = 0;
     for (int half = 0; half < 2; half++)
-        _mm512_storeu_ps(from_start + half * LANES, exp16(_mm512_loadu_ps(sums + half * LANES)));
+        store(from_start + half * LANES, exp_lanes(load(sums + half * LANES)));
     scale_rows(chunk, chunk->key, from_start, chunk->from_start);
     scale_rows(chunk, chunk->query, from_start, chunk->from_start + rows * width);
     scale_rows(chunk, chunk->key, to_end, chunk->to_end);
@@ -177,59 +177,61 @@ static void weigh_channels(Chunk *chunk)
     for (int64_t t = 0; t < rows; t++) {
         memset(chunk->sum, 0, width * sizeof(float));
         for (int64_t i = t; i >= 0; i--) {
-            __m512 key_key = _mm512_setzero_ps(), query_key = key_key;
+            F16 key_key = floats(0), query_key = floats(0);
             for (int64_t d = 0; d < width; d += LANES) {
-                const __m512 sum = _mm512_loadu_ps(chunk->sum + d);
-                const __m512 key = _mm512_mul_ps(exp16(sum), _mm512_loadu_ps(chunk->key + i * width + d));
-                key_key = _mm512_fmadd_ps(key, _mm512_loadu_ps(chunk->key + t * width + d), key_key);
-                query_key = _mm512_fmadd_ps(key, _mm512_loadu_ps(chunk->query + t * width + d), query_key);
+                const F16 sum = load(chunk->sum + d), key = mul(exp_lanes(sum), load(chunk->key + i * width + d));
+                key_key = mul_add(key, load(chunk->key + t * width + d), key_key);
+                query_key = mul_add(key, load(chunk->query + t * width + d), query_key);
                 if (t == rows - 1)
-                    _mm512_storeu_ps(chunk->to_end + i * width + d, key);
-                _mm512_storeu_ps(chunk->sum + d, _mm512_add_ps(sum, _mm512_loadu_ps(chunk->decay + i * width + d)));
+                    store(chunk->to_end + i * width + d, key);
+                store(chunk->sum + d, add(sum, load(chunk->decay + i * width + d)));
             }
-            chunk->key_key[t * CHUNK + i] = _mm512_reduce_add_ps(key_key);
-            chunk->query_key[t * CHUNK + i] = _mm512_reduce_add_ps(query_key);
+            chunk->key_key[t * CHUNK + i] = sum_of(key_key);
+            chunk->query_key[t * CHUNK + i] = sum_of(query_key);
         }
         for (int64_t d = 0; d < width; d += LANES) {
-            const __m512 decay = exp16(_mm512_loadu_ps(chunk->sum + d));
-            _mm512_storeu_ps(keys + t * width + d, _mm512_mul_ps(decay, _mm512_loadu_ps(chunk->key + t * width + d)));
-            _mm512_storeu_ps(queries + t * width + d,
-                             _mm512_mul_ps(decay, _mm512_loadu_ps(chunk->query + t * width + d)));
-            _mm512_storeu_ps(chunk->kept + d, decay);
+            const F16 decay = exp_lanes(load(chunk->sum + d));
+            store(keys + t * width + d, mul(decay, load(chunk->key + t * width + d)));
+            store(queries + t * width + d, mul(decay, load(chunk->query + t * width + d)));
+            store(chunk->kept + d, decay);
         }
     }
+}
+
+/* `left` columns, WIDE vectors if `whole`, of a token of `update`; those of the tokens before it are solved. */
+INLINE void solve_token(const bool whole, const bool delta, const Chunk *chunk, int64_t t, const float *value, float *row,
+                        int64_t left)
+{
+    const F16 beta = floats(chunk->beta[t]);
+    F16 sum[WIDE];
+    UNROLL for (int part = 0; part < WIDE; part++) {
+        sum[part] = value == NULL ? floats(0) : load_up_to(whole, value + part * LANES, left - part * LANES);
+        if (delta)
+            sum[part] = sub(sum[part], load_up_to(whole, row + part * LANES, left - part * LANES));
+    }
+    for (int64_t i = 0; delta && i < t; i++) {
+        const F16 weight = floats(chunk->key_key[t * CHUNK + i]);
+        const float *before = row + (i - t) * chunk->value_width;
+        UNROLL for (int part = 0; part < WIDE; part++)
+            sum[part] = mul_sub_from(weight, load_up_to(whole, before + part * LANES, left - part * LANES), sum[part]);
+    }
+    UNROLL for (int part = 0; part < WIDE; part++)
+        store_up_to(whole, row + part * LANES, left - part * LANES, delta ? mul(beta, sum[part]) : sum[part]);
 }
 
 /* update: V, or (I + A)^-1 beta (V - update) by forward substitution. */
 static void solve(const Head *head, Chunk *chunk, int64_t start, int64_t count)
 {
-    const int64_t columns = head->params->value_dim, width = chunk->value_width;
-    for (int64_t column = 0; column < columns; column += 4 * LANES)
+    const int64_t columns = head->params->value_dim;
+    const bool delta = head->params->delta;
+    for (int64_t column = 0; column < columns; column += WIDE * LANES)
         for (int64_t t = 0; t < chunk->rows; t++) {
-            const float *value = head->value + (start + t) * head->call->value_stride + column;
-            float *row = chunk->update + t * width + column;
-            const __m512 beta = _mm512_set1_ps(chunk->beta[t]);
-            __m512 sum[4];
-            UNROLL for (int part = 0; part < 4; part++) {
-                const __mmask16 mask = lanes(columns - column - part * LANES), present = t < count ? mask : 0;
-                sum[part] = _mm512_maskz_loadu_ps(present, value + part * LANES);
-                if (head->params->delta)
-                    sum[part] = _mm512_sub_ps(sum[part], _mm512_maskz_loadu_ps(mask, row + part * LANES));
-            }
-            if (head->params->delta) {
-                for (int64_t i = 0; i < t; i++) {
-                    const __m512 weight = _mm512_set1_ps(chunk->key_key[t * CHUNK + i]);
-                    UNROLL for (int part = 0; part < 4; part++) {
-                        const __mmask16 mask = lanes(columns - column - part * LANES);
-                        const __m512 before = _mm512_maskz_loadu_ps(mask, row + (i - t) * width + part * LANES);
-                        sum[part] = _mm512_fnmadd_ps(weight, before, sum[part]);
-                    }
-                }
-                UNROLL for (int part = 0; part < 4; part++)
-                    sum[part] = _mm512_mul_ps(beta, sum[part]);
-            }
-            UNROLL for (int part = 0; part < 4; part++)
-                _mm512_mask_storeu_ps(row + part * LANES, lanes(columns - column - part * LANES), sum[part]);
+            const float *value = t < count ? head->value + (start + t) * head->call->value_stride + column : NULL;
+            float *row = chunk->update + t * chunk->value_width + column;
+            if (column + WIDE * LANES <= columns)
+                solve_token(true, delta, chunk, t, value, row, WIDE * LANES);
+            else
+                solve_token(false, delta, chunk, t, value, row, columns - column);
         }
 }
 
@@ -259,50 +261,54 @@ static void run_chunk(const Head *head, Chunk *chunk, int64_t start, int64_t cou
     multiply(&product, keys, values);
 }
 
+/* `left` columns, WIDE vectors if `whole`, of the state and the output of a token. */
+INLINE void update_columns(const bool whole, const Head *head, const Chunk *chunk, int64_t column, int64_t left)
+{
+    const int64_t keys = head->params->key_dim, values = head->params->value_dim;
+    float *state = head->state + column;
+    F16 update[WIDE], out[WIDE];
+    UNROLL for (int part = 0; part < WIDE; part++) {
+        update[part] = load_up_to(whole, head->value + column + part * LANES, left - part * LANES);
+        out[part] = floats(0);
+    }
+    if (head->params->delta) {
+        F16 found[WIDE];
+        UNROLL for (int part = 0; part < WIDE; part++)
+            found[part] = floats(0);
+        for (int64_t d = 0; d < keys; d++) {
+            const F16 key = floats(chunk->key[d] * chunk->kept[d]);
+            UNROLL for (int part = 0; part < WIDE; part++)
+                found[part] = mul_add(key, load_up_to(whole, state + d * values + part * LANES, left - part * LANES),
+                                      found[part]);
+        }
+        UNROLL for (int part = 0; part < WIDE; part++)
+            update[part] = mul(floats(chunk->beta[0]), sub(update[part], found[part]));
+    }
+    for (int64_t d = 0; d < keys; d++) {
+        const F16 kept = floats(chunk->kept[d]), key = floats(chunk->key[d]), query = floats(chunk->query[d]);
+        UNROLL for (int part = 0; part < WIDE; part++) {
+            float *place = state + d * values + part * LANES;
+            const F16 s = mul_add(key, update[part], mul(kept, load_up_to(whole, place, left - part * LANES)));
+            out[part] = mul_add(query, s, out[part]);
+            store_up_to(whole, place, left - part * LANES, s);
+        }
+    }
+    UNROLL for (int part = 0; part < WIDE; part++)
+        store_up_to(whole, head->out + column + part * LANES, left - part * LANES, out[part]);
+}
+
 /* One token: the state is read twice and written once. */
 static void run_token(const Head *head, Chunk *chunk)
 {
-    const RecurrenceParams *params = head->params;
-    const int64_t keys = params->key_dim, values = params->value_dim;
+    const int64_t values = head->params->value_dim;
     read_tokens(head, chunk, 0, 1);
-    for (int64_t d = 0; d < chunk->key_width; d += LANES) {
-        const __m512 decay = head->decays > 1 ? _mm512_loadu_ps(chunk->decay + d) : _mm512_set1_ps(chunk->decay[0]);
-        _mm512_storeu_ps(chunk->kept + d, exp16(decay));
-    }
-    for (int64_t column = 0; column < values; column += 4 * LANES) {
-        __mmask16 mask[4];
-        __m512 update[4], out[4], found[4];
-        UNROLL for (int part = 0; part < 4; part++) {
-            mask[part] = lanes(values - column - part * LANES);
-            update[part] = _mm512_maskz_loadu_ps(mask[part], head->value + column + part * LANES);
-            out[part] = found[part] = _mm512_setzero_ps();
-        }
-        float *state = head->state + column;
-        if (params->delta) {
-            for (int64_t d = 0; d < keys; d++) {
-                const __m512 key = _mm512_set1_ps(chunk->key[d] * chunk->kept[d]);
-                UNROLL for (int part = 0; part < 4; part++) {
-                    const __m512 s = _mm512_maskz_loadu_ps(mask[part], state + d * values + part * LANES);
-                    found[part] = _mm512_fmadd_ps(key, s, found[part]);
-                }
-            }
-            UNROLL for (int part = 0; part < 4; part++)
-                update[part] = _mm512_mul_ps(_mm512_set1_ps(chunk->beta[0]), _mm512_sub_ps(update[part], found[part]));
-        }
-        for (int64_t d = 0; d < keys; d++) {
-            const __m512 kept = _mm512_set1_ps(chunk->kept[d]), key = _mm512_set1_ps(chunk->key[d]),
-                         query = _mm512_set1_ps(chunk->query[d]);
-            UNROLL for (int part = 0; part < 4; part++) {
-                float *place = state + d * values + part * LANES;
-                __m512 s = _mm512_mul_ps(kept, _mm512_maskz_loadu_ps(mask[part], place));
-                s = _mm512_fmadd_ps(key, update[part], s);
-                out[part] = _mm512_fmadd_ps(query, s, out[part]);
-                _mm512_mask_storeu_ps(place, mask[part], s);
-            }
-        }
-        UNROLL for (int part = 0; part < 4; part++)
-            _mm512_mask_storeu_ps(head->out + column + part * LANES, mask[part], out[part]);
-    }
+    for (int64_t d = 0; d < chunk->key_width; d += LANES)
+        store(chunk->kept + d, exp_lanes(head->decays > 1 ? load(chunk->decay + d) : floats(chunk->decay[0])));
+    int64_t column = 0;
+    for (; column + WIDE * LANES <= values; column += WIDE * LANES)
+        update_columns(true, head, chunk, column, WIDE * LANES);
+    if (column < values)
+        update_columns(false, head, chunk, column, values - column);
 }
 
 typedef struct {

@@ -141,6 +141,17 @@ INLINE void store_some(float *x, int64_t left, F16 v)
     EACH_PART part_store_some(x + i * PART_LANES, left - i * PART_LANES, v.part[i]);
 }
 
+/* The same for loops whose last step is partial: all 16 if `whole`. */
+INLINE F16 load_up_to(const bool whole, const float *x, int64_t left) { return whole ? load(x) : load_some(x, left); }
+
+INLINE void store_up_to(const bool whole, float *x, int64_t left, F16 v)
+{
+    if (whole)
+        store(x, v);
+    else
+        store_some(x, left, v);
+}
+
 /* 16 bytes to integers. */
 INLINE I16 load_signed(const int8_t *x)
 {
@@ -205,6 +216,9 @@ SWAP(4)
 SWAP(8)
 
 INLINE F16 magnitude(F16 v) { return bits_to_floats(both(bits_of(v), ints(0x7fffffff))); }
+
+/* 0 in the lanes in which `mask` has no bits; it has all or none. */
+INLINE F16 only_where(I16 mask, F16 v) { return bits_to_floats(both(mask, bits_of(v))); }
 
 /* The sign changed in the lanes in which `mask` is not 0. */
 INLINE F16 flip_where(I16 mask, F16 v)
