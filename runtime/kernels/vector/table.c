@@ -42,6 +42,8 @@ INLINE void table_tile(const int rows, const int outputs, const TableWork *work,
         UNROLL
         for (int o = 0; o < outputs; o++) {
             const float *at = scales + o * blocks + first;
+            if (outputs > 1) /* what comes next: processors do not fetch ahead across pages by themselves */
+                __builtin_prefetch(weights + (o + 2 * outputs) * inputs + v * BYTES, 0, 2);
             w[o] = _mm512_maskz_loadu_epi8(bytes(inputs - v * BYTES), weights + o * inputs + v * BYTES);
             scale[o] = block >= BYTES ? _mm512_set1_ps(*at)
                                       : _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(lanes(blocks - first), at));
