@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.hash_cache import HashCache, file_identity, part_of, sha256_of
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
 from satchel.runtime.bundle.names import equal_names
+from satchel.runtime.bundle.oms import OMS_NAME, sha256_of_bytes
 from satchel.runtime.bundle.recognize import is_checkpoint, is_locked
+from satchel.runtime.bundle.signature import SIGNATURE_NAME, check_signature
 
-SIGNATURE_NAME = "signature.json"
-BESIDE = (MANIFEST_NAME, SIGNATURE_NAME)
-"""Files of a bundle that its manifest cannot list: itself and its signature."""
+BESIDE = (MANIFEST_NAME, SIGNATURE_NAME, OMS_NAME)
+"""Files of a bundle that its manifest cannot list: itself and its signatures."""
 
 SCRATCH_PREFIX = ".specialize-"
 """The name prefix of temporary folders in a bundle that is being specialized."""
@@ -155,15 +157,24 @@ def read_bundle(path: str | Path, *, require_signature: str | Path | None = None
         raise BundleError(f"{path}: no {MANIFEST_NAME} in it: give a file made by satchel pack")
     name = str(path / MANIFEST_NAME)
     document, digest = _read_manifest(manifest_span, name, anew=require_signature is not None)
+    check_signed = None
     if require_signature is not None:
-        from satchel.runtime.bundle.signature import check_signature
-
-        check_signature(path, _signature(path, packed), digest, Path(require_signature))
+        check_signed = check_signature(path, partial(_beside, path, packed), digest, Path(require_signature))
     manifest = Manifest.from_json(document, name)
     _check_names(name, manifest, packed)
     bundle = Bundle(path, manifest, None, digest, packed)
     _check_sizes(path, manifest.files, _spans(bundle, manifest.files))
+    if check_signed is not None:
+        check_signed(known_hashes(bundle))
     return bundle
+
+
+def known_hashes(bundle: Bundle) -> dict[str, str]:
+    """The SHA-256 of manifest.json, and those that it states of the bundle's files. Raises BundleError."""
+    span = folder_span(bundle.folder, MANIFEST_NAME) if bundle.packed is None else bundle.packed[MANIFEST_NAME]
+    content = read_content(span.path, str(bundle.folder / MANIFEST_NAME), span.offset, span.length)
+    listed = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    return {MANIFEST_NAME: sha256_of_bytes(content), **listed}
 
 
 def check_files(bundle: Bundle, meter: Meter = no_meter, *, anew: bool = False) -> None:
@@ -222,10 +233,11 @@ def _read_manifest(span: Span, name: str, *, anew: bool) -> tuple[dict[str, Any]
     return document, claimed
 
 
-def _signature(path: Path, packed: Mapping[str, Span] | None) -> Span | None:
+def _beside(path: Path, packed: Mapping[str, Span] | None, name: str) -> Span | None:
+    """The span of a file that the manifest does not list, None where there is none."""
     if packed is not None:
-        return packed.get(SIGNATURE_NAME)
-    return folder_span(path, SIGNATURE_NAME) if os.path.lexists(path / SIGNATURE_NAME) else None
+        return packed.get(name)
+    return folder_span(path, name) if os.path.lexists(path / name) else None
 
 
 def _check_names(name: str, manifest: Manifest, packed: Mapping[str, Span] | None) -> None:

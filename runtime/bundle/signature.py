@@ -1,23 +1,30 @@
-"""Ed25519 signatures over a bundle's digest, which covers everything except specialized graphs."""
+"""Signatures of bundles: by Ed25519 keys over the digest, which covers everything except specialized graphs, or by
+elliptic-curve keys over all files (`satchel.runtime.bundle.oms`). The key that is given says which."""
 
 from __future__ import annotations
 
 import binascii
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle import oms, strict_json
 from satchel.runtime.bundle.archive.span import Span
 from satchel.runtime.bundle.atomic_write import atomic_write
 from satchel.runtime.bundle.errors import BundleError, SatchelError
 from satchel.runtime.bundle.limits import LIMITS
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 FORMAT, VERSION, ALGORITHM = "satchel-signature", 1, "ed25519"
+SIGNATURE_NAME, MANIFEST_NAME = "signature.json", "manifest.json"
+
+FORMATS = ("satchel", "oms")
+"""What `sign` writes: signature.json with an Ed25519 key, or model.sig of OpenSSF Model Signing with a P-256 key."""
 
 DOMAIN = b"satchel bundle digest, version 1\0"
 """The prefix of a signed message (domain separation): a signature of anything else is never valid for a bundle."""
@@ -38,7 +45,7 @@ def sign(digest: str, key: Path) -> bytes:
 
     Raises SatchelError if the key cannot be read or is not an Ed25519 key.
     """
-    private = _private_key(key)
+    private = _private_key(key, "satchel")
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -50,17 +57,36 @@ def sign(digest: str, key: Path) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode("ascii")
 
 
-def check_signature(bundle: Path, signature: Span | None, digest: str, key: Path) -> None:
-    """Check that a bundle is signed with the private key that belongs to the public key in the PEM file `key`.
+def sign_files(folder: Path, known: Mapping[str, str], key: Path) -> bytes:
+    """Sign the files of a bundle with the private key in a PEM file. Returns the content of model.sig.
 
-    `signature` is the span of signature.json, or None if there is none; `digest` is the manifest's. Raises SatchelError
-    if the key cannot be read or is not an Ed25519 key, and BundleError if the bundle is not signed, is signed with
-    another key, or has an invalid signature.
+    `folder` is the bundle, a folder or a packed file; `known` are the SHA-256 of manifest.json and of the files that it
+    lists. Raises SatchelError if the key cannot be read or is not one of a curve P-256, P-384 or P-521.
+    """
+    private, ignored = _private_key(key, "oms"), (SIGNATURE_NAME, oms.OMS_NAME)
+    return oms.sign_files(folder.resolve().name, oms.files_to_sign(folder, ignored, known), ignored, private)
+
+
+def check_signature(
+    bundle: Path, beside: Callable[[str], Span | None], digest: str, key: Path
+) -> Callable[[Mapping[str, str]], None]:
+    """Check that a bundle's manifest is signed with the private key that belongs to the public key in a PEM file.
+
+    `beside` gives the span of manifest.json or of a signature, None where there is none; `digest` is the manifest's.
+    Returns what checks the files: a function of the SHA-256 of manifest.json and of the files that it lists. Raises
+    SatchelError if the key cannot be read or is of another kind, and BundleError if the bundle is not signed, is signed
+    with another key, or has an invalid signature.
     """
     public = _public_key(key)
+    of_files = _is_elliptic(public)
+    name = oms.OMS_NAME if of_files else SIGNATURE_NAME
+    signature = beside(name)
     if signature is None:
-        raise BundleError(f"{bundle}: not signed, but --require-signature {key} requires it: do not trust it")
-    found = _read_signature(bundle, signature)
+        raise BundleError(f"{bundle}: not signed (no {name}), and --require-signature {key} requires it: do not use it")
+    content = _read(bundle / name, signature)
+    if of_files:
+        return _check_files_later(bundle, content, beside, public)
+    found = _read_signature(f"{bundle / name}", content)
     if found["public_key"] != public.public_bytes_raw().hex():
         raise BundleError(
             f"{bundle}: signed with another key ({found['public_key'][:16]}...) than {key}: "
@@ -68,19 +94,30 @@ def check_signature(bundle: Path, signature: Span | None, digest: str, key: Path
         )
     if found["digest"] != digest or not _holds(public, found["signature"], digest):
         raise BundleError(f"{bundle}: its signature does not match its content: do not trust it")
+    return lambda _: None  # the digest covers them
 
 
-def new_key_pair(name: Path) -> tuple[Path, Path]:
-    """Create a key pair, NAME.pem (private, readable by its owner only) and NAME.pub.
+def _check_files_later(
+    bundle: Path, content: bytes, beside: Callable[[str], Span | None], public: EllipticCurvePublicKey
+) -> Callable[[Mapping[str, str]], None]:
+    signed, ignored = oms.signed_files(content, f"{bundle / oms.OMS_NAME}", public)
+    manifest = beside(MANIFEST_NAME)
+    if manifest is None or signed.get(MANIFEST_NAME) != oms.sha256_of_bytes(manifest.read()):
+        raise BundleError(f"{bundle / MANIFEST_NAME}: changed since the bundle was signed: do not trust it")
+    return lambda known: oms.check_files(bundle, signed, (*ignored, SIGNATURE_NAME, oms.OMS_NAME), known)
+
+
+def new_key_pair(name: Path, form: str = "satchel") -> tuple[Path, Path]:
+    """Create a key pair for one of `FORMATS`: NAME.pem (private, readable by its owner only) and NAME.pub.
 
     Raises SatchelError if one of the files exists or cannot be written.
     """
-    ed25519, serialization = _cryptography()
+    ec, ed25519, serialization = _cryptography()
     private_file, public_file = (name.with_name(f"{name.name}.{suffix}") for suffix in ("pem", "pub"))
     for path in (private_file, public_file):
         if os.path.lexists(path):
             raise SatchelError(f"--new-key {name}: {path} already exists: choose another name, or remove it")
-    private = ed25519.Ed25519PrivateKey.generate()
+    private = ec.generate_private_key(ec.SECP256R1()) if form == "oms" else ed25519.Ed25519PrivateKey.generate()
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
     secret = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
     public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -96,14 +133,18 @@ def new_key_pair(name: Path) -> tuple[Path, Path]:
     return private_file, public_file
 
 
-def _read_signature(bundle: Path, span: Span) -> dict[str, str]:
-    name = f"{bundle}/signature.json"
-    if span.length > LIMITS["signature.json bytes"].most:
+def _read(name: Path, span: Span) -> bytes:
+    if span.length > LIMITS[f"{name.name} bytes"].most:
         raise BundleError(f"{name}: exceeds the limit for signatures: do not trust this bundle")
     try:
-        document = strict_json.loads(span.read())
+        return span.read()
     except OSError as error:
         raise BundleError(f"{name}: cannot be read ({error.strerror}): check its permissions") from None
+
+
+def _read_signature(name: str, content: bytes) -> dict[str, str]:
+    try:
+        document = strict_json.loads(content)
     except ValueError as error:
         raise BundleError(f"{name}: not valid JSON ({error}): sign the bundle again") from None
     fixed = {"format": FORMAT, "version": VERSION, "algorithm": ALGORITHM}
@@ -129,22 +170,23 @@ def _holds(public: Ed25519PublicKey, signature: str, digest: str) -> bool:
     return True
 
 
-def _private_key(path: Path) -> Ed25519PrivateKey:
-    ed25519, serialization = _cryptography()
-    content = _key_file(path, "--key")
+def _private_key(path: Path, form: str) -> Any:
+    """The private key of a file, of the kind that goes with one of `FORMATS`."""
+    _, ed25519, serialization = _cryptography()
+    made = f"create one with satchel sign --new-key NAME --format {form}"
     try:
-        key = serialization.load_pem_private_key(content, password=None)
+        key = serialization.load_pem_private_key(_key_file(path, "--key"), password=None)
     except _key_errors():
-        raise SatchelError(
-            f"--key {path}: not a PEM private key without a password: create one with satchel sign --new-key"
-        ) from None
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise SatchelError(f"--key {path}: not an Ed25519 key: create one with satchel sign --new-key")
-    return cast("Ed25519PrivateKey", key)
+        raise SatchelError(f"--key {path}: not a PEM private key without a password: {made}") from None
+    if form == "oms" and not _is_elliptic(key):
+        raise SatchelError(f"--key {path}: not a key of a curve P-256, P-384 or P-521, as --format oms needs: {made}")
+    if form == "satchel" and not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise SatchelError(f"--key {path}: not an Ed25519 key: {made}, or give --format oms with a key of a P curve")
+    return key
 
 
-def _public_key(path: Path) -> Ed25519PublicKey:
-    ed25519, serialization = _cryptography()
+def _public_key(path: Path) -> Any:
+    _, ed25519, serialization = _cryptography()
     content = _key_file(path, "--require-signature")
     try:
         key = serialization.load_pem_public_key(content)
@@ -152,11 +194,19 @@ def _public_key(path: Path) -> Ed25519PublicKey:
         raise SatchelError(
             f"--require-signature {path}: not a PEM public key: give the .pub file of satchel sign --new-key"
         ) from None
-    if not isinstance(key, ed25519.Ed25519PublicKey):
+    if not isinstance(key, ed25519.Ed25519PublicKey) and not _is_elliptic(key):
         raise SatchelError(
-            f"--require-signature {path}: not an Ed25519 key: give the .pub file of satchel sign --new-key"
+            f"--require-signature {path}: neither an Ed25519 key nor one of a curve P-256, P-384 or P-521: "
+            "give the .pub file of satchel sign --new-key"
         )
-    return cast("Ed25519PublicKey", key)
+    return key
+
+
+def _is_elliptic(key: Any) -> bool:
+    """Whether a key, private or public, is one that OpenSSF Model Signing knows."""
+    ec, _, _ = _cryptography()
+    kinds = (ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey)
+    return isinstance(key, kinds) and key.curve.name in oms.CURVES
 
 
 def _key_file(path: Path, option: str) -> bytes:
@@ -174,12 +224,12 @@ def _key_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, UnsupportedAlgorithm)
 
 
-def _cryptography() -> tuple[Any, Any]:
+def _cryptography() -> tuple[Any, Any, Any]:
     try:
         from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.asymmetric import ec, ed25519
     except ImportError:
         raise SatchelError(
             "signatures require cryptography, which is not installed: pip install cryptography"
         ) from None
-    return ed25519, serialization
+    return ec, ed25519, serialization

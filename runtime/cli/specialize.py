@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
     import time
 
     from satchel.runtime.bundle import strict_json
+    from satchel.runtime.bundle.oms import OMS_NAME
     from satchel.runtime.errors import SatchelError
     from satchel.runtime.optimize.prepare import prepare, remove
     from satchel.runtime.ort import session
@@ -65,6 +66,11 @@ def main(args: argparse.Namespace) -> int:
 
     if args.require_signature is not None:
         raise SatchelError("--require-signature: a signature does not cover specialized graphs: leave it out")
+    if (path / OMS_NAME).exists() and not args.remove:
+        raise SatchelError(
+            f"{args.bundle}: is signed by {OMS_NAME}, which would no longer hold: specialize a copy without it, or "
+            "run the bundle, which keeps specialized graphs in the user's cache"
+        )
     if args.remove:
         remove(path, custom_flags.custom_of(args))
         document = {"bundle": args.bundle, "made": False, "specialized": None, "bytes": 0}

@@ -148,7 +148,7 @@ def test_new_keys_are_for_their_owner_and_never_replaced(satchel: Satchel, tmp_p
 
 def test_a_key_file_of_another_kind_is_refused(satchel: Satchel, signed: Path, keys: Path, tmp_path: Path) -> None:
     encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    curve, plain = ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption()
+    curve, plain = ec.generate_private_key(ec.SECP256K1()), serialization.NoEncryption()  # no curve of model.sig
     locked = serialization.BestAvailableEncryption(b"x")
     for name, content in {
         "ec.pem": curve.private_bytes(encoding, private, plain),
@@ -158,7 +158,7 @@ def test_a_key_file_of_another_kind_is_refused(satchel: Satchel, signed: Path, k
     }.items():
         (tmp_path / name).write_bytes(content)
     for key, message in (
-        (tmp_path / "ec.pub", "not an Ed25519 key"),
+        (tmp_path / "ec.pub", "neither an Ed25519 key"),
         (tmp_path / "none", "not a PEM public key"),
         (keys / "maker.pem", "not a PEM public key"),
         (tmp_path / "nowhere", "cannot be read"),
