@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.utils import logging
 
 from satchel.export.checkpoint.module import load_module, open_module
 from satchel.export.checkpoint.structure import one_line
@@ -97,7 +99,13 @@ def _transformers_reference(path: Path, place: dict[str, str]) -> Reference:
     if unset:
         raise ExportError(f"{path}: {unset[0]} is missing or has the wrong shape; use a complete checkpoint")
     model.eval()
-    return _reference(lambda ids: model(input_ids=ids, use_cache=False).logits)
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        with _quiet():
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return _reference(run)
 
 
 def _module_reference(module: torch.nn.Module) -> Reference:
@@ -119,6 +127,14 @@ def _reference(run: Callable[[torch.Tensor], torch.Tensor]) -> Reference:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal; its errors are exceptions."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """Keep transformers' progress bars and its advice to install other kernels off the terminal.
+
+    Its errors are exceptions.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -57,6 +57,8 @@ class Pace:
             pace = (self._spent + seconds) / max(self._foreseen + fraction * expected, 1e-9)
             return seconds / fraction - seconds + pace * later
         pace = self._spent / self._foreseen if self._foreseen else 1.0
+        if seconds > pace * expected:  # so will the others
+            pace = (self._spent + seconds) / max(self._foreseen + expected, 1e-9)
         return max(pace * expected - seconds, 0.0) + pace * later
 
 

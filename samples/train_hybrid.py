@@ -8,7 +8,8 @@ attention. It learns satchel's calibration text, which takes minutes; the held-o
 windows. "score" predicts all tokens of a window at once, "decode" the second half token by token, from the states that
 the layers keep.
 
-The folder gets the checkpoint (`checkpoint`) and two bundles (`fp32`, `int8`) that all commands of satchel take.
+The folder gets the checkpoint (`checkpoint`) and a bundle for each precision (`fp32`, `int8`, `int4`), which all
+commands of satchel take.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> None:
 
     windows = cut_windows(tokenizer.encode(held_out).ids, WINDOW, WINDOWS)
     generators, rows = {}, {"torch": perplexities(model, windows)}
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int8", "int4"):
         export_bundle(output / "checkpoint", ExportConfig(output / precision, precision, certificate=False))
         generators[precision] = Generator.open(output / precision)
         figures = evaluate(generators[precision].engine, windows, None, skip=SKIP)

@@ -25,8 +25,6 @@ PROMPT_TOKENS = 512
 PLOTTED_LENGTHS = (128, 256, 512, 1024, 2048)
 """Prompt lengths of `--plot` without `--prompt-lengths`, as far as they fit."""
 
-MB = 1e6
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel bench`."""
@@ -297,8 +295,10 @@ def _shares(
 def _show_bandwidth(
     found: Bandwidth, shares: Sequence[dict[str, float]], workloads: Sequence[Workload], several: bool
 ) -> None:
+    from satchel.runtime.util.sizes import decimal
+
     reached = [
-        f"{share['bandwidth_share']:.0%} with {share['bytes_per_step'] / MB:.1f} MB a step"
+        f"{share['bandwidth_share']:.0%} with {decimal(share['bytes_per_step'])} a step"
         + (f" at {workload.prompt_tokens}" if several else "")
         for share, workload in zip(shares, workloads, strict=True)
     ]

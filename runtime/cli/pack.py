@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.tools.pack import pack
     from satchel.runtime.util.progress import waiting
+    from satchel.runtime.util.sizes import decimal
 
     check_target(args.output, "--output")
     if os.path.lexists(args.output) and not args.force:
@@ -48,5 +49,5 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps({"bundle": args.bundle, "output": str(args.output), "bytes": size, "digest": digest}))
     elif not args.quiet:
         left = "; specialized graphs stay behind: the file gets its own when it first runs"
-        print(f"{args.output}: {size / 1e6:,.1f} MB, digest {digest}{left if bundle.manifest.specialized else ''}")
+        print(f"{args.output}: {decimal(size)}, digest {digest}{left if bundle.manifest.specialized else ''}")
     return 0

@@ -14,6 +14,7 @@ from satchel.runtime.cli import ready, run_flags
 from satchel.runtime.errors import PromptError, SatchelWarning
 from satchel.runtime.generation.generation_config import stored_rules
 from satchel.runtime.generation.options import CHAT_DEFAULTS, given_in, in_chat
+from satchel.runtime.util.sizes import binary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-MIB = 1 << 20
 
 configure = run_flags.configure
 
@@ -178,11 +178,10 @@ def _figures(results: Sequence[Generation], speed: float, templated: bool, state
     reasons = Counter(result.finish_reason for result in results)
     ends = ", ".join(reason if len(results) == 1 else f"{reason} {count}" for reason, count in reasons.items())
     texts = "" if len(results) == 1 else f" in {len(results)} texts"
-    speculation = _speculation(results)
+    speculation, cache = _speculation(results), sum(result.kv_bytes for result in results) - states
+    kept = [f"{name} {binary(size)}" for name, size in (("KV cache", cache), ("states", states)) if size]
     return (
         f"{'chat template' if templated else 'raw'}: prompt {first.prompt_tokens} tokens at "
         f"{first.prefill_speed:.1f} tokens/s{reused}, new {sum(result.new_tokens for result in results)} tokens{texts} "
-        f"at {speed:.1f} tokens/s ({ends}){speculation}, KV cache "
-        f"{(sum(r.kv_bytes for r in results) - states) / MIB:.1f} MiB"
-        + (f", states {states / MIB:.1f} MiB" if states else "")
+        f"at {speed:.1f} tokens/s ({ends}){speculation}, {', '.join(kept)}"
     )

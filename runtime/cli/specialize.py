@@ -9,8 +9,6 @@ from pathlib import Path
 
 from satchel.runtime.cli import custom_flags, provider_flags
 
-MIB = 1 << 20
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `satchel specialize`."""
@@ -57,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
     from satchel.runtime.ort import session
     from satchel.runtime.tools.doctor import phases
     from satchel.runtime.util.progress import stage_printer
+    from satchel.runtime.util.sizes import binary
 
     path, started = Path(args.bundle), time.perf_counter()
 
@@ -100,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         }
         where = "" if found.bundle.folder == path else f" in {found.bundle.folder}"
         seconds = time.perf_counter() - started
-        made = f"specialized for this machine, {size / MIB:,.0f} MiB{where}, in {seconds:.1f} s"
+        made = f"specialized for this machine, {binary(size)}{where}, in {seconds:.1f} s"
         say(made if found.made else f"already specialized for this machine{where} (--force makes it again)")
         if specialized is not None:
             say("; ".join(f"{phase}: {runs}" for phase, runs in phases(found.bundle).items()))

@@ -72,7 +72,7 @@ class CpuEngine(Engine):
         """None where satchel's own attention decodes, all layers attend, and there is no adapter and no border."""
         manifest, made = self.bundle.manifest, self.bundle.specialized
         if manifest.states:
-            return "its layers with convolution or recurrent states cannot go back to an earlier token"
+            return "layers with convolution or recurrent states cannot go back to an earlier token"
         if manifest.model.rotary_border:
             return "its rotary angles depend on the length of the text"
         name = made.variant("decode") if made is not None else None

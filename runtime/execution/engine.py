@@ -126,9 +126,12 @@ class Engine(ABC):
         graphs do not keep.
         """
         if limit is not None:
+            manifest = self.bundle.manifest
+            fixed = manifest.states or manifest.model.rotary_border or not any(v.ragged for v in manifest.variants)
+            advice = "" if fixed else "specialize it for satchel's kernels, or "
             raise PromptError(
-                f"--kv-cache-mib {limit >> 20}: the rows of this bundle have fixed memory: specialize it for satchel's "
-                "kernels, or lower --batch or --max-context instead"
+                f"--kv-cache-mib {limit >> 20}: the rows of this bundle have fixed memory: {advice}lower --batch or "
+                "--max-context instead"
             )
         return self.new_batch(rows, capacity, force=force)
 

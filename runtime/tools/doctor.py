@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from satchel.runtime.errors import SatchelError, SatchelWarning
 from satchel.runtime.util import cpu, kl, requirements
 from satchel.runtime.util.memory import system_memory
+from satchel.runtime.util.sizes import decimal
 
 if TYPE_CHECKING:
     from satchel.runtime.bundle.certificate import Certificate
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 TESTED_ONNXRUNTIME = ("1.30.0", "1.32.0")
 """The oldest and the newest ONNX Runtime that satchel was tested with."""
 
-MB, GIB = 1e6, 1 << 30
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _cache() -> Finding:
 
     folder = cache_folder()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-    return Finding("cache", f"{folder}, {size / MB:,.1f} MB", {"folder": str(folder), "bytes": size})
+    return Finding("cache", f"{folder}, {decimal(size)}", {"folder": str(folder), "bytes": size})
 
 
 def _bundle(path: str) -> Iterator[Finding]:
@@ -161,8 +162,8 @@ def _bundle(path: str) -> Iterator[Finding]:
         "cache_bytes": cache, "max_context": manifest.model.max_context, "fits": None,
     }  # fmt: skip
     text = (
-        f"target {manifest.target}, precision {manifest.precision}, {weights / MB:,.1f} MB, and up to "
-        f"{cache / MB:,.1f} MB of {'KV cache and states' if manifest.states else 'KV cache'}"
+        f"target {manifest.target}, precision {manifest.precision}, {decimal(weights)}, and up to "
+        f"{decimal(cache)} of {'KV cache and states' if manifest.states else 'KV cache'}"
     )
     available = _memory().facts["available"]
     if available is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.checkpoints import GGUF_ARCHITECTURES, gguf_metadata, save_tiny, tiny_model, write_gguf
 from support.command import Satchel
+from support.families import FAMILIES, build, save
 from support.gguf_families import to_gguf
 from support.own_module import OwnModule
 from support.own_module import plain_attention as protocol_attention
@@ -30,6 +33,26 @@ def test_a_folder_gives_the_logits_of_the_model_that_was_saved(tmp_path: Path, f
     found = open_reference(save_tiny(tmp_path / "model", family))(IDS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, logits_of(tiny_model(family)), rtol=1e-5, atol=1e-5)
+
+
+def test_what_transformers_says_of_other_kernels_is_not_shown(tmp_path: Path) -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    library = logging.getLogger("transformers")
+    checkpoint = save(FAMILIES["lfm2"], tmp_path / "model")
+    transformers.utils.logging.warning_once.cache_clear()
+    level = library.level
+    library.addHandler(handler)
+    try:
+        open_reference(checkpoint)(IDS)
+        assert records == []
+        assert library.level == level
+        transformers.utils.logging.warning_once.cache_clear()
+        logits_of(build(FAMILIES["lfm2"]))
+        assert any("causal_conv1d" in record.getMessage() for record in records)
+    finally:
+        library.removeHandler(handler)
 
 
 def test_a_gguf_file_gives_the_logits_of_the_model_that_was_written(tmp_path: Path) -> None:

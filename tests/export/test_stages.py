@@ -24,5 +24,5 @@ def test_what_is_done_of_a_stage_corrects_its_forecast() -> None:
     assert pace.left(ROUND, 30.0, 0.5) == pytest.approx(30.0 + 6 * 25.0)
 
 
-def test_a_stage_beyond_its_forecast_leaves_what_comes_later() -> None:
-    assert Pace(EXPECTED).left(ROUND, 50.0, None) == 25.0
+def test_a_stage_beyond_its_forecast_slows_what_comes_later() -> None:
+    assert Pace(EXPECTED).left(ROUND, 50.0, None) == 5 * 25.0

@@ -70,16 +70,19 @@ def test_a_pass_of_ones_own_runs_over_a_library_and_is_switched_off(tmp_path: Pa
 def test_the_bundles_of_a_trained_hybrid_predict_as_torch_does(tmp_path: Path) -> None:
     done = sample("train_hybrid.py", tmp_path / "hybrid", "--steps", "16", "--seed", "3")
     assert done.returncode == 0, done.stderr
-    head, *rows, fp32, int8 = done.stdout.splitlines()
+    head, *rows, fp32, int8, int4 = done.stdout.splitlines()
     assert head.split() == ["perplexity", "score", "decode"]
     found = {name: np.array(figures, float) for name, *figures in map(str.split, rows)}
-    assert list(found) == ["torch", "fp32", "int8"]
+    assert list(found) == ["torch", "fp32", "int8", "int4"]
     assert (found["torch"] < 300).all()  # without training 512, the size of the vocabulary
     np.testing.assert_allclose(found["fp32"], found["torch"], rtol=0.0001)
     np.testing.assert_allclose(found["int8"], found["torch"], rtol=0.02)
+    np.testing.assert_allclose(found["int4"], found["torch"], rtol=0.05)
     assert (found["int8"] != found["fp32"]).any()
+    assert (found["int4"] != found["int8"]).any()
     assert fp32.startswith("fp32: 'By the time")
     assert int8.startswith("int8: 'By the time")
+    assert re.match("int4: ['\"]By the time", int4)
 
 
 @pytest.mark.slow

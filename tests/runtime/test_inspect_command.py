@@ -104,7 +104,7 @@ def test_the_facts_are_those_of_the_manifest(satchel: Satchel, rich: Path) -> No
     assert ["weights.bin", f"{weights:,}", f"{weights / whole:.1%}"] in lines
     assert ["all", f"{whole:,}"] in lines
     bits = 8 * weights / read_manifest(rich)["model"]["parameters"]
-    assert [f"{whole / 1e6:.1f} MB; {bits:.2f} bits per weight"] in lines
+    assert [f"{whole / 1e3:.1f} kB; {bits:.2f} bits per weight"] in lines
     assert ["per token", "512 bytes"] in lines  # 2 layers x 2 heads x (16 + 16) numbers x 4 bytes
     assert ["decode", "decode.onnx", "its own", "session.disable_prepacking = 1"] in lines
     assert ["common", "fuse_norms 1,200"] in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pytest
 from onnx import numpy_helper
 from support.command import Satchel
 from support.tiny_bundle import VOCABULARY, read_manifest, replace_file, write_manifest
-from support.tiny_hybrid import PATTERN, expected, write_hybrid
+from support.tiny_hybrid import HEAD_DIM, KV_HEADS, PATTERN, expected, write_hybrid
 
 from satchel.runtime.bundle import strict_json
-from satchel.runtime.errors import BundleError
+from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.evaluation.certify import make_certificate
 from satchel.runtime.evaluation.selftest import selftest
 from satchel.runtime.execution.engine import Engine
@@ -46,15 +47,29 @@ def test_the_bytes_of_states_are_told(satchel: Satchel, folder: Path, name: str)
     assert satchel.json("doctor", folder)["bundle"]["cache_bytes"] == STATES[name] + 64 * POSITION[name]
 
 
-def test_run_tells_them_apart_from_the_cache(
-    satchel: Satchel, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("satchel.runtime.cli.run.MIB", 1)
+def test_run_tells_them_apart_from_the_cache(satchel: Satchel, folder: Path, name: str) -> None:
     found = satchel.json("run", folder, "abc", "-n", 4, "--threads", 1)
     positions = found["prompt_tokens"] + 3
     assert found["kv_bytes"] == STATES[name] + positions * POSITION[name]
     _, err = satchel("run", folder, "abc", "-n", 4, "--threads", 1)
-    assert err.rstrip().endswith(f"KV cache {positions * POSITION[name]:.1f} MiB, states {STATES[name]:.1f} MiB")
+    cache = f"KV cache {positions * POSITION[name] / 1024:.1f} KiB, " if POSITION[name] else ""
+    assert err.rstrip().endswith(f"), {cache}states {STATES[name] / 1024:.1f} KiB")
+
+
+def test_inspect_counts_the_layers_of_each_kind(satchel: Satchel, folder: Path, name: str) -> None:
+    states = {
+        "hybrid": "conv and recurrent states in 2; conv states in 1",
+        "recurrent": "conv and recurrent states in 2",
+    }
+    caches = f"1 with {KV_HEADS} KV heads of {HEAD_DIM}; " if POSITION[name] else ""
+    out = satchel("inspect", folder).out
+    assert re.search(rf"^  layers +{caches}{states[name]}$", out, re.MULTILINE)
+    assert ("per token" in out) is ("\nKV cache and states\n" in out) is (name == "hybrid")
+
+
+def test_a_limit_of_the_cache_does_not_advise_to_specialize(folder: Path) -> None:
+    with pytest.raises(PromptError, match=r"--kv-cache-mib 3: .*fixed memory: lower --batch"):
+        Engine.open(open_bundle(folder), threads=1).new_pool(2, 16, 0, 3 << 20)
 
 
 def test_a_step_reads_the_states_once(

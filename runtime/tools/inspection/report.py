@@ -16,10 +16,10 @@ from satchel.runtime.bundle.manifest import AdapterSpec, LayerPrecision, ModelFa
 from satchel.runtime.tools.inspection.inspection import Inspection, PassFacts
 from satchel.runtime.tools.profiling.layer_names import layer_of, pattern_of
 from satchel.runtime.util.kl import FIGURES, KL_MEANING, grade
+from satchel.runtime.util.sizes import binary, decimal
 from satchel.runtime.util.terminal import columns, printable
 
 TEMPLATE = "inspection.html.jinja"
-MB, MIB = 1e6, 1 << 20
 WIDEST_BITS = 8  # of a quantized weight
 WRAP = 96  # columns
 LORA_FIRST = lora_names("")[0]
@@ -77,7 +77,7 @@ def as_page(inspection: Inspection) -> str:
     template = resources.files("satchel.runtime.tools.inspection").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     biggest = max(inspection.bytes, 1)
-    sizes = [Bar(printable(name), _megabytes(size), size / biggest) for name, size in inspection.files.items()]
+    sizes = [Bar(printable(name), decimal(size), size / biggest) for name, size in inspection.files.items()]
     page = environment.from_string(template).render(
         name=printable(inspection.bundle),
         overview=_overview(inspection),
@@ -120,7 +120,7 @@ def _overview(found: Inspection) -> Table:
             (
                 "specialized",
                 f"for ONNX Runtime {machine.onnxruntime}, {machine.provider}, {machine.processor}: {runs}, "
-                f"{attention} attention, {_megabytes(machine.bytes)} more",
+                f"{attention} attention, {decimal(machine.bytes)} more",
             )
         )
     return Table("Bundle", _clean(rows))
@@ -136,7 +136,7 @@ def _described(adapter: AdapterSpec, found: Inspection) -> str:
     ranks = sorted({tensor.shape[1] for tensor in adapter.inputs if tensor.name.endswith(LORA_FIRST)})
     layers = {tensor.name.rpartition(".lora_")[0] for tensor in adapter.inputs}
     several = "rank " if len(ranks) == 1 else "ranks "
-    return f"{several}{', '.join(map(str, ranks))} on {len(layers)} layers, {_megabytes(found.files[adapter.file])}"
+    return f"{several}{', '.join(map(str, ranks))} on {len(layers)} layers, {decimal(found.files[adapter.file])}"
 
 
 def _shapes(found: Inspection) -> str:
@@ -146,6 +146,10 @@ def _shapes(found: Inspection) -> str:
         width = str(key_dim) if value_dim == key_dim else f"{key_dim} (keys) and {value_dim} (values)"
         latent = f"a latent of {key_dim}, keys and values in one"
         parts.append(f"{count} with {f'{kv_heads} KV heads of {width}' if value_dim else latent}")
+    kinds: dict[int, list[str]] = defaultdict(list)
+    for state in found.states:
+        kinds[state.layer].append(state.kind)
+    parts += [f"{' and '.join(each)} states in {count}" for each, count in Counter(map(tuple, kinds.values())).items()]
     return "; ".join(parts) or "none"
 
 
@@ -154,22 +158,25 @@ def _files(found: Inspection) -> Table:
     rows = [(name, f"{size:,}", f"{size / whole:.1%}") for name, size in found.files.items()]
     rows.append(("all", f"{found.bytes:,}", ""))
     note = "" if found.bits_per_weight is None else f"; {found.bits_per_weight:.2f} bits per weight"
-    return Table("Files", _clean(rows), ("file", "bytes", "share"), (1, 2), _megabytes(found.bytes) + note)
+    return Table("Files", _clean(rows), ("file", "bytes", "share"), (1, 2), decimal(found.bytes) + note)
 
 
 def _cache(found: Inspection) -> Table:
     cache, context = found.kv_cache, found.model.max_context
-    rows = [
-        ("values", f"{cache.dtype}, written in place" if cache.mode == "shared" else f"{cache.dtype}, {cache.mode}"),
-        ("per token", f"{found.cache_bytes_per_token:,} bytes"),
-        (f"{context:,} tokens", f"{found.cache_bytes / MIB:,.1f} MiB"),
-    ]
+    rows = []
+    if cache.layers:
+        rows = [
+            ("values", f"{cache.dtype}, {'written in place' if cache.mode == 'shared' else cache.mode}"),
+            ("per token", f"{found.cache_bytes_per_token:,} bytes"),
+            (f"{context:,} tokens", binary(found.cache_bytes)),
+        ]
     for (kind, dtype, shape), count in Counter((s.kind, s.dtype, s.shape) for s in found.states).items():
         size = " x ".join(map(str, shape))
         rows.append((f"{kind} states", f"{dtype}, {count} of {size}"))
     if found.states:
         rows.append(("states per sequence", f"{found.state_bytes:,} bytes, of any length"))
-    return Table("KV cache", _clean(rows))
+    title = f"KV cache{' and states' if found.states else ''}" if cache.layers else "States"
+    return Table(title, _clean(rows))
 
 
 def _grouped_layers(found: Inspection) -> Table:
@@ -356,10 +363,6 @@ def _option(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else str(value)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / MB:,.1f} MB"
 
 
 def _clean(rows: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
