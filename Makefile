@@ -16,8 +16,9 @@ BUNDLE := out/smollm2-int8
 PROMPT ?= What is the capital of Japan?
 MUTANTS ?= 5000
 SEED ?= 0
-# What test-newest installs beside the versions of constraints.txt.
+# What test-newest installs beside the versions of constraints.txt, and the tests that it repeats: quick or all.
 NEWEST ?= onnxruntime 'transformers<6'
+SUITE ?= quick
 WORKERS ?= 2
 
 # samples/web and the server's page in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
@@ -40,11 +41,11 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev | $(MODEL)
 	$(PYTEST)
 
-# The quick tests with other versions, which lie in a folder that comes before .venv in Python's path.
-test-newest: $(VENV)/.dev
+# Tests with other versions, which lie in a folder that comes before .venv in Python's path.
+test-newest: $(VENV)/.dev $(if $(filter all,$(SUITE)),| $(MODEL))
 	@rm -rf build/newest
 	@$(PIP) install --no-deps --target build/newest $(NEWEST)
-	PYTHONPATH=$(CURDIR)/build/newest $(PYTEST) -m "not slow"
+	PYTHONPATH=$(CURDIR)/build/newest $(PYTEST) $(if $(filter all,$(SUITE)),,-m "not slow")
 
 # Lines that the tests run, those in processes of their own included.
 coverage: $(VENV)/.dev

@@ -213,6 +213,15 @@ def _llama4_experts(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Ten
     return module.shared_expert(hidden) + out, logits
 
 
+def _aria_experts(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The forward of Aria's mixture, whose views of views the tracer does not follow."""
+    hidden: Any = hidden_states.flatten(0, 1)
+    _, weights, index = module.router(hidden)
+    mixed: Any = module.experts(hidden, index, weights)
+    summed: torch.Tensor = mixed.unflatten(0, hidden_states.shape[:2]) + module.shared_experts(hidden_states)
+    return summed
+
+
 def _gaussian_top_k(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Gemma 3n's sparse activations: what exceeds a quantile of a normal distribution, the quantile as a number."""
     quantile = statistics.NormalDist().inv_cdf(module.activation_sparsity)
@@ -232,6 +241,7 @@ def _shared_attention(module: Any, hidden_states: torch.Tensor, layer_idx: int, 
 
 METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("Llama4TextMoe", "forward"): _llama4_experts,
+    ("AriaTextMoELayer", "forward"): _aria_experts,
     ("Gemma3nTextMLP", "_gaussian_topk"): _gaussian_top_k,
     ("Zamba2Attention", "forward"): _shared_attention,
     **own_attention.METHODS,

@@ -20,6 +20,17 @@ BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
     "xglm": ({}, "hard-coded"),
     "recurrent_gemma": ({"lru_width": 64}, "recurrence is hard-coded"),
     "rwkv": ({}, "recurrence is hard-coded"),
+    "zaya": ({}, "convolution of its queries and keys"),
+    "dbrx": (
+        {
+            "d_model": 64, "n_heads": 4, "n_layers": 2, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        },
+        "mixture of experts is hard-coded",
+    ),
+    "beam": ({"num_experts": 8, "moe_intermediate_size": 24}, "a gate of their own"),
+    "inkling_text": ({}, "a bias that each token computes"),
+    "hrm_text": ({}, "several times"),
     "deepseek_v32": ({"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "sparse attention"),
     "dory": ({"layer_types": ["full_attention"] * 2, "n_input_layers": 0, "n_output_layers": 1}, "several times"),
     "bert": ({}, "not a causal language model"),
@@ -33,6 +44,14 @@ BY_STRUCTURE: dict[str, tuple[dict[str, Any], str]] = {
     "diffllama": ({}, "attention layers were traced (indices [0, 0, 1, 1])"),
     "xglm": ({}, "'Mask' object has no attribute 'size'"),
     "doge": ({}, "'Mask' object has no attribute"),
+    "inkling_text": ({}, "InklingAttention: its attention uses position_bias"),
+    "beam": (
+        {
+            "head_dim": 16, "mlp_layer_types": ["dense", "sparse"], "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1,
+        },
+        "BeamExperts: its experts have a custom gate",
+    ),
     "dory": (
         {"layer_types": ["full_attention"] * 2, "n_input_layers": 0, "n_output_layers": 1},
         "attention layers were traced (indices [0, 0, 1])",

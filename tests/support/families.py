@@ -449,6 +449,19 @@ FAMILIES: dict[str, Family] = {
         {"rotation of all channels": {"partial_rotary_factor": 0.5}, "norms of queries and keys": HEAD_NORMS},
     ),
     "apertus1p5_text": Family("apertus1p5_text", {}, {"rotation": unrotated}),
+    "aria_text": Family(
+        "aria_text", {"head_dim": HEAD_DIM, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        {"rotation": unrotated, "the second expert": {"moe_topk": 1}},
+    ),
+    "cohere_compass_text": Family(
+        "cohere_compass_text",
+        {
+            "layer_types": ALTERNATING, "sliding_window": WINDOW, "logit_scale": 0.5, "tie_word_embeddings": False,
+            "rope_parameters": {"sliding_attention": PLAIN_ROPE, "full_attention": None}, "pad_token_id": 0,
+        },
+        {"window": {"sliding_window": 128}, "scale of the logits": {"logit_scale": 1.0}},
+        seed=2,
+    ),
 }  # fmt: skip
 FAMILIES |= {
     name: Family(model_type, options, {STATE: stateless}, seed=seed, deviation=deviation)

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 SINCE = {
-    "flint": "5.21", "internlm3": "5.23", "iquestcoder": "5.23", "lfm3": "5.23", "apertus1p5_text": "5.24",
+    "flint": "5.21", "dots3_note_text": "5.23", "inkling2_text": "5.23", "internlm3": "5.23", "iquestcoder": "5.23",
+    "lfm3": "5.23", "apertus1p5_text": "5.24",
     "dory": "5.24", "exaone": "5.24", "inkling2_loop_text": "5.24", "lara_mini": "5.24", "sarvam_mla": "5.24",
     "sarvam_moe": "5.24",
 }  # fmt: skip
