@@ -24,7 +24,8 @@ _REFUSED_FOR = {
     "its attention is hard-coded, so its attention function cannot be replaced": (
         "cpmant ctrl diffllama doge gpt_neox_japanese openai-gpt xglm xlm xlnet"
     ),
-    "its recurrence is hard-coded, so its functions cannot be replaced": "minimax recurrent_gemma rwkv xlstm zamba",
+    "its recurrence is hard-coded, so its functions cannot be replaced": "minimax recurrent_gemma rwkv xlstm",
+    "each of its layers has several recurrences": "zamba",
     "the convolution of its queries and keys is hard-coded, so its functions cannot be replaced": "zaya",
     "its mixture of experts is hard-coded, so its experts function cannot be replaced": "dbrx jetmoe longcat_flash",
     "its experts have a gate of their own": "beam",

@@ -20,6 +20,7 @@ BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
     "xglm": ({}, "hard-coded"),
     "recurrent_gemma": ({"lru_width": 64}, "recurrence is hard-coded"),
     "rwkv": ({}, "recurrence is hard-coded"),
+    "zamba": ({"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}, "several recurrences"),
     "zaya": ({}, "convolution of its queries and keys"),
     "dbrx": (
         {
