@@ -158,14 +158,18 @@ def texts_of(drafter: NgramDrafter, most: int = 4) -> list[int]:
 def test_predictions_are_what_followed_the_last_tokens() -> None:
     pool = NgramPool()
     drafter = NgramDrafter(pool, np.array([1, 2, 3, 4, 5, 6, 7, 8, 1, 2]))
-    assert texts_of(drafter) == []
+    assert texts_of(drafter) == [3, 4, 5, 6]  # only two are the same
     drafter.add([9])
     assert texts_of(drafter) == []
-    drafter.add([1, 2, 3])
+    drafter.add([1, 2])
+    assert texts_of(drafter, 1) == [9]  # the latest
+    drafter.add([3])
     assert texts_of(drafter) == [4, 5, 6, 7]
     drafter.add([4])
     assert texts_of(drafter, 2) == [5, 6]
     drafter.add([9])
+    assert texts_of(drafter) == [6, 7, 8, 1]  # after another token than the source has
+    drafter.add([10])
     assert texts_of(drafter) == []
     other = NgramDrafter(pool, np.array([50, 4, 5, 6]))  # from another text
     assert texts_of(other, 9) == [7, 8, 1, 2, 9, 1, 2, 3, 4]
@@ -202,6 +206,17 @@ def test_how_often_predictions_are_right_is_measured_without_drafts() -> None:
     drafter.add(copied.tolist())
     assert pool.chance(8) > 0.7
     assert pool.chance(1000) > 0.95
+
+
+@pytest.mark.parametrize(("run", "follows"), [(drafts.PAIR, 9), (drafts.SKIPPED, 6)])
+def test_of_the_weaker_sources_the_one_that_was_right_more_often_predicts(run: int, follows: int) -> None:
+    pool = NgramPool()
+    for _ in range(9):
+        pool.note(run, True)
+        pool.note(drafts.PAIR + drafts.SKIPPED - run, False)
+    drafter = NgramDrafter(pool, np.array([4, 8, 9, 20, 1, 2, 3, 4, 5, 6, 30, 1, 2, 3]))
+    drafter.add([4, 8])  # 5 was to follow: either 8 is in its place, or 9 follows as it did after 4, 8
+    assert texts_of(drafter, 1) == [follows]
 
 
 def test_the_pool_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
