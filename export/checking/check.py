@@ -66,12 +66,16 @@ class GraphResult:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result for a bundle. `tables` names the ONNX Runtime whose rules and kernels were looked up."""
+    """The result for a bundle.
+
+    `tables` names the ONNX Runtime whose rules and kernels were looked up; `states` counts those that its layers keep.
+    """
 
     bundle: str
     target: str
     provider: str
     tables: str
+    states: int
     errors: int
     warnings: int
     graphs: tuple[GraphResult, ...]
@@ -98,6 +102,7 @@ def check_bundle(bundle: Bundle, provider: Provider) -> CheckResult:
         target=bundle.manifest.target,
         provider=provider.name,
         tables=provider.tables,
+        states=len(bundle.manifest.states),
         errors=severities[ERROR],
         warnings=severities[WARNING],
         graphs=graphs,

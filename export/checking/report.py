@@ -129,6 +129,8 @@ def _graph_rows(result: CheckResult) -> list[tuple[str, ...]]:
 
 
 def _notes(result: CheckResult) -> Iterator[str]:
+    if result.states and result.provider != "cpu":
+        yield "layers with convolution or recurrent states are exported for the CPU only: no other target helps"
     for graph in result.graphs:
         if graph.note:
             reason = printable(graph.note)

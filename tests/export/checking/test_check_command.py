@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_operators_with_states_are_refused_by_name_where_there_is_no_kernel(
     for graph in found["graphs"]:
         assert set(STATEFUL) & set(graph["refused"]) == set(refused)
         assert set(refused) <= {each["operator"] for each in graph["findings"] if each["severity"] == "error"}
+
+
+@pytest.mark.parametrize(("write", "told"), [(write_hybrid, True), (write_bundle, False)])
+def test_where_no_target_helps_it_is_told(
+    satchel: Satchel, tmp_path: Path, write: Callable[[Path], Path], told: bool
+) -> None:
+    bundle = write(tmp_path / "bundle")
+    assert (
+        "exported for the CPU only" in satchel("check", bundle, "--provider", "cann", "--quiet", code=1).out
+    ) is told
+    assert "CPU only" not in satchel("check", bundle, "--provider", "cpu", "--quiet").out
 
 
 def test_the_graph_is_judged_as_it_is_handed_over(satchel: Satchel, bundle: Path) -> None:
