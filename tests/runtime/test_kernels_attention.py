@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from support.attention_node import INPUTS, Array, Step, attend, expected, open_node, packed
-from support.kernels import needs_kernels
+from support.kernels import equal_in_all_sets, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -72,6 +72,12 @@ def test_numbers_are_those_of_group_query_attention(name: str) -> None:
     feeds = step.feeds()
     theirs = attend(step, feeds, domain="com.microsoft")[0]
     assert_close(attend(step, feeds)[0], theirs)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_all_instruction_sets_give_the_same_bits(step: Step) -> None:
+    feeds = step.feeds()
+    equal_in_all_sets(lambda: attend(step, feeds))
 
 
 @pytest.mark.parametrize("name", ["decode over several ranges", "chunk over a past", "prompt of several rows"])

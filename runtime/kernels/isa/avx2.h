@@ -8,6 +8,8 @@ TARGET("avx2,fma")
 #endif
 
 enum { PARTS = 2 };
+#define WIDE 1
+#define PART_REGISTER "x"
 typedef float PartF __attribute__((vector_size(32)));
 typedef int32_t PartI __attribute__((vector_size(32)));
 
@@ -59,3 +61,25 @@ INLINE PartF part_swap_1(PartF v) { return _mm256_permute_ps(v, 0xb1); }
 INLINE PartF part_swap_2(PartF v) { return _mm256_permute_ps(v, 0x4e); }
 INLINE PartF part_swap_4(PartF v) { return _mm256_permute2f128_ps(v, v, 1); }
 INLINE PartF part_swap_8(PartF v) { return v; } /* not within a register */
+
+INLINE PartF part_zip_low(PartF a, PartF b)
+{
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+
+INLINE PartF part_zip_high(PartF a, PartF b)
+{
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+
+INLINE PartF add_zipped(PartF a, PartF b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); }
+
+#define part_sums part_sums
+/* Halves first, then within them: half the shuffles of zips. */
+INLINE PartF part_sums(const PartF v[8])
+{
+    PartF four[4];
+    for (int i = 0; i < 4; i++)
+        four[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20) + _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+    return add_zipped(add_zipped(four[0], four[2]), add_zipped(four[1], four[3]));
+}

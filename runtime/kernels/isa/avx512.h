@@ -4,6 +4,8 @@
 TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 
 enum { PARTS = 1 };
+#define WIDE 4
+#define PART_REGISTER "v"
 typedef float PartF __attribute__((vector_size(64)));
 typedef int32_t PartI __attribute__((vector_size(64)));
 
@@ -32,3 +34,13 @@ INLINE PartF part_swap_2(PartF v) { return _mm512_permute_ps(v, 0x4e); }
 INLINE PartF part_swap_4(PartF v) { return _mm512_shuffle_f32x4(v, v, 0xb1); }
 INLINE PartF part_swap_8(PartF v) { return _mm512_shuffle_f32x4(v, v, 0x4e); }
 #define part_times_power(p, x) ((PartF)_mm512_scalef_ps(p, x))
+
+INLINE PartF part_zip_low(PartF a, PartF b)
+{
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+
+INLINE PartF part_zip_high(PartF a, PartF b)
+{
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}

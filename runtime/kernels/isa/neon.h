@@ -8,6 +8,8 @@ TARGET("+dotprod")
 #endif
 
 enum { PARTS = 4 };
+#define WIDE 1
+#define PART_REGISTER "w"
 typedef float32x4_t PartF;
 typedef int32x4_t PartI;
 
@@ -76,3 +78,5 @@ INLINE PartF part_swap_1(PartF v) { return vrev64q_f32(v); }
 INLINE PartF part_swap_2(PartF v) { return vextq_f32(v, v, 2); }
 INLINE PartF part_swap_4(PartF v) { return v; } /* not within a register */
 INLINE PartF part_swap_8(PartF v) { return v; }
+INLINE PartF part_zip_low(PartF a, PartF b) { return vzip1q_f32(a, b); }
+INLINE PartF part_zip_high(PartF a, PartF b) { return vzip2q_f32(a, b); }

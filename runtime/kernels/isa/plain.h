@@ -2,6 +2,7 @@
 #include <math.h>
 
 enum { PARTS = 4 };
+#define WIDE 1
 typedef float PartF __attribute__((vector_size(16)));
 typedef int32_t PartI __attribute__((vector_size(16)));
 
@@ -57,3 +58,5 @@ INLINE PartF part_swap_1(PartF v) { return (PartF){v[1], v[0], v[3], v[2]}; }
 INLINE PartF part_swap_2(PartF v) { return (PartF){v[2], v[3], v[0], v[1]}; }
 INLINE PartF part_swap_4(PartF v) { return v; } /* not within a part */
 INLINE PartF part_swap_8(PartF v) { return v; }
+INLINE PartF part_zip_low(PartF a, PartF b) { return (PartF){a[0], b[0], a[1], b[1]}; }
+INLINE PartF part_zip_high(PartF a, PartF b) { return (PartF){a[2], b[2], a[3], b[3]}; }

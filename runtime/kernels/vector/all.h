@@ -4,6 +4,10 @@
 #include "../instruction_set.h"
 
 #include "rows.c"
+#include "rotary.c"
+#include "attention_decode.c"
+#include "attention_prefill.c"
+#include "attention.c"
 #include "recurrence.c"
 #include "convolution.c"
 
@@ -11,15 +15,11 @@
 #include "native.h"
 #include "table.c"
 #include "linear.c"
-#include "rotary.c"
-#include "attention_decode.c"
-#include "attention_prefill.c"
-#include "attention.c"
 #define LINEAR .linear = linear_run, .table = table_run
-#define ATTENTION .attention_check = attention_check, .attention = attention_run
 #else
 #define LINEAR .linear = 0
-#define ATTENTION .attention = 0
 #endif
 
-#define KERNELS LINEAR, ATTENTION, .recurrence = recurrence_run, .convolution = convolution_run
+#define KERNELS                                                                                                   \
+    LINEAR, .attention_check = attention_check, .attention = attention_run, .recurrence = recurrence_run,          \
+        .convolution = convolution_run

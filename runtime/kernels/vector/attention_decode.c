@@ -10,7 +10,12 @@
 /* Attention of sequences with one new token. Its keys are split into ranges. A task takes one range of one key head
  * for all its query heads, and stores their maximum, the sum of exponentials and the weighted values. These are merged
  * in the order of the ranges (as in Flash-Decoding). The split depends on the number of keys only. */
-enum { ROWS = 4, MAX_RANGE = 512, STRIDE = MAX_RANGE + LANES }; /* a run of keys is stored in whole steps */
+enum {
+    ROWS = 4,
+    MAX_RANGE = 512,
+    STRIDE = MAX_RANGE + LANES, /* a run of keys is stored in whole steps */
+    CACHED = 64,                /* values that are read once for each vector of columns */
+};
 
 /* Keys in a range. Short ranges give work to more threads, long ones are read from memory faster. */
 static int64_t range_of(int64_t keys)
@@ -36,23 +41,16 @@ static int64_t decode_work(const AttentionCall *call, int64_t row)
     return seen_keys(call, row) * call->heads * call->head_dim;
 }
 
-/* A macro, since clang wants constants in the intrinsics' own arguments. */
-#define add_shuffled(a, b, first, second) \
-    _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second))
-
-/* 16 vectors to their sums: lane 4i + j has that of vector 4i + j. */
-INLINE __m512 sum_lanes(const __m512 v[16])
+/* sum[r] += the products of 16 channels of a key with those of `rows` queries. */
+INLINE void add_channels(F16 *sum, const float *key, const float *query, int64_t head_dim, int64_t left, const bool whole,
+                         const int rows)
 {
-    __m512 four[4];
+    const F16 x = whole ? load_once(key) : load_some(key, left);
     UNROLL
-    for (int i = 0; i < 4; i++) {
-        const __m512 *a = v + 4 * i;
-        __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-        __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-        four[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    for (int r = 0; r < rows; r++) {
+        const float *at = query + r * head_dim;
+        sum[r] = mul_add(load_up_to(whole, at, left), x, sum[r]);
     }
-    __m512 low = add_shuffled(four[0], four[1], 0x44, 0xee), high = add_shuffled(four[2], four[3], 0x44, 0xee);
-    return add_shuffled(low, high, 0x88, 0xdd);
 }
 
 /* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
@@ -62,91 +60,114 @@ INLINE void decode_scores(const float *query, const float *keys, const float *va
 {
     const int step = rows == 1 ? 16 : 4;
     for (int64_t key = 0; key < count; key += step) {
-        __m512 sum[16];
-        const float *at[16];
-#pragma GCC unroll 16
+        F16 sum[16];
+        UNROLL
         for (int i = 0; i < 16; i++)
-            sum[i] = _mm512_setzero_ps();
-#pragma GCC unroll 16
-        for (int k = 0; k < step; k++)
-            at[k] = keys + min64(key + k, count - 1) * head_dim;
-#pragma GCC unroll 16
-        for (int k = 0; k < step; k++) /* key by key, in the order of memory */
-            for (int64_t d = 0; d < head_dim; d += LANES) {
-                __mmask16 mask = lanes(head_dim - d);
-                __m512 x = _mm512_maskz_loadu_ps(mask, at[k] + d);
-                _mm_prefetch(values + (at[k] - keys) + d, _MM_HINT_T1);
-                UNROLL
-                for (int r = 0; r < rows; r++)
-                    sum[r * 4 + k]
-                        = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + r * head_dim + d), x, sum[r * 4 + k]);
+            sum[i] = floats(0);
+        UNROLL
+        for (int k = 0; k < step; k++) { /* key by key, in the order of memory */
+            const int64_t from = min64(key + k, count - 1) * head_dim;
+            F16 own[ROWS] = {floats(0), floats(0), floats(0), floats(0)};
+            int64_t d = 0;
+            for (; d + LANES <= head_dim; d += LANES) {
+                __builtin_prefetch(values + from + d, 0, 2);
+                add_channels(own, keys + from + d, query + d, head_dim, LANES, true, rows);
             }
-        __m512 sums = sum_lanes(sum);
+            if (d < head_dim)
+                add_channels(own, keys + from + d, query + d, head_dim, head_dim - d, false, rows);
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                sum[r * 4 + k] = own[r];
+        }
+        const F16 sums = sums_of(sum);
         if (rows == 1) {
-            _mm512_storeu_ps(scores + key, sums);
+            store(scores + key, sums);
             continue;
         }
-        _mm_storeu_ps(scores + key, _mm512_castps512_ps128(sums));
-        _mm_storeu_ps(scores + STRIDE + key, _mm512_extractf32x4_ps(sums, 1));
-        if (rows > 2)
-            _mm_storeu_ps(scores + 2 * STRIDE + key, _mm512_extractf32x4_ps(sums, 2));
-        if (rows > 3)
-            _mm_storeu_ps(scores + 3 * STRIDE + key, _mm512_extractf32x4_ps(sums, 3));
+        float each[LANES];
+        store(each, sums);
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            memcpy(scores + r * STRIDE + key, each + 4 * r, 4 * sizeof *each);
     }
 }
 
 /* Scores to powers of their maximum; what is beyond the last key becomes 0. */
 static void softmax(float *scores, int64_t count, float cap, float *maximum, float *total)
 {
-    const __m512 none = _mm512_set1_ps(-INFINITY);
-    __m512 most = none, sum = _mm512_setzero_ps();
+    const F16 none = floats(-INFINITY);
+    F16 most = none, sum = floats(0);
     for (int64_t key = 0; key < count; key += LANES) {
-        __m512 score = _mm512_maskz_loadu_ps(lanes(count - key), scores + key);
+        F16 score = load(scores + key);
         if (cap > 0)
-            score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
-        score = _mm512_mask_blend_ps(lanes(count - key), none, score);
-        _mm512_storeu_ps(scores + key, score);
-        most = _mm512_max_ps(most, score);
+            score = mul(tanh_lanes(score), floats(cap));
+        if (key + LANES > count)
+            score = choose(lanes_below(count - key), score, none);
+        store(scores + key, score);
+        most = larger(most, score);
     }
-    *maximum = fmaxf(_mm512_reduce_max_ps(most), -0x1p+126f); /* finite: infinity minus infinity is NaN */
-    most = _mm512_set1_ps(*maximum);
+    *maximum = fmaxf(largest_of(most), -0x1p+126f); /* finite: infinity minus infinity is NaN */
+    most = floats(*maximum);
     for (int64_t key = 0; key < count; key += LANES) {
-        __m512 power = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(scores + key), most));
-        _mm512_storeu_ps(scores + key, power);
-        sum = _mm512_add_ps(sum, power);
+        F16 power = exp2_lanes(sub(load(scores + key), most));
+        store(scores + key, power);
+        sum = add(sum, power);
     }
-    *total = _mm512_reduce_add_ps(sum);
+    *total = sum_of(sum);
 }
 
-/* out[rows][columns] += scores * values, for up to 4 vectors of columns; the first keys start at zero. */
+/* out[rows][columns] += scores * values, for some vectors of columns, the last of which has `left`; the first keys start
+ * at zero. */
 INLINE void decode_values(const float *scores, const float *values, int64_t count, int64_t head_dim, bool start,
-                          __mmask16 tail, float *out, const int rows, const int vectors)
+                          int64_t left, float *out, const int rows, const int vectors, const bool whole)
 {
-    __m512 sum[ROWS][4];
+    F16 sum[ROWS][4];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < vectors; c++)
-            sum[r][c] = _mm512_maskz_loadu_ps(start ? 0 : c == vectors - 1 ? tail : 0xffff,
-                                              out + r * head_dim + c * LANES);
+            sum[r][c] = start ? floats(0) : load_up_to(whole, out + r * head_dim + c * LANES, left);
     for (int64_t key = 0; key < count; key++) {
-        __m512 x[4];
+        F16 x[4];
         UNROLL
         for (int c = 0; c < vectors; c++)
-            x[c] = _mm512_maskz_loadu_ps(c == vectors - 1 ? tail : 0xffff, values + key * head_dim + c * LANES);
+            x[c] = load_up_to(whole, values + key * head_dim + c * LANES, left);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            __m512 score = _mm512_set1_ps(scores[r * STRIDE + key]);
+            const F16 score = floats(scores[r * STRIDE + key]);
             UNROLL
             for (int c = 0; c < vectors; c++)
-                sum[r][c] = _mm512_fmadd_ps(score, x[c], sum[r][c]);
+                sum[r][c] = mul_add(score, x[c], sum[r][c]);
         }
     }
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < vectors; c++)
-            _mm512_mask_storeu_ps(out + r * head_dim + c * LANES, c == vectors - 1 ? tail : 0xffff, sum[r][c]);
+            store_up_to(whole, out + r * head_dim + c * LANES, left, sum[r][c]);
+}
+
+/* The same for all columns. A single query has registers for 4 vectors of them everywhere. */
+INLINE void add_values(const float *scores, const float *values, int64_t count, int64_t head_dim, bool start, float *out,
+                       const int rows)
+{
+    const int most = 4 / rows > WIDE ? 4 / rows : WIDE;
+    for (int64_t column = 0, vectors; column < head_dim; column += vectors * LANES) {
+        const int64_t left = head_dim - column;
+        const float *value = values + column;
+        float *to = out + column;
+        vectors = max64(1, min64(left / LANES, most));
+        if (left < LANES)
+            decode_values(scores, value, count, head_dim, start, left, to, rows, 1, false);
+        else if (vectors == 1)
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 1, true);
+        else if (vectors == 2)
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 2, true);
+        else if (vectors == 3)
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 3, true);
+        else
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 4, true);
+    }
 }
 
 /* The keys of one range, for `rows` query heads. */
@@ -171,21 +192,10 @@ INLINE void attend(const Range *range, const int rows)
     }
     for (int r = 0; r < rows; r++)
         softmax(scores + r * STRIDE, range->count, plan->cap, range->maximum + r, range->total + r);
-    for (int64_t column = 0; column < head_dim; column += 4 * LANES) {
-        int64_t left = min64(head_dim - column, 4 * LANES), vectors = (left + LANES - 1) / LANES;
-        __mmask16 tail = lanes(left - (vectors - 1) * LANES);
-        float *out = range->out + column;
-        for (int64_t key = from, next; key < end; key = next) {
-            next = run_end(plan, key, end);
-            const float *at = scores + key - from;
-            const float *value = call->present_value + place_of(plan, range->row, range->kv_head, key) + column;
-            switch (vectors) {
-            case 1: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 1); break;
-            case 2: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 2); break;
-            case 3: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 3); break;
-            default: decode_values(at, value, next - key, head_dim, key == from, tail, out, rows, 4);
-            }
-        }
+    for (int64_t key = from, next; key < end; key = next) {
+        next = min64(run_end(plan, key, end), key + CACHED);
+        const int64_t place = place_of(plan, range->row, range->kv_head, key);
+        add_values(scores + key - from, call->present_value + place, next - key, head_dim, key == from, range->out, rows);
     }
 }
 
@@ -239,12 +249,11 @@ static void merge(const AttentionPlan *plan, int64_t row, int64_t head)
         maximum = fmaxf(maximum, maxima[range * width]);
     memset(out, 0, (size_t)head_dim * sizeof(float));
     for (int64_t range = from; range < to; range++) {
-        __m512 factor = exp2_lanes(_mm512_set1_ps(maxima[range * width] - maximum));
-        total += _mm512_cvtss_f32(factor) * maxima[range * width + call->heads];
+        F16 factor = exp2_lanes(floats(maxima[range * width] - maximum));
+        total += first_of(factor) * maxima[range * width + call->heads];
         for (int64_t d = 0; d < head_dim; d += LANES) {
-            __mmask16 mask = lanes(head_dim - d);
-            __m512 part = _mm512_maskz_loadu_ps(mask, partials + range * width + head * head_dim + d);
-            _mm512_mask_storeu_ps(out + d, mask, _mm512_fmadd_ps(factor, part, _mm512_maskz_loadu_ps(mask, out + d)));
+            F16 part = load_some(partials + range * width + head * head_dim + d, head_dim - d);
+            store_some(out + d, head_dim - d, mul_add(factor, part, load_some(out + d, head_dim - d)));
         }
     }
     for (int64_t d = 0; d < head_dim; d++)

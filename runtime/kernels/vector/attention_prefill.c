@@ -21,96 +21,110 @@ typedef struct {
     float sums[(TILE + BROADCASTS) * MAX_HEAD_DIM]; /* [rows][head_dim] */
     float factor[TILE + LANES];                     /* rescales the sums so far to the new maximum */
     int32_t first[TILE], last[TILE];                /* the keys that a row attends to: first <= key < last */
-    __m512 maximum[VECTORS], total[VECTORS];
+    int32_t all_from[VECTORS], all_to[VECTORS];     /* those that all rows of a vector attend to */
+    F16 maximum[VECTORS], total[VECTORS];
 } Tile;
 
 /* scores[key][rows] of 6 keys and COUNT vectors of rows. */
 INLINE void score_tile(const float *const *keys, const float *query, int64_t head_dim, float *scores, const int count)
 {
-    __m512 sum[BROADCASTS][VECTORS];
+    F16 sum[BROADCASTS][WIDE];
     UNROLL
     for (int k = 0; k < BROADCASTS; k++)
         UNROLL
         for (int v = 0; v < count; v++)
-            sum[k][v] = _mm512_setzero_ps();
+            sum[k][v] = floats(0);
     for (int64_t d = 0; d < head_dim; d++) {
-        __m512 q[VECTORS];
+        F16 q[WIDE];
         UNROLL
         for (int v = 0; v < count; v++)
-            q[v] = _mm512_load_ps(query + d * TILE + v * LANES);
+            q[v] = load(query + d * TILE + v * LANES);
         UNROLL
         for (int k = 0; k < BROADCASTS; k++) {
-            __m512 key = _mm512_set1_ps(keys[k][d]);
+            const F16 key = floats(keys[k][d]);
             UNROLL
             for (int v = 0; v < count; v++)
-                sum[k][v] = _mm512_fmadd_ps(key, q[v], sum[k][v]);
+                sum[k][v] = mul_add(key, q[v], sum[k][v]);
         }
     }
     UNROLL
     for (int k = 0; k < BROADCASTS; k++)
         UNROLL
         for (int v = 0; v < count; v++)
-            _mm512_store_ps(scores + k * TILE + v * LANES, sum[k][v]);
+            store(scores + k * TILE + v * LANES, sum[k][v]);
 }
 
-/* sums[rows][columns] = factor * sums + scores' * values of ROWS rows and COUNT vectors of columns. */
+/* sums[rows][columns] = factor * sums + scores' * values of ROWS rows and COUNT vectors of columns; if not WHOLE, of one
+ * vector with `left` of them. */
 INLINE void value_tile(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
-                       float *sums, __mmask16 tail, const int rows, const int count)
+                       float *sums, int64_t left, const int rows, const int count, const bool whole)
 {
-    __m512 sum[BROADCASTS][VECTORS];
+    F16 sum[BROADCASTS][WIDE];
     UNROLL
     for (int r = 0; r < rows; r++) {
-        __m512 scale = _mm512_set1_ps(factor[r]);
+        const F16 scale = floats(factor[r]);
         UNROLL
         for (int c = 0; c < count; c++)
-            sum[r][c] = _mm512_mul_ps(
-                scale, _mm512_maskz_loadu_ps(c == count - 1 ? tail : 0xffff, sums + r * head_dim + c * LANES));
+            sum[r][c] = mul(scale, load_up_to(whole, sums + r * head_dim + c * LANES, left));
     }
     for (int64_t k = 0; k < keys; k++) {
-        __m512 value[VECTORS];
+        F16 value[WIDE];
         UNROLL
         for (int c = 0; c < count; c++)
-            value[c] = _mm512_maskz_loadu_ps(c == count - 1 ? tail : 0xffff, values + k * head_dim + c * LANES);
+            value[c] = load_up_to(whole, values + k * head_dim + c * LANES, left);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            __m512 score = _mm512_set1_ps(scores[k * TILE + r]);
+            const F16 score = floats(scores[k * TILE + r]);
             UNROLL
             for (int c = 0; c < count; c++)
-                sum[r][c] = _mm512_fmadd_ps(score, value[c], sum[r][c]);
+                sum[r][c] = mul_add(score, value[c], sum[r][c]);
         }
     }
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < count; c++)
-            _mm512_mask_storeu_ps(sums + r * head_dim + c * LANES, c == count - 1 ? tail : 0xffff, sum[r][c]);
+            store_up_to(whole, sums + r * head_dim + c * LANES, left, sum[r][c]);
 }
 
 static void prefill_scores(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count)
 {
-    switch (count) {
-    case 1: score_tile(keys, query, head_dim, scores, 1); break;
-    case 2: score_tile(keys, query, head_dim, scores, 2); break;
-    case 3: score_tile(keys, query, head_dim, scores, 3); break;
-    default: score_tile(keys, query, head_dim, scores, 4);
+    for (int v = 0; v < count; v += WIDE) {
+        const float *q = query + v * LANES;
+        float *to = scores + v * LANES;
+        if (count - v >= WIDE)
+            score_tile(keys, q, head_dim, to, WIDE);
+#if WIDE > 1
+        else if (count - v == 3)
+            score_tile(keys, q, head_dim, to, 3);
+        else if (count - v == 2)
+            score_tile(keys, q, head_dim, to, 2);
+        else
+            score_tile(keys, q, head_dim, to, 1);
+#endif
     }
 }
 
 INLINE void prefill_values(const float *scores, const float *values, int64_t keys, int64_t head_dim,
                            const float *factor, float *sums, const int rows)
 {
-    for (int64_t column = 0; column < head_dim; column += VECTORS * LANES) {
-        int64_t left = min64(head_dim - column, VECTORS * LANES);
-        int count = (int)((left + LANES - 1) / LANES);
-        __mmask16 tail = lanes(left - (count - 1) * LANES);
+    for (int64_t column = 0, count; column < head_dim; column += count * LANES) {
+        const int64_t left = head_dim - column;
         const float *value = values + column;
         float *sum = sums + column;
-        switch (count) {
-        case 1: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 1); break;
-        case 2: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 2); break;
-        case 3: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 3); break;
-        default: value_tile(scores, value, keys, head_dim, factor, sum, tail, rows, 4);
-        }
+        count = max64(1, min64(left / LANES, WIDE));
+        if (left < LANES)
+            value_tile(scores, value, keys, head_dim, factor, sum, left, rows, 1, false);
+        else if (count == WIDE)
+            value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, WIDE, true);
+#if WIDE > 1
+        else if (count == 3)
+            value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, 3, true);
+        else if (count == 2)
+            value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, 2, true);
+        else
+            value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, 1, true);
+#endif
     }
 }
 
@@ -124,33 +138,15 @@ static void add_four(const float *s, const float *v, int64_t keys, int64_t head_
     prefill_values(s, v, keys, head_dim, f, sums, 4);
 }
 
-/* 16 rows of 16 floats, `stride` apart, to columns, TILE apart. */
-static void transpose(const float *from, int64_t stride, int64_t columns, float *to)
+/* 16 rows of floats, `stride` apart, to columns, TILE apart. */
+static void transpose_rows(const float *from, int64_t stride, int64_t columns, float *to)
 {
-    __m512 a[LANES], b[LANES];
+    F16 v[LANES];
     for (int i = 0; i < LANES; i++)
-        a[i] = _mm512_maskz_loadu_ps(lanes(columns), from + i * stride);
-    for (int i = 0; i < LANES; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4) { /* a[i + j]: channels j, j + 4, j + 8, j + 12 of rows i..i + 3 */
-        a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-        a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
-        a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-        a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-    }
-    for (int j = 0; j < 4; j++) {
-        __m512 low = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88), high = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
-        __m512 low2 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
-        __m512 high2 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
-        b[j] = _mm512_shuffle_f32x4(low, low2, 0x88);
-        b[j + 8] = _mm512_shuffle_f32x4(low, low2, 0xdd);
-        b[j + 4] = _mm512_shuffle_f32x4(high, high2, 0x88);
-        b[j + 12] = _mm512_shuffle_f32x4(high, high2, 0xdd);
-    }
+        v[i] = load_some(from + i * stride, columns);
+    transpose(v);
     for (int i = 0; i < min64(columns, LANES); i++)
-        _mm512_store_ps(to + i * TILE, b[i]);
+        store(to + i * TILE, v[i]);
 }
 
 /* Rotated, scaled and transposed queries of rows start..start + count, and the keys that each of them sees. */
@@ -159,7 +155,7 @@ static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int
     const AttentionCall *call = plan->call;
     int64_t head_dim = call->head_dim, past = past_tokens(call, row);
     float *rotated = tile->sums; /* [16][head_dim]; the sums come later */
-    for (int from = 0; from < TILE; from += LANES) {
+    for (int from = 0; from < count; from += LANES) {
         for (int r = from; r < from + LANES; r++) {
             tile->first[r] = tile->last[r] = 0;
             if (r >= count) {
@@ -173,49 +169,54 @@ static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int
             rotate_head(call, query_of(plan, row, token, head), rotary_row_of(call, row, token), plan->query_scale,
                         rotated + (r - from) * head_dim);
         }
+        tile->all_from[from / LANES] = tile->first[from], tile->all_to[from / LANES] = tile->last[from];
+        for (int r = from; r < from + LANES; r++) {
+            tile->all_from[from / LANES] = (int32_t)max64(tile->all_from[from / LANES], tile->first[r]);
+            tile->all_to[from / LANES] = (int32_t)min64(tile->all_to[from / LANES], tile->last[r]);
+        }
         for (int64_t d = 0; d < head_dim; d += LANES)
-            transpose(rotated + d, head_dim, head_dim - d, tile->query + d * TILE + from);
+            transpose_rows(rotated + d, head_dim, head_dim - d, tile->query + d * TILE + from);
     }
 }
 
 /* Scores of keys start..end to powers of their own maximum, for one vector of rows. */
 static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, int64_t from, int64_t to, float cap)
 {
-    const __m512 none = _mm512_set1_ps(-INFINITY);
+    const F16 none = floats(-INFINITY);
     float *scores = tile->scores + vector * LANES;
     const int32_t *first = tile->first + vector * LANES, *last = tile->last + vector * LANES;
-    __m512i firsts = _mm512_loadu_si512(first), lasts = _mm512_loadu_si512(last);
-    int64_t all_from = _mm512_reduce_max_epi32(firsts), all_to = _mm512_reduce_min_epi32(lasts);
-    __m512 old = tile->maximum[vector], maximum = old;
+    const I16 firsts = load_ints(first), lasts = load_ints(last);
+    const F16 old = tile->maximum[vector];
+    F16 maximum = old;
     for (int64_t key = from; key < to; key++) {
         float *at = scores + (key - start) * TILE;
-        __m512 score = _mm512_load_ps(at);
-        int whole = key >= all_from && key < all_to;
+        F16 score = load(at);
+        const bool whole = key >= tile->all_from[vector] && key < tile->all_to[vector];
         if (cap > 0)
-            score = _mm512_mul_ps(tanh_lanes(score), _mm512_set1_ps(cap));
+            score = mul(tanh_lanes(score), floats(cap));
         if (!whole) {
-            __m512i index = _mm512_set1_epi32((int32_t)key);
-            __mmask16 seen = _mm512_cmple_epi32_mask(firsts, index) & _mm512_cmpgt_epi32_mask(lasts, index);
-            score = _mm512_mask_blend_ps(seen, none, score);
+            const I16 seen = both(is_less(firsts, ints((int32_t)key + 1)), is_less(ints((int32_t)key), lasts));
+            score = choose(seen, score, none);
         }
         if (cap > 0 || !whole)
-            _mm512_store_ps(at, score);
-        maximum = _mm512_max_ps(maximum, score);
+            store(at, score);
+        maximum = larger(maximum, score);
     }
-    __m512 factor = exp2_lanes(_mm512_sub_ps(old, maximum)), total = _mm512_mul_ps(tile->total[vector], factor);
+    const F16 factor = exp2_lanes(sub(old, maximum));
+    F16 total = mul(tile->total[vector], factor);
     for (int64_t key = start; key < from; key++)
-        _mm512_store_ps(scores + (key - start) * TILE, _mm512_setzero_ps());
+        store(scores + (key - start) * TILE, floats(0));
     for (int64_t key = from; key < to; key++) {
         float *at = scores + (key - start) * TILE;
-        __m512 power = exp2_lanes(_mm512_sub_ps(_mm512_load_ps(at), maximum));
-        _mm512_store_ps(at, power);
-        total = _mm512_add_ps(total, power);
+        const F16 power = exp2_lanes(sub(load(at), maximum));
+        store(at, power);
+        total = add(total, power);
     }
     for (int64_t key = to; key < end; key++)
-        _mm512_store_ps(scores + (key - start) * TILE, _mm512_setzero_ps());
+        store(scores + (key - start) * TILE, floats(0));
     tile->maximum[vector] = maximum;
     tile->total[vector] = total;
-    _mm512_storeu_ps(tile->factor + vector * LANES, factor);
+    store(tile->factor + vector * LANES, factor);
 }
 
 static const float ONES[BROADCASTS] = {1, 1, 1, 1, 1, 1}; /* the first run of a block has rescaled the sums */
@@ -299,8 +300,8 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
     memset(tile->factor, 0, sizeof tile->factor);
     memset(tile->scores, 0, sizeof tile->scores); /* rows past the last one are computed, and not stored */
     for (int v = 0; v < VECTORS; v++) {
-        tile->maximum[v] = _mm512_set1_ps(-0x1p+126f); /* finite: infinity minus infinity is NaN */
-        tile->total[v] = _mm512_setzero_ps();
+        tile->maximum[v] = floats(-0x1p+126f); /* finite: infinity minus infinity is NaN */
+        tile->total[v] = floats(0);
     }
     int64_t end = tile->last[count - 1];
     for (int64_t key = tile->first[0]; key < end;) {
@@ -310,15 +311,14 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
     }
     float totals[TILE];
     for (int v = 0; v < VECTORS; v++)
-        _mm512_storeu_ps(totals + v * LANES, tile->total[v]);
+        store(totals + v * LANES, tile->total[v]);
     for (int r = 0; r < count; r++) {
         int64_t token = (start + r) / plan->group, head = kv_head * plan->group + (start + r) % plan->group;
         float *out = out_of(call, row, token, head);
-        const __m512 share = _mm512_set1_ps(1.0f / totals[r]);
+        const F16 share = floats(1.0f / totals[r]);
         for (int64_t d = 0; d < head_dim; d += LANES) {
-            __mmask16 mask = lanes(head_dim - d);
-            __m512 sum = _mm512_maskz_loadu_ps(mask, tile->sums + r * head_dim + d);
-            _mm512_mask_storeu_ps(out + d, mask, _mm512_mul_ps(sum, share));
+            const F16 sum = load_some(tile->sums + r * head_dim + d, head_dim - d);
+            store_some(out + d, head_dim - d, mul(sum, share));
         }
     }
 }

@@ -5,43 +5,39 @@
 #include "attention_internal.h"
 
 /* Channels i and i + half. */
-static void rotate_halves(const float *x, const float *cos, const float *sin, int64_t half, __m512 scale, float *out)
+static void rotate_halves(const float *x, const float *cos, const float *sin, int64_t half, F16 scale, float *out)
 {
     for (int64_t i = 0; i < half; i += LANES) {
-        __mmask16 mask = lanes(half - i);
-        __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + i), scale);
-        __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sin + i), scale);
-        __m512 a = _mm512_maskz_loadu_ps(mask, x + i), b = _mm512_maskz_loadu_ps(mask, x + half + i);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-        _mm512_mask_storeu_ps(out + half + i, mask, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+        const int64_t left = half - i;
+        const F16 c = mul(load_some(cos + i, left), scale), s = mul(load_some(sin + i, left), scale);
+        const F16 a = load_some(x + i, left), b = load_some(x + half + i, left);
+        store_some(out + i, left, mul_sub(a, c, mul(b, s)));
+        store_some(out + half + i, left, mul_add(b, c, mul(a, s)));
     }
 }
 
 /* Channels 2i and 2i + 1. */
-static void rotate_pairs(const float *x, const float *cos, const float *sin, int64_t half, __m512 scale, float *out)
+static void rotate_pairs(const float *x, const float *cos, const float *sin, int64_t half, F16 scale, float *out)
 {
-    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const I16 even = is_equal(to_floats(both(lane_numbers(), ints(1))), floats(0));
     for (int64_t i = 0; i < half; i += LANES / 2) {
-        __mmask16 mask = lanes(min64(half - i, LANES / 2)), pairs = lanes(2 * (half - i));
-        __m512 c = _mm512_permutexvar_ps(twice, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + i), scale));
-        __m512 s = _mm512_permutexvar_ps(twice, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sin + i), scale));
-        __m512 a = _mm512_maskz_loadu_ps(pairs, x + 2 * i), swapped = _mm512_permute_ps(a, 0xb1);
-        _mm512_mask_storeu_ps(out + 2 * i, pairs, _mm512_fmaddsub_ps(a, c, _mm512_mul_ps(swapped, s)));
+        const int64_t left = min64(half - i, LANES / 2);
+        const F16 c = mul(load_some(cos + i, left), scale), s = mul(load_some(sin + i, left), scale);
+        const F16 a = load_some(x + 2 * i, 2 * left), across = mul(swap_1(a), zip_low(s, s));
+        store_some(out + 2 * i, 2 * left, mul_add(a, zip_low(c, c), flip_where(even, across)));
     }
 }
 
 static void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out)
 {
-    const __m512 factor = _mm512_set1_ps(scale);
+    const F16 factor = floats(scale);
     int64_t half = call->cos ? call->rotary_half : 0;
     if (half) {
         const float *cos = call->cos + at * half, *sin = call->sin + at * half;
         (call->interleaved ? rotate_pairs : rotate_halves)(head, cos, sin, half, factor, out);
     }
-    for (int64_t i = 2 * half; i < call->head_dim; i += LANES) {
-        __mmask16 mask = lanes(call->head_dim - i);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, head + i), factor));
-    }
+    for (int64_t i = 2 * half; i < call->head_dim; i += LANES)
+        store_some(out + i, call->head_dim - i, mul(load_some(head + i, call->head_dim - i), factor));
 }
 
 static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to)

@@ -43,6 +43,7 @@ enum { LANES = 16, BYTES = 64 };
 #define END_TARGET
 #endif
 
+/* An instruction set's WIDE: vectors of a register tile beside 6 numbers that each is multiplied by. */
 enum { PART_LANES = LANES / PARTS };
 
 typedef struct {
@@ -82,6 +83,7 @@ ON_PARTS_2(F16, mul, F16, F16, a.part[i] * b.part[i])
 ON_PARTS_2(F16, divide, F16, F16, a.part[i] / b.part[i])
 ON_PARTS_3(F16, mul_add, F16, F16, F16, part_fma(a.part[i], b.part[i], c.part[i]))     /* a * b + c */
 ON_PARTS_3(F16, mul_sub_from, F16, F16, F16, part_fma(-a.part[i], b.part[i], c.part[i]))   /* c - a * b */
+ON_PARTS_3(F16, mul_sub, F16, F16, F16, part_fma(a.part[i], b.part[i], -c.part[i]))        /* a * b - c */
 ON_PARTS_2(F16, larger, F16, F16, part_max(a.part[i], b.part[i])) /* b where one is NaN */
 ON_PARTS_2(F16, smaller, F16, F16, part_min(a.part[i], b.part[i])) /* the same */
 ON_PARTS_1(F16, floor_of, F16, part_floor(a.part[i]))
@@ -95,6 +97,7 @@ ON_PARTS_1(I16, bits_of, F16, (PartI)a.part[i])
 ON_PARTS_2(I16, both, I16, I16, a.part[i] & b.part[i])
 ON_PARTS_2(I16, either, I16, I16, a.part[i] | b.part[i])
 ON_PARTS_2(I16, is_below, F16, F16, (PartI)(a.part[i] < b.part[i])) /* all bits set, or none; a NaN is not */
+ON_PARTS_2(I16, is_less, I16, I16, (PartI)(a.part[i] < b.part[i]))
 ON_PARTS_2(I16, is_equal, F16, F16, (PartI)(a.part[i] == b.part[i]))
 ON_PARTS_3(F16, choose, I16, F16, F16, (PartF)((a.part[i] & (PartI)b.part[i]) | (~a.part[i] & (PartI)c.part[i])))
 
@@ -125,6 +128,16 @@ INLINE I16 load_ints(const int32_t *x)
 {
     I16 r;
     EACH_PART memcpy(&r.part[i], x + i * PART_LANES, sizeof r.part[i]);
+    return r;
+}
+
+/* The same, in registers for all that use it: GCC 12 may load a vector again for each. */
+INLINE F16 load_once(const float *x)
+{
+    F16 r = load(x);
+#ifdef PART_REGISTER
+    EACH_PART __asm__("" : "+" PART_REGISTER(r.part[i]));
+#endif
     return r;
 }
 
@@ -194,6 +207,8 @@ FOLD(largest_of, F16, float, part_max, part_largest)
 
 FOLD(sum_of_ints, I16, int32_t, PLUS, part_sum_ints)
 
+INLINE float first_of(F16 v) { return v.part[0][0]; }
+
 INLINE bool all_of(I16 mask)
 {
     return sum_of_ints(mask) == -LANES;
@@ -214,6 +229,77 @@ SWAP(1)
 SWAP(2)
 SWAP(4)
 SWAP(8)
+
+/* a0 b0 a1 b1 .. a7 b7 */
+INLINE F16 zip_low(F16 a, F16 b)
+{
+    F16 r;
+    EACH_PART
+        r.part[i] = i % 2 ? part_zip_high(a.part[i / 2], b.part[i / 2]) : part_zip_low(a.part[i / 2], b.part[i / 2]);
+    return r;
+}
+
+/* a8 b8 a9 b9 .. a15 b15 */
+INLINE F16 zip_high(F16 a, F16 b)
+{
+    F16 r;
+    EACH_PART {
+        const int from = (PARTS + i) / 2;
+        r.part[i] = (PARTS + i) % 2 ? part_zip_high(a.part[from], b.part[from]) : part_zip_low(a.part[from], b.part[from]);
+    }
+    return r;
+}
+
+#ifndef part_sums
+/* Lane i is the sum of the lanes of v[i], in the order of FOLD. */
+INLINE PartF part_sums(const PartF v[PART_LANES])
+{
+    PartF sum[PART_LANES];
+    memcpy(sum, v, sizeof sum);
+    UNROLL
+    for (int n = PART_LANES / 2; n > 0; n /= 2)
+        UNROLL
+        for (int i = 0; i < n; i++)
+            sum[i] = part_zip_low(sum[i], sum[i + n]) + part_zip_high(sum[i], sum[i + n]);
+    return sum[0];
+}
+#endif
+
+/* Lane i is sum_of(v[i]). */
+INLINE F16 sums_of(const F16 v[LANES])
+{
+    F16 r;
+    EACH_PART {
+        PartF folded[PART_LANES];
+        UNROLL
+        for (int k = 0; k < PART_LANES; k++) {
+            F16 x = v[i * PART_LANES + k];
+            UNROLL
+            for (int n = PARTS / 2; n > 0; n /= 2)
+                UNROLL
+                for (int j = 0; j < n; j++)
+                    x.part[j] += x.part[j + n];
+            folded[k] = x.part[0];
+        }
+        r.part[i] = part_sums(folded);
+    }
+    return r;
+}
+
+/* Rows to columns. */
+INLINE void transpose(F16 v[LANES])
+{
+    UNROLL
+    for (int round = 0; round < 4; round++) {
+        F16 w[LANES];
+        UNROLL
+        for (int i = 0; i < LANES / 2; i++) {
+            w[2 * i] = zip_low(v[i], v[i + LANES / 2]);
+            w[2 * i + 1] = zip_high(v[i], v[i + LANES / 2]);
+        }
+        memcpy(v, w, sizeof w);
+    }
+}
 
 INLINE F16 magnitude(F16 v) { return bits_to_floats(both(bits_of(v), ints(0x7fffffff))); }
 
