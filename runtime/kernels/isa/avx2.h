@@ -8,7 +8,7 @@ TARGET("avx2,fma")
 #endif
 
 enum { PARTS = 2 };
-#define WIDE 1
+#define TILE_VECTORS 1
 #define PART_REGISTER "x"
 typedef float PartF __attribute__((vector_size(32)));
 typedef int32_t PartI __attribute__((vector_size(32)));

@@ -4,7 +4,7 @@
 TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 
 enum { PARTS = 1 };
-#define WIDE 4
+#define TILE_VECTORS 4
 #define PART_REGISTER "v"
 typedef float PartF __attribute__((vector_size(64)));
 typedef int32_t PartI __attribute__((vector_size(64)));

@@ -8,7 +8,7 @@ TARGET("+dotprod")
 #endif
 
 enum { PARTS = 4 };
-#define WIDE 1
+#define TILE_VECTORS 1
 #define PART_REGISTER "w"
 typedef float32x4_t PartF;
 typedef int32x4_t PartI;

@@ -2,7 +2,7 @@
 #include <math.h>
 
 enum { PARTS = 4 };
-#define WIDE 1
+#define TILE_VECTORS 1
 typedef float PartF __attribute__((vector_size(16)));
 typedef int32_t PartI __attribute__((vector_size(16)));
 

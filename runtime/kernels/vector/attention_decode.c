@@ -151,7 +151,7 @@ INLINE void decode_values(const float *scores, const float *values, int64_t coun
 INLINE void add_values(const float *scores, const float *values, int64_t count, int64_t head_dim, bool start, float *out,
                        const int rows)
 {
-    const int most = 4 / rows > WIDE ? 4 / rows : WIDE;
+    const int most = 4 / rows > TILE_VECTORS ? 4 / rows : TILE_VECTORS;
     for (int64_t column = 0, vectors; column < head_dim; column += vectors * LANES) {
         const int64_t left = head_dim - column;
         const float *value = values + column;

@@ -28,14 +28,14 @@ typedef struct {
 /* scores[key][rows] of 6 keys and COUNT vectors of rows. */
 INLINE void score_tile(const float *const *keys, const float *query, int64_t head_dim, float *scores, const int count)
 {
-    F16 sum[BROADCASTS][WIDE];
+    F16 sum[BROADCASTS][TILE_VECTORS];
     UNROLL
     for (int k = 0; k < BROADCASTS; k++)
         UNROLL
         for (int v = 0; v < count; v++)
             sum[k][v] = floats(0);
     for (int64_t d = 0; d < head_dim; d++) {
-        F16 q[WIDE];
+        F16 q[TILE_VECTORS];
         UNROLL
         for (int v = 0; v < count; v++)
             q[v] = load(query + d * TILE + v * LANES);
@@ -59,7 +59,7 @@ INLINE void score_tile(const float *const *keys, const float *query, int64_t hea
 INLINE void value_tile(const float *scores, const float *values, int64_t keys, int64_t head_dim, const float *factor,
                        float *sums, int64_t left, const int rows, const int count, const bool whole)
 {
-    F16 sum[BROADCASTS][WIDE];
+    F16 sum[BROADCASTS][TILE_VECTORS];
     UNROLL
     for (int r = 0; r < rows; r++) {
         const F16 scale = floats(factor[r]);
@@ -68,7 +68,7 @@ INLINE void value_tile(const float *scores, const float *values, int64_t keys, i
             sum[r][c] = mul(scale, load_up_to(whole, sums + r * head_dim + c * LANES, left));
     }
     for (int64_t k = 0; k < keys; k++) {
-        F16 value[WIDE];
+        F16 value[TILE_VECTORS];
         UNROLL
         for (int c = 0; c < count; c++)
             value[c] = load_up_to(whole, values + k * head_dim + c * LANES, left);
@@ -89,12 +89,12 @@ INLINE void value_tile(const float *scores, const float *values, int64_t keys, i
 
 static void prefill_scores(const float *const *keys, const float *query, int64_t head_dim, float *scores, int count)
 {
-    for (int v = 0; v < count; v += WIDE) {
+    for (int v = 0; v < count; v += TILE_VECTORS) {
         const float *q = query + v * LANES;
         float *to = scores + v * LANES;
-        if (count - v >= WIDE)
-            score_tile(keys, q, head_dim, to, WIDE);
-#if WIDE > 1
+        if (count - v >= TILE_VECTORS)
+            score_tile(keys, q, head_dim, to, TILE_VECTORS);
+#if TILE_VECTORS > 1
         else if (count - v == 3)
             score_tile(keys, q, head_dim, to, 3);
         else if (count - v == 2)
@@ -112,12 +112,12 @@ INLINE void prefill_values(const float *scores, const float *values, int64_t key
         const int64_t left = head_dim - column;
         const float *value = values + column;
         float *sum = sums + column;
-        count = max64(1, min64(left / LANES, WIDE));
+        count = max64(1, min64(left / LANES, TILE_VECTORS));
         if (left < LANES)
             value_tile(scores, value, keys, head_dim, factor, sum, left, rows, 1, false);
-        else if (count == WIDE)
-            value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, WIDE, true);
-#if WIDE > 1
+        else if (count == TILE_VECTORS)
+            value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, TILE_VECTORS, true);
+#if TILE_VECTORS > 1
         else if (count == 3)
             value_tile(scores, value, keys, head_dim, factor, sum, LANES, rows, 3, true);
         else if (count == 2)

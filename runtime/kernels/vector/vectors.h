@@ -43,7 +43,7 @@ enum { LANES = 16, BYTES = 64 };
 #define END_TARGET
 #endif
 
-/* An instruction set's WIDE: vectors of a register tile beside 6 numbers that each is multiplied by. */
+/* An instruction set's TILE_VECTORS: vectors of a register tile beside 6 numbers that each is multiplied by. */
 enum { PART_LANES = LANES / PARTS };
 
 typedef struct {
