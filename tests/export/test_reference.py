@@ -44,15 +44,17 @@ def test_what_transformers_says_of_other_kernels_is_not_shown(tmp_path: Path) ->
     transformers.utils.logging.warning_once.cache_clear()
     level = library.level
     library.addHandler(handler)
+    library.setLevel(logging.WARNING)  # other tests may have left it at ERROR
     try:
         open_reference(checkpoint)(IDS)
         assert records == []
-        assert library.level == level
+        assert library.level == logging.WARNING
         transformers.utils.logging.warning_once.cache_clear()
         logits_of(build(FAMILIES["lfm2"]))
         assert any("causal_conv1d" in record.getMessage() for record in records)
     finally:
         library.removeHandler(handler)
+        library.setLevel(level)
 
 
 def test_a_gguf_file_gives_the_logits_of_the_model_that_was_written(tmp_path: Path) -> None:
