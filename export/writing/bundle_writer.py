@@ -19,6 +19,7 @@ from onnxruntime import AdapterFormat, OrtValue
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.checkpoint.companions import without_wrong_settings
 from satchel.export.config import ExportConfig
+from satchel.export.writing.bom import BOM_NAME, bom
 from satchel.export.writing.describe import describe
 from satchel.export.writing.genai_config import genai_config
 from satchel.graphs.ir.inputs import table_of
@@ -81,8 +82,18 @@ def write_bundle(
         write_json(folder / "genai_config.json", genai)
     files |= {path.name: record(path) for path in sorted(folder.iterdir()) if path.name not in files}
     manifest = dataclasses.replace(manifest, files=files)
+    write_json(folder / BOM_NAME, bom(manifest, _card(companions)))
+    manifest = dataclasses.replace(manifest, files=files | {BOM_NAME: record(folder / BOM_NAME)})
     write_json(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
+
+
+def _card(companions: Mapping[str, bytes | Path]) -> str | None:
+    """The text of the checkpoint's model card."""
+    card = companions.get("README.md")
+    if card is None:
+        return None
+    return (card.read_bytes() if isinstance(card, Path) else card).decode("utf-8", "replace")
 
 
 @dataclasses.dataclass(frozen=True)

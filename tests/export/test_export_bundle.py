@@ -15,7 +15,7 @@ def test_a_bundle_holds_the_graphs_one_weight_file_and_what_travels_along(tiny_b
     manifest = Manifest.read(tiny_bundle / MANIFEST_NAME)
     names = {path.name for path in tiny_bundle.iterdir()}
     graphs = {"prefill.onnx", "decode.onnx", "score.onnx"}
-    carried = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "genai_config.json"}
+    carried = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "genai_config.json", "bom.json"}
     assert names == {MANIFEST_NAME, "weights.bin", *graphs, *carried}
     assert set(manifest.files) == names - {MANIFEST_NAME}
     for name in graphs:
