@@ -18,7 +18,7 @@ LIBRARY = Extension(
     sources=sorted(map(str, [*KERNELS.glob("*.c"), *KERNELS.glob("isa/*.c")])),
     depends=sorted(map(str, [*KERNELS.rglob("*.h"), *KERNELS.glob("vector/*.c")])),
     # No fused multiply-add but where the code says so: a row gets the same result alone and in a batch.
-    extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off"],
+    extra_compile_args=["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off"],
     libraries=["m", "pthread"],
     optional=True,  # without a C compiler satchel installs all the same
 )

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support.kernels import Product, needs_kernels, operator_session
+from support.kernels import Product, equal_in_all_sets, needs_kernels, operator_session
 from support.native_ops import TableLinear
 
 pytestmark = needs_kernels
@@ -53,6 +53,13 @@ def test_single_tokens_are_what_numpy_says(product: Product, rows: int) -> None:
     feeds = product.feeds(rows, seed=rows, single=True)
     tolerance = TOLERANCE if product.block else TWICE_ROUNDED
     close(product.session(0, feeds).run(None, feeds)[0], product.expected(0, feeds), tolerance)
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_all_instruction_sets_give_the_same_bits(product: Product) -> None:
+    for rows, single in ((13, False), (1, True), (5, True)):
+        feeds = product.feeds(rows, seed=rows, single=single)
+        equal_in_all_sets(lambda feeds=feeds: product.session(0, feeds).run(None, feeds))
 
 
 def close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
@@ -184,6 +191,15 @@ def test_a_table_is_multiplied_as_numpy_says(table: Table, rows: int) -> None:
     close(found, TableLinear._run(None, feeds["x"], **constants, **table.attributes)[0])  # type: ignore[arg-type]
     for row in range(rows):
         np.testing.assert_array_equal(session.run(None, {"x": feeds["x"][row : row + 1]})[0], found[row : row + 1])
+
+
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_all_instruction_sets_give_the_same_bits_of_a_table(table: Table) -> None:
+    feeds = {"x": np.random.default_rng(6).standard_normal((6, 1, table.inputs)).astype(np.float32)}
+    names = ["x", "codes", "scales"]
+    equal_in_all_sets(
+        lambda: operator_session("TableLinear", table.attributes, names, feeds, table.constants()).run(None, feeds)
+    )
 
 
 @pytest.mark.parametrize(("name", "shape"), [("codes", (300, 2, 32)), ("scales", (299, 1)), ("x", (1, 65))])

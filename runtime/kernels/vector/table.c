@@ -1,12 +1,14 @@
 #include "vectors.h"
 
+#include <string.h>
+
+#include "../rows.h"
 #include "../scratch.h"
 #include "../table.h"
-#include "../rows.h"
 
 enum {
-    TABLE_ROWS = 256, /* rows of the table that a task takes */
-    TABLE_TILE = 4,   /* rows of the table, and of activations, that share what they load */
+    TABLE_ROWS = 256,                /* rows of the table that a task takes */
+    TABLE_TILE = PARTS == 1 ? 4 : 2, /* rows of the table, and of activations, that share what they load */
 };
 
 typedef struct {
@@ -14,57 +16,85 @@ typedef struct {
     const TableCall *call;
     const int8_t *rounded;  /* [rows, row_bytes] */
     const float *steps;     /* [rows, vectors, 16]: the scale of each lane's block */
-    const int32_t *offsets; /* the same: what the zero points add, taken off */
+    const int32_t *offsets; /* the same: what the zero points add and products do not subtract, taken off */
 } TableWork;
 
-/* Some rows of the table times some rows of activations. Lanes hold 4 inputs each, all of one block. Each pair has sums of
- * its own, so the result of a row does not depend on the tile. */
-INLINE void table_tile(const int rows, const int outputs, const TableWork *work, int64_t row, int64_t output)
+/* Scales of blocks, in the lanes of the 4 inputs each that are of them. Lanes after `last` blocks have any. */
+INLINE F16 scales_of_lanes(const bool whole, const float *scales, int64_t block, int64_t last)
+{
+    const F16 first = floats(scales[0]);
+    if (block >= BYTES || (!whole && last == 0))
+        return first;
+    const F16 second = floats(scales[1]);
+    if (block == BYTES / 2)
+        return choose(lanes_below(LANES / 2), first, second);
+    const F16 third = floats(scales[whole || last > 2 ? 2 : last]), fourth = floats(scales[whole ? 3 : last]);
+    const F16 low = choose(lanes_below(4), first, second), high = choose(lanes_below(12), third, fourth);
+    return choose(lanes_below(LANES / 2), low, high);
+}
+
+/* Adds the products of `left` inputs, BYTES if `whole`, from input `first` on. Lanes hold 4 inputs each, all of one block. */
+INLINE void add_table_products(const int rows, const int outputs, const bool whole, const TableWork *work, int64_t row,
+                               int64_t output, int64_t first, int64_t left, F16 (*sum)[TABLE_TILE])
 {
     const int64_t inputs = work->params->row.inputs, block = work->params->row.block, blocks = inputs / block;
-    const int64_t vectors = row_bytes(&work->params->row) / BYTES, stride = vectors * BYTES;
-    const uint8_t *weights = work->call->weights + output * inputs;
-    const float *scales = work->call->scales + output * blocks, *steps = work->steps + row * stride / 4;
-    const int8_t *rounded = work->rounded + row * stride;
-    const int32_t *offsets = work->offsets + row * stride / 4;
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i place = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(block >= BYTES ? 4 : block == 32 ? 3 : 2));
-    __m512 sum[TABLE_TILE][TABLE_TILE];
+    const int64_t stride = row_bytes(&work->params->row), at = row * stride + first;
+    const uint8_t *weights = work->call->weights + output * inputs + first;
+    const float *scales = work->call->scales + output * blocks + first / block;
+    F16 scale[TABLE_TILE];
+    uint8_t some[TABLE_TILE][BYTES] = {0};
     UNROLL
-    for (int r = 0; r < rows; r++)
+    for (int o = 0; o < outputs; o++) {
+        if (outputs > 1 && whole) /* what comes next: processors do not fetch ahead across pages by themselves */
+            __builtin_prefetch(weights + (o + 2 * outputs) * inputs, 0, 2);
+        for (int64_t part = 0; !whole && part < left; part += LANES)
+            memcpy(some[o] + part, weights + o * inputs + part, LANES);
+        scale[o] = scales_of_lanes(whole, scales + o * blocks, block, left / block - 1);
+    }
+    EACH_PART {
+        Weights w[TABLE_TILE];
         UNROLL
         for (int o = 0; o < outputs; o++)
-            sum[r][o] = _mm512_setzero_ps();
-    for (int64_t v = 0; v < vectors; v++) {
-        const int64_t first = v * BYTES / block;
-        __m512i w[TABLE_TILE];
-        __m512 scale[TABLE_TILE];
-        UNROLL
-        for (int o = 0; o < outputs; o++) {
-            const float *at = scales + o * blocks + first;
-            if (outputs > 1) /* what comes next: processors do not fetch ahead across pages by themselves */
-                __builtin_prefetch(weights + (o + 2 * outputs) * inputs + v * BYTES, 0, 2);
-            w[o] = _mm512_maskz_loadu_epi8(bytes(inputs - v * BYTES), weights + o * inputs + v * BYTES);
-            scale[o] = block >= BYTES ? _mm512_set1_ps(*at)
-                                      : _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(lanes(blocks - first), at));
-        }
+            w[o] = weights_of_8_bits((whole ? weights + o * inputs : some[o]) + i * PART_BYTES);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            const int64_t at = r * stride + v * BYTES;
-            const __m512i x = _mm512_load_si512(rounded + at), offset = _mm512_load_si512(offsets + at / 4);
-            const __m512 step = _mm512_load_ps(steps + at / 4);
+            const int64_t place = at + r * stride + i * PART_BYTES;
+            PartI x, offset = {0};
+            PartF step;
+            memcpy(&x, work->rounded + place, sizeof x);
+            memcpy(&step, work->steps + place / 4, sizeof step);
+            if (LESS != 128)
+                memcpy(&offset, work->offsets + place / 4, sizeof offset);
             UNROLL
             for (int o = 0; o < outputs; o++) {
-                __m512 whole = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(offset, w[o], x));
-                sum[r][o] = _mm512_fmadd_ps(whole, _mm512_mul_ps(scale[o], step), sum[r][o]);
+                const PartF products = __builtin_convertvector(add_dot(offset, w[o], x), PartF);
+                sum[r][o].part[i] = part_fma(products, scale[o].part[i] * step, sum[r][o].part[i]);
             }
         }
     }
+}
+
+/* Some rows of the table times some rows of activations. Each pair has sums of its own, so the result of a row does not
+ * depend on the tile. */
+INLINE void table_tile(const int rows, const int outputs, const TableWork *work, int64_t row, int64_t output)
+{
+    const int64_t inputs = work->params->row.inputs;
+    F16 sum[TABLE_TILE][TABLE_TILE];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int o = 0; o < outputs; o++)
-            work->call->y[(row + r) * work->params->outputs + output + o] = _mm512_reduce_add_ps(sum[r][o]);
+            sum[r][o] = floats(0);
+    int64_t first = 0;
+    for (; first + BYTES <= inputs; first += BYTES)
+        add_table_products(rows, outputs, true, work, row, output, first, BYTES, sum);
+    if (first < inputs)
+        add_table_products(rows, outputs, false, work, row, output, first, inputs - first, sum);
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            work->call->y[(row + r) * work->params->outputs + output + o] = sum_of(sum[r][o]);
 }
 
 static void multiply_table(void *data, size_t index)
@@ -91,7 +121,8 @@ static void spread(const RowParams *params, const int8_t *weights, const float *
     for (int64_t i = 0; i < row_bytes(params) / 4; i++) {
         const bool there = 4 * i < params->inputs;
         steps[i] = there ? scales[4 * i / params->block] : 0;
-        offsets[i] = there ? -128 * (weights[4 * i] + weights[4 * i + 1] + weights[4 * i + 2] + weights[4 * i + 3]) : 0;
+        const int32_t sum = weights[4 * i] + weights[4 * i + 1] + weights[4 * i + 2] + weights[4 * i + 3];
+        offsets[i] = there ? (LESS - 128) * sum : 0;
     }
 }
 

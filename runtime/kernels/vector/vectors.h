@@ -13,7 +13,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* For short loops of constant length: unrolled before register allocation. */
-#ifdef __clang__
+#if defined(SATCHEL_ISA_PLAIN)
+#define UNROLL /* it takes minutes to compile */
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
