@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     result = find_sensitive(args.checkpoint, search, progress=not args.quiet)
     if args.output is not None:
         stage = args.output.with_name(f".{args.output.name}.partial")
-        stage.write_text(result.recipe, encoding="utf-8")
+        stage.write_text(result.recipe, encoding="utf-8", newline="\n")
         stage.replace(args.output)
     if args.json:
         print(json.dumps(result.as_json()))

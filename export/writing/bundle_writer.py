@@ -220,7 +220,7 @@ def write_adapters(folder: Path, inputs: Mapping[str, Mapping[str, LazyWeight]])
 
 def write_json(path: Path, document: object) -> None:
     """Write a JSON document: indented, UTF-8, with a trailing newline."""
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def record(path: Path) -> FileRecord:

@@ -75,7 +75,7 @@ class HashCache:
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(entries), encoding="utf-8")
+            part.write_text(json.dumps(entries), encoding="utf-8", newline="\n")
             part.replace(target)
 
 

@@ -22,6 +22,31 @@ def leads_outside(name: str) -> bool:
     return not plain or odd
 
 
+WINDOWS_CHARACTERS = frozenset('<>"|?*')
+WINDOWS_DEVICES = frozenset(
+    (
+        "con",
+        "prn",
+        "aux",
+        "nul",
+        "conin$",
+        "conout$",
+        *(f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"),
+    )
+)
+"""Names that no file can have on Windows, with any extension ("Naming Files, Paths, and Namespaces" of Win32)."""
+
+
+def impossible_on_windows(name: str) -> bool:
+    """Whether a part of a relative path is no file name on Windows, or is another one there."""
+    return any(
+        part.endswith((".", " "))
+        or not WINDOWS_CHARACTERS.isdisjoint(part)
+        or part.partition(".")[0].rstrip(" ").lower() in WINDOWS_DEVICES
+        for part in name.split("/")
+    )
+
+
 def too_long(name: str) -> bool:
     """Whether a name has more bytes than `LIMITS` allows."""
     return len(name.encode("utf-8", "surrogatepass")) > LIMITS["bytes of a file name"].most

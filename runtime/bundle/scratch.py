@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ def _is_dead(pid: int, path: Path) -> bool:
 
 
 def _alive(pid: int) -> bool:
+    if sys.platform == "win32":  # os.kill would send Ctrl-C there
+        return _alive_on_windows(pid)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -74,3 +77,18 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _alive_on_windows(pid: int) -> bool:
+    import ctypes
+
+    query, denied, active, largest = 0x1000, 5, 259, 0xFFFFFFFF  # of winnt.h, winerror.h and winbase.h
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined, unused-ignore]
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(kernel.OpenProcess(query, False, ctypes.c_uint32(pid)) if pid <= largest else None)
+    if not handle:
+        return bool(ctypes.get_last_error() == denied)  # type: ignore[attr-defined, unused-ignore]
+    code = ctypes.c_uint32()
+    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel.CloseHandle(handle)
+    return code.value == active

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from satchel.runtime.bundle.lock import BusyError, held
 from satchel.runtime.cli.prompt_lines import PromptLine, parse_object
 from satchel.runtime.errors import PromptError, SatchelError
 
@@ -22,6 +23,9 @@ BEGINNING = b'{"id": '
 """How every row begins, by which an incomplete one is recognized too."""
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 """Unicode line ends that JSON strings may contain unescaped."""
+
+FLAGS = os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""For opening the file: a pipe is not waited for, and Windows changes no line ends."""
 
 
 class PrintedAnswers:
@@ -65,9 +69,11 @@ class AnswerFile:
         self._total = len(lines)
         self._whole = 0  # where the rows end
         self._kept: list[tuple[int, int]] = []  # the begin and end of each row that counts
-        self._file = _open(path)
+        self._file = _open(path, os.O_CREAT)
         with contextlib.ExitStack() as failure:
-            failure.callback(os.close, self._file)
+            self._locks = contextlib.ExitStack()
+            failure.callback(self._close)
+            self._lock(path)
             self._read(lines, digests)
             failure.pop_all()
         self._rows = len(self.done)
@@ -79,7 +85,7 @@ class AnswerFile:
             else:
                 self._cut()
         except OSError as error:
-            os.close(self._file)
+            self._close()
             raise self._unwritable(error) from None
         return self
 
@@ -94,7 +100,7 @@ class AnswerFile:
                 with contextlib.suppress(OSError):
                     self._cut()
         finally:
-            os.close(self._file)
+            self._close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. Raises SatchelError if it cannot be written; the file then has the rows before it."""
@@ -123,18 +129,40 @@ class AnswerFile:
         target = self._path.resolve()
         part = target.with_name(f".satchel-{os.getpid()}.part")
         try:
-            with part.open("wb") as file:
-                os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file).st_mode))
+            with part.open("wb") as file, open(self._file, "rb", closefd=False) as rows:
+                shutil.copymode(target, part)
                 for begin, end in self._kept:
-                    file.write(os.pread(self._file, end - begin, begin))
-            new = _open(part)
-            os.fsync(new)
-            part.replace(target)
+                    rows.seek(begin)
+                    file.write(rows.read(end - begin))
+                file.flush()
+                os.fsync(file.fileno())
+            self._locks.enter_context(held(part))
+            os.close(self._file)  # Windows replaces no open file
+            try:
+                part.replace(target)
+            finally:
+                self._file = _open(target)
         finally:
             part.unlink(missing_ok=True)
-        os.close(self._file)
-        self._file, self._whole = new, sum(end - begin for begin, end in self._kept)
+        self._whole = sum(end - begin for begin, end in self._kept)
         self._cut()
+
+    def _lock(self, path: Path) -> None:
+        try:
+            self._locks.enter_context(held(path))
+            busy = not os.path.samestat(os.fstat(self._file), path.stat())  # another run has just replaced it
+        except BusyError:
+            busy = True
+        except OSError as error:
+            raise PromptError(f"--output {path}: cannot be locked ({error.strerror}): choose another path") from None
+        if busy:
+            raise PromptError(
+                f"--output {path}: another run is writing to it: wait until it ends, or choose another path"
+            )
+
+    def _close(self) -> None:
+        os.close(self._file)
+        self._locks.close()
 
     def _unwritable(self, error: OSError) -> SatchelError:
         return SatchelError(
@@ -188,25 +216,13 @@ def as_line(row: dict[str, Any]) -> str:
     return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-def _open(path: Path) -> int:
-    """A descriptor to read and write a regular file that this process has locked; created if there is none."""
+def _open(path: Path, flags: int = 0) -> int:
+    """A descriptor to read and write a regular file. Raises PromptError for any other."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        file = os.open(path, FLAGS | flags, 0o666)
     except OSError as error:
         raise PromptError(f"--output {path}: cannot be opened ({error.strerror})") from None
-    with contextlib.ExitStack() as failure:
-        failure.callback(os.close, file)
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise PromptError(f"--output {path}: not a regular file: choose another path, or - for standard output")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file), path.stat()):  # another run has just replaced it
-                raise BlockingIOError
-        except BlockingIOError:
-            raise PromptError(
-                f"--output {path}: another run is writing to it: wait until it ends, or choose another path"
-            ) from None
-        except OSError as error:
-            raise PromptError(f"--output {path}: cannot be locked ({error.strerror}): choose another path") from None
-        failure.pop_all()
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise PromptError(f"--output {path}: not a regular file: choose another path, or - for standard output")
     return file

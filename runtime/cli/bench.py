@@ -132,8 +132,7 @@ def main(args: argparse.Namespace) -> int:
         if not several:
             _show_run(workloads[0], summaries[0], args.runs)
         print(f"load     {load:10.3f} s")
-        memory = f"{figures['pss_mb']:10.1f} MiB now (PSS), {figures['rss_mb']:.1f} MiB peak (RSS)"
-        print(f"memory   {memory}", flush=True)
+        print(f"memory   {_memory(figures['pss_mb'], figures['rss_mb'])}", flush=True)
     share = None
     if args.bandwidth or (args.bandwidth is None and args.provider == "cpu" and not args.json):
         share = _shares(engine, workloads, summaries, shown)
@@ -230,6 +229,12 @@ def _timed_runs(
     return runs
 
 
+def _memory(now: float | None, peak: float | None) -> str:
+    known = [(figure, name) for figure, name in ((now, "now (PSS)"), (peak, "peak (RSS)")) if figure is not None]
+    text = ", ".join(f"{figure:.1f} MiB {name}" for figure, name in known) or "not reported on this system"
+    return " " * max(10 - text.index(" "), 0) + text
+
+
 def _show_run(workload: Workload, summary: Summary, runs: int) -> None:
     median, lowest, highest = summary.median, summary.lowest, summary.highest
     of = "" if runs == 1 else f"; median of {runs} runs"
@@ -309,7 +314,7 @@ def _as_json(
     args: argparse.Namespace,
     workloads: Sequence[Workload],
     summaries: Sequence[Summary],
-    figures: dict[str, float],
+    figures: dict[str, float | None],
     share: tuple[Bandwidth, list[dict[str, float]]] | None,
     several: bool,
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -31,7 +32,8 @@ class _Lines:
 
 def typed_turns() -> Iterator[str]:
     """The user's input, turn by turn. Ctrl-C at the prompt clears the line."""
-    import readline  # noqa: F401  # gives input() its line editing and the arrow keys
+    with contextlib.suppress(ImportError):  # a console of Windows edits lines itself
+        import readline  # noqa: F401  # gives input() its line editing and the arrow keys
 
     lines = _Lines()
     while True:

@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None, packed: str | None = None) -> i
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # the same bytes on all systems
     try:
         args = parse(arguments, packed)
         with warnings.catch_warnings():

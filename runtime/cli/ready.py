@@ -14,7 +14,7 @@ from satchel.runtime.bundle.recognize import is_checkpoint, is_made_by_satchel
 from satchel.runtime.cli import custom_flags, provider_flags
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.util import requirements
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import APART, python_path, wait_for
 from satchel.runtime.util.defaults import SPECULATE
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def _cache_name(checkpoint: Path) -> str:
 
 def _export(checkpoint: Path, output: Path, flags: list[str]) -> int:
     """Run `satchel export` in a child process, to free its memory before the model runs. Returns the exit code."""
-    import signal
     import subprocess
 
     process = subprocess.Popen(
@@ -140,11 +139,6 @@ def _export(checkpoint: Path, output: Path, flags: list[str]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": python_path()},
-        start_new_session=True,  # gets Ctrl-C once, from here, and then removes unfinished files
+        **APART,  # gets Ctrl-C once, from here, and then removes unfinished files
     )
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        code = process.wait()
-    return code if code >= 0 else 128 - code
+    return wait_for(process)

@@ -97,7 +97,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     document = json.dumps(strict_json.to_json(certificate))
-    (Path(sys.argv[2]) / RESULT).write_text(document, encoding="utf-8")
+    (Path(sys.argv[2]) / RESULT).write_text(document, encoding="utf-8", newline="\n")
     return 0
 
 

@@ -121,4 +121,6 @@ def _copy(bundle: Bundle, folder: Path) -> None:
             for block in Entry(name, bundle.span(name)).blocks():
                 file.write(block)
     document = replace(bundle.manifest, specialized=None).to_json()
-    (folder / MANIFEST_NAME).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST_NAME).write_text(
+        json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+    )

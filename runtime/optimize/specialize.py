@@ -344,7 +344,7 @@ def _placed(folder: Path, made: dict[str, Path], keep: set[str]) -> Iterator[Non
 
 def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
     path = scratch / MANIFEST_NAME
-    path.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     shutil.copymode(folder / MANIFEST_NAME, path)
     path.replace(folder / MANIFEST_NAME)
 

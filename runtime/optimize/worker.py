@@ -5,10 +5,12 @@ It runs at the lowest priority, stops after `MAX_SECONDS` at the latest, and pri
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -24,9 +26,10 @@ LOWEST_PRIORITY = 19
 def main(arguments: Sequence[str]) -> int:
     """Specialize the bundle, and record the error if that fails. Returns the exit code."""
     _give_way()
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _interrupt)
-    signal.alarm(MAX_SECONDS)
+    signal.signal(signal.SIGTERM, _interrupt)
+    limit = threading.Timer(MAX_SECONDS, _thread.interrupt_main, (signal.SIGTERM,))
+    limit.daemon = True
+    limit.start()
 
     from satchel.runtime.optimize.prepare import prepare
     from satchel.runtime.ort import machine, session
@@ -48,8 +51,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _give_way() -> None:
-    with contextlib.suppress(OSError):
-        os.nice(LOWEST_PRIORITY)
+    if hasattr(os, "nice"):  # on Windows the process is started with a low priority
+        with contextlib.suppress(OSError):
+            os.nice(LOWEST_PRIORITY)
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

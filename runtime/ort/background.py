@@ -9,10 +9,9 @@ from pathlib import Path
 
 from satchel.runtime.bundle.lock import BusyError, locked
 from satchel.runtime.bundle.reader import Bundle
-from satchel.runtime.errors import SatchelError
 from satchel.runtime.ort import machine
 from satchel.runtime.ort.providers import ProviderChoice
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import IDLE, python_path
 from satchel.runtime.util.defaults import PROVIDER
 from satchel.runtime.util.memory import system_memory
 
@@ -88,11 +87,8 @@ def _obstacle(bundle: Bundle) -> str | None:
     if _on_battery():
         return "on battery"
     needed = MEMORY_FACTOR * sum(record.bytes for record in bundle.manifest.files.values())
-    try:
-        available = system_memory()[1]
-    except SatchelError:  # not known on this system
-        return None
-    if available < needed:
+    available = system_memory()[1]
+    if available is not None and available < needed:
         return f"{needed >> 20:,} MiB of memory would be needed and {available >> 20:,} MiB are available"
     return None
 
@@ -123,7 +119,7 @@ def _start(bundle: Bundle, count: int, threads: int | None) -> str | None:
             stderr=subprocess.DEVNULL,
             cwd=path.parent,
             env={**os.environ, "PYTHONPATH": python_path()},
-            start_new_session=True,  # Ctrl-C and a closed terminal are for the parent alone
+            **IDLE,
         )
     except OSError as error:
         return str(error.strerror)

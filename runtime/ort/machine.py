@@ -53,7 +53,7 @@ def note_attempts(bundle: Bundle, count: int, reason: str = "") -> bool:
             path.unlink(missing_ok=True)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{count}\n{reason}", encoding="utf-8")
+            path.write_text(f"{count}\n{reason}", encoding="utf-8", newline="\n")
     except OSError:
         return False
     return True

@@ -15,7 +15,8 @@ from satchel.runtime.server.app import make_app
 from satchel.runtime.server.guard import LOOPBACK
 from satchel.runtime.server.state import State
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+"""SIGBREAK, of Ctrl-Break and of a closed console, is of Windows alone."""
 
 
 class Server(uvicorn.Server):

@@ -110,12 +110,12 @@ def _threads() -> Finding:
 
 
 def _memory() -> Finding:
-    try:
-        total, available = system_memory()
-    except SatchelError:
-        return Finding("memory", "unknown on this system", {"total": None, "available": None})
-    text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
-    return Finding("memory", text, {"total": total, "available": available})
+    total, available = system_memory()
+    parts = [
+        "unknown on this system" if total is None else f"{total / GIB:.1f} GiB",
+        "the available part is unknown on this system" if available is None else f"{available / GIB:.1f} GiB available",
+    ]
+    return Finding("memory", ", ".join(parts[: 1 if total is None else 2]), {"total": total, "available": available})
 
 
 def _kernels() -> Finding:

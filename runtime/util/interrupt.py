@@ -8,6 +8,7 @@ at once. Standard library only, and little of it: this is imported before anythi
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -19,7 +20,13 @@ from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130
 MESSAGE = "satchel: interrupted\n"
+INTERRUPTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGBREAK") if hasattr(signal, name))
+"""SIGBREAK is of Windows: Ctrl-Break, or the end of the console."""
+
 IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
+AGAIN: int = getattr(signal, "SIGALRM", signal.SIGTERM)
+"""The signal with which an interrupt is raised again. Windows has no alarms, and delivers no SIGTERM either."""
+
 AGAIN_AFTER = 0.01  # seconds; an error raised inside the hook would be lost again
 
 _came = False
@@ -31,7 +38,8 @@ def guarded(command: Callable[[], int]) -> int:
     Installs a handler for SIGINT, unless the parent process ignores it, and hooks for uncaught errors.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        for number in INTERRUPTS:
+            signal.signal(number, _interrupt)
         sys.excepthook = _at_top
         sys.unraisablehook = _unraisable
         threading.excepthook = _in_thread
@@ -65,19 +73,18 @@ def end() -> NoReturn:
 
 
 def _ignore_from_now_on() -> None:
-    for number in (signal.SIGINT, getattr(signal, "SIGALRM", None)):
-        if number is not None:  # Windows has no alarms
-            signal.signal(number, signal.SIG_IGN)
+    for number in (*INTERRUPTS, AGAIN):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt; during an import only after it, since C++ code that runs then may end the process."""
     global _came
-    if _came and number == signal.SIGINT:
+    if _came and number in INTERRUPTS:
         _say()
         os._exit(EXIT_INTERRUPTED)
     _came = True
-    if not _is_importing(frame) or not hasattr(signal, "setitimer"):
+    if not _is_importing(frame):
         raise KeyboardInterrupt
     _call_again()
 
@@ -92,8 +99,13 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 def _call_again() -> None:
     """Have `_interrupt` called again soon."""
-    signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
+    signal.signal(AGAIN, _interrupt)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
+    else:
+        again = threading.Timer(AGAIN_AFTER, _thread.interrupt_main, (AGAIN,))
+        again.daemon = True
+        again.start()
 
 
 def _say() -> None:

@@ -14,7 +14,7 @@ import pytest
 from support.command import Satchel
 
 from satchel.runtime.util import requirements
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import python_path
 
 PATIENCE = 120
 

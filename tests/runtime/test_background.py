@@ -18,7 +18,7 @@ from satchel.runtime.optimize import worker
 from satchel.runtime.ort import background, machine
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.pack import pack
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import python_path
 
 PATIENCE = 120
 

@@ -120,6 +120,23 @@ def test_a_listed_path_that_leaves_the_bundle_is_refused(folder: Path, name: str
         open_bundle(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["con", "sub/NUL.bin", "Lpt1 .x", "com³", "a.", "sub /a", "a?b", 'a"b', "a|b", "<a>", "*"]
+)
+def test_a_listed_name_that_windows_cannot_have_is_refused(folder: Path, name: str) -> None:
+    add_to_manifest(folder, name, b"x")
+    with pytest.raises(BundleError, match=r"manifest\.json: .* is not a file name on Windows"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["cone.bin", "sub/null", "com10", "a.b.c", ".a", "con-1", "猫"])
+def test_names_that_only_look_like_those_are_allowed(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    add_to_manifest(folder, name, b"x")
+    assert name in open_bundle(folder).manifest.files
+
+
 @pytest.mark.parametrize("target", ["../elsewhere", "real.bin"])
 @pytest.mark.parametrize("name", ["weights.bin", "manifest.json"])
 def test_a_link_in_a_bundle_is_refused_wherever_it_leads(folder: Path, name: str, target: str) -> None:

@@ -14,7 +14,7 @@ from satchel.runtime.bundle.atomic_write import atomic_write
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.pack import pack, unpack
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import python_path
 
 GONE = (1 << 22) + 1
 """No Linux process has this id."""

@@ -21,7 +21,7 @@ from satchel.runtime.optimize.prepare import prepare, remove
 from satchel.runtime.ort import machine
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.pack import pack
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import python_path
 
 
 @pytest.fixture(autouse=True)

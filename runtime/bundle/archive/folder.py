@@ -7,15 +7,19 @@ from pathlib import Path, PurePosixPath
 
 from satchel.runtime.bundle.archive.span import Span
 from satchel.runtime.bundle.errors import BundleError
-from satchel.runtime.bundle.names import leads_outside, too_long
+from satchel.runtime.bundle.names import impossible_on_windows, leads_outside, too_long
 
 
 def check_name(root: Path, name: str) -> None:
-    """Check that a name cannot refer to a file outside the bundle `root`. Raises BundleError."""
+    """Check that a name cannot refer to a file outside the bundle `root`, on any system. Raises BundleError."""
     if leads_outside(name) or too_long(name):
         raise BundleError(
             f"{root}/manifest.json: {name[:200]!r} leads outside the bundle, which is not allowed: "
             "put the file itself into the folder, or do not trust this bundle"
+        )
+    if impossible_on_windows(name):
+        raise BundleError(
+            f"{root}/manifest.json: {name!r} is not a file name on Windows: rename it, or do not trust this bundle"
         )
 
 

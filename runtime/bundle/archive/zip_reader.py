@@ -18,7 +18,7 @@ from satchel.runtime.bundle.archive import zip_format as form
 from satchel.runtime.bundle.archive.span import Span
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.limits import LIMITS
-from satchel.runtime.bundle.names import equal_names, leads_outside, too_long
+from satchel.runtime.bundle.names import equal_names, impossible_on_windows, leads_outside, too_long
 
 LONGEST_PREFIX = 128
 """The maximum bytes of the shebang line before the first entry."""
@@ -183,6 +183,7 @@ def _text(name: bytes) -> str:
     except UnicodeDecodeError:
         raise _Odd(f"the name {name[:60]!r} is not UTF-8") from None
     _require(not leads_outside(text) and not too_long(text), f"the name {text[:60]!r} leads outside")
+    _require(not impossible_on_windows(text), f"the name {text[:60]!r} is none on Windows")
     return text
 
 

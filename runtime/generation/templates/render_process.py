@@ -5,24 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import select
 import subprocess
 import sys
-import time
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.templates.limits import MEMORY_BYTES, OUTPUT_BYTES, SECONDS
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import HIDDEN, python_path
 from satchel.runtime.util.terminal import printable
 
 _WORKER = "satchel.runtime.generation.templates.render_worker"
 _START_SECONDS = 30.0  # for Python to start on a busy machine, before the template runs
 _LONGEST_REPLY = 8 * OUTPUT_BYTES  # a byte of text is 6 characters of ASCII JSON at most
 _LONGEST_REASON = 300  # characters of an error message
-_ENVIRONMENT = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "TZDIR")  # the child gets no other environment variables
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "TZ", "TZDIR")  # the child gets no other variables
 _REMEDY = "name another template with --chat-template FILE"
 _FAILURES = {
     "syntax": "the chat template cannot be read{where}: {reason}: " + _REMEDY,
@@ -55,7 +55,8 @@ class TemplateProcess:
         self._end = weakref.finalize(self, _end, self._child)  # at the interpreter's exit at the latest
         self._idle = False
         try:
-            self._receive(time.monotonic() + _START_SECONDS)
+            with self._within(_START_SECONDS):
+                self._receive()
             self._idle = True
             self._ask(request)
         except (_Late, _Ended):
@@ -86,10 +87,10 @@ class TemplateProcess:
 
     def _ask(self, request: bytes) -> dict[str, Any]:
         self._idle = False  # stays so if this is interrupted: the reply must not be taken for that of the next request
-        deadline = time.monotonic() + SECONDS
         try:
-            self._send(request, deadline)
-            reply = self._receive(deadline)
+            with self._within(SECONDS):
+                self._send(request)
+                reply = self._receive()
         except _Late:
             raise PromptError(f"the chat template took longer than {SECONDS:g} s: {_REMEDY}") from None
         except _Ended:
@@ -103,21 +104,49 @@ class TemplateProcess:
             raise PromptError(_explain(reply))
         return reply
 
-    def _send(self, line: bytes, deadline: float) -> None:
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Kill the child if the block takes longer, which ends its reads and writes; then raise _Late.
+
+        Waiting for a pipe with a time limit is not possible on every system.
+        """
+        lock, state = threading.Lock(), "busy"
+
+        def kill() -> None:
+            nonlocal state
+            with lock:
+                if state == "busy":
+                    state = "late"
+                    self._child.kill()
+
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except _Ended:
+            if state != "late":
+                raise
+        finally:
+            timer.cancel()
+            with lock:
+                late, state = state == "late", "done"
+        if late:
+            raise _Late
+
+    def _send(self, line: bytes) -> None:
         pipe = _descriptor(self._child.stdin)
         rest = memoryview(line)
         while rest:
-            _wait(pipe, select.POLLOUT, deadline)
             try:
                 rest = rest[os.write(pipe, rest) :]
-            except BrokenPipeError:
+            except OSError:  # a broken pipe
                 raise _Ended from None
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         pipe = _descriptor(self._child.stdout)
         line = bytearray()
         while not line.endswith(b"\n"):
-            _wait(pipe, select.POLLIN, deadline)
             block = os.read(pipe, 1 << 20)
             line += block
             if not block or len(line) > _LONGEST_REPLY:
@@ -151,7 +180,7 @@ def _plain(value: Any) -> Any:
 def _start() -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-B", "-m", _WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -159,14 +188,12 @@ def _start() -> subprocess.Popen[bytes]:
             bufsize=0,
             cwd="/",
             env={**environment, "PYTHONPATH": python_path()},
-            start_new_session=True,  # Ctrl-C in the terminal must not reach it
+            **HIDDEN,  # Ctrl-C in the terminal must not reach it
         )
     except OSError as error:
         raise PromptError(
             f"no process can be started to render the chat template ({error.strerror}): close other programs"
         ) from None
-    os.set_blocking(_descriptor(child.stdin), False)
-    return child
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -179,13 +206,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _descriptor(pipe: Any) -> int:
     return int(pipe.fileno())
-
-
-def _wait(descriptor: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise _Late
 
 
 def _explain(reply: Mapping[str, Any]) -> str:

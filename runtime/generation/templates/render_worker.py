@@ -183,9 +183,14 @@ def _line_of(error: BaseException) -> int | None:
 
 
 def _limit_process(highest_descriptor: int) -> None:
-    """Limit memory, files and processes to what rendering needs. Not reversible."""
-    import resource
-
+    """Limit memory, files and processes to what rendering needs, as far as the system can. Not reversible."""
+    if sys.platform == "win32":
+        _limit_job()
+        return
+    try:
+        import resource
+    except ImportError:
+        return
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
@@ -200,10 +205,28 @@ def _limit_process(highest_descriptor: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
+def _limit_job() -> None:
+    """Limit memory, and start no processes, on Windows: JOBOBJECT_EXTENDED_LIMIT_INFORMATION of winnt.h, 64 bits."""
+    import ctypes
+    import struct
+
+    extended, one_process, process_memory = 9, 0x8, 0x100
+    basic = struct.pack("<qqI4xQQI4xQII", 0, 0, one_process | process_memory, 0, 0, 1, 0, 0, 0)
+    limits = basic + struct.pack("<6Q4Q", *[0] * 6, MEMORY_BYTES, 0, 0, 0)
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined, unused-ignore]
+    for function in (kernel.CreateJobObjectW, kernel.GetCurrentProcess):
+        function.restype = ctypes.c_void_p
+    job = ctypes.c_void_p(kernel.CreateJobObjectW(None, None))
+    kernel.SetInformationJobObject(job, extended, limits, len(limits))
+    kernel.AssignProcessToJobObject(job, ctypes.c_void_p(kernel.GetCurrentProcess()))
+
+
 def _limit_processor_time() -> None:
     """A few seconds from now: a second limit, in case the parent, which stops what takes long, is gone."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # on Windows the parent alone stops what takes long
+        return
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     soft = int(time.process_time()) + 1 + _CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))

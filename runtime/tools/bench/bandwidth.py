@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.errors import SatchelError
-from satchel.runtime.util.child_path import python_path
+from satchel.runtime.util.child import python_path
 from satchel.runtime.util.cpu import usable_cpus
 from satchel.runtime.util.memory import system_memory
 
@@ -97,10 +97,8 @@ def _cache_bytes() -> int:
 
 
 def _available_bytes() -> int:
-    try:
-        return system_memory()[1]
-    except SatchelError:
-        return SMALLEST * PART_OF_MEMORY
+    available = system_memory()[1]
+    return SMALLEST * PART_OF_MEMORY if available is None else available
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -60,14 +60,15 @@ class Run:
 class Figures:
     """`prefill` and `decode` in tokens per second, `load` and `ttft` in seconds, memory in MiB.
 
-    `rss_mb` is the peak resident set size of the process, `pss_mb` its current proportional set size.
+    `rss_mb` is the peak resident set size of the process, `pss_mb` its current proportional set size; None where the
+    system does not report it.
     """
 
     prefill: float
     decode: float
     load: float
-    rss_mb: float
-    pss_mb: float
+    rss_mb: float | None
+    pss_mb: float | None
     ttft: float
 
 
