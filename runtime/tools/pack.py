@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
 import json
 import os
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ if __name__ == "__main__":
 '''
 
 SKIPPED = ("__pycache__", "py.typed", "entry")  # an editable install shows `satchel` itself as satchel.runtime.entry
-COMPILED = (".c", ".h", *importlib.machinery.EXTENSION_SUFFIXES)
-"""Name suffixes of satchel's own kernels, which are machine-specific and cannot be loaded from an archive."""
+COMPILED = (".c", ".h", ".dll", ".dylib", ".pyd", ".so")
+"""Name suffixes of satchel's own kernels on any system: they are for one machine, and load from no archive."""
 
 PROGRAM_MODE = 0o755
 
