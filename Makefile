@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-newest | test-web | coverage | fuzz | fuzz-gguf | lint | types | wheels | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-all | test-newest | test-web | test-arm | coverage | fuzz | fuzz-gguf | lint | types | wheels | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,8 +24,9 @@ WORKERS ?= 2
 # samples/web and the server's page in a browser and samples/node, on bundles of that model. npm brings the packages, and a Chromium too.
 WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
+ARM_BUNDLES := out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-all test-newest test-web coverage fuzz fuzz-gguf lint types wheels clean
+.PHONY: demo test test-all test-newest test-web test-arm coverage fuzz fuzz-gguf lint types wheels clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -65,6 +66,19 @@ test-web:
 else
 test-web: $(VENV)/.dev $(WEB_SAMPLES:%=%/node_modules/.package-lock.json) | $(WEB_BUNDLES:%=%/manifest.json)
 	SATCHEL_WEB_BUNDLES="$(WEB_BUNDLES)" $(BIN)/python -m pytest -s tests/integration/test_web.py tests/server/test_page.py
+endif
+
+# The wheel for Arm under emulation, with Debian's packages and an emulator in build/arm. Nothing is installed outside.
+ifneq ($(and $(shell command -v apt-get),$(shell command -v dpkg-deb),$(filter x86_64,$(shell uname -m))),)
+test-arm: $(VENV)/.dev | $(ARM_BUNDLES:%=%/manifest.json)
+	@rm -rf build/arm-wheel
+	@$(BIN)/python packaging/wheels.py build/arm-wheel manylinux_2_17_aarch64
+	@if $(BIN)/python packaging/arm.py build/arm build/arm-wheel/*aarch64.whl; then \
+	  SATCHEL_ARM=build/arm SATCHEL_ARM_BUNDLES="$(ARM_BUNDLES)" $(BIN)/python -m pytest -v tests/integration/test_arm.py; \
+	else echo "test-arm is skipped: the packages cannot be had"; fi
+else
+test-arm:
+	@echo "test-arm is skipped: it needs x86-64, apt-get and dpkg-deb (Debian, Ubuntu)"
 endif
 
 lint: $(VENV)/.dev
