@@ -193,3 +193,24 @@ def test_a_draft_takes_the_memory_of_prefixes(bundle: Path, alone: Generator, mo
     assert isinstance(found, Generation), found
     assert found.token_ids == expected.token_ids
     assert found.accepted_tokens > 100
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_run_ahead_over_blocks_gives_the_bits_of_single_steps(alone: Generator, count: int) -> None:
+    """Also where the tokens go on in a further block, and after some of them were wrong."""
+    rng = np.random.default_rng(count)
+    engine, batch = alone.engine, alone.engine.new_pool(2, 200, 0, None)
+    assert isinstance(batch, PagedBatch)
+    prompt, tokens = rng.integers(3, engine.vocabulary, BLOCK - 1), rng.integers(3, engine.vocabulary, 2 * count)
+    ahead, single = batch.add(), batch.add()
+    for state in (ahead, single):
+        engine.prefill(state, prompt)
+    ahead.decode_ahead(tokens[::-1][:count])
+    ahead.cache.shorten(len(prompt))
+    for part in np.split(tokens, 2):
+        found = ahead.decode_ahead(part).copy()
+        expected = [engine.decode(single, int(token)).copy() for token in part]
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(ahead.logits, single.logits)
+    for name, past in single.cache.past.items():
+        np.testing.assert_array_equal(ahead.cache.past[name], past)
