@@ -30,7 +30,7 @@ def bom(manifest: Manifest, card: str | None) -> dict[str, Any]:
     The same export gives the same document: it has no time, no random number, and no name of a folder.
     """
     tools = {"satchel": manifest.producer["satchel"], **manifest.producer}
-    options = manifest.provenance.options
+    options = {} if manifest.provenance is None else manifest.provenance.options
     texts = [*_named(options, "calibrate"), *_named(options, "eval_text")]
     return {
         "$schema": SCHEMA,
@@ -83,10 +83,9 @@ def _model(manifest: Manifest, card: str | None, texts: list[tuple[str, str, str
     if license_name is not None:
         known = SPDX.get(license_name.lower())
         component["licenses"] = [{"license": {"name": license_name} if known is None else {"id": known}}]
-    if manifest.provenance.source:
-        component["pedigree"] = {
-            "ancestors": [_file(name, record.sha256) for name, record in sorted(manifest.provenance.source.items())]
-        }
+    origin = {} if manifest.provenance is None else manifest.provenance.source
+    if origin:
+        component["pedigree"] = {"ancestors": [_file(name, record.sha256) for name, record in sorted(origin.items())]}
     return component
 
 
