@@ -38,7 +38,7 @@ WINDOWS_DEVICES = frozenset(
 
 
 def impossible_on_windows(name: str) -> bool:
-    """Whether a part of a relative path is no file name on Windows, or is another one there."""
+    """Whether Windows cannot store a file under a relative path, or would store it under another name."""
     return any(
         part.endswith((".", " "))
         or not WINDOWS_CHARACTERS.isdisjoint(part)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 NGRAM = 3  # tokens that have to be the same
 MAX_NGRAMS = 1 << 16
 RUNS = 16  # of right tokens, that are told apart
-PAIR, SKIPPED = -1, -2  # in place of a run: only two tokens are the same; or one was another than in the source
+PAIR, SKIPPED = -1, -2  # in place of a run: only the last two tokens match; or one token differs from the source
 MEMORY = 512  # tries that an estimate remembers
 
 Source = tuple[list[int], int]
@@ -78,7 +78,7 @@ class NgramDrafter:
 
     So it is known at no cost how good the predictions are: where a text does not repeat, none is tried. They come from
     a source, a place in this text or another: after the same n-gram, else after the same two tokens of this text; or
-    the source goes on after a token that was another, as where a text is repeated with other words.
+    the source goes on after a token that differs from it, as where a text is repeated with other words.
     """
 
     def __init__(self, pool: NgramPool, prompt: NDArray[np.int64]) -> None:

@@ -90,7 +90,7 @@ def commented(path: Path) -> None:
         (lambda path: written(path, [Entry("bundle/a", b"")] * 2), "two entries have one name"),
         (lambda path: written(path, [Entry("bundle/a", b""), Entry("bundle/A", b"")]), "are the same on some file"),
         (lambda path: written(path, [Entry("bundle/../a", b"")]), "the name 'bundle/../a' leads outside"),
-        (lambda path: written(path, [Entry("bundle/nul.bin", b"")]), "the name 'bundle/nul.bin' is none on Windows"),
+        (lambda path: written(path, [Entry("bundle/nul.bin", b"")]), "'bundle/nul.bin' is not a file name on Windows"),
         *((lambda path, name=name: written(path, [Entry(name, b"")]), "leads outside")
           for name in ("/etc/passwd", "bundle/a\\b", "bundle/folder/")),
     ],

@@ -183,7 +183,7 @@ def _text(name: bytes) -> str:
     except UnicodeDecodeError:
         raise _Odd(f"the name {name[:60]!r} is not UTF-8") from None
     _require(not leads_outside(text) and not too_long(text), f"the name {text[:60]!r} leads outside")
-    _require(not impossible_on_windows(text), f"the name {text[:60]!r} is none on Windows")
+    _require(not impossible_on_windows(text), f"the name {text[:60]!r} is not a file name on Windows")
     return text
 
 
