@@ -23,6 +23,14 @@ static const struct {
     {&plain_instructions, NULL},
 };
 
+const char *announced_instruction_set(size_t index)
+{
+    for (size_t i = 0; i < sizeof SETS / sizeof *SETS; i++)
+        if ((SETS[i].is_there == NULL || SETS[i].is_there()) && index-- == 0)
+            return SETS[i].instructions->name;
+    return NULL;
+}
+
 const char *choose_instruction_set(const char *name)
 {
     for (size_t i = 0; i < sizeof SETS / sizeof *SETS; i++) {

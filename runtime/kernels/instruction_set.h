@@ -29,6 +29,9 @@ typedef struct {
 /* The chosen ones. NULL before the first choice. */
 extern const Instructions *instructions;
 
+/* The names of those that this processor announces, fastest first, then plain C; NULL after the last. */
+const char *announced_instruction_set(size_t index);
+
 /* Chooses by name, or the fastest that this processor has if `name` is NULL, and returns the name. Returns NULL, and
  * changes nothing, if this processor lacks it. Plain C is only chosen by name: ONNX Runtime's kernels are faster. */
 const char *choose_instruction_set(const char *name);

@@ -229,7 +229,8 @@ static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *op
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-/* For satchel's runner, which calls this before the first session: see choose_instruction_set. */
+/* For satchel's runner, which calls these before the first session: see instruction_set.h. */
+EXPORTED const char *satchel_announced_instruction_set(size_t index) { return announced_instruction_set(index); }
 EXPORTED const char *satchel_choose_instruction_set(const char *name) { return choose_instruction_set(name); }
 
 /* The entry point that ONNX Runtime calls in a custom operator library. The domain lives as long as the process. */

@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import itertools
 import os
 from pathlib import Path
+
+from satchel.runtime.errors import SatchelError
 
 VERSION, OLDEST = 2, 1
 """Raise the first when the operators change, for new graphs. Raise the second, too, when the layout of weights or the
@@ -20,10 +23,10 @@ NAME = "_library"
 
 SWITCH, OFF = "SATCHEL_KERNELS", "off"
 """An environment variable, and the value that disables satchel's own operators. Another value is the name of the
-instruction set that they use; unset, it is the fastest that the processor has."""
+instruction set that they use; unset or empty, it is the fastest that the processor has."""
 
-INSTRUCTION_SETS = ("avx512", "avx2", "neon", "plain")
-"""The names of instruction sets, as in isa/; plain C, right on any processor but slow, is used only if it is named."""
+PLAIN = "plain"
+"""The instruction set that is right on any processor, but slow: it is used only if it is named."""
 
 
 def runs(version: int) -> bool:
@@ -37,43 +40,65 @@ def library() -> Path | None:
 
 
 def reason() -> str | None:
-    """Why satchel's own operators cannot be used here, as a clause without a subject; None if they can."""
+    """Why satchel's own operators cannot be used here, as a clause without a subject; None if they can.
+
+    Raises:
+        SatchelError: `SATCHEL_KERNELS` names an instruction set that is unknown or not possible here.
+    """
     if os.environ.get(SWITCH) == OFF:
         return f"are switched off ({SWITCH}={OFF})"
-    if _built() is None:
-        return "are not built (there was no C compiler when satchel was installed)"
-    try:
-        if instruction_set() is not None:
-            return None
-    except OSError as error:
-        return f"cannot be loaded ({error}); install satchel again"
-    named = os.environ.get(SWITCH)
-    if named is None:
-        return "need a processor with AVX2 (x86-64) or dot products (Arm)"
-    if named not in INSTRUCTION_SETS:
-        return f"know no instruction set {named} ({SWITCH}: {', '.join((OFF, *INSTRUCTION_SETS))})"
-    return f"cannot use {named} on this processor ({SWITCH}={named})"
+    if instruction_set() is not None:
+        return None
+    opened = _opened()
+    return opened if isinstance(opened, str) else "need a processor with AVX2 (x86-64) or dot products (Arm)"
 
 
 def instruction_set() -> str | None:
     """The name of the instruction set that satchel's own operators use from now on; None if they cannot be used.
 
     Raises:
-        OSError: The library was built for another system.
+        SatchelError: `SATCHEL_KERNELS` names an instruction set that is unknown or not possible here.
     """
-    built = _built()
-    if built is None:
+    named = os.environ.get(SWITCH) or None
+    if named == OFF:
         return None
-    choose = _opened(built).satchel_choose_instruction_set
-    choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
-    named = os.environ.get(SWITCH)
-    chosen: bytes | None = choose(None if named is None else named.encode())
-    return None if chosen is None else chosen.decode()
+    opened, possible = _opened(), instruction_sets()
+    if named is not None and named not in possible:
+        here = ", ".join((OFF, *possible)) + (f" (satchel's own kernels {opened})" if isinstance(opened, str) else "")
+        raise SatchelError(f"{SWITCH}={named}: no instruction set of this machine: unset it, or use one of {here}")
+    chosen = named or next((name for name in possible if name != PLAIN), None)
+    if chosen is not None and not isinstance(opened, str):
+        opened.satchel_choose_instruction_set(chosen.encode())
+    return chosen
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The names of the instruction sets that are possible here, fastest first; empty if the library cannot be used."""
+    opened = _opened()
+    if isinstance(opened, str):
+        return ()
+    names = iter(map(opened.satchel_announced_instruction_set, itertools.count()).__next__, None)
+    return tuple(name.decode() for name in names)
+
+
+def _opened() -> ctypes.CDLL | str:
+    """The library; or why it cannot be used on any processor, as a clause without a subject."""
+    path = _built()
+    if path is None:
+        return "are not built (there was no C compiler when satchel was installed)"
+    try:
+        return _loaded(path)
+    except (OSError, AttributeError) as error:  # of another system, or of another version of satchel
+        return f"cannot be loaded ({error}); install satchel again"
 
 
 @functools.cache
-def _opened(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))  # never unloaded: memory of threads is freed by code in it when they end
+def _loaded(path: Path) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(path))  # never unloaded: memory of threads is freed by code in it when they end
+    announced, choose = opened.satchel_announced_instruction_set, opened.satchel_choose_instruction_set
+    announced.argtypes, announced.restype = [ctypes.c_size_t], ctypes.c_char_p
+    choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+    return opened
 
 
 def _built() -> Path | None:

@@ -121,9 +121,13 @@ def _memory() -> Finding:
 def _kernels() -> Finding:
     from satchel.runtime.kernels import library
 
-    reason = library.reason()
-    text = "built, and run on this processor" if reason is None else f"not used: they {reason}"
-    return Finding("kernels", f"satchel's own: {text}", {"run": reason is None, "reason": reason})
+    try:
+        reason, chosen, works = library.reason(), library.instruction_set(), True
+    except SatchelError as error:
+        reason, chosen, works = str(error), None, False
+    text = f"built, and run on this processor ({chosen})" if reason is None else f"not used: they {reason}"
+    facts = {"run": reason is None, "reason": reason, "instruction_set": chosen}
+    return Finding("kernels", f"satchel's own: {text if works else reason}", facts, works)
 
 
 def _extras() -> Finding:

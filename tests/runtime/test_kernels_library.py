@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.command import Satchel
 from support.kernels import needs_kernels
 
+from satchel.runtime.errors import SatchelError
 from satchel.runtime.kernels import library
 
 
@@ -51,22 +53,50 @@ def test_a_file_of_another_system_is_not_loaded(beside: Path) -> None:
     assert str(beside) in str(library.reason())
 
 
+def test_that_it_is_switched_off_is_said(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.SWITCH, library.OFF)
+    assert (library.library(), library.instruction_set()) == (None, None)
+    assert "SATCHEL_KERNELS=off" in str(library.reason())
+
+
 @needs_kernels
-@pytest.mark.parametrize(
-    ("value", "fact"),
-    [
-        ("off", "SATCHEL_KERNELS=off"),
-        ("avx3", "avx3"),
-        ("neon" if platform.machine() in ("x86_64", "AMD64") else "avx2", "on this processor"),
-    ],
-)
-def test_why_it_is_not_used_is_said(beside: Path, monkeypatch: pytest.MonkeyPatch, value: str, fact: str) -> None:
-    monkeypatch.setenv(library.SWITCH, value)
-    assert library.library() is None
-    assert fact in str(library.reason())
+@pytest.mark.parametrize("name", ["avx9", "neon" if platform.machine() in ("x86_64", "AMD64") else "avx2"])
+@pytest.mark.usefixtures("beside")
+def test_a_name_that_is_not_possible_here_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    possible = library.instruction_sets()
+    assert possible[-1] == "plain"
+    assert len(possible) > 1
+    monkeypatch.setenv(library.SWITCH, name)
+    for call in (library.instruction_set, library.reason, library.library):
+        with pytest.raises(SatchelError, match=f"=.*{', '.join(('off', *possible))}") as caught:
+            call()
+        assert name in str(caught.value)
+
+
+def test_without_the_library_no_name_is_possible(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside.unlink(missing_ok=True)
+    monkeypatch.setenv(library.SWITCH, "plain")
+    with pytest.raises(SatchelError, match=r"plain.*off.*not built"):
+        library.reason()
+
+
+@needs_kernels
+def test_a_command_with_an_impossible_name_says_so(
+    satchel: Satchel, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(library.SWITCH, "avx9")
+    for words in (("run", tiny, "a"), ("specialize", tiny)):
+        assert "avx9" in satchel.refuses(*words)
+    assert "avx9" in satchel.json("doctor", code=1)["kernels"]["reason"]
+
+
+@needs_kernels
+def test_an_empty_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.SWITCH, "")
+    assert library.reason() is None
 
 
 @needs_kernels
 def test_a_processor_without_its_instruction_sets_is_told_which(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "instruction_set", lambda: None)
+    monkeypatch.setattr(library, "instruction_sets", lambda: ("plain",))
     assert "AVX2" in str(library.reason())
