@@ -13,6 +13,7 @@ import onnxruntime as ort
 from satchel.graphs.ir.contract import GraphPass, PassResult, Report
 from satchel.graphs.ir.verify import signature, verify
 from satchel.graphs.ir.weights import from_array
+from satchel.runtime.ort.session import EXACT_PRODUCTS
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -77,17 +78,21 @@ def the(model: ir.Model, op_type: str) -> ir.Node:
     return node
 
 
-def session(model: ir.Model) -> ort.InferenceSession:
-    """The model in ONNX Runtime on one thread, kept from optimizing."""
+def session(model: ir.Model, optimized: bool = False) -> ort.InferenceSession:
+    """The model in ONNX Runtime on one thread, kept from optimizing unless it is to be as in satchel's sessions."""
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized:  # without it, int8 products overflow on x86-64 without VNNI
+        for key, value in EXACT_PRODUCTS.items():
+            options.add_session_config_entry(key, value)
+    else:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     return ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
 
 
-def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
+def run(model: ir.Model, feeds: Arrays, optimized: bool = False) -> dict[str, np.ndarray]:
     """The model's outputs by ONNX Runtime; feeds that are no inputs of it are left out."""
-    opened = session(model)
+    opened = session(model, optimized)
     known = {value.name for value in opened.get_inputs()}
     outputs = [value.name for value in opened.get_outputs()]
     return dict(zip(outputs, opened.run(outputs, {n: a for n, a in feeds.items() if n in known}), strict=True))

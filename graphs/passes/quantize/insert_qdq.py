@@ -66,7 +66,7 @@ def _twice(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
 
 def _token(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     builder = Builder(model, node)
-    _multiply_tokens(builder, node, _dequantized(builder, quantized, str(node.name)))
+    _multiply_tokens(builder, node, _dequantized(builder, quantized, str(node.name), fused=True))
 
 
 def _int8(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
@@ -118,16 +118,34 @@ def _groups(model: ir.Model, node: ir.Node, quantized: QuantizedWeight) -> None:
     replace(result, product)
 
 
-def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
-    """The weight in float for the linear layer `name`: layers that share a weight have one such node each."""
+def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str, fused: bool = False) -> ir.Value:
+    """The weight in float for the linear layer `name`: layers that share a weight have one such node each.
+
+    With `fused`, a per-channel weight is multiplied by quantized activations, in an operator that takes int8 as it is.
+    """
     codes, scales, zero_points = (None if lazy is None else builder.shared(lazy) for lazy in quantized.columns())
     block = quantized.grid.scheme.block
     where: dict[str, Any] = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+    if zero_points is None and codes is not None and codes.dtype == ir.DataType.INT8 and not (fused and block is None):
+        zero_points = _zeros(builder, quantized, name)
     inputs = [v for v in (codes, scales, zero_points) if v is not None]
     value = builder.value("DequantizeLinear", inputs, f"{name}.matrix", **where)
     value.type = ir.TensorType(ir.DataType.FLOAT)
     value.shape = codes.shape if codes is not None else None
     return value
+
+
+def _zeros(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
+    """Zero points of 0 in the shape of the scales, which take no room in a file.
+
+    On x86-64 without VNNI, ONNX Runtime turns int8 weights into uint8 with zero points of 128, for exact products.
+    Where none are given it makes a scalar, which DequantizeLinear refuses.
+    """
+    outputs, groups = quantized.grid.scales.shape
+    shape = (outputs,) if quantized.grid.scheme.block is None else (groups, outputs)
+    sizes = builder.constant(np.asarray(shape, np.int64), f"zeros.{'x'.join(map(str, shape))}")
+    value = ir.tensor(np.zeros(1, np.int8))
+    return builder.value("ConstantOfShape", [sizes], f"{name}.zeros", value=value)
 
 
 INSERT = {
