@@ -22,6 +22,7 @@ LIMITS: dict[str, Limit] = {
     "manifest.json nesting": Limit(DEEPEST, "JSON parsers recurse; a manifest is nested 7 deep"),
     "signature.json bytes": Limit(4096, "it is read as a whole, before its author is known"),
     "model.sig bytes": Limit(1 << 20, "the same; it lists every file"),
+    "OCI manifest bytes": Limit(64 * MIB, "index and manifest of a layout are parsed as a whole"),
     "files": Limit(100_000, "each is looked up and opened"),
     "bytes of a file name": Limit(1024, "file systems allow 255 bytes per component"),
     "bytes of a file": Limit(1 << 50, "sizes are summed and compared with free space"),

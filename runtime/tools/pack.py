@@ -85,7 +85,7 @@ def unpack(bundle: Bundle, output: Path) -> None:
     if os.path.lexists(output):
         raise SatchelError(f"--output {output}: already exists: choose another folder")
     try:
-        with _staged(output) as stage:
+        with staged_folder(output) as stage:
             for name, span in bundle.packed.items():
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
                 with (stage / name).open("xb") as file:
@@ -96,7 +96,7 @@ def unpack(bundle: Bundle, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
+def staged_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, renamed to it if the block succeeds, and removed otherwise."""
     with scratch_folder(output.absolute().parent, ".satchel-unpack-") as place:
         stage = place / "bundle"
