@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a worker ha
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_configure() -> None:
-    """A shell that starts the tests in the background lets their children ignore Ctrl-C, which some tests send."""
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell that starts the tests in the background lets their children ignore Ctrl-C, which some tests send.
+
+    The runner keeps hashes, bundles and trials of kernels in the cache of the user otherwise.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    cache = tempfile.TemporaryDirectory(prefix="satchel-cache-", ignore_cleanup_errors=True)
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    os.environ["SATCHEL_SPECIALIZE"] = "off"  # no process works on after a test
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -45,15 +53,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def satchel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Satchel:
     """`satchel` in the test's own process."""
     return Satchel(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runner keeps hashes and bundles in the cache of the user otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("SATCHEL_SPECIALIZE", "off")  # no process works on after a test
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@
 
 #include "instruction_set.h"
 #include "operator.h"
+#include "trial.h"
 
 static const Operator *operator_of(const OrtCustomOp *op) { return (const Operator *)op; }
 
@@ -229,9 +230,10 @@ static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *op
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-/* For satchel's runner, which calls these before the first session: see instruction_set.h. */
+/* For satchel's runner, which calls these before the first session: see instruction_set.h and trial.h. */
 EXPORTED const char *satchel_announced_instruction_set(size_t index) { return announced_instruction_set(index); }
 EXPORTED const char *satchel_choose_instruction_set(const char *name) { return choose_instruction_set(name); }
+EXPORTED bool satchel_try_instruction_set(const char *name) { return try_instruction_set(name); }
 
 /* The entry point that ONNX Runtime calls in a custom operator library. The domain lives as long as the process. */
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)

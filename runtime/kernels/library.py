@@ -11,9 +11,11 @@ import functools
 import importlib.machinery
 import itertools
 import os
+import warnings
 from pathlib import Path
 
-from satchel.runtime.errors import SatchelError
+from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.kernels.trial import ENDED, RIGHT, tried
 
 VERSION, OLDEST = 2, 1
 """Raise the first when the operators change, for new graphs. Raise the second, too, when the layout of weights or the
@@ -62,11 +64,12 @@ def instruction_set() -> str | None:
     named = os.environ.get(SWITCH) or None
     if named == OFF:
         return None
-    opened, possible = _opened(), instruction_sets()
-    if named is not None and named not in possible:
-        here = ", ".join((OFF, *possible)) + (f" (satchel's own kernels {opened})" if isinstance(opened, str) else "")
+    opened = _opened()
+    if named is not None and (named not in _announced() or not _runs(named)):
+        here = ", ".join((OFF, *instruction_sets()))
+        here += f" (satchel's own kernels {opened})" if isinstance(opened, str) else ""
         raise SatchelError(f"{SWITCH}={named}: no instruction set of this machine: unset it, or use one of {here}")
-    chosen = named or next((name for name in possible if name != PLAIN), None)
+    chosen = named or next((name for name in _announced() if name != PLAIN and _runs(name)), None)
     if chosen is not None and not isinstance(opened, str):
         opened.satchel_choose_instruction_set(chosen.encode())
     return chosen
@@ -74,11 +77,36 @@ def instruction_set() -> str | None:
 
 def instruction_sets() -> tuple[str, ...]:
     """The names of the instruction sets that are possible here, fastest first; empty if the library cannot be used."""
+    return tuple(name for name in _announced() if _runs(name))
+
+
+def _announced() -> tuple[str, ...]:
+    """The names of the instruction sets that the processor announces, fastest first, and plain C."""
     opened = _opened()
     if isinstance(opened, str):
         return ()
     names = iter(map(opened.satchel_announced_instruction_set, itertools.count()).__next__, None)
     return tuple(name.decode() for name in names)
+
+
+def _runs(name: str) -> bool:
+    """Whether the processor runs an instruction set that it announces, as far as that can be found out."""
+    path = _built()
+    return path is not None and (name == PLAIN or _is_right(path, name))
+
+
+@functools.cache
+def _is_right(path: Path, name: str) -> bool:
+    found = tried(path, name)
+    if found in (None, RIGHT):
+        return True
+    what = "is ended by them" if found == ENDED else "gets wrong products by them"
+    warnings.warn(
+        f"this processor announces the instructions of {name}, and a program {what}: satchel's kernels do without",
+        SatchelWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def _opened() -> ctypes.CDLL | str:

@@ -26,7 +26,7 @@ for module in ("ziglang", "wheel", "auditwheel", "lief"):
 pytestmark = pytest.mark.slow
 
 LIBRARY = "satchel/runtime/kernels/_library"
-ENTRY_POINTS = {"RegisterCustomOps", "satchel_announced_instruction_set", "satchel_choose_instruction_set"}
+ENTRY_POINTS = {"RegisterCustomOps"} | {f"satchel_{verb}_instruction_set" for verb in ("announced", "choose", "try")}
 OF_LINKER = {"__dso_handle", "_mh_dylib_header"}
 """What the linker exports from every library for macOS."""
 LARGEST = 2_000_000

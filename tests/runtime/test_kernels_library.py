@@ -98,5 +98,5 @@ def test_an_empty_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 def test_a_processor_without_its_instruction_sets_is_told_which(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "instruction_sets", lambda: ("plain",))
+    monkeypatch.setattr(library, "_announced", lambda: ("plain",))
     assert "AVX2" in str(library.reason())
