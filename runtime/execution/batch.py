@@ -128,6 +128,18 @@ class Batch:
             runs.append(Run(tuple(row for row, _ in last), 0, True, partial(self.decode, tokens)))
         return runs
 
+    @property
+    def widest_ahead(self) -> int:
+        """The largest number of drafted tokens of a row that `decode_ahead` checks; 0 where it takes none."""
+        return 0
+
+    def decode_ahead(self, feeds: Sequence[Feed]) -> list[Logits]:
+        """Feed rows without an adapter any number of tokens in one run, each of which gets the logits of `decode`.
+
+        Returns those of each row, [tokens, vocabulary] float32, which the next step overwrites.
+        """
+        raise NotImplementedError("see widest_ahead")
+
     def is_short_of(self, feeds: Sequence[Feed]) -> bool:
         """Whether there is not enough memory for a step with these; never where all rows have theirs."""
         return False

@@ -76,6 +76,13 @@ class PagedBatch(Batch):
         """Feed tokens to rows, in one run for each adapter."""
         self.runner.run([(self._paged[row], tokens) for row, tokens in feeds])
 
+    @property
+    def widest_ahead(self) -> int:
+        return 0 if self._engine.wrong_ahead else max(self._engine.runs_ahead, default=0)
+
+    def decode_ahead(self, feeds: Sequence[Feed]) -> list[Logits]:
+        return self.runner.run_ahead([(self._paged[row], tokens) for row, tokens in feeds])
+
     def _decode(self, tokens: Ids) -> None:
         self.run([(row, tokens[row : row + 1]) for row in range(len(tokens))])
 
@@ -97,7 +104,7 @@ class PagedState(State):
         self._logits = other.logits
 
     def decode_ahead(self, tokens: Ids) -> Logits:
-        return self._runner.run_ahead(self, tokens)
+        return self._runner.run_ahead([(self, tokens)])[0]
 
     def _prefill(self, tokens: Ids) -> None:
         self._runner.run([(self, tokens)])
@@ -132,16 +139,23 @@ class RaggedRunner:
             state.cache.advance(len(tokens))
             state.set_logits(row)
 
-    def run_ahead(self, state: PagedState, tokens: Ids) -> Logits:
-        """Feed tokens to one sequence, each as a decode token. Returns the logits of each, [tokens, vocabulary]."""
-        count, first = len(tokens), state.cache.length + 1
-        state.cache.begin(count)
-        logits = self._room(count)[:count]
-        tables = [state.paged.table] * count
-        self._step(state.cache.adapter, tables, range(first, first + count), np.split(tokens, count), logits)
-        state.cache.advance(count)
-        state.set_logits(logits[-1])
-        return logits
+    def run_ahead(self, feeds: Sequence[Fed]) -> list[Logits]:
+        """Feed tokens to sequences without an adapter, each token as a decode token of a row of its own.
+
+        Returns the logits of each, [tokens of the sequence, vocabulary], which the next run overwrites.
+        """
+        for state, tokens in feeds:
+            state.cache.begin(len(tokens))
+        ids = np.concatenate([tokens for _, tokens in feeds])
+        tables = [state.paged.table for state, tokens in feeds for _ in tokens]
+        lengths = [state.cache.length + place for state, tokens in feeds for place in range(1, len(tokens) + 1)]
+        logits = self._room(len(ids))[: len(ids)]
+        self._step(None, tables, lengths, np.split(ids, len(ids)), logits)
+        found = np.split(logits, np.cumsum([len(tokens) for _, tokens in feeds])[:-1])
+        for (state, tokens), rows in zip(feeds, found, strict=True):
+            state.cache.advance(len(tokens))
+            state.set_logits(rows[-1])
+        return found
 
     def _step(
         self,

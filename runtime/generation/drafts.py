@@ -107,6 +107,11 @@ class NgramDrafter:
                     found.append(((source[0], source[1] + 1), SKIPPED))
             self._source, self._run = max(found, key=lambda each: pool.chance(each[1]), default=(None, 0))
 
+    @property
+    def chance(self) -> float:
+        """The probability that the next token is the predicted one; 0 without a prediction."""
+        return 0.0 if self._source is None else self._pool.chance(self._run)
+
     def predicted(self, most: int) -> tuple[list[int], list[float]]:
         """Up to `most` tokens that may follow, and the probability that each is right if those before it are."""
         if self._source is None:

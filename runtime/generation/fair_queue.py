@@ -38,6 +38,10 @@ class Job:
         """The number of prompt tokens that were not fed yet."""
         return len(self.sequence.prompt) - self.fed
 
+    def shares_adapter(self, other: Job) -> bool:
+        """Whether keys and values of the same tokens are those of another request."""
+        return self.sequence.options.adapter == other.sequence.options.adapter
+
     def lap(self) -> float:
         """The seconds since the last token, or since the beginning; the next ones count from now."""
         since, self.since = self.since, time.perf_counter()

@@ -17,6 +17,7 @@ from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import Ids
 from satchel.runtime.generation.fair_queue import FairQueue, Job
+from satchel.runtime.generation.joint_speculation import Ahead, decode_together, plan_drafts
 from satchel.runtime.generation.pace import Pace
 from satchel.runtime.generation.prefill import next_piece
 from satchel.runtime.generation.prefix_cache import PrefixCache, common_length
@@ -56,8 +57,8 @@ class Scheduler:
 
     `submit` and `cancel` may be called from any thread; `step` is for one thread, and `Driver` is such a thread. A step
     feeds pieces of prompts and the last token of every row that has its prompt: in one run of the graph where keys and
-    values are in blocks. Requests are taken by priority, then from the client that has had the least, each in the order
-    of arrival.
+    values are in blocks, which also checks drafts. Requests are taken by priority, then from the client that has had
+    the least, each in the order of arrival.
     """
 
     def __init__(
@@ -183,8 +184,10 @@ class Scheduler:
         decoding = self._rows.decoding
         self._make_room(pieces, decoding)
         if len(decoding) == 1 and not pieces and self._has_room_ahead(decoding[0]):
-            self._decode_alone(decoding[0])
-        else:  # a drafted token would cost as much as that of another request
+            self._decode_ahead(decoding, [])
+        elif not pieces and (planned := self._planned(decoding)):
+            self._decode_ahead(decoding, planned)
+        else:
             self._run(pieces, decoding)
         return self._events
 
@@ -249,7 +252,7 @@ class Scheduler:
         ready = [job for job in [*feeding, *([waiting] if waiting else [])] if job not in planned]
         job = self._queue.best(ready, oldest=self._oldest)
         if job is not None and job is waiting:
-            for other in (each for each in feeding if _share_adapter(each, job)):
+            for other in (each for each in feeding if each.shares_adapter(job)):
                 if common_length(other.sequence.prompt, job.sequence.prompt) > other.fed:
                     return None if other in planned else other
         return job
@@ -269,6 +272,14 @@ class Scheduler:
         most = min(1 + WIDTHS[-1], job.sequence.limit - len(job.sequence.token_ids))
         tokens = np.zeros(most if job.sequence.drafter else 1, np.int64)
         return self._rows.has_memory([(self._rows.number(job), tokens)])
+
+    def _planned(self, decoding: Sequence[Job]) -> list[Ahead]:
+        """What is drafted for requests that are decoded together, if there is memory for it."""
+        planned = plan_drafts(self._batch, [(self._rows.number(job), job.sequence) for job in decoding])
+        if not self._rows.has_memory([each.feed for each in planned]):
+            for each in planned:
+                each.draft.clear()
+        return planned
 
     def _run(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> None:
         """Feed pieces and last tokens, and take the tokens that follow."""
@@ -318,7 +329,7 @@ class Scheduler:
     def _twins(self, job: Job) -> Iterator[Job]:
         """Those next in the queue that have the same prompt, in rows of their own with its keys, values and logits."""
         while not self._rows.is_full and (twin := self._queue.first()) is not None:
-            if not _share_adapter(twin, job) or not np.array_equal(twin.sequence.prompt, job.sequence.prompt):
+            if not twin.shares_adapter(job) or not np.array_equal(twin.sequence.prompt, job.sequence.prompt):
                 return
             twin.sequence.begin(job.sequence)
             self._queue.take(twin)
@@ -327,16 +338,21 @@ class Scheduler:
             twin.since = job.since
             yield twin
 
-    def _decode_alone(self, job: Job) -> None:
-        """Choose the next token of the only request, or several where a draft is right."""
-        start, taken = time.perf_counter(), 1
-        with failing(job):
-            taken = decode(self._engine, self._rows.state(job), job.sequence)
-            self._queue.charge(job, taken)
+    def _decode_ahead(self, decoding: Sequence[Job], planned: Sequence[Ahead]) -> None:
+        """Choose the next token of each request, or several where its draft is right; `planned` is [] for only one."""
+        start, taken = time.perf_counter(), [1] * len(decoding)
+        with failing(*decoding):
+            if planned:
+                taken = decode_together(self._batch, planned)
+            else:
+                taken = [decode(self._engine, self._rows.state(job), job.sequence) for job in decoding]
         self._pace.ran(0, time.perf_counter() - start, decoded=True)
-        job.sequence.timing.decode_seconds += job.lap()
-        job.sequence.timing.decode_steps += taken
-        self._tell(job)
+        for job, count in zip(decoding, taken, strict=True):
+            self._queue.charge(job, count)
+            job.sequence.timing.decode_seconds += job.lap()
+            job.sequence.timing.decode_steps += count
+        for job in decoding:
+            self._tell(job)
 
     def _take(self, job: Job) -> None:
         """Choose the next token of a request."""
@@ -371,11 +387,6 @@ class Scheduler:
         self._queue.leave(job)
         with self._lock:
             del self._jobs[job.id]
-
-
-def _share_adapter(job: Job, other: Job) -> bool:
-    """Whether the keys and values of one are those of the other for the same tokens."""
-    return job.sequence.options.adapter == other.sequence.options.adapter
 
 
 @contextmanager

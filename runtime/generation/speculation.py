@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -20,15 +20,12 @@ from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation.draft_model import DraftModel, ModelDrafter
 from satchel.runtime.generation.drafts import NgramDrafter, NgramPool
+from satchel.runtime.generation.run_costs import SMOOTHING, Costs, reached
 from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.sequence import ActiveSequence
 
 WIDTHS = (1, 3, 7, 15)  # of drafts: with the token before them, the rows of a run are powers of two
 MODES = ("auto", "ngram", "off")
-GAIN = 1.05  # in tokens per second, that a draft must promise: less is within the error of what is measured
-ROW = 0.5  # of the time of a step, that a further token is taken to cost before it is measured
-SMOOTHING = 0.1
-SURE = 2  # times that a run must have been measured: the first is slower
 IDLE, LONGEST_IDLE = 8, 512  # steps without a draft of the small model, after which it is tried again
 
 
@@ -48,53 +45,12 @@ def warn_without_effect(engine: Engine, speculate: str, draft: str | Path | None
         warnings.warn(f"{flag} has no effect: {reason}", SatchelWarning, stacklevel=3)
 
 
-class Costs:
-    """Seconds of a run by the number of drafted tokens in it, measured on this machine as it works."""
-
-    def __init__(self, steps: Mapping[int, float] | None = None) -> None:
-        """`steps` are what runs took in single steps when the bundle was specialized, until they are measured here."""
-        self._steps = steps or {}
-        self._seconds: dict[int, float] = {}
-        self._times: dict[int, int] = {}
-
-    def note(self, drafted: int, seconds: float) -> None:
-        """Count a measurement. What disturbs a run makes it slower only, so that less time counts at once."""
-        old, times = self._seconds.get(drafted, seconds), self._times.get(drafted, 0)
-        self._seconds[drafted] = seconds if seconds < old else old + SMOOTHING * (seconds - old)
-        self._times[drafted] = times + 1
-
-    def of(self, drafted: int) -> float:
-        """Seconds of a run; infinity before a single step was measured."""
-        if self._times.get(drafted, 0) >= SURE:
-            return self._seconds[drafted]
-        return self.of(0) * self._steps.get(drafted, 1 + ROW * drafted) if drafted else np.inf
-
-    def best(self, chances: Sequence[float], wrong: Collection[int] = (), each: float = 0.0) -> tuple[int, float]:
-        """How many of the drafted tokens give the most tokens per second, 0 for none, and that number.
-
-        `chances` are those of each token to be right if those before it are; `wrong` widths do not work here; `each` is
-        the time to draft a token.
-        """
-        single = self.of(0)
-        best, rate, expected, right = 0, GAIN / single, 1.0, 1.0
-        if single == np.inf:
-            return best, rate
-        for count, chance in enumerate(chances, start=1):
-            right *= chance
-            expected += right
-            if count in WIDTHS and count not in wrong:
-                found = expected / (self.of(count) + count * each)
-                if found > rate:
-                    best, rate = count, found
-        return best, rate
-
-
 class Speculation:
     """What all sequences of one engine share: what was seen before, a small model if there is one, and costs."""
 
     def __init__(self, engine: Engine, model: DraftModel | None = None) -> None:
         made = engine.bundle.specialized
-        steps = {} if made is None else {run.drafted: run.steps for run in made.runs_ahead}
+        steps = {} if made is None else {1 + run.drafted: run.steps for run in made.runs_ahead}
         self.pool, self.model, self.costs = NgramPool(), model, Costs(steps)
         self.model_costs = 0.0  # seconds of a token that the small model drafts
         self.model_tried, self.model_right = 3.0, 2.0
@@ -141,14 +97,14 @@ class Drafter:
         """
         self.follow(token_ids)
         self._by_model = False
-        sure = min(len(forced), limit, WIDTHS[-1])
-        count, _ = self.costs.best([1.0] * sure, wrong)
+        most, widths = min(limit, WIDTHS[-1]), [width for width in WIDTHS if width not in wrong]
+        count, _ = self.costs.best([1.0] * min(len(forced), most), widths)
         if count:
             return list(forced[:count])
-        tokens, chances = self._ngrams.predicted(min(limit, WIDTHS[-1]))
-        count, rate = self.costs.best(chances, wrong) if tokens else (0, 0.0)
+        tokens, chances = self._ngrams.predicted(most)
+        count, rate = self.costs.best(reached(chances), widths) if tokens else (0, 0.0)
         if self._model is not None and not (count and chances[0] > 0.9):
-            drafted = self._from_model(limit, wrong, rate if count else 0.0)
+            drafted = self._from_model(most, widths, rate if count else 0.0)
             if drafted:
                 return drafted
         return tokens[:count]
@@ -164,6 +120,23 @@ class Drafter:
         if known < len(token_ids):
             self._ngrams.add(token_ids[known:])
 
+    def proposed(
+        self, token_ids: Sequence[int], limit: int, least: float, forced: Sequence[int] = ()
+    ) -> tuple[list[int], list[float]]:
+        """Up to `limit` tokens that may follow the new tokens, and the probability that each is reached and right.
+
+        Those of a probability below `least` are left out. `forced` is as for `draft`. The small model is not asked.
+        """
+        self.follow(token_ids)
+        self._by_model = False
+        if forced:
+            return list(forced[:limit]), [1.0] * min(len(forced), limit)
+        if self._ngrams.chance < least:
+            return [], []
+        tokens, chances = self._ngrams.predicted(limit)
+        gains = [gain for gain in reached(chances) if gain >= least]
+        return tokens[: len(gains)], gains
+
     def learn(self, drafted: int, right: int) -> None:
         """Note how many tokens of a draft were right."""
         if self._by_model:
@@ -177,17 +150,16 @@ class Drafter:
         if self._model is not None:
             self._model.close()
 
-    def _from_model(self, limit: int, wrong: Collection[int], rate: float) -> list[int]:
-        """A draft of the small model, if it promises more tokens per second than `rate`."""
+    def _from_model(self, most: int, widths: Sequence[int], rate: float) -> list[int]:
+        """A draft of the small model, of up to `most` tokens, if it promises more tokens per second than `rate`."""
         shared, model = self._shared, self._model
         chance = shared.model_right / shared.model_tried
-        most = min(limit, WIDTHS[-1])
-        count, found = self.costs.best([chance] * most, wrong, shared.model_costs)
+        count, found = self.costs.best(reached([chance] * most), widths, each=shared.model_costs)
         if not count:
             self._idle += 1
-            if self._idle < self._patience or self.costs.of(0) == np.inf:
+            if self._idle < self._patience or self.costs.of(1) == np.inf:
                 return []
-            count = next((width for width in WIDTHS if width <= most and width not in wrong), 0)
+            count = next((width for width in widths if width <= most), 0)
             self._patience = min(2 * self._patience, LONGEST_IDLE)
         elif found < rate:
             return []
@@ -215,15 +187,15 @@ def decode(engine: Engine, state: State, sequence: ActiveSequence) -> int:
     if drafter is None or not draft:
         state.decode(last)
         if drafter is not None:
-            drafter.costs.note(0, time.perf_counter() - start)
+            drafter.costs.note(1, time.perf_counter() - start)
         sequence.take_from(state)
         return 1
     length, tokens, tried = state.cache.length, np.asarray([last, *draft], np.int64), len(draft) in engine.runs_ahead
     try:
         if tried:
             rows = state.decode_ahead(tokens)
-            drafter.costs.note(len(draft), time.perf_counter() - start)
-            taken = _take_right(sequence, rows, draft)
+            drafter.costs.note(len(tokens), time.perf_counter() - start)
+            taken = take_right(sequence, rows, draft)
             timing.drafted += len(draft)
             timing.accepted += taken - 1
         else:
@@ -234,7 +206,7 @@ def decode(engine: Engine, state: State, sequence: ActiveSequence) -> int:
     return taken
 
 
-def _take_right(sequence: ActiveSequence, rows: NDArray[np.float32], draft: Sequence[int]) -> int:
+def take_right(sequence: ActiveSequence, rows: NDArray[np.float32], draft: Sequence[int]) -> int:
     """Choose a token from each of the rows of logits, as long as what was drafted is chosen. Returns how many."""
     for taken, logits in enumerate(rows, start=1):
         sequence.take(logits)

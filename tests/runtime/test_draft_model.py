@@ -22,7 +22,8 @@ from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.speculation import Costs, Speculation
+from satchel.runtime.generation.run_costs import Costs
+from satchel.runtime.generation.speculation import Speculation
 from satchel.runtime.ort.open_bundle import open_bundle
 
 PROMPT = np.random.default_rng(3).integers(3, 300, 20)
@@ -58,7 +59,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(tokens))
         return State.decode_ahead(state, tokens)
 
-    monkeypatch.setattr(Costs, "of", lambda costs, drafted: 1 + drafted / 10)
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 0.9 + rows / 10)
     monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
     monkeypatch.setattr(CpuState, "decode_ahead", decode_ahead)
     monkeypatch.setattr(NgramDrafter, "predicted", lambda drafter, most: ([], []))
@@ -244,4 +245,4 @@ def test_run_and_bench_say_how_many_drafted_tokens_were_right(
 def test_an_engine_of_another_provider_takes_no_drafts(folders: dict[str, Path]) -> None:
     assert Engine.why_not_ahead(Engine.open(open_bundle(folders["target"]), threads=1), None) is not None
     engine = Engine.open(open_bundle(folders["target"]), threads=1)
-    assert Speculation(engine).costs.best([0.9])[0] == 0
+    assert Speculation(engine).costs.best([0.9], [1])[0] == 0

@@ -26,7 +26,7 @@ from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.grammar import Grammar
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
-from satchel.runtime.generation.speculation import Costs
+from satchel.runtime.generation.run_costs import Costs
 from satchel.runtime.generation.tokenizer import JsonTokenizer
 
 SCHEMA = {
@@ -138,7 +138,7 @@ def test_forced_tokens_are_fed_in_one_run(folder: Path, monkeypatch: pytest.Monk
     """The tiny bundle takes several tokens in a run, if only in single steps; a further one is said to cost little."""
     options: dict[str, Any] = {"grammar": {"json_schema": SCHEMA}, "temperature": 1.0, "seed": 4, "logprobs": 1}
     expected = Generator.open(folder, threads=1, speculate="off").generate("the", 80, **options)
-    monkeypatch.setattr(Costs, "of", lambda costs, drafted: 1 + drafted / 100)
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1 + rows / 100)
     monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
     monkeypatch.setattr(CpuState, "decode_ahead", State.decode_ahead)
     generator = Generator.open(folder, threads=1, prefix_cache_mib=0)

@@ -19,7 +19,8 @@ from satchel.runtime.generation.drafts import NgramDrafter, NgramPool
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
-from satchel.runtime.generation.speculation import Costs
+from satchel.runtime.generation.run_costs import Costs, reached
+from satchel.runtime.generation.speculation import WIDTHS
 from satchel.runtime.optimize import specialize
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -47,7 +48,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     A further token is said to cost a tenth of a step.
     """
     counts: list[int] = []
-    monkeypatch.setattr(Costs, "of", lambda costs, drafted: 1 + drafted / 10)
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 0.9 + rows / 10)
 
     def decode_ahead(state: CpuState, tokens: Ids) -> Logits:
         counts.append(len(tokens))
@@ -229,30 +230,47 @@ def test_the_pool_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(**seconds: float) -> Costs:
+    """Seconds by the number of drafted tokens."""
     costs = Costs()
     for name, value in seconds.items():
         for _ in range(3):
-            costs.note(int(name.removeprefix("w")), value)
+            costs.note(1 + int(name.removeprefix("w")), value)
     return costs
+
+
+def width(costs: Costs, chances: list[float], each: float = 0.0, widths: tuple[int, ...] = WIDTHS) -> int:
+    return costs.best(reached(chances), widths, each=each)[0]
 
 
 def test_the_width_is_that_which_gives_most_tokens_in_the_measured_time() -> None:
     cheap, dear = measured(w0=1.0, w1=1.1, w3=1.2, w7=1.5), measured(w0=1.0, w1=1.9, w3=3.9, w7=7.5, w15=15.0)
     sure, even, bad = [0.99] * 7, [0.5] * 7, [0.03] * 7
-    assert [cheap.best(chances)[0] for chances in (sure, even, bad, sure[:4], [])] == [7, 3, 0, 3, 0]
-    assert [dear.best(chances)[0] for chances in (sure, even, bad)] == [0, 0, 0]
-    assert cheap.best(sure, wrong={7})[0] == 3
-    assert cheap.best(sure, each=0.05)[0] == 7
-    assert cheap.best(even, each=0.5)[0] == 0
-    assert Costs().best(sure)[0] == 0, "before a single step was measured"
+    assert [width(cheap, chances) for chances in (sure, even, bad, sure[:4], [])] == [7, 3, 0, 3, 0]
+    assert [width(dear, chances) for chances in (sure, even, bad)] == [0, 0, 0]
+    assert width(cheap, sure, widths=(1, 3, 15)) == 3
+    assert width(cheap, sure, each=0.05) == 7
+    assert width(cheap, even, each=0.5) == 0
+    assert width(Costs(), sure) == 0, "before anything was measured"
+
+
+def test_beside_others_a_row_pays_only_if_it_gives_more_than_one_of_theirs() -> None:
+    """Each costs half of the first one: beside one row a draft that is often right pays, beside eight a sure one."""
+    costs = Costs()
+    for rows in (1, 2, 8, 16):
+        for _ in range(2):
+            costs.note(rows, 0.5 + rows / 2)
+    assert [costs.price([count], rows) for count, rows in ((1, 1), (8, 8))] == [0.5, 8 * 4 / 4.5 / 8]
+    assert Costs().price([1], 1) == np.inf
+    assert [costs.best([chance], [1])[0] for chance in (0.5, 0.7, 1.0)] == [0, 1, 1]
+    assert [costs.best([chance] * 8, [8], rows=8)[0] for chance in (0.7, 0.95, 1.0)] == [0, 0, 8]
 
 
 def test_times_that_were_disturbed_count_less() -> None:
     costs = measured(w0=1.0, w1=1.2)
-    costs.note(1, 9.0)
-    assert costs.of(1) < 2.1
-    costs.note(1, 1.1)
-    assert costs.of(1) == 1.1
+    costs.note(2, 9.0)
+    assert costs.of(2) < 2.1
+    costs.note(2, 1.1)
+    assert costs.of(2) == 1.1
 
 
 def test_a_request_that_waits_takes_no_memory_for_drafts_and_its_text_is_known_to_others(
@@ -346,10 +364,15 @@ def test_a_run_that_differs_by_a_bit_is_not_recorded_when_a_bundle_is_specialize
 
 
 def test_costs_begin_with_those_that_were_recorded() -> None:
-    costs = Costs({1: 1.05, 3: 1.4})
+    costs = Costs({2: 1.05, 4: 1.4})
+    assert costs.of(2) == np.inf
     for _ in range(2):
-        costs.note(0, 2.0)
-    assert [costs.of(drafted) for drafted in (0, 1, 3, 7)] == [2.0, 2.1, 2.8, 9.0]
+        costs.note(1, 2.0)
+    np.testing.assert_allclose([costs.of(rows) for rows in (1, 2, 3, 4, 8)], [2.0, 2.1, 2.45, 2.8, 4.2])
     for _ in range(2):
-        costs.note(3, 9.0)
-    assert costs.of(3) == 9.0
+        costs.note(4, 7.0)
+    np.testing.assert_allclose([costs.of(rows) for rows in (2, 4, 8)], [2.1, 7.0, 10.5])
+    others = Costs({2: 1.05, 4: 1.4})
+    for _ in range(2):
+        others.note(4, 7.0)
+    np.testing.assert_allclose([others.of(rows) for rows in (1, 2)], [5.0, 5.25])
