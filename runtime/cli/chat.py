@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.cli import custom_flags, provider_flags, ready
+from satchel.runtime.cli import custom_flags, grammar_flags, provider_flags, ready
 from satchel.runtime.cli.chat_turns import read_turns, typed_turns
 from satchel.runtime.cli.prompt_lines import TAKEN
 from satchel.runtime.errors import PromptError, SatchelError
@@ -88,6 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help='print one line of JSON for each answer, with "error" if a turn failed',
     )
+    grammar_flags.add_flags(parser)
     generation_options.add_flags(parser, chat=True)
     provider_flags.add_flags(parser)
 
@@ -127,6 +128,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Settle `args.prompt` and `args.grammar`, and raise PromptError for flags that exclude or require each other."""
+    args.grammar = grammar_flags.grammar_in(args)
     if args.prompt_flag is not None:
         if args.prompt is not None:
             raise PromptError("--prompt and QUESTION are both given: remove one")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from satchel.runtime.cli import custom_flags, provider_flags, ready
+from satchel.runtime.cli import custom_flags, grammar_flags, provider_flags, ready
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation import options
-from satchel.runtime.generation.grammar import Grammar
 from satchel.runtime.util.defaults import BATCH_ROWS, PREFIX_CACHE_MIB
 
 STANDARD = "-"  # as a file: standard input or output
@@ -82,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with --json: the log-probability of each prompt token, and of as many others as --logprobs says",
     )
     options.add_flags(parser)
-    _add_grammar(parser)
+    grammar_flags.add_flags(parser)
     _add_several(parser)
     _add_lines(parser)
     _add_cache(parser)
@@ -91,7 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Settle `args.prompt` and `args.grammar`, and raise PromptError for flags that exclude or require each other."""
-    args.grammar = _grammar(args)
+    args.grammar = grammar_flags.grammar_in(args)
     if args.prompt_flag is not None:
         if args.prompt is not None:
             raise PromptError("--prompt and PROMPT are both given: remove one")
@@ -122,34 +121,6 @@ def prefix_cache_mib(args: argparse.Namespace) -> int:
 def _given(args: argparse.Namespace, flag: str) -> bool:
     value = getattr(args, flag.lower().removeprefix("--").replace("-", "_"))
     return value is not None and value is not False
-
-
-def _grammar(args: argparse.Namespace) -> Grammar | None:
-    """The grammar that the flags give. Raises PromptError for a file that cannot be read, and for no JSON in it."""
-    if args.json_object:
-        return Grammar.of({"json_object": True})
-    if args.regex is not None:
-        return Grammar.of({"regex": args.regex}, "--regex")
-    for flag, kind, path in (("--json-schema", "json_schema", args.json_schema), ("--lark", "lark", args.lark)):
-        if path is not None:
-            try:
-                return Grammar.of({kind: Path(path).read_text("utf-8")}, f"{flag} {path}")
-            except OSError as error:
-                raise PromptError(f"{flag} {path}: cannot be read ({error.strerror})") from None
-            except UnicodeDecodeError:
-                raise PromptError(f"{flag} {path}: is not UTF-8 text: convert it") from None
-    return None
-
-
-def _add_grammar(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "what the text must match", "Needs the extra grammar (llguidance). A model that reasons may do so first."
-    )
-    kinds = group.add_mutually_exclusive_group()
-    kinds.add_argument("--json-schema", metavar="FILE", help="JSON that is valid by this JSON schema")
-    kinds.add_argument("--json-object", action="store_true", help="any JSON object")
-    kinds.add_argument("--regex", metavar="EXPR", help="a regular expression, for the whole text")
-    kinds.add_argument("--lark", metavar="FILE", help="a grammar in llguidance's dialect of Lark")
 
 
 def _add_several(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,11 @@ class Grammars:
         thought = Thought.of(tokenizer, prompt, template) if grammar.chat and tokenizer is not None else None
         return Constraint(matcher, tokens, self._vocabulary, ends, thought)
 
+    def check(self, grammar: Grammar) -> None:
+        """Raise PromptError as `constraint` does."""
+        with self._lock:
+            self._matcher(_library(), grammar)
+
     def _matcher(self, library: ModuleType, grammar: Grammar) -> Any:
         key = grammar.kind, grammar.source
         found = self._compiled.pop(key, None)

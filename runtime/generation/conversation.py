@@ -65,7 +65,7 @@ class Conversation:
         `tools` are JSON schemas of functions, `arguments` further variables of the template. `options` None means
         `checkpoint_options`. `template` names one of several templates, as in `Generator.encode_chat`. Raises
         BundleError for a bundle without a chat template, PromptError for one without a tokenizer or with an invalid
-        template.
+        template, and for a grammar that cannot be compiled.
         """
         generator.need_tokenizer()
         self.generator = generator
@@ -73,6 +73,8 @@ class Conversation:
         self.arguments = dict(arguments or {})
         self.template = template
         options = checkpoint_options(generator) if options is None else options
+        if options.grammar is not None:
+            generator.check_grammar(options.grammar)
         self.options = replace(options, **in_chat({"grammar": options.grammar}))
         self.messages: list[Message] = []
         self.dropped_messages = 0

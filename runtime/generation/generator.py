@@ -21,6 +21,7 @@ from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping
 from satchel.runtime.generation.constraint import Grammars
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.draft_model import DraftModel
+from satchel.runtime.generation.grammar import Grammar
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, full_context_bytes
@@ -394,6 +395,10 @@ class Generator:
     @template.setter
     def template(self, template: ChatTemplate) -> None:
         self._template = template
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raise PromptError for a grammar that cannot be compiled for this bundle."""
+        self._grammars.check(grammar)
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises PromptError for a bundle without one."""

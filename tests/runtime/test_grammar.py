@@ -263,6 +263,16 @@ class TestCommand:
         path.write_text('start: "cat"')
         assert satchel("run", folder, "the", "--lark", path, "-n", 80, "--quiet").out.strip() == "cat"
 
+    def test_a_chat(self, satchel: Satchel, folder: Path, tmp_path: Path) -> None:
+        path = tmp_path / "schema.json"
+        path.write_text(json.dumps(SCHEMA))
+        said = satchel("chat", folder, "-n", 80, "--json-schema", path, "--quiet", stdin="the\na dog\n")
+        for line in said.out.splitlines():
+            jsonschema.validate(json.loads(line), SCHEMA)
+        assert re.fullmatch(WORDS, satchel("chat", folder, "the", "--regex", WORDS, "-n", 80, "--quiet").out.strip())
+        assert "unclosed" in satchel.refuses("chat", folder, "--regex", "a(", stdin="the\n")
+        assert "missing.lark" in satchel.refuses("chat", folder, "the", "--lark", tmp_path / "missing.lark")
+
     def test_lines(self, satchel: Satchel, folder: Path, tmp_path: Path) -> None:
         path = tmp_path / "lines.jsonl"
         rows = [{"prompt": "the", "grammar": {"json_schema": SCHEMA}}, {"prompt": "the", "grammar": {"regex": "a("}}]
