@@ -54,7 +54,7 @@ COMMANDS = {
 }
 
 
-PACKED_COMMANDS = ("run", "chat", "verify", "inspect", "specialize", "bench", "profile", "doctor")
+PACKED_COMMANDS = ("run", "chat", "embed", "verify", "inspect", "specialize", "bench", "profile", "doctor")
 """Commands that a packed file takes as its first argument; without one it is `run`."""
 
 

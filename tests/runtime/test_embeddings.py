@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.command import Satchel
+from support.packed import run_packed
 from support.tiny_bundle import HIDDEN, MAX_CONTEXT, change_manifest, make_weights, read_manifest, write_bundle
 
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.generation.generator import Generator
+from satchel.runtime.ort.open_bundle import open_bundle
+from satchel.runtime.tools.pack import pack
 
 TEXTS = ["the cat sat on the mat", "a", "looked at the other cat. " * 4]
 
@@ -89,6 +92,13 @@ def test_the_command_prints_a_line_for_each_text(satchel: Satchel, folder: Path,
     assert json.loads(satchel("embed", folder, stdin=TEXTS[0] + "\n").out) == row
     plain = json.loads(satchel("embed", folder, TEXTS[0], "--no-normalize").out)
     assert np.array_equal(np.float32(plain["embedding"]), generator.embed(TEXTS[:1], normalize=False)[0])
+
+
+def test_a_packed_bundle_gives_the_same_vectors(satchel: Satchel, folder: Path, tmp_path: Path) -> None:
+    expected = satchel("embed", folder, TEXTS[0], "--quiet").out
+    pack(open_bundle(folder), tmp_path / "model.pyz")
+    assert satchel("embed", tmp_path / "model.pyz", TEXTS[0], "--quiet").out == expected
+    assert run_packed(tmp_path / "model.pyz", "embed", TEXTS[0]).stdout == expected
 
 
 def test_the_command_reads_lines_and_names_wrong_ones(
