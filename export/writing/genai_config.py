@@ -8,7 +8,6 @@ from satchel.export.checkpoint import Checkpoint
 from satchel.runtime.bundle.contract import ATTENTION_MASK, CONV, INPUT_IDS, LOGITS, RECURRENT
 from satchel.runtime.bundle.manifest import GraphSpec, Manifest
 from satchel.runtime.bundle.plain_graphs import without_custom
-from satchel.runtime.ort.session import EXACT_PRODUCTS
 
 LAYER_TYPES = {
     frozenset({"attention"}): "full_attention",
@@ -108,8 +107,8 @@ def _stage(graph: GraphSpec, *, prompt: bool) -> dict[str, Any]:
 
 
 def _session_options(graph: GraphSpec) -> dict[str, Any]:
-    """Merge session entries with its own options: it passes unknown names on to ONNX Runtime."""
-    return {"log_id": "onnxruntime-genai", "provider_options": [], **EXACT_PRODUCTS, **graph.session}
+    """Merge the graph's session entries with its own options: it passes unknown names on to ONNX Runtime."""
+    return {"log_id": "onnxruntime-genai", "provider_options": [], **graph.session}
 
 
 def _pad(manifest: Manifest) -> int:

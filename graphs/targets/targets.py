@@ -72,7 +72,7 @@ from satchel.graphs.passes.static.fix_shapes import fix_shapes
 from satchel.graphs.passes.static.hoist_position_gathers import hoist_position_gathers
 from satchel.graphs.passes.static.lower_attention_static import lower_attention_static
 from satchel.graphs.passes.static.transpose_tied_head import transpose_tied_head
-from satchel.graphs.quant.quantized import Quantized
+from satchel.graphs.quant.quantized import Quantized, quantized_products
 from satchel.graphs.quant.recipe import Recipe, Rule
 from satchel.graphs.quant.stored import STORED
 from satchel.graphs.targets.native import has_linear, native_steps
@@ -268,6 +268,10 @@ def finish_cuda(phase: str, precision: str) -> tuple[Step, ...]:
     return (*FINISH_CUDA, *top)
 
 
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+"""Weights become unsigned on x86-64 without VNNI, where sums of unsigned times signed bytes overflow 16 bits."""
+
+
 def _only_kept_fours(quantized: Quantized) -> bool:
     """Whether all quantized values are the checkpoint's own, of 4 bits."""
     rules = quantized.rules.values()
@@ -384,15 +388,27 @@ def cpu_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
     # little longer, so that kept values of 4 bits are multiplied in float.
     level = "1" if _only_kept_fours(quantized) else "4"
     config = {"session.qdq_matmulnbits_accuracy_level": level}
+    whole = {phase: config | (EXACT_PRODUCTS if _multiplies_bytes(quantized, phase) else {}) for phase in PHASES}
     return {
-        "prefill": Session(config),
-        "decode": Session(config, of="prefill" if same else None),
-        "score": Session(config),
-        EMBED: Session(config),
-        PREFILL_INT8: Session(config),
+        "prefill": Session(whole["prefill"]),
+        "decode": Session(whole["decode"], of="prefill" if same else None),
+        "score": Session(whole["score"]),
+        EMBED: Session(whole["prefill"]),
+        PREFILL_INT8: Session(config | EXACT_PRODUCTS),
         DECODE_BLOCKS: Session(config),
-        NATIVE: Session(config),
+        NATIVE: Session(whole["prefill"]),
     }
+
+
+def _multiplies_bytes(quantized: Quantized, phase: str) -> bool:
+    """Whether a phase multiplies int8 weights by activations that the graph quantizes, and may ask for exact products.
+
+    ONNX Runtime cannot load a graph that does if two linear layers share a weight.
+    """
+    names = [weight.name for _, weight in quantized_products(quantized.model, quantized.weights)]
+    return len(set(names)) == len(names) and any(
+        ACTIVATIONS[phase](rule) != "float" for rule in quantized.rules.values()
+    )
 
 
 def cuda_sessions(quantized: Quantized | None) -> Mapping[str, Session]:

@@ -33,11 +33,9 @@ ALLOWED_CONFIG = (
     "session.qdq_matmulnbits_block_size",
     "session.use_device_allocator_for_initializers",
     "session.use_env_allocators",
+    "session.x64quantprecision",
     "mlas.enable_gemm_fastmath_arm64_bfloat16",
 )
-
-# Exact int8 products: on x86-64 without VNNI, 16-bit sums of unsigned times signed bytes overflow otherwise.
-EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 
 # ONNX Runtime's exceptions have no common base class; a message that is not UTF-8 raises UnicodeDecodeError.
 ORT_ERRORS = (
@@ -250,8 +248,6 @@ def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
     """Options for threads, logs, profile and provider; `name` of the graph is part of the profile's name."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
-    for key, value in EXACT_PRODUCTS.items():
-        options.add_session_config_entry(key, value)
     if _process_pool is not None:
         share_thread_pool(settings.threads)  # raises if the number differs
         options.use_per_session_threads = False

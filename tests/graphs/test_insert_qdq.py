@@ -12,9 +12,12 @@ import pytest
 from support.codes import rounded, values
 from support.graphs import build, expose, fired, normal, operators, run, serialized, untouched
 
+from satchel.graphs.passes.normalize.remove_duplicates import remove_duplicates
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
-from satchel.graphs.targets.targets import cpu_sessions
+from satchel.graphs.quant.recipe import Rule
+from satchel.graphs.targets.targets import EXACT_PRODUCTS, cpu_sessions
+from satchel.runtime.bundle.contract import NATIVE
 
 INPUTS, OUTPUTS = 64, 48
 W = normal(1, INPUTS, OUTPUTS)
@@ -76,7 +79,7 @@ def optimized(model: ir.Model, path: Path, level: str = "4") -> onnx.ModelProto:
 def test_in_float_the_product_is_that_of_the_decoded_weight(bits: int, block: int | None, symmetric: bool) -> None:
     codes = rounded(NAME, W.T.copy(), bits, block, symmetric)
     after = quantized(codes, "float")
-    zeros = {"ConstantOfShape": 1} if bits == 8 and symmetric else {}
+    zeros = {"Sub": 1, "Cast": 1} if bits == 8 and symmetric else {}
     assert operators(after) == {"Tanh": 1, "DequantizeLinear": 1, "MatMul": 1, "Neg": 1} | zeros
     np.testing.assert_array_equal(run(after, X)["y"], run(decoded(codes), X)["y"])
     wanted = run(decoded(codes), X)["y"]  # fused with its matrix, the linear layer rounds its input to 8 bits
@@ -164,6 +167,34 @@ def test_two_products_of_one_weight_share_its_codes(form: str) -> None:
     twice = TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)')
     after = quantized(CHANNEL, form, product(twice), 2)
     assert sum(name.startswith(NAME) for name in after.graph.initializers) == 2
+
+
+@pytest.mark.parametrize("form", ["float", "token", "tensor", "int8", "groups"])
+def test_a_session_loads_several_weights_of_one_shape(form: str) -> None:
+    names = [f"{letter}.weight.T" for letter in "abc"]
+    text = """(float[batch,n,48] x) => (float[batch,n,48] y) {
+        p = MatMul(x, "a.weight.T") q = MatMul(p, "b.weight.T") y = MatMul(q, "c.weight.T")
+    }"""
+    codes = {name: rounded(name, normal(seed, 48, 48), 8, None) for seed, name in enumerate(names)}
+    given = build(text, **{name.replace(".", "__"): values(codes[name]).T.copy() for name in names})
+    after = fired(insert_qdq(codes, dict.fromkeys(codes, form)), given, 3).model
+    fewer = remove_duplicates(after).model
+    x = {"x": normal(9, 1, 1, 48)}
+    found, wanted = run(fewer, x, optimized=True)["y"], run(given, x)["y"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.05 * np.abs(wanted).max())
+
+
+def test_sessions_that_multiply_bytes_are_exact() -> None:
+    rule = Rule(kinds=("linear",), bits=8, prefill="token", decode="float")
+    sessions = cpu_sessions(Quantized(product(), {NAME: CHANNEL}, {NAME: rule}, {}, "int8"))
+    exact = {phase for phase, session in sessions.items() if EXACT_PRODUCTS.items() <= session.config.items()}
+    assert exact >= {"prefill", "score", NATIVE}
+    assert "decode" not in exact
+    twice = product(TEXT.replace("y = Neg(p)", f'q = MatMul(x, "{NAME}") y = Sub(p, q)'))
+    assert (
+        not EXACT_PRODUCTS.keys()
+        & cpu_sessions(Quantized(twice, {NAME: CHANNEL}, {NAME: rule}, {}, "int8"))["score"].config
+    )
 
 
 def test_weights_that_are_not_named_are_left_alone() -> None:

@@ -127,7 +127,7 @@ def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str, fused:
     block = quantized.grid.scheme.block
     where: dict[str, Any] = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
     if zero_points is None and codes is not None and codes.dtype == ir.DataType.INT8 and not (fused and block is None):
-        zero_points = _zeros(builder, quantized, name)
+        zero_points = _zeros(builder, scales, name)
     inputs = [v for v in (codes, scales, zero_points) if v is not None]
     value = builder.value("DequantizeLinear", inputs, f"{name}.matrix", **where)
     value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -135,17 +135,14 @@ def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str, fused:
     return value
 
 
-def _zeros(builder: Builder, quantized: QuantizedWeight, name: str) -> ir.Value:
-    """Zero points of 0 in the shape of the scales, which take no room in a file.
+def _zeros(builder: Builder, scales: ir.Value | None, name: str) -> ir.Value:
+    """Zero points of 0 in the shape of the scales, which are computed when a session loads the graph.
 
     On x86-64 without VNNI, ONNX Runtime turns int8 weights into uint8 with zero points of 128, for exact products.
-    Where none are given it makes a scalar, which DequantizeLinear refuses.
+    Where none are given it makes a scalar, which DequantizeLinear refuses; and each weight needs its own.
     """
-    outputs, groups = quantized.grid.scales.shape
-    shape = (outputs,) if quantized.grid.scheme.block is None else (groups, outputs)
-    sizes = builder.constant(np.asarray(shape, np.int64), f"zeros.{'x'.join(map(str, shape))}")
-    value = ir.tensor(np.zeros(1, np.int8))
-    return builder.value("ConstantOfShape", [sizes], f"{name}.zeros", value=value)
+    zeros = builder.value("Sub", [scales, scales], f"{name}.float_zeros", scales)
+    return builder.value("Cast", [zeros], f"{name}.zeros", to=ir.DataType.INT8)
 
 
 INSERT = {
