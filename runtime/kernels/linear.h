@@ -1,4 +1,4 @@
-/* Linear layers: int8 activations, 8-bit or 4-bit weights in panels of 16 outputs (docs/kernels.md). */
+/* Linear layers: activations of 8 or 16 bits, 8-bit or 4-bit weights in panels of 16 outputs (docs/kernels.md). */
 #ifndef SATCHEL_LINEAR_H
 #define SATCHEL_LINEAR_H
 

@@ -10,7 +10,7 @@
 enum {
     MAX_SIZE = 1 << 24,
     /* Sums of int32 stay exact: 128 * 127 * inputs, or 255 * 127 * block with zero points, is below 2^31. */
-    MAX_CHANNEL_INPUTS = 1 << 17,
+    MAX_CHANNEL_INPUTS = (1 << 17) - 4, /* 128 * 128 * inputs, of lower halves of values with 16 bits, is too */
     MAX_BLOCK = 1 << 16,
 };
 

@@ -1,4 +1,4 @@
-/* Quantization of activation rows to int8. */
+/* Quantization of activation rows to 8 or 16 bits. */
 #ifndef SATCHEL_ROWS_H
 #define SATCHEL_ROWS_H
 

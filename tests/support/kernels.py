@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from support.native_ops import ACTIVATIONS, mixed, rounded_rows
+from support.native_ops import ACTIVATIONS, FINE_LEVELS, LEVELS, mixed, rounded_rows
 
 from satchel.runtime.kernels.library import SWITCH, instruction_set, instruction_sets, library
 
@@ -172,7 +172,7 @@ class Product:
     def expected(self, seed: int, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
         """The result in float64, of activations rounded as the operator says.
 
-        Those of single tokens with one scale, which are rounded twice, are not rounded here.
+        Those of single tokens with one scale are rounded to 16 bits.
         """
         codes, scales, zeros = self.codes(seed)
         constants = self.constants(seed)
@@ -181,8 +181,7 @@ class Product:
         if self.epsilon:
             x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * constants.get("g", 1.0)
         x = mixed(x, self.hadamard) if self.hadamard else x
-        if self.block or not single:
-            x = rounded_rows(x, self.block)
+        x = rounded_rows(x, self.block, FINE_LEVELS if single and not self.block else LEVELS)
         steps = codes.reshape(self.outputs, scales.shape[1], -1) - zeros[..., None].astype(np.float64)
         y = x @ (steps * scales[..., None]).reshape(self.outputs, self.inputs).T + constants.get("b", 0.0)
         if self.gate:

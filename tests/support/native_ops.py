@@ -48,10 +48,14 @@ def lanes(array: Array, outputs: int, gated: bool = False) -> Array:
     return np.stack([array[panel, :, lane] for panel, lane in (place(o, outputs, gated) for o in range(outputs))])
 
 
-def rounded_rows(x: Array, block: int) -> Array:
+LEVELS, FINE_LEVELS = 127, 127 * 256
+"""The largest whole number of a row of a prompt, and of a row with one scale that is the only new token."""
+
+
+def rounded_rows(x: Array, block: int, levels: int = LEVELS) -> Array:
     """Rows [rows, inputs] as whole numbers times a step for each row, or each block of a row."""
     parts = x.reshape(len(x), -1, block or x.shape[1])
-    step = np.maximum(np.abs(parts).max(-1, keepdims=True), 1e-10) / 127
+    step = np.maximum(np.abs(parts).max(-1, keepdims=True), 1e-10) / levels
     return (np.rint(parts / step).astype(np.float64) * step).reshape(x.shape)
 
 

@@ -3,6 +3,7 @@
 #include "../instruction_set.h"
 
 #include "rows.c"
+#include "linear_sums.c"
 #include "linear_tile.c"
 #include "linear.c"
 #include "table.c"

@@ -22,7 +22,7 @@ static void multiply_panels(void *data, size_t index)
     const Part *part = work->parts + index / work->groups;
     int64_t panel = (int64_t)(index % work->groups) * work->width;
     const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
-    Strip *const *strips = part->twice ? TWICE : params->row.block == 0 ? CHANNEL : params->bits == 8 ? EIGHT : FOUR;
+    Strip *const *strips = part->fine ? FINE : params->row.block == 0 ? CHANNEL : params->bits == 8 ? EIGHT : FOUR;
     for (; strips[0] != NULL && panel + 4 <= stop; panel += 4)
         strips[0](work, part, panel);
     for (; panel + 2 <= stop; panel += 2)
@@ -38,15 +38,15 @@ static void quantize_rows(void *data, size_t index)
     const LinearCall *call = work->call;
     const int64_t first = (int64_t)index * QUANTIZED_ROWS, scales = row_scales(params), stride = row_bytes(params);
     for (int64_t r = first; r < first + QUANTIZED_ROWS && r < call->rows; r++) {
-        const int64_t at = work->places[r];
-        (work->places[r + 1] - at == 2 ? quantize_row_twice : quantize_row)(
-            params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride,
-            work->activations + at * stride, work->scales + at * scales, work->sums + at * scales);
+        const int64_t at = work->rows[r].place;
+        const Form form = {work->rows[r].fine, is_words(work->params->bits)};
+        quantize_row(form, params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride,
+                     work->activations + at * stride, work->scales + at * scales, work->sums + at * scales);
     }
 }
 
-/* Whether a sequence's tokens are quantized twice: it has one, and rows have one scale. */
-static bool is_twice(const LinearParams *params, const LinearCall *call, int64_t sequence)
+/* Whether a sequence's tokens are quantized to 16 bits: it has one, and rows have one scale. */
+static bool is_fine(const LinearParams *params, const LinearCall *call, int64_t sequence)
 {
     if (params->row.block != 0)
         return false;
@@ -54,52 +54,50 @@ static bool is_twice(const LinearParams *params, const LinearCall *call, int64_t
                                      : call->row_offsets[sequence + 1] - call->row_offsets[sequence] == 1;
 }
 
-/* Lays out the quantized rows, and splits them into parts of neighbors that are quantized alike. Returns their number. */
-static size_t lay_out_rows(const LinearParams *params, const LinearCall *call, int64_t *places, Part *parts)
+/* Gives rows their places, and splits them into parts of neighbors that are quantized alike. Returns their number. */
+static size_t lay_out_rows(const LinearParams *params, const LinearCall *call, Row *rows, Part *parts)
 {
     const int64_t sequences = call->row_offsets == NULL ? 1 : call->sequences;
     int64_t at = 0, count = 0;
     for (int64_t i = 0; i < sequences; i++) {
-        const bool twice = is_twice(params, call, i);
+        const bool fine = is_fine(params, call, i);
         const int64_t end = call->row_offsets == NULL ? call->rows : call->row_offsets[i + 1];
         for (int64_t row = call->row_offsets == NULL ? 0 : call->row_offsets[i]; row < end; row++) {
             Part *last = parts + count - 1;
-            if (count == 0 || last->twice != twice || last->end - last->from >= MULTIPLIED_ROWS) {
-                parts[count++] = (Part){at, at, row, twice};
+            if (count == 0 || last->fine != fine || last->end - last->from >= MULTIPLIED_ROWS) {
+                parts[count++] = (Part){at, at, row, fine};
                 last = parts + count - 1;
             }
-            places[row] = at;
-            at += twice ? 2 : 1;
+            rows[row] = (Row){at, fine};
+            at += fine || is_words(params->bits) ? 2 : 1;
             last->end = at;
         }
     }
-    places[call->rows] = at;
     return (size_t)count;
 }
 
 static const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
 {
     const int64_t stride = row_bytes(&params->row), scales = row_scales(&params->row);
-    const int64_t most = params->row.block == 0 && (call->single || call->row_offsets != NULL) ? 2 * call->rows
-                                                                                              : call->rows;
+    const int64_t most = 2 * call->rows; /* places */
     const int64_t kinds = call->row_offsets == NULL ? 1 : call->sequences;
     const size_t tasks = (size_t)((call->rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS);
     const size_t part_bytes = (size_t)(kinds + most / MULTIPLIED_ROWS + 1) * sizeof(Part);
-    const size_t place_bytes = (size_t)(call->rows + 1) * sizeof(int64_t), activation_bytes = (size_t)(most * stride);
+    const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), activation_bytes = (size_t)(most * stride);
     const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), scale_bytes = (size_t)(most * scales) * 4;
     if (call->rows == 0)
         return NULL;
     uint8_t *memory
-        = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + place_bytes + 2 * scale_bytes);
+        = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + row_table_bytes + 2 * scale_bytes);
     if (memory == NULL)
         return "satchel:Linear: out of memory";
     LinearWork work = {.params = params, .call = call, .scratch = (float *)memory};
     work.activations = (int8_t *)(memory + scratch_bytes);
     work.parts = (Part *)(memory + scratch_bytes + activation_bytes);
-    work.places = (int64_t *)((uint8_t *)work.parts + part_bytes);
-    work.scales = (float *)((uint8_t *)work.places + place_bytes);
+    work.rows = (Row *)((uint8_t *)work.parts + part_bytes);
+    work.scales = (float *)((uint8_t *)work.rows + row_table_bytes);
     work.sums = (int32_t *)((uint8_t *)work.scales + scale_bytes);
-    const size_t parts = lay_out_rows(params, call, work.places, work.parts);
+    const size_t parts = lay_out_rows(params, call, work.rows, work.parts);
     work.width = params->row.block == 0 && call->rows > 1 ? 4 : 2;
     work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
     parallel_for(parallel, tasks, quantize_rows, &work);

@@ -1,53 +1,34 @@
-/* Tiles of a linear layer: sums of a few rows times a few columns, which are native vectors of outputs. */
+/* Tiles of a linear layer: outputs of a few rows times a few panels. */
 #include "vectors.h"
-
-#include <stdbool.h>
 
 #include "gates.h"
 #include "../linear.h"
 
-enum {
-    FEW_ROWS = 2, /* at most these, and a tile is bound by the reading of weights */
-    MOST_ROWS = TILE_ROWS > FEW_ROWS ? TILE_ROWS : FEW_ROWS,
-    MOST_PANELS = 4,
-    MOST_COLUMNS = 8,
-    PART_BYTES = BYTES / PARTS, /* of weights: 4 inputs of each output of a column */
-};
-
-/* Quantized rows that are multiplied together: one per row of the call, or two where its quantization error is quantized
- * as well. */
+/* Rows that are multiplied together. A row of the call is in one place, or in two if its values have 16 bits (`fine`) or
+ * are stored in as many: the words, or the upper bytes and then the lower ones. */
 typedef struct {
-    int64_t from, end; /* quantized rows */
+    int64_t from, end; /* places */
     int64_t row;       /* of the call: the first */
-    bool twice;
+    bool fine;
 } Part;
+
+typedef struct {
+    int64_t place; /* the first */
+    bool fine;
+} Row;
 
 typedef struct {
     const LinearParams *params;
     const LinearCall *call;
-    int8_t *activations; /* [quantized rows, row_bytes] */
-    float *scales;       /* [quantized rows, row_scales] */
+    int8_t *activations; /* [places, row_bytes] */
+    float *scales;       /* [places, row_scales] */
     int32_t *sums;       /* the same */
     float *scratch;      /* [row tasks, row_bytes] */
-    int64_t *places;     /* [rows + 1]: the first quantized row of each row */
+    Row *rows;           /* of the call */
     Part *parts;
     int64_t width; /* panels of a task */
     size_t groups; /* tasks that cover the panels */
 } LinearWork;
-
-/* What is known of a tile when it is compiled: `rows` rows times `width` panels, whose parts are computed a few at a
- * time. With `channel` there is one block; with `twice`, pairs of rows are added. */
-typedef struct {
-    int rows, width, bits;
-    bool channel, twice;
-} LinearTile;
-
-/* Parts of each panel that a tile computes at a time: as many columns as fit in registers. */
-INLINE int parts_at_once(const LinearTile tile)
-{
-    const int most = tile.rows <= FEW_ROWS ? FEW_COLUMNS : tile.channel ? CHANNEL_COLUMNS : BLOCK_COLUMNS;
-    return most / tile.width > PARTS ? PARTS : most / tile.width;
-}
 
 /* Stores 16 outputs of a row, starting at 16 * column, out of `count`. */
 INLINE void put(const LinearWork *work, int64_t row, int64_t column, int64_t count, F16 value)
@@ -70,13 +51,7 @@ INLINE void finish(const LinearTile tile, const LinearWork *work, int64_t out, i
 {
     const LinearParams *params = work->params;
     const int64_t count = half_outputs(params);
-    const int rows = tile.twice ? tile.rows / 2 : tile.rows;
-    if (tile.twice)
-        UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int p = 0; p < tile.width; p++)
-                product[r][p] = add(product[2 * r][p], product[2 * r + 1][p]);
+    const int rows = outputs_of(tile);
     if (params->gate != GATE_NONE) {
         UNROLL
         for (int p = 0; p + 1 < tile.width; p += 2) {
@@ -99,168 +74,6 @@ INLINE void finish(const LinearTile tile, const LinearWork *work, int64_t out, i
     }
 }
 
-INLINE PartI four_inputs(const int8_t *values)
-{
-    int32_t four;
-    memcpy(&four, values, sizeof four);
-    return four - (PartI){0};
-}
-
-/* Operands of a tile: rows are `stride` bytes apart, panels `apart`, and inputs are from `from` to `end`. With `ahead` the
- * panels that come next are fetched on the way: processors do not fetch ahead across pages by themselves. */
-typedef struct {
-    const int8_t *a;
-    const uint8_t *b; /* weights of the first column */
-    int64_t stride, apart, from, end;
-    bool ahead;
-} Operands;
-
-INLINE void fetch_ahead(const LinearTile tile, const Operands *o, const uint8_t *b, const int bytes)
-{
-    if (o->ahead)
-        UNROLL
-        for (int p = tile.width; p < 2 * tile.width; p++)
-            for (int byte = 0; byte < bytes; byte += BYTES)
-                __builtin_prefetch(b + p * o->apart + byte, 0, 2);
-}
-
-/* 4-bit weights may have sums of 16 bits, which are widened before they overflow. */
-#ifndef NARROW_INPUTS
-#define NARROW_INPUTS INT64_MAX
-#define add_narrow_dot add_dot
-#define widened(sum) (sum)
-#endif
-
-INLINE PartI add_products(const int bits, PartI sum, Weights weights, PartI activation)
-{
-    return bits == 4 ? add_narrow_dot(sum, weights, activation) : add_dot(sum, weights, activation);
-}
-
-INLINE PartI finished(const int bits, PartI sum) { return bits == 4 ? widened(sum) : sum; }
-
-/* Each sum is a variable of its own, SUM(row, column): compilers keep arrays of them in memory. */
-#define SUM(r, c) sum_##r##_##c
-#define FOUR_SUMS(r) PartI SUM(r, 0) = {0}, SUM(r, 1) = {0}, SUM(r, 2) = {0}, SUM(r, 3) = {0}
-#define ADD(r, c, weights, activation) SUM(r, c) = add_products(tile.bits, SUM(r, c), weights, activation)
-#define COLUMN(c) (b + (c) / parts * o->apart + (c) % parts * PART_BYTES)
-#define FOR_4(what, ...) what(0, __VA_ARGS__) what(1, __VA_ARGS__) what(2, __VA_ARGS__) what(3, __VA_ARGS__)
-#define FOR_8(what, ...) \
-    FOR_4(what, __VA_ARGS__) what(4, __VA_ARGS__) what(5, __VA_ARGS__) what(6, __VA_ARGS__) what(7, __VA_ARGS__)
-#define FOR_6(what, ...) FOR_4(what, __VA_ARGS__) what(4, __VA_ARGS__) what(5, __VA_ARGS__)
-
-#define READ(c, _)                                                      \
-    if (c < columns && tile.bits == 4)                                  \
-        w##c = low_4_bits(COLUMN(c)), next##c = high_4_bits(COLUMN(c)); \
-    else if (c < columns)                                               \
-        w##c = weights_of_8_bits(COLUMN(c));
-#define ADD_ROW(r, at, weights)                                          \
-    if (r < tile.rows) {                                                 \
-        const PartI activation = four_inputs(o->a + r * o->stride + at); \
-        ADD(r, 0, weights##0, activation);                               \
-        if (columns > 1)                                                 \
-            ADD(r, 1, weights##1, activation);                           \
-        if (columns > 2)                                                 \
-            ADD(r, 2, weights##2, activation);                           \
-        if (columns > 3)                                                 \
-            ADD(r, 3, weights##3, activation);                           \
-    }
-#define KEEP(c, r)                   \
-    if (r < tile.rows && c < columns) \
-        sums[r][c] = finished(tile.bits, SUM(r, c));
-#define KEEP_ROW(r, _) KEEP(0, r) KEEP(1, r) KEEP(2, r) KEEP(3, r)
-
-/* Integer sums of a tile of many rows. A step is of 8 inputs if weights have 4 bits. */
-INLINE void sum_many(const LinearTile tile, const Operands *o, PartI (*sums)[MOST_COLUMNS])
-{
-    const int parts = parts_at_once(tile), columns = parts * tile.width;
-    Weights w0 = {0}, w1 = w0, w2 = w0, w3 = w0, next0 = w0, next1 = w0, next2 = w0, next3 = w0;
-    FOUR_SUMS(0);
-    FOUR_SUMS(1);
-    FOUR_SUMS(2);
-    FOUR_SUMS(3);
-    FOUR_SUMS(4);
-    FOUR_SUMS(5);
-    for (int64_t i = o->from; i < o->end; i += tile.bits == 4 ? 8 : 4) {
-        const uint8_t *b = o->b + i * (tile.bits == 4 ? 8 : 16);
-        fetch_ahead(tile, o, b, BYTES);
-        FOR_4(READ, _)
-        FOR_6(ADD_ROW, i, w)
-        if (tile.bits == 4) {
-            FOR_6(ADD_ROW, i + 4, next)
-        }
-    }
-    FOR_6(KEEP_ROW, _)
-}
-
-/* The same of one or two rows, column by column. Except with `channel` a step is of 8 inputs; a single row then has two
- * sums, so that steps do not wait for each other. */
-#define ADD_FEW(c, _)                                                                            \
-    if (c < columns) {                                                                           \
-        const Weights first = tile.bits == 4 ? low_4_bits(COLUMN(c)) : weights_of_8_bits(COLUMN(c)); \
-        ADD(0, c, first, a0);                                                                    \
-        if (tile.rows == 2)                                                                      \
-            ADD(1, c, first, a1);                                                                \
-        if (pairs) {                                                                             \
-            const Weights second = tile.bits == 4 ? high_4_bits(COLUMN(c)) : weights_of_8_bits(COLUMN(c) + BYTES); \
-            ADD(1, c, second, next1);                                                            \
-            if (tile.rows == 2)                                                                  \
-                ADD(0, c, second, next0);                                                        \
-        }                                                                                        \
-    }
-#define KEEP_FEW(c, _)                                   \
-    KEEP(c, 0)                                           \
-    KEEP(c, 1)                                           \
-    if (c < columns && pairs && tile.rows == 1)          \
-        sums[0][c] += finished(tile.bits, SUM(1, c));
-INLINE void sum_few(const LinearTile tile, const Operands *o, PartI (*sums)[MOST_COLUMNS])
-{
-    const int parts = parts_at_once(tile), columns = parts * tile.width;
-    const bool pairs = !tile.channel;
-    const int8_t *second_row = o->a + (tile.rows == 2 ? o->stride : 0);
-    FOUR_SUMS(0);
-    FOUR_SUMS(1);
-    PartI SUM(0, 4) = {0}, SUM(0, 5) = {0}, SUM(0, 6) = {0}, SUM(0, 7) = {0};
-    PartI SUM(1, 4) = {0}, SUM(1, 5) = {0}, SUM(1, 6) = {0}, SUM(1, 7) = {0};
-    for (int64_t i = o->from; i < o->end; i += pairs ? 8 : 4) {
-        const uint8_t *b = o->b + i * (tile.bits == 4 ? 8 : 16);
-        const PartI a0 = four_inputs(o->a + i), a1 = four_inputs(second_row + i);
-        const PartI next0 = pairs ? four_inputs(o->a + i + 4) : a0, next1 = pairs ? four_inputs(second_row + i + 4) : a1;
-        fetch_ahead(tile, o, b, pairs && tile.bits == 8 ? 2 * BYTES : BYTES);
-        FOR_8(ADD_FEW, _)
-    }
-    FOR_8(KEEP_FEW, _)
-}
-
-INLINE void sum_inputs(const LinearTile tile, const Operands *o, PartI (*sums)[MOST_COLUMNS])
-{
-    if (tile.rows <= FEW_ROWS)
-        sum_few(tile, o, sums);
-    else
-        sum_many(tile, o, sums);
-}
-
-/* Integer sums of a tile. */
-INLINE void sum_products(const LinearTile tile, Operands o, PartI (*sums)[MOST_COLUMNS])
-{
-    const int columns = parts_at_once(tile) * tile.width;
-    const int64_t end = o.end;
-    const bool narrow = tile.bits == 4 && end - o.from > NARROW_INPUTS;
-    if (narrow)
-        o.end = o.from + NARROW_INPUTS;
-    sum_inputs(tile, &o, sums);
-    while (narrow && o.end < end) {
-        PartI more[MOST_ROWS][MOST_COLUMNS];
-        o.from = o.end;
-        o.end = end - o.from > NARROW_INPUTS ? o.from + NARROW_INPUTS : end;
-        sum_inputs(tile, &o, more);
-        UNROLL
-        for (int r = 0; r < tile.rows; r++)
-            UNROLL
-            for (int c = 0; c < columns; c++)
-                sums[r][c] += more[r][c];
-    }
-}
-
 /* Numbers of a column of block `block`: scales or zero points, at this place. */
 INLINE int64_t column_place(const LinearTile tile, int64_t panel, int64_t blocks, int64_t block, int part, int column)
 {
@@ -268,10 +81,17 @@ INLINE int64_t column_place(const LinearTile tile, int64_t panel, int64_t blocks
     return ((panel + column / parts) * blocks + block) * LANES + (part + column % parts) * PART_LANES;
 }
 
-/* Products of a tile's rows and of parts from `part` on of its panels. Weights are unsigned: the zero point times the sum
+/* 256 * high + low, rounded to float. */
+INLINE PartF of_halves(PartI high, PartI low)
+{
+    const PartF upper = __builtin_convertvector(high + (low >> 8), PartF), lower = __builtin_convertvector(low & 255, PartF);
+    return part_fma(upper, 256.f - (PartF){0}, lower);
+}
+
+/* Products of a tile's rows and of parts from `part` on of its panels, the products from `first` on. Weights are unsigned: the zero point times the sum
  * of the activations is subtracted from each block's sum. Sums of a block are integers, and blocks are added in order, so
  * the result of a row does not depend on the tile. */
-INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_t row, int64_t panel, const int part,
+INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_t row, int64_t panel, int part, int first,
                            F16 (*product)[MOST_PANELS])
 {
     const LinearParams *params = work->params;
@@ -279,21 +99,22 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
     const int parts = parts_at_once(tile), columns = parts * tile.width;
     const int64_t blocks = tile.channel ? 1 : row_scales(&params->row), apart = panel_bytes(params);
     const int64_t inputs = tile.channel ? (params->row.inputs + 3) / 4 * 4 : params->row.block;
-    const int64_t stride = row_bytes(&params->row);
-    const int32_t less = tile.bits == 4 ? 0 : LESS, middle = (tile.bits == 4 ? 8 : 128) - less;
+    const int64_t stride = row_bytes(&params->row), each = places_of_output(tile);
+    const int rows = outputs_of(tile);
+    const int32_t less = tile.bits == 4 || WORDS ? 0 : LESS, middle = (tile.bits == 4 ? 8 : 128) - less;
     const bool own_zeros = !tile.channel && call->zero_points != NULL;
     PartF total[MOST_ROWS][MOST_COLUMNS];
     UNROLL
-    for (int r = 0; r < tile.rows; r++)
+    for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < columns; c++)
             total[r][c] = (PartF){0};
     for (int64_t block = 0; block < blocks; block++) {
-        PartI sum[MOST_ROWS][MOST_COLUMNS];
+        PartI sum[MOST_SUMS][MOST_COLUMNS];
         sum_products(tile,
                      (Operands){.a = work->activations + row * stride,
                                 .b = call->weights + panel * apart + part * PART_BYTES,
-                                .stride = stride,
+                                .stride = places_of_row(tile) * stride,
                                 .apart = apart,
                                 .from = block * inputs,
                                 .end = (block + 1) * inputs,
@@ -308,65 +129,73 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
             if (own_zeros)
                 zeros = part_load_unsigned(call->zero_points + place) - less;
             UNROLL
-            for (int r = 0; r < tile.rows; r++) {
-                const int64_t at = (row + r) * blocks + block;
+            for (int r = 0; r < rows; r++) {
+                const int64_t at = (row + each * r) * blocks + block;
                 const int32_t ones = work->sums[at];
-                const PartI offset = own_zeros ? zeros * ones : middle * ones - (PartI){0};
-                const PartF whole = __builtin_convertvector(sum[r][c] - offset, PartF);
+                PartF whole;
+                if (tile.fine)
+                    whole = of_halves(sum[2 * r][c] - middle * ones, sum[2 * r + 1][c] - middle * work->sums[at + 1]);
+                else if (own_zeros)
+                    whole = __builtin_convertvector(sum[r][c] - zeros * ones, PartF);
+                else
+                    whole = __builtin_convertvector(sum[r][c] - middle * ones, PartF);
                 const PartF both = scale * work->scales[at];
                 total[r][c] = tile.channel ? whole * both : part_fma(whole, both, total[r][c]);
             }
         }
     }
     UNROLL
-    for (int r = 0; r < tile.rows; r++)
+    for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < columns; c++)
-            product[r][c / parts].part[part + c % parts] = total[r][c];
+            product[r][first + c / parts].part[part + c % parts] = total[r][c];
 }
 
 INLINE void linear_tile(const LinearTile tile, const LinearWork *work, int64_t row, int64_t out, int64_t panel)
 {
     F16 product[MOST_ROWS][MOST_PANELS];
-    UNROLL
-    for (int part = 0; part < PARTS; part += parts_at_once(tile))
-        multiply_parts(tile, work, row, panel, part, product);
+    LinearTile some = tile; /* as many panels as there are columns at once */
+    if (most_columns(tile) < tile.width)
+        some.width = most_columns(tile);
+    for (int p = 0; p < tile.width; p += some.width)
+        for (int part = 0; part < PARTS; part += parts_at_once(some))
+            multiply_parts(some, work, row, panel + p, part, p, product);
     finish(tile, work, out, panel, product);
 }
 
 /* The rows of a part times `width` panels, in tiles of a few sizes. */
-INLINE void strip(const int width, const int bits, const bool channel, const bool twice, const LinearWork *work,
+INLINE void strip(const int width, const int bits, const bool channel, const bool fine, const LinearWork *work,
                   const Part *part, int64_t panel)
 {
-    const LinearTile tile = {TILE_ROWS, width, bits, channel, twice};
+    const LinearTile tile = {channel || !WORDS ? TILE_ROWS : FEWER_ROWS, width, bits, channel, fine};
     LinearTile middle = tile, small = tile, smallest = tile;
-    const int each = twice ? 2 : 1;
+    const int each = places_of_output(tile), step = places_of_row(tile);
     int64_t row = part->from, out = part->row;
     middle.rows = FEWER_ROWS;
-    small.rows = twice ? 2 : SMALL_ROWS;
-    smallest.rows = each;
-    for (; row + tile.rows <= part->end; row += tile.rows, out += tile.rows / each)
+    small.rows = fine && !WORDS ? 2 : SMALL_ROWS;
+    smallest.rows = each / step;
+    for (; row + tile.rows * step <= part->end; row += tile.rows * step, out += outputs_of(tile))
         linear_tile(tile, work, row, out, panel);
-    if (FEWER_ROWS < TILE_ROWS)
-        for (; row + middle.rows <= part->end; row += middle.rows, out += middle.rows / each)
+    if (FEWER_ROWS < tile.rows)
+        for (; row + middle.rows * step <= part->end; row += middle.rows * step, out += outputs_of(middle))
             linear_tile(middle, work, row, out, panel);
-    for (; row + small.rows <= part->end; row += small.rows, out += small.rows / each)
+    for (; row + small.rows * step <= part->end; row += small.rows * step, out += outputs_of(small))
         linear_tile(small, work, row, out, panel);
-    for (; row < part->end; row += smallest.rows, out++)
+    for (; row < part->end; row += each, out++)
         linear_tile(smallest, work, row, out, panel);
 }
 
 typedef void Strip(const LinearWork *work, const Part *part, int64_t panel);
 
-#define STRIP(name, width, bits, channel, twice)                              \
+#define STRIP(name, width, bits, channel, fine)                              \
     static void name(const LinearWork *work, const Part *part, int64_t panel) \
     {                                                                         \
-        strip(width, bits, channel, twice, work, part, panel);                \
+        strip(width, bits, channel, fine, work, part, panel);                \
     }
 STRIP(channel_2, 2, 8, true, false)
 STRIP(channel_1, 1, 8, true, false)
-STRIP(twice_2, 2, 8, true, true)
-STRIP(twice_1, 1, 8, true, true)
+STRIP(fine_2, 2, 8, true, true)
+STRIP(fine_1, 1, 8, true, true)
 STRIP(eight_2, 2, 8, false, false)
 STRIP(eight_1, 1, 8, false, false)
 STRIP(four_2, 2, 4, false, false)
@@ -375,10 +204,10 @@ STRIP(four_1, 1, 4, false, false)
 /* For each quantization: strips of 4 panels (NULL if the sums do not fit in registers), 2 and 1. */
 #ifdef WIDE_STRIPS
 STRIP(channel_4, 4, 8, true, false)
-STRIP(twice_4, 4, 8, true, true)
+STRIP(fine_4, 4, 8, true, true)
 #else
 #define channel_4 NULL
-#define twice_4 NULL
+#define fine_4 NULL
 #endif
-static Strip *const CHANNEL[] = {channel_4, channel_2, channel_1}, *const TWICE[] = {twice_4, twice_2, twice_1};
+static Strip *const CHANNEL[] = {channel_4, channel_2, channel_1}, *const FINE[] = {fine_4, fine_2, fine_1};
 static Strip *const EIGHT[] = {NULL, eight_2, eight_1}, *const FOUR[] = {NULL, four_2, four_1};

@@ -6,7 +6,13 @@
 
 #include "../rows.h"
 
+/* An instruction set may multiply 8-bit weights by WORDS of 16 bits, as which quantized values are then stored. */
+#ifndef WORDS
+#define WORDS 0
+#endif
+
 #define LEVELS 127.f
+#define FINE_LEVELS 32512.f /* 127 * 256: the upper half fits 8 bits, too */
 #define SMALLEST 1e-10f /* lower bound of a row's largest magnitude */
 
 /* 1 / root mean square:  Zhang and Sennrich, Root Mean Square Layer Normalization (2019). */
@@ -52,26 +58,53 @@ static void fwht(float *x, int64_t count, int64_t n)
             }
 }
 
-/* Quantizes `count` numbers with one scale. Writes whole vectors unless `tight`. */
-static void quantize_run(const float *x, int64_t count, bool tight, int8_t *quantized, float *scale, int32_t *sum)
+/* How values are quantized: to 8 bits or, `fine`, to 16, and stored: as words, or as bytes, fine ones in two runs:
+ * 256 * upper + lower. */
+typedef struct {
+    bool fine, words;
+} Form;
+
+INLINE void store_values(const Form form, int8_t *to, int64_t apart, int64_t i, I16 value, I16 upper, int64_t left)
 {
+#if WORDS
+    if (form.words) {
+        store_words((int16_t *)to + i, value, left);
+        return;
+    }
+#endif
+    store_bytes(to + i, upper, left);
+    if (form.fine)
+        store_bytes(to + apart + i, sub_ints(value, mul_ints(upper, ints(256))), left);
+}
+
+/* Quantizes `count` numbers with one scale; the second run of bytes is `apart` bytes from the first. `sums`: of the values,
+ * or of their upper and of their lower halves. Writes whole vectors unless `tight`. */
+INLINE void quantize_run(const Form form, const float *x, int64_t count, bool tight, int8_t *quantized, int64_t apart,
+                         float *scale, int32_t *sums)
+{
+    const float levels = form.fine ? FINE_LEVELS : LEVELS;
     F16 largest = floats(0);
-    I16 ordered = ints(-1), total = ints(0);
+    I16 ordered = ints(-1), total = ints(0), total_upper = ints(0);
     for (int64_t i = 0; i < count; i += LANES) {
         F16 v = load_some(x + i, count - i);
         ordered = both(ordered, is_equal(v, v));
         largest = larger(magnitude(v), largest);
     }
     float whole = fmaxf(largest_of(largest), SMALLEST);
-    F16 factor = floats(LEVELS / whole);
+    F16 factor = floats(levels / whole);
     for (int64_t i = 0; i < count; i += LANES) {
         F16 step = mul(load_some(x + i, count - i), factor);
-        I16 value = nearest(choose(is_equal(step, step), step, floats(0))); /* NaN: 0 */
+        I16 value = nearest(choose(is_equal(step, step), step, floats(0))), upper = value; /* NaN: 0 */
+        if (form.fine)
+            EACH_PART upper.part[i] = (value.part[i] + 128) >> 8;
         total = add_ints(total, value);
-        store_bytes(quantized + i, value, tight ? count - i : LANES);
+        total_upper = add_ints(total_upper, upper);
+        store_values(form, quantized, apart, i, value, upper, tight ? count - i : LANES);
     }
-    *scale = all_of(ordered) ? whole / LEVELS : NAN;
-    *sum = sum_of_ints(total);
+    *scale = all_of(ordered) ? whole / levels : NAN;
+    sums[0] = sum_of_ints(form.fine ? total_upper : total);
+    if (form.fine)
+        sums[1] = sum_of_ints(sub_ints(total, mul_ints(total_upper, ints(256))));
 }
 
 /* Returns the row to quantize: `x` itself, or its norm and Hadamard transform in `scratch`. */
@@ -92,42 +125,24 @@ static const float *prepare_row(const RowParams *params, const float *x, const f
     return scratch;
 }
 
-/* Sets the padding after `count` values to zero. */
-static void fill_up(const RowParams *params, int8_t *quantized, int64_t count)
-{
-    memset(quantized + count, 0, (size_t)(row_bytes(params) - count));
-}
-
 static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-/* Quantizes one row: int8 values [row_bytes], and for each block its scale and the sum of its values.
- * `norm_weight` [inputs] or NULL; `scratch` [row_bytes] floats. A row with a NaN gets NaN scales. */
-static void quantize_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch, int8_t *quantized,
-                  float *scales, int32_t *sums)
+/* Quantizes one row to values of 8 bits: for each block its scale and the sum of its values; or `fine`, to values of 16 bits
+ * with one scale: two sums, of the upper and the lower halves. `quantized` has one place of row_bytes, or two for words or fine
+ * values; what follows the values is zero. `norm_weight` [inputs] or NULL; `scratch` [row_bytes] floats. A row with a NaN
+ * gets NaN scales. */
+INLINE void quantize_row(const Form form, const RowParams *params, const float *x, const float *norm_weight, float *scratch,
+                         int8_t *quantized, float *scales, int32_t *sums)
 {
-    const int64_t count = params->inputs, block = params->block;
+    const int64_t count = params->inputs, block = params->block, size = form.words ? 2 : 1, place = row_bytes(params);
+    const int64_t written = block ? count : whole_vectors(count);
     x = prepare_row(params, x, norm_weight, scratch);
     if (block == 0)
-        quantize_run(x, count, false, quantized, scales, sums);
+        quantize_run(form, x, count, false, quantized, place, scales, sums);
     else
         for (int64_t b = 0; b < count / block; b++)
-            quantize_run(x + b * block, block, true, quantized + b * block, scales + b, sums + b);
-    fill_up(params, quantized, block ? count : whole_vectors(count));
-}
-
-/* Quantizes a row with one scale, and then its quantization error. The second values, scale and sum follow the first;
- * their sum is within 1/64,000 of the row's largest magnitude. */
-static void quantize_row_twice(const RowParams *params, const float *x, const float *norm_weight, float *scratch,
-                        int8_t *quantized, float *scales, int32_t *sums)
-{
-    const int64_t count = params->inputs;
-    x = prepare_row(params, x, norm_weight, scratch);
-    quantize_run(x, count, false, quantized, scales, sums);
-    fill_up(params, quantized, whole_vectors(count));
-    const F16 scale = floats(scales[0]);
-    for (int64_t i = 0; i < count; i += LANES)
-        store(scratch + i, mul_sub_from(to_floats(load_signed(quantized + i)), scale, load_some(x + i, count - i)));
-    quantized += row_bytes(params);
-    quantize_run(scratch, count, false, quantized, scales + 1, sums + 1);
-    fill_up(params, quantized, whole_vectors(count));
+            quantize_run(form, x + b * block, block, true, quantized + b * block * size, place, scales + b, sums + b);
+    memset(quantized + written * size, 0, (size_t)((place - written) * size));
+    if (form.fine && !form.words)
+        memset(quantized + place + written, 0, (size_t)(place - written));
 }

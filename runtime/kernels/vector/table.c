@@ -142,7 +142,7 @@ static const char *table_run(const TableParams *params, const TableCall *call, c
     int32_t *offsets = (int32_t *)(memory + quantized_bytes + lane_bytes);
     float *row_scale = scratch + stride;
     for (int64_t r = 0; r < rows; r++) {
-        quantize_row(&params->row, call->x + r * inputs, NULL, scratch, rounded + r * stride, row_scale,
+        quantize_row((Form){false, false}, &params->row, call->x + r * inputs, NULL, scratch, rounded + r * stride, row_scale,
                      (int32_t *)(row_scale + blocks));
         spread(&params->row, rounded + r * stride, row_scale, steps + r * stride / 4, offsets + r * stride / 4);
     }
