@@ -10,12 +10,16 @@ the text, each as one line of JSON:
 - `prefill`: the same, with the last ones fed in small chunks through the prefill graph; the end of each chunk counts.
 - `facts`: sentences are put at the beginning, and the beginning of each is repeated at the end. What both bundles write
   next shows whether they still recall it. A small model may miss some with a float cache, too.
+
+With `--speed` only `steps`: both are open, and decode the last tokens in turns, token by token, so that a busy machine
+slows both alike. Milliseconds of a step, medians, and the median of the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +94,23 @@ def measure(
     return predictions(engine, ids, last, 1), predictions(engine, ids, last, CHUNK), said
 
 
+def steps(bundles: list[Path], text: str, tokens: int, last: int) -> dict[str, float]:
+    """Decode steps of both bundles in turns."""
+    engines = [Engine.open(open_bundle(bundle), threads=2) for bundle in bundles]
+    ids = list(Tokenizer.open(engines[0].bundle).encode(text))[: min(tokens, engines[0].max_context)]
+    states = [engine.new_state(len(ids)) for engine in engines]
+    for engine, state in zip(engines, states, strict=True):
+        engine.prefill(state, ids[:-last])
+    taken = np.empty((last, 2))
+    for step, token in enumerate(ids[-last:]):
+        for index, (engine, state) in enumerate(zip(engines, states, strict=True)):
+            start = time.perf_counter()
+            engine.decode(state, token)
+            taken[step, index] = time.perf_counter() - start
+    bundle, reference = 1e3 * np.median(taken, axis=0)
+    return {"bundle_ms": bundle, "reference_ms": reference, "ratio": float(np.median(taken[:, 1] / taken[:, 0]))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare two bundles of one model far into a text.")
     parser.add_argument("bundle", type=Path)
@@ -97,8 +118,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a long text, UTF-8")
     parser.add_argument("--tokens", type=int, default=4096, help="how much of it (default: 4096)")
     parser.add_argument("--last", type=int, default=256, help="how many positions at its end count (default: 256)")
+    parser.add_argument("--speed", action="store_true", help="time decode steps instead")
     options = parser.parse_args()
     text = options.text.read_text(encoding="utf-8")
+    if options.speed:
+        print(json.dumps({"steps": steps([options.bundle, options.reference], text, options.tokens, options.last)}))
+        return
     theirs = measure(options.reference, text, options.tokens, options.last)  # one bundle in memory at a time
     ours = measure(options.bundle, text, options.tokens, options.last)
     print(json.dumps({"decode": divergence(ours[0], theirs[0])}))

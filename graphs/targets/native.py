@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from satchel.graphs.ir.pipeline import Step
+from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
 from satchel.graphs.passes.float16.store_linear_float16 import store_linear_float16
 from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
 from satchel.graphs.passes.native.fold_biases import fold_biases
@@ -29,7 +30,7 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
     the inside out.
 
     Args:
-        quantized: The model's weights.
+        quantized: The model's weights, and the scales of an int8 KV cache.
         activations: By the name of a weight, how the linear layers that the operator refuses take their
             input: the names of insert_qdq's forms.
     """
@@ -44,7 +45,8 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(fold_hadamards, after=("insert_linear",)),
         Step(fold_norms, after=("insert_linear", "fold_hadamards")),  # a norm comes before the matrix
         Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
-        Step(lower_attention_native),
+        *((Step(quantize_kv_cache(quantized.kv_scales, "decode")),) if quantized.kv_scales else ()),
+        Step(lower_attention_native, after=("quantize_kv_cache",)),
         Step(lower_states_native),
         Step(fold_key_norms, after=("lower_states_native",)),
         Step(lower_embedding_matmul, after=("quantize_embeddings",)),

@@ -354,7 +354,7 @@ class Target:
         products = [name for name, rule in rules.items() if _gains_by_int8(rule)]
         small = quantized is not None and any(quantized.weights[name].grid.scheme.bits == 4 for name in products)
         whole = any(rule.decode != "float" for rule in rules.values())
-        native = quantized is not None and not quantized.kv_scales and has_linear(quantized)
+        native = quantized is not None and has_linear(quantized)
         further = {PREFILL_INT8: small, DECODE_BLOCKS: whole, NATIVE: native}
         return (*PHASES, *(name for name, there in further.items() if there and name in self.phases))
 

@@ -8,7 +8,7 @@
 
 #include "parallel.h"
 
-/* One step. All tensors are float32 and dense; a token's channels lie head by head. */
+/* One step. All tensors are dense, and those of floats float32; a token's channels lie head by head. */
 typedef struct {
     int64_t batch, tokens, heads, kv_heads, head_dim; /* sequences, and new tokens of each; ragged: of all together */
     const int32_t *row_offsets; /* [batch + 1]: ragged: where each sequence's new tokens begin, and their number; NULL:
@@ -19,12 +19,15 @@ typedef struct {
     const float *query; /* [batch, tokens, heads * head_dim]; packed: [.., (heads + 2 * kv_heads) * head_dim] */
     const float *key;   /* [batch, tokens, kv_heads * head_dim]; packed: NULL, and so is value */
     const float *value;
-    const float *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
-                            * with the same capacity, or memory apart. Ragged: [blocks, ..], the present's own */
-    const float *past_value;
+    const float *key_scale; /* [kv_heads, head_dim]: past and present are int8, and stand for their products with the
+                             * scales; NULL: they are floats, and value_scale is NULL, too */
+    const float *value_scale;
+    const void *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
+                           * with the same capacity, or memory apart. Ragged: [blocks, ..], the present's own */
+    const void *past_value;
     int64_t past_capacity;
-    float *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
-    float *present_value;
+    void *present_key; /* [batch, kv_heads, capacity, head_dim]; the new tokens' keys and values are written to it */
+    void *present_value;
     int64_t capacity; /* ragged: a power of two */
     bool one_cache; /* past and present have one row: the rows of the batch are single tokens of one sequence, each of
                      * which sees those before it; past and present are the same memory */

@@ -1,4 +1,4 @@
-/* satchel:Attention: com.microsoft:GroupQueryAttention over a float32 KV cache. */
+/* satchel:Attention: com.microsoft:GroupQueryAttention over a KV cache in float32, or in int8 with a scale per channel. */
 #include <stdlib.h>
 
 #include "attention.h"
@@ -72,11 +72,26 @@ static bool read_rows(Run *run, AttentionCall *call)
     return true;
 }
 
+/* The scales of a cache in int8. */
+static bool read_scales(const AttentionParams *params, Run *run, AttentionCall *call)
+{
+    Tensor key, value;
+    if (!input(run, 12, ORT_FLOAT, &key) || !input(run, 13, ORT_FLOAT, &value))
+        return false;
+    const int64_t dims[] = {1, params->kv_heads, 1, call->head_dim};
+    const bool none = key.data == NULL && value.data == NULL;
+    if (!none && (!has_dims(&key, 4, dims) || !has_dims(&value, 4, dims)))
+        return fail(run, "satchel:Attention: the scales of the cache are not [1, kv_heads, 1, head_dim]");
+    call->key_scale = key.data, call->value_scale = value.data;
+    return true;
+}
+
 static bool read_past(const AttentionParams *params, Run *run, AttentionCall *call)
 {
     Tensor key, value;
-    if (!input(run, 3, ORT_FLOAT, &key) || !input(run, 4, ORT_FLOAT, &value))
-        return false;
+    const OrtElementType type = call->key_scale != NULL ? ORT_INT8 : ORT_FLOAT; /* and so the outputs' */
+    if (!input(run, 3, type, &key) || !input(run, 4, type, &value))
+        return fail(run, "satchel:Attention: a cache in int8 has scales, and one in float32 has none");
     const bool ragged = call->row_offsets != NULL;
     call->one_cache = !ragged && call->batch > 1 && key.rank == 4 && key.dims[0] == 1;
     call->blocks = ragged ? key.dims[0] : call->one_cache ? 1 : call->batch;
@@ -122,8 +137,8 @@ static bool run(const void *kernel, Run *run)
                           .scale = params->scale,
                           .softcap = params->softcap,
                           .interleaved = params->interleaved};
-    if (!read_new_tokens(params, run, &call) || !read_rows(run, &call) || !read_past(params, run, &call)
-        || !read_lengths(run, &call) || (params->rotates && !read_rotation(run, &call)))
+    if (!read_new_tokens(params, run, &call) || !read_rows(run, &call) || !read_scales(params, run, &call)
+        || !read_past(params, run, &call) || !read_lengths(run, &call) || (params->rotates && !read_rotation(run, &call)))
         return false;
     const bool ragged = call.row_offsets != NULL;
     call.capacity = ragged || call.past_capacity > call.total ? call.past_capacity : call.total;
@@ -133,8 +148,8 @@ static bool run(const void *kernel, Run *run)
         return fail(run, error);
     const int64_t dims[] = {ragged ? 1 : call.batch, call.tokens, call.heads * call.head_dim};
     const int64_t cache[] = {call.blocks, call.kv_heads, call.capacity, call.head_dim};
-    if (!output(run, 0, dims, 3, &call.out) || !output(run, 1, cache, 4, &call.present_key)
-        || !output(run, 2, cache, 4, &call.present_value))
+    if (!output(run, 0, dims, 3, &call.out) || !output_of_any_type(run, 1, cache, 4, &call.present_key)
+        || !output_of_any_type(run, 2, cache, 4, &call.present_value))
         return false;
     if (call.past_capacity != call.capacity
         && (call.past_key == call.present_key || call.past_value == call.present_value))
@@ -148,9 +163,13 @@ static bool run(const void *kernel, Run *run)
     return error == NULL || fail(run, error);
 }
 
-static const OrtElementType INPUTS[]
-    = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32,
-       ORT_INT32, ORT_FLOAT, ORT_FLOAT, ORT_INT64, ORT_INT32, ORT_INT32};
+#define INPUTS(CACHE)                                                                 \
+    {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, CACHE,     CACHE,     ORT_INT32, ORT_INT32,     \
+     ORT_FLOAT, ORT_FLOAT, ORT_INT64, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT}
+static const OrtElementType FLOAT_INPUTS[] = INPUTS(ORT_FLOAT), INT8_INPUTS[] = INPUTS(ORT_INT8);
+static const OrtElementType INT8_OUTPUTS[] = {ORT_FLOAT, ORT_INT8, ORT_INT8};
 
-Operator attention_operator = {
-    .name = "Attention", .inputs = 12, .required = 1, .outputs = 3, .input_types = INPUTS, .create = create, .run = run};
+/* One operator to ONNX Runtime, which chooses by the type of the cache. */
+#define ATTENTION(types) .name = "Attention", .inputs = 14, .required = 1, .outputs = 3, .create = create, .run = run, types
+Operator attention_operator = {ATTENTION(.input_types = FLOAT_INPUTS)};
+Operator attention_int8_operator = {ATTENTION(.input_types = INT8_INPUTS), .output_types = INT8_OUTPUTS};

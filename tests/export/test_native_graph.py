@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
 from support.checkpoints import save_tiny
 from support.codes import rounded
 from support.families import VOCABULARY
@@ -37,10 +39,11 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
 NARROW = {"hidden_size": 96, "intermediate_size": 176, "head_dim": 32, **HEADS}  # no multiples of 64
 FORMS = {
-    "int8": (WIDE, "int8"),
-    "filled up": (NARROW, "int8"),
-    "4 bits": (WIDE, "int4"),
-    "zero points": (WIDE, "a16w4"),
+    "int8": (WIDE, "int8", "float"),
+    "filled up": (NARROW, "int8", "float"),
+    "4 bits": (WIDE, "int4", "float"),
+    "zero points": (WIDE, "a16w4", "float"),
+    "int8 cache": (WIDE, "int8", "int8"),
 }
 IDS = np.random.default_rng(3).integers(4, 90, 13)
 CAPACITY = 24
@@ -53,9 +56,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle
     @functools.cache
     def export(form: str) -> Bundle:
         folder = tmp_path_factory.mktemp("native")
-        widths, precision = FORMS[form]
+        widths, precision, kv_cache = FORMS[form]
         checkpoint = save_tiny(folder / "checkpoint", **widths)
-        config = ExportConfig(folder / "bundle", precision, max_context=64, certificate=False)
+        config = ExportConfig(folder / "bundle", precision, kv_cache=kv_cache, max_context=64, certificate=False)
         export_bundle(checkpoint, config)
         return open_bundle(folder / "bundle")
 
@@ -68,7 +71,7 @@ def bundle(request: pytest.FixtureRequest, exported: Callable[[str], Bundle]) ->
 
 
 def step(
-    model: onnx.ModelProto, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: dict[str, NDArray[np.float32]]
+    model: onnx.ModelProto, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: dict[str, NDArray[Any]]
 ) -> NDArray[np.float32]:
     """The logits after `ids` [batch, new] by the reference; writes to the cache."""
     found = run_reference(model, {"input_ids": ids, "attention_mask": mask, **cache})
@@ -76,9 +79,13 @@ def step(
     return found["logits"][:, 0]
 
 
-def empty_cache(model: onnx.ModelProto, batch: int) -> dict[str, NDArray[np.float32]]:
-    caches = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if "past" in value.name}
-    return {n: np.zeros((batch, d[1].dim_value, CAPACITY, d[3].dim_value), np.float32) for n, d in caches.items()}
+def empty_cache(model: onnx.ModelProto, batch: int) -> dict[str, NDArray[Any]]:
+    caches = {value.name: value.type.tensor_type for value in model.graph.input if "past" in value.name}
+    sizes = {name: [dim.dim_value for dim in kind.shape.dim] for name, kind in caches.items()}
+    return {
+        name: np.zeros((batch, heads, CAPACITY, width), helper.tensor_dtype_to_np_dtype(caches[name].elem_type))
+        for name, (_, heads, _, width) in sizes.items()
+    }
 
 
 @pytest.fixture(scope="module")

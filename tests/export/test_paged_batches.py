@@ -34,11 +34,16 @@ WIDE = {
 }
 
 
-@pytest.fixture(scope="module", params=["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[("int8", "float"), ("int8", "int8"), pytest.param(("int4", "float"), marks=pytest.mark.slow)],
+)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("paged")
     checkpoint = save_tiny(folder / "checkpoint", "llama", **WIDE)
-    export_bundle(checkpoint, ExportConfig(folder / "bundle", request.param, max_context=CONTEXT, certificate=False))
+    precision, cache = request.param
+    config = ExportConfig(folder / "bundle", precision, kv_cache=cache, max_context=CONTEXT, certificate=False)
+    export_bundle(checkpoint, config)
     specialize(open_bundle(folder / "bundle"), kernels="satchel", threads=1)
     return folder / "bundle"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -13,6 +13,7 @@ from support.attention_graphs import BATCH, TOTAL, Cached, Layer
 from support.graphs import fired, operators, serialized, tag, the, untouched
 from support.native_ops import OPERATORS
 
+from satchel.graphs.ir.values import heads_of
 from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
 from satchel.graphs.passes.fuse.fuse_attention import fuse_attention
 from satchel.graphs.passes.native.lower_attention_native import lower_attention_native
@@ -43,9 +44,16 @@ def fused(layer: Layer) -> ir.Model:
     return fuse_attention(layer.graph()).model
 
 
-def native(layer: Layer) -> tuple[Cached, Cached]:
+def in_int8(layer: Layer) -> ir.Model:
+    model, draw = fused(layer), np.random.default_rng(0)
+    shapes = [heads_of(value) for value in the(model, "GroupQueryAttention").inputs[3:5]]
+    scales = KVScales(*(draw.uniform(0.01, 0.03, shape).astype(np.float32) for shape in shapes))
+    return quantize_kv_cache({3: scales}, "decode")(model).model
+
+
+def native(layer: Layer, make: Callable[[Layer], ir.Model] = fused) -> tuple[Cached, Cached]:
     """The layer by ONNX Runtime, and by the reference of satchel's own operator."""
-    before = fused(layer)
+    before = make(layer)
     after = fired(lower_attention_native, before, 1).model
     assert operators(after)["satchel::Attention"] == 1
     old, new = Cached(before, 1), Cached(before, 1)
@@ -74,18 +82,32 @@ def test_rows_of_different_lengths_see_their_own_tokens() -> None:
     np.testing.assert_allclose(new.feed(tokens, [7, 3]), old.feed(tokens, [7, 3]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_of_codes_is_refused() -> None:
-    scales = KVScales(*(np.ones((2, 16), np.float32),) * 2)
-    codes = quantize_kv_cache({3: scales}, "decode")(fused(LAYERS["plain"])).model
-    (reason,) = untouched(lower_attention_native, codes)
-    assert "attribute" in reason
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cache_in_int8_has_the_same_numbers(name: str) -> None:
+    layer = LAYERS[name]
+    old, new = native(layer, in_int8)
+    wanted, found = (cached.feed_chunks(layer.tokens(), 5, 9) for cached in (old, new))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    for buffer, array in old.cache.items():
+        np.testing.assert_array_equal(new.cache[buffer], array)
+
+
+def test_int8_with_other_scales_is_refused() -> None:
+    def lowered(attribute: str, value: object) -> list[str]:
+        return untouched(lower_attention_native, tag(in_int8(LAYERS["plain"]), "GroupQueryAttention", attribute, value))
+
+    reason = "its int8 cache has no scale for each head and channel of both keys and values"
+    assert lowered("k_quant_type", "PER_TENSOR") == lowered("kv_cache_bit_width", 4) == [reason]
+    model = in_int8(LAYERS["plain"])
+    the(model, "GroupQueryAttention").replace_input_with(13, None)
+    assert untouched(lower_attention_native, model) == [reason]
 
 
 def test_a_cache_of_another_type_is_refused() -> None:
     model = fused(LAYERS["plain"])
     for value in the(model, "GroupQueryAttention").inputs[3:5]:
         value.type = ir.TensorType(ir.DataType.FLOAT16)  # type: ignore[union-attr]
-    assert untouched(lower_attention_native, model) == ["its cache is not in float32"]
+    assert untouched(lower_attention_native, model) == ["its cache is neither in float32 nor in int8 with scales"]
 
 
 def test_a_further_input_is_refused() -> None:

@@ -100,7 +100,7 @@ def test_decode_by_blocks_is_there_where_decode_takes_int8_activations(prefill: 
 
 @pytest.mark.parametrize(
     ("bits", "block", "kv_scales", "there"),
-    [(8, None, {}, True), (4, 16, {}, True), (4, None, {}, False), (8, None, {0: SCALES}, False)],
+    [(8, None, {}, True), (4, 16, {}, True), (4, None, {}, False), (8, None, {0: SCALES}, True)],
 )
 def test_a_native_graph_is_there_where_a_product_is_by_codes_that_its_operator_takes(
     bits: int, block: int | None, kv_scales: dict[int, KVScales], there: bool

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from support.attention_node import INPUTS, Array, Step, attend, expected, open_node, packed
+from support.attention_node import INPUTS, PASTS, SCALES, Array, Step, attend, codes, expected, open_node, over, packed
 from support.kernels import equal_in_all_sets, needs_kernels
 
 pytestmark = needs_kernels
@@ -46,16 +46,29 @@ STEPS = {
     "prompt in the second block of angles": Step(tokens=70, rotary=64, block=5, interleaved=True),
     "an odd width": Step(heads=7, kv_heads=1, head_dim=37, tokens=65, past=31),
 }
+STEPS |= {f"int8: {name}": dataclasses.replace(step, int8=True) for name, step in STEPS.items()}
 
 
 def assert_close(found: Array, wanted: Array) -> None:
     assert np.abs(found - wanted).max() <= 3e-6 * np.abs(wanted).max()
 
 
+def assert_rounded(step: Step, feeds: dict[str, Array], *caches: Array) -> None:
+    """The cache has what was there before, and for new numbers the nearest code, of which there are 256."""
+    for name, cache, exact in zip(PASTS, caches, codes(step, feeds), strict=True):
+        for row, past in enumerate(step.pasts):
+            assert np.array_equal(cache[row, :, :past], feeds[name][row, :, :past])
+            assert np.abs(cache[row, :, past : past + step.tokens] - exact[row].clip(-128, 127)).max() <= 0.5 + 1e-4
+
+
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_numbers_are_those_of_float64(step: Step) -> None:
     feeds = step.feeds()
     y, keys, values = attend(step, feeds)
+    assert_close(y, over(step, feeds, keys, values))
+    if step.int8:
+        assert_rounded(step, feeds, keys, values)
+        return
     wanted, wanted_keys, wanted_values = expected(step, feeds)
     assert_close(y, wanted)
     for row, past in enumerate(step.pasts):
@@ -70,8 +83,23 @@ def test_numbers_are_those_of_float64(step: Step) -> None:
 def test_numbers_are_those_of_group_query_attention(name: str) -> None:
     step = STEPS[name]
     feeds = step.feeds()
-    theirs = attend(step, feeds, domain="com.microsoft")[0]
-    assert_close(attend(step, feeds)[0], theirs)
+    theirs, found = attend(step, feeds, domain="com.microsoft"), attend(step, feeds)
+    assert_close(found[0], theirs[0])
+    for row, past in enumerate(step.pasts if step.int8 else ()):
+        for own, wanted in zip(found[1:], theirs[1:], strict=True):
+            assert np.array_equal(own[row, :, : past + step.tokens], wanted[row, :, : past + step.tokens])
+
+
+def test_halves_are_rounded_to_even_and_what_is_beyond_is_clipped() -> None:
+    step = Step(heads=1, kv_heads=1, int8=True, spare=0)
+    numbers = np.asarray([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e9, -128.5, -129, np.inf, -np.inf], np.float32)
+    feeds = step.feeds() | {name: np.full((1, 1, 1, 64), 0.25, np.float32) for name in SCALES}
+    for name in ("key", "value"):
+        feeds[name] = np.resize(numbers / 4, (1, 1, 64))
+    wanted = np.resize(np.asarray([0, 2, 2, 0, -2, 126, 127, 127, -128, -128, 127, -128], np.int8), 64)
+    for domain in ("satchel", "com.microsoft"):
+        for cache in attend(step, feeds, domain)[1:]:
+            assert np.array_equal(cache[0, 0, 0], wanted), domain
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -80,22 +108,24 @@ def test_all_instruction_sets_give_the_same_bits(step: Step) -> None:
     equal_in_all_sets(lambda: attend(step, feeds))
 
 
+@pytest.mark.parametrize("int8", ["", "int8: "])
 @pytest.mark.parametrize("name", ["decode over several ranges", "chunk over a past", "prompt of several rows"])
-def test_packed_inputs_and_other_numbers_of_threads_give_the_same(name: str) -> None:
-    step = STEPS[name]
+def test_packed_inputs_and_other_numbers_of_threads_give_the_same(name: str, int8: str) -> None:
+    step = STEPS[int8 + name]
     feeds = step.feeds()
     wanted = attend(step, feeds, threads=1)
     for found in (attend(step, feeds, threads=3), attend(step, packed(feeds), threads=2)):
         assert all(map(np.array_equal, found, wanted))
 
 
-def test_rows_of_a_batch_are_what_they_are_alone() -> None:
-    step = Step(past=(1030, 3, 0, 129), rotary=64, heads=9, kv_heads=3)
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_of_a_batch_are_what_they_are_alone(int8: bool) -> None:
+    step = Step(past=(1030, 3, 0, 129), rotary=64, heads=9, kv_heads=3, int8=int8)
     feeds = step.feeds()
     together = attend(step, feeds)[0]
     for row, past in enumerate(step.pasts):
         alone = {
-            name: array if name in ("cos", "sin") else array[row : row + 1]
+            name: array if name in ("cos", "sin", *SCALES) else array[row : row + 1]
             for name, array in feeds.items()
             if array.ndim
         }
@@ -103,7 +133,7 @@ def test_rows_of_a_batch_are_what_they_are_alone() -> None:
         assert np.array_equal(attend(dataclasses.replace(step, past=past), alone)[0][0], together[row])
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 100}, {"rotary": 0}])
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"rotary": 0}, {"int8": True}])
 def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str, int]) -> None:
     """Bit for bit what one token after another gives, here over a boundary between ranges of keys."""
     count, past = 5, 254
@@ -113,7 +143,7 @@ def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str
     expected = []
     for row in range(count):
         alone = {name: feeds[name][row : row + 1] for name in ("query", "key", "value", "seqlens_k")}
-        alone |= {name: feeds[name] for name in ("cos", "sin") if name in feeds}
+        alone |= {name: feeds[name] for name in ("cos", "sin", *SCALES) if name in feeds}
         alone |= {"past_key": keys, "past_value": values}
         alone["total_sequence_length"] = np.asarray(past + row + 1, np.int32)
         y, keys, values = attend(dataclasses.replace(step, past=past + row), alone)
@@ -126,7 +156,7 @@ def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str
             binding.bind_cpu_input(name, array)
     for side, cache in zip(("key", "value"), caches, strict=True):
         for bind, name in ((binding.bind_input, f"past_{side}"), (binding.bind_output, f"present_{side}")):
-            bind(name, "cpu", 0, np.float32, cache.shape, cache.ctypes.data)
+            bind(name, "cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)
     binding.bind_output("y")
     session.run_with_iobinding(binding)
     assert np.array_equal(binding.get_outputs()[-1].numpy(), np.stack(expected))
@@ -134,8 +164,9 @@ def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str
         assert np.array_equal(found[:, :, : past + count], wanted[:, :, : past + count])
 
 
-def test_a_prompt_in_chunks_is_what_it_is_whole() -> None:
-    step = Step(tokens=300, rotary=64, window=150)
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_prompt_in_chunks_is_what_it_is_whole(int8: bool) -> None:
+    step = Step(tokens=300, rotary=64, window=150, int8=int8)
     feeds = step.feeds()
     whole, keys, _ = attend(step, feeds)
     found = []
@@ -157,9 +188,10 @@ def bound(session: ort.InferenceSession, feeds: dict[str, Array], outputs: dict[
     return binding
 
 
+@pytest.mark.parametrize("int8", ["", "int8: "])
 @pytest.mark.parametrize("name", ["decode of rows of different lengths", "chunk over a past"])
-def test_a_cache_bound_twice_is_written_in_place(name: str) -> None:
-    step = STEPS[name]
+def test_a_cache_bound_twice_is_written_in_place(name: str, int8: str) -> None:
+    step = STEPS[int8 + name]
     feeds = step.feeds()
     wanted = attend(step, feeds)
     before = feeds["past_key"].copy()
@@ -174,9 +206,10 @@ def test_a_cache_bound_twice_is_written_in_place(name: str) -> None:
         assert np.array_equal(feeds["past_key"][row, :, end:], before[row, :, end:]), "what comes after is not touched"
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("past", [0, 10])
-def test_a_cache_in_other_memory_is_copied_and_grows(past: int) -> None:
-    step = Step(tokens=5, past=past, rotary=64)
+def test_a_cache_in_other_memory_is_copied_and_grows(past: int, int8: bool) -> None:
+    step = Step(tokens=5, past=past, rotary=64, int8=int8)
     feeds = step.feeds()
     wanted = attend(step, feeds)
     for name in ("past_key", "past_value"):
@@ -201,6 +234,7 @@ def changed(step: Step, **arrays: Any) -> tuple[Step, dict[str, Array]]:
 
 
 BLOCKS = STEPS["chunk in the second block of angles"]
+INT8 = STEPS["int8: chunk over a past"]
 CHUNK, DECODE = STEPS["chunk over a past"], STEPS["decode of rows of different lengths"]
 
 BAD = {
@@ -236,6 +270,14 @@ BAD = {
     "rows of another length": (changed(BLOCKS, rows=lambda x: x[:, 1:]), "position_ids are not [batch, tokens]"),
     "heads too wide": (changed(Step(head_dim=520)), "512"),
     "negative cap": (changed(dataclasses.replace(CHUNK, softcap=-1.0)), "softcap"),
+    "int8 without scales": (changed(INT8, key_scale=None, value_scale=None), "a cache in int8 has scales"),
+    "int8 with scales of keys only": (changed(INT8, value_scale=None), "the scales of the cache are not"),
+    "scales of other heads": (changed(INT8, key_scale=lambda x: x[:, :1]), "the scales of the cache are not"),
+    "scales of another width": (changed(INT8, value_scale=lambda x: x[..., :1]), "the scales of the cache are not"),
+    "floats with scales": (
+        (CHUNK, CHUNK.feeds() | {name: INT8.feeds()[name] for name in SCALES}),
+        "one in float32 has none",
+    ),
     "infinite scale": (changed(dataclasses.replace(CHUNK, scale=np.inf)), "scale"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.attention_node import RAGGED_INPUTS, Array, Step, attend, expected, open_node, packed
+from support.attention_node import PASTS, RAGGED_INPUTS, SCALES, Array, Step, attend, open_node, over, packed
 from support.kernels import Product, needs_kernels, operator_session
 from support.native_ops import LastToken, Positions
 
@@ -35,17 +35,24 @@ class Mix:
             feeds |= {"cos": np.cos(angles), "sin": np.sin(angles)}
         if self.step.block:
             feeds["rows"] = feeds["rows"] % 2000
+        if self.step.int8:  # and one of scales
+            feeds |= {name: self.step.feeds()[name] for name in SCALES}
         return step, feeds
 
     def feeds(self, seed: int = 0) -> dict[str, Array]:
-        """All sequences as one ragged step. Blocks that no sequence has, and positions beyond its last, are NaN."""
+        """All sequences as one ragged step. Blocks that no sequence has, and positions beyond its last, are NaN.
+
+        In int8, which has none, they are drawn.
+        """
         draw, feeds = np.random.default_rng(seed), [self.alone(row)[1] for row in range(len(self.sequences))]
         counts = [-(-(past + new) // self.block) for past, new in self.sequences]
         blocks = sum(counts) + 3
         order = draw.permutation(blocks).tolist()
         table = np.full((len(counts), max(counts) + 1), -1, np.int32)
         shape = (blocks, self.step.kv_heads, self.block, self.step.head_dim)
-        pools = {name: np.full(shape, np.nan, np.float32) for name in ("past_key", "past_value")}
+        pools = {name: np.full(shape, np.nan, np.float32) for name in PASTS}
+        if self.step.int8:
+            pools = {name: draw.integers(-128, 128, shape, np.int8) for name in PASTS}
         for row, (past, _) in enumerate(self.sequences):
             first = 0 if self.step.window < 1 else max(0, past + 1 - self.step.window)
             for index in range(first // self.block, counts[row]):
@@ -57,7 +64,7 @@ class Mix:
         joined = {
             n: np.concatenate([f[n] for f in feeds], 1) for n in ("query", "key", "value", "rows") if n in feeds[0]
         }
-        joined |= {name: feeds[0][name] for name in ("cos", "sin") if name in feeds[0]}
+        joined |= {name: feeds[0][name] for name in ("cos", "sin", *SCALES) if name in feeds[0]}
         offsets = np.cumsum([0, *(new for _, new in self.sequences)], dtype=np.int32)
         lengths = np.asarray([past + new - 1 for past, new in self.sequences], np.int32)
         total = np.asarray(1, np.int32)
@@ -68,19 +75,20 @@ class Mix:
         """(y, the pools that were written in place)."""
         names = tuple(name for name in RAGGED_INPUTS if name in feeds)
         session = open_node(self.step, names, threads=threads)
-        pools = {name: feeds[name].copy() for name in ("past_key", "past_value")}
+        pools = {name: feeds[name].copy() for name in PASTS}
         binding = session.io_binding()
         for name in names:
             array = pools.get(name, feeds[name])
             assert array.flags.c_contiguous
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, pool in pools.items():
-            binding.bind_output(name.replace("past", "present"), "cpu", 0, np.float32, pool.shape, pool.ctypes.data)
+            binding.bind_output(name.replace("past", "present"), "cpu", 0, pool.dtype, pool.shape, pool.ctypes.data)
         binding.bind_output("y", "cpu")
         session.run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy(), pools
 
 
+INT8 = Step(rotary=64, int8=True)
 MIXES = {
     "single tokens": Mix(((40, 1), (0, 1), (700, 1), (15, 1), (16, 1))),
     "pieces": Mix(((0, 50), (33, 2), (200, 130))),
@@ -93,6 +101,10 @@ MIXES = {
     "an odd width": Mix(((50, 1), (31, 65)), Step(heads=7, kv_heads=1, head_dim=37, rotary=10, interleaved=True)),
     "two blocks of angles": Mix(((50, 1), (31, 65)), Step(rotary=64, block=800)),
     "many": Mix(tuple((29 * i, 1 + 7 * (i % 3 == 0)) for i in range(40)), Step(rotary=64, heads=9, kv_heads=3)),
+    "int8": Mix(((40, 1), (0, 70), (129, 1), (95, 2), (1030, 1), (3, 300)), INT8),
+    "int8 in larger blocks": Mix(((40, 1), (0, 70), (1030, 1), (64, 300)), INT8, block=64),
+    "int8 in a window": Mix(((500, 1), (150, 130), (99, 1)), dataclasses.replace(INT8, window=100)),
+    "int8 of an odd width": Mix(((50, 1), (31, 65)), Step(heads=7, kv_heads=1, head_dim=37, int8=True)),
 }
 
 
@@ -101,7 +113,7 @@ MIXES = {
 def test_each_sequence_is_what_it_is_alone(mix: Mix, form: str) -> None:
     feeds = mix.feeds()
     y, pools = mix.run(packed(feeds) if form == "packed" else feeds)
-    table, start = feeds["block_table"], 0
+    table, start, left = feeds["block_table"], 0, {name: feeds[name].copy() for name in PASTS}
     for row, (past, new) in enumerate(mix.sequences):
         step, own = mix.alone(row)
         wanted, keys, values = attend(step, own, threads=1)
@@ -110,24 +122,26 @@ def test_each_sequence_is_what_it_is_alone(mix: Mix, form: str) -> None:
             at = table[row, position // mix.block], slice(None), position % mix.block
             np.testing.assert_array_equal(pools["past_key"][at], keys[0, :, position])
             np.testing.assert_array_equal(pools["past_value"][at], values[0, :, position])
-        exact = expected(step, own)[0]
+            for name in PASTS:
+                left[name][at] = pools[name][at]
+        exact = over(step, own, keys, values)
         assert np.abs(y[0, start : start + new] - exact).max() <= 3e-6 * np.abs(exact).max()
         start += new
-    untouched = (
-        np.isnan(pools["past_key"]).sum() + sum(new for _, new in mix.sequences) * pools["past_key"][0, :, 0].size
-    )
-    assert untouched == np.isnan(feeds["past_key"]).sum(), "something else was written"
+    for name in PASTS:
+        np.testing.assert_array_equal(pools[name], left[name], err_msg="something else was written")
 
 
-def test_threads_and_places_make_no_difference() -> None:
-    mix = MIXES["both"]
+@pytest.mark.parametrize("name", ["both", "int8"])
+def test_threads_and_places_make_no_difference(name: str) -> None:
+    mix = MIXES[name]
     wanted = mix.run(mix.feeds(), threads=1)[0]
     for threads, seed in ((3, 0), (2, 1)):
         np.testing.assert_array_equal(mix.run(mix.feeds(seed), threads)[0], wanted)
 
 
-def test_rows_over_the_same_blocks_are_the_next_tokens_of_one_sequence() -> None:
-    mix = Mix(((250, 8),), Step(rotary=64, heads=9, kv_heads=3))
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_over_the_same_blocks_are_the_next_tokens_of_one_sequence(int8: bool) -> None:
+    mix = Mix(((250, 8),), Step(rotary=64, heads=9, kv_heads=3, int8=int8))
     feeds = mix.feeds()
     ahead = feeds | {
         "row_offsets": np.arange(9, dtype=np.int32),

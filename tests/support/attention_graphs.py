@@ -90,8 +90,11 @@ class Cached:
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         # Rows beyond those written hold a value that would show in any sum.
+        types = {
+            value.name: np.int8 if value.type == "tensor(int8)" else np.float32 for value in self.session.get_inputs()
+        }
         self.cache = {
-            name: np.full((batch, shape[1], capacity, shape[3]), 1e3, np.float32)
+            name: np.full((batch, shape[1], capacity, shape[3]), 127 if types[name] == np.int8 else 1e3, types[name])
             for name, shape in self.inputs.items()
             if name.startswith("past_key_values.")
         }

@@ -9,14 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto, helper
+from support.graphs import attention, rotated
 from support.kernels import found
 from support.native_ops import Attention
 
 Array = npt.NDArray[Any]
 
 INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin", "rows")
-RAGGED_INPUTS = (*INPUTS, "row_offsets", "block_table")
+SCALES = ("key_scale", "value_scale")
+RAGGED_INPUTS = (*INPUTS, "row_offsets", "block_table", *SCALES)
 OUTPUTS = ("y", "present_key", "present_value")
+PASTS = ("past_key", "past_value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Step:
         rotary: Channels that are rotated; 0 for none.
         block: Where the second block of the rotary tables begins, which every other row has; 0 for one block.
         spare: Positions of the cache beyond the step's last.
+        int8: Whether the cache is in int8. Some of the new numbers are beyond what its scales reach.
     """
 
     heads: int = 6
@@ -43,6 +47,7 @@ class Step:
     scale: float = 0.0
     spare: int = 3
     rows: int = 1
+    int8: bool = False
 
     @property
     def pasts(self) -> list[int]:
@@ -58,7 +63,11 @@ class Step:
             name: draw.standard_normal((rows, self.tokens, heads * self.head_dim), np.float32)
             for name, heads in widths.items()
         }
-        feeds |= {name: draw.standard_normal(cache, np.float32) for name in ("past_key", "past_value")}
+        feeds |= {name: draw.standard_normal(cache, np.float32) for name in PASTS}
+        if self.int8:
+            feeds |= {name: draw.integers(-128, 128, cache, np.int8) for name in PASTS}
+            widths = (1, self.kv_heads, 1, self.head_dim)
+            feeds |= {name: draw.uniform(0.01, 0.03, widths).astype(np.float32) for name in SCALES}
         feeds["seqlens_k"] = np.asarray(self.pasts, np.int32) + np.int32(self.tokens - 1)
         feeds["total_sequence_length"] = np.asarray(total, np.int32)
         if self.rotary:
@@ -69,8 +78,9 @@ class Step:
             feeds["rows"] = first[:, None] + np.arange(self.tokens)
         return feeds
 
-    def attributes(self) -> dict[str, Any]:
-        return {
+    def attributes(self, domain: str = "satchel") -> dict[str, Any]:
+        kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        return (kinds if self.int8 and domain != "satchel" else {}) | {
             "num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale, "softcap": self.softcap,
             "local_window_size": self.window, "do_rotary": int(self.rotary > 0),
             "rotary_interleaved": int(self.interleaved),
@@ -80,14 +90,16 @@ class Step:
 def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threads: int = 2) -> ort.InferenceSession:
     """A session of one node with the inputs `names`."""
     operator = "Attention" if domain == "satchel" else "GroupQueryAttention"
-    every = RAGGED_INPUTS if domain == "satchel" else INPUTS
-    reads = [name if name in names else "" for name in every]
-    nodes = [helper.make_node(operator, reads, OUTPUTS, domain=domain, **step.attributes())]
+    reads = [name if name in names else "" for name in RAGGED_INPUTS]
+    while not reads[-1]:
+        reads.pop()
+    nodes = [helper.make_node(operator, reads, OUTPUTS, domain=domain, **step.attributes(domain))]
+    cache = TensorProto.INT8 if step.int8 else TensorProto.FLOAT
     kinds = dict.fromkeys(("seqlens_k", "total_sequence_length", "row_offsets", "block_table"), TensorProto.INT32) | {
-        "rows": TensorProto.INT64
-    }
+        "rows": TensorProto.INT64, "past_key": cache, "past_value": cache, "present_key": cache, "present_value": cache,
+    }  # fmt: skip
     inputs = [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None) for name in names]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
+    outputs = [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None) for name in OUTPUTS]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
     model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
@@ -100,7 +112,7 @@ def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threa
 
 def attend(step: Step, feeds: dict[str, Array], domain: str = "satchel", threads: int = 2) -> list[Array]:
     """(y, present_key, present_value) of the node; nothing is written in place."""
-    names = tuple(name for name in INPUTS if name in feeds)
+    names = tuple(name for name in RAGGED_INPUTS if name in feeds)
     outputs: list[Array] = open_node(step, names, domain, threads).run(list(OUTPUTS), feeds)
     return outputs
 
@@ -115,3 +127,29 @@ def expected(step: Step, feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
     """(y, present_key, present_value) by numpy in float64; the present is compared up to each row's last token."""
     options = step.attributes() | {"scale": step.scale or step.head_dim**-0.5}
     return Attention._run(None, *(feeds.get(name) for name in INPUTS), **options)  # type: ignore[arg-type]
+
+
+def over(step: Step, feeds: dict[str, Array], keys: Array, values: Array) -> Array:
+    """y by numpy in float64, of caches as they are after the step."""
+    scales = [feeds[name].astype(np.float64) if step.int8 else np.ones(1) for name in SCALES]
+    y = np.empty((*feeds["query"].shape[:2], step.heads, step.head_dim))
+    for row, past in enumerate(step.pasts):
+        query = feeds["query"][row].reshape(step.tokens, step.heads, -1).swapaxes(0, 1)
+        if step.rotary:
+            at = feeds["rows"][row] if "rows" in feeds else np.arange(past, past + step.tokens)
+            query = rotated(query, feeds["cos"][at], feeds["sin"][at], step.interleaved)
+        end = past + step.tokens
+        every = (scale[0] * cache[row, :, :end] for scale, cache in zip(scales, (keys, values), strict=True))
+        scale = step.scale or step.head_dim**-0.5
+        y[row] = attention(query, *every, scale, max(step.window, 0), step.softcap)
+    return y.reshape(feeds["query"].shape)
+
+
+def codes(step: Step, feeds: dict[str, Array]) -> tuple[Array, Array]:
+    """New keys and values as a cache in int8 has them, before they are rounded: [rows, kv_heads, tokens, head_dim]."""
+    shape = (len(step.pasts), step.tokens, step.kv_heads, step.head_dim)
+    key, value = (feeds[name].reshape(shape).swapaxes(1, 2).astype(np.float64) for name in ("key", "value"))
+    for row, past in enumerate(step.pasts if step.rotary else ()):
+        at = feeds["rows"][row] if "rows" in feeds else np.arange(past, past + step.tokens)
+        key[row] = rotated(key[row], feeds["cos"][at], feeds["sin"][at], step.interleaved)
+    return key / feeds["key_scale"], value / feeds["value_scale"]

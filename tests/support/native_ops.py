@@ -134,7 +134,7 @@ class Attention(OpRun):
     def _run(
         self, query: Array, key: Optional, value: Optional, past_key: Array, past_value: Array, seqlens: Array,
         total: Array, cos: Optional = None, sin: Optional = None, rows: Optional = None, offsets: Optional = None,
-        table: Optional = None, **options: Any,
+        table: Optional = None, *scales: Optional, **options: Any,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         assert offsets is None or not offsets.size
         (batch, new, _), width = query.shape, past_key.shape[-1]
@@ -143,6 +143,7 @@ class Attention(OpRun):
             query, key, value = np.split(query, [heads * width, (heads + kv_heads) * width], axis=-1)
         split = [a.reshape(batch, new, -1, width).swapaxes(1, 2) for a in (query, key, value)]
         present = past_key.copy(), past_value.copy()
+        steps = [np.ones(1, np.float32) if scale is None else scale[0] for scale in scales or (None, None)]
         y = np.empty((batch, new, heads, width), np.float32)
         for row in range(batch):
             end = int(seqlens[row]) + 1
@@ -151,9 +152,10 @@ class Attention(OpRun):
             if options["do_rotary"] and cos is not None and sin is not None:
                 at = np.arange(first, first + new) if rows is None else rows[row]
                 q, k = (rotated(a, cos[at], sin[at], bool(options["rotary_interleaved"])) for a in (q, k))
-            for buffer, part in zip(present, (k, v), strict=True):
-                buffer[row, :, first : first + new] = part
-            every = (buffer[row, :, : first + new] for buffer in present)
+            for buffer, part, step in zip(present, (k, v), steps, strict=True):
+                rounded = np.rint(part.astype(np.float32) * (1 / step)).clip(-128, 127)
+                buffer[row, :, first : first + new] = rounded if buffer.dtype == np.int8 else part
+            every = (buffer[row, :, : first + new] * step for buffer, step in zip(present, steps, strict=True))
             y[row] = attention(q, *every, options["scale"], max(options["local_window_size"], 0), options["softcap"])
         return y.reshape(batch, new, -1), *present
 

@@ -160,16 +160,16 @@ static void make_plan(AttentionPlan *plan, const AttentionCall *call, char *scra
     prefill_plan(plan);
 }
 
-static void copy_side(const AttentionCall *call, const float *past, float *present, size_t index)
+static void copy_side(const AttentionCall *call, const void *past, void *present, size_t index)
 {
     if (past == present)
         return;
     int64_t row = (int64_t)index / call->kv_heads, count = past_tokens(call, row), end = count + call->tokens;
-    size_t bytes = (size_t)call->head_dim * sizeof(float);
-    float *to = present + (int64_t)index * call->capacity * call->head_dim;
+    int64_t from = (int64_t)index * call->past_capacity, to = (int64_t)index * call->capacity, width = call->head_dim;
+    size_t bytes = (size_t)width * (is_int8(call) ? sizeof(int8_t) : sizeof(float));
     if (count)
-        memcpy(to, past + (int64_t)index * call->past_capacity * call->head_dim, (size_t)count * bytes);
-    memset(to + end * call->head_dim, 0, (size_t)(call->capacity - end) * bytes);
+        memcpy(cache_at(call, present, to * width), cache_at(call, past, from * width), (size_t)count * bytes);
+    memset(cache_at(call, present, (to + end) * width), 0, (size_t)(call->capacity - end) * bytes);
 }
 
 /* Copies the past of one row and key head to the present, followed by zeros, unless they share memory. */

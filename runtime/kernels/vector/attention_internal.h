@@ -57,7 +57,25 @@ static inline int64_t first_key(const AttentionCall *call, int64_t position)
     return call->window > 0 ? max64(0, position + 1 - call->window) : 0;
 }
 
-/* Where a position of a sequence is in a cache of keys or values, in floats: the same for both. */
+/* Whether the cache is in int8. */
+static inline bool is_int8(const AttentionCall *call) { return call->key_scale != NULL; }
+
+/* The memory of a cache from an element on. */
+static inline void *cache_at(const AttentionCall *call, const void *cache, int64_t element)
+{
+    return (char *)cache + element * (int64_t)(is_int8(call) ? sizeof(int8_t) : sizeof(float));
+}
+
+/* 16 elements of a cache as they are stored; if not `whole`, the first `left` of them, and zeros. */
+INLINE F16 load_cached(const bool int8, const void *cache, int64_t element, const bool whole, int64_t left)
+{
+    const int8_t *byte = (const int8_t *)cache + element;
+    if (int8)
+        return to_floats(whole ? load_signed(byte) : load_signed_some(byte, left));
+    return load_up_to(whole, (const float *)cache + element, left);
+}
+
+/* Where a position of a sequence is in a cache of keys or values, in elements: the same for both. */
 static inline int64_t place_of(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t position)
 {
     const AttentionCall *call = plan->call;
@@ -76,6 +94,13 @@ static inline const float *query_of(const AttentionPlan *plan, int64_t row, int6
 {
     const AttentionCall *call = plan->call;
     return call->query + (first_token(call, row) + token) * plan->query_width + head * call->head_dim;
+}
+
+/* x[d] *= scale[d] of one head's channels. */
+static inline void scale_channels(int64_t head_dim, const float *scale, float *x)
+{
+    for (int64_t d = 0; d < head_dim; d++)
+        x[d] *= scale[d];
 }
 
 static inline float *out_of(const AttentionCall *call, int64_t row, int64_t token, int64_t head)
@@ -103,8 +128,8 @@ static inline int64_t part_of(const int64_t *starts, int64_t rows, int64_t index
     return low;
 }
 
-/* One head's channels, rotated by row `at` of the tables and multiplied by `scale`. */
-static void rotate_head(const AttentionCall *call, const float *head, int64_t at, float scale, float *out);
+/* A query, rotated and scaled: its products with keys as they are stored are scores. */
+static void rotate_query(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head, float *out);
 
 /* Writes the new tokens from..to of a row and key head to the cache. */
 static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to);

@@ -23,6 +23,7 @@ typedef struct {
     int32_t first[TILE], last[TILE];                /* the keys that a row attends to: first <= key < last */
     int32_t all_from[VECTORS], all_to[VECTORS];     /* those that all rows of a vector attend to */
     F16 maximum[VECTORS], total[VECTORS];
+    float wide[BLOCK * MAX_HEAD_DIM]; /* the keys of a block in int8, then its values, as floats */
 } Tile;
 
 /* scores[key][rows] of 6 keys and COUNT vectors of rows. */
@@ -166,8 +167,7 @@ static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int
             int64_t position = past + token;
             tile->first[r] = (int32_t)first_key(call, position);
             tile->last[r] = (int32_t)(position + 1);
-            rotate_head(call, query_of(plan, row, token, head), rotary_row_of(call, row, token), plan->query_scale,
-                        rotated + (r - from) * head_dim);
+            rotate_query(plan, row, token, head, rotated + (r - from) * head_dim);
         }
         tile->all_from[from / LANES] = tile->first[from], tile->all_to[from / LANES] = tile->last[from];
         for (int r = from; r < from + LANES; r++) {
@@ -221,11 +221,37 @@ static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, i
 
 static const float ONES[BROADCASTS] = {1, 1, 1, 1, 1, 1}; /* the first run of a block has rescaled the sums */
 
+/* Positions start..end of a cache, in floats: as they lie, or widened to follow one another. A place in them is that of
+ * float_at. */
+static const float *floats_of(const AttentionPlan *plan, Tile *tile, const void *cache, int64_t row, int64_t kv_head,
+                              int64_t start, int64_t end)
+{
+    int64_t head_dim = plan->call->head_dim;
+    if (!is_int8(plan->call))
+        return cache;
+    for (int64_t position = start, next; position < end; position = next) {
+        next = run_end(plan, position, end);
+        const int8_t *from = (const int8_t *)cache + place_of(plan, row, kv_head, position);
+        float *to = tile->wide + (position - start) * head_dim;
+        int64_t count = (next - position) * head_dim, i = 0;
+        for (; i + LANES <= count; i += LANES)
+            store(to + i, load_cached(true, from, i, true, LANES));
+        if (i < count)
+            store_some(to + i, count - i, load_cached(true, from, i, false, count - i));
+    }
+    return tile->wide;
+}
+
+static int64_t float_at(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t start, int64_t position)
+{
+    return is_int8(plan->call) ? (position - start) * plan->call->head_dim : place_of(plan, row, kv_head, position);
+}
+
 /* One block of keys start..end, all of which some row of the tile sees. */
 static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_batch, int64_t kv_head, int64_t start,
                          int64_t end, int count)
 {
-    const float *keys = plan->call->present_key, *values = plan->call->present_value;
+    const float *keys = floats_of(plan, tile, plan->call->present_key, row_of_batch, kv_head, start, end);
     int64_t head_dim = plan->call->head_dim, from[VECTORS], to[VECTORS];
     int used = (count + LANES - 1) / LANES;
     for (int v = 0; v < used; v++) {
@@ -243,20 +269,21 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_b
             continue;
         const float *at[BROADCASTS];
         for (int k = 0; k < BROADCASTS; k++)
-            at[k] = keys + place_of(plan, row_of_batch, kv_head, min64(key + k, end - 1));
+            at[k] = keys + float_at(plan, row_of_batch, kv_head, start, min64(key + k, end - 1));
         float *scores = tile->scores + (key - start) * TILE + low * LANES;
         prefill_scores(at, tile->query + low * LANES, head_dim, scores, high - low);
     }
     for (int v = 0; v < used; v++)
         softmax_vector(tile, v, start, end, from[v], to[v], plan->cap);
+    const float *values = floats_of(plan, tile, plan->call->present_value, row_of_batch, kv_head, start, end);
     for (int row = 0; row < count;) {
         int left = count - row, rows = left > 4 ? 6 : 4, end_row = (int)min64(row + rows, count) - 1;
         int64_t low = max64(start, tile->first[row]), high = min64(end, tile->last[end_row]);
         const float *factor = tile->factor + row;
         for (int64_t next; low < high; low = next, factor = ONES) {
-            next = run_end(plan, low, high);
+            next = is_int8(plan->call) ? high : run_end(plan, low, high);
             const float *scores = tile->scores + (low - start) * TILE + row;
-            const float *at = values + place_of(plan, row_of_batch, kv_head, low);
+            const float *at = values + float_at(plan, row_of_batch, kv_head, start, low);
             (rows == 6 ? add_six : add_four)(scores, at, next - low, head_dim, factor, tile->sums + row * head_dim);
         }
         row += rows;
@@ -290,7 +317,7 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
     int64_t row = part_of(plan->tiles, call->batch, place), rows = new_tokens(call, row) * plan->group;
     int64_t start = (plan->tiles[row + 1] - 1 - place) * plan->height; /* longest first */
     int count = (int)min64(plan->height, rows - start);
-    Tile *tile = thread_scratch(OF_TASK, sizeof *tile); /* some 300 KB: too much for the stack of a musl thread */
+    Tile *tile = thread_scratch(OF_TASK, sizeof *tile); /* some 500 KB: too much for the stack of a musl thread */
     if (tile == NULL) {
         atomic_store(&plan->failed, true);
         return;
@@ -320,5 +347,7 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
             const F16 sum = load_some(tile->sums + r * head_dim + d, head_dim - d);
             store_some(out + d, head_dim - d, mul(sum, share));
         }
+        if (is_int8(call))
+            scale_channels(head_dim, call->value_scale + kv_head * head_dim, out);
     }
 }

@@ -40,14 +40,38 @@ static void rotate_head(const AttentionCall *call, const float *head, int64_t at
         store_some(out + i, call->head_dim - i, mul(load_some(head + i, call->head_dim - i), factor));
 }
 
+static void rotate_query(const AttentionPlan *plan, int64_t row, int64_t token, int64_t head, float *out)
+{
+    const AttentionCall *call = plan->call;
+    rotate_head(call, query_of(plan, row, token, head), rotary_row_of(call, row, token), plan->query_scale, out);
+    if (is_int8(call))
+        scale_channels(call->head_dim, call->key_scale + head / plan->group * call->head_dim, out);
+}
+
+/* One head's x / scale, rounded to even, within -128 and 127. Multiplied by the reciprocal, as by ONNX Runtime's operator. */
+static void quantize_head(const float *x, const float *scale, int64_t head_dim, int8_t *out)
+{
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+        const int64_t left = head_dim - d;
+        const F16 step = divide(floats(1), load_some(scale + d, left)), y = mul(load_some(x + d, left), step);
+        store_bytes(out + d, nearest(smaller(larger(y, floats(-128)), floats(127))), left);
+    }
+}
+
 static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to)
 {
     const AttentionCall *call = plan->call;
     int64_t past = past_tokens(call, row), head_dim = call->head_dim;
+    float rotated[MAX_HEAD_DIM];
     for (int64_t token = from; token < to; token++) {
         int64_t offset = (first_token(call, row) + token) * plan->kv_width + kv_head * head_dim;
         int64_t place = place_of(plan, row, kv_head, past + token);
-        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, call->present_key + place);
-        memcpy(call->present_value + place, plan->value + offset, (size_t)head_dim * sizeof(float));
+        void *key = cache_at(call, call->present_key, place), *value = cache_at(call, call->present_value, place);
+        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, is_int8(call) ? rotated : key);
+        if (is_int8(call)) {
+            quantize_head(rotated, call->key_scale + kv_head * head_dim, head_dim, key);
+            quantize_head(plan->value + offset, call->value_scale + kv_head * head_dim, head_dim, value);
+        } else
+            memcpy(value, plan->value + offset, (size_t)head_dim * sizeof(float));
     }
 }

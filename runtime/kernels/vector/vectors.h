@@ -175,6 +175,14 @@ INLINE I16 load_signed(const int8_t *x)
     return r;
 }
 
+/* The first `left` bytes, at most 16, and zeros. */
+INLINE I16 load_signed_some(const int8_t *x, int64_t left)
+{
+    int8_t some[LANES] = {0};
+    memcpy(some, x, (size_t)(left < LANES ? left : LANES));
+    return load_signed(some);
+}
+
 INLINE I16 load_unsigned(const uint8_t *x)
 {
     I16 r;
