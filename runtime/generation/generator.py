@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,7 @@ from satchel.runtime.generation.grammar import Grammar
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefill import Progress
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, full_context_bytes
+from satchel.runtime.generation.prompts import Prompts
 from satchel.runtime.generation.request import Prompt, Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, prompt_log_probabilities
@@ -35,7 +35,6 @@ from satchel.runtime.generation.session_file import SavedState, check_adapter, c
 from satchel.runtime.generation.snapshots import snapshots_of
 from satchel.runtime.generation.speculation import Speculation, check_mode, warn_without_effect
 from satchel.runtime.generation.stream import TokenStream
-from satchel.runtime.generation.templates.chat_template import ChatTemplate, template_files
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.ort.background import specialize_in_background
 from satchel.runtime.ort.custom_ops import DEFAULT_CUSTOM, Custom
@@ -47,7 +46,7 @@ from satchel.runtime.util.progress import waiting
 MIB = 1 << 20
 
 
-class Generator:
+class Generator(Prompts):
     """An open bundle. Threads may share one: each generation has its own state.
 
     Options are the fields of `GenerationOptions`, given by name: `generate("Once", max_new_tokens=40, temperature=0.8,
@@ -65,14 +64,10 @@ class Generator:
         speculate: str = SPECULATE,
         draft: DraftModel | None = None,
     ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.max_context = max_context
+        super().__init__(engine, tokenizer, max_context)
         self.prefix_cache = prefix_cache
         self.speculation = None if speculate == "off" else Speculation(engine, draft)
         self._grammars = Grammars(tokenizer, engine.vocabulary, engine.bundle.manifest.model.eos_token_ids)
-        self._template: ChatTemplate | None = None
-        self._template_lock = threading.Lock()
 
     @classmethod
     def open(
@@ -351,60 +346,9 @@ class Generator:
         self.prefix_cache.put(state.prefix)
         return state
 
-    def encode(self, prompt: Prompt) -> NDArray[np.int64]:
-        """The token ids of a prompt, text or ids, checked; text is encoded as it is. Raises PromptError."""
-        if not isinstance(prompt, str):
-            return self.engine.check_ids(prompt)
-        ids = self.need_tokenizer().encode(prompt)
-        if not ids:
-            raise PromptError("the prompt is empty: give some text to continue")
-        return self.engine.check_ids(ids)
-
-    def encode_chat(
-        self,
-        messages: str | Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        template: str | None = None,
-    ) -> NDArray[np.int64]:
-        """The token ids of messages in the chat template, up to where the answer begins.
-
-        A text is one message of a user. `tools` are JSON schemas of functions, `arguments` further variables of the
-        template. `template` names one of several templates; None takes that for tools if there are tools, else the
-        default one. Raises PromptError, and BundleError for a bundle without a template.
-        """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        text = self.template.render(messages, tools=tools, template=template, **(arguments or {}))
-        return self.engine.check_ids(self.need_tokenizer().encode_rendered(text))
-
-    @property
-    def has_template(self) -> bool:
-        """Whether there are chat templates: the bundle's, or others that were set."""
-        return self._template is not None or bool(template_files(self.engine.bundle))
-
-    @property
-    def template(self) -> ChatTemplate:
-        """The chat templates: the bundle's, unless others were set. Raises BundleError for a bundle without one."""
-        with self._template_lock:
-            if self._template is None:
-                self._template = ChatTemplate.open(self.engine.bundle, self.need_tokenizer())
-            return self._template
-
-    @template.setter
-    def template(self, template: ChatTemplate) -> None:
-        self._template = template
-
     def check_grammar(self, grammar: Grammar) -> None:
         """Raise PromptError for a grammar that cannot be compiled for this bundle."""
         self._grammars.check(grammar)
-
-    def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises PromptError for a bundle without one."""
-        if self.tokenizer is None:
-            raise PromptError("this bundle has no tokenizer: pass token ids from Python")
-        return self.tokenizer
 
     def new_sequence(
         self, request: Request, choose: Choose | Sampler | None = None, callback: Callback | None = None
@@ -449,10 +393,3 @@ class Generator:
         if self.tokenizer:
             ends |= {token for text in options.stop if (token := self.tokenizer.special_token(text)) is not None}
         return frozenset(ends)
-
-    def _check_length(self, ids: NDArray[np.int64]) -> None:
-        if len(ids) > self.max_context:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens but the context holds {self.max_context}: shorten the prompt "
-                f"or raise --max-context (this bundle allows up to {self.engine.max_context})"
-            )
