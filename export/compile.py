@@ -41,7 +41,8 @@ from satchel.export.tracing.trace import trace
 from satchel.export.user_passes import open_passes
 from satchel.export.writing.bundle_writer import write_bundle
 from satchel.export.writing.certify import certify
-from satchel.export.writing.publish import check_target, scratch, staged
+from satchel.export.writing.publish import check_target, staged
+from satchel.export.writing.resume import ROUNDING, check_resumes, scratch
 from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.float32_islands import too_large
 from satchel.graphs.ir import pipeline
@@ -108,9 +109,12 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     recipe = kept_recipe(recipe_of(config), config, grids, to_round(checkpoint))
     if recipe is not None:
         recipe = fit_recipe(recipe, checkpoint)
+    left = check_resumes(checkpoint, config)
+    if config.resume:
+        stages.say("starting anew: no export to resume" if left is None else "resuming the export that was interrupted")
     _announce(checkpoint, config, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
-    with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(config.output) as folder:
+    with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(checkpoint, config, left) as folder:
         texts = open_texts(checkpoint, config, recipe)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
@@ -121,7 +125,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         quantized = None
         if recipe is not None:
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
-                quantized, done = quantize(common, recipe, texts.calibration, folder / "rounding", config, bar, grids)
+                quantized, done = quantize(common, recipe, texts.calibration, folder / ROUNDING, config, bar, grids)
                 report += [step.as_json("common") for step in done]
         shared = common if quantized is None else quantized.model
         if texts.rounding is not None:

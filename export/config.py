@@ -84,6 +84,8 @@ class ExportConfig:
         weights: For file.py:factory, a file of tensors (torch.save, safetensors) to load into the module.
         prefill_lengths: For a static target, the numbers of tokens that have a prefill graph, in ascending order;
             empty for PREFILL_LENGTHS as far as the context allows.
+        resume: Go on with an export to `output` that was interrupted while it rounded, and keep what is rounded if this
+            one is interrupted. An export of effort normal keeps that anyway.
         keep_stored: Whether quantized values of the checkpoint are kept in place of what `precision` says; None for
             where neither a precision nor a recipe is given.
 
@@ -114,6 +116,7 @@ class ExportConfig:
     weights: Path | None = None
     append_precision: bool = False
     embeddings: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
@@ -195,6 +198,8 @@ class ExportConfig:
         elif self.effort is None:
             quick = self.precision in QUICK_PRECISIONS and self.recipe is None and self.calibrate is None
             object.__setattr__(self, "effort", "quick" if quick else "normal")
+        if self.resume and not self.quantized:
+            raise ExportError(f"--resume does not go with --precision {self.precision}, which rounds no weights")
         if self.calibrate is not None and not self.reads_calibration_text:
             chosen = f"--effort {self.effort}" if self.quantized else f"--precision {self.precision}"
             raise ExportError(f"--calibrate does not go with {chosen}, which needs no calibration text: leave it out")
@@ -223,6 +228,11 @@ class ExportConfig:
     def reads_calibration_text(self) -> bool:
         """Whether calibration needs a text; a quick one takes random token ids."""
         return self.effort == "normal" or self.int8_cache
+
+    @property
+    def resumable(self) -> bool:
+        """Whether what is rounded is kept when the export is interrupted."""
+        return self.quantized and (self.resume or self.effort == "normal")
 
     @property
     def int8_cache(self) -> bool:

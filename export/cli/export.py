@@ -164,6 +164,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a shared library with operators that your passes use; may be repeated",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an export to BUNDLE that was interrupted while it rounded the weights; the bytes are the same",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -188,7 +193,7 @@ def main(args: argparse.Namespace) -> int:
         calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
         passes=tuple(args.passes), custom_ops=tuple(args.custom_ops), prefill_lengths=args.prefill_lengths,
         adapters=tuple(args.adapters), layout=args.layout, weights=args.weights, adapter_form=args.adapter_form,
-        embeddings=args.embeddings,
+        embeddings=args.embeddings, resume=args.resume,
     )  # fmt: skip
     start = time.monotonic()
     manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)

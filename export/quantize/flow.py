@@ -7,6 +7,7 @@ before the next segment runs, and for the reference logits of the certificate.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Flow:
         self._values[TEXT_LENGTH] = list(np.zeros_like(ids[:, :, :1]))  # the mask is that of the whole text
         self._inputs = {str(v.name): v for v in model.graph.inputs}
         self._head: Segment | None = None
+        self._journaled = False
 
     def run(
         self,
@@ -77,6 +79,7 @@ class Flow:
         observed: Collection[str] = (),
         progress: Callable[[int], object] = lambda done: None,
         first: int = 0,
+        journal: Path | None = None,
     ) -> None:
         """Run all but the head.
 
@@ -86,15 +89,24 @@ class Flow:
             observed: Names of values, such as the KV caches.
             progress: Called after each segment.
             first: The segment to start at, for a branch of a flow that kept its values.
+            journal: A file that says after each segment where the flow is. If it is there already, from an equal flow
+                over the same folder, the flow goes on from there.
         """
         segments = split(self.model, [LOGITS, *observed])
         self._head = segments.pop() if segments[-1].weights else None
+        self._journaled = journal is not None
+        if journal is not None and journal.exists():
+            first = self._go_on(journal)
+            progress(first)
         for index, segment in list(enumerate(segments))[first:]:
             later = {name for other in segments[index + 1 :] for name in other.reads}
             later |= set(self._head.reads if self._head else ()) | {LOGITS}
             weights = {} if not segment.weights else self._weights(segment, visit)
             self._run(segment, weights, later, observe, observed)
-            for name in [name for name in self._values if name not in later and not self._keep]:
+            past = [name for name in self._values if name not in later and not self._keep]
+            if journal is not None:  # before files are removed, so that it never names one that is gone
+                self._note(journal, index + 1, past)
+            for name in past:
                 self._drop(name)
             progress(1)
 
@@ -200,8 +212,25 @@ class Flow:
         _, *sizes = dims(value) or [None]
         return np.zeros([self.batch, *(d if isinstance(d, int) else self.length for d in sizes)], np.float32)
 
+    def _note(self, journal: Path, done: int, past: Collection[str]) -> None:
+        """Write how many segments are done, and the files of the values that later ones read."""
+        files = {
+            name: [stored.name for stored in kept if isinstance(stored, Path)]
+            for name, kept in self._values.items()
+            if name not in past
+        }
+        part = journal.with_suffix(".part")
+        part.write_text(json.dumps({"done": done, "files": {name: given for name, given in files.items() if given}}))
+        part.replace(journal)
+
+    def _go_on(self, journal: Path) -> int:
+        """Take over the values of a flow that was interrupted; returns the number of its segments that are done."""
+        state = json.loads(journal.read_text())
+        self._values |= {name: [self.folder / file for file in files] for name, files in state["files"].items()}
+        return int(state["done"])
+
     def _store(self, name: str, index: int, array: NDArray[Any]) -> Path | NDArray[Any]:
-        if array.nbytes < 1 << 16:
+        if array.nbytes < 1 << 16 and not self._journaled:
             return array
         path = self.folder / f"{_file_name(name)}-{index}.npy"
         np.save(path, array)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.flow import Flow, Inputs, fresh
 from satchel.export.quantize.gptq import round_with_feedback
-from satchel.export.quantize.kv_scales import kv_scales
+from satchel.export.quantize.kept import RoundedWeights, load, save
+from satchel.export.quantize.kv_scales import cache_scales
 from satchel.export.quantize.texts import QUICK_WINDOWS
 from satchel.graphs.analysis.channels import gated_input
 from satchel.graphs.analysis.segments import split
@@ -24,24 +26,21 @@ from satchel.graphs.ir import pipeline
 from satchel.graphs.ir.contract import Refused
 from satchel.graphs.ir.inputs import cached_layers
 from satchel.graphs.ir.pipeline import Done
-from satchel.graphs.ir.values import MICROSOFT, last_dim, nodes, weight
+from satchel.graphs.ir.values import MICROSOFT, nodes, weight
 from satchel.graphs.ir.weights import LazyWeight
 from satchel.graphs.passes.fuse.lower_experts import INTERLEAVED, interleaved
 from satchel.graphs.quant.assign import layer_name, layers_of, rule_of
-from satchel.graphs.quant.quantized import KVScales, Quantized, QuantizedWeight
+from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
 from satchel.graphs.quant.stored import STORED, StoredGrid, grid_of
 from satchel.graphs.targets.targets import ROTATE, equalize_steps
-from satchel.runtime.bundle.contract import past_names, present_names
+from satchel.runtime.bundle.contract import present_names
 
 Progress = Callable[[int], Any]
 
 ROWS = 4096
 """Number of outputs whose scales are searched at a time."""
-
-MOVES = ("Reshape", "Transpose", "Split", "Slice", "RMSNormalization", "LayerNormalization", "Add")
-"""Operators allowed between a linear layer and attention because they do not mix channels."""
 
 BATCH = 4
 """Windows per batch."""
@@ -62,8 +61,9 @@ def quantize(
         model: The graph that all phases share, its weights marked with their rules.
         recipe: The precision of each weight.
         windows: Calibration text, [windows, length]; None for a recipe that needs none.
-        folder: A folder to create, for quantized values and for the values between segments of the flow; the caller
-            removes it after the weights are written.
+        folder: A folder for quantized values and for the values between segments of the flow; the caller removes it
+            after the weights are written. If it has what an equal call had done before it was interrupted, this goes
+            on from there.
         config: The options of the export, among them whether the KV cache is int8 and so needs scales.
         progress: Called after each unit of work; `pieces(model, recipe, config)` is their number.
         grids: Where the checkpoint's own quantized values lie, by layer, for the rules that keep them.
@@ -82,12 +82,12 @@ def quantize(
     maxima: dict[str, NDArray[np.float32]] = {}
     statistics: dict[str, NDArray[np.float32]] = {}
     if windows is not None and (config.int8_cache or "smooth" in recipe.transforms):
-        statistics, maxima = _observe(model, windows, folder, config.int8_cache, progress)
+        statistics, maxima = _observed(model, windows, folder, config.int8_cache, progress)
     model, ran = pipeline.run(model, equalize_steps(recipe, statistics))
     done += ran
     chosen = rules(model)
     weights = _round(model, chosen, windows, folder, config.effort == "quick", progress, grids or {})
-    scales = {layer: _cache_scales(model, layer, maxima) for layer in (cached_layers(model) if maxima else ())}
+    scales = {layer: cache_scales(model, layer, maxima) for layer in (cached_layers(model) if maxima else ())}
     return Quantized(model, weights, chosen, scales, recipe.name), done
 
 
@@ -124,12 +124,12 @@ def schemes_fit(model: ir.Model, chosen: Mapping[str, Rule]) -> None:
     Raises:
         ExportError: A weight cannot.
     """
-    for _, lazy in quantizable(model):
+    for node, lazy in quantizable(model):
         rule = chosen.get(lazy.name)
         if rule is None:
             continue
         try:
-            rule.scheme(_inputs(lazy, model))
+            rule.scheme(_inputs(lazy, node))
         except RecipeError as error:
             raise ExportError(f"recipe: {layer_name(lazy)}: {error}") from None
 
@@ -149,9 +149,24 @@ def by_outputs(node: ir.Node) -> bool:
     return node.op_type != "MatMul"
 
 
-def _inputs(lazy: LazyWeight, model: ir.Model) -> int:
-    node = next(node for node, other in quantizable(model) if other.name == lazy.name)
+def _inputs(lazy: LazyWeight, node: ir.Node) -> int:
     return lazy.dims[-1] if by_outputs(node) else lazy.dims[0]
+
+
+def _observed(
+    model: ir.Model, windows: NDArray[np.int64], folder: Path, int8_cache: bool, progress: Progress
+) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+    """What `_observe` returns, from `folder` if it is there already."""
+    files = folder / "statistics.npz", folder / "maxima.npz"
+    statistics, maxima = map(load, files)
+    if statistics is not None and maxima is not None:
+        progress(len(split(model, [])) - 1)
+        return statistics, maxima
+    shutil.rmtree(folder / "observe", ignore_errors=True)
+    found = _observe(model, windows, folder, int8_cache, progress)
+    for file, arrays in zip(files, found, strict=True):
+        save(file, arrays)
+    return found
 
 
 def _observe(
@@ -204,8 +219,19 @@ def _round(
     A quick run uses fewer windows, and GPTQ only where it gains most: in layers with fewer inputs than outputs, which
     read the residual stream.
     """
-    codes = fresh(folder, "codes")
+    kept = RoundedWeights(folder / "codes")
     results: dict[str, QuantizedWeight] = {}
+
+    def rounded(node: ir.Node, lazy: LazyWeight, inputs: Inputs | None = None) -> QuantizedWeight:
+        rule = chosen[lazy.name]
+        before = kept.get(lazy.name, rule.scheme(_inputs(lazy, node)), _inputs(lazy, node))
+        if before is not None:
+            return before
+        moments = None
+        if rule.rounding == "gptq" and inputs is not None and (not quick or lazy.dims[0] < lazy.dims[-1]):
+            moments = _moments(inputs)
+        stored = kept_grid(lazy, rule, grids)
+        return round_weight(lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored)
 
     def visit(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
         replaced = {}
@@ -213,15 +239,8 @@ def _round(
             lazy = weight(value)
             if lazy is None or lazy.name not in chosen:
                 continue
-            rule = chosen[lazy.name]
             if lazy.name not in results:
-                moments = None
-                pays = not quick or lazy.dims[0] < lazy.dims[-1]
-                if rule.rounding == "gptq" and node.op_type == "MatMul" and pays:
-                    moments = _moments(inputs)
-                results[lazy.name] = round_weight(
-                    lazy, rule, codes, by_outputs=by_outputs(node), moments=moments, kept=kept_grid(lazy, rule, grids)
-                )
+                results[lazy.name] = rounded(node, lazy, inputs if node.op_type == "MatMul" else None)
                 progress(1)
             if not by_outputs(node):
                 replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
@@ -230,14 +249,13 @@ def _round(
     linear = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
     if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
         read = _batched(windows[:QUICK_WINDOWS] if quick else windows)
-        flow = Flow(model, read, fresh(folder, "round"), batch=BATCH)
-        flow.run(lambda node, inputs: visit(node, inputs) if node.name in linear else {})
+        values_between = folder / "round"
+        values_between.mkdir(parents=True, exist_ok=True)
+        flow = Flow(model, read, values_between, batch=BATCH)
+        flow.run(lambda node, inputs: visit(node, inputs) if node.name in linear else {}, journal=folder / "flow.json")
     for node, lazy in quantizable(model):
         if lazy.name in chosen and lazy.name not in results:
-            rule = chosen[lazy.name]
-            results[lazy.name] = round_weight(
-                lazy, rule, codes, by_outputs=by_outputs(node), kept=kept_grid(lazy, rule, grids)
-            )
+            results[lazy.name] = rounded(node, lazy)
             progress(1)
     return results
 
@@ -245,50 +263,47 @@ def _round(
 def round_weight(
     lazy: LazyWeight,
     rule: Rule,
-    folder: Path,
+    kept: RoundedWeights,
     *,
     by_outputs: bool,
     moments: NDArray[np.float32] | None = None,
-    kept: Grid | None = None,
+    stored: Grid | None = None,
 ) -> QuantizedWeight:
-    """Quantize one weight by a rule; the quantized values go to a file in `folder` and are memory-mapped.
+    """Quantize one weight by a rule; the quantized values go to a file of `kept` and are memory-mapped.
 
     Args:
         lazy: The weight, [.., outputs, inputs] if `by_outputs`, else [inputs, outputs].
         rule: The rule.
-        folder: The folder for the quantized values.
+        kept: Where the weight is kept.
         by_outputs: Whether outputs come before inputs; see `lazy`.
         moments: The sum of x x^T over the layer's inputs, for rounding "gptq"; without it, only scales are searched.
-        kept: The grid that the weight is on already, so that nothing is rounded.
+        stored: The grid that the weight is on already, so that nothing is rounded.
 
     Raises:
-        ExportError: The weight is not on `kept`.
+        ExportError: The weight is not on `stored`.
     """
     inputs = lazy.dims[-1] if by_outputs else lazy.dims[0]
     outputs = lazy.size // inputs
     scheme = rule.scheme(inputs)
     if scheme is None:
         raise ValueError(f"{lazy.name} has no quantization scheme")
-    path = folder / f"{len(list(folder.iterdir()))}.codes"
-    stored = np.memmap(path, np.int8 if scheme.symmetric else np.uint8, "w+", shape=(outputs, inputs))
+    codes = kept.values((outputs, inputs), np.int8 if scheme.symmetric else np.uint8)
     scales, points = [], []
     search = rule.rounding != "nearest"
     importance = None if moments is None else np.ascontiguousarray(moments.diagonal())
     for start, part in _parts(lazy, by_outputs, inputs):
-        if kept is not None:
-            grid = kept.part(start, start + len(part))
-            stored[start : start + len(part)] = _codes_on(grid, part, lazy)
+        if stored is not None:
+            grid = stored.part(start, start + len(part))
+            codes[start : start + len(part)] = _codes_on(grid, part, lazy)
         else:
             grid = fit_grid(part, scheme, importance, search=search)
-            stored[start : start + len(part)] = (
+            codes[start : start + len(part)] = (
                 grid.round(part) if moments is None else round_with_feedback(part, moments, grid)
             )
         scales.append(grid.scales)
         points.append(grid.zero_points)
-    stored.flush()
     zero_points = None if scheme.symmetric else np.concatenate([p for p in points if p is not None])
-    mapped: NDArray[Any] = np.memmap(path, stored.dtype, "r", shape=stored.shape)
-    return QuantizedWeight(lazy.name, Grid(scheme, np.concatenate(scales), zero_points), mapped)
+    return kept.add(lazy.name, Grid(scheme, np.concatenate(scales), zero_points), codes)
 
 
 def kept_grid(lazy: LazyWeight, rule: Rule, grids: Mapping[str, StoredGrid]) -> Grid | None:
@@ -359,35 +374,6 @@ def _caches_fit(model: ir.Model) -> None:
             f"--kv-cache int8: the layer of {node.name} cannot use GroupQueryAttention, the only operator that "
             "supports an int8 cache: use --kv-cache float"
         )
-
-
-def _cache_scales(model: ir.Model, layer: int, maxima: Mapping[str, NDArray[np.float32]]) -> KVScales:
-    key, value = present_names(layer)
-    past = past_names(layer)[0]
-    attention = next(n for n in nodes(model, "GroupQueryAttention", MICROSOFT) if n.inputs[3].name == past)  # type: ignore[union-attr]
-    rotation = _rotation(attention)
-    if rotation is None:  # any two channels of a head may be mixed
-        whole = np.broadcast_to(maxima[key].max(-1, keepdims=True), maxima[key].shape)
-        return kv_scales(whole, maxima[value], 0, False)
-    return kv_scales(maxima[key], maxima[value], *rotation)
-
-
-def _rotation(attention: ir.Node) -> tuple[int, bool] | None:
-    """Return the number of rotated channels of a key, and whether pairs are interleaved; None if unknown."""
-    if attention.attributes.get_int("do_rotary", 0):
-        width = last_dim(attention.inputs[7])
-        return None if width is None else (2 * width, bool(attention.attributes.get_int("rotary_interleaved", 0)))
-    value = attention.inputs[1] if attention.inputs[1] is not None else attention.inputs[0]
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "RotaryEmbedding":
-            width = node.attributes.get_int("rotary_embedding_dim", 0) or last_dim(node.inputs[0])
-            return None if width is None else (width, bool(node.attributes.get_int("interleaved", 0)))
-        if node.op_type in ("MatMul", "MatMulNBits"):
-            return 0, False
-        if node.op_type not in MOVES:
-            return None
-        value = node.inputs[0]
-    return None
 
 
 def _batched(windows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from satchel.export.quantize.flow import Flow, Visit, fresh
+from satchel.export.quantize.kept import RoundedWeights
 from satchel.export.quantize.quantize import by_outputs, quantizable, round_weight, rules, values
 from satchel.graphs.quant.assign import layers_of
 from satchel.graphs.quant.recipe import Recipe, Rule
@@ -64,7 +65,7 @@ def measure(
             continue
         work = fresh(folder, "tried")
         tried = dataclasses.replace(rule, rounding="search")
-        rounded = values(round_weight(lazy, tried, fresh(work, "codes"), by_outputs=False)).T
+        rounded = values(round_weight(lazy, tried, RoundedWeights(work / "codes"), by_outputs=False)).T
         branch = flow.branch(fresh(work, "flow"))
         weight = {lazy.name: np.ascontiguousarray(rounded)}
         branch.run(_replacing(str(node.name), weight), first=places[str(node.name)])

@@ -26,7 +26,7 @@ PACKAGES = (
 )  # fmt: skip
 """Packages whose versions the manifest records."""
 
-SILENT = ("output", "append_precision", "force")
+SILENT = ("output", "append_precision", "force", "resume")
 """Options that do not affect the bytes of a bundle."""
 
 
@@ -41,6 +41,20 @@ def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
     Raises:
         OSError: An input file no longer exists.
     """
+    return Provenance(
+        options=recorded_options(checkpoint, config),
+        source={path.name: FileRecord(path.stat().st_size, sha256(path)) for path in checkpoint.sources},
+        processor=processor_features(),
+        threads=machine_cores(),
+    )
+
+
+def recorded_options(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
+    """Return the options that affect the bytes of a bundle, as JSON data, files by name and digest.
+
+    Raises:
+        OSError: An input file no longer exists.
+    """
     recipe = recipe_of(config)
     files = {
         "recipe": recipe_file(config),
@@ -51,12 +65,7 @@ def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
     options["adapters"] = [_adapter(text, config) for text in config.adapters]
     if config.tokenizer is not None and checkpoint.tokenizer is not None:
         options["tokenizer"] = _tokenizer(config.tokenizer, checkpoint.tokenizer.file)
-    return Provenance(
-        options={name: _as_data(value) for name, value in options.items() if name not in SILENT},
-        source={path.name: FileRecord(path.stat().st_size, sha256(path)) for path in checkpoint.sources},
-        processor=processor_features(),
-        threads=machine_cores(),
-    )
+    return {name: _as_data(value) for name, value in options.items() if name not in SILENT}
 
 
 def named_file(path: Path) -> NamedFile:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from satchel.export.errors import ExportError
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
-from satchel.runtime.bundle.scratch import abandoned, scratch_folder, sweep
+from satchel.runtime.bundle.scratch import abandoned, sweep
+from satchel.runtime.util import interrupt
 
 
 def check_target(output: Path, force: bool) -> None:
@@ -62,19 +64,46 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch(output: Path) -> Iterator[Path]:
-    """Yield an empty folder on the disk of `output` for temporary files; it is removed at the end."""
+def scratch_folder(
+    output: Path, left: Path | None = None, keeps: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path]:
+    """Yield a folder on the disk of `output` for temporary files; it is removed at the end.
+
+    It is empty, or `left`, one of `left_behind`. After an interrupt it stays if `keeps` says so.
+    """
     output = output.resolve()
     place = next(parent for parent in output.parents if parent.is_dir())
-    _remove_abandoned(place / output.name)
-    with scratch_folder(place, f".{output.name}.scratch-") as folder:
+    folder = place / f"{_prefix(output, 'scratch')}{os.getpid()}-{time.monotonic_ns()}"
+    if left is None:
+        _remove_abandoned(place / output.name)
+        folder.mkdir()
+    else:
+        left.rename(folder)
+        _remove_abandoned(place / output.name)
+    try:
         yield folder
+    except BaseException as error:
+        if not ((isinstance(error, KeyboardInterrupt) or interrupt.came()) and keeps(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def left_behind(output: Path) -> list[Path]:
+    """The scratch folders of exports to `output` that are over."""
+    output = output.resolve()
+    places = [parent for parent in output.parents if parent.is_dir()][:2]  # the parent may have been made meanwhile
+    return [path for place in places for path in abandoned(place, _prefix(output, "scratch"))]
+
+
+def _prefix(output: Path, kind: str) -> str:
+    return f".{output.name}.{kind}-"
 
 
 def _remove_abandoned(output: Path) -> None:
     """Remove files of killed exports, and restore a bundle that one had moved aside without replacing it."""
     for kind in ("partial", "scratch", "old"):
-        prefix = f".{output.name}.{kind}-"
+        prefix = _prefix(output, kind)
         if kind == "old" and not output.exists():
             for path in abandoned(output.parent, prefix)[:1]:
                 path.rename(output)
