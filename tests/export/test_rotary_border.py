@@ -249,8 +249,9 @@ def _largest_difference_without_the_input(case: Case) -> float:
         pytest.param("satchel", {}, marks=needs_kernels),
         pytest.param("onnxruntime", {}, marks=pytest.mark.slow),
         ("onnxruntime", {"kv_cache": "int8"}),
+        pytest.param("satchel", {"kv_cache": "int8"}, marks=needs_kernels),
     ],
-    ids=["satchel's kernels", "ONNX Runtime's", "an int8 cache"],
+    ids=["satchel's kernels", "ONNX Runtime's", "an int8 cache", "an int8 cache by satchel's"],
 )
 def test_rounded_bundles_choose_alike(tmp_path: Path, kernels: str, options: dict[str, str]) -> None:
     made = exported(LONGROPE, tmp_path, "int8", **options)
