@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from satchel.runtime.bundle.contract import EMBED, PHASES
+from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph, Variant
 from satchel.runtime.bundle.hash_cache import sha256_of
-from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph, Variant
+from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError
 

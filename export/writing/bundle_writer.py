@@ -28,8 +28,9 @@ from satchel.graphs.ir.weights import LazyWeight, stored
 from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.quantized import LAYOUT, Quantized
 from satchel.runtime.bundle.contract import BLOCK_TABLE, ROW_OFFSETS, TEXT_LENGTH, WEIGHTS_NAME, Layout
+from satchel.runtime.bundle.graph_specs import TensorSpec
 from satchel.runtime.bundle.layouts import file_name
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, AdapterSpec, FileRecord, Manifest, TensorSpec
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, AdapterSpec, FileRecord, Manifest
 
 PAGE, LINE = 4096, 64
 """Alignment of weights in bytes: a memory page for weights of at least `LARGE` bytes, so that each can be mapped

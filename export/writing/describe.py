@@ -34,6 +34,15 @@ from satchel.runtime.bundle.contract import (
     present_state_name,
 )
 from satchel.runtime.bundle.dtypes import FLOAT32
+from satchel.runtime.bundle.graph_specs import (
+    Graphs,
+    GraphSpec,
+    PlainGraphs,
+    StaticGraphs,
+    TensorSpec,
+    Variant,
+    VariantWeights,
+)
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import (
     AdapterSpec,
@@ -41,17 +50,10 @@ from satchel.runtime.bundle.manifest import (
     CacheSpec,
     Embeddings,
     FileRecord,
-    Graphs,
-    GraphSpec,
     LayerPrecision,
     Manifest,
     ModelFacts,
-    PlainGraphs,
     Source,
-    StaticGraphs,
-    TensorSpec,
-    Variant,
-    VariantWeights,
 )
 from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.kernels import library
@@ -59,7 +61,7 @@ from satchel.runtime.kernels import library
 
 @dataclass(frozen=True)
 class VariantKind:
-    """The part of a `manifest.Variant` that does not depend on the model."""
+    """The part of a `graph_specs.Variant` that does not depend on the model."""
 
     runs: tuple[str, ...]
     layout: Layout

@@ -6,7 +6,8 @@ from typing import Any
 
 from satchel.export.checkpoint import Checkpoint
 from satchel.runtime.bundle.contract import ATTENTION_MASK, CONV, INPUT_IDS, LOGITS, RECURRENT
-from satchel.runtime.bundle.manifest import GraphSpec, Manifest
+from satchel.runtime.bundle.graph_specs import GraphSpec
+from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.plain_graphs import without_custom
 
 LAYER_TYPES = {

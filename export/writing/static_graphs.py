@@ -21,7 +21,7 @@ from satchel.graphs.passes.normalize.lower_opset import OPSET
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
 from satchel.runtime.bundle.dtypes import BY_ONNX
-from satchel.runtime.bundle.manifest import GraphSpec, StaticGraph, StaticGraphs, TableSpec
+from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph, StaticGraphs, TableSpec
 
 FATAL = (
     "fix_shapes", "lower_attention_static", "hoist_position_gathers", "take_last_token", "drop_inputs",

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from satchel.export.errors import ExportError
 from satchel.runtime.bundle.dtypes import BY_ONNX, DTYPES
-from satchel.runtime.bundle.manifest import TensorSpec
+from satchel.runtime.bundle.graph_specs import TensorSpec
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

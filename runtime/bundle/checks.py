@@ -34,16 +34,8 @@ from satchel.runtime.bundle.states import check_graph_states, check_states
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
-    from satchel.runtime.bundle.manifest import (
-        Embeddings,
-        FileRecord,
-        GraphSpec,
-        Manifest,
-        Specialized,
-        StaticGraph,
-        StaticGraphs,
-        TensorSpec,
-    )
+    from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph, StaticGraphs, TensorSpec
+    from satchel.runtime.bundle.manifest import Embeddings, FileRecord, Manifest, Specialized
 
 
 PREPARED = ("prefill", "decode")

@@ -12,7 +12,7 @@ from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
 if TYPE_CHECKING:
-    from satchel.runtime.bundle.manifest import GraphSpec
+    from satchel.runtime.bundle.graph_specs import GraphSpec
 
 
 @dataclass(frozen=True)

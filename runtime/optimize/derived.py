@@ -9,8 +9,9 @@ from typing import BinaryIO
 import numpy as np
 
 from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.graph_specs import Variant
 from satchel.runtime.bundle.layouts import PANEL, Array, pack, parts, values_ending
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, Variant
+from satchel.runtime.bundle.manifest import MANIFEST_NAME
 from satchel.runtime.bundle.onnx_wire import Tensor, external_tensors
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError

@@ -9,8 +9,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from satchel.runtime.bundle.checks import PREPARED
+from satchel.runtime.bundle.graph_specs import Variant
 from satchel.runtime.bundle.hash_cache import sha256_of
-from satchel.runtime.bundle.manifest import FileRecord, Manifest, PreparedGraph, Specialized, Variant
+from satchel.runtime.bundle.manifest import FileRecord, Manifest, PreparedGraph, Specialized
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.util.cpu import processor_features, processor_name
 from satchel.runtime.util.defaults import PROVIDER

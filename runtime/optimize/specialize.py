@@ -19,7 +19,8 @@ from typing import Any
 from satchel.runtime.bundle import onnx_wire
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.external_data import check_external_data
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized, Variant
+from satchel.runtime.bundle.graph_specs import Variant
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, read_bundle
 from satchel.runtime.bundle.scratch import scratch_folder
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from satchel.runtime.bundle import user_cache
-from satchel.runtime.bundle.manifest import Manifest, Specialized, Variant
+from satchel.runtime.bundle.graph_specs import Variant
+from satchel.runtime.bundle.manifest import Manifest, Specialized
 from satchel.runtime.bundle.reader import SCRATCH_PREFIX, Bundle, Meter, check_files, read_bundle, with_specialized
 from satchel.runtime.bundle.scratch import sweep
 from satchel.runtime.errors import BundleError, SatchelWarning

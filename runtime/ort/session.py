@@ -13,7 +13,8 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from satchel.runtime.bundle.dtypes import DTYPES
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Specialized, TensorSpec
+from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library

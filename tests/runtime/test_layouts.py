@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from support.tiny_native_bundle import placed
 
 from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.graph_specs import GraphSpec, Variant, VariantWeights
 from satchel.runtime.bundle.layouts import Form, file_name, parts
-from satchel.runtime.bundle.manifest import GraphSpec, Variant, VariantWeights
 from satchel.runtime.errors import BundleError
 from satchel.runtime.optimize import derived
 from satchel.runtime.optimize.derived import make_weights

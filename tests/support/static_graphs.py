@@ -26,7 +26,8 @@ from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.targets.targets import TARGETS, Target, cann_steps
 from satchel.runtime.bundle.dtypes import DTYPES
-from satchel.runtime.bundle.manifest import GraphSpec, Manifest, StaticGraph
+from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph
+from satchel.runtime.bundle.manifest import Manifest
 
 HIDDEN = -30000.0
 """What stands in a mask where a token does not see a position."""

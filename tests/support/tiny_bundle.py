@@ -14,17 +14,15 @@ from onnx import TensorProto, helper, numpy_helper
 from support.tiny_tokenizers import byte_level_json
 
 from satchel.runtime.bundle.digest import manifest_digest
+from satchel.runtime.bundle.graph_specs import Graphs, GraphSpec, TensorSpec
 from satchel.runtime.bundle.manifest import (
     CacheLayer,
     CacheSpec,
     Embeddings,
     FileRecord,
-    Graphs,
-    GraphSpec,
     Manifest,
     ModelFacts,
     Source,
-    TensorSpec,
     TokenizerSpec,
 )
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from satchel.runtime.bundle.contract import LOGITS
-from satchel.runtime.bundle.manifest import GraphSpec, StaticGraph, TensorSpec
+from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph, TensorSpec
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine

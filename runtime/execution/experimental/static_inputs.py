@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.contract import CACHE_INDEX, CACHE_ROWS, INPUT_IDS
-from satchel.runtime.bundle.manifest import StaticGraphs, TableSpec
+from satchel.runtime.bundle.graph_specs import StaticGraphs, TableSpec
 from satchel.runtime.bundle.reader import Bundle
 
 HIDDEN = -30_000.0

@@ -9,11 +9,11 @@ from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.contract import EMBED, PHASES, WEIGHTS_NAME
 from satchel.runtime.bundle.dtypes import DTYPES
+from satchel.runtime.bundle.graph_specs import GraphSpec
 from satchel.runtime.bundle.manifest import (
     MANIFEST_NAME,
     AdapterSpec,
     CacheSpec,
-    GraphSpec,
     LayerPrecision,
     Manifest,
     ModelFacts,
