@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -112,7 +113,7 @@ class Models:
             raise RequestError(404, f"model {name[:60]}: is not served here: use {known}", "model", "model_not_found")
         async with self._lock:
             if name in self.loaded and not self.loaded[name].alive:
-                self.loaded.pop(name).close(drain=False)
+                await asyncio.to_thread(self._let_go, name)
             if name not in self.loaded:
                 self.loaded[name] = await asyncio.to_thread(self._load, name)
             return self.loaded[name]
@@ -136,11 +137,15 @@ class Models:
             idle = [model for model in self.loaded.values() if not model.users]
             if not idle:
                 raise RequestError(503, f"model {name}: all memory is in use: ask again later", code="out_of_memory")
-            oldest = min(idle, key=lambda model: model.used)
-            del self.loaded[oldest.name]
-            oldest.close(drain=False)
-            del oldest, idle
-            release_freed()
+            name_of_oldest = min(idle, key=lambda model: model.used).name
+            del idle
+            self._let_go(name_of_oldest)
+
+    def _let_go(self, name: str) -> None:
+        """Close a model and free its memory: an engine is part of a cycle, which would keep its files mapped."""
+        self.loaded.pop(name).close(drain=False)
+        gc.collect()
+        release_freed()
 
 
 def expected_bytes(generator: Generator, settings: Settings) -> int:
