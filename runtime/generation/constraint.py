@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError
 from satchel.runtime.generation.grammar import Grammar
-from satchel.runtime.generation.templates.thoughts import CHANNELS, FINAL, thoughts_of
+from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.reasoning import Thought, ThoughtLimit
+from satchel.runtime.generation.templates.thoughts import FINAL
 from satchel.runtime.generation.tokenizer import JsonTokenizer, Tokenizer
 from satchel.runtime.util.requirements import not_installed
 
 # JSON as Python writes it. Space wherever JSON allows it would let a model write spaces for ever.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MOST_COMPILED = 32
-TAIL = 16  # tokens in which the end of reasoning is looked for
 
 
 class Grammars:
@@ -35,19 +36,25 @@ class Grammars:
         self._compiled: dict[tuple[str, str], Any] = {}
 
     def constraint(
-        self, grammar: Grammar, prompt: NDArray[np.int64], ends: Collection[int], template: str
-    ) -> Constraint:
-        """What constrains the text after a prompt; `ends` are all tokens that end it.
+        self, options: GenerationOptions, prompt: NDArray[np.int64], ends: Collection[int], template: str
+    ) -> Constraint | ThoughtLimit | None:
+        """What constrains the text after a prompt, if anything does; `ends` are all tokens that end it.
 
-        In a chat the marks of reasoning are those that the source of its template shows. Raises PromptError for a
-        grammar that cannot be compiled, without llguidance, and for a tokenizer that it cannot use.
+        The marks of reasoning are those that the source of the chat template shows. Raises PromptError for a grammar
+        that cannot be compiled, without llguidance, and for a tokenizer that it cannot use.
         """
+        grammar, tokenizer, most = options.grammar, self._tokenizer, options.max_thinking_tokens
+        if grammar is None:
+            thought = Thought.of(tokenizer, prompt, template, most=most) if tokenizer is not None else None
+            return None if thought is None else ThoughtLimit(thought)
         library = _library()
         with self._lock:
             matcher = self._matcher(library, grammar).deep_copy()
             tokens = self._tokens
-        tokenizer = self._tokenizer
-        thought = Thought.of(tokenizer, prompt, template) if grammar.chat and tokenizer is not None else None
+        thought = None
+        if grammar.chat and tokenizer is not None:
+            answer = None if grammar.calls else FINAL
+            thought = Thought.of(tokenizer, prompt, template, most=most, answer=answer)
         return Constraint(matcher, tokens, self._vocabulary, ends, thought)
 
     def check(self, grammar: Grammar) -> None:
@@ -79,42 +86,6 @@ class Grammars:
             raise PromptError(f"a grammar cannot be used with this bundle's tokenizer: {_line(error)}") from None
 
 
-class Thought:
-    """Follows the reasoning before an answer, which no grammar constrains, to its end."""
-
-    def __init__(self, tokenizer: Tokenizer, end: str, *, begins: Collection[int] = ()) -> None:
-        """The prompt has begun it already, unless one of the tokens `begins` may do so."""
-        self.begins = frozenset(begins)
-        self._tokenizer, self._end = tokenizer, end
-        self._end_ids = tokenizer.encode_rendered(end)
-        self._last: list[int] = []
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, prompt: NDArray[np.int64], template: str) -> Thought | None:
-        """The reasoning after a prompt; None if the answer follows at once."""
-        said, marks = _shown(tokenizer, prompt[-TAIL:].tolist()).rstrip(), thoughts_of(template)
-        if all(mark in template for mark in CHANNELS):
-            return None if said.endswith(FINAL) else cls(tokenizer, FINAL)
-        for begin, end in marks.items():
-            if said.endswith(begin):
-                return cls(tokenizer, end)
-        if said.endswith(tuple(marks.values())):
-            return None
-        for begin, end in marks.items():
-            first, *rest = tokenizer.encode_rendered(begin)
-            if begin in template and (not rest or tokenizer.is_hidden(first)):
-                return cls(tokenizer, end, begins=[first])
-        return None
-
-    def rest(self, token: int) -> str | None:
-        """The text after the end of the reasoning, once a token has brought that; None before."""
-        self._last = [*self._last, token][-max(TAIL, len(self._end_ids)) :]
-        if self._last[-len(self._end_ids) :] == self._end_ids:
-            return ""
-        _, found, rest = _shown(self._tokenizer, self._last).partition(self._end)
-        return rest.lstrip() if found else None
-
-
 class Constraint:
     """Follows one text through a grammar. `allowed` is asked before each token, and `take` told of it afterwards.
 
@@ -129,8 +100,14 @@ class Constraint:
         self._matcher, self._tokens, self._vocabulary = matcher, tokens, vocabulary
         self._ends = [token for token in ends if 0 <= token < vocabulary]
         self._thought = thought
-        self._thinking = thought is not None and not thought.begins
-        self.forced: list[int] = [] if thought is not None else self._next_forced()
+        self._forced: list[int] = [] if thought is not None else self._next_forced()
+
+    free = False
+
+    @property
+    def forced(self) -> list[int]:
+        """The tokens that have to come next."""
+        return self._forced if self._thought is None else self._thought.forced
 
     @property
     def complete(self) -> bool:
@@ -139,13 +116,13 @@ class Constraint:
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may follow, [vocabulary]. Raises PromptError if the grammar fails."""
-        if self._thinking:
-            mask = np.ones(self._vocabulary, np.bool_)
-            mask[self._ends] = False
-            return mask
         if self.forced:
             mask = np.zeros(self._vocabulary, np.bool_)
             mask[self.forced[0]] = True
+            return mask
+        if self._thought is not None and self._thought.thinking:
+            mask = np.ones(self._vocabulary, np.bool_)
+            mask[self._ends] = False
             return mask
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -163,27 +140,24 @@ class Constraint:
     def take(self, token: int) -> None:
         """Go on after a token. Raises PromptError for one that may not follow."""
         if self._thought is not None:
-            if not self._thinking and token in self._thought.begins:
-                self._thinking = True
-                return
-            if self._thinking:
-                rest = self._thought.rest(token)
+            if self._thought.thinking or token in self._thought.begins:
+                rest = self._thought.take(token)
                 if rest is not None:
                     self._begin(rest)
                 return
             self._thought = None
         self._consume([token])
-        if self.forced:
-            del self.forced[0]
-        if not self.forced:
-            self.forced = self._next_forced()
+        if self._forced:
+            del self._forced[0]
+        if not self._forced:
+            self._forced = self._next_forced()
 
     def _begin(self, text: str) -> None:
         """Begin the part that has to match, with text that came with the last token of the reasoning."""
-        self._thought, self._thinking = None, False
+        self._thought = None
         if text:
             self._consume(self._tokens.tokenize_str(text))
-        self.forced = self._next_forced()
+        self._forced = self._next_forced()
 
     def _consume(self, tokens: Sequence[int]) -> None:
         if not self._matcher.consume_tokens(tokens):
@@ -239,15 +213,3 @@ def _line(reason: object) -> str:
     """What a message says, in one line of moderate length."""
     text = " ".join(str(reason).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of ids, with special tokens."""
-    text = ""
-    run: list[int] = []
-    for token in ids:
-        if tokenizer.is_hidden(token):
-            text, run = text + tokenizer.decode(run) + (tokenizer.token_text(token) or ""), []
-        else:
-            run.append(token)
-    return text + tokenizer.decode(run)

@@ -370,9 +370,9 @@ class Generator(Prompts):
         multiple = self.engine.bundle.manifest.token_multiple
         snapshots = snapshots_of(ids, special, multiple, self.prefix_cache.max_snapshots)
         constraint = None
-        if options.grammar is not None:
-            source = self.template.sources[self.template.choose(None, None)] if options.grammar.chat else ""
-            constraint = self._grammars.constraint(options.grammar, ids, ends, source)
+        if options.grammar is not None or options.max_thinking_tokens is not None:
+            source = self.template.sources[self.template.choose(None, None)] if self.has_template else ""
+            constraint = self._grammars.constraint(options, ids, ends, source)
         sequence = ActiveSequence(ids, options, limit, choose, ends, text, callback, snapshots, constraint)
         if self.speculation is not None:
             sequence.drafter = self.speculation.drafter(sequence, choose if isinstance(choose, Sampler) else None)

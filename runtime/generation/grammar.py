@@ -21,11 +21,13 @@ class Grammar:
         kind: "json_schema", "regex" or "lark" (the dialect of llguidance).
         source: The schema as JSON, the regular expression (that of Rust), or the Lark grammar.
         chat: The text answers a chat: a model that reasons may do so first, and what follows has to match.
+        calls: The text is calls of tools, which models that answer in channels write in a message of its own.
     """
 
     kind: str
     source: str
     chat: bool = False
+    calls: bool = False
 
     @classmethod
     def of(cls, value: object, where: str = "grammar") -> Grammar:

@@ -16,7 +16,7 @@ from satchel.runtime.generation.sampling.table import BY_FIELD
 from satchel.runtime.util.defaults import CHAT_MAX_NEW_TOKENS, CHAT_MAX_REPEATS, MAX_NEW_TOKENS
 
 MAX_LOGPROBS = 100
-KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs", "adapter", "grammar")
+KEYS = ("max_new_tokens", "stop", "max_repeats", "time_limit", "logprobs", "adapter", "grammar", "max_thinking_tokens")
 
 # They choose tokens, or rule out the end, whatever a grammar allows.
 FORCING = ("forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_length")
@@ -37,6 +37,7 @@ class GenerationOptions(sampling.SamplingOptions):
         logprobs: Record the log-probability of each token and of this many most likely ones; None records nothing.
         adapter: The name of one of the bundle's adapters; None, or an empty text, for the base model.
         grammar: What the text must match, as a `Grammar` or a mapping of its kind to its source; None for any text.
+        max_thinking_tokens: End the reasoning of a model after so many tokens of it; None for no limit.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -46,6 +47,7 @@ class GenerationOptions(sampling.SamplingOptions):
     logprobs: int | None = None
     adapter: str | None = None
     grammar: Grammar | None = None
+    max_thinking_tokens: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +68,11 @@ class GenerationOptions(sampling.SamplingOptions):
             raise PromptError(f"{_name('stop', where)}: must be a text of at least one character")
         if not _whole(self.max_repeats) or self.max_repeats < 0 or self.max_repeats == 1:
             raise PromptError(f"{_name('max_repeats', where)} {self.max_repeats}: must be 2 or more, or 0 for off")
+        if self.max_thinking_tokens is not None and not (
+            _whole(self.max_thinking_tokens) and self.max_thinking_tokens > 0
+        ):
+            name = _name("max_thinking_tokens", where)
+            raise PromptError(f"{name} {self.max_thinking_tokens}: must be 1 or more")
         if self.time_limit is not None and not (_number(self.time_limit) and 0 < self.time_limit < math.inf):
             raise PromptError(f"{_name('time_limit', where)} {self.time_limit}: must be seconds, above 0")
         if self.logprobs is not None and not (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS):
@@ -92,6 +99,9 @@ def add_flags(parser: argparse.ArgumentParser, *, chat: bool = False) -> None:
         "--max-repeats", metavar="N", type=int,
         help=f"end when a block of tokens is repeated N times in a row; 0 is off (default: {CHAT_MAX_REPEATS}{off})",
     )  # fmt: skip
+    group.add_argument(
+        "--max-thinking-tokens", metavar="N", type=int, help="end the reasoning of a model after N tokens of it"
+    )
     group.add_argument("--time-limit", metavar="SECONDS", type=float, help="end after this time")
     parser.add_argument(
         "--logprobs", metavar="N", type=int,
@@ -122,6 +132,7 @@ def from_mapping(values: Mapping[str, object], where: str) -> dict[str, Any]:
     for key, right, what in (
         ("max_new_tokens", _whole, "a whole number"),
         ("max_repeats", _whole, "a whole number"),
+        ("max_thinking_tokens", _whole, "a whole number"),
         ("time_limit", _number, "a number of seconds"),
         ("logprobs", _whole, "a whole number"),
         ("stop", _texts, "a text or a list of texts"),

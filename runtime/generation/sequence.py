@@ -15,6 +15,7 @@ from satchel.runtime.execution.state import Logits, State
 from satchel.runtime.generation.constraint import Constraint
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.options import GenerationOptions
+from satchel.runtime.generation.reasoning import ThoughtLimit
 from satchel.runtime.generation.repeats import RepeatDetector
 from satchel.runtime.generation.sampling.logprobs import TokenLogprob, log_probabilities
 from satchel.runtime.generation.sampling.sampler import Sampler
@@ -64,7 +65,7 @@ class ActiveSequence:
         text: IncrementalDetokenizer | None,
         callback: Callback | None = None,
         snapshots: Snapshots = NO_SNAPSHOTS,
-        constraint: Constraint | None = None,
+        constraint: Constraint | ThoughtLimit | None = None,
     ) -> None:
         """`choose` is a sampler, or picks a token from logits.
 
@@ -164,7 +165,8 @@ class ActiveSequence:
 
     def _chosen_from(self, state: State) -> tuple[int, Logits | None]:
         """The token, and the logits if they had to be read."""
-        if self._sampler is not None and self.options.logprobs is None and self.constraint is None:
+        free = self.constraint is None or self.constraint.free
+        if self._sampler is not None and self.options.logprobs is None and free:
             token = self._sampler.choose_best(state.best)
             if token is not None:
                 return token, None

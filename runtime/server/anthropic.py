@@ -13,12 +13,12 @@ from starlette.responses import Response
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.server import openai
 from satchel.runtime.server.anthropic_messages import for_template
+from satchel.runtime.server.call_source import Piece
 from satchel.runtime.server.errors import RequestError
 from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, one_of, read, text, whole
 from satchel.runtime.server.fields import texts as several_texts
 from satchel.runtime.server.options import MOST_TOKENS, OWN
 from satchel.runtime.server.records import record_of
-from satchel.runtime.server.replies import Piece
 from satchel.runtime.server.responses import Chunks, EventStream, json_response
 from satchel.runtime.server.state import State
 from satchel.runtime.server.talks import Asked, Talk, ask, encoded
@@ -56,6 +56,8 @@ async def messages(state: State, http: HttpRequest, body: Any) -> Response:
     """Answer one request."""
     given = read(body, TABLE, "messages", "max_tokens")
     talk = _talk(given)
+    if given.get("thinking", {}).get("type") != "disabled" and "budget_tokens" in given.get("thinking", {}):
+        given["max_thinking_tokens"] = given["thinking"]["budget_tokens"]
     async with AsyncExitStack() as stack:
         work = _Work(await ask(stack, state, http, given, talk))
         if given.get("stream"):
@@ -118,13 +120,15 @@ class _Work:
 
     asked: Asked
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     async def document(self) -> dict[str, Any]:
         """The answer as a whole."""
         async for _ in self._content():
             pass
         result = self.asked.answers.results[0]
-        return self._message(self.blocks) | self._end(result) | {"usage": _usage(result)}
+        content = [whole for pair in zip(self.blocks, self.texts, strict=True) if (whole := _whole(*pair)) is not None]
+        return self._message(content) | self._end(result) | {"usage": _usage(result)}
 
     async def chunks(self) -> Chunks:
         """The answer in pieces."""
@@ -138,23 +142,25 @@ class _Work:
         yield {"type": "message_stop"}
 
     async def _content(self) -> Chunks:
-        """The events of the blocks, which are collected; pieces of one kind that follow each other are one block."""
+        """The events of the blocks, which are collected; pieces of one kind that follow each other are one block.
+
+        `blocks` are as they begin, `texts` what their deltas add.
+        """
         async for _, event in self.asked.answers:
             for piece in self.asked.pieces(0, event):
                 kind = BLOCKS[piece.kind]
                 place = len(self.blocks) - 1
-                if place < 0 or kind.type != self.blocks[place]["type"] or piece.kind == "call":
+                if place < 0 or kind.type != self.blocks[place]["type"] or piece.name:
                     if place >= 0:
                         yield {"type": "content_block_stop", "index": place}
                     place += 1
                     self.blocks.append(kind.begun(piece))
-                    yield {"type": "content_block_start", "index": place, "content_block": dict(self.blocks[place])}
-                delta = {"type": kind.delta, kind.key: piece.text}
-                yield {"type": "content_block_delta", "index": place, "delta": delta}
-                if piece.kind == "call":
-                    self.blocks[place]["input"] = json.loads(piece.text or "{}")
-                else:
-                    self.blocks[place][kind.type] += piece.text
+                    self.texts.append("")
+                    yield {"type": "content_block_start", "index": place, "content_block": self.blocks[place]}
+                if piece.text:
+                    delta = {"type": kind.delta, kind.key: piece.text}
+                    yield {"type": "content_block_delta", "index": place, "delta": delta}
+                self.texts[place] += piece.text
         if self.blocks:
             yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
 
@@ -172,6 +178,16 @@ class _Work:
         called = any(block["type"] == "tool_use" for block in self.blocks)
         reason = "stop_sequence" if found is not None else "tool_use" if called else "end_turn"
         return {"stop_reason": reason, "stop_sequence": found}
+
+
+def _whole(block: dict[str, Any], text: str) -> dict[str, Any] | None:
+    """A block with its text; None for a call that was cut off, or is no JSON: its input must be an object."""
+    if block["type"] != "tool_use":
+        return {**block, block["type"]: text}
+    try:
+        return {**block, "input": json.loads(text)}
+    except ValueError:
+        return None
 
 
 def _usage(result: Generation) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""Reads the calls of tools that models write, in each form that there is. Standard library only."""
+"""Reads the calls of tools that models write, in each form that there is, as they come. Standard library only.
+
+A reader takes one or more calls from a source, and yields their pieces. It raises one of UNREADABLE for other text.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, ClassVar
+
+from satchel.runtime.server.call_source import Incomplete, Piece, Pieces, Source
+from satchel.runtime.server.schemas import texts_of
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schemas of the parameters of tools, by the names of the tools."""
@@ -14,15 +20,88 @@ Schemas = Mapping[str, Mapping[str, Any]]
 Calls = list[tuple[str, dict[str, Any]]]
 """Names of tools, and arguments."""
 
+Reader = Callable[[Source, Schemas], Pieces]
+Whole = Callable[[str], Calls]
+
 UNREADABLE = (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError)
 """What a reader raises for a text that holds no calls."""
 
 JSON = json.JSONDecoder()
-_PARAMETER = r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>"
-_PAIR = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
+_SPACE = re.compile(r"\s*")
+_STRING = r'"(?:[^"\\]|\\.)*"'
+OBJECT = rf'[\[,;\s]*\{{\s*"(?:tool_)?name"\s*:\s*(?P<name>{_STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*'
+OBJECT_END = rf'\s*(?:,\s*"\w+"\s*:\s*(?:{_STRING}|\d+)\s*)*\}}'
 
 
-def read_objects(text: str, schemas: Schemas) -> Calls:
+def read_all(read: Reader, source: Source, schemas: Schemas) -> Pieces:
+    """All calls up to the end of a source."""
+    found = False
+    while not (yield from source.at_end()):
+        yield from read(source, schemas)
+        found = True
+    if not found:
+        raise ValueError("no calls")
+
+
+def read_json(source: Source, schemas: Schemas, *, before: str, after: str = r"\s*", whole: Whole) -> Pieces:
+    """A call with arguments in JSON, between what the patterns match; `before` has a group "name".
+
+    Where it is not written so, `whole` reads all that there is.
+    """
+    match = yield from source.match(re.compile(f"{before}(?={{)"))
+    if match is None:
+        yield from read_whole(source, schemas, read=whole)
+        return
+    name = json.loads(match["name"]) if match["name"].startswith('"') else match["name"]
+    yield Piece("call", "", name)
+    yield from source.json_object()
+    if (yield from source.match(re.compile(after))) is None and not source.ended:
+        raise ValueError("text after arguments")
+
+
+def read_whole(source: Source, schemas: Schemas, *, read: Whole) -> Pieces:
+    """Calls that are read when all of them have come."""
+    for name, arguments in read((yield from source.whole())):
+        yield Piece("call", json.dumps(arguments, ensure_ascii=False), name)
+
+
+def read_tagged(
+    source: Source, schemas: Schemas, *, before: str, key: str, close: str, longest: int, after: str
+) -> Pieces:
+    """A call whose arguments are pairs of a key and a value; `close` matches `longest` characters or less after one."""
+    match = yield from source.match(re.compile(before))
+    if match is None:
+        raise ValueError("no name")
+    name, pair, closing = match[1], re.compile(f"(?:{key})|(?P<end>{after})", re.DOTALL), re.compile(close)
+    yield Piece("call", "{", name)
+    separator = ""
+    while True:
+        match = yield from source.match(pair)
+        if match is None:
+            raise Incomplete if source.ended else ValueError("text between arguments")
+        if match["end"] is not None:
+            yield Piece("call", "}")
+            return
+        word = match[1].strip()
+        yield Piece("call", f"{separator}{json.dumps(word, ensure_ascii=False)}: ")
+        separator, kind = ", ", texts_of(schemas.get(name, {}), word)
+        if kind == "text":
+            yield from source.text_until(closing, longest)
+        else:
+            value = yield from _value_until(source, closing, kind == "text or null")
+            yield Piece("call", json.dumps(value, ensure_ascii=False))
+
+
+def read_bare(source: Source, schemas: Schemas, *, quote: str) -> Pieces:
+    """`call:NAME{key:value,...}`, as JSON but for keys without quotation marks, and texts between `quote`s."""
+    match = yield from source.match(re.compile(r"\s*call:([\w.-]+)(?=\{)"))
+    if match is None:
+        raise ValueError("no name")
+    yield Piece("call", "", match[1])
+    yield from _bare(source, quote)
+
+
+def objects_in(text: str) -> Calls:
     """Objects of JSON with a name and arguments: one, several with semicolons or spaces between, or a list."""
     place, values = 0, []
     text = text.strip().removeprefix("```json").removesuffix("```").strip()
@@ -33,11 +112,8 @@ def read_objects(text: str, schemas: Schemas) -> Calls:
     return [_from_object(value) for value in values]
 
 
-def read_named(text: str, schemas: Schemas, *, before: str, after: str = r"\s*") -> Calls:
-    """Calls of a name and an object of JSON; the patterns are of what stands before the object, and after it.
-
-    The first one has a group "name".
-    """
+def named_in(text: str, *, before: str, after: str = r"\s*") -> Calls:
+    """Calls of a name and an object of JSON, or a text of one; the patterns are those of `read_json`."""
     opening, closing = re.compile(before), re.compile(after)
     place, found = 0, []
     while place < len(text):
@@ -50,7 +126,7 @@ def read_named(text: str, schemas: Schemas, *, before: str, after: str = r"\s*")
     return found
 
 
-def read_python(text: str, schemas: Schemas) -> Calls:
+def python_in(text: str) -> Calls:
     """Calls of Python with keywords that are literals, such as `[add(a=1), clock()]`: a list, or one a line."""
     body = ast.parse(text.strip()).body
     found: Calls = []
@@ -59,29 +135,6 @@ def read_python(text: str, schemas: Schemas) -> Calls:
             raise ValueError("a statement")
         items = statement.value.elts if isinstance(statement.value, ast.List) else [statement.value]
         found += [_from_python(item) for item in items]
-    return found
-
-
-def read_elements(text: str, schemas: Schemas) -> Calls:
-    """`<function=NAME><parameter=KEY>VALUE</parameter>...</function>`, one or several."""
-    return _read_tagged(text, schemas, r"\s*<function=([^>\s]+)>(.*?)</function>\s*", _PARAMETER)
-
-
-def read_pairs(text: str, schemas: Schemas) -> Calls:
-    """`NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...`."""
-    return _read_tagged(text, schemas, r"\s*([^<\s]+)(.*)", _PAIR)
-
-
-def read_bare_keys(text: str, schemas: Schemas, *, quote: str) -> Calls:
-    """`call:NAME{key:value,...}`, as JSON but for keys without quotation marks, and texts between `quote`s."""
-    found, place = [], 0
-    while place < len(text):
-        match = re.compile(r"\s*call:([\w.-]+)(?=\{)").match(text, place)
-        if match is None:
-            raise ValueError(place)
-        value, place = _bare_value(text, match.end(), quote)
-        found.append((match[1], _arguments(value)))
-        place = _after(re.compile(r"\s*"), text, place)
     return found
 
 
@@ -129,60 +182,67 @@ def _literal(value: ast.expr) -> Any:
     return found
 
 
-def _read_tagged(text: str, schemas: Schemas, call: str, argument: str) -> Calls:
-    pattern, found, place = re.compile(call, re.DOTALL), [], 0
-    while place < len(text):
-        match = pattern.match(text, place)
-        if match is None or match.end() == place:
-            raise ValueError(place)
-        name, inner = match[1], match[2]
-        if re.sub(argument, "", inner, flags=re.DOTALL).strip():
-            raise ValueError("text between arguments")
-        pairs = re.findall(argument, inner, re.DOTALL)
-        found.append((name, {key.strip(): _typed(value, schemas.get(name, {}), key.strip()) for key, value in pairs}))
-        place = match.end()
-    return found
+def _value_until(source: Source, closing: re.Pattern[str], nullable_text: bool) -> Generator[Piece | None, None, Any]:
+    """A value before a mark: JSON, else a text; of a text that may be null, `null` alone is no text."""
+    while True:
+        found = closing.search(source.held)
+        if found is not None:
+            value, place = (None, -1) if nullable_text else _decoded(source.held)
+            match = closing.match(source.held, place) if place >= 0 else None
+            if match is not None:  # a string of JSON may hold the mark
+                source.held = source.held[match.end() :]
+                return value
+            if nullable_text or source.closed or source.held.lstrip()[:1] not in ("{", "[", '"'):
+                text, source.held = source.held[: found.start()], source.held[found.end() :]
+                return None if text == "null" else text
+        if source.ended:
+            raise Incomplete
+        yield None
 
 
-def _typed(text: str, schema: Mapping[str, Any], key: str) -> Any:
-    """The value that a text stands for: a text where the schema wants one, else JSON if it is some."""
-    properties = schema.get("properties")
-    wanted = properties.get(key) if isinstance(properties, dict) else None
-    if isinstance(wanted, dict) and wanted.get("type") == "string":
-        return text
+def _decoded(text: str) -> tuple[Any, int]:
+    """The value of JSON at the beginning of a text, and the place after it and space; -1 if there is none."""
     try:
-        return json.loads(text)
+        value, place = JSON.raw_decode(text, _after(_SPACE, text, 0))
     except (ValueError, RecursionError):
-        return text
+        return None, -1
+    return value, _after(_SPACE, text, place)
 
 
-def _bare_value(text: str, place: int, quote: str) -> tuple[Any, int]:
-    """The value at a place of a text, and the place after it."""
-    if text.startswith(quote, place):
-        end = text.index(quote, place + len(quote))
-        return text[place + len(quote) : end], end + len(quote)
-    opened = text[place : place + 1]
-    if opened not in ("{", "["):
-        if opened == '"':
-            return JSON.raw_decode(text, place)
-        end = _after(re.compile(r"[^,\]}]*"), text, place)
-        return json.loads(text[place:end]), end
-    closed, items, pairs = {"{": "}", "[": "]"}[opened], [], {}
-    place = _after(re.compile(r"\s*"), text, place + 1)
-    while not text.startswith(closed, place):
-        if opened == "{":
-            key, place = _bare_key(text, place, quote)
-            pairs[key], place = _bare_value(text, place, quote)
-        else:
-            item, place = _bare_value(text, place, quote)
-            items.append(item)
-        place = _after(re.compile(rf"\s*(?:,\s*|(?=\{closed}))"), text, place)
-    return (pairs if opened == "{" else items), place + 1
-
-
-def _bare_key(text: str, place: int, quote: str) -> tuple[str, int]:
-    pattern = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}:\s*|\"?([^:,{{}}\"]+?)\"?\s*:\s*", re.DOTALL)
-    match = pattern.match(text, place)
+def _bare(source: Source, quote: str) -> Pieces:
+    """A value, given as JSON."""
+    match = yield from source.match(re.compile(rf'(?P<quote>{re.escape(quote)})|[\[{{]|{_STRING}|[^,\]}}{{\["<]+'))
     if match is None:
-        raise ValueError(place)
-    return match[1] if match[1] is not None else match[2], match.end()
+        raise Incomplete if source.ended else ValueError("no value")
+    found = match[0]
+    if match["quote"] is not None:
+        yield from source.text_until(re.compile(re.escape(quote)), len(quote) - 1)
+    elif found not in ("{", "["):
+        yield Piece("call", json.dumps(json.loads(found), ensure_ascii=False))
+    else:
+        closed = "}" if found == "{" else "]"
+        yield Piece("call", found)
+        separator = ""
+        while True:
+            match = yield from source.match(re.compile(rf"\s*(?:,\s*)?(?:(?P<end>\{closed})|(?=[^\s,\{closed}]))"))
+            if match is None:
+                raise Incomplete if source.ended else ValueError("no item")
+            if match["end"] is not None:
+                yield Piece("call", closed)
+                return
+            if found == "{":
+                key = yield from _bare_key(source, quote)
+                yield Piece("call", f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+            elif separator:
+                yield Piece("call", separator)
+            separator = ", "
+            yield from _bare(source, quote)
+
+
+def _bare_key(source: Source, quote: str) -> Generator[Piece | None, None, str]:
+    mark = re.escape(quote)
+    pattern = re.compile(rf"{mark}(.*?){mark}:\s*|\"?([^:,{{}}\"<]+?)\"?\s*:\s*", re.DOTALL)
+    match = yield from source.match(pattern)
+    if match is None:
+        raise Incomplete if source.ended else ValueError("no key")
+    return match[1] if match[1] is not None else match[2]

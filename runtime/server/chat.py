@@ -14,15 +14,15 @@ from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.scheduler import Event
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import now
+from satchel.runtime.server.call_source import Piece
 from satchel.runtime.server.errors import RequestError
 from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, read, refused, whole
 from satchel.runtime.server.formats import chat_format
 from satchel.runtime.server.messages import for_template
 from satchel.runtime.server.options import MOST_LOGPROBS, MOST_TOKENS
-from satchel.runtime.server.replies import Piece
 from satchel.runtime.server.responses import Chunks, EventStream, json_response
 from satchel.runtime.server.state import State
-from satchel.runtime.server.talks import Asked, Talk, ask
+from satchel.runtime.server.talks import EFFORT, Asked, Talk, ask
 from satchel.runtime.server.tools import chat_tools
 
 TEXT_ONLY = "satchel writes text only: leave it out"
@@ -43,7 +43,7 @@ TABLE: dict[str, Field] = {
     "modalities": refused(["text"], why=TEXT_ONLY),
     "audio": refused(why=TEXT_ONLY),
     "prediction": ignored,
-    "reasoning_effort": ignored,
+    "reasoning_effort": EFFORT,
     "verbosity": ignored,
 }
 
@@ -53,7 +53,8 @@ async def chat(state: State, http: HttpRequest, body: Any) -> Response:
     given = read(body, TABLE, "messages")
     given |= chat_format(given)
     told, messages = openai.wants_usage(given), for_template(given["messages"])
-    talk = Talk(messages, chat_tools(given), given.get("chat_template_kwargs"), _is_unfinished(given))
+    talk = Talk(messages, chat_tools(given), given.get("chat_template_kwargs"), _is_unfinished(given),
+                given.get("reasoning_effort"))  # fmt: skip
     async with AsyncExitStack() as stack:
         asked = await ask(stack, state, http, _with_logprobs(given), talk, given.get("n", 1))
         work = _Work(asked, told)
@@ -126,8 +127,8 @@ class _Work:
         async for index, event in self.asked.answers:
             deltas: list[dict[str, Any]] = []
             for piece in self.asked.pieces(index, event):
-                deltas += _deltas(piece, calls[index])
-                calls[index] += piece.kind == "call"
+                calls[index] += bool(piece.name)
+                deltas += _deltas(piece, calls[index] - 1)
             if event.logprobs:
                 deltas = deltas or [{}]
             for place, delta in enumerate(deltas):
@@ -155,7 +156,12 @@ def _reason(result: Generation, called: bool) -> str:
 def _message(pieces: Sequence[Piece]) -> dict[str, Any]:
     """The message that the pieces of an answer make."""
     texts = {kind: "".join(piece.text for piece in pieces if piece.kind == kind) for kind in ("content", "reasoning")}
-    calls = [_call(piece) for piece in pieces if piece.kind == "call"]
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.name:
+            calls.append(_call(piece))
+        elif piece.kind == "call":
+            calls[-1]["function"]["arguments"] += piece.text
     message: dict[str, Any] = {"role": "assistant", "content": texts["content"], "refusal": None}
     if texts["reasoning"]:
         message["reasoning_content"] = texts["reasoning"]
@@ -173,6 +179,6 @@ def _deltas(piece: Piece, number: int) -> list[dict[str, Any]]:
     """A piece of an answer in a stream; a call with `number` others before it is its name, then its arguments."""
     if piece.kind != "call":
         return [{"reasoning_content" if piece.kind == "reasoning" else "content": piece.text}]
-    whole = _call(piece)
-    named = {**whole, "index": number, "function": {"name": piece.name, "arguments": ""}}
-    return [{"tool_calls": [named]}, {"tool_calls": [{"index": number, "function": {"arguments": piece.text}}]}]
+    named = [{**_call(Piece("call", "", piece.name)), "index": number}] if piece.name else []
+    more = [{"index": number, "function": {"arguments": piece.text}}] if piece.text else []
+    return [{"tool_calls": [each]} for each in named + more]

@@ -48,6 +48,7 @@ OWN: dict[str, Field] = {
     **{option.field: _field(option) for option in OPTIONS},
     "stop": texts,
     "max_repeats": whole(0, MOST_TOKENS),
+    "max_thinking_tokens": whole(1, MOST_TOKENS),
     "adapter": text,
     "grammar": _grammar,
 }

@@ -78,6 +78,8 @@ COUNTERS = {
     "tokens_predicted_total": "New tokens.",
     "tokens_decoded_total": "New tokens after the first one of each answer.",
     "tokens_decoded_seconds_total": "Seconds for new tokens after the first one.",
+    "tokens_drafted_total": "Tokens that were drafted by speculation.",
+    "tokens_accepted_total": "Drafted tokens that were right.",
 }
 
 
@@ -100,6 +102,8 @@ class Metrics:
                 "tokens_predicted_total": result.new_tokens,
                 "tokens_decoded_total": result.decode_steps,
                 "tokens_decoded_seconds_total": result.decode_seconds,
+                "tokens_drafted_total": result.drafted_tokens,
+                "tokens_accepted_total": result.accepted_tokens,
             }.items():
                 self._counts[name] += value
 

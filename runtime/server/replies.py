@@ -11,17 +11,9 @@ from typing import Any
 
 from satchel.runtime.generation.templates.thoughts import thoughts_of
 from satchel.runtime.generation.tokenizer import Tokenizer
-from satchel.runtime.server.call_readers import UNREADABLE, Schemas
+from satchel.runtime.server.call_readers import UNREADABLE, Schemas, read_all
+from satchel.runtime.server.call_source import Incomplete, Piece, Pieces, Source
 from satchel.runtime.server.tool_forms import Form, forms_of
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer: "content" or "reasoning" with its text, or a "call" with the text of its arguments."""
-
-    kind: str
-    text: str
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,11 @@ class Reply:
         self._closing = thinking
         self._form = forms[0] if forms else None
         self._held = self._gap = ""  # the gap is the space before a call
-        self._called = False
+        self._calls = 0
+        self._source, self._raw = Source(""), ""  # of the calls that are read, until one is sure
+        self._run: Pieces | None = None
+        self._waiting: list[Piece] = []
+        self._sure = False
 
     def add(self, text: str, *, final: bool = False) -> list[Piece]:
         """The pieces that are known with this text; with a `final` one, all that was held back too."""
@@ -99,7 +95,7 @@ class Reply:
         while state != self._state:
             state = self._state
             step = {"start": self._start, "thinking": self._think, "content": self._content, "call": self._call}[state]
-            found += [piece for piece in step(final) if piece.text or piece.kind == "call"]
+            found += [piece for piece in step(final) if piece.text or piece.name]
         return found
 
     def _start(self, final: bool) -> Iterator[Piece]:
@@ -138,27 +134,49 @@ class Reply:
         form = self._form
         if form is None:
             return
-        inner, closed, rest = self._held.partition(form.end) if form.end else (self._held, "", "")
-        if not closed and not final:
-            return
-        calls = self._read(form, inner)
-        if calls is None:
-            yield Piece("content", self._gap + form.begin + inner + closed)
-        else:
-            wanted = calls if self._several else calls[: not self._called]
-            self._called |= bool(calls)
-            yield from wanted
-        self._state, self._held = "content", rest if calls is None else rest.lstrip()
-
-    def _read(self, form: Form, inner: str) -> list[Piece] | None:
-        """The calls in a text; None if it holds none, as an object of JSON which names no tool."""
+        if self._run is None:
+            self._source, self._raw = Source(form.end), ""
+            self._run, self._waiting, self._sure = read_all(form.read, self._source, self._schemas), [], False
+        source, held, self._held = self._source, self._held, ""
+        source.held, source.ended = source.held + held, final
+        self._raw += held if not self._sure else ""
         try:
-            calls = form.read(inner, self._schemas)
-        except UNREADABLE:
-            return None
-        if not calls or (not form.begin and not all(name in self._schemas for name, _ in calls)):
-            return None
-        return [Piece("call", json.dumps(arguments, ensure_ascii=False), name) for name, arguments in calls]
+            for piece in self._run:
+                if piece is None:
+                    if not final:
+                        return
+                    continue
+                yield from self._wanted(piece)
+            if not form.begin and not self._sure:
+                raise ValueError("an object that names no tool")
+            found, self._waiting, self._sure = self._waiting, [], True
+            for piece in found:
+                yield from self._counted(piece)
+            self._held = source.held.lstrip()
+        except UNREADABLE as error:
+            if self._sure:
+                self._held = "" if isinstance(error, Incomplete) else source.held
+            else:
+                yield Piece("content", self._gap + form.begin)
+                inner, closed, self._held = self._raw.partition(form.end) if form.end else (self._raw, "", "")
+                yield Piece("content", inner + closed)
+        self._state, self._run = "content", None
+
+    def _wanted(self, piece: Piece) -> Iterator[Piece]:
+        """A piece of a call, once it is sure that there is one: when the first names a tool, or all calls are read."""
+        self._sure = self._sure or piece.name in self._schemas
+        if not self._sure:
+            self._waiting.append(piece)
+            return
+        found, self._waiting = [*self._waiting, piece], []
+        for each in found:
+            yield from self._counted(each)
+
+    def _counted(self, piece: Piece) -> Iterator[Piece]:
+        """The piece, unless it is of a call too many."""
+        self._calls += bool(piece.name)
+        if self._several or self._calls == 1:
+            yield piece
 
     def _flush(self, kind: str, marks: tuple[str, ...], final: bool) -> Piece:
         """The held text, but for an end of it that may begin one of the marks, with the space before it."""
@@ -184,7 +202,9 @@ class Harmony:
     def __init__(self, schemas: Schemas, *, several: bool = True, unfinished: bool = False) -> None:
         """`unfinished` is whether the prompt ends within a message."""
         self._tools, self._several = bool(schemas), several
+        self._schemas = schemas
         self._held, self._called = "", False
+        self._streams = False  # whether the open message is a call that has begun
         # What the open message is, and whom it is for; None between messages.
         self._kind: tuple[str, str] | None = (
             ("content", "") if unfinished else None
@@ -196,7 +216,7 @@ class Harmony:
         found: list[Piece] = []
         while True:
             before = self._kind, self._held
-            found += [piece for piece in self._step(final) if piece.text or piece.kind == "call"]
+            found += [piece for piece in self._step(final) if piece.text or piece.name]
             if before == (self._kind, self._held):
                 return found
 
@@ -210,6 +230,10 @@ class Harmony:
                 yield Piece("content", "" if any(mark in held for mark in HARMONY) else held)
             return
         kind, name = self._kind
+        known = name in self._schemas and (self._several or not self._called)
+        if kind == "call" and not self._streams and known and self._held.lstrip().startswith("{"):
+            self._streams, self._called, self._held = True, True, self._held.lstrip()
+            yield Piece("call", "", name)
         ends = [mark for mark in (*ENDS, START) if mark in self._held]
         if ends:
             mark = min(ends, key=self._held.index)
@@ -217,13 +241,14 @@ class Harmony:
             self._kind = None
         elif final:
             text, self._held, self._kind = self._held, "", None
-        elif kind == "call":
+        elif kind == "call" and not self._streams:
             return
         else:
             length = len(self._held) - _overlap(self._held, (*ENDS, START))
             text, self._held = self._held[:length], self._held[length:]
-        if kind != "call":
+        if kind != "call" or self._streams:
             yield Piece(kind, text)
+            self._streams = self._streams and self._kind is not None
         elif not _is_object(text):
             yield Piece("content", text)
         elif self._several or not self._called:

@@ -13,15 +13,15 @@ from starlette.responses import Response
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import now
+from satchel.runtime.server.call_source import Piece
 from satchel.runtime.server.errors import RequestError
 from satchel.runtime.server.fields import Field, anything, flag, ignored, mapping, objects, read, refused, text, whole
 from satchel.runtime.server.formats import responses_format
 from satchel.runtime.server.options import MOST_TOKENS, OWN
-from satchel.runtime.server.replies import Piece
 from satchel.runtime.server.response_input import messages_of
 from satchel.runtime.server.responses import Chunks, EventStream, json_response
 from satchel.runtime.server.state import State
-from satchel.runtime.server.talks import Asked, Talk, ask
+from satchel.runtime.server.talks import EFFORT, Asked, Talk, ask
 from satchel.runtime.server.tools import responses_tools
 
 NOT_KEPT = "answers are not kept: send the whole talk as input"
@@ -47,18 +47,21 @@ TABLE: dict[str, Field] = {
     "metadata": ignored,
     "parallel_tool_calls": flag,
     "prompt_cache_key": ignored,
-    "reasoning": ignored,
+    "reasoning": mapping,
     "safety_identifier": ignored,
     "service_tier": ignored,
     "user": ignored,
 }
+
+REASONING: dict[str, Field] = {"effort": EFFORT, "summary": ignored, "generate_summary": ignored}
 
 
 async def responses(state: State, http: HttpRequest, body: Any) -> Response:
     """Answer one request."""
     given = read(body, TABLE, "input")
     given |= responses_format(given)
-    talk = Talk(messages_of(given), responses_tools(given), given.get("chat_template_kwargs"))
+    effort = read(given.get("reasoning", {}), REASONING, where="reasoning.").get("effort")
+    talk = Talk(messages_of(given), responses_tools(given), given.get("chat_template_kwargs"), effort=effort)
     async with AsyncExitStack() as stack:
         work = _Work(await ask(stack, state, http, given, talk), given)
         if given.get("stream"):
@@ -169,14 +172,15 @@ class _Work:
         open_item: _Item | None = None
         async for _, event in self.asked.answers:
             for piece in self.asked.pieces(0, event):
-                if open_item is None or open_item.piece.kind != piece.kind or piece.kind == "call":
+                if open_item is None or open_item.piece.kind != piece.kind or piece.name:
                     for done in self._ended(open_item, "completed"):
                         yield done
                     open_item = _Item(len(self.output), piece)
                     for begun in open_item.begun():
                         yield begun
                 open_item.text += piece.text
-                yield open_item.delta(piece.text)
+                if piece.text:
+                    yield open_item.delta(piece.text)
         result = self.asked.answers.results[0]
         complete = openai.FINISH[result.finish_reason] == "stop"
         for done in self._ended(open_item, "completed" if complete else "incomplete"):

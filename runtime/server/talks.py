@@ -14,13 +14,15 @@ from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.scheduler import Event
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import Answers, asking
+from satchel.runtime.server.call_source import Piece
 from satchel.runtime.server.errors import RequestError
+from satchel.runtime.server.fields import one_of
 from satchel.runtime.server.formats import answer_grammar
 from satchel.runtime.server.messages import chat_ids
 from satchel.runtime.server.models import Model
 from satchel.runtime.server.options import options_of
 from satchel.runtime.server.records import record_of
-from satchel.runtime.server.replies import Harmony, Piece, Reply, Syntax
+from satchel.runtime.server.replies import Harmony, Reply, Syntax
 from satchel.runtime.server.state import State
 from satchel.runtime.server.tools import NO_TOOLS, Tools
 
@@ -29,13 +31,17 @@ from satchel.runtime.server.tools import NO_TOOLS, Tools
 class Talk:
     """What a model is told: messages as chat templates expect them, tools, and variables of the template.
 
-    `unfinished` leaves the last message open, to be continued.
+    `unfinished` leaves the last message open, to be continued. `effort` is how much the model is to reason.
     """
 
     messages: list[dict[str, Any]]
     tools: Tools = NO_TOOLS
     arguments: Mapping[str, Any] | None = None
     unfinished: bool = False
+    effort: str | None = None
+
+
+EFFORT = one_of("none", "minimal", "low", "medium", "high", "xhigh")
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ async def encoded(model: Model, talk: Talk) -> tuple[str, Any]:
         raise RequestError(400, "tools: the chat template of this model takes none", "tools", "tools_not_supported")
     return await asyncio.to_thread(
         chat_ids, model.generator, talk.messages,
-        tools=tools, arguments=talk.arguments, unfinished=talk.unfinished,
+        tools=tools, arguments=_variables(talk, template), unfinished=talk.unfinished,
     )  # fmt: skip
 
 
@@ -76,11 +82,20 @@ async def ask(
     tools = talk.tools.functions
     syntax = Syntax(template_of(model, tools or None))
     visible = syntax.special(model.tokenizer, tools=bool(tools))
-    options = replace(options, grammar=answer_grammar(options.grammar, talk.tools, syntax, model.tokenizer))
+    grammar = answer_grammar(options.grammar, talk.tools, syntax, model.tokenizer, unfinished=talk.unfinished)
+    options = replace(options, grammar=grammar)
     requests = [replace(each, visible=visible) for each in openai.samples(ids, options, count)]
     answers = await stack.enter_async_context(asking(model, requests, http, state.settings.timeout))
     replies = [syntax.reply(rendered, tools, several=talk.tools.several) for _ in requests]
     return Asked(model, options, len(ids), answers, replies)
+
+
+def _variables(talk: Talk, template: str) -> Mapping[str, Any]:
+    """The variables of the template; those that a request names itself count more than what its effort means."""
+    effort: dict[str, Any] = {}
+    if talk.effort is not None:
+        effort = {"reasoning_effort": talk.effort, "enable_thinking": talk.effort != "none"}
+    return {name: value for name, value in effort.items() if name in template} | dict(talk.arguments or {})
 
 
 def template_of(model: Model, tools: Any) -> str:

@@ -290,6 +290,7 @@ def test_no_new_tokens_run_nothing(generator: Generator) -> None:
         ({"early_stopping": 1}, "--early-stopping 1: must be"),
         ({"temperature": 0.5}, "--temperature 0.5: cannot be combined with --beams"),
         ({"max_repeats": 8}, "--max-repeats 8: cannot be combined with --beams"),
+        ({"max_thinking_tokens": 8}, "--max-thinking-tokens 8: cannot be combined with --beams"),
         ({"top_k": 5}, "--top-k 5: cannot"),
         ({"seed": 0}, "--seed 0: cannot"),
         ({"stop": ["\n"]}, r"--stop '\n': cannot"),

@@ -186,7 +186,7 @@ def test_beams_and_sentencepiece_are_refused(generator: Generator, tmp_path: Pat
         generator.beam_search("the", 2, grammar={"regex": "a"})
     grammars = Grammars(None, 400, [2])
     with pytest.raises(PromptError, match=r"tokenizer\.json"):
-        grammars.constraint(Grammar("regex", "a"), np.array([3]), [2], "")
+        grammars.constraint(GenerationOptions(grammar=Grammar("regex", "a")), np.array([3]), [2], "")
 
 
 def test_without_the_library_the_extra_is_named(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +222,14 @@ class TestReasoning:
 
     TEMPLATE = "{{ messages }}<think>x</think>"
 
-    def follow(self, tokenizer: JsonTokenizer, prompt: str, answer: str, template: str = TEMPLATE) -> list[bool]:
+    def follow(
+        self, tokenizer: JsonTokenizer, prompt: str, answer: str, template: str = TEMPLATE, most: int | None = None
+    ) -> list[bool]:
         """Whether each token of an answer, and its end, is allowed, up to the first that is not."""
         grammars = Grammars(tokenizer, 400, [END])
         ids = np.asarray(tokenizer.encode_rendered(prompt), np.int64)
-        constraint = grammars.constraint(Grammar("regex", "(cat){2}", chat=True), ids, [END], template)
+        options = GenerationOptions(grammar=Grammar("regex", "(cat){2}", chat=True), max_thinking_tokens=most)
+        constraint = grammars.constraint(options, ids, [END], template)
         allowed = []
         for token in [*tokenizer.encode_rendered(answer), END]:
             allowed.append(bool(constraint.allowed()[token]))
@@ -251,6 +254,13 @@ class TestReasoning:
         template = "[THINK] [/THINK]"
         assert all(self.follow(tokenizer, "q[THINK]", "a[/THINK]catcat", template))
         assert not all(self.follow(tokenizer, "q[THINK]", "a[/THINK]dog", template))
+
+    def test_it_ends_after_as_many_tokens_as_it_may_have(self, tokenizer: JsonTokenizer) -> None:
+        size = len(tokenizer.encode_rendered(" a dog"))
+        for prompt, answer in (("q", "<think> a dog</think>catcat"), ("q<think>", " a dog</think>catcat")):
+            assert all(self.follow(tokenizer, prompt, answer, most=size))
+            assert all(self.follow(tokenizer, prompt, answer, most=size + 1))
+            assert not all(self.follow(tokenizer, prompt, answer, most=size - 1))
 
 
 class TestCommand:

@@ -74,6 +74,19 @@ def test_tokens_are_counted(served: Served, client: anthropic.Anthropic) -> None
     assert counted.input_tokens == len(served.generator.encode_chat(TALK))
 
 
+@pytest.mark.parametrize("kind", ["enabled", "disabled"])
+def test_reasoning_ends_after_its_budget(
+    served: Served, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked = []
+    new_sequence = served.generator.new_sequence
+    scheduler = next(iter(served.state.models.loaded.values())).scheduler
+    monkeypatch.setattr(scheduler, "_new_sequence", lambda request: asked.append(request) or new_sequence(request))
+    thinking = {"type": kind, "budget_tokens": 5}
+    client.messages.create(**ASKED | {"thinking": thinking, "max_tokens": 3})
+    assert asked[0].options.max_thinking_tokens == {"enabled": 5}.get(kind)
+
+
 @pytest.mark.parametrize(
     "change",
     [

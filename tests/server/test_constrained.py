@@ -11,13 +11,8 @@ import anthropic
 import jsonschema
 import openai
 import pytest
-from support.chat_bundle import chat_tokenizer, write_chat_bundle
+from support.chat_bundle import write_chat_bundle
 from support.served import Served, serving
-
-from satchel.runtime.generation.tokenizer import JsonTokenizer
-from satchel.runtime.server import tool_forms
-from satchel.runtime.server.formats import call_grammar
-from satchel.runtime.server.tools import Tools
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -136,29 +131,3 @@ class TestCalls:
         assert found.stop_reason == "tool_use"
         assert block.name == chosen.get("name", block.name)
         self.check(block.name, block.input)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> JsonTokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_bytes(chat_tokenizer())
-    return JsonTokenizer(path)
-
-
-@pytest.mark.parametrize("form", [form for form in tool_forms.FORMS if form.write], ids=lambda form: form.begin)
-@pytest.mark.parametrize("several", [False, True])
-def test_what_each_form_writes_is_read(form: tool_forms.Form, several: bool, tokenizer: JsonTokenizer) -> None:
-    """A text of the grammar of a form, made of its first allowed continuations, is what the form's reader reads."""
-    llguidance = pytest.importorskip("llguidance")
-    tools = Tools(tuple(TOOLS[:1]), "required", None, several)
-    tokens = llguidance.LLTokenizer(tokenizer.definition, eos_token=[346])
-    matcher = llguidance.LLMatcher(tokens, llguidance.LLMatcher.grammar_from_lark(call_grammar(form, tools, tokenizer)))
-    assert not matcher.get_error()
-    body = form.write.replace("NAME", '"add"' if form.write.startswith("{") else "add")
-    body = body.replace("ARGUMENTS", '{"a": 20, "b": "dog"}')
-    text = form.begin + (f"[{body}]" if form.listed else body) + form.end
-    assert matcher.consume_tokens(tokens.tokenize_str(text))
-    assert matcher.is_accepting()
-    inner = text.removeprefix(form.begin).removesuffix(form.end)
-    assert form.read(inner, CALLED) == [("add", {"a": 20, "b": "dog"})]
-    assert matcher.is_stopped() != (several and (form.listed is False) and bool(form.begin and form.end))

@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.served import PATIENCE, Served, serving
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.server import anthropic, chat, completions, response_items
+from satchel.runtime.server.records import Metrics, Record
 
 HELLO = [{"role": "user", "content": "Hello"}]
 LONG = "a b c d " * CONTEXT
@@ -183,3 +185,12 @@ def test_metrics_count_the_tokens_of_all_protocols(bundle: Path) -> None:
     assert values['satchel_requests_processing{model="chatty"}'] == "0"
     assert values['satchel_requests_deferred{model="chatty"}'] == "0"
     assert int(values['satchel_kv_cache_bytes{model="chatty"}']) > 0
+
+
+def test_metrics_count_drafts(served: Served) -> None:
+    result = served.generator.generate("Hello", 3)
+    metrics, record = Metrics(), Record("POST", TEXT)
+    record.add([replace(result, drafted_tokens=5, accepted_tokens=3), replace(result, drafted_tokens=2)])
+    metrics.add(record, True)
+    lines = metrics.text([]).splitlines()
+    assert {"satchel_tokens_drafted_total 7", "satchel_tokens_accepted_total 3"} <= set(lines)

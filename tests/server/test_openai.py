@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
-from support.chat_bundle import CONTEXT
-from support.served import Served
+from support.chat_bundle import CONTEXT, TEMPLATE, write_chat_bundle
+from support.served import Served, serving
 
 MODEL = "chatty"
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
@@ -180,6 +182,46 @@ def test_parts_of_text_are_joined_and_arguments_reach_the_template(served: Serve
     )
     ids = served.generator.encode_chat(TALK, arguments={"mood": "grumpy "})
     assert moody.choices[0].message.content == served.generator.generate(ids, max_new_tokens=8).text
+
+
+class TestEffort:
+    """How much a model is to reason, for templates that take it."""
+
+    @pytest.fixture
+    def rendered(self, tmp_path: Path) -> Iterator[tuple[openai.OpenAI, Served]]:
+        template = TEMPLATE + "[{{ reasoning_effort }}, {{ enable_thinking }}]"
+        with (
+            serving(write_chat_bundle(tmp_path / MODEL, template=template)) as served,
+            openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            yield client, served
+
+    def test_it_reaches_the_template(self, rendered: tuple[openai.OpenAI, Served]) -> None:
+        client, served = rendered
+        for effort, told in (("high", True), ("none", False)):
+            values = {"reasoning_effort": effort, "enable_thinking": told}
+            ids = served.generator.encode_chat(TALK, arguments=values)
+            expected = served.generator.generate(ids, max_new_tokens=6).text
+            chat = client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=6, reasoning_effort=effort)
+            assert chat.choices[0].message.content == expected
+            response = client.responses.create(
+                model=MODEL, input=TALK, max_output_tokens=6, reasoning={"effort": effort}
+            )
+            assert response.output_text == expected
+        ids = served.generator.encode_chat(TALK, arguments={"reasoning_effort": "own", "enable_thinking": True})
+        kept = client.chat.completions.create(
+            model=MODEL, messages=TALK, max_tokens=6, reasoning_effort="low",
+            extra_body={"chat_template_kwargs": {"reasoning_effort": "own"}},
+        )  # fmt: skip
+        assert kept.choices[0].message.content == served.generator.generate(ids, max_new_tokens=6).text
+
+    def test_other_values_are_refused(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=MODEL, messages=TALK, reasoning_effort="extreme")
+        assert caught.value.param == "reasoning_effort"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(model=MODEL, input="a", reasoning={"effort": "extreme"})
+        assert caught.value.param == "reasoning.effort"
 
 
 @pytest.mark.parametrize("stream", [False, True])

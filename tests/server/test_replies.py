@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from satchel.runtime.generation.templates.chat_template import ChatTemplate
-from satchel.runtime.server.replies import Piece, Syntax
+from satchel.runtime.server.call_source import Piece
+from satchel.runtime.server.replies import Syntax
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": "<x>"}}'
 LLAMA = '{"name": "add", "parameters": {"a": 1, "b": "<x>"}}'
@@ -94,7 +95,7 @@ CASES: list[tuple[str, str, list[tuple[str, ...]]]] = [
     ("<|channel|><|message|>", "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>"
      "a <| b",
      [("reasoning", "Hm"), ("content", "a <| b")]),
-    ("<|channel|><|message|>", " to=functions.add<|channel|>commentary json<|message|>{", [("content", "{")]),
+    ("<|channel|><|message|>", " to=functions.add<|channel|>commentary json<|message|>{", [("call", "{", "add")]),
     ("<|channel|><|message|>", "<|channel|>anal", []),
 ]  # fmt: skip
 
@@ -102,8 +103,10 @@ CASES: list[tuple[str, str, list[tuple[str, ...]]]] = [
 def joined(pieces: list[Piece]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for piece in pieces:
-        if piece.kind == "call":
+        if piece.name:
             found.append((piece.kind, piece.text, piece.name))
+        elif piece.kind == "call":
+            found[-1] = (piece.kind, found[-1][1] + piece.text, found[-1][2])
         elif found and found[-1][0] == piece.kind:
             found[-1] = (piece.kind, found[-1][1] + piece.text)
         else:
@@ -177,5 +180,7 @@ def test_calls_that_a_template_writes_are_read(name: str) -> None:
         before = template.render(asked, tools=[TOOL], add_generation_prompt=False)
     answer = whole.removeprefix(prompt if whole.startswith(prompt) else before)
     answer = answer.removesuffix("<EOS>").removesuffix("<|eot_id|>")
-    found = [each for each in split(source, answer) if each[0] == "call"]
-    assert found == [ADD] * len(calls)
+    found = [
+        (name, json.loads(text)) for kind, text, *named in split(source, answer) if kind == "call" for name in named
+    ]
+    assert found == [("add", json.loads(ARGUMENTS))] * len(calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -55,14 +56,16 @@ class TestChat:
     def test_a_stream_has_names_then_arguments(self, client: openai.OpenAI, says: list[str]) -> None:
         says[0] = TWICE
         calls: dict[int, list[str]] = {}
-        reasons = []
+        reasons, parts = [], 0
         for chunk in client.chat.completions.create(**CHAT, stream=True):
             reasons.append(chunk.choices[0].finish_reason)
             for call in chunk.choices[0].delta.tool_calls or []:
                 found = calls.setdefault(call.index, ["", ""])
                 found[0] += call.function.name or ""
+                parts += bool(call.function.arguments)
                 found[1] += call.function.arguments
         assert calls == {0: ["add", json.dumps(ARGUMENTS)], 1: ["add", json.dumps(ARGUMENTS)]}
+        assert parts > 8
         assert reasons[-1] == "tool_calls"
 
     def test_one_call_and_none(self, client: openai.OpenAI, says: list[str]) -> None:
@@ -124,9 +127,13 @@ class TestResponses:
         ]  # fmt: skip
         added = [event for event in events if event.type == "response.output_item.added"]
         assert [event.output_index for event in added] == [0, 1, 2, 3]
-        for event in (each for each in events if each.type.startswith("response.function_call_arguments")):
-            assert event.item_id == added[event.output_index].item.id
-            assert json.loads(event.delta if event.type.endswith("delta") else event.arguments) == ARGUMENTS
+        told = [event for event in events if event.type.startswith("response.function_call_arguments")]
+        assert all(event.item_id == added[event.output_index].item.id for event in told)
+        for place in (2, 3):
+            deltas = [event.delta for event in told if event.output_index == place and event.type.endswith("delta")]
+            done = [event.arguments for event in told if event.output_index == place and event.type.endswith("done")]
+            assert len(deltas) > 3
+            assert ["".join(deltas)] == done == [json.dumps(ARGUMENTS)]
         assert [item.type for item in final.output] == ["reasoning", "message", "function_call", "function_call"]
         assert final.output[3].arguments == json.dumps(ARGUMENTS)
 
@@ -183,6 +190,7 @@ class TestMessages:
                 assert open_blocks.pop() == event.index
         assert open_blocks == []
         json_deltas = [event.partial_json for event in events if event.type == "input_json"]
+        assert len(json_deltas) > 8
         assert "".join(json_deltas) == json.dumps(ARGUMENTS) * 2
         assert [block.type for block in final.content] == ["thinking", "text", "tool_use", "tool_use"]
         assert (final.content[3].input, final.stop_reason) == (ARGUMENTS, "tool_use")
@@ -228,7 +236,8 @@ def test_a_template_without_tools_refuses_them(
 def test_a_mark_that_is_a_special_token_is_seen(
     served: Served, client: openai.OpenAI, says: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form = tool_forms.Form("<|im_start|>", "", tool_forms.read_objects)
+    hermes = next(form for form in tool_forms.FORMS if form.begin == "<tool_call>" and form.notation is None)
+    form = replace(hermes, begin="<|im_start|>", end="")
     monkeypatch.setattr(tool_forms, "FORMS", (form,))
     monkeypatch.setitem(served.generator.template.sources, "default", TEMPLATE + "{# #}")
     says[0] = f"Well. <|im_start|>{CALL}"

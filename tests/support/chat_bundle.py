@@ -30,11 +30,12 @@ TEMPLATE = """\
 
 
 @cache
-def chat_tokenizer() -> bytes:
-    """The byte-level tokenizer with the special tokens of ChatML."""
+def chat_tokenizer(*marks: str) -> bytes:
+    """The byte-level tokenizer with the special tokens of ChatML, and others."""
     tokenizer = tokenizers.Tokenizer.from_str(byte_level_json().decode())
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     assert [tokenizer.token_to_id(text) for text in ("<|im_start|>", "<|im_end|>")] == [START, END]
+    tokenizer.add_special_tokens(list(marks))
     return tokenizer.to_str().encode()
 
 
@@ -46,6 +47,7 @@ def write_chat_bundle(
     generation_config: Any = None,
     eos_token_ids: tuple[int, ...] = (END,),
     max_context: int = CONTEXT,
+    marks: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Path:
     """Write the bundle into the new folder `folder` and return it.
@@ -60,7 +62,7 @@ def write_chat_bundle(
         companions["generation_config.json"] = generation_config if as_is else json.dumps(generation_config).encode()
     return write_bundle(
         folder,
-        tokenizer=chat_tokenizer(),
+        tokenizer=chat_tokenizer(*marks),
         eos_token_ids=eos_token_ids,
         max_context=max_context,
         seed=seed,

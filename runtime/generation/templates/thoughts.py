@@ -15,6 +15,11 @@ CHANNELS = ("<|channel|>", "<|message|>")
 """What the template of a model has that answers in channels, as gpt-oss does."""
 FINAL = "<|channel|>final<|message|>"
 """What begins the answer in the last of the channels."""
+THOUGHT_MESSAGE, THOUGHT_END = "<|channel|>analysis<|message|>", "<|end|>"
+"""What begins a message of reasoning, and ends it."""
+MESSAGE_START = "<|start|>"
+NEXT_MESSAGE = "<|end|><|start|>assistant"
+"""What ends a message and begins another one."""
 
 
 def thoughts_of(template: str) -> dict[str, str]:
