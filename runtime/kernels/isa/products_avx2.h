@@ -30,7 +30,7 @@ INLINE PartI add_dot(PartI sum, Weights weights, PartI activation)
     return sum + (PartI)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
 }
 
-/* Of a column of a tile, and their sums. 8 bits: words of the outputs 0, 1, 4 and 5, then 2, 3, 6 and 7; each output has
+/* Of a column of a tile, and their sums. 8 bits: words of the first four outputs, then of the others; each output has
  * two sums, of pairs of inputs. 4 bits: bytes, whose sums have 16 bits, in the first register only. */
 typedef struct {
     __m256i first, second;
@@ -38,10 +38,10 @@ typedef struct {
 
 INLINE Column low_column(const int bits, const uint8_t *x)
 {
-    const __m256i bytes = _mm256_loadu_si256((const __m256i *)x), zero = _mm256_setzero_si256();
+    const __m128i *halves = (const __m128i *)x;
     if (bits == 4)
-        return (Column){.first = _mm256_and_si256(bytes, _mm256_set1_epi8(15))};
-    return (Column){_mm256_unpacklo_epi8(bytes, zero), _mm256_unpackhi_epi8(bytes, zero)};
+        return (Column){.first = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)x), _mm256_set1_epi8(15))};
+    return (Column){_mm256_cvtepu8_epi16(_mm_loadu_si128(halves)), _mm256_cvtepu8_epi16(_mm_loadu_si128(halves + 1))};
 }
 INLINE Column high_column(const uint8_t *x)
 {
@@ -78,7 +78,9 @@ INLINE Sum add_products(const int bits, Sum sum, Column weights, PartI activatio
 
 INLINE PartI finished(const int bits, Sum sum)
 {
-    return (PartI)(bits == 4 ? _mm256_madd_epi16(sum.first, _mm256_set1_epi16(1)) : _mm256_hadd_epi32(sum.first, sum.second));
+    if (bits == 4)
+        return (PartI)_mm256_madd_epi16(sum.first, _mm256_set1_epi16(1));
+    return (PartI)_mm256_permute4x64_epi64(_mm256_hadd_epi32(sum.first, sum.second), 0xd8);
 }
 
 INLINE void store_words(int16_t *x, I16 v, int64_t left)
