@@ -274,7 +274,7 @@ def lower_phases(
     custom = tuple(Step(user.graph_pass) for user in config.passes)
     names = {step.name for step in custom}
     hidden = config.embeddings is not None
-    for phase in (*target.graphs(quantized), *((EMBED,) if hidden else ())):
+    for phase in (*target.graphs(config.precision, quantized), *((EMBED,) if hidden else ())):
         steps = target.steps(phase, config.precision, quantized, custom)
         models[phase], finished = pipeline.run(common, (output_step(phase), *steps) if hidden else steps)
         report += [done.as_json(phase) for done in finished]

@@ -1,7 +1,7 @@
 """satchel's own operator for linear layers, `satchel::Linear`: its inputs and attributes, and how passes change a node.
 
-It computes, in this order: the norm of x, the Hadamard transform, x rounded to int8, the matmul with quantized weights,
-the bias, the gate, the residual.
+It computes, in this order: the norm of x, the Hadamard transform, x rounded to int8 unless weights are in float16, the
+matmul, the bias, the gate, the residual.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def set_input(node: ir.Node, index: int, value: ir.Value) -> None:
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
+
+
+def rounded_by_row(node: ir.Node) -> bool:
+    """Whether the node rounds its input with one scale for a row: it rounds the only new token of a sequence twice."""
+    return node.attributes.get_int("bits", 8) == 8 and not node.attributes.get_int("block", 0)
 
 
 def width(node: ir.Node) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A quantized weight: its values and grid, and the layouts in which kernels read them."""
+"""A quantized weight: its values and grid, and the layouts in which kernels read them; one in float16 likewise."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.quant.rounding import Grid
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.dtypes import QUANTIZED
-from satchel.runtime.bundle.layouts import Weight, pack, parts
+from satchel.runtime.bundle.layouts import HALF_BITS, Form, Weight, pack, parts
 
 LAYOUT = "layout"
 """Mark (`meta`) of weights that no bundle holds, and a device makes from those that it does: their `Layout`."""
+
+SOURCE = "source"
+"""Mark of the same weights: the `Derivable` that they are made from."""
 
 PANEL_GROUPS = 8
 """Group sizes that satchel's own kernels take are multiples of this."""
@@ -30,8 +33,65 @@ FLOAT_PRODUCTS = 1
 """That at which it computes in float32."""
 
 
+class Derivable:
+    """A weight whose layouts for kernels a device makes from what its bundle stores."""
+
+    name: str
+
+    @property
+    def _form(self) -> Form:
+        raise NotImplementedError
+
+    def _weight(self) -> Weight:
+        """The weight as `pack` takes it."""
+        raise NotImplementedError
+
+    def derived(self, layout: Layout, *, gated: bool = False) -> tuple[LazyWeight, ...]:
+        """The tensors of another layout, marked with it and with this weight: values, scales, and zero points where
+        there are any.
+
+        No bundle has them: a device makes them from what is stored, by the same function that computes their values
+        here. `gated` is as in `satchel.runtime.bundle.layouts.parts`, which names and describes them.
+
+        Raises:
+            ValueError: The layout cannot hold the weight.
+        """
+
+        def rows(ending: str) -> Callable[[int, int], np.ndarray]:
+            return lambda a, b: pack(layout, self._weight(), gated=gated)[ending][a:b]
+
+        made = []
+        for ending, part in parts(layout, self._form, gated=gated).items():
+            dtype = ir.DataType(part.dtype.onnx)
+            made.append(LazyWeight(f"{self.name}{ending}", part.shape, dtype, rows(ending), computed=True))
+            made[-1].meta |= {LAYOUT: layout, SOURCE: self}
+        return tuple(made)
+
+
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight:
+class HalfWeight(Derivable):
+    """A weight [inputs, outputs] of a linear layer that is stored in float16.
+
+    Attributes:
+        name: Its name in the graph.
+        half: Its values in float16.
+    """
+
+    name: str
+    half: LazyWeight
+
+    @property
+    def _form(self) -> Form:
+        inputs, outputs = self.half.dims
+        return Form(inputs, outputs, groups=1, bits=HALF_BITS, symmetric=True)
+
+    def _weight(self) -> Weight:
+        values = self.half.numpy()
+        return Weight(values, np.ones((1, values.shape[1]), np.float32), None, HALF_BITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight(Derivable):
     """The quantized values of one weight [outputs, inputs] on their grid.
 
     Attributes:
@@ -85,27 +145,13 @@ class QuantizedWeight:
             return scheme.bits == 8 and self.grid.zero_points is None
         return scheme.block % PANEL_GROUPS == 0 and inputs % scheme.block == 0
 
-    def derived(self, layout: Layout, *, gated: bool = False) -> tuple[LazyWeight, ...]:
-        """The tensors of another layout, marked with it: values, scales, and zero points where there are any.
+    @property
+    def _form(self) -> Form:
+        return self._weight().form
 
-        No bundle has them: a device makes them from what `columns` stores, by the same function that computes their
-        values here. `gated` is as in `satchel.runtime.bundle.layouts.parts`, which names and describes them.
-
-        Raises:
-            ValueError: The layout cannot hold the weight.
-        """
+    def _weight(self) -> Weight:
         grid, points = self.grid, self.grid.zero_points
-        stored = Weight(self.codes.T, grid.scales.T, None if points is None else points.T, grid.scheme.bits)
-
-        def rows(ending: str) -> Callable[[int, int], np.ndarray]:
-            return lambda a, b: pack(layout, stored, gated=gated)[ending][a:b]
-
-        made = []
-        for ending, part in parts(layout, stored.form, gated=gated).items():
-            dtype = ir.DataType(part.dtype.onnx)
-            made.append(LazyWeight(f"{self.name}{ending}", part.shape, dtype, rows(ending), computed=True))
-            made[-1].meta[LAYOUT] = layout
-        return tuple(made)
+        return Weight(self.codes.T, grid.scales.T, None if points is None else points.T, grid.scheme.bits)
 
     def rows(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
         """Values [outputs, inputs * bits / 8], scales [outputs, groups], zero points [outputs, groups * bits / 8].

@@ -15,6 +15,7 @@ from satchel.graphs.passes.native.fold_key_norms import fold_key_norms
 from satchel.graphs.passes.native.fold_norms import fold_norms
 from satchel.graphs.passes.native.fold_residuals import fold_residuals
 from satchel.graphs.passes.native.insert_linear import insert_linear
+from satchel.graphs.passes.native.insert_linear_float import insert_linear_float
 from satchel.graphs.passes.native.lower_attention_native import lower_attention_native
 from satchel.graphs.passes.native.lower_embedding_matmul import lower_embedding_matmul
 from satchel.graphs.passes.native.lower_states_native import lower_states_native
@@ -41,7 +42,7 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(insert_linear(weights)),
         Step(insert_qdq(weights, activations), after=("insert_linear",)),  # what the operator does not take
         Step(fold_biases, after=("insert_linear",)),
-        Step(fold_gates(weights), after=("insert_linear", "fold_biases")),
+        Step(fold_gates, after=("insert_linear", "fold_biases")),
         Step(fold_hadamards, after=("insert_linear",)),
         Step(fold_norms, after=("insert_linear", "fold_hadamards")),  # a norm comes before the matrix
         Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
@@ -53,6 +54,22 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(store_linear_float16),
         Step(take_rows, after=("lower_attention_native", "insert_linear", "slice_last_logits"), changes_signature=True),
+    )
+
+
+def native_float_steps() -> tuple[Step, ...]:
+    """The same for weights in float16, which are stored as such last."""
+    return (
+        Step(insert_linear_float, after=("slice_last_logits",)),  # it looks for the plain head
+        Step(fold_biases, after=("insert_linear_float",)),
+        Step(fold_gates, after=("insert_linear_float", "fold_biases")),
+        Step(fold_norms, after=("insert_linear_float",)),
+        Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
+        Step(lower_attention_native),
+        Step(lower_states_native),
+        Step(fold_key_norms, after=("lower_states_native",)),
+        Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
+        Step(take_rows, after=("lower_attention_native", "slice_last_logits"), changes_signature=True),
     )
 
 

@@ -75,7 +75,7 @@ from satchel.graphs.passes.static.transpose_tied_head import transpose_tied_head
 from satchel.graphs.quant.quantized import Quantized, quantized_products
 from satchel.graphs.quant.recipe import Recipe, Rule
 from satchel.graphs.quant.stored import STORED
-from satchel.graphs.targets.native import has_linear, native_steps
+from satchel.graphs.targets.native import has_linear, native_float_steps, native_steps
 from satchel.runtime.bundle.contract import (
     DECODE_BLOCKS,
     EMBED,
@@ -348,13 +348,13 @@ class Target:
             raise ValueError("this target's graphs have dynamic dimensions")
         return (*self.phases[phase], *self.static(lengths, quantized, custom))
 
-    def graphs(self, quantized: Quantized | None) -> tuple[str, ...]:
+    def graphs(self, precision: str, quantized: Quantized | None) -> tuple[str, ...]:
         """The names of a bundle's graphs."""
         rules = {} if quantized is None else quantized.rules
         products = [name for name, rule in rules.items() if _gains_by_int8(rule)]
         small = quantized is not None and any(quantized.weights[name].grid.scheme.bits == 4 for name in products)
         whole = any(rule.decode != "float" for rule in rules.values())
-        native = quantized is not None and has_linear(quantized)
+        native = precision == "fp16" if quantized is None else has_linear(quantized)
         further = {PREFILL_INT8: small, DECODE_BLOCKS: whole, NATIVE: native}
         return (*PHASES, *(name for name, there in further.items() if there and name in self.phases))
 
@@ -363,8 +363,11 @@ class Target:
     ) -> tuple[Step, ...]:
         """All passes for one phase, after those that the phases share; `custom` are those of a user's own."""
         rounded = quantized is not None and bool(quantized.weights)
-        quantize = () if quantized is None else self.quantize(phase, quantized)
-        stream = self.stream if phase != "score" and not rounded else ()
+        if quantized is None:
+            quantize = native_float_steps() if phase == NATIVE else ()
+        else:
+            quantize = self.quantize(phase, quantized)
+        stream = self.stream if phase not in ("score", NATIVE) and not rounded else ()
         return (*self.phases[phase], *stream, *quantize, *custom, *self.finish(phase, precision))
 
 
@@ -379,6 +382,7 @@ def cpu_sessions(quantized: Quantized | None) -> Mapping[str, Session]:
             "decode": Session(of="prefill"),
             "score": Session({"session.disable_prepacking": "1"}),
             EMBED: Session(),
+            NATIVE: Session(),
         }
     if not quantized.weights:  # an int8 cache alone
         score = Session({"session.disable_prepacking": "1"})

@@ -25,7 +25,10 @@ GROUP_SIZE = 64
 PANEL = 16
 """Outputs per panel."""
 
-TOGETHER = {8: 4, 4: 8}
+HALF_BITS = 16
+"""Bits of weights that are not quantized but in float16."""
+
+TOGETHER = {16: 1, 8: 4, 4: 8}
 """Bits -> adjacent inputs of one output in a panel, which one instruction multiplies."""
 
 Array = NDArray[Any]
@@ -33,7 +36,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Form:
-    """Shape and quantization of a weight. It has `groups` scales for each output."""
+    """Shape and quantization of a weight. It has `groups` scales for each output; of 16 bits, in float16, none."""
 
     inputs: int
     outputs: int
@@ -53,13 +56,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized weight, or some of its outputs.
+    """A weight, or some of its outputs.
 
     Attributes:
-        values: [inputs, outputs], one value in a byte: int8 where symmetric, else uint8.
-        scales: [groups, outputs] float32.
+        values: [inputs, outputs], one quantized value in a byte: int8 where symmetric, else uint8; or float16.
+        scales: [groups, outputs] float32; those of float16 are ones.
         zero_points: [groups, outputs] uint8; None where symmetric.
-        bits: 8 or 4.
+        bits: 8 or 4; 16 of float16.
     """
 
     values: Array
@@ -93,7 +96,9 @@ def parts(layout: Layout, form: Form, *, gated: bool = False) -> dict[str, Part]
     """
     inputs, outputs, groups = form.inputs, form.outputs, form.groups
     if min(inputs, outputs, groups) < 1 or inputs % groups:
-        raise ValueError(f"{form} is not a quantized weight")
+        raise ValueError(f"{form} is not a weight")
+    if form.bits == HALF_BITS and (layout is not Layout.PANELS or (groups, form.symmetric) != (1, True)):
+        raise ValueError(f"{form} has no layout {layout.value}")
     if layout is Layout.INT8:
         values = Part(INT8, (inputs, outputs), axis=1)
         return {values_ending(layout): values, ".int8_scales": Part(FLOAT32, (outputs,))}
@@ -109,7 +114,10 @@ def parts(layout: Layout, form: Form, *, gated: bool = False) -> dict[str, Part]
     panels = halves * -(-outputs // halves // PANEL)
     size = PANEL * form.bits * -(-inputs // together) * together // 8
     start, by_group = values_ending(layout, gated=gated).removesuffix("s"), (panels, groups, PANEL)
-    made = {f"{start}s": Part(UINT8, (panels, size)), f"{start}_scales": Part(FLOAT32, by_group)}
+    made = {f"{start}s": Part(UINT8, (panels, size))}
+    if form.bits == HALF_BITS:
+        return made
+    made |= {f"{start}_scales": Part(FLOAT32, by_group)}
     return made if form.symmetric else made | {f"{start}_zero_points": Part(UINT8, by_group)}
 
 
@@ -169,7 +177,8 @@ def _panels(weight: Weight, gated: bool) -> list[Array]:
 
     In 8 bits a panel is [inputs / 4, 16 outputs, 4 inputs], the inputs padded with 128. In 4 bits it is [inputs / 8, 16
     outputs, 4 bytes]: byte i has input i of eight in its low half and input i + 4 in its high half. Symmetric values
-    are unsigned by adding 128 or 8. Scales and zero points are [panels, groups, 16].
+    are unsigned by adding 128 or 8. Scales and zero points are [panels, groups, 16]. In float16 a panel is [inputs,
+    16], and there is nothing else.
     """
     zero, halves = 1 << weight.bits - 1, 2 if gated else 1
 
@@ -181,6 +190,9 @@ def _panels(weight: Weight, gated: bool) -> list[Array]:
     def groups(rows: Array) -> Array:
         return rows.reshape(len(rows), -1, PANEL).transpose(1, 0, 2)
 
+    if weight.bits == HALF_BITS:
+        numbers = alternating(weight.values.view(np.uint16), 0, groups)
+        return [numbers.reshape(len(numbers), -1).view(np.uint8)]
     words = alternating(_unsigned(weight), zero, lambda values: _words(values, weight.bits))
     made = [words.reshape(len(words), -1).view(np.uint8), alternating(weight.scales, 0, groups)]
     if weight.zero_points is not None:

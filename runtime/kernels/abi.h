@@ -26,7 +26,8 @@ typedef struct {
     const char *(*get_version)(void);
 } OrtApiBase;
 
-typedef enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7 } OrtElementType;
+/* ORT_ANY: an operator's own code reads the type. */
+typedef enum { ORT_ANY = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7, ORT_FLOAT16 = 10 } OrtElementType;
 typedef enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 } OrtCharacteristic;
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 

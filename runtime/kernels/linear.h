@@ -1,4 +1,5 @@
-/* Linear layers: activations of 8 or 16 bits, 8-bit or 4-bit weights in panels of 16 outputs (docs/kernels.md). */
+/* Linear layers: activations of 8 or 16 bits with 8-bit or 4-bit weights, or of floats with halves, in panels of 16
+ * outputs (docs/kernels.md). */
 #ifndef SATCHEL_LINEAR_H
 #define SATCHEL_LINEAR_H
 
@@ -43,7 +44,8 @@ static inline int64_t panels(const LinearParams *params)
 
 static inline int64_t panel_bytes(const LinearParams *params)
 {
-    return params->bits == 4 ? params->row.inputs * 8 : (params->row.inputs + 3) / 4 * 64;
+    const int64_t inputs = params->row.inputs;
+    return params->bits == 16 ? inputs * 32 : params->bits == 4 ? inputs * 8 : (inputs + 3) / 4 * 64;
 }
 
 #endif

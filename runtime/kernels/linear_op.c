@@ -30,8 +30,10 @@ static bool valid_params(const LinearParams *params)
 {
     const RowParams *row = &params->row;
     const int64_t k = row->inputs, n = params->outputs, block = row->block, mixed = row->hadamard;
-    return k >= 1 && k <= MAX_SIZE && n >= 1 && n <= MAX_SIZE && (params->bits == 8 || params->bits == 4)
-        && (block == 0 ? params->bits == 8 && k <= MAX_CHANNEL_INPUTS
+    return k >= 1 && k <= MAX_SIZE && n >= 1 && n <= MAX_SIZE
+        && (params->bits == 8 || params->bits == 4 || params->bits == 16)
+        && (params->bits == 16 ? block == 0
+            : block == 0       ? params->bits == 8 && k <= MAX_CHANNEL_INPUTS
                        : block >= 8 && block <= MAX_BLOCK && k % block == 0 && block % 8 == 0)
         && (mixed == 0 || (mixed >= 2 && (mixed & (mixed - 1)) == 0 && k % mixed == 0))
         && (params->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
@@ -64,7 +66,8 @@ static bool fits(const LinearParams *params, const Tensor *weights, const Tensor
 {
     const int64_t whole[] = {panels(params), panel_bytes(params)},
                   blocks[] = {panels(params), row_scales(&params->row), 16};
-    return has_dims(weights, 2, whole) && has_dims(scales, 3, blocks)
+    return has_dims(weights, 2, whole)
+        && (params->bits == 16 ? scales->data == NULL : scales->data != NULL && has_dims(scales, 3, blocks))
         && (zero_points->data == NULL || (params->row.block && has_dims(zero_points, 3, blocks)))
         && (bias->data == NULL || has_dims(bias, 1, &params->outputs))
         && (norm_weight->data == NULL || has_dims(norm_weight, 1, &params->row.inputs));
@@ -112,4 +115,4 @@ static const OrtElementType INPUTS[]
     = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32};
 
 Operator linear_operator
-    = {.name = "Linear", .inputs = 8, .required = 3, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};
+    = {.name = "Linear", .inputs = 8, .required = 2, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};

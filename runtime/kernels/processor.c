@@ -35,7 +35,12 @@ static bool saves(unsigned mask)
 
 enum { SAVES_YMM = 0x6, SAVES_ZMM = 0xe6, SAVES_TILES = 0x60000 };
 
-bool has_avx2(void) { return saves(SAVES_YMM) && bit(leaf(1, 0).c, 12) && bit(leaf(7, 0).b, 5); }
+/* With FMA and conversions of half precision, which processors with AVX2 have. */
+bool has_avx2(void)
+{
+    const Leaf one = leaf(1, 0);
+    return saves(SAVES_YMM) && bit(one.c, 12) && bit(one.c, 29) && bit(leaf(7, 0).b, 5);
+}
 
 bool has_avx_vnni(void) { return has_avx2() && bit(leaf(7, 1).a, 4); }
 

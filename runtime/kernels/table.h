@@ -1,4 +1,5 @@
-/* A linear layer over an embedding table (tied head): 8-bit blocks, zero point 128. */
+/* A linear layer over an embedding table (tied head): blocks of 8 bits with zero point 128, or half
+ * precision. */
 #ifndef SATCHEL_TABLE_H
 #define SATCHEL_TABLE_H
 
@@ -8,15 +9,15 @@
 #include "rows.h"
 
 typedef struct {
-    RowParams row;
+    RowParams row; /* block 0: a table in half precision */
     int64_t outputs;
 } TableParams;
 
 typedef struct {
     int64_t rows;
     const float *x;         /* [rows, inputs] */
-    const uint8_t *weights; /* [outputs, inputs] */
-    const float *scales;    /* [outputs, blocks] */
+    const void *weights;    /* [outputs, inputs] */
+    const float *scales;    /* [outputs, blocks], or NULL */
     float *y;               /* [rows, outputs] */
 } TableCall;
 

@@ -16,8 +16,8 @@ static void *create(Create *create)
     params->row.block = attribute(create, "block", 0);
     params->outputs = attribute(create, "outputs", 0);
     const int64_t k = params->row.inputs, block = params->row.block;
-    if (k >= 1 && k <= 1 << 24 && params->outputs >= 1 && params->outputs <= 1 << 24 && block >= 16
-        && (block & (block - 1)) == 0 && k % block == 0)
+    if (k >= 1 && k <= 1 << 24 && params->outputs >= 1 && params->outputs <= 1 << 24 
+        && (block == 0 || (block >= 16 && (block & (block - 1)) == 0 && k % block == 0)))
         return params;
     free(params);
     create->error = "satchel:TableLinear: invalid combination of attributes";
@@ -28,13 +28,15 @@ static bool run(const void *kernel, Run *run)
 {
     const TableParams *params = kernel;
     const int64_t inputs = params->row.inputs, block = params->row.block;
-    const int64_t whole[] = {params->outputs, inputs / block, block};
+    const int64_t blocks = block ? inputs / block : 0, whole[] = {params->outputs, block ? blocks : inputs, block};
     Tensor x, weights, scales;
-    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_FLOAT, &scales))
+    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, block ? ORT_UINT8 : ORT_FLOAT16, &weights)
+        || !input(run, 2, ORT_FLOAT, &scales))
         return false;
     if (x.rank == 0 || x.dims[x.rank - 1] != inputs)
         return fail(run, "satchel:TableLinear: the input width differs from attribute inputs");
-    if (!has_dims(&weights, 3, whole) || !has_dims(&scales, 2, whole))
+    const bool scaled = block ? scales.data != NULL && has_dims(&scales, 2, whole) : scales.data == NULL;
+    if (!has_dims(&weights, block ? 3 : 2, whole) || !scaled)
         return fail(run, "satchel:TableLinear: the table does not have the shape of the attributes");
     TableCall call = {.rows = x.count / inputs, .x = x.data, .weights = weights.data, .scales = scales.data};
     x.dims[x.rank - 1] = params->outputs;
@@ -44,11 +46,11 @@ static bool run(const void *kernel, Run *run)
     return error == NULL || fail(run, error);
 }
 
-static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
+static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_ANY, ORT_FLOAT};
 
 Operator table_linear_operator = {.name = "TableLinear",
                                   .inputs = 3,
-                                  .required = 3,
+                                  .required = 2,
                                   .outputs = 1,
                                   .input_types = INPUTS,
                                   .create = create,

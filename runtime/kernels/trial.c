@@ -19,6 +19,8 @@ static const Case CASES[] = {
     {{.row = {INPUTS, SMALLEST_BLOCK, 0, 0}, .outputs = OUTPUTS, .bits = 8}, ROWS, false},
     {{.row = {INPUTS, SMALLEST_BLOCK, 0, 0}, .outputs = OUTPUTS, .bits = 4}, 1, true},
     {{.row = {INPUTS, 128, 0, 0}, .outputs = OUTPUTS, .bits = 4}, ROWS, false},
+    {{.row = {INPUTS, 0, 0, 0}, .outputs = OUTPUTS, .bits = 16}, 1, true},
+    {{.row = {INPUTS, 0, 1e-5f, 0}, .outputs = OUTPUTS, .bits = 16}, ROWS, false},
 };
 
 static void one_after_another(void *pool, size_t tasks, void (*task)(void *data, size_t index), void *data)
@@ -35,12 +37,12 @@ static float next_float(uint32_t *state) { return (float)next(state) / 65536.f -
 
 static bool is_right(const Instructions *tried, const Instructions *plain, const Case *each)
 {
-    static uint8_t weights[(OUTPUTS + 32) * INPUTS];
+    static uint8_t weights[2 * (OUTPUTS + 32) * INPUTS];
     static float x[ROWS * INPUTS], scales[(OUTPUTS + 32) * INPUTS / SMALLEST_BLOCK], results[2][ROWS * OUTPUTS];
     const Parallel serial = {NULL, one_after_another};
     uint32_t state = 1;
     for (size_t i = 0; i < sizeof weights; i++)
-        weights[i] = (uint8_t)next(&state);
+        weights[i] = (uint8_t)(next(&state) & (each->params.bits == 16 && i % 2 ? 0xbf : 0xff)); /* finite halves */
     for (size_t i = 0; i < sizeof x / sizeof *x; i++)
         x[i] = next_float(&state);
     for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)

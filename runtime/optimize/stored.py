@@ -1,4 +1,4 @@
-"""Reads quantized weights as a bundle stores them, a few outputs at a time."""
+"""Reads weights as a bundle stores them, quantized or in float16, a few outputs at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.dtypes import FLOAT32, QUANTIZED
-from satchel.runtime.bundle.layouts import Form, Weight
+from satchel.runtime.bundle.dtypes import FLOAT16, FLOAT32, QUANTIZED
+from satchel.runtime.bundle.layouts import HALF_BITS, Form, Weight
 from satchel.runtime.bundle.onnx_wire import Tensor
 
 CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 """Suffixes of the tensor names of a stored weight."""
+
+HALF = ".fp16"
+"""The suffix of one that is stored in float16."""
 
 CODE_TYPES = {dtype.onnx: form for form, dtype in QUANTIZED.items()}
 """Number in TensorProto.DataType -> bits, and whether values are symmetric (signed)."""
@@ -24,23 +27,28 @@ Integers = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a stored quantized weight: values [inputs, outputs], scales and zero points [groups, outputs].
+    """The tensors of a stored weight: values [inputs, outputs], scales and zero points [groups, outputs].
 
-    With one group, scales and zero points are [outputs]. All tensors are in one file.
+    With one group, scales and zero points are [outputs]; values in float16 have none. All tensors are in one file.
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
     zero_points: Tensor | None
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], name: str) -> Stored:
         """The weight of this name. Raises KeyError if there is none, ValueError if its tensors do not match."""
+        if name + CODES not in tensors:
+            half = tensors[name + HALF]
+            if half.dtype != FLOAT16.onnx or len(half.dims) != 2 or min(half.dims) < 1:
+                raise ValueError(f"values of type {half.dtype} and shape {half.dims}")
+            return cls(half, None, None)
         found = cls(tensors[name + CODES], tensors[name + SCALES], tensors.get(name + ZERO_POINTS))
         codes, scales, zero_points = found.codes, found.scales, found.zero_points
         if len(codes.dims) != 2 or min(codes.dims) < 1 or codes.dtype not in CODE_TYPES:
             raise ValueError(f"values of type {codes.dtype} and shape {codes.dims}")
-        if scales.dtype != FLOAT32.onnx or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
+        if scales is None or scales.dtype != FLOAT32.onnx or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
             raise ValueError(f"scales of type {scales.dtype} and shape {scales.dims}")
         if zero_points is not None and (zero_points.dtype, zero_points.dims) != (codes.dtype, scales.dims):
             raise ValueError(f"zero points of type {zero_points.dtype} and shape {zero_points.dims}")
@@ -51,9 +59,11 @@ class Stored:
     @property
     def form(self) -> Form:
         """The weight's shape and quantization."""
+        inputs, outputs = self.codes.dims
+        if self.scales is None:
+            return Form(inputs, outputs, groups=1, bits=HALF_BITS, symmetric=True)
         bits, symmetric = CODE_TYPES[self.codes.dtype]
         groups = self.scales.dims[0] if len(self.scales.dims) == 2 else 1
-        inputs, outputs = self.codes.dims
         return Form(inputs, outputs, groups, bits, symmetric)
 
     def read(self, content: NDArray[np.uint8], ranges: list[tuple[int, int]]) -> Weight:
@@ -63,6 +73,9 @@ class Stored:
             found = [read(content, tensor, *outputs) for outputs in ranges]
             return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
+        if self.scales is None:
+            values = joined(_halves, self.codes)
+            return Weight(values, np.ones((1, values.shape[1]), np.float32), None, HALF_BITS)
         zero_points = None if self.zero_points is None else joined(_integers, self.zero_points)
         return Weight(joined(_integers, self.codes), joined(_floats, self.scales), zero_points, self.form.bits)
 
@@ -70,6 +83,11 @@ class Stored:
 def _floats(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
     """Columns `start` to `stop` of a float32 tensor [rows, columns], or of one row: [rows, stop - start]."""
     return np.array(_raw(content, tensor).view(np.float32).reshape(-1, tensor.dims[-1])[:, start:stop])
+
+
+def _halves(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float16]:
+    """Columns `start` to `stop` of a float16 tensor [rows, columns]."""
+    return _raw(content, tensor).view(np.float16).reshape(-1, tensor.dims[-1])[:, start:stop]
 
 
 def _integers(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> Integers:

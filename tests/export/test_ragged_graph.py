@@ -28,6 +28,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256, **HEADS}
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int8": ("llama", "int8", WIDE),
     "int4": ("llama", "int4", WIDE),
+    "fp16": ("llama", "fp16", WIDE),
     "a sliding window and a cap": ("gemma2", "int8", {}),
     "learned positions": ("gpt2", "int8", {}),
     "rotation beside attention": ("cohere", "int8", {}),
@@ -54,7 +55,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
     return load
 
 
-QUICK = ("int8",)
+QUICK = ("int8", "fp16")
 
 
 @pytest.mark.parametrize(

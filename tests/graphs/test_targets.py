@@ -94,8 +94,8 @@ def test_decode_by_blocks_is_there_where_decode_takes_int8_activations(prefill: 
     codes = rounded("w", np.ones((4, 64), np.float32), 8, None)
     rule = Rule(kinds=("linear",), bits=8, blocks=("channel",), prefill=prefill, decode=decode)
     quantized = Quantized(NOTHING.model, {"w": codes}, {"w": rule}, {}, "int8")
-    assert (DECODE_BLOCKS in TARGETS["cpu"].graphs(quantized)) is there
-    assert TARGETS["cuda"].graphs(quantized) == PHASES
+    assert (DECODE_BLOCKS in TARGETS["cpu"].graphs("int8", quantized)) is there
+    assert TARGETS["cuda"].graphs("int8", quantized) == PHASES
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,16 @@ def test_a_native_graph_is_there_where_a_product_is_by_codes_that_its_operator_t
     codes = rounded("w", matrix.T.copy(), bits, block)
     product = build("(float[n,64] x) => (float[n,4] y) { y = MatMul(x, w) }", w=matrix)
     quantized = Quantized(product, {"w": codes}, {"w": Rule(bits=bits)}, kv_scales, "int8")
-    assert (NATIVE in TARGETS["cpu"].graphs(quantized)) is there
-    assert NATIVE not in TARGETS["cuda"].graphs(quantized)
+    assert (NATIVE in TARGETS["cpu"].graphs("int8", quantized)) is there
+    assert NATIVE not in TARGETS["cuda"].graphs("int8", quantized)
     elsewhere = Quantized(NOTHING.model, {"w": codes}, {"w": Rule(bits=bits)}, {}, "int8")
-    assert NATIVE not in TARGETS["cpu"].graphs(elsewhere), "nothing multiplies by the weight"
+    assert NATIVE not in TARGETS["cpu"].graphs("int8", elsewhere), "nothing multiplies by the weight"
+
+
+def test_a_native_graph_is_there_where_weights_are_float16() -> None:
+    assert NATIVE in TARGETS["cpu"].graphs("fp16", None)
+    assert NATIVE not in TARGETS["cpu"].graphs("fp32", None)
+    assert NATIVE not in TARGETS["cuda"].graphs("fp16", None)
 
 
 def test_every_pass_is_used_by_some_target() -> None:

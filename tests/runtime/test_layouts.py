@@ -13,9 +13,10 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_native_bundle import placed
 
+from satchel.runtime.bundle import layouts
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.graph_specs import GraphSpec, Variant, VariantWeights
-from satchel.runtime.bundle.layouts import Form, file_name, parts
+from satchel.runtime.bundle.layouts import Form, file_name, pack, parts
 from satchel.runtime.errors import BundleError
 from satchel.runtime.optimize import derived
 from satchel.runtime.optimize.derived import make_weights
@@ -242,3 +243,15 @@ def test_stored_tensors_that_do_not_fit_each_other_are_refused(
         path.write_bytes(model.SerializeToString())
     with pytest.raises(BundleError, match="the weight w"):
         make_weights(weight.bundle, variant(Layout.PANELS), tmp_path / "panels.bin")
+
+
+def test_a_weight_in_float16_has_panels_of_halves_and_nothing_else() -> None:
+    form = Form(inputs=24, outputs=37, groups=1, bits=16, symmetric=True)
+    assert {ending: part.shape for ending, part in parts(Layout.PANELS, form).items()} == {".panels": (3, 24 * 32)}
+    values = np.random.default_rng(1).standard_normal((24, 37)).astype(np.float16)
+    made = pack(Layout.PANELS, layouts.Weight(values, np.ones((1, 37), np.float32), None, 16))[".panels"]
+    found = made.view(np.float16).reshape(3, 24, 16)
+    np.testing.assert_array_equal(found.transpose(1, 0, 2).reshape(24, 48)[:, :37], values)
+    for layout in (Layout.INT8, Layout.GROUPS):
+        with pytest.raises(ValueError, match="layout"):
+            parts(layout, form)

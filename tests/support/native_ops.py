@@ -44,7 +44,7 @@ def unpacked(panels: Array, outputs: int, inputs: int, bits: int, gated: bool = 
 
 
 def lanes(array: Array, outputs: int, gated: bool = False) -> Array:
-    """Scales or zero points [outputs, blocks] of [panels, blocks, 16]."""
+    """What panels have by output, such as scales, [outputs, n] of [panels, n, 16]."""
     return np.stack([array[panel, :, lane] for panel, lane in (place(o, outputs, gated) for o in range(outputs))])
 
 
@@ -79,7 +79,7 @@ class Linear(OpRun):
     op_domain: ClassVar[str] = "satchel"
 
     def _run(
-        self, x: Array, codes: Array, scales: Array, zero_points: Optional = None, bias: Optional = None,
+        self, x: Array, codes: Array, scales: Optional = None, zero_points: Optional = None, bias: Optional = None,
         residual: Optional = None, gain: Optional = None, offsets: Optional = None, **options: Any,
     ) -> tuple[Array]:  # fmt: skip
         inputs, outputs, bits, block = (options[name] for name in ("inputs", "outputs", "bits", "block"))
@@ -92,10 +92,18 @@ class Linear(OpRun):
             rows = rows if gain is None else rows * gain
         else:
             assert gain is None
-        rows = rounded_rows(mixed(rows, hadamard) if hadamard else rows, block)
-        points = MIDDLE[bits] if zero_points is None else lanes(zero_points, outputs, bool(gate))[..., None]
-        whole = unpacked(codes, outputs, inputs, bits, bool(gate)).reshape(outputs, scales.shape[1], -1)
-        weight = (whole.astype(np.float64) - points) * lanes(scales, outputs, bool(gate))[..., None].astype(np.float64)
+        rows = mixed(rows, hadamard) if hadamard else rows
+        if bits == 16:
+            assert scales is None
+            by_panel = codes.view(np.float16).reshape(len(codes), inputs, 16).astype(np.float64)
+            weight = lanes(by_panel, outputs, bool(gate))
+        else:
+            assert scales is not None
+            rows = rounded_rows(rows, block)
+            points = MIDDLE[bits] if zero_points is None else lanes(zero_points, outputs, bool(gate))[..., None]
+            whole = unpacked(codes, outputs, inputs, bits, bool(gate)).reshape(outputs, scales.shape[1], -1)
+            steps = lanes(scales, outputs, bool(gate))[..., None].astype(np.float64)
+            weight = (whole.astype(np.float64) - points) * steps
         y = rows @ weight.reshape(outputs, inputs).T
         y = y if bias is None else y + bias
         if gate:
@@ -111,8 +119,14 @@ class Linear(OpRun):
 class TableLinear(OpRun):
     op_domain: ClassVar[str] = "satchel"
 
-    def _run(self, x: Array, codes: Array, scales: Array, inputs: int, outputs: int, block: int) -> tuple[Array]:
+    def _run(
+        self, x: Array, codes: Array, scales: Optional = None, *, inputs: int, outputs: int, block: int
+    ) -> tuple[Array]:
+        if not block:
+            assert (codes.dtype, codes.shape, scales) == (np.float16, (outputs, inputs), None)
+            return ((x.astype(np.float64) @ codes.T.astype(np.float64)).astype(np.float32),)
         assert codes.shape == (outputs, inputs // block, block)
+        assert scales is not None
         weight = ((codes.astype(np.float64) - 128) * scales[..., None]).reshape(outputs, inputs)
         y = rounded_rows(x.reshape(-1, inputs), block) @ weight.T
         return (y.reshape(*x.shape[:-1], outputs).astype(np.float32),)

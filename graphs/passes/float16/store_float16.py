@@ -6,8 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.contract import PassError, Report, graph_pass
-from satchel.graphs.ir.values import Builder, replace, weight
+from satchel.graphs.ir.values import INTERNAL, Builder, replace, weight
 from satchel.graphs.ir.weights import LazyWeight, mapped
+
+TABLE = 1
+"""The input of satchel::TableLinear."""
 
 
 @graph_pass
@@ -15,8 +18,10 @@ def store_float16(model: ir.Model, report: Report) -> None:
     """Store each float32 weight as float16, with a Cast to float32 in front of its readers; what is looked up is cast
     after the look-up.
 
-    before: W float32 -> MatMul              ids -> Gather(E float32) -> x
-    after:  W float16 -> Cast -> MatMul      ids -> Gather(E float16) -> Cast -> x
+    satchel's own operator reads a table as it is.
+
+    before: W float32 -> MatMul          ids -> Gather(E float32) -> x          x -> satchel::TableLinear(E float32)
+    after:  W float16 -> Cast -> MatMul  ids -> Gather(E float16) -> Cast -> x  x -> satchel::TableLinear(E float16)
     refuses when: the weight has no dimensions, or no checkpoint holds it, as a rotary table (silently). Writing
     fails if a value is beyond float16's largest, 65,504.
     """
@@ -29,11 +34,13 @@ def store_float16(model: ir.Model, report: Report) -> None:
 
 
 def store_half(model: ir.Model, value: ir.Value, lazy: LazyWeight) -> None:
-    """Store one weight as float16, with a Cast for its readers."""
+    """Store one weight as float16, with a Cast for its readers that do not take float16."""
     readers = [use.node for use in value.uses()]
     half = Builder(model).initializer(halved(lazy, "export with --precision fp32"))
     for node in readers:
-        if node.op_type == "Gather":
+        if (node.domain, node.op_type) == (INTERNAL, "TableLinear"):
+            node.replace_input_with(TABLE, half)
+        elif node.op_type == "Gather":
             node.replace_input_with(0, half)
             output = node.outputs[0]
             float32 = Builder(model, _first(model, output)).value(

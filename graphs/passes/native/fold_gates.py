@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx_ir as ir
 
 from satchel.graphs.analysis.linear import CODES, fusable, set_input, width
-from satchel.graphs.ir.contract import GraphPass, Refused, Report, graph_pass
+from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.values import Builder, attributes, constant, nodes, producer, rank, replace, weight
-from satchel.graphs.quant.quantized import QuantizedWeight
+from satchel.graphs.quant.quantized import SOURCE, Derivable
 from satchel.runtime.bundle.contract import Layout
-from satchel.runtime.bundle.layouts import values_ending
 
 GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 """How ONNX's Gelu names the two ways to compute it, and how the operator does."""
 
 
-def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
+@graph_pass
+def fold_gates(model: ir.Model, report: Report) -> None:
     """Let the linear layer of a gated layer multiply the two halves of its outputs, the first through the activation.
 
     Its panels alternate between the halves then, so that both numbers of a pair are there at the same time.
@@ -26,34 +24,25 @@ def fold_gates(weights: Mapping[str, QuantizedWeight]) -> GraphPass:
     after:  x -> satchel::Linear(gate) -> y
     refuses when: the Split is not into two halves along the last axis, something else reads it or its parts, or the
     activation is none of silu (x * Sigmoid(x)), Gelu and Relu of the first half.
-
-    Args:
-        weights: What is stored for a float weight, by the weight's name.
     """
-
-    def edit(model: ir.Model, report: Report) -> None:
-        for split in nodes(model, "Split"):
-            product = fusable(split.inputs[0])
-            codes = weight(product.inputs[CODES]) if product is not None else None
-            quantized = (
-                weights.get(codes.name.removesuffix(values_ending(Layout.PANELS))) if codes is not None else None
-            )
-            if product is None or quantized is None:
-                continue
-            found = _gated(split)
-            if found is None:
-                continue  # the three parts of an attention's linear layer, for example
-            with report.refusing(split):
-                _check(split, product)
-                gate = _activation(split, found)
-                for index, lazy in enumerate(quantized.derived(Layout.PANELS, gated=True)):
-                    set_input(product, CODES + index, Builder(model).shared(lazy))
-                product.attributes.add(ir.AttrString("gate", gate))
-                product.outputs[0].shape = found.outputs[0].shape
-                replace(found.outputs[0], product.outputs[0])
-                report.count += 1
-
-    return graph_pass(edit, fold_gates)
+    for split in nodes(model, "Split"):
+        product = fusable(split.inputs[0])
+        codes = weight(product.inputs[CODES]) if product is not None else None
+        source = codes.meta.get(SOURCE) if codes is not None else None
+        if product is None or not isinstance(source, Derivable):
+            continue
+        found = _gated(split)
+        if found is None:
+            continue  # the three parts of an attention's linear layer, for example
+        with report.refusing(split):
+            _check(split, product)
+            gate = _activation(split, found)
+            for index, lazy in enumerate(source.derived(Layout.PANELS, gated=True)):
+                set_input(product, CODES + index, Builder(model).shared(lazy))
+            product.attributes.add(ir.AttrString("gate", gate))
+            product.outputs[0].shape = found.outputs[0].shape
+            replace(found.outputs[0], product.outputs[0])
+            report.count += 1
 
 
 def _gated(split: ir.Node) -> ir.Node | None:

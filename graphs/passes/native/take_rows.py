@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.analysis.linear import ROW_OFFSETS as LINEAR_OFFSETS
-from satchel.graphs.analysis.linear import linears, set_input
+from satchel.graphs.analysis.linear import linears, rounded_by_row, set_input
 from satchel.graphs.ir.contract import Refused, Report, graph_pass
 from satchel.graphs.ir.inputs import POSITIONS, ROTARY_ROWS, graph_input
 from satchel.graphs.ir.values import INTERNAL, Builder, nodes, producer, replace
@@ -103,7 +103,7 @@ def _rewrite(model: ir.Model, last: ir.Node, positions: list[ir.Node]) -> None:
     replace(use.node.outputs[0], taken)
     behind = _behind(taken)
     for node in linears(model):
-        if node not in behind and not node.attributes.get_int("block", 0):
+        if node not in behind and rounded_by_row(node):
             set_input(node, LINEAR_OFFSETS, offsets)
 
 

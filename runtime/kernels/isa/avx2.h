@@ -2,9 +2,9 @@
 #include <immintrin.h>
 
 #ifdef SATCHEL_ISA_AVXVNNI
-TARGET("avx2,fma,avxvnni")
+TARGET("avx2,fma,f16c,avxvnni")
 #else
-TARGET("avx2,fma")
+TARGET("avx2,fma,f16c")
 #endif
 
 enum { PARTS = 2 };
@@ -29,6 +29,7 @@ INLINE PartF part_load_some(const float *x, int64_t left) { return _mm256_masklo
 INLINE void part_store_some(float *x, int64_t left, PartF v) { _mm256_maskstore_ps(x, lanes(left), v); }
 INLINE PartI part_load_signed(const int8_t *x) { return (PartI)_mm256_cvtepi8_epi32(_mm_loadu_si64(x)); }
 INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI)_mm256_cvtepu8_epi32(_mm_loadu_si64(x)); }
+INLINE PartF part_load_halves(const uint16_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
 
 INLINE void part_store_bytes(int8_t *x, PartI v)
 {

@@ -24,6 +24,7 @@ INLINE PartF part_load_some(const float *x, int64_t left) { return _mm512_maskz_
 INLINE void part_store_some(float *x, int64_t left, PartF v) { _mm512_mask_storeu_ps(x, lanes(left), v); }
 INLINE PartI part_load_signed(const int8_t *x) { return (PartI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)); }
+INLINE PartF part_load_halves(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
 INLINE void part_store_bytes(int8_t *x, PartI v) { _mm_storeu_si128((__m128i *)x, _mm512_cvtepi32_epi8((__m512i)v)); }
 INLINE int32_t part_sum_ints(PartI v) { return _mm512_reduce_add_epi32((__m512i)v); }
 INLINE float part_sum(PartF v) { return _mm512_reduce_add_ps(v); }

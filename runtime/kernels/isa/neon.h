@@ -52,6 +52,8 @@ INLINE PartI part_load_unsigned(const uint8_t *x)
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
 }
 
+INLINE PartF part_load_halves(const uint16_t *x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+
 INLINE void part_store_bytes(int8_t *x, PartI v)
 {
     int16x4_t words = vmovn_s32(v);

@@ -37,6 +37,26 @@ INLINE void part_store_some(float *x, int64_t left, PartF v)
 INLINE PartI part_load_signed(const int8_t *x) { return (PartI){x[0], x[1], x[2], x[3]}; }
 INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI){x[0], x[1], x[2], x[3]}; }
 
+/* The exponent and the fraction are shifted to their places, and the exponent's bias is raised by a product, which is right
+ * for subnormal numbers too. */
+INLINE PartF part_load_halves(const uint16_t *x)
+{
+    PartF r;
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        const uint32_t size = x[j] & 0x7fffu;
+        uint32_t bits = size << 13;
+        float number;
+        memcpy(&number, &bits, sizeof number);
+        number *= 0x1p112f;
+        memcpy(&bits, &number, sizeof bits);
+        bits |= (x[j] & 0x8000u) << 16 | (size >= 0x7c00 ? 0x7f800000 : 0); /* infinity, or no number */
+        memcpy(&number, &bits, sizeof number);
+        r[j] = number;
+    }
+    return r;
+}
+
 INLINE void part_store_bytes(int8_t *x, PartI v)
 {
     for (int j = 0; j < 4; j++)

@@ -85,6 +85,8 @@ static const char *linear_run(const LinearParams *params, const LinearCall *call
     const size_t part_bytes = (size_t)(kinds + most / MULTIPLIED_ROWS + 1) * sizeof(Part);
     const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), activation_bytes = (size_t)(most * stride);
     const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), scale_bytes = (size_t)(most * scales) * 4;
+    if (params->bits == 16)
+        return linear_float_run(params, call, parallel);
     if (call->rows == 0)
         return NULL;
     uint8_t *memory

@@ -39,7 +39,7 @@ INLINE void add_table_products(const int rows, const int outputs, const bool who
 {
     const int64_t inputs = work->params->row.inputs, block = work->params->row.block, blocks = inputs / block;
     const int64_t stride = row_bytes(&work->params->row), at = row * stride + first;
-    const uint8_t *weights = work->call->weights + output * inputs + first;
+    const uint8_t *weights = (const uint8_t *)work->call->weights + output * inputs + first;
     const float *scales = work->call->scales + output * blocks + first / block;
     F16 scale[TABLE_TILE];
     uint8_t some[TABLE_TILE][BYTES] = {0};
@@ -128,10 +128,14 @@ static void spread(const RowParams *params, const int8_t *weights, const float *
 
 static const char *table_run(const TableParams *params, const TableCall *call, const Parallel *parallel)
 {
-    const int64_t inputs = params->row.inputs, blocks = inputs / params->row.block, rows = call->rows;
-    const int64_t stride = row_bytes(&params->row);
+    const int64_t inputs = params->row.inputs, rows = call->rows, stride = row_bytes(&params->row);
     if (rows == 0)
         return NULL;
+    if (params->row.block == 0) {
+        half_table_run(params, call, parallel);
+        return NULL;
+    }
+    const int64_t blocks = inputs / params->row.block;
     /* quantized values, scales and offsets of each row; then scratch, scales and sums of one row */
     const size_t each = (size_t)stride, quantized_bytes = (size_t)rows * each, lane_bytes = quantized_bytes;
     uint8_t *memory = thread_scratch(OF_RUN, quantized_bytes + 2 * lane_bytes + each * 4 + (size_t)blocks * 8);

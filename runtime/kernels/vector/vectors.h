@@ -190,6 +190,14 @@ INLINE I16 load_unsigned(const uint8_t *x)
     return r;
 }
 
+/* 16 numbers of half precision, exactly. */
+INLINE F16 load_halves(const uint16_t *x)
+{
+    F16 r;
+    EACH_PART r.part[i] = part_load_halves(x + i * PART_LANES);
+    return r;
+}
+
 /* Integers within -128 and 127 to bytes, the first `left` of them. */
 INLINE void store_bytes(int8_t *x, I16 v, int64_t left)
 {
