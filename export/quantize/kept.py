@@ -16,9 +16,9 @@ from satchel.graphs.quant.rounding import Grid
 
 def save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name into an .npz file, which appears when it is whole."""
-    part = path.with_suffix(".part")
+    part, named = path.with_suffix(".part"), {f"_{name}": array for name, array in arrays.items()}
     with part.open("wb") as file:
-        np.savez(file, **{f"_{name}": array for name, array in arrays.items()})
+        np.savez(file, allow_pickle=False, **named)
     part.replace(path)
 
 

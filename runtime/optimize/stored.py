@@ -44,17 +44,16 @@ class Stored:
             if half.dtype != FLOAT16.onnx or len(half.dims) != 2 or min(half.dims) < 1:
                 raise ValueError(f"values of type {half.dtype} and shape {half.dims}")
             return cls(half, None, None)
-        found = cls(tensors[name + CODES], tensors[name + SCALES], tensors.get(name + ZERO_POINTS))
-        codes, scales, zero_points = found.codes, found.scales, found.zero_points
+        codes, scales, zero_points = tensors[name + CODES], tensors[name + SCALES], tensors.get(name + ZERO_POINTS)
         if len(codes.dims) != 2 or min(codes.dims) < 1 or codes.dtype not in CODE_TYPES:
             raise ValueError(f"values of type {codes.dtype} and shape {codes.dims}")
-        if scales is None or scales.dtype != FLOAT32.onnx or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
+        if scales.dtype != FLOAT32.onnx or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
             raise ValueError(f"scales of type {scales.dtype} and shape {scales.dims}")
         if zero_points is not None and (zero_points.dtype, zero_points.dims) != (codes.dtype, scales.dims):
             raise ValueError(f"zero points of type {zero_points.dtype} and shape {zero_points.dims}")
         if (zero_points is None) != CODE_TYPES[codes.dtype][1]:
             raise ValueError("unsigned values need zero points, and signed ones have none")
-        return found
+        return cls(codes, scales, zero_points)
 
     @property
     def form(self) -> Form:
