@@ -5,41 +5,60 @@
 
 #include "processor.h"
 
-extern const Instructions avx512_instructions, avx2_instructions, neon_instructions, plain_instructions;
+extern const Instructions avx512_instructions, avxvnni_instructions, avx2_instructions, neon_instructions, plain_instructions;
 
 const Instructions *instructions;
 
-/* Fastest first. */
+/* Fastest first. What a set does not have is taken from `rest`. */
 static const struct {
     const Instructions *instructions;
     bool (*is_there)(void);
+    const Instructions *rest;
 } SETS[] = {
 #if defined(__x86_64__)
-    {&avx512_instructions, has_avx512_vnni},
-    {&avx2_instructions, has_avx2},
-#elif defined(__aarch64__)
-    {&neon_instructions, has_dot_products},
+    {&avx512_instructions, has_avx512_vnni, NULL},
+#ifdef SATCHEL_AVX_VNNI
+    {&avxvnni_instructions, has_avx_vnni, &avx2_instructions},
 #endif
-    {&plain_instructions, NULL},
+    {&avx2_instructions, has_avx2, NULL},
+#elif defined(__aarch64__)
+    {&neon_instructions, has_dot_products, NULL},
+#endif
+    {&plain_instructions, NULL, NULL},
 };
+
+enum { COUNT = sizeof SETS / sizeof *SETS };
 
 const char *announced_instruction_set(size_t index)
 {
-    for (size_t i = 0; i < sizeof SETS / sizeof *SETS; i++)
+    for (size_t i = 0; i < COUNT; i++)
         if ((SETS[i].is_there == NULL || SETS[i].is_there()) && index-- == 0)
             return SETS[i].instructions->name;
     return NULL;
 }
 
+static const Instructions *whole(size_t set)
+{
+    static Instructions made[COUNT];
+    const Instructions *own = SETS[set].instructions;
+    if (SETS[set].rest == NULL)
+        return own;
+    made[set] = *SETS[set].rest;
+    made[set].name = own->name;
+    made[set].linear = own->linear;
+    made[set].table = own->table;
+    return &made[set];
+}
+
 const char *choose_instruction_set(const char *name)
 {
-    for (size_t i = 0; i < sizeof SETS / sizeof *SETS; i++) {
+    for (size_t i = 0; i < COUNT; i++) {
         const bool plain = SETS[i].is_there == NULL;
         if (name == NULL ? plain : strcmp(name, SETS[i].instructions->name) != 0)
             continue;
         if (!plain && !SETS[i].is_there())
             continue;
-        instructions = SETS[i].instructions;
+        instructions = whole(i);
         return instructions->name;
     }
     return NULL;

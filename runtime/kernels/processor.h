@@ -5,6 +5,9 @@
 #include <stdbool.h>
 
 #if defined(__x86_64__)
+#if defined(__clang__) || __GNUC__ >= 11
+#define SATCHEL_AVX_VNNI /* older compilers do not know it */
+#endif
 bool has_avx2(void);        /* with FMA */
 bool has_avx_vnni(void);    /* and AVX2 */
 bool has_avx512_vnni(void); /* and F, BW, DQ and VL */

@@ -1,0 +1,12 @@
+/* The kernels of one instruction set that multiply bytes, as all.h. */
+#include "../instruction_set.h"
+
+#include "rows.c"
+#include "linear_sums.c"
+#include "linear_tile.c"
+#include "linear_float.c"
+#include "linear.c"
+#include "table_float.c"
+#include "table.c"
+
+#define LINEAR_KERNELS .linear = linear_run, .table = table_run
