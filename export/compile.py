@@ -109,13 +109,14 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     recipe = kept_recipe(recipe_of(config), config, grids, to_round(checkpoint))
     if recipe is not None:
         recipe = fit_recipe(recipe, checkpoint)
+    with _named_errors(checkpoint.name, config.output):
+        texts = open_texts(checkpoint, config, recipe)
     left = check_resumes(checkpoint, config)
     if config.resume:
         stages.say("starting anew: no export to resume" if left is None else "resuming the export that was interrupted")
     _announce(checkpoint, config, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(checkpoint, config, left) as folder:
-        texts = open_texts(checkpoint, config, recipe)
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):

@@ -29,6 +29,9 @@ from satchel.runtime.ort.open_bundle import open_bundle
 TOLERANCES = {4: 1e-5, 8: 5e-4}
 """By bits, as a share of the largest logit. For 8 bits the kernel rounds its input to int8, in two parts."""
 
+ROUNDING = 2e-6
+"""Of logits that torch computed on another processor, whose sums have another order; as a share of the largest."""
+
 KL = 1e-4
 
 
@@ -46,9 +49,9 @@ def loaded(model: torch.nn.Module, source: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
-def test_layers_that_gptqmodel_and_autoawq_packed_are_read_to_the_last_bit(name: str) -> None:
-    model = loaded(wide_model(vocab_size=VOCABULARY), PLACE / name)
-    assert np.array_equal(logits(model, IDS), np.load(PLACE / name / "logits.npy"))
+def test_layers_that_gptqmodel_and_autoawq_packed_are_read_as_they_read_them(name: str) -> None:
+    model, expected = loaded(wide_model(vocab_size=VOCABULARY), PLACE / name), np.load(PLACE / name / "logits.npy")
+    assert np.abs(logits(model, IDS) - expected).max() <= ROUNDING * np.abs(expected).max()
 
 
 @pytest.mark.slow
