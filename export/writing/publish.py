@@ -79,6 +79,7 @@ def scratch_folder(
         folder.mkdir()
     else:
         left.rename(folder)
+        os.utime(folder)  # older than this process, it would count as left by another with its id
         _remove_abandoned(place / output.name)
     try:
         yield folder
