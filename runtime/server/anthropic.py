@@ -181,7 +181,7 @@ class _Work:
 
 
 def _whole(block: dict[str, Any], text: str) -> dict[str, Any] | None:
-    """A block with its text; None for a call that was cut off, or is no JSON: its input must be an object."""
+    """A block with its text; None for a call that is incomplete or not valid JSON: its input must be an object."""
     if block["type"] != "tool_use":
         return {**block, block["type"]: text}
     try:
