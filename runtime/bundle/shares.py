@@ -1,0 +1,124 @@
+"""How a model is divided among ranks: counts in proportion to shares, heads of attention, and layers of stages.
+
+`satchel shard` cuts bundles by these functions. They know numbers only, neither graphs nor weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class ShareError(ValueError):
+    """A model cannot be divided as asked. The message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention layer that one rank has: those of queries, and those of keys and values."""
+
+    queries: range
+    keys: range
+
+    @property
+    def group(self) -> int:
+        """How many of its query heads share a key head."""
+        return len(self.queries) // max(len(self.keys), 1)
+
+
+def counts(total: int, shares: Sequence[float]) -> list[int]:
+    """Divide `total` things in proportion to `shares` by largest remainders; earlier ranks get what is left over.
+
+    Where there are enough of them, every rank gets at least one.
+
+    Raises:
+        ShareError: There are no shares, or one is not above 0.
+    """
+    if not shares or min(shares) <= 0:
+        raise ShareError(f"shares {list(shares)}: give a number above 0 for each rank")
+    exact = [total * share / sum(shares) for share in shares]
+    found = [int(part + 1e-9) for part in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda rank: (found[rank] - exact[rank], rank))
+    for rank in by_remainder[: total - sum(found)]:
+        found[rank] += 1
+    while total >= len(found) and min(found) == 0:
+        found[found.index(max(found))] -= 1
+        found[found.index(0)] += 1
+    return found
+
+
+def spans(total: int, shares: Sequence[float], unit: int = 1) -> list[range]:
+    """Neighboring ranges that cover `total`, one for each rank in proportion to its share.
+
+    All begin at multiples of `unit`, so that a block of so many is never split. A rank may get none.
+
+    Raises:
+        ShareError: As `counts`; or `total` is not a multiple of `unit`.
+    """
+    if total % unit:
+        raise ShareError(f"{total} is not a multiple of {unit}, which must stay together")
+    ends = list(itertools.accumulate(counts(total // unit, shares), initial=0))
+    return [range(start * unit, end * unit) for start, end in itertools.pairwise(ends)]
+
+
+def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1) -> list[Heads]:
+    """The heads of each rank. `queries` is a multiple of `keys`: so many query heads share a key head.
+
+    Where there are at least as many key heads as ranks, they are divided, each with its query heads. Otherwise the
+    query heads of a key head are divided among several ranks, each of which has that key head.
+
+    Args:
+        queries: Query heads.
+        keys: Heads of keys and values.
+        shares: Of each rank.
+        unit: How many neighboring query heads must stay together, because a block of quantized weights covers them.
+
+    Raises:
+        ShareError: There are fewer query heads, in such units, than ranks; or `counts` raises it.
+    """
+    ranks, group = len(shares), queries // keys
+    if ranks > keys:
+        owners = spans(ranks, [1.0] * keys)
+        if group // unit < max(map(len, owners)):
+            found = f"{queries} heads with {keys} of keys" + (f", in units of {unit}" if unit > 1 else "")
+            raise ShareError(f"{found} cannot be divided among {ranks} ranks: choose {keys * (group // unit) or keys}")
+        found_heads = []
+        for key, members in enumerate(owners):
+            for part in spans(group, [shares[rank] for rank in members], unit):
+                found_heads.append(Heads(range(key * group + part.start, key * group + part.stop), range(key, key + 1)))
+        return found_heads
+    together = next(count for count in range(1, unit + 1) if count * group % unit == 0)
+    if keys % together or keys // together < ranks:
+        raise ShareError(
+            f"{keys} heads of keys, of which {together} must stay together, cannot be divided among {ranks} ranks: "
+            f"choose {keys // together or 1}"
+        )
+    return [Heads(range(part.start * group, part.stop * group), part) for part in spans(keys, shares, together)]
+
+
+def stages(sizes: Sequence[int], count: int) -> list[range]:
+    """Neighboring layers for each of `count` stages, so that the largest stage has as few bytes as possible.
+
+    `sizes` are the bytes of each layer.
+
+    Raises:
+        ShareError: There are fewer layers than stages, or no stage.
+    """
+    if not 1 <= count <= len(sizes):
+        raise ShareError(f"{len(sizes)} layers cannot be divided into {count} stages: choose 1 to {len(sizes)}")
+    starts = [0, *itertools.accumulate(sizes)]
+    best: list[list[int]] = [starts]  # best[k][n]: the smallest largest stage of the first n layers in k + 1 stages
+    cuts: list[list[int]] = []
+    for stage in range(1, count):
+        row, cut = [starts[-1]] * (len(sizes) + 1), [0] * (len(sizes) + 1)
+        for last in range(stage + 1, len(sizes) + 1):
+            row[last], cut[last] = min(
+                (max(best[-1][first], starts[last] - starts[first]), first) for first in range(stage, last)
+            )
+        best.append(row)
+        cuts.append(cut)
+    ends = [len(sizes)]
+    for cut in reversed(cuts):
+        ends.append(cut[ends[-1]])
+    return [range(start, end) for start, end in itertools.pairwise([0, *ends[::-1]])]
