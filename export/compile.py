@@ -116,7 +116,8 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         stages.say("starting anew: no export to resume" if left is None else "resuming the export that was interrupted")
     _announce(checkpoint, config, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
-    with _named_errors(checkpoint.name, config.output), fixed_threads(), scratch(checkpoint, config, left) as folder:
+    kept = scratch(checkpoint, config, left, stages.say)
+    with _named_errors(checkpoint.name, config.output), fixed_threads(), kept as folder:
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):

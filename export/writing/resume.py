@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,21 @@ def interrupted(output: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def scratch(checkpoint: Checkpoint, config: ExportConfig, left: Path | None) -> Iterator[Path]:
+def scratch(
+    checkpoint: Checkpoint, config: ExportConfig, left: Path | None, say: Callable[[str], None]
+) -> Iterator[Path]:
     """A folder for temporary files, empty but for what `left` has in `ROUNDING`; it is removed at the end.
 
-    What a resumable export has rounded stays in it after an interrupt.
+    What a resumable export has rounded stays in it after an interrupt, and `say` is told so.
     """
-    with scratch_folder(config.output, left, _has_rounded) as folder:
+
+    def keeps(folder: Path) -> bool:
+        kept = _has_rounded(folder)
+        if kept:
+            say("what is rounded is kept: the same command with --resume goes on from there")
+        return kept
+
+    with scratch_folder(config.output, left, keeps) as folder:
         for path in folder.iterdir():
             if path.name != ROUNDING:
                 shutil.rmtree(path)

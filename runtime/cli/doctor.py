@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from satchel.runtime.cli import provider_flags
-from satchel.runtime.errors import PromptError
+from satchel.runtime.errors import PromptError, SatchelWarning
 
 if TYPE_CHECKING:
     from satchel.runtime.tools.doctor import Finding
@@ -23,7 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Show what is installed, what this machine can do, whether satchel's kernels run on it, and for a bundle "
         "whether it is specialized for this machine. With --report it also runs the bundle: placement of all nodes, "
         "the prompts of the certificate, and the speed of both phases at three lengths and with a batch. Exits with 1 "
-        "if something is broken."
+        "if something is broken, and with 2 if the bundle cannot be tried at all: it does not open, or the provider is "
+        "not here or not for its target."
     )
     parser.epilog = "example:\n  satchel doctor out/smollm2-int8 --report laptop.json"
     parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="made by satchel export or satchel pack")
@@ -58,12 +60,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
-    """All findings. Raises PromptError and ProviderError for options that are wrong, before the first of them."""
+    """All findings. Raises SatchelError before the first of them where what is asked for cannot be done here."""
     from satchel.runtime.bundle.atomic_write import check_target
-    from satchel.runtime.tools.doctor import examine
+    from satchel.runtime.tools.doctor import check_provider, examine
 
     choice = provider_flags.choice_of(args)
     if args.report is None:
+        check_provider(choice, args.bundle)
         yield from examine(args.bundle)
         return
     if args.bundle is None:
@@ -73,12 +76,15 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from satchel.runtime.evaluation.trial import try_bundle
     from satchel.runtime.ort.open_bundle import open_bundle
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SatchelWarning)  # a finding says it
+        bundle = open_bundle(args.bundle, progress=not args.quiet)
+    check_provider(choice, args.bundle)
     works = True
     for finding in examine(args.bundle):
         works = works and finding.works
         yield finding
     if works:
-        bundle = open_bundle(args.bundle, progress=not args.quiet)
         yield from try_bundle(bundle, choice, args.threads)
 
 

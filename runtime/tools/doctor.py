@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -12,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satchel.runtime.errors import SatchelError, SatchelWarning
+from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
+from satchel.runtime.ort.providers import check_installed, check_target
 from satchel.runtime.util import cpu, kl, requirements
 from satchel.runtime.util.memory import system_memory
 from satchel.runtime.util.sizes import decimal
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from satchel.runtime.bundle.certificate import Certificate
     from satchel.runtime.bundle.manifest import Manifest
     from satchel.runtime.bundle.reader import Bundle
+    from satchel.runtime.ort.providers import ProviderChoice
 
 TESTED_ONNXRUNTIME = ("1.30.0", "1.32.0")
 """The oldest and the newest ONNX Runtime that satchel was tested with."""
@@ -55,6 +58,20 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
     yield _cache()
     if bundle is not None:
         yield from _bundle(bundle)
+
+
+def check_provider(choice: ProviderChoice, bundle: str | None = None) -> None:
+    """Raise ProviderError if a provider is not installed, or does not run this bundle. One that does not open is a
+    finding, and so is an ONNX Runtime that does not load.
+    """
+    from satchel.runtime.bundle.reader import read_bundle
+
+    if bundle is not None:
+        with contextlib.suppress(BundleError):
+            check_target(choice, read_bundle(bundle).manifest.target)
+    found = _onnxruntime()
+    if found.facts["providers"]:
+        check_installed(choice, found.facts["providers"])
 
 
 def phases(bundle: Bundle) -> dict[str, str]:

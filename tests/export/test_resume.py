@@ -82,7 +82,7 @@ def interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(steps, name, interrupts(name, after, calls))
         with pytest.raises(KeyboardInterrupt):
-            export_bundle(checkpoint, config)
+            export_bundle(checkpoint, config, progress=True)
     return calls
 
 
@@ -161,12 +161,14 @@ def test_what_cannot_be_resumed_is_refused(checkpoint: Path, tmp_path: Path, sat
 
 
 def test_a_quick_export_leaves_nothing_unless_it_may_be_resumed(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ExportConfig(tmp_path / "bundle", precision="int8", certificate=False)
     interrupted(checkpoint, config, monkeypatch)
     assert list(tmp_path.iterdir()) == []
+    assert "--resume" not in capsys.readouterr().err
     interrupted(checkpoint, dataclasses.replace(config, resume=True), monkeypatch)
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
     of_a_dead_process(tmp_path)
     export_bundle(checkpoint, config)  # without it, an export starts anew and removes what is left
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

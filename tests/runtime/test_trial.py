@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from support.command import Satchel
+from support.tiny_cuda_bundle import write_cuda_bundle
 
 from satchel.runtime.bundle.reader import read_bundle
+from satchel.runtime.errors import ProviderError
 from satchel.runtime.evaluation import trial
 
 
@@ -50,12 +52,19 @@ def test_a_bench_report_has_figures_machine_and_versions(satchel: Satchel, tiny:
     assert written["machine"]["processor"]["features"]
 
 
-def test_what_fails_is_named_in_the_report(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:
-    """A bundle for the CPU does not open on another provider; nothing after that is tried."""
-    satchel("doctor", tiny, "--provider", "cuda", "--report", tmp_path / "found.json", code=1)
+def test_what_fails_is_named_in_the_report(
+    satchel: Satchel, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing after a failure is tried."""
+
+    def fails(*_: object) -> None:
+        raise ProviderError("the device has no memory")
+
+    monkeypatch.setattr(trial.Engine, "open", fails)
+    satchel("doctor", tiny, "--report", tmp_path / "found.json", code=1)
     found = json.loads((tmp_path / "found.json").read_text())
     assert not found["works"] and not found["placement"]["works"]
-    assert "cuda" in found["placement"]["error"]
+    assert "no memory" in found["placement"]["error"]
     assert "accuracy" not in found
 
 
@@ -67,10 +76,30 @@ def test_a_figure_outside_the_margins_is_told(
     assert json.loads((tmp_path / "found.json").read_text())["accuracy"]["mismatches"] == ["prompt 1: another token"]
 
 
-@pytest.mark.parametrize("args", [["--report", "{}/found.json"], ["{tiny}", "--report", "{}/no/such/found.json"]])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--report", "{}/found.json"], "bundle"),
+        (["{tiny}", "--report", "{}/no/such/found.json"], "no/such"),
+        (["{tiny}", "--provider", "cuda", "--report", "{}/found.json"], "--target cuda"),
+        (["{tiny}", "--provider", "cuda"], "--target cuda"),
+        (["{cuda}", "--provider", "cuda", "--report", "{}/found.json"], "onnxruntime-gpu"),
+        (["{cuda}", "--provider", "cuda"], "onnxruntime-gpu"),
+        (["--provider", "cann"], "onnxruntime-cann"),
+        (["{}/nowhere", "--report", "{}/found.json"], "nowhere"),
+        (["{broken}", "--report", "{}/found.json"], "weights"),
+    ],
+)
 def test_wrong_requests_are_refused_before_any_work(
-    satchel: Satchel, tiny: Path, tmp_path: Path, args: list[str]
+    satchel: Satchel, tiny: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, args: list[str], said: str
 ) -> None:
-    given = [each.replace("{tiny}", str(tiny)).replace("{}", str(tmp_path)) for each in args]
-    satchel("doctor", *given, code=2)
+    places = {"{tiny}": tiny, "{}": tmp_path}
+    if "{cuda}" in args:
+        places["{cuda}"] = write_cuda_bundle(tmp_path_factory.mktemp("cuda") / "bundle")
+    if "{broken}" in args:
+        places["{broken}"] = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("broken") / "bundle"))
+        next(places["{broken}"].glob("weights*")).write_bytes(b"")
+    for name, place in places.items():
+        args = [each.replace(name, str(place)) for each in args]
+    assert said in satchel.refuses("doctor", *args)
     assert list(tmp_path.iterdir()) == []
