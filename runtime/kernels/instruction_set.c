@@ -5,7 +5,8 @@
 
 #include "processor.h"
 
-extern const Instructions avx512_instructions, avxvnni_instructions, avx2_instructions, neon_instructions, plain_instructions;
+extern const Instructions amx_instructions, avx512_instructions, avxvnni_instructions, avx2_instructions;
+extern const Instructions i8mm_instructions, neon_instructions, plain_instructions;
 
 const Instructions *instructions;
 
@@ -16,12 +17,16 @@ static const struct {
     const Instructions *rest;
 } SETS[] = {
 #if defined(__x86_64__)
+#ifdef SATCHEL_AMX
+    {&amx_instructions, has_amx_int8, &avx512_instructions},
+#endif
     {&avx512_instructions, has_avx512_vnni, NULL},
 #ifdef SATCHEL_AVX_VNNI
     {&avxvnni_instructions, has_avx_vnni, &avx2_instructions},
 #endif
     {&avx2_instructions, has_avx2, NULL},
 #elif defined(__aarch64__)
+    {&i8mm_instructions, has_i8mm, &neon_instructions},
     {&neon_instructions, has_dot_products, NULL},
 #endif
     {&plain_instructions, NULL, NULL},

@@ -51,18 +51,15 @@ bool has_avx512_vnni(void)
         && bit(seven.c, 11);
 }
 
+#ifdef SATCHEL_AMX
 bool has_amx_int8(void)
 {
-    const Leaf seven = leaf(7, 0);
-    if (!has_avx512_vnni() || !saves(SAVES_TILES) || !bit(seven.d, 24) || !bit(seven.d, 25))
-        return false;
-#ifdef __linux__
     enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-    return true;
-#endif
+    const Leaf seven = leaf(7, 0);
+    return has_avx512_vnni() && saves(SAVES_TILES) && bit(seven.d, 24) && bit(seven.d, 25)
+        && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; /* of the process: asked again, it is granted again */
 }
+#endif
 
 #elif defined(__aarch64__)
 #if defined(__linux__)
@@ -88,9 +85,9 @@ bool has_i8mm(void) { return has_dot_products() && has("hw.optional.arm.FEAT_I8M
 #elif defined(_WIN32)
 #include <windows.h>
 
-enum { DOT_PRODUCTS = 43 }; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE */
+enum { DOT_PRODUCTS = 43, I8MM = 66 }; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE */
 
 bool has_dot_products(void) { return IsProcessorFeaturePresent(DOT_PRODUCTS); }
-bool has_i8mm(void) { return false; } /* Windows 10 and 11 do not say */
+bool has_i8mm(void) { return has_dot_products() && IsProcessorFeaturePresent(I8MM); } /* older Windows: false */
 #endif
 #endif

@@ -7,6 +7,9 @@
 #if defined(__x86_64__)
 #if defined(__clang__) || __GNUC__ >= 11
 #define SATCHEL_AVX_VNNI /* older compilers do not know it */
+#ifdef __linux__
+#define SATCHEL_AMX /* others do not let programs use it, or want to be asked in another way */
+#endif
 #endif
 bool has_avx2(void);        /* with FMA */
 bool has_avx_vnni(void);    /* and AVX2 */

@@ -1,4 +1,4 @@
-"""AVX-VNNI, which this processor may lack: with AVX2's instructions in its place, it gives the bits of all sets."""
+"""AVX-VNNI and AMX, which this processor may lack: with others in their place, they give the bits of all sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.kernels import Product, needs_kernels
+from support.kernels import Product, needs_kernels, operator_session
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("gcc") or shutil.which("clang")
@@ -36,50 +36,101 @@ PRODUCTS = [
     Product(128, 50, bits=4, block=64, optional="b"),
     Product(96, 2 * 50, bits=4, block=16, gate="silu", hadamard=32, optional="zr"),
     Product(192, 33, bits=4, block=8, epsilon=1e-5, optional="zg"),
+    Product(144, 2 * 16, block=72, gate="silu"),
+    Product(192, 48, bits=4, block=96, optional="zbr"),
+    Product(256, 96, bits=4, block=256, hadamard=64),
+    Product(512, 16, bits=4, block=512, optional="z"),
+    Product(104, 70, block=104, optional="z"),
 ]
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+@pytest.fixture(scope="module", params=["AVXVNNI", "AMX"])
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """tests/support/emulated_sets.c, compiled without the optimizations that take minutes."""
     made = tmp_path_factory.mktemp("emulated") / "emulated.so"
     options = ["-O1", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]
+    options.append(f"-D{request.param}")
     sources = [f"-I{ROOT / 'runtime' / 'kernels'}", str(ROOT / "tests" / "support" / "emulated_sets.c")]
     subprocess.run([str(COMPILER), *options, *sources, "-o", made, "-lm", "-lpthread"], check=True)
     library = ctypes.CDLL(str(made))
-    library.run_linear.argtypes = [ctypes.c_int64 * 8, ctypes.c_float, ctypes.c_void_p * 8]
+    library.tiles = request.param == "AMX"
+    library.run_linear.argtypes = [ctypes.c_int64 * 9, ctypes.c_float, ctypes.c_void_p * 9]
     return library
 
 
 def run(library: ctypes.CDLL, product: Product, feeds: Mapping[str, NDArray[Any]], seed: int) -> NDArray[np.float32]:
-    """What the emulated set gives for `feeds` and the constants of a seed."""
+    """What the emulated set gives for `feeds`, with row offsets `o` if there are any, and the constants of a seed."""
     single, rows = feeds["x"].shape[-2] == 1, feeds["x"].size // product.inputs
     operands = {**product.constants(seed), **feeds}
     y = np.full((*feeds["x"].shape[:-1], product.width), np.nan, np.float32)
-    pointers = [operands[name].ctypes.data if name in operands else None for name in ("x", "codes", "scales", *"zbrg")]
-    gate = GATES.index(product.gate)
-    numbers = [product.inputs, product.block, product.hadamard, product.outputs, product.bits, gate, rows, single]
-    values = (ctypes.c_void_p * 8)(*pointers, y.ctypes.data)
-    assert library.run_linear((ctypes.c_int64 * 8)(*map(int, numbers)), product.epsilon, values) == 0
+    pointers = [operands[name].ctypes.data if name in operands else None for name in ("x", "codes", "scales", *"zbrgo")]
+    gate, sequences = GATES.index(product.gate), len(feeds["o"]) - 1 if "o" in feeds else 0
+    numbers = [
+        product.inputs,
+        product.block,
+        product.hadamard,
+        product.outputs,
+        product.bits,
+        gate,
+        rows,
+        single,
+        sequences,
+    ]
+    values = (ctypes.c_void_p * 9)(*pointers, y.ctypes.data)
+    assert library.run_linear((ctypes.c_int64 * 9)(*map(int, numbers)), product.epsilon, values) == 0
     return y
+
+
+def tile_products(library: ctypes.CDLL) -> int:
+    return ctypes.c_int64.in_dll(library, "tile_products").value
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 def test_it_gives_the_bits_of_the_sets_that_are_here(emulated: ctypes.CDLL, product: Product) -> None:
-    for rows, single in ((13, False), (101, False), (1, True), (5, True)):
+    for rows, single in ((7, False), (13, False), (40, False), (200, False), (1, True), (5, True), (29, True)):
         feeds = product.feeds(rows, seed=rows, single=single)
         wanted = product.session(0, feeds).run(None, feeds)[0]
         np.testing.assert_array_equal(run(emulated, product, feeds, 0), wanted)
 
 
+@pytest.mark.parametrize("product", [Product(96, 2 * 32, gate="silu"), Product(128, 48, bits=4, block=64)], ids=str)
+def test_sequences_of_one_and_of_several_tokens(emulated: ctypes.CDLL, product: Product) -> None:
+    offsets = np.cumsum([0, 40, *[1] * 11, 17, 1, 1, 210, 9], dtype=np.int32)
+    feeds = product.feeds(int(offsets[-1]), seed=1) | {"o": offsets}
+    names = [*product.names, *[""] * (7 - len(product.names)), "o"]
+    wanted = operator_session("Linear", product.attributes, names, feeds, product.constants(0)).run(None, feeds)[0]
+    np.testing.assert_array_equal(run(emulated, product, feeds, 0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("product", "rows", "wanted"),
+    [
+        (Product(130, 48), 48, 3 * 3 * 3),  # tiles of rows, of inputs, and of outputs
+        (Product(130, 48), 47, 3 * 3 * 3),
+        (Product(130, 48), 35, 2 * 3 * 3),
+        (Product(128, 32, bits=4, block=32), 16, 1 * 4 * 2),
+        (Product(128, 32, block=128), 8, 1 * 2 * 2),
+        (Product(144, 16, block=72), 16, 1 * 4 * 1),  # 36 inputs
+        (Product(128, 32, block=128), 7, 0),
+        (Product(128, 32, block=16), 16, 0),
+        (Product(512, 32, bits=4, block=512), 16, 0),
+    ],
+    ids=str,
+)
+def test_tiles_multiply_many_rows(emulated: ctypes.CDLL, product: Product, rows: int, wanted: int) -> None:
+    before = tile_products(emulated)
+    run(emulated, product, product.feeds(rows, seed=0), 0)
+    assert tile_products(emulated) - before == (wanted if emulated.tiles else 0)
+
+
 def test_the_largest_products_do_not_saturate(emulated: ctypes.CDLL) -> None:
     """255 * 127, 1,024 times, is what 16 bits would cut."""
     product = Product(1024, 16)
-    feeds = {"x": np.full((1, 7, 1024), 127, np.float32)}
+    feeds = {"x": np.full((1, 17, 1024), 127, np.float32)}
     constants = product.constants(0) | {"codes": np.full((1, 1024 * 16), 255, np.uint8)}
     operands = [feeds["x"], constants["codes"], constants["scales"]]
-    y = np.empty((1, 7, 16), np.float32)
-    values = (ctypes.c_void_p * 8)(*(each.ctypes.data for each in operands), None, None, None, None, y.ctypes.data)
-    assert emulated.run_linear((ctypes.c_int64 * 8)(1024, 0, 0, 16, 8, 0, 7, 0), 0.0, values) == 0
+    y = np.empty((1, 17, 16), np.float32)
+    values = (ctypes.c_void_p * 9)(*(each.ctypes.data for each in operands), *[None] * 5, y.ctypes.data)
+    assert emulated.run_linear((ctypes.c_int64 * 9)(1024, 0, 0, 16, 8, 0, 17, 0, 0), 0.0, values) == 0
     wanted = 1024 * 127.0 * 127 * constants["scales"].reshape(16).astype(np.float64)
     np.testing.assert_allclose(y, np.broadcast_to(wanted, y.shape), rtol=1e-6)

@@ -45,7 +45,6 @@ bool satchel_try_instruction_set(const char *name)
 }
 """
 FAKES = """
-#include <string.h>
 #include "trial.c"
 
 const Instructions *instructions;
@@ -71,11 +70,24 @@ static const char *write_wrong(const LinearParams *params, const LinearCall *cal
 
 static const char *stop(const LinearParams *params, const LinearCall *call, const Parallel *parallel) { return "no"; }
 
-static const Instructions SETS[] = {{"plain", write}, {"right", write}, {"wrong", write_wrong}, {"stops", stop}};
+/* Each thread's products are wrong in the end if another one multiplied meanwhile. */
+static const char *mix(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
+{
+    static volatile pthread_t running;
+    running = pthread_self();
+    for (volatile int i = 0; i < 100000; i++)
+        ;
+    write(params, call, parallel);
+    ((uint8_t *)call->y)[0] ^= running != pthread_self();
+    return NULL;
+}
+
+static const Instructions SETS[] = {
+    {"plain", write}, {"right", write}, {"wrong", write_wrong}, {"stops", stop}, {"mixes", mix}};
 
 const char *choose_instruction_set(const char *name)
 {
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         if (strcmp(name, SETS[i].name) == 0)
             return instructions = &SETS[i], name;
     return NULL;
@@ -185,13 +197,13 @@ def test_where_no_child_can_be_started_the_processor_is_believed(
 
 
 @needs_compiler
-def test_one_wrong_bit_of_one_case_is_found(tmp_path: Path) -> None:
+def test_one_wrong_bit_of_one_case_or_of_two_threads_is_found(tmp_path: Path) -> None:
     source, made = tmp_path / "fakes.c", tmp_path / "fakes.so"
     source.write_text(FAKES)
     kernels = Path(__file__).parents[2] / "runtime" / "kernels"
     subprocess.run([str(COMPILER), "-shared", "-fPIC", f"-I{kernels}", source, "-o", made], check=True)
-    found = {name: trial._run_child(made, name) for name in ("right", "wrong", "stops", "missing")}
-    assert found == {"right": trial.RIGHT} | dict.fromkeys(("wrong", "stops", "missing"), trial.WRONG)
+    found = {name: trial._run_child(made, name) for name in ("right", "wrong", "stops", "mixes", "missing")}
+    assert found == {"right": trial.RIGHT} | dict.fromkeys(("wrong", "stops", "mixes", "missing"), trial.WRONG)
 
 
 @needs_kernels

@@ -1,5 +1,10 @@
-/* Linear layers of an instruction set that this processor may lack, with its instruction replaced by those of AVX2. */
+/* Linear layers of an instruction set that this processor may lack, with its instruction replaced by those of AVX2; with
+ * AMX defined, those of AMX, whose tiles are C here. */
 #include <immintrin.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 /* Bytes without sign times bytes with sign, four to a sum. The largest product of pairs, 255 * 127 * 2, does not fit 16
  * bits, so the lowest bit of each weight is multiplied by itself. */
@@ -14,7 +19,87 @@ __attribute__((target("avx2"))) static inline __m256i dot(__m256i sum, __m256i w
 
 #define VPDPBUSD(sum, weights, activation) ((sum) = (PartI)dot((__m256i)(sum), (__m256i)(weights), (__m256i)(activation)))
 
+__attribute__((visibility("default"))) int64_t tile_products; /* so far */
+
+#ifdef AMX
+/* Tiles as Intel's manual describes them. What a processor would refuse, and shapes that were not released, end the
+ * program. */
+static _Thread_local struct {
+    bool configured;
+    struct {
+        int rows, bytes;
+        uint8_t row[16][64];
+    } tile[8];
+} amx;
+
+__attribute__((destructor)) static void released(void)
+{
+    if (amx.configured)
+        abort();
+}
+
+static void configure(const uint8_t *shapes)
+{
+    if (shapes[0] != 1 || amx.configured)
+        abort();
+    amx.configured = true;
+    for (int t = 0; t < 8; t++) {
+        amx.tile[t].rows = shapes[48 + t];
+        amx.tile[t].bytes = shapes[16 + 2 * t] + 256 * shapes[17 + 2 * t];
+        if (amx.tile[t].rows > 16 || amx.tile[t].bytes > 64 || amx.tile[t].bytes % 4)
+            abort();
+        memset(amx.tile[t].row, 0, sizeof amx.tile[t].row);
+    }
+}
+
+static void move(int t, uint8_t *memory, int64_t stride, bool load)
+{
+    if (!amx.configured || amx.tile[t].rows == 0)
+        abort();
+    if (load)
+        memset(amx.tile[t].row, 0, sizeof amx.tile[t].row);
+    for (int r = 0; r < amx.tile[t].rows; r++)
+        memcpy(load ? amx.tile[t].row[r] : memory + r * stride, load ? memory + r * stride : amx.tile[t].row[r],
+               (size_t)amx.tile[t].bytes);
+}
+
+static void multiply_tiles(int sum, int a, int b)
+{
+    tile_products++;
+    if (!amx.configured || amx.tile[a].rows != amx.tile[sum].rows || amx.tile[b].bytes != amx.tile[sum].bytes
+        || amx.tile[a].bytes != 4 * amx.tile[b].rows)
+        abort();
+    for (int m = 0; m < amx.tile[a].rows; m++)
+        for (int n = 0; n < amx.tile[b].bytes / 4; n++) {
+            uint32_t total;
+            memcpy(&total, amx.tile[sum].row[m] + 4 * n, 4);
+            for (int k = 0; k < amx.tile[b].rows; k++)
+                for (int i = 0; i < 4; i++)
+                    total += (uint32_t)((int8_t)amx.tile[a].row[m][4 * k + i] * amx.tile[b].row[k][4 * n + i]);
+            memcpy(amx.tile[sum].row[m] + 4 * n, &total, 4);
+        }
+}
+
+#define TILE_CONFIGURE(shapes) configure((const uint8_t *)(shapes))
+#define TILE_RELEASE() (amx.configured = false)
+#define TILE_ZERO(t) memset(amx.tile[t].row, 0, sizeof amx.tile[t].row)
+#define TILE_LOAD(t, from, stride) move(t, (uint8_t *)(from), stride, true)
+#define TILE_STORE(t, to, stride) move(t, (uint8_t *)(to), stride, false)
+#define TILE_DOT(sum, a, b) multiply_tiles(sum, a, b)
+
+#define SATCHEL_ISA_AVXVNNI
+#include "vector/vectors.h"
+
+#include "isa/products_avxvnni.h"
+#include "isa/tiles_amx.h"
+
+#include "vector/all_linear.h"
+
+static const Instructions emulated = {"amx", LINEAR_KERNELS};
+#else
 #include "isa/avxvnni.c"
+#define emulated avxvnni_instructions
+#endif
 #include "scratch.c"
 
 static void one_after_another(void *pool, size_t tasks, void (*task)(void *data, size_t index), void *data)
@@ -24,8 +109,9 @@ static void one_after_another(void *pool, size_t tasks, void (*task)(void *data,
         task(data, i);
 }
 
-/* 0 on success. Numbers are inputs, block, hadamard, outputs, bits, gate, rows, and whether rows are single tokens;
- * operands are x, weights, scales, zero points, bias, residual, norm weight and y, NULL where there is none. */
+/* 0 on success. Numbers are inputs, block, hadamard, outputs, bits, gate, rows, whether rows are single tokens, and
+ * sequences; operands are x, weights, scales, zero points, bias, residual, norm weight, row offsets and y, NULL where there
+ * is none. */
 __attribute__((visibility("default"))) int run_linear(const int64_t *numbers, float epsilon, void **operands)
 {
     const Parallel serial = {NULL, one_after_another};
@@ -42,6 +128,8 @@ __attribute__((visibility("default"))) int run_linear(const int64_t *numbers, fl
                              .bias = operands[4],
                              .residual = operands[5],
                              .norm_weight = operands[6],
-                             .y = operands[7]};
-    return avxvnni_instructions.linear(&params, &call, &serial) != NULL;
+                             .row_offsets = operands[7],
+                             .sequences = numbers[8],
+                             .y = operands[8]};
+    return emulated.linear(&params, &call, &serial) != NULL;
 }

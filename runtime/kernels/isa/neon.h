@@ -1,8 +1,12 @@
-/* Arm's vectors of 128 bits, with dot products: a vector is four registers. */
+/* Arm's vectors of 128 bits, with dot products and perhaps matrix products: a vector is four registers. */
 #include <arm_neon.h>
 
-#ifdef __clang__
+#if defined(__clang__) && defined(SATCHEL_ISA_I8MM)
+TARGET("dotprod,i8mm")
+#elif defined(__clang__)
 TARGET("dotprod")
+#elif defined(SATCHEL_ISA_I8MM)
+TARGET("+dotprod+i8mm")
 #else
 TARGET("+dotprod")
 #endif

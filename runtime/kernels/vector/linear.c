@@ -9,10 +9,7 @@
 #include "../linear.h"
 #include "../scratch.h"
 
-enum {
-    QUANTIZED_ROWS = 8,   /* rows of a task that quantizes activations */
-    MULTIPLIED_ROWS = 96, /* rows of a task that multiplies: they fit in the cache of a core */
-};
+enum { QUANTIZED_ROWS = 8 }; /* rows of a task that quantizes activations */
 
 static void multiply_panels(void *data, size_t index)
 {
@@ -22,6 +19,9 @@ static void multiply_panels(void *data, size_t index)
     const Part *part = work->parts + index / work->groups;
     int64_t panel = (int64_t)(index % work->groups) * work->width;
     const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
+#ifdef MATRIX_TILES
+    const bool tiles = configure_tiles(params, part);
+#endif
     Strip *const *strips = part->fine ? FINE : params->row.block == 0 ? CHANNEL : params->bits == 8 ? EIGHT : FOUR;
     for (; strips[0] != NULL && panel + 4 <= stop; panel += 4)
         strips[0](work, part, panel);
@@ -29,6 +29,10 @@ static void multiply_panels(void *data, size_t index)
         strips[1](work, part, panel);
     if (panel < stop)
         strips[2](work, part, panel);
+#ifdef MATRIX_TILES
+    if (tiles)
+        TILE_RELEASE();
+#endif
 }
 
 static void quantize_rows(void *data, size_t index)
@@ -83,7 +87,7 @@ static const char *linear_run(const LinearParams *params, const LinearCall *call
     const int64_t kinds = call->row_offsets == NULL ? 1 : call->sequences;
     const size_t tasks = (size_t)((call->rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS);
     const size_t part_bytes = (size_t)(kinds + most / MULTIPLIED_ROWS + 1) * sizeof(Part);
-    const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), activation_bytes = (size_t)(most * stride);
+    const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), activation_bytes = (size_t)((most + PLACES_BEYOND) * stride);
     const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), scale_bytes = (size_t)(most * scales) * 4;
     if (params->bits == 16)
         return linear_float_run(params, call, parallel);

@@ -41,6 +41,9 @@ INLINE PartI finished(const int bits, Sum sum)
 
 INLINE bool is_words(const int bits) { return WORDS && bits == 8; }
 
+/* What is subtracted from weights as they are read. */
+INLINE int32_t read_less(const int bits) { return bits == 4 || WORDS ? 0 : LESS; }
+
 /* What is known of a tile when it is compiled: `rows` rows times `width` panels, whose parts are computed a few at a
  * time. With `channel` there is one block; with `fine` the values of rows have 16 bits, and are words or two rows of bytes. */
 typedef struct {
@@ -103,6 +106,14 @@ INLINE void fetch_ahead(const LinearTile tile, const Operands *o, const uint8_t 
     FOR_4(what, __VA_ARGS__) what(4, __VA_ARGS__) what(5, __VA_ARGS__) what(6, __VA_ARGS__) what(7, __VA_ARGS__)
 #define FOR_6(what, ...) FOR_4(what, __VA_ARGS__) what(4, __VA_ARGS__) what(5, __VA_ARGS__)
 
+#define KEEP(c, r)                   \
+    if (r < tile.rows && c < columns) \
+        sums[r][c] = finished(tile.bits, SUM(r, c));
+
+/* Integer sums of a tile of many rows. */
+#ifdef ROW_PAIRS
+#include "linear_pairs.c"
+#else
 #define READ(c, _)                                                      \
     if (c < columns)                                  \
         w##c = low_column(tile.bits, COLUMN(c));      \
@@ -119,12 +130,9 @@ INLINE void fetch_ahead(const LinearTile tile, const Operands *o, const uint8_t 
         if (columns > 3)                                                 \
             ADD(r, 3, weights##3, activation);                           \
     }
-#define KEEP(c, r)                   \
-    if (r < tile.rows && c < columns) \
-        sums[r][c] = finished(tile.bits, SUM(r, c));
 #define KEEP_ROW(r, _) KEEP(0, r) KEEP(1, r) KEEP(2, r) KEEP(3, r)
 
-/* Integer sums of a tile of many rows. A step is of 8 inputs if weights have 4 bits. */
+/* A step is of 8 inputs if weights have 4 bits. */
 INLINE void sum_many(const LinearTile tile, const Operands *o, PartI (*sums)[MOST_COLUMNS])
 {
     const int parts = parts_at_once(tile), columns = parts * tile.width;
@@ -146,6 +154,7 @@ INLINE void sum_many(const LinearTile tile, const Operands *o, PartI (*sums)[MOS
     }
     FOR_6(KEEP_ROW, _)
 }
+#endif
 
 /* The same of one or two rows, column by column. Except with `channel` or words a step is of 8 inputs; a single row then
  * has two sums, so that steps do not wait for each other. */

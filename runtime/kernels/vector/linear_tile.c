@@ -4,6 +4,13 @@
 #include "gates.h"
 #include "../linear.h"
 
+/* Places of rows that a task multiplies: they fit in the cache of a core. */
+#ifdef MATRIX_TILES
+enum { MULTIPLIED_ROWS = 192, PLACES_BEYOND = 16 }; /* a tile may read more of them than there are */
+#else
+enum { MULTIPLIED_ROWS = 96, PLACES_BEYOND = 0 };
+#endif
+
 /* Rows that are multiplied together. A row of the call is in one place, or in two if its values have 16 bits (`fine`) or
  * are stored in as many: the words, or the upper bytes and then the lower ones. */
 typedef struct {
@@ -88,9 +95,41 @@ INLINE PartF of_halves(PartI high, PartI low)
     return part_fma(upper, 256.f - (PartF){0}, lower);
 }
 
-/* Products of a tile's rows and of parts from `part` on of its panels, the products from `first` on. Weights are unsigned: the zero point times the sum
- * of the activations is subtracted from each block's sum. Sums of a block are integers, and blocks are added in order, so
- * the result of a row does not depend on the tile. */
+/* The middle of codes, less what is subtracted from them as they are read. */
+INLINE int32_t middle_code(const int bits) { return (bits == 4 ? 8 : 128) - read_less(bits); }
+
+/* Zero points at place `at`, less the same; not read without them. */
+INLINE PartI zeros_at(const LinearWork *work, const int bits, const bool own_zeros, int64_t at)
+{
+    return own_zeros ? part_load_unsigned(work->call->zero_points + at) - read_less(bits) : (PartI){0};
+}
+
+INLINE PartF scales_at(const LinearWork *work, int64_t at)
+{
+    PartF scale;
+    memcpy(&scale, work->call->scales + at, sizeof scale);
+    return scale;
+}
+
+/* Adds a block to outputs of a row whose scales are at place `at`. Weights are unsigned: the zero point times the sum of the
+ * activations is subtracted from `sum`, or from `sum` and `lower` of a fine row. Sums of a block are integers, and blocks
+ * are added in order, so the result of a row does not depend on the tile. */
+INLINE PartF add_block(const LinearTile tile, const LinearWork *work, int64_t at, const bool own_zeros, PartI zeros,
+                       PartF scale, PartI sum, PartI lower, PartF total)
+{
+    const int32_t middle = middle_code(tile.bits), ones = work->sums[at];
+    PartF whole;
+    if (tile.fine)
+        whole = of_halves(sum - middle * ones, lower - middle * work->sums[at + 1]);
+    else if (own_zeros)
+        whole = __builtin_convertvector(sum - zeros * ones, PartF);
+    else
+        whole = __builtin_convertvector(sum - middle * ones, PartF);
+    const PartF both = scale * work->scales[at];
+    return tile.channel ? whole * both : part_fma(whole, both, total);
+}
+
+/* Products of a tile's rows and of parts from `part` on of its panels, the products from `first` on. */
 INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_t row, int64_t panel, int part, int first,
                            F16 (*product)[MOST_PANELS])
 {
@@ -101,7 +140,6 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
     const int64_t inputs = tile.channel ? (params->row.inputs + 3) / 4 * 4 : params->row.block;
     const int64_t stride = row_bytes(&params->row), each = places_of_output(tile);
     const int rows = outputs_of(tile);
-    const int32_t less = tile.bits == 4 || WORDS ? 0 : LESS, middle = (tile.bits == 4 ? 8 : 128) - less;
     const bool own_zeros = !tile.channel && call->zero_points != NULL;
     PartF total[MOST_ROWS][MOST_COLUMNS];
     UNROLL
@@ -123,24 +161,13 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
         UNROLL
         for (int c = 0; c < columns; c++) {
             const int64_t place = column_place(tile, panel, blocks, block, part, c);
-            PartF scale;
-            memcpy(&scale, call->scales + place, sizeof scale);
-            PartI zeros = {0};
-            if (own_zeros)
-                zeros = part_load_unsigned(call->zero_points + place) - less;
+            const PartF scale = scales_at(work, place);
+            const PartI zeros = zeros_at(work, tile.bits, own_zeros, place);
             UNROLL
             for (int r = 0; r < rows; r++) {
                 const int64_t at = (row + each * r) * blocks + block;
-                const int32_t ones = work->sums[at];
-                PartF whole;
-                if (tile.fine)
-                    whole = of_halves(sum[2 * r][c] - middle * ones, sum[2 * r + 1][c] - middle * work->sums[at + 1]);
-                else if (own_zeros)
-                    whole = __builtin_convertvector(sum[r][c] - zeros * ones, PartF);
-                else
-                    whole = __builtin_convertvector(sum[r][c] - middle * ones, PartF);
-                const PartF both = scale * work->scales[at];
-                total[r][c] = tile.channel ? whole * both : part_fma(whole, both, total[r][c]);
+                const PartI first_sum = tile.fine ? sum[2 * r][c] : sum[r][c], lower = tile.fine ? sum[2 * r + 1][c] : first_sum;
+                total[r][c] = add_block(tile, work, at, own_zeros, zeros, scale, first_sum, lower, total[r][c]);
             }
         }
     }
@@ -163,6 +190,10 @@ INLINE void linear_tile(const LinearTile tile, const LinearWork *work, int64_t r
     finish(tile, work, out, panel, product);
 }
 
+#ifdef MATRIX_TILES
+#include "linear_matrix.c"
+#endif
+
 /* The rows of a part times `width` panels, in tiles of a few sizes. */
 INLINE void strip(const int width, const int bits, const bool channel, const bool fine, const LinearWork *work,
                   const Part *part, int64_t panel)
@@ -171,6 +202,11 @@ INLINE void strip(const int width, const int bits, const bool channel, const boo
     LinearTile middle = tile, small = tile, smallest = tile;
     const int each = places_of_output(tile), step = places_of_row(tile);
     int64_t row = part->from, out = part->row;
+#ifdef MATRIX_TILES
+    const int64_t done = matrix_rows(tile, work, part, panel);
+    row += done;
+    out += done / each;
+#endif
     middle.rows = FEWER_ROWS;
     small.rows = fine && !WORDS ? 2 : SMALL_ROWS;
     smallest.rows = each / step;

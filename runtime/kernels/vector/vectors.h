@@ -37,7 +37,7 @@ enum { LANES = 16, BYTES = 64 };
 #include "../isa/avx512.h"
 #elif defined(SATCHEL_ISA_AVX2) || defined(SATCHEL_ISA_AVXVNNI)
 #include "../isa/avx2.h"
-#elif defined(SATCHEL_ISA_NEON)
+#elif defined(SATCHEL_ISA_NEON) || defined(SATCHEL_ISA_I8MM)
 #include "../isa/neon.h"
 #else
 #include "../isa/plain.h"
