@@ -18,9 +18,10 @@ RUNTIME = [
 """The packages of the runner from the bottom up: each imports only those before it."""
 BOUNDARIES = {
     "runtime.execution.experimental": "satchel.runtime.execution.engine",
+    "runtime.execution.ranks": "satchel.runtime.execution.engine",
     "runtime.ort.experimental": "satchel.runtime.ort.session",
 }
-"""The packages for devices, and the one module of the core that loads each, inside a function."""
+"""The packages for devices and for several ranks, and the one module of the core that loads each, inside a function."""
 MAX_ROOT_MODULES = 5
 
 

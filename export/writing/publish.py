@@ -15,8 +15,8 @@ from satchel.runtime.bundle.scratch import abandoned, sweep
 from satchel.runtime.util import interrupt
 
 
-def check_target(output: Path, force: bool) -> None:
-    """Check that a bundle may be written to `output`.
+def check_target(output: Path, force: bool, named: str = MANIFEST_NAME) -> None:
+    """Check that a bundle may be written to `output`; `named` is the file by which one to replace is known.
 
     Raises:
         ExportError: `output` exists without `force`, or is not a bundle, or its parent is not a folder.
@@ -26,14 +26,14 @@ def check_target(output: Path, force: bool) -> None:
         raise ExportError(f"{parent} is not a folder: choose another place for the bundle")
     if not output.exists():
         return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
+    if not output.is_dir() or (any(output.iterdir()) and not (output / named).is_file()):
         raise ExportError(f"{output} exists and is not a bundle: choose another place (--force only replaces bundles)")
     if not force:
         raise ExportError(f"{output} already exists: choose another place, or replace it with --force")
 
 
 @contextlib.contextmanager
-def staged(output: Path, force: bool) -> Iterator[Path]:
+def staged(output: Path, force: bool, named: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yield an empty folder that replaces `output` when the block succeeds, and is removed otherwise.
 
     If `output` is a symbolic link, its target is replaced.
@@ -49,7 +49,7 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
     try:
         yield stage
         old = output.parent / f".{output.name}.old-{os.getpid()}"
-        check_target(output, force)
+        check_target(output, force, named)
         if output.exists():
             output.rename(old)
         try:

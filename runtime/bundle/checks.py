@@ -30,6 +30,7 @@ from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.limits import LIMITS
 from satchel.runtime.bundle.names import leads_outside
 from satchel.runtime.bundle.plain_graphs import without_custom
+from satchel.runtime.bundle.ranks import check_rank
 from satchel.runtime.bundle.states import check_graph_states, check_states
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
@@ -108,6 +109,8 @@ def check_manifest(manifest: Manifest) -> None:
         check_values(manifest.certificate, model.vocab_size, model.max_context)
     if manifest.specialized:
         _check_specialized(manifest, manifest.specialized)
+    if manifest.rank is not None:
+        check_rank(manifest.rank)
 
 
 def _check_embeddings(manifest: Manifest, embeddings: Embeddings) -> None:

@@ -21,6 +21,7 @@ from satchel.runtime.bundle.digest import (
 )
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.graph_specs import Graphs, GraphSpec, PlainGraphs, StaticGraphs, TensorSpec, Variant
+from satchel.runtime.bundle.ranks import RankSpec
 from satchel.runtime.bundle.states import StateSpec
 
 MANIFEST_NAME = "manifest.json"
@@ -272,7 +273,7 @@ class Manifest:
     `certificate` is None for a bundle without one, and `specialized` for a bundle with portable graphs only.
     `states` are those of layers with a convolution or a recurrence, none in models that only attend.
     `adapters` are those that requests may choose; without any, as in the certificate, the graphs are the base model.
-    `embeddings` is None for a bundle that was not exported for them.
+    `embeddings` is None for a bundle that was not exported for them, `rank` for one that is a whole model.
     """
 
     producer: dict[str, str]
@@ -299,6 +300,7 @@ class Manifest:
     states: tuple[StateSpec, ...] = ()
     adapters: tuple[AdapterSpec, ...] = ()
     embeddings: Embeddings | None = None
+    rank: RankSpec | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

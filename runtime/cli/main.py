@@ -12,10 +12,12 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
+from satchel.runtime.cli import ranks
+from satchel.runtime.cli.guardian import guarded
 from satchel.runtime.errors import SatchelError, SatchelWarning
 from satchel.runtime.util import interrupt, requirements
 from satchel.runtime.util.terminal import printable
@@ -35,6 +37,7 @@ class Command:
 COMMANDS = {
     "export": Command("satchel.export.cli.export", "compile a checkpoint into a bundle", False),
     "sensitivity": Command("satchel.export.cli.sensitivity", "find the layers that need 8 bits", False),
+    "shard": Command("satchel.export.cli.shard", "cut a bundle for several devices that run it over MPI"),
     "check": Command("satchel.export.cli.check", "check operator coverage for an execution provider"),
     "run": Command("satchel.runtime.cli.run", "generate text from a prompt or a JSONL file"),
     "chat": Command("satchel.runtime.cli.chat", "chat with a model"),
@@ -143,7 +146,10 @@ def main(arguments: Sequence[str] | None = None, packed: str | None = None) -> i
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if args.quiet else "always", SatchelWarning)
             warnings.showwarning = _show_warning
-            code: int = importlib.import_module(COMMANDS[args.command].module).main(args)
+            command = COMMANDS[args.command]
+            run: Callable[[argparse.Namespace], int] = importlib.import_module(command.module).main
+            cut = command.opens and ranks.are_meant(args)
+            code = guarded(lambda: ranks.run(args, run)) if cut else run(args)
         sys.stdout.flush()
         return code
     except BaseException as error:

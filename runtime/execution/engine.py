@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +22,9 @@ from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.ort.providers import PROVIDERS, ProviderChoice
 from satchel.runtime.ort.session import SessionSettings
 from satchel.runtime.util.defaults import PROVIDER
+
+if TYPE_CHECKING:
+    from satchel.runtime.execution.ranks.world import World
 
 TokenIds = Sequence[int] | NDArray[np.int64]
 
@@ -262,7 +266,8 @@ def open_engine(bundle: Bundle, settings: SessionSettings) -> Engine:
     if bundle.manifest.static is None and not PROVIDERS[settings.provider.name].device_memory:
         from satchel.runtime.execution.cpu import CpuEngine
 
-        return CpuEngine(bundle, settings)
+        whole = bundle.manifest.rank is None or settings.alone
+        return CpuEngine(bundle, settings) if whole else _open_lead(bundle, settings)
     if bundle.manifest.states:
         raise ProviderError(
             f"this bundle has layers with convolution or recurrent states, which provider '{settings.provider.name}' "
@@ -271,6 +276,39 @@ def open_engine(bundle: Bundle, settings: SessionSettings) -> Engine:
     from satchel.runtime.execution.experimental.executor import open_experimental
 
     return open_experimental(bundle, settings)
+
+
+def join_ranks(path: Path) -> World:
+    """Find the other ranks of a run of bundles that `satchel shard` has written to `path`. Raises SatchelError."""
+    from satchel.runtime.execution.ranks.world import join
+
+    world = join(path)
+    _worlds[world.folder.resolve()] = world
+    return world
+
+
+def follow_rank(world: World, bundle: Bundle, settings: SessionSettings) -> None:
+    """Run the part of a model that this rank has until the first one ends the run. Raises as `open_engine`."""
+    from satchel.runtime.execution.ranks.follow import Follower
+
+    Follower(bundle, settings).run(world)
+
+
+_worlds: dict[Path, World] = {}
+"""The runs of several ranks that this process is part of, by the folder of its bundle."""
+
+
+def _open_lead(bundle: Bundle, settings: SessionSettings) -> Engine:
+    world, spec = _worlds.get(bundle.folder.resolve()), bundle.manifest.rank
+    if world is None or spec is None:
+        count = 0 if spec is None else spec.ranks
+        raise BundleError(
+            f"{bundle.folder}: is one of {count} ranks' parts of a model: give the folder that holds all, and start it "
+            f"with mpiexec -n {count} satchel run {bundle.folder.parent}"
+        )
+    from satchel.runtime.execution.ranks.lead import LeadEngine
+
+    return LeadEngine(bundle, settings, world)
 
 
 def _check_chunk(chunk: int | None) -> None:

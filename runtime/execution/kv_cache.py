@@ -126,6 +126,10 @@ class Cache(ABC):
         """Forget all positions but the first `length`, of a cache without states."""
         self._length, self._running = length, False
 
+    def set_length(self, length: int, long: bool) -> None:
+        """Count this many positions as in use, of a sequence that another process keeps the count of."""
+        self._length, self.long, self._running = length, long, False
+
     def clear(self, adapter: str | None = None) -> None:
         """Empty the cache: the next position to be written is the first, by this adapter, and states are zeros."""
         self._length, self._running, self.snapshots, self.long, self.adapter = 0, False, {}, False, adapter

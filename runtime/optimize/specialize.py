@@ -84,7 +84,7 @@ def specialize(
     own, forms = _own_variant(portable, kernels, layout), _forms(portable, layout)
     old = set() if bundle.manifest.specialized is None else set(bundle.manifest.specialized.files)
     with _scratch(bundle.folder) as scratch, contextlib.ExitStack() as placed:
-        maker = _Maker(portable, SessionSettings(threads=threads), scratch, placed, old, progress)
+        maker = _Maker(portable, SessionSettings(threads=threads, alone=True), scratch, placed, old, progress)
         chosen = _chosen(maker, own, forms, say, own_only=kernels == "satchel")
         progress("timing runs of several tokens")
         chosen = replace(chosen, runs_ahead=runs_ahead(replace(portable, specialized=chosen), maker.settings))

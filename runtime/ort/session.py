@@ -65,7 +65,7 @@ class SessionSettings:
     `threads` None means one per physical core that this process may use. `lean` keeps weights as they are stored and
     frees each result once it is read: memory does not grow with the model, but every run expands float16 weights again.
     `profile` makes each session write a profile of its runs on `Engine.end_profiling`, into a file whose path starts
-    with it.
+    with it. `alone` runs one rank's part of a model without the others, to measure it: its results are of no use.
     """
 
     provider: ProviderChoice = CPU
@@ -73,6 +73,7 @@ class SessionSettings:
     verbose: bool = False
     lean: bool = False
     profile: Path | None = None
+    alone: bool = False
 
 
 def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
@@ -240,7 +241,8 @@ def _session_options(bundle: Bundle, graph: str, settings: SessionSettings) -> o
     entries = _entries(bundle.manifest.graph(graph), settings)
     _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: {graph}")
     _register(options, bundle.custom_ops)
-    if any(each.name == graph and each.kernel_abi is not None for each in bundle.manifest.variants):
+    own = any(each.name == graph and each.kernel_abi is not None for each in bundle.manifest.variants)
+    if own or bundle.manifest.rank is not None:
         _register_own(options)
     return options
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 
-EXTRAS = ("export", "serve", "grammar", "plot", "sign")
+EXTRAS = ("export", "serve", "grammar", "plot", "sign", "mpi")
 """The user-facing extras of satchel, by their names in pyproject.toml."""
 
 _REQUIREMENT = re.compile(r"""([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;.*\bextra\s*==\s*["']([\w-]+)["'].*)?""")

@@ -1,0 +1,1 @@
+"""Cuts the graphs of a bundle into those of several ranks."""

@@ -1,0 +1,212 @@
+"""Finds linear layers in the graphs of a bundle, in each form in which these have them, and cuts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+import onnx_ir as ir
+
+from satchel.graphs.analysis.linear import BIAS, NORM_WEIGHT, RESIDUAL, has_input
+from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, producer
+from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.shard.slices import (
+    KEY,
+    NotCutError,
+    Ranges,
+    Slicer,
+    common_block,
+    cut_matrix,
+    is_derived,
+    matrix_size,
+    shifted,
+    width,
+)
+from satchel.runtime.bundle.contract import Layout
+from satchel.runtime.bundle.layouts import HALF_BITS, Form, parts
+
+GATED = ".gated_panels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A linear layer, with what rounds its input and scales its result.
+
+    Attributes:
+        y: Its result, [..., outputs].
+        x: Its input in float, [..., inputs].
+        inputs, outputs: Their widths; `outputs` of a gated layer is that of the result.
+        unit: How many neighboring inputs should stay together.
+        must: How many must.
+        nodes: Those between `x` and `y`.
+        columns: Keep some outputs. Raises NotCutError.
+        rows: Keep some inputs; returns what is to be added to the sum over all ranks. None where that is not possible.
+    """
+
+    y: ir.Value
+    x: ir.Value
+    inputs: int
+    outputs: int
+    unit: int
+    must: int
+    nodes: tuple[ir.Node, ...]
+    columns: Callable[[Slicer, Ranges], None]
+    rows: Callable[[Slicer, Ranges], list[ir.Value]] | None
+
+
+def product_of(y: ir.Value) -> Product | None:
+    """The linear layer whose result is `y`, or None."""
+    node = y.producer()
+    if node is None:
+        return None
+    if (node.domain, node.op_type) == (INTERNAL, "Linear"):
+        return _native(node)
+    if (node.domain, node.op_type) in ((INTERNAL, "TableLinear"), (MICROSOFT, "MatMulNBits")):
+        return _by_output(node)
+    if node.domain == "" and node.op_type == "Mul":
+        return _rounded_by_row(node) or _integer(node)
+    if node.domain == "" and node.op_type == "MatMul":
+        rescale = next((use.node for use in y.uses()), None)
+        if rescale is not None and _rounded_by_row(rescale) is not None:
+            return None
+        return _plain(y, node.inputs[0], node, (node,))
+    return None
+
+
+def _plain(y: ir.Value, x: ir.Value | None, matmul: ir.Node, nodes: tuple[ir.Node, ...], at: int = 1) -> Product | None:
+    size = matrix_size(matmul.inputs[at])
+    if size is None or x is None or x.const_value is not None:
+        return None
+    inputs, outputs, block = size
+
+    def columns(slicer: Slicer, ranges: Ranges) -> None:
+        cut_matrix(slicer, matmul, at, 1, ranges)
+
+    def rows(slicer: Slicer, ranges: Ranges) -> list[ir.Value]:
+        cut_matrix(slicer, matmul, at, 0, ranges)
+        return []
+
+    return Product(y, x, inputs, outputs, block, 1, nodes, columns, rows)
+
+
+def _rounded_by_row(node: ir.Node) -> Product | None:
+    """MatMul over x that is divided by its largest magnitude, rounded, and multiplied by that magnitude."""
+    matmul = producer(node.inputs[0], "MatMul") if node.op_type == "Mul" and node.domain == "" else None
+    widened = producer(matmul.inputs[0], "DequantizeLinear") if matmul is not None else None
+    rounded = producer(widened.inputs[0], "QuantizeLinear") if widened is not None else None
+    divided = producer(rounded.inputs[0], "Div") if rounded is not None else None
+    if (
+        matmul is None
+        or widened is None
+        or rounded is None
+        or divided is None
+        or divided.inputs[1] is not node.inputs[1]
+    ):
+        return None
+    largest = producer(divided.inputs[1], "Max")
+    if largest is None:
+        return None
+    made = [n for v in largest.inputs if v is not None and (n := v.producer()) is not None]
+    made += [
+        n for each in made for v in each.inputs if v is not None and (n := v.producer()) and n.op_type == "ReduceMin"
+    ]
+    return _plain(node.outputs[0], divided.inputs[0], matmul, (node, matmul, widened, rounded, divided, largest, *made))
+
+
+def _integer(node: ir.Node) -> Product | None:
+    """MatMulInteger over x that is rounded with one scale for all of it."""
+    cast, scale = producer(node.inputs[0], "Cast"), producer(node.inputs[1], "Mul")
+    matmul = producer(cast.inputs[0], "MatMulInteger") if cast is not None else None
+    rounded = producer(matmul.inputs[0], "DynamicQuantizeLinear") if matmul is not None else None
+    if cast is None or scale is None or matmul is None or rounded is None or scale.inputs[0] is not rounded.outputs[1]:
+        return None
+    found = _plain(node.outputs[0], rounded.inputs[0], matmul, (node, cast, scale, matmul, rounded))
+    if found is None:
+        return None
+
+    def columns(slicer: Slicer, ranges: Ranges) -> None:
+        cut_matrix(slicer, matmul, 1, 1, ranges)
+        slicer.use(scale, 1, -1, ranges)
+        if len(matmul.inputs) > 3:
+            slicer.use(matmul, 3, -1, ranges)
+
+    return dataclasses.replace(found, columns=columns)
+
+
+def _native(node: ir.Node) -> Product | None:
+    x, panels = node.inputs[:2]
+    if x is None or panels is None or not is_derived(panels):
+        return None
+    ints = {key: node.attributes.get_int(key, 0) for key in ("inputs", "outputs", "block", "hadamard")}
+    gated, inputs, block = node.attributes.get("gate") is not None, ints["inputs"], ints["block"]
+    half = ints["outputs"] // 2 if gated else ints["outputs"]
+
+    def repack(slicer: Slicer, inputs: int, outputs: int, block: int) -> None:
+        base = str(panels.name).removesuffix(GATED if str(panels.name).endswith(GATED) else ".panels")
+        groups, bits = inputs // block if block else 1, node.attributes.get_int("bits", 8)
+        form = Form(inputs, outputs, groups, bits, bits == HALF_BITS or not has_input(node, 3))
+        made = parts(Layout.PANELS, form, gated=str(panels.name).endswith(GATED))
+        for index, (ending, part) in enumerate(made.items(), start=1):
+            tensor = LazyWeight(base + ending, part.shape, ir.DataType(part.dtype.onnx), _unread)
+            tensor.meta[KEY] = (base + ending, part.shape)
+            tensor.meta[DERIVED_FILE] = str(panels.const_value.location)  # type: ignore[union-attr]
+            node.replace_input_with(index, slicer.add(tensor, base + ending))
+        for key, size in (("inputs", inputs), ("outputs", outputs), ("block", block)):
+            node.attributes.add(ir.AttrInt64(key, size))
+
+    def columns(slicer: Slicer, ranges: Ranges) -> None:
+        kept = (*ranges, *shifted(ranges, half)) if gated else ranges
+        if has_input(node, RESIDUAL):
+            raise NotCutError(f"{node.name} has a residual")
+        if has_input(node, BIAS):
+            slicer.use(node, BIAS, -1, kept)
+        repack(slicer, inputs, width(kept), block)
+
+    def rows(slicer: Slicer, ranges: Ranges) -> list[ir.Value]:
+        repack(slicer, width(ranges), ints["outputs"], common_block(block, ranges) if block else 0)
+        after = [value for i in (BIAS, RESIDUAL) if has_input(node, i) and (value := node.inputs[i]) is not None]
+        for index in (BIAS, RESIDUAL):
+            if has_input(node, index):
+                node.replace_input_with(index, None)
+        return after
+
+    plain = not gated and not has_input(node, NORM_WEIGHT) and not node.attributes.get_float("epsilon", 0.0)
+    must = max(ints["hadamard"], 1)
+    return Product(
+        node.outputs[0], x, inputs, half, math.lcm(must, block or 1), must, (node,), columns, rows if plain else None
+    )
+
+
+DERIVED_FILE = "file"
+"""Mark of a tensor that a device makes: the file that its graph names."""
+
+
+def _unread(start: int, stop: int) -> NoReturn:
+    raise ValueError("a device makes this tensor")
+
+
+def _by_output(node: ir.Node) -> Product | None:
+    """A layer whose matrix is stored by output: [outputs, ...]."""
+    x, codes = node.inputs[:2]
+    name = "outputs" if node.domain == INTERNAL else "N"
+    outputs = node.attributes.get_int(name, 0)
+    if x is None or codes is None or codes.const_value is None or codes.const_value.shape[0] != outputs:
+        return None
+
+    def columns(slicer: Slicer, ranges: Ranges) -> None:
+        for index in range(1, len(node.inputs)):
+            slicer.use(node, index, 0, ranges)
+        node.attributes.add(ir.AttrInt64(name, width(ranges)))
+
+    inputs = node.attributes.get_int("inputs" if node.domain == INTERNAL else "K", 0)
+    return Product(node.outputs[0], x, inputs, outputs, 1, 1, (node,), columns, None)
+
+
+def add_after(graph: ir.Model, value: ir.Value, others: list[ir.Value], at: ir.Node) -> ir.Value:
+    """The sum of a value and others, whose last axis is as wide, in nodes before `at`."""
+    builder = Builder(graph, at)
+    for index, other in enumerate(others):
+        value = builder.value("Add", [value, other], f"{value.name}.plus{index}", value)
+    return value

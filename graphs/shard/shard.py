@@ -1,0 +1,220 @@
+"""Cuts a bundle into the bundles of several ranks, from its files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from satchel.graphs.shard.slices import NotCutError
+from satchel.graphs.shard.tensor_parallel import Cut, Place, check_alike, cut_tensors
+from satchel.graphs.shard.write import write_graphs
+from satchel.runtime.bundle.errors import BundleError
+from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec, Variant
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, CacheLayer, FileRecord, Manifest
+from satchel.runtime.bundle.ranks import RANKS_NAME, WIRES, RanksFile, RankSpec, rank_folder
+from satchel.runtime.bundle.reader import Bundle
+
+LEFT_OUT = {"genai_config.json", "bom.json"}
+"""Files of a bundle that are true of the whole only."""
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How to cut.
+
+    Attributes:
+        shares: What part of each layer each of the ranks that share it gets, in proportion.
+        kernels: The version of satchel's kernels that run the parts.
+        wire: One of `WIRES`.
+    """
+
+    shares: tuple[float, ...]
+    kernels: int
+    wire: str = "float32"
+
+
+def check_divisible(manifest: Manifest, name: str) -> None:
+    """Raise BundleError for a bundle that cannot be cut, and say why."""
+    reasons = {
+        "has static graphs: export it with --target cpu": manifest.static is not None,
+        "has custom passes or operators: export it without them": bool(manifest.plain or manifest.custom_ops),
+        "has adapters that are kept apart: merge them (without --adapters separate)": bool(manifest.adapters),
+        "has an int8 KV cache: export it with --kv-cache float": manifest.kv_cache.dtype == "int8",
+        "is for another target than cpu": manifest.target != "cpu",
+        "is one of several ranks' already: cut the whole bundle": manifest.rank is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise BundleError(f"{name}: cannot be cut for several ranks: it {reason}")
+
+
+def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = lambda line: None) -> RanksFile:
+    """Write the bundles of all ranks into an empty folder, and the file that names them.
+
+    Args:
+        bundle: A whole bundle in a folder, checked.
+        division: How to cut it.
+        output: Where to.
+        say: Is told, a line each, what is cut unevenly or not at all.
+
+    Raises:
+        BundleError: The bundle cannot be cut, or its graphs are not what its manifest says.
+        OSError: A file cannot be written.
+    """
+    manifest, ranks = bundle.manifest, len(division.shares)
+    check_divisible(manifest, str(bundle.folder))
+    specs = _specs(manifest)
+    digests: list[str] = []
+    for rank in range(ranks):
+        models = {spec.file: ir.load(bundle.path(spec.file)) for spec in specs}
+        place = Place(rank, division.shares, WIRES[division.wire])
+        cuts = {name: cut_tensors(model, place) for name, model in models.items()}
+        if rank == 0:
+            first = cuts
+            _tell(cuts, manifest, say)
+        try:
+            for name, found in cuts.items():
+                check_alike([first[name], found])
+        except NotCutError as error:
+            raise BundleError(f"{bundle.folder}: cannot be cut for {ranks} ranks: {error}") from None
+        _check_caches(models, str(bundle.folder))
+        folder = rank_folder(output, rank)
+        folder.mkdir()
+        records = write_graphs(folder, models)
+        spec = RankSpec(rank, ranks, 1, division.shares, division.wire, bundle.digest)
+        made = _manifest(bundle, spec, models, records, folder, division.kernels)
+        document = made.to_json()
+        _write_json(folder / MANIFEST_NAME, document)
+        digests.append(document["digest"])
+    layout = RanksFile(ranks, 1, tuple(digests))
+    _write_json(output / RANKS_NAME, layout.to_json())
+    return layout
+
+
+def _specs(manifest: Manifest) -> list[GraphSpec]:
+    graphs = manifest.graphs
+    if graphs is None:
+        return []
+    found = [graphs.prefill, graphs.decode, graphs.score, *(v.graph for v in _variants(manifest))]
+    return [*found, manifest.embeddings.graph] if manifest.embeddings is not None else found
+
+
+def _variants(manifest: Manifest) -> list[Variant]:
+    """Those that are cut: those of satchel's own kernels."""
+    return [variant for variant in manifest.variants if variant.kernel_abi is not None]
+
+
+def _tell(cuts: Mapping[str, Cut], manifest: Manifest, say: Say) -> None:
+    found = next(iter(cuts.values()))
+    say(f"{len(found.layers)} layers are divided")
+    for name, reason in found.whole.items():
+        if "no linear layer is in front" not in reason and "needs all channels" not in reason:
+            say(f"whole on every rank: {name}: {reason}")
+
+
+def _check_caches(models: Mapping[str, ir.Model], name: str) -> None:
+    """Raise BundleError unless all graphs of a rank have the same caches."""
+    shapes = [
+        {str(v.name): str(list(v.shape or [])[1:2]) for v in model.graph.inputs if str(v.name).startswith("past")}
+        for model in models.values()
+    ]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            differing = next(key for key in shapes[0] if shapes[0][key] != other.get(key))
+            raise BundleError(f"{name}: its graphs divide {differing} differently: report this model to satchel")
+
+
+def _manifest(
+    bundle: Bundle,
+    spec: RankSpec,
+    models: Mapping[str, ir.Model],
+    records: dict[str, FileRecord],
+    folder: Path,
+    kernels: int,
+) -> Manifest:
+    manifest = bundle.manifest
+    graphs = {name: _signature(model) for name, model in models.items()}
+
+    def described(graph: GraphSpec) -> GraphSpec:
+        inputs, outputs = graphs[graph.file]
+        return dataclasses.replace(
+            graph,
+            inputs=tuple(_narrowed(tensor, inputs) for tensor in graph.inputs if tensor.name in inputs),
+            outputs=tuple(_narrowed(tensor, outputs) for tensor in graph.outputs if tensor.name in outputs),
+        )
+
+    for name in manifest.files:
+        if name not in records and name not in LEFT_OUT and not name.endswith(".onnx") and not name.endswith(".bin"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path(name), folder / name)
+            records[name] = manifest.files[name]
+    whole, embeddings = manifest.graphs, manifest.embeddings
+    inputs = graphs[next(iter(models))][0]
+    return dataclasses.replace(
+        manifest,
+        kv_cache=dataclasses.replace(manifest.kv_cache, layers=_cached(manifest.kv_cache.layers, inputs)),
+        states=tuple(
+            dataclasses.replace(state, shape=tuple(_numbers(inputs[state.past][1:])))
+            for state in manifest.states
+            if state.past in inputs
+        ),
+        graphs=None
+        if whole is None
+        else dataclasses.replace(
+            whole,
+            prefill=described(whole.prefill),
+            decode=described(whole.decode),
+            score=described(whole.score),
+        ),
+        variants=tuple(
+            dataclasses.replace(variant, graph=described(variant.graph), kernel_abi=kernels)
+            for variant in _variants(manifest)
+        ),
+        embeddings=None if embeddings is None else dataclasses.replace(embeddings, graph=described(embeddings.graph)),
+        files=records,
+        specialized=None,
+        rank=spec,
+    )
+
+
+Shapes = dict[str, tuple[int | str, ...]]
+
+
+def _signature(model: ir.Model) -> tuple[Shapes, Shapes]:
+    def shapes(values: Sequence[ir.Value]) -> Shapes:
+        return {
+            str(value.name): tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
+            for value in values
+        }
+
+    return shapes(list(model.graph.inputs)), shapes(list(model.graph.outputs))
+
+
+def _narrowed(tensor: TensorSpec, shapes: Shapes) -> TensorSpec:
+    """The tensor with those of its sizes that are numbers as they are in the rank's graph."""
+    found = shapes[tensor.name]
+    sizes = (new if isinstance(old, int) else old for old, new in zip(tensor.shape, found, strict=True))
+    return dataclasses.replace(tensor, shape=tuple(sizes))
+
+
+def _cached(layers: Sequence[CacheLayer], inputs: Shapes) -> tuple[CacheLayer, ...]:
+    return tuple(
+        dataclasses.replace(layer, kv_heads=_numbers(inputs[layer.past_key][1:2])[0])
+        for layer in layers
+        if layer.past_key in inputs
+    )
+
+
+def _numbers(sizes: Sequence[int | str]) -> list[int]:
+    return [size for size in sizes if isinstance(size, int)]
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,315 @@
+"""Cuts a graph for ranks that share every layer: each keeps heads of attention, channels of MLPs, and tokens of the
+vocabulary, and the ranks add what they have computed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs.ir.sweep import sweep
+from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
+from satchel.graphs.shard.experts import cut_experts
+from satchel.graphs.shard.products import Product, add_after, product_of
+from satchel.graphs.shard.region import Padding, Region, attention_behind, mixing, mixing_behind, trace
+from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, width
+from satchel.runtime.bundle.contract import LOGITS
+from satchel.runtime.bundle.shares import Heads, ShareError, heads, spans
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One of the ranks that share layers.
+
+    Attributes:
+        rank: Its number.
+        shares: What part of each layer each rank gets, in proportion.
+        wire: Bits of the numbers that ranks exchange within the layers: 32, or 8 in blocks with a scale.
+    """
+
+    rank: int
+    shares: tuple[float, ...]
+    wire: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What was done to a graph: names of layers that were cut, and of those that every rank has whole, with reasons."""
+
+    layers: tuple[str, ...]
+    whole: dict[str, str]
+
+
+def cut_tensors(model: ir.Model, place: Place) -> Cut:
+    """Cut a graph in place for one rank."""
+    slicer, done, whole = Slicer(model), list[str](), dict[str, str]()
+    products = [found for node in list(model.graph) for v in node.outputs if (found := product_of(v)) is not None]
+    for product in reversed(products):
+        if product.rows is None or product.y.is_graph_output() or mixing(product.x):
+            continue
+        try:
+            _cut_product(model, slicer, product, place)
+            done.append(str(product.y.name))
+        except (NotCutError, ShareError) as error:
+            whole[str(product.y.name)] = str(error)
+    for node in (*nodes(model, "MoE", MICROSOFT), *nodes(model, "QMoE", MICROSOFT)):
+        try:
+            done.append(cut_experts(model, slicer, node, place.shares, place.rank))
+            _sum_up(model, node.outputs[0], [], place)
+        except (NotCutError, ShareError) as error:
+            whole[str(node.name)] = str(error)
+    for cut_one in (_cut_head, _cut_embedding):
+        try:
+            done += cut_one(model, slicer, place)
+        except (NotCutError, ShareError) as error:
+            whole[cut_one.__name__.removeprefix("_cut_")] = str(error)
+    _join_sums(model)
+    sweep(model.graph)
+    slicer.settle()
+    return Cut(tuple(done), whole)
+
+
+def _cut_product(model: ir.Model, slicer: Slicer, product: Product, place: Place) -> None:
+    """Cut a linear layer by input, and what is in front of it.
+
+    Raises:
+        NotCutError: What is in front needs all channels.
+        ShareError: There are fewer heads than ranks.
+    """
+    ranges, padding, found = _own_channels(product, place)
+    inside = product.must == 1  # of a Hadamard transform that the layer does itself, its input is filled up
+    asked = (padding.own,) if padding is not None and not inside else ranges
+    region = trace(product.x, -1, asked, found, set(product.nodes), padding)
+    if not region.fronts:
+        raise NotCutError("no linear layer is in front of it")
+    if not width(ranges):
+        _leave_out(model, product, region, place)
+        return
+    for edit in region.edits:
+        edit(slicer)
+    if padding is not None and not inside:
+        padding.pad(slicer, product.nodes[0])
+    after = product.rows(slicer, ranges) if product.rows is not None else []
+    _forget_shapes(region, product)
+    _sum_up(model, product.y, after, place)
+
+
+def _own_channels(product: Product, place: Place) -> tuple[Ranges, Padding | None, Callable[[ir.Node], Heads]]:
+    """The inputs of a linear layer that a rank keeps, how they are filled up, and which heads of an attention they are.
+
+    They end where groups of quantized weights end, if each rank gets some so. Otherwise groups are made smaller. Where
+    a Hadamard transform mixes the inputs in blocks, a rank has all weights of the blocks in which its inputs lie, and
+    zeros stand for those of others: the transform is linear, and so the sum over ranks is the same.
+
+    Raises:
+        ShareError: There are fewer heads than ranks.
+    """
+    attention, block = attention_behind(product.x), max(product.must, mixing_behind(product.x))
+    found = functools.partial(_heads, place=place, unit=product.unit)
+    if block > 1:
+        whole = math.lcm(block, product.unit)
+        parts = spans(product.inputs, place.shares, math.gcd(product.inputs, FINE))
+        if attention is not None or product.inputs % whole or not all(parts):
+            raise NotCutError("its input is mixed in blocks")
+        own = parts[place.rank]
+        cover = range(own.start // whole * whole, -(-own.stop // whole) * whole)
+        return (cover,), Padding(own, cover) if own != cover else None, found
+    for unit in dict.fromkeys((product.unit, 1)):
+        found = functools.partial(_heads, place=place, unit=unit)
+        with contextlib.suppress(*([] if unit == 1 else [ShareError])):
+            if attention is not None:
+                own_heads = found(attention).queries
+                size = product.inputs // attention.attributes.get_int("num_heads", 1)
+                return (range(own_heads.start * size, own_heads.stop * size),), None, found
+            parts = spans(product.inputs, place.shares, unit)
+            if all(parts) or unit == 1:
+                return (parts[place.rank],), None, found
+    raise ShareError(f"{product.inputs} channels cannot be divided")
+
+
+FINE = 64
+"""Channels that stay together where nothing else says how many should: kernels take whole cache lines and panels."""
+
+
+def _heads(node: ir.Node, place: Place, unit: int) -> Heads:
+    count, keys = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
+    size = (dims(node.inputs[4]) or [0])[-1]
+    together = 1
+    if isinstance(size, int) and size:
+        together = next(heads for heads in range(1, unit + 1) if heads * size % unit == 0)
+    return heads(count, keys, place.shares, together)[place.rank]
+
+
+def _forget_shapes(region: Region, product: Product) -> None:
+    for value, kept in region.kept.items():
+        if value.shape is not None and len(value.shape) >= -kept.axis:
+            sizes = list(value.shape)
+            sizes[kept.axis] = width(kept.ranges)
+            value.shape = ir.Shape(sizes)
+    inner = {product.y}
+    for node in (*product.nodes, *(node for front in region.fronts for node in front.nodes)):
+        for value in node.outputs:
+            if value not in region.kept and value not in inner and not value.is_graph_output():
+                value.shape = None
+
+
+def _sum_up(model: ir.Model, y: ir.Value, after: list[ir.Value], place: Place) -> None:
+    """Let the readers of `y` read its sum over all ranks."""
+    node = y.producer()
+    if node is None:
+        raise NotCutError(f"{y.name} is an input of the graph")
+    following = _next(node)
+    builder = Builder(model, following)
+    summed = builder.value("AllReduce", [y], f"{y.name}.sum", y, INTERNAL)
+    made_by = summed.producer()
+    if place.wire != 32 and made_by is not None:
+        made_by.attributes.add(ir.AttrInt64("wire", place.wire))
+    result = summed if following is None else add_after(model, summed, after, following)
+    for use in list(y.uses()):
+        if use.node is not made_by:
+            use.node.replace_input_with(use.idx, result)
+
+
+def _next(node: ir.Node) -> ir.Node | None:
+    graph = node.graph
+    if graph is None:
+        return None
+    listed = list(graph)
+    place = listed.index(node) + 1
+    return listed[place] if place < len(listed) else None
+
+
+def _leave_out(model: ir.Model, product: Product, region: Region, place: Place) -> None:
+    """This rank has no channels of the layer: it adds zeros."""
+    like = next((f.x for f in region.fronts if (dims(f.x) or [0])[-1] == product.outputs), None)
+    node = product.y.producer()
+    if like is None or node is None:
+        raise NotCutError("there are fewer units of channels than ranks")
+    after = [v for v in node.inputs[4:6] if v is not None] if node.domain == INTERNAL else []
+    nothing = Builder(model, node).value("Sub", [like, like], f"{product.y.name}.nothing", product.y)
+    replace(product.y, nothing)
+    _sum_up(model, nothing, after, place)
+
+
+def _join_sums(model: ir.Model) -> None:
+    """Reduce once where the results of two layers are added: x + sum(a) + sum(b) = x + sum(a + b)."""
+    for add in list(nodes(model, "Add")):
+        sums = [_own_sum(value) for value in add.inputs]
+        if sums[0] is not None and sums[1] is not None:
+            replace(add.outputs[0], _merge(model, sums[0], sums[1], add))
+            continue
+        place = next((i for i, found in enumerate(sums) if found is not None), None)
+        inner = None if place is None else _own(add.inputs[1 - place], "", "Add")
+        inner_sums = [] if inner is None else [_own_sum(value) for value in inner.inputs]
+        beside = next((i for i, found in enumerate(inner_sums) if found is not None), None)
+        if place is None or inner is None or beside is None:
+            continue
+        first, second = inner_sums[beside], sums[place]
+        if first is not None and second is not None:
+            rest = inner.inputs[1 - beside]
+            _merge(model, first, second, add)
+            add.replace_input_with(1 - place, rest)
+
+
+def _own(value: ir.Value | None, domain: str, op_type: str) -> ir.Node | None:
+    """The node that makes a value for one reader, if it is of this operator."""
+    node = producer(value, op_type, domain)
+    return node if value is not None and len(value.uses()) == 1 and not value.is_graph_output() else None
+
+
+def _own_sum(value: ir.Value | None) -> ir.Node | None:
+    return _own(value, INTERNAL, "AllReduce")
+
+
+def _merge(model: ir.Model, first: ir.Node, second: ir.Node, at: ir.Node) -> ir.Value:
+    """Let the readers of `second` read the sum of what both sum, made in front of `at`."""
+    builder = Builder(model, at)
+    both = builder.value("Add", [first.inputs[0], second.inputs[0]], f"{second.name}.both", second.outputs[0])
+    new = builder.value("AllReduce", [both], f"{second.name}.joint", second.outputs[0], INTERNAL)
+    new.producer().attributes.update(second.attributes)  # type: ignore[union-attr]
+    replace(second.outputs[0], new)
+    return new
+
+
+def _cut_head(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
+    """Cut the head by tokens of the vocabulary; the first rank has all logits then."""
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+    size = (dims(logits) or [0])[-1]
+    if logits is None or not isinstance(size, int):
+        return []
+    parts = spans(size, place.shares)
+    own: Ranges = (parts[place.rank],)
+    if not all(parts):
+        raise NotCutError("the vocabulary is smaller than the number of ranks")
+    region = trace(logits, -1, own, functools.partial(_heads, place=place, unit=1), set())
+    for edit in region.edits:
+        edit(slicer)
+    shape, kind = logits.shape, logits.type
+    builder = Builder(model)
+    widths = builder.constant(np.asarray([len(part) for part in parts], np.int64), "ranks.widths")
+    whole = builder.value("GatherLogits", [logits, widths], f"{LOGITS}.whole", None, INTERNAL)
+    for value, kept in region.kept.items():
+        if value.shape is not None:
+            sizes = list(value.shape)
+            sizes[kept.axis] = width(kept.ranges)
+            value.shape = ir.Shape(sizes)
+    logits.name, whole.name = f"{LOGITS}.part", LOGITS
+    whole.shape, whole.type = shape, kind
+    model.graph.outputs[list(model.graph.outputs).index(logits)] = whole
+    return [LOGITS]
+
+
+def _cut_embedding(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
+    """Cut the table of embeddings by tokens: a rank adds zeros for those that it does not have."""
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    for node in [use.node for use in ids.uses() if use.idx == 1]:
+        table = node.inputs[0]
+        quantized = (node.domain, node.op_type) == (MICROSOFT, "GatherBlockQuantized")
+        if not quantized and (node.domain, node.op_type) != ("", "Gather"):
+            continue
+        if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+            continue
+        count = table.const_value.shape.numpy()[0]
+        own = spans(count, place.shares)[place.rank]
+        for index in (0, 2, 3)[: 3 if quantized else 1]:
+            if index < len(node.inputs):
+                slicer.use(node, index, 0, (own,))
+        before = Builder(model, node)
+        name = f"{node.outputs[0].name}.own"
+        first = before.constant(np.asarray(own.start, np.int64), f"embedding.{own.start}")
+        last = before.constant(np.asarray(len(own) - 1, np.int64), f"embedding.last_{len(own) - 1}")
+        zero = before.constant(np.asarray(0, np.int64), "embedding.zero")
+        moved = before.value("Sub", [ids, first], f"{name}.ids")
+        near = before.value("Clip", [moved, zero, last], f"{name}.near")
+        there = before.value("Equal", [moved, near], f"{name}.there")
+        axis = before.constant(np.asarray([-1], np.int64), "axis.last")
+        mask = before.value("Unsqueeze", [there, axis], f"{name}.mask")
+        node.replace_input_with(1, near)
+        following = Builder(model, _next(node))
+        nothing = following.constant(np.asarray(0, np.float32), "embedding.nothing")
+        looked_up = node.outputs[0]
+        readers = list(looked_up.uses())
+        chosen = following.value("Where", [mask, looked_up, nothing], name, looked_up)
+        for use in readers:
+            use.node.replace_input_with(use.idx, chosen)
+        _sum_up(model, chosen, [], dataclasses.replace(place, wire=32))
+        return [str(looked_up.name)]
+    return []
+
+
+def check_alike(cuts: Sequence[Cut]) -> None:
+    """Check that all ranks cut the same layers.
+
+    Raises:
+        NotCutError: They do not.
+    """
+    for rank, found in enumerate(cuts):
+        differing = set(found.layers) ^ set(cuts[0].layers)
+        if differing:
+            reason = next((c.whole[name] for c in cuts for name in differing if name in c.whole), "")
+            raise NotCutError(f"{sorted(differing)[0]} is cut on some ranks only (rank {rank}): {reason}")

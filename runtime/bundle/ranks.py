@@ -1,0 +1,90 @@
+"""Bundles that are cut for several ranks: what each says of itself, and the file beside them that names them all.
+
+OUT/ranks.json  OUT/rank_0/  OUT/rank_1/  ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from satchel.runtime.bundle import strict_json
+from satchel.runtime.bundle.digest import read_content
+from satchel.runtime.bundle.errors import BundleError
+from satchel.runtime.bundle.strict_json import StrictJsonError
+
+RANKS_NAME = "ranks.json"
+FORMAT, VERSION = "satchel-ranks", 1
+WIRES = {"float32": 32, "int8": 8}
+"""How ranks exchange numbers within the layers, by name, and the bits of each number."""
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What part of a model a bundle is: that of `rank` of `tensor` x `stages` ranks.
+
+    Ranks with the same number / `tensor` share the same layers, a stage. `shares` are the parts of each layer that they
+    have, in proportion; `wire` is one of `WIRES`. `whole` is the digest of the bundle that was cut.
+    """
+
+    rank: int
+    tensor: int
+    stages: int
+    shares: tuple[float, ...]
+    wire: str
+    whole: str
+
+    @property
+    def ranks(self) -> int:
+        """The number of all ranks."""
+        return self.tensor * self.stages
+
+
+@dataclass(frozen=True)
+class RanksFile:
+    """The content of `RANKS_NAME`: how many ranks share a layer, how many stages there are, and each rank's digest."""
+
+    tensor: int
+    stages: int
+    digests: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"format": FORMAT, "version": VERSION, **strict_json.to_json(self)}
+
+
+def is_cut(path: str | Path) -> bool:
+    """Whether a folder holds bundles of several ranks."""
+    return (Path(path) / RANKS_NAME).is_file()
+
+
+def rank_folder(path: str | Path, rank: int) -> Path:
+    """The bundle of a rank."""
+    return Path(path) / f"rank_{rank}"
+
+
+def read_ranks(path: str | Path) -> RanksFile:
+    """Read the file that names the bundles of all ranks. Raises BundleError."""
+    name = Path(path) / RANKS_NAME
+    try:
+        document = strict_json.loads(read_content(name, str(name)))
+    except ValueError as error:
+        raise BundleError(f"{name}: not valid JSON ({error}): cut the bundle again") from None
+    known = isinstance(document, dict) and (document.pop("format", None), document.pop("version", None))
+    if known != (FORMAT, VERSION):
+        raise BundleError(f"{name}: not of version {VERSION}: cut the bundle again with this satchel's satchel shard")
+    try:
+        found: RanksFile = strict_json.from_json(RanksFile, document)
+    except StrictJsonError as error:
+        raise BundleError(f"{name}: {error}: cut the bundle again") from None
+    if found.tensor < 1 or found.stages < 1 or len(found.digests) != found.tensor * found.stages:
+        raise BundleError(f"{name}: the numbers of ranks differ: cut the bundle again")
+    return found
+
+
+def check_rank(spec: RankSpec) -> None:
+    """Check the numbers of a manifest's `rank`. Raises StrictJsonError."""
+    right = spec.tensor >= 1 and spec.stages >= 1 and 0 <= spec.rank < spec.ranks and len(spec.shares) == spec.tensor
+    if not right or min(spec.shares) <= 0 or spec.wire not in WIRES:
+        raise StrictJsonError(f"rank: {strict_json.to_json(spec)} is no part of a model")

@@ -1,0 +1,56 @@
+"""Commands under mpiexec: the first rank runs the command, and the others follow it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from satchel.runtime.bundle.ranks import is_cut
+from satchel.runtime.errors import SatchelError
+
+LEADABLE = ("run", "chat", "serve", "bench", "eval", "profile", "verify", "embed")
+"""Commands that several ranks can run together."""
+
+
+def are_meant(args: argparse.Namespace) -> bool:
+    """Whether BUNDLE is cut for several ranks, and so this process is one of them."""
+    return any(is_cut(path) for path, _ in _bundles(args))
+
+
+def _bundles(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The path of each BUNDLE, and the name of its model."""
+    given = [getattr(args, "bundle", None), *(getattr(args, "bundles", None) or ())]
+    named = [each.rpartition("=") for each in given if isinstance(each, str)]
+    return [(path, name or Path(path).name) for name, _, path in named]
+
+
+def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
+    """Run a command on all ranks together. Returns its exit code; other ranks return 0 when the first one has ended.
+
+    Raises SatchelError: the command or its flags are not for several ranks, or they do not fit together.
+    """
+    from satchel.runtime.execution.engine import follow_rank, join_ranks
+    from satchel.runtime.ort.open_bundle import open_bundle
+    from satchel.runtime.ort.session import SessionSettings, share_thread_pool
+
+    ((path, name), *others) = _bundles(args)
+    if args.command not in LEADABLE or others:
+        raise SatchelError(f"{path}: is cut for several ranks, which run {', '.join(LEADABLE)} of one model only")
+    world = join_ranks(Path(path))
+    if getattr(args, "threads", None) is None:
+        args.threads = world.threads
+    if world.rank:
+        bundle = open_bundle(world.folder, require_signature=args.require_signature)
+        share_thread_pool(args.threads)
+        follow_rank(world, bundle, SessionSettings(threads=args.threads, verbose=args.verbose))
+        return 0
+    args.specialize = False
+    if getattr(args, "bundles", None):
+        args.bundles = [f"{name}={world.folder}"]
+    else:
+        args.bundle = str(world.folder)
+    try:
+        return command(args)
+    finally:
+        world.stop()

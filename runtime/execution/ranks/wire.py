@@ -1,0 +1,71 @@
+"""Hands the functions of MPI to satchel's operators, which exchange what ranks compute without Python in between."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.kernels import library
+
+FUNCTIONS = ("MPI_Iallreduce", "MPI_Igatherv", "MPI_Iallgather", "MPI_Isend", "MPI_Irecv", "MPI_Test")
+"""In the order of `Ranks` in runtime/kernels/ranks.h."""
+HANDLES = ("real", "byte", "sum", "group", "world")
+
+
+class _Ranks(ctypes.Structure):
+    """`Ranks` of runtime/kernels/ranks.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in FUNCTIONS),
+        *((name, ctypes.c_ssize_t) for name in HANDLES),
+        ("rank", ctypes.c_int32),
+        ("ranks", ctypes.c_int32),
+    )
+
+
+class _Traffic(ctypes.Structure):
+    """`Traffic` of runtime/kernels/ranks.h."""
+
+    _fields_ = (("nanoseconds", ctypes.c_int64), ("calls", ctypes.c_int64), ("bytes", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the operators of this rank have exchanged: the seconds that they took and waited, calls, and bytes sent."""
+
+    seconds: float
+    calls: int
+    bytes: int
+
+
+def connect(mpi: Any, group: Any) -> None:
+    """Let satchel's operators exchange numbers among the ranks of `group`, a communicator of the module `mpi`.
+
+    Raises SatchelError where satchel's kernels cannot be used, or MPI's functions cannot be found.
+    """
+    path = library.library()
+    if path is None:
+        raise SatchelError(
+            f"a bundle that is cut for several ranks runs on satchel's own kernels, which {library.reason()}"
+        )
+    try:
+        functions = ctypes.CDLL(mpi.__file__)  # looks in what it depends on, too
+        found = [ctypes.cast(getattr(functions, name), ctypes.c_void_p).value for name in FUNCTIONS]
+    except (OSError, AttributeError) as error:
+        raise SatchelError(f"mpi4py has no functions of MPI to call ({error}): install mpi4py again") from None
+    handles = [mpi._handleof(each) for each in (mpi.FLOAT, mpi.BYTE, mpi.SUM, group, mpi.COMM_WORLD)]
+    ranks = _Ranks(*found, *handles, group.Get_rank(), group.Get_size())
+    ctypes.CDLL(str(path)).satchel_join(ctypes.byref(ranks))
+
+
+def traffic() -> Traffic:
+    """What has been exchanged since the last call."""
+    path = library.library()
+    if path is None:
+        return Traffic(0.0, 0, 0)
+    ask = ctypes.CDLL(str(path)).satchel_traffic
+    ask.restype = _Traffic
+    found = ask()
+    return Traffic(found.nanoseconds / 1e9, found.calls, found.bytes)

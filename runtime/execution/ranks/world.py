@@ -1,0 +1,193 @@
+"""All ranks of a run: who they are, whether they fit together, and one message a step from the first to the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from satchel.runtime.bundle.digest import claimed_digest, parse_manifest, read_content
+from satchel.runtime.bundle.errors import BundleError
+from satchel.runtime.bundle.manifest import MANIFEST_NAME
+from satchel.runtime.bundle.ranks import rank_folder, read_ranks
+from satchel.runtime.errors import SatchelError
+from satchel.runtime.execution.ranks import wire
+from satchel.runtime.execution.ranks.watch import Watch
+from satchel.runtime.kernels import library
+from satchel.runtime.ort.session import default_threads
+from satchel.runtime.util import requirements
+
+HEADER = 4096
+"""Bytes of a message; the first 8 are the length of its text, of which the rest follows in a second message."""
+STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Member:
+    """What each rank tells the others when it starts. `problem` is why it cannot take part, or None."""
+
+    rank: int
+    host: str
+    process: int
+    satchel: str
+    digest: str
+    problem: str | None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+class World:
+    """The ranks of this run, from the point of view of one of them."""
+
+    def __init__(self, folder: Path, mpi: Any, members: list[Member], threads: int) -> None:
+        """`folder` is the bundle of this rank; `threads` a fair number of threads for it."""
+        self.folder = folder
+        self.members = members
+        self.threads = threads
+        self.rank: int = mpi.COMM_WORLD.Get_rank()
+        self.lock = threading.RLock()
+        """Held from a message to the end of what it starts, so that all ranks do the same in the same order."""
+        self._control = mpi.COMM_WORLD.Dup()
+        self._watch = Watch(mpi.COMM_WORLD, folder / MANIFEST_NAME)
+        self._stopped = False
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to all other ranks; only for the first one."""
+        text = json.dumps(message).encode()
+        first = bytearray(len(text).to_bytes(8, "little") + text[: HEADER - 8])
+        self._send(first.ljust(HEADER, b"\0"))
+        if len(text) > HEADER - 8:
+            self._send(text[HEADER - 8 :])
+
+    def _send(self, data: bytes | bytearray) -> None:
+        # The form that does not block here too: MPI does not let the two forms meet.
+        self._control.Ibcast(np.frombuffer(data, np.uint8), 0).Wait()
+
+    def hear(self) -> dict[str, Any]:
+        """The next message of the first rank."""
+        first = self._received(HEADER)
+        length = int.from_bytes(first[:8].tobytes(), "little")
+        text = first[8 : 8 + length].tobytes()
+        if length > HEADER - 8:
+            text += self._received(length - (HEADER - 8)).tobytes()
+        message: dict[str, Any] = json.loads(text)
+        return message
+
+    def _received(self, size: int) -> Any:
+        buffer = np.empty(size, np.uint8)
+        request, start = self._control.Ibcast(buffer, 0), time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - start
+            time.sleep(0 if waited < 0.002 else 0.00005 if waited < 0.5 else 0.002)
+        return buffer
+
+    def stop(self) -> None:
+        """End the run of all ranks in order; the first calls it."""
+        if self._stopped:
+            return
+        self._stopped = True
+        with self.lock:
+            self.tell({"do": STOP})
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop watching the others, which are about to end."""
+        self._watch.stop()
+
+
+def join(path: Path) -> World:
+    """Find the other ranks of a run of the bundles in `path`, which `satchel shard` has written.
+
+    Raises SatchelError: mpi4py or MPI is missing, there is another number of processes, a rank has another bundle or
+    another version of satchel. What all ranks find the first one reports, and the others end with SystemExit.
+    """
+    mpi = _mpi(path)
+    world = mpi.COMM_WORLD
+    rank: int = world.Get_rank()
+    mine = _member(path, rank)
+    members = _all(world, mine)
+    problem = _problem(path, members, world.Get_size(), mpi)
+    if problem is not None:
+        if rank:
+            raise SystemExit(2)
+        raise SatchelError(problem)
+    local = world.Split_type(mpi.COMM_TYPE_SHARED)
+    threads = max(1, default_threads() // local.Get_size())
+    local.Free()
+    wire.connect(mpi, world)
+    return World(rank_folder(path, rank), mpi, members, threads)
+
+
+def _mpi(path: Path) -> Any:
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError:
+        raise SatchelError(
+            f"{path}: is cut for several ranks, which need mpi4py and MPI: {requirements.install_command('mpi')}"
+        ) from None
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SatchelError(
+            f"{path}: is cut for several ranks, and mpi4py finds no MPI ({reason}): "
+            f"{requirements.install_command('mpi')}, or install the MPI of the system"
+        ) from None
+    return MPI
+
+
+def _member(path: Path, rank: int) -> Member:
+    digest, problem = "", None
+    manifest = rank_folder(path, rank) / MANIFEST_NAME
+    try:
+        name = str(manifest)
+        digest = claimed_digest(parse_manifest(read_content(manifest, name), name), name)
+        listed = read_ranks(path)
+        if rank < len(listed.digests) and listed.digests[rank] != digest:
+            problem = f"{manifest}: is of another cut than {path}: copy both again"
+    except BundleError as error:
+        problem = str(error)
+    version = f"{importlib.metadata.version('satchel')} (kernels {library.VERSION})"
+    return Member(rank, socket.gethostname(), os.getpid(), version, digest, problem)
+
+
+def _all(world: Any, mine: Member) -> list[Member]:
+    """What each rank says of itself, by rank."""
+    text = json.dumps(dataclasses.asdict(mine)).encode()[: HEADER - 1]
+    sent = np.frombuffer(text.ljust(HEADER, b"\0"), np.uint8)
+    found = np.empty((world.Get_size(), HEADER), np.uint8)
+    world.Allgather(sent, found)
+    return [Member(**json.loads(row.tobytes().rstrip(b"\0"))) for row in found]
+
+
+def _problem(path: Path, members: list[Member], size: int, mpi: Any) -> str | None:
+    """Why these ranks cannot run together, as far as all of them can tell; None if they can."""
+    try:
+        layout = read_ranks(path)
+    except BundleError as error:
+        return str(error)
+    wanted = len(layout.digests)
+    if size != wanted:
+        return (
+            f"{path}: is cut for {wanted} ranks, and {size} {'runs' if size == 1 else 'run'}: start it with "
+            f"mpiexec -n {wanted} (of {mpi.get_vendor()[0]}, which mpi4py uses)"
+        )
+    for member, digest in zip(members, layout.digests, strict=True):
+        if member.satchel != members[0].satchel:
+            return (
+                f"{member} has satchel {member.satchel}, and {members[0]} has {members[0].satchel}: install the same "
+                "version on both"
+            )
+        if member.problem is not None:
+            return f"{member}: {member.problem}"
+        if member.digest != digest:
+            return f"{member} has another bundle than {path} of {members[0]} names: copy the same folder to both"
+    return None

@@ -1,0 +1,60 @@
+"""A model that is cut for several ranks gives the logits and the tokens of the whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import rank_steps
+from support.exported import exported
+from support.families import VOCABULARY
+from support.ranks import needs_mpi, together
+
+from satchel.runtime.cli.main import main
+
+TOLERANCE = 1e-4
+ROUNDED = 0.05
+"""Of logits where ranks exchange activations as int8."""
+QUICK = {("llama", "3"), ("mixtral", "2"), ("qwen3_5_text", "2")}
+CASES = [
+    pytest.param(name, ranks, marks=() if (name, ranks) in QUICK else pytest.mark.slow)
+    for name in ("llama", "qwen2", "gemma2", "mixtral", "qwen3_5_text", "cohere", "gpt2", "gpt_oss", "lfm2")
+    for ranks in ("2", "3", "4")
+]
+
+
+def found(whole: Path, place: Path, ids: np.ndarray, ranks: str, *flags: str) -> dict[str, np.ndarray]:
+    """What ranks compute of the parts of a bundle."""
+    cut = place / "cut"
+    assert main(["shard", str(whole), "--tensor-parallel", ranks, "-o", str(cut), "--quiet", *flags]) == 0
+    np.save(place / "ids.npy", ids)
+    done = together(int(ranks), rank_steps.__file__, cut, place / "ids.npy", place / "found.npz")
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(place / "found.npz"))
+
+
+@needs_mpi
+@pytest.mark.parametrize(("name", "ranks"), CASES)
+def test_ranks_give_the_logits_of_the_whole_model(
+    name: str, ranks: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = exported(name, tmp_path_factory)
+    ids = np.random.default_rng(2).integers(3, VOCABULARY, 20)
+    flags = ("--shares", ",".join(["2", *"1" * (int(ranks) - 1)])) if ranks == "3" else ()
+    parts = found(whole.folder, tmp_path, ids, ranks, *flags)
+    expected = rank_steps.steps(whole.engine, ids, 43)
+    for key in ("logits", "score", "together", "copied"):
+        largest = np.abs(expected[key]).max()
+        assert np.abs(parts[key] - expected[key]).max() <= TOLERANCE * largest, key
+    assert parts["tokens"].tolist() == expected["tokens"].tolist()
+
+
+@needs_mpi
+def test_activations_on_the_wire_as_int8(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    whole = exported("llama", tmp_path_factory)
+    ids = np.random.default_rng(2).integers(3, VOCABULARY, 20)
+    parts = found(whole.folder, tmp_path, ids, "2", "--wire", "int8")
+    expected = whole.engine.score(ids)
+    difference = np.abs(parts["score"] - expected).max() / np.abs(expected).max()
+    assert TOLERANCE < difference < ROUNDED

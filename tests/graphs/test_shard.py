@@ -1,0 +1,113 @@
+"""Cutting the graphs of a bundle: what each rank has of the weights, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, change_manifest, write_bundle
+
+from satchel.graphs.shard.slices import NotCutError, Slicer, common_block, scaled, shifted, sliced, taken
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.ranks import rank_folder, read_ranks
+from satchel.runtime.cli.main import main
+
+
+def cut(folder: Path, ranks: int, *flags: str) -> Path:
+    output = folder.with_name(f"cut{ranks}")
+    line = ["shard", str(folder), "--tensor-parallel", str(ranks), "-o", str(output), "--quiet", *flags]
+    assert main(line) == 0
+    return output
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "whole")
+
+
+def weights(folder: Path, graph: str = "prefill") -> dict[str, np.ndarray]:
+    model = ir.load(folder / f"{graph}.onnx")
+    return {
+        str(value.name): value.const_value.numpy()
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    }
+
+
+def test_heads_are_divided_by_output_and_input(whole: Path) -> None:
+    output, expected = cut(whole, 2), weights(whole)
+    parts = [weights(rank_folder(output, rank)) for rank in range(2)]
+    for name, axis, width in (("q.0", 1, HIDDEN), ("k.0", 1, KV_HEADS * HEAD_DIM), ("o.1", 0, HIDDEN)):
+        assert [part[name].shape[axis] for part in parts] == [width // 2] * 2
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis), expected[name])
+    for name, axis in (("embed", 0), ("head", 1)):
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis), expected[name])
+    manifests = [Manifest.read(rank_folder(output, rank) / "manifest.json") for rank in range(2)]
+    assert [{layer.kv_heads for layer in each.kv_cache.layers} for each in manifests] == [{1}, {1}]
+    assert [each.rank is not None and each.rank.rank for each in manifests] == [0, 1]
+    assert len(read_ranks(output).digests) == 2
+
+
+def test_all_graphs_of_a_rank_share_its_weights(whole: Path) -> None:
+    output = cut(whole, 2)
+    sizes = [(rank_folder(output, rank) / "weights.bin").stat().st_size for rank in range(2)]
+    assert sum(sizes) < 1.1 * (whole / "weights.bin").stat().st_size
+
+
+def test_key_heads_are_replicated_where_ranks_are_more(whole: Path) -> None:
+    output = cut(whole, HEADS)
+    parts = [weights(rank_folder(output, rank)) for rank in range(HEADS)]
+    assert [part["q.0"].shape[1] for part in parts] == [HEAD_DIM] * HEADS
+    np.testing.assert_array_equal(parts[0]["k.0"], parts[1]["k.0"])
+    assert not np.array_equal(parts[1]["k.0"], parts[2]["k.0"])
+
+
+def test_sums_are_where_ranks_have_parts(whole: Path) -> None:
+    model = ir.load(rank_folder(cut(whole, 2), 0) / "decode.onnx")
+    kinds = [node.op_type for node in model.graph if node.domain == "satchel"]
+    assert kinds == ["AllReduce"] * 3 + ["GatherLogits"], "the embedding, two layers of attention, and the head"
+
+
+def test_the_same_cut_gives_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    first = read_ranks(cut(whole, 2)).digests
+    assert main(["shard", str(whole), "--tensor-parallel", "2", "-o", str(tmp_path / "again"), "--quiet"]) == 0
+    assert read_ranks(tmp_path / "again").digests == first
+
+
+@pytest.mark.parametrize(
+    "flags", [["1"], ["2", "--shares", "1,1,1"], ["0"], ["-3"]], ids=["one rank", "shares", "none", "negative"]
+)
+def test_a_wrong_division_is_refused_and_nothing_written(whole: Path, tmp_path: Path, flags: list[str]) -> None:
+    assert main(["shard", str(whole), "-o", str(tmp_path / "out"), "--tensor-parallel", *flags]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_int8_cache_is_refused(whole: Path, tmp_path: Path) -> None:
+    change_manifest(whole, "kv_cache", "dtype", to="int8")
+    assert main(["shard", str(whole), "-o", str(tmp_path / "out"), "--tensor-parallel", "2"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges() -> None:
+    array = np.arange(12).reshape(3, 4)
+    assert taken(array, 1, (range(1, 2), range(3, 4))).tolist() == [[1, 3], [5, 7], [9, 11]]
+    assert scaled((range(1, 3),), 4) == (range(4, 12),)
+    assert shifted((range(1, 3),), 4) == (range(5, 7),)
+    part = sliced(ir.tensor(array, name="a"), 0, (range(2, 3), range(1)))
+    assert part.numpy().tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+
+
+def test_groups_become_smaller_where_ranges_end_within_them() -> None:
+    assert common_block(64, (range(64, 128),)) == 64
+    assert common_block(64, (range(96, 160),)) == 32
+    with pytest.raises(NotCutError):
+        common_block(64, (range(8, 16),))
+
+
+def test_an_input_that_is_no_constant_cannot_be_cut(whole: Path) -> None:
+    model = ir.load(whole / "prefill.onnx")
+    node = next(node for node in model.graph if node.op_type == "MatMul")
+    with pytest.raises(NotCutError):
+        Slicer(model).use(node, 0, -1, (range(2),))

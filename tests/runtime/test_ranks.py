@@ -1,0 +1,165 @@
+"""Runs of several ranks over MPI: the same text as one process, and an end within seconds when a rank is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from support.ranks import ENVIRONMENT, command, needs_mpi, processes, satchel
+from support.tiny_bundle import write_bundle
+
+from satchel.runtime.bundle.errors import BundleError
+from satchel.runtime.bundle.ranks import RANKS_NAME, read_ranks
+from satchel.runtime.cli.main import main
+from satchel.runtime.execution.ranks.world import Member, _problem
+
+LIMIT = 5.0
+"""Seconds in which a run ends after one of its ranks is lost."""
+
+Lose = Callable[[psutil.Process, Path], object]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "whole"
+    write_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(whole: Path) -> Path:
+    folder = whole.parent / "cut"
+    assert main(["shard", str(whole), "--tensor-parallel", "2", "-o", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "satchel", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+
+
+@needs_mpi
+def test_two_ranks_write_the_text_of_one_process(whole: Path, cut: Path) -> None:
+    options = ("ab", "--max-new-tokens", "40", "--no-specialize")
+    expected, found = alone("run", whole, *options), satchel(2, "run", cut, *options)
+    assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
+    assert len(expected.stdout) > 20
+
+
+def lose_disk(process: psutil.Process, folder: Path) -> None:
+    shutil.move(folder, folder.with_name("gone"))
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("rank", "lose", "reason"),
+    [
+        (1, lambda process, folder: process.send_signal(signal.SIGKILL), "rank 1"),
+        (1, lambda process, folder: process.send_signal(signal.SIGSTOP), "rank 1"),
+        (1, lose_disk, "rank_1"),
+        (0, lambda process, folder: process.send_signal(signal.SIGSTOP), "rank 0"),
+    ],
+    ids=["killed", "stopped", "without its disk", "the first one stopped"],
+)
+def test_the_run_ends_when_a_rank_is_lost(cut: Path, tmp_path: Path, rank: int, lose: Lose, reason: str) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(cut, folder)
+    line = command(2, "-m", "satchel", "serve", folder, "--port", "0")
+    with subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | ENVIRONMENT,
+    ) as launcher:  # fmt: skip
+        try:
+            assert launcher.stdout is not None
+            assert "serving" in launcher.stdout.readline()
+            ranks = processes(launcher)
+            assert sorted(ranks) == [0, 1]
+            everything = psutil.Process(launcher.pid).children(recursive=True)
+            start = time.monotonic()
+            lose(ranks[rank], folder / f"rank_{rank}")
+            output, _ = launcher.communicate(timeout=30)
+            assert time.monotonic() - start < LIMIT
+            assert launcher.returncode != 0
+            assert reason in output
+            assert "the run of all ranks has ended" in output
+            left = [each for each in everything if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+            assert not left
+        finally:
+            launcher.kill()
+
+
+@needs_mpi
+def test_another_number_of_processes_is_refused(cut: Path) -> None:
+    found = satchel(3, "run", cut, "ab")
+    assert found.returncode == 2
+    assert found.stderr.count("satchel: error") == 1
+    assert "mpiexec -n 2" in found.stderr
+
+
+@needs_mpi
+def test_ranks_with_different_bundles_are_refused(cut: Path, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "other", seed=1)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(cut, mixed)
+    shutil.rmtree(mixed / "rank_1")
+    assert (
+        main(["shard", str(tmp_path / "other"), "--tensor-parallel", "2", "-o", str(tmp_path / "two"), "--quiet"]) == 0
+    )
+    shutil.copytree(tmp_path / "two" / "rank_1", mixed / "rank_1")
+    found = satchel(2, "run", mixed, "ab")
+    assert found.returncode == 2
+    assert "rank 1" in found.stderr
+
+
+def members(**second: str | None) -> list[Member]:
+    first = {"host": "a", "process": 1, "satchel": "1", "digest": "x", "problem": None}
+    return [Member(rank=0, **first), Member(rank=1, **{**first, "digest": "y", **second})]  # type: ignore[arg-type]
+
+
+def problem(path: Path, found: list[Member]) -> str | None:
+    mpi = SimpleNamespace(get_vendor=lambda: ("MPICH", (5, 0, 2)))
+    return _problem(path, found, len(found), mpi)
+
+
+def test_another_version_of_satchel_is_refused(tmp_path: Path) -> None:
+    (tmp_path / RANKS_NAME).write_text(
+        '{"format": "satchel-ranks", "version": 1, "tensor": 2, "stages": 1, "digests": ["x", "y"]}'
+    )
+    assert problem(tmp_path, members()) is None
+    for other in ({"satchel": "2"}, {"digest": "z"}, {"problem": "no disk"}):
+        message = problem(tmp_path, members(**other))
+        assert message is not None
+        assert "rank 1 on a" in message
+    assert problem(tmp_path, members()[:1]) is not None
+
+
+def test_without_mpi_the_message_says_what_to_install(
+    cut: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert main(["run", str(cut), "ab"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_one_part_does_not_run_alone(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(cut / "rank_0"), "ab"]) == 2
+    assert "mpiexec -n 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"format": "satchel-ranks", "version": 2}', '{"format": "satchel-ranks", "version": 1, "tensor": 2}'],
+)
+def test_a_damaged_list_of_ranks_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / RANKS_NAME).write_text(text)
+    with pytest.raises(BundleError):
+        read_ranks(tmp_path)
