@@ -56,7 +56,8 @@ from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
 from satchel.graphs.quant.stored import StoredGrid, orders_of
 from satchel.graphs.targets.caches import ABSORB, with_caches
-from satchel.graphs.targets.targets import FIT_FLOAT16, PLAIN, TARGETS, order_steps, output_step
+from satchel.graphs.targets.steps import FIT_FLOAT16, order_steps, output_step
+from satchel.graphs.targets.targets import PLAIN, TARGETS
 from satchel.runtime.bundle.contract import EMBED, LOGITS, PHASES, lora_names, past_names
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE

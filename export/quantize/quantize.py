@@ -34,7 +34,7 @@ from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
 from satchel.graphs.quant.stored import STORED, StoredGrid, grid_of
-from satchel.graphs.targets.targets import ROTATE, equalize_steps
+from satchel.graphs.targets.steps import ROTATE, equalize_steps
 from satchel.runtime.bundle.contract import present_names
 
 Progress = Callable[[int], Any]

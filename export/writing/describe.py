@@ -18,7 +18,8 @@ from satchel.export.writing.tensor_specs import tensor_specs
 from satchel.graphs.passes.adapt.attach_adapters import TENSORS
 from satchel.graphs.quant.assign import layer_name
 from satchel.graphs.quant.quantized import Quantized
-from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
+from satchel.graphs.targets.sessions import Session
+from satchel.graphs.targets.targets import PLAIN, TARGETS
 from satchel.runtime.bundle.contract import (
     DECODE_BLOCKS,
     EMBED,

@@ -19,7 +19,8 @@ from satchel.graphs.ir.inputs import WINDOW, Lengths, table_of
 from satchel.graphs.ir.pipeline import Done, Step
 from satchel.graphs.passes.normalize.lower_opset import OPSET
 from satchel.graphs.quant.quantized import Quantized
-from satchel.graphs.targets.targets import PLAIN, TARGETS, Session
+from satchel.graphs.targets.sessions import Session
+from satchel.graphs.targets.targets import PLAIN, TARGETS
 from satchel.runtime.bundle.dtypes import BY_ONNX
 from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph, StaticGraphs, TableSpec
 

@@ -21,7 +21,7 @@ from satchel.graphs.passes.quantize.equalize import equalize
 from satchel.graphs.passes.quantize.insert_hadamard import insert_hadamard
 from satchel.graphs.passes.quantize.rotate_residual import rotate_residual
 from satchel.graphs.passes.quantize.rotate_values import rotate_values
-from satchel.graphs.targets.targets import PHASE_STEPS
+from satchel.graphs.targets.steps import PHASE_STEPS
 from satchel.runtime.bundle.contract import PHASES
 
 TOLERANCE = 1e-5

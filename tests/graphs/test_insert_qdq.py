@@ -16,7 +16,7 @@ from satchel.graphs.passes.normalize.remove_duplicates import remove_duplicates
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Rule
-from satchel.graphs.targets.targets import EXACT_PRODUCTS, cpu_sessions
+from satchel.graphs.targets.sessions import EXACT_PRODUCTS, cpu_sessions
 from satchel.runtime.bundle.contract import NATIVE
 
 INPUTS, OUTPUTS = 64, 48

@@ -17,7 +17,8 @@ from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step, check_order
 from satchel.graphs.quant.quantized import KVScales, Quantized
 from satchel.graphs.quant.recipe import Recipe, Rule
-from satchel.graphs.targets.targets import FIT_FLOAT16, ROTATE, TARGETS, equalize_steps, order_steps, output_step
+from satchel.graphs.targets.steps import FIT_FLOAT16, ROTATE, equalize_steps, order_steps, output_step
+from satchel.graphs.targets.targets import TARGETS
 from satchel.runtime.bundle.contract import DECODE_BLOCKS, EMBED, NATIVE, PHASES, PREFILL_INT8
 
 MODULES = {

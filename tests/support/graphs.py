@@ -13,7 +13,7 @@ import onnxruntime as ort
 from satchel.graphs.ir.contract import GraphPass, PassResult, Report
 from satchel.graphs.ir.verify import signature, verify
 from satchel.graphs.ir.weights import from_array
-from satchel.graphs.targets.targets import EXACT_PRODUCTS
+from satchel.graphs.targets.sessions import EXACT_PRODUCTS
 
 Arrays = Mapping[str, np.ndarray]
 

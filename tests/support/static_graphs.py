@@ -24,7 +24,8 @@ from satchel.graphs.analysis.cut import INLINE_LIMIT
 from satchel.graphs.ir.inputs import Lengths
 from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.quant.quantized import Quantized
-from satchel.graphs.targets.targets import TARGETS, Target, cann_steps
+from satchel.graphs.targets.steps import cann_steps
+from satchel.graphs.targets.targets import TARGETS, Target
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.graph_specs import GraphSpec, StaticGraph
 from satchel.runtime.bundle.manifest import Manifest
