@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from satchel.runtime import Generator
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
-from satchel.runtime.generation.scheduler import Event, Scheduler
+from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.server.models import Models
 from satchel.runtime.server.records import Metrics
 from satchel.runtime.server.run import listen, make_server

@@ -128,6 +128,16 @@ class Batch:
             runs.append(Run(tuple(row for row, _ in last), 0, True, partial(self.decode, tokens)))
         return runs
 
+    def run(self, feeds: Sequence[Feed]) -> None:
+        """Feed tokens to rows without an adapter: here one row after another, in one run where rows share memory."""
+        for row, tokens in feeds:
+            state = self.states[row]
+            state.expect(state.cache.length + len(tokens))
+            for span in self._engine.spans(len(tokens)) if len(tokens) > 1 else ():
+                state.prefill(tokens[span])
+            if len(tokens) == 1:
+                state.decode(int(tokens[0]))
+
     @property
     def widest_ahead(self) -> int:
         """The largest number of drafted tokens of a row that `decode_ahead` checks; 0 where it takes none."""

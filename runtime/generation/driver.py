@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.request import Request
-from satchel.runtime.generation.scheduler import Event, Scheduler
+from satchel.runtime.generation.scheduler import Scheduler
 
 
 class Driver:

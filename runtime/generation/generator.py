@@ -238,13 +238,16 @@ class Generator(Prompts):
             elif event.outcome is not None:
                 raise event.outcome
 
-    def scheduler(self, *, rows: int = BATCH_ROWS, capacity: int | None = None, **options: Any) -> Scheduler:
+    def scheduler(
+        self, *, rows: int = BATCH_ROWS, capacity: int | None = None, kv_cache_mib: int | None = None, **options: Any
+    ) -> Scheduler:
         """A scheduler for requests that come and go. Arguments and errors are those of `Scheduler`.
 
         `capacity` None gives each row the largest context.
         """
-        capacity = self.max_context if capacity is None else capacity
-        return Scheduler(self.engine, self.prefix_cache, self.new_sequence, rows=rows, capacity=capacity, **options)
+        size: dict[str, Any] = {"rows": rows, "capacity": capacity or self.max_context, "kv_cache_mib": kv_cache_mib}
+        drafts = None if self.speculation is None else self.speculation.draft_rows(**size)
+        return Scheduler(self.engine, self.prefix_cache, self.new_sequence, draft_rows=drafts, **size, **options)
 
     def beam_search(
         self,

@@ -130,6 +130,8 @@ class Rows:
             return None
         job = max(running, key=lambda job: (-job.priority, job.id))
         job.swapped = swapped_out(self._engine.bundle.manifest.kv_cache, self.state(job).cache)
+        if job.sequence.drafter is not None:
+            job.sequence.drafter.rest()
         self.free(job)
         self.preemptions += 1
         return job

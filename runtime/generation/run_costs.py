@@ -50,12 +50,18 @@ class Costs:
         return self._seconds[near] * (1.0 if near == rows else self._steps(rows) / self._steps(near))
 
     def best(
-        self, gains: Sequence[float], further: Iterable[int], *, rows: int = 1, each: float = 0.0
+        self,
+        gains: Sequence[float],
+        further: Iterable[int],
+        *,
+        rows: int = 1,
+        each: float = 0.0,
+        before: float = 0.0,
     ) -> tuple[int, float]:
         """How many drafted rows, of the numbers `further`, give the most tokens per second, and that number.
 
         0 if none gives more than `rows` alone, each of which gives a token. `gains` are the tokens that each drafted
-        row is expected to give, `each` is the time to draft one.
+        row is expected to give, `each` is the time to draft one, `before` that to draft all.
         """
         plain = self.of(rows)
         best, rate = 0, GAIN * rows / plain
@@ -64,7 +70,7 @@ class Costs:
         expected = list(accumulate(gains, initial=float(rows)))
         for count in further:
             if 0 < count <= len(gains):
-                found = expected[count] / (self.of(rows + count) + count * each)
+                found = expected[count] / (self.of(rows + count) + count * each + before)
                 if found > rate:
                     best, rate = count, found
         return best, rate
@@ -87,3 +93,12 @@ class Costs:
         low, high = (known[after - 1], known[after]) if after < len(known) else known[-2:]
         slope = (self._shape[high] - self._shape[low]) / (high - low)
         return self._shape[low] + slope * (rows - low)
+
+
+class DraftCosts(Costs):
+    """Those of runs of a small model that drafts: no time before they were measured, so that it is tried."""
+
+    def of(self, rows: int) -> float:
+        """Seconds of a run; 0 before anything was measured."""
+        known = super().of(rows)
+        return 0.0 if known == math.inf else known

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +15,8 @@ from satchel.runtime.errors import PromptError, QueueFullError
 from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import Ids
+from satchel.runtime.generation.draft_rows import DraftRows
+from satchel.runtime.generation.events import Deliver, Event
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.joint_speculation import Ahead, decode_together, plan_drafts
 from satchel.runtime.generation.pace import Pace
@@ -24,32 +25,9 @@ from satchel.runtime.generation.prefix_cache import PrefixCache, common_length
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.rows import Rows
-from satchel.runtime.generation.sampling.logprobs import TokenLogprob
 from satchel.runtime.generation.sequence import ActiveSequence
 from satchel.runtime.generation.speculation import WIDTHS, decode
 from satchel.runtime.util.defaults import STRETCH
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of one request: the tokens that were chosen, and its end.
-
-    Attributes:
-        id: The number of the request.
-        text: The new text that may be shown; often empty. The texts joined are that of the result.
-        token_ids: The new tokens.
-        logprobs: Those of the new tokens, if the request asks for them.
-        outcome: In the last event of a request, its result, or the error that ended it; else None.
-    """
-
-    id: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    outcome: Generation | Exception | None = None
-
-
-Deliver = Callable[[Event], object]
 
 
 class Scheduler:
@@ -73,6 +51,7 @@ class Scheduler:
         stretch: float = STRETCH,
         force_batch: bool = False,
         kv_cache_mib: int | None = None,
+        draft_rows: DraftRows | None = None,
     ) -> None:
         """Allocate `rows` rows of `capacity` positions each.
 
@@ -80,7 +59,8 @@ class Scheduler:
         prompts are fed, the time between the tokens of other requests is up to `stretch` times the usual one, as far as
         that can be planned; infinity plans nothing. `force_batch` is as for `Engine.new_batch`. `kv_cache_mib` limits
         the memory of keys and values, those kept for later prompts included: where not all rows fit, requests of low
-        priority wait in a temporary file; None is room for all. Raises PromptError as `Engine.new_pool`.
+        priority wait in a temporary file; None is room for all. `draft_rows` are as many of a small model that drafts.
+        Raises PromptError as `Engine.new_pool`.
         """
         self._engine, self._prefix_cache, self._new_sequence = engine, prefix_cache, new_sequence
         self._batch: Batch = engine.new_pool(
@@ -89,6 +69,7 @@ class Scheduler:
         self._capacity, self._queue_limit = capacity, queue_limit
         self._pace = Pace(stretch, in_pieces=stretch < math.inf and engine.piece_invariant)
         self._rows = Rows(engine, self._batch, prefix_cache)
+        self._draft_rows = draft_rows
         self._queue = FairQueue()
         self._oldest = True
         self._events: list[Event] = []
@@ -118,6 +99,8 @@ class Scheduler:
             )
         if request.timeout is not None:
             sequence.end_within(request.timeout)
+        if sequence.drafter is not None and self._draft_rows is not None:
+            sequence.drafter.share(self._draft_rows)
         with self._lock:
             if self._closed:
                 raise QueueFullError("no further requests are taken: this is closing")
@@ -275,7 +258,9 @@ class Scheduler:
 
     def _planned(self, decoding: Sequence[Job]) -> list[Ahead]:
         """What is drafted for requests that are decoded together, if there is memory for it."""
-        planned = plan_drafts(self._batch, [(self._rows.number(job), job.sequence) for job in decoding])
+        rows, planned = [(self._rows.number(job), job.sequence) for job in decoding], list[Ahead]()
+        with failing(*decoding):
+            planned = plan_drafts(self._batch, rows, self._draft_rows)
         if not self._rows.has_memory([each.feed for each in planned]):
             for each in planned:
                 each.draft.clear()

@@ -19,14 +19,17 @@ from satchel.runtime.errors import BundleError, PromptError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation.draft_model import DraftModel, ModelDrafter
+from satchel.runtime.generation.draft_rows import DraftRows
 from satchel.runtime.generation.drafts import NgramDrafter, NgramPool
-from satchel.runtime.generation.run_costs import SMOOTHING, Costs, reached
+from satchel.runtime.generation.run_costs import Costs, DraftCosts, reached
 from satchel.runtime.generation.sampling.sampler import Sampler
 from satchel.runtime.generation.sequence import ActiveSequence
+from satchel.runtime.generation.trials import Record, Trials
 
 WIDTHS = (1, 3, 7, 15)  # of drafts: with the token before them, the rows of a run are powers of two
 MODES = ("auto", "ngram", "off")
-IDLE, LONGEST_IDLE = 8, 512  # steps without a draft of the small model, after which it is tried again
+SURE_ENOUGH = 0.9  # a probability of what earlier texts predict, above which the small model is not asked
+OWN = 8  # tries of the small model for one text that count as much as what is known of all
 
 
 def check_mode(speculate: str, draft: str | Path | None) -> None:
@@ -52,8 +55,8 @@ class Speculation:
         made = engine.bundle.specialized
         steps = {} if made is None else {1 + run.drafted: run.steps for run in made.runs_ahead}
         self.pool, self.model, self.costs = NgramPool(), model, Costs(steps)
-        self.model_costs = 0.0  # seconds of a token that the small model drafts
-        self.model_tried, self.model_right = 3.0, 2.0
+        self.model_costs = DraftCosts()
+        self.by_model = Record(3.0, 2.0)
         self._engine = engine
 
     def drafter(self, sequence: ActiveSequence, sampler: Sampler | None) -> Drafter | None:
@@ -63,16 +66,16 @@ class Speculation:
         model = None if self.model is None else ModelDrafter(self.model, sequence.positions)
         return Drafter(self, sequence.prompt, model, sampler)
 
-    def note_model(self, drafted: int, right: int, seconds: float | None) -> None:
-        """Count a draft of the small model, and the time that it took, unless it was a first one."""
-        self.model_tried += min(right + 1, drafted)
-        self.model_right += right
-        if self.model_tried > 64:
-            self.model_tried /= 2
-            self.model_right /= 2
-        if seconds is not None:
-            each, old = seconds / drafted, self.model_costs
-            self.model_costs = old + SMOOTHING * (each - old) if 0 < old < each else each
+    def draft_rows(self, rows: int, capacity: int, kv_cache_mib: int | None) -> DraftRows | None:
+        """Rows of the small model for as many requests that run together; None where nothing is drafted by one.
+
+        Raises PromptError as `Engine.new_pool`.
+        """
+        model = self.model
+        if model is None or self._engine.why_not_ahead(None) is not None:
+            return None
+        limit = None if kv_cache_mib is None else kv_cache_mib << 20
+        return DraftRows(model.engine, model.prefix_cache, self.model_costs, rows, capacity, limit)
 
 
 class Drafter:
@@ -83,10 +86,11 @@ class Drafter:
     ) -> None:
         """`sampler` is that of the sequence; None if it chooses in a way of its own."""
         self.costs = shared.costs
-        self._shared, self._prompt, self._model, self._sampler = shared, prompt, model, sampler
-        self._seconds: float | None = None
-        self._by_model = False
-        self._idle, self._patience = 0, IDLE
+        self.model, self.sampler = model, sampler
+        self._shared, self._prompt = shared, prompt
+        self._trials = Trials()
+        self._by_model = False  # what is checked next
+        self._record = Record()
 
     def draft(
         self, token_ids: Sequence[int], limit: int, wrong: Collection[int], forced: Sequence[int] = ()
@@ -103,7 +107,7 @@ class Drafter:
             return list(forced[:count])
         tokens, chances = self._ngrams.predicted(most)
         count, rate = self.costs.best(reached(chances), widths) if tokens else (0, 0.0)
-        if self._model is not None and not (count and chances[0] > 0.9):
+        if self.model is not None and not (count and chances[0] > SURE_ENOUGH):
             drafted = self._from_model(most, widths, rate if count else 0.0)
             if drafted:
                 return drafted
@@ -137,37 +141,69 @@ class Drafter:
         gains = [gain for gain in reached(chances) if gain >= least]
         return tokens[: len(gains)], gains
 
+    @property
+    def model_chance(self) -> float:
+        """The probability that a token of the small model is right if those before it are."""
+        own, all_texts = self._record, self._shared.by_model
+        return (own.right + OWN * all_texts.right / all_texts.tried) / (own.tried + OWN)
+
+    def model_room(self, limit: int) -> int:
+        """Up to `limit` tokens that the small model can draft; 0 where earlier texts promise more, or without one."""
+        if self.model is None or self._ngrams.chance > max(self.model_chance, SURE_ENOUGH):
+            return 0
+        return min(limit, self.model.room(self.text))
+
+    @property
+    def text(self) -> list[int]:
+        """The prompt and the new tokens that `follow` has taken in."""
+        return self._ngrams.text
+
+    def use_model(self) -> None:
+        """Note that the small model has drafted what is checked next."""
+        self._by_model = True
+
     def learn(self, drafted: int, right: int) -> None:
         """Note how many tokens of a draft were right."""
-        if self._by_model:
-            self._shared.note_model(drafted, right, self._seconds)
-            self._patience = IDLE if right else min(2 * self._patience, LONGEST_IDLE)
+        if self._by_model and drafted:
+            for record in (self._shared.by_model, self._record):
+                record.note(drafted, right)
+        self._by_model = False
+
+    def share(self, rows: DraftRows) -> None:
+        """Let the small model draft in a row of these."""
+        if self.model is not None:
+            self.model.share(rows)
+
+    def rest(self) -> None:
+        """Free what the small model has of this text: it has to wait."""
+        if self.model is not None:
+            self.model.close()
 
     def close(self, token_ids: Sequence[int]) -> None:
         """Keep what the sequence has become for others."""
         if token_ids:
             self.follow(token_ids)
-        if self._model is not None:
-            self._model.close()
+        self.rest()
 
     def _from_model(self, most: int, widths: Sequence[int], rate: float) -> list[int]:
         """A draft of the small model, of up to `most` tokens, if it promises more tokens per second than `rate`."""
-        shared, model = self._shared, self._model
-        chance = shared.model_right / shared.model_tried
-        count, found = self.costs.best(reached([chance] * most), widths, each=shared.model_costs)
+        gains = reached([self.model_chance] * most)
+        count, found = self.costs.best(gains, widths, each=self._shared.model_costs.of(1))
         if not count:
-            self._idle += 1
-            if self._idle < self._patience or self.costs.of(1) == np.inf:
+            if self.costs.of(1) == np.inf or not self._trials.due():
                 return []
             count = next((width for width in widths if width <= most), 0)
-            self._patience = min(2 * self._patience, LONGEST_IDLE)
         elif found < rate:
             return []
-        if model is None or not count:
+        else:
+            self._trials.end()
+        if self.model is None or not count:
             return []
-        self._idle, fresh, start = 0, model.fresh, time.perf_counter()
-        drafted = model.draft(self._ngrams.text, count, self._sampler)
-        self._seconds, self._by_model = None if fresh else time.perf_counter() - start, bool(drafted)
+        fresh, start = self.model.fresh, time.perf_counter()
+        drafted = self.model.draft(self.text, count, self.sampler)
+        if drafted and not fresh:
+            self._shared.model_costs.note(1, (time.perf_counter() - start) / len(drafted))
+        self.use_model()
         return drafted[: max((width for width in WIDTHS if width <= len(drafted)), default=0)]
 
 

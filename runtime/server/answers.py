@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.scheduler import Event
 from satchel.runtime.server.errors import Gone, RequestError
 from satchel.runtime.server.models import Model
 from satchel.runtime.server.records import record_of

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.scheduler import Event
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import now
 from satchel.runtime.server.call_source import Piece

@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.generation.scheduler import Event
 from satchel.runtime.server import openai
 from satchel.runtime.server.answers import Answers, asking
 from satchel.runtime.server.call_source import Piece

@@ -13,11 +13,12 @@ from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.block_pool import BLOCK
 from satchel.runtime.execution.paged import PagedBatch
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.scheduler import Event, Scheduler
+from satchel.runtime.generation.scheduler import Scheduler
 from satchel.runtime.generation.speculation import Drafter
 from satchel.runtime.optimize.specialize import specialize
 from satchel.runtime.ort.open_bundle import open_bundle

@@ -22,7 +22,7 @@ from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.run_costs import Costs
+from satchel.runtime.generation.run_costs import Costs, DraftCosts
 from satchel.runtime.generation.speculation import Speculation
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -60,6 +60,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return State.decode_ahead(state, tokens)
 
     monkeypatch.setattr(Costs, "of", lambda costs, rows: 0.9 + rows / 10)
+    monkeypatch.setattr(DraftCosts, "of", lambda costs, rows: 0.01)
     monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
     monkeypatch.setattr(CpuState, "decode_ahead", decode_ahead)
     monkeypatch.setattr(NgramDrafter, "predicted", lambda drafter, most: ([], []))

@@ -17,13 +17,14 @@ from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.generation import sequence
 from satchel.runtime.generation.driver import Driver
+from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.pace import RUN, Pace
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.scheduler import Event, Scheduler
+from satchel.runtime.generation.scheduler import Scheduler
 
 LONG = 300  # positions
 
