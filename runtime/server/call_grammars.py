@@ -25,6 +25,8 @@ ASSERTIONS = frozenset({
 OBJECT, ARRAY = {"properties", "required", "additionalProperties"}, {"items", "minItems", "maxItems"}
 DEFINITIONS = ("$defs", "definitions")
 SCALAR = {"type": ["number", "boolean", "null"]}
+CONSTANTS = {"boolean": ("True", "False"), "null": ("None",)}
+"""The literals of Python that JSON writes in another way, by their types."""
 
 
 def call_grammar(form: Form, tools: Tools, tokenizer: Tokenizer) -> str:
@@ -131,8 +133,8 @@ class _Writer:
             head = f"{self.literal(begin)} {self.rule('key', notation.any_key)} {self.literal(finish)}"
         else:
             head = self.literal(begin + self._key(key, notation) + finish)
-        if notation.quote:
-            return self.rule("pair", f"{head} {self._nested(value, root, notation)} {self.literal(after)}")
+        if notation.values is not None:
+            return self.rule("pair", f"{head} {self._nested(value, root, notation.values)} {self.literal(after)}")
         kind = "json" if key is None else texts_of(root, key)
         if kind == "json":
             shared = {key: root[key] for key in DEFINITIONS if key in root}
@@ -193,7 +195,10 @@ class _Writer:
         (kind,) = types
         if kind in kinds:
             return kinds[kind]({**schema, "type": kind}, root, notation)
-        if kind == "string":
+        if notation.literals and kind in CONSTANTS:
+            _check(schema, set())
+            return self._one_of(self.literal(word) for word in CONSTANTS[kind])
+        if kind == "string" and not notation.literals:
             text = self._text(text_pattern(schema, root), notation.quote)
             return self.rule("text", f"{self.literal(notation.quote)} {text}")
         _check(schema, set())
@@ -219,11 +224,17 @@ class _Writer:
         if "any" not in self._references:
             self._references["any"] = name = self.rule("value", '""')
             place = self.rules.index(f'{name}: ""')
-            text = f"{self.literal(notation.quote)} {self._text('/(?s:.*)/', notation.quote)}"
+            if notation.literals:
+                words = (self.literal(word) for words in CONSTANTS.values() for word in words)
+                scalar = " | ".join([self._json({"type": ["string", "number"]}), *words])
+            else:
+                text = f"{self.literal(notation.quote)} {self._text('/(?s:.*)/', notation.quote)}"
+                scalar = f"{text} | {self._json(SCALAR)}"
             between = self.literal(notation.between)
-            pair = f'{self.rule("key", notation.any_key)} ":" {name}'
+            opened, closed = notation.pair.removesuffix("VALUE").split("KEY")
+            pair = f"{self.literal(opened)} {self.rule('key', notation.any_key)} {self.literal(closed)} {name}"
             array, object = f'"[" ({name} ({between} {name})*)? "]"', f'"{{" ({pair} ({between} {pair})*)? "}}"'
-            self.rules[place] = f"{name}: {text} | {self._json(SCALAR)} | {array} | {object}"
+            self.rules[place] = f"{name}: {scalar} | {array} | {object}"
         return self._references["any"]
 
 
@@ -251,17 +262,22 @@ def _are_disjoint(kinds: list[set[str] | None]) -> bool:
 
 def _written(value: Any, notation: Notation) -> str:
     """A value in a notation that holds nested values too."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not notation.literals:
         return f"{notation.quote}{value}{notation.quote}"
     if isinstance(value, list):
         return f"[{notation.between.join(_written(each, notation) for each in value)}]"
     if isinstance(value, dict):
-        pairs = [
-            f"{key if re.fullmatch(notation.keys, key) else _written(key, notation)}:{_written(each, notation)}"
-            for key, each in value.items()
-        ]
+        colon = ": " if notation.literals else ":"
+        pairs = [f"{_written_key(key, notation)}{colon}{_written(each, notation)}" for key, each in value.items()]
         return f"{{{notation.between.join(pairs)}}}"
-    return json.dumps(value)
+    if notation.literals and (value is None or isinstance(value, bool)):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _written_key(key: str, notation: Notation) -> str:
+    is_bare = not notation.literals and re.fullmatch(notation.keys, key)
+    return key if is_bare else _written(key, notation)
 
 
 def _quoted(words: str) -> str:

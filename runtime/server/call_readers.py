@@ -5,11 +5,10 @@ A reader takes one or more calls from a source, and yields their pieces. It rais
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from satchel.runtime.server.call_source import Incomplete, Piece, Pieces, Source
 from satchel.runtime.server.schemas import texts_of
@@ -126,18 +125,6 @@ def named_in(text: str, *, before: str, after: str = r"\s*") -> Calls:
     return found
 
 
-def python_in(text: str) -> Calls:
-    """Calls of Python with keywords that are literals, such as `[add(a=1), clock()]`: a list, or one a line."""
-    body = ast.parse(text.strip()).body
-    found: Calls = []
-    for statement in body:
-        if not isinstance(statement, ast.Expr):
-            raise ValueError("a statement")
-        items = statement.value.elts if isinstance(statement.value, ast.List) else [statement.value]
-        found += [_from_python(item) for item in items]
-    return found
-
-
 def _after(pattern: re.Pattern[str], text: str, place: int) -> int:
     match = pattern.match(text, place)
     if match is None:
@@ -158,28 +145,6 @@ def _from_object(value: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str):
         raise ValueError("a name that is no text")
     return name, _arguments(value.get("arguments", value.get("parameters", {})))
-
-
-def _from_python(call: ast.expr) -> tuple[str, dict[str, Any]]:
-    if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
-        raise ValueError("no call with keywords")
-    return ast.unparse(call.func), {str(each.arg): _literal(each.value) for each in call.keywords}
-
-
-class _Literals(ast.NodeTransformer):
-    """Makes JSON's names those of Python."""
-
-    NAMES: ClassVar[dict[str, Any]] = {"true": True, "false": False, "null": None}
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(self.NAMES[node.id]) if node.id in self.NAMES else node
-
-
-def _literal(value: ast.expr) -> Any:
-    """The value of a literal of Python."""
-    found = ast.literal_eval(_Literals().visit(value))
-    json.dumps(found)  # bytes, sets and the like are no arguments
-    return found
 
 
 def _value_until(source: Source, closing: re.Pattern[str], nullable_text: bool) -> Generator[Piece | None, None, Any]:

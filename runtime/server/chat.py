@@ -117,7 +117,7 @@ class _Work:
                     "finish_reason": _reason(result, called),
                 }
             )
-        return {**self.head, "choices": choices, "usage": openai.usage(results)}
+        return {**self.head, "choices": choices, "usage": self._usage(results)}
 
     async def chunks(self) -> Chunks:
         """The answer in pieces."""
@@ -137,7 +137,11 @@ class _Work:
                 yield self._chunk(index, {}, _reason(ended, calls[index] > 0))
         if self.told:
             results = [self.asked.answers.results[index] for index in range(len(self.asked.replies))]
-            yield {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": openai.usage(results)}
+            yield {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(results)}
+
+    def _usage(self, results: Sequence[Generation]) -> dict[str, Any]:
+        details = {"reasoning_tokens": self.asked.reasoning_tokens()}
+        return {**openai.usage(results), "completion_tokens_details": details}
 
     def _chunk(
         self, index: int, delta: dict[str, Any], reason: str | None = None, event: Event | None = None

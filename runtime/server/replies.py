@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+from satchel.runtime.generation.reasoning import shown
 from satchel.runtime.generation.templates.thoughts import thoughts_of
 from satchel.runtime.generation.tokenizer import Tokenizer
 from satchel.runtime.server.call_readers import UNREADABLE, Schemas, read_all
@@ -75,6 +78,7 @@ class Reply:
     ) -> None:
         """`thinking` is what ends the reasoning within which the prompt ends, if it does; `schemas` are the tools."""
         self._forms, self._thoughts, self._schemas, self._several = forms, thoughts, schemas, several
+        self._thought: list[str] = []  # what ended each reasoning so far
         self._begins = {form.begin: form for form in forms if form.begin}
         self._bare = next((form for form in forms if not form.begin), None)
         self._state = "thinking" if thinking else "start"
@@ -98,6 +102,19 @@ class Reply:
             found += [piece for piece in step(final) if piece.text or piece.name]
         return found
 
+    def reasoning_tokens(self, tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+        """How many of the tokens of the answer, which has ended, are reasoning, with the marks around it."""
+        if self._state == "thinking":
+            return len(ids)
+        if not self._thought:
+            return 0
+
+        def has_ended(count: int) -> bool:
+            said = shown(tokenizer, ids[:count])
+            return all(said.count(end) >= self._thought.count(end) for end in self._thought)
+
+        return bisect_left(range(len(ids)), True, key=has_ended)
+
     def _start(self, final: bool) -> Iterator[Piece]:
         stripped = self._held.lstrip()
         begun = next((begin for begin in self._thoughts if stripped.startswith(begin)), None)
@@ -114,6 +131,7 @@ class Reply:
     def _think(self, final: bool) -> Iterator[Piece]:
         thought, closed, rest = self._held.partition(self._closing)
         if closed:
+            self._thought.append(self._closing)
             self._state, self._held = "start", rest.lstrip()
             yield Piece("reasoning", thought)
         else:
@@ -201,7 +219,7 @@ class Harmony:
 
     def __init__(self, schemas: Schemas, *, several: bool = True, unfinished: bool = False) -> None:
         """`unfinished` is whether the prompt ends within a message."""
-        self._tools, self._several = bool(schemas), several
+        self._tools, self._several, self._unfinished = bool(schemas), several, unfinished
         self._schemas = schemas
         self._held, self._called = "", False
         self._streams = False  # whether the open message is a call that has begun
@@ -219,6 +237,17 @@ class Harmony:
             found += [piece for piece in self._step(final) if piece.text or piece.name]
             if before == (self._kind, self._held):
                 return found
+
+    def reasoning_tokens(self, tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+        """As `Reply.reasoning_tokens`: those of the messages in the channel for it."""
+        ends = {tokenizer.special_token(mark) for mark in ENDS}
+        cuts = [place + 1 for place, token in enumerate(ids) if token in ends]
+        count = 0
+        for start, end in pairwise([0, *cuts, len(ids)]):
+            header, begun, _ = shown(tokenizer, ids[start:end]).partition(MESSAGE)
+            if begun and not (self._unfinished and start == 0) and self._kind_of(header)[0] == "reasoning":
+                count += end - start
+        return count
 
     def _step(self, final: bool) -> Iterator[Piece]:
         if self._kind is None:

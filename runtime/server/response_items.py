@@ -149,7 +149,7 @@ class _Work:
             "tools": self.given.get("tools", []),
             "top_p": self.given.get("top_p"),
             "truncation": "disabled",
-            "usage": None if result is None else _usage(result),
+            "usage": None if result is None else _usage(result, self.asked.reasoning_tokens()),
         }
 
     async def chunks(self) -> Chunks:
@@ -229,11 +229,11 @@ class _Item:
         return {"logprobs": []} if self.piece.kind == "content" else {}
 
 
-def _usage(result: Generation) -> dict[str, Any]:
+def _usage(result: Generation, reasoning: int) -> dict[str, Any]:
     return {
         "input_tokens": result.prompt_tokens,
         "input_tokens_details": {"cached_tokens": result.reused_tokens, "cache_write_tokens": 0},
         "output_tokens": result.new_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": result.prompt_tokens + result.new_tokens,
     }

@@ -58,6 +58,13 @@ class Asked:
         """The pieces of an answer that an event brings."""
         return self.replies[index].add(event.text, final=event.outcome is not None)
 
+    def reasoning_tokens(self) -> int:
+        """How many tokens of the answers, which have ended, are reasoning."""
+        told = self.answers.results
+        counts = (reply.reasoning_tokens(self.model.tokenizer, told[index].token_ids)
+                  for index, reply in enumerate(self.replies))  # fmt: skip
+        return sum(counts)
+
 
 async def encoded(model: Model, talk: Talk) -> tuple[str, Any]:
     """The text of a talk, and its ids. Raises RequestError."""

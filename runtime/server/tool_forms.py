@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from satchel.runtime.generation.templates.thoughts import CHANNELS
+from satchel.runtime.server.call_python import read_python
 from satchel.runtime.server.call_readers import (
     OBJECT,
     OBJECT_END,
     Reader,
     named_in,
     objects_in,
-    python_in,
     read_bare,
     read_json,
     read_tagged,
-    read_whole,
 )
 
 
@@ -33,6 +32,8 @@ class Notation:
         around: What stands before and after all arguments.
         between: What stands between two of them.
         quote: What stands around texts, where nested values are written in this way too; empty if those are JSON.
+        literals: Whether values are literals of Python, nested ones too.
+        inner: How values are written, if in another way than arguments.
     """
 
     pair: str
@@ -41,6 +42,13 @@ class Notation:
     around: tuple[str, str] = ("", "")
     between: str = ""
     quote: str = ""
+    literals: bool = False
+    inner: Notation | None = None
+
+    @property
+    def values(self) -> Notation | None:
+        """How values are written that have a notation of their own."""
+        return self if self.quote or self.literals else self.inner
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,6 @@ _LLAMA = '{"name": NAME, "parameters": ARGUMENTS}'
 _COMMAND = '{"tool_name": NAME, "parameters": ARGUMENTS}'
 _LIST = ("[", ", ", "]")
 _read_objects = partial(read_json, before=OBJECT, after=OBJECT_END, whole=objects_in)
-_read_python = partial(read_whole, read=python_in)
 
 
 def _named(before: str, after: str = r"\s*") -> Reader:
@@ -98,6 +105,9 @@ _PAIR_KEY = r"[^<\s](?:[^<\n]*[^<\s])?"
 _PAIRS_LINES = Notation("<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n", _PAIR_KEY, _ANY_KEY)
 _PAIRS = Notation("<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>", _PAIR_KEY, _ANY_KEY)
 _BARE = Notation("KEY:VALUE", r"[\w-]+", _ANY_KEY, ("{", "}"), ",", '<|"|>')
+_PYTHON_VALUES = Notation('"KEY": VALUE', r'[^"\\\x00-\x1f]+', _ANY_KEY, ("{", "}"), ", ", literals=True)
+_PYTHON = Notation("KEY=VALUE", r"[^\W\d]\w*", _ANY_KEY, between=", ", inner=_PYTHON_VALUES)
+_PYTHON_NAMES = r"[^\W\d][\w.-]*"
 _DEEPSEEK = r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^\s<]+)(?:<｜tool▁sep｜>|\s*```json)\s*"
 _read_deepseek = _named(_DEEPSEEK, r"\s*(?:```)?\s*<｜tool▁call▁end｜>")
 _KIMI = r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s:<]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*"
@@ -126,12 +136,16 @@ FORMS: tuple[Form, ...] = (
     Form("[TOOL_CALLS]", "", _named(_MISTRAL), ("[TOOL_CALLS]", "[ARGS]"), _MISTRAL_MARKS,
          "NAME[ARGS]ARGUMENTS", names=r"[^\s\[{]+"),
     Form("[TOOL_CALLS]", "", _read_objects, write=_OBJECT, listed=_LIST),  # Mistral 7B
-    Form("<|python_start|>", "<|python_end|>", _read_python),  # Llama 4
+    Form("<|python_start|>", "<|python_end|>", read_python, write="NAME(ARGUMENTS)", notation=_PYTHON, listed=_LIST,
+         names=_PYTHON_NAMES),  # Llama 4
     Form("<|python_tag|>", "", _read_objects, write=_LLAMA),  # Llama 3
     Form("", "", _read_objects, ("ipython",), write=_LLAMA),  # Llama 3
-    Form("<|tool_call_start|>", "<|tool_call_end|>", _read_python, ("<|tool_list_start|>",)),  # LFM2
-    Form("<|tool_call_start|>", "<|tool_call_end|>", _read_python, ("List of tools: [",)),  # LFM2.5
-    Form("<function_calls>", "</function_calls>", _read_python),  # OLMo 3
+    Form("<|tool_call_start|>", "<|tool_call_end|>", read_python, ("<|tool_list_start|>",), (), "NAME(ARGUMENTS)",
+         _PYTHON, _LIST, names=_PYTHON_NAMES),  # LFM2
+    Form("<|tool_call_start|>", "<|tool_call_end|>", read_python, ("List of tools: [",), (), "NAME(ARGUMENTS)",
+         _PYTHON, _LIST, names=_PYTHON_NAMES),  # LFM2.5
+    Form("<function_calls>", "</function_calls>", read_python, write="NAME(ARGUMENTS)", notation=_PYTHON,
+         listed=("", "\n", ""), names=_PYTHON_NAMES),  # OLMo 3
     Form("<|tool_call>", "<tool_call|>", partial(read_bare, quote='<|"|>'), inner=('<|"|>',),
          write="call:NAMEARGUMENTS", notation=_BARE, names=r"[\w.-]+"),  # Gemma 4
     Form("<start_function_call>", "<end_function_call>", partial(read_bare, quote="<escape>"), inner=("<escape>",),

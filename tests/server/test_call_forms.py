@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -16,7 +18,11 @@ from support.chat_bundle import END, TEMPLATE, write_chat_bundle
 from support.schemas import schema
 from support.served import Served, serving
 
+from satchel.runtime.generation.reasoning import shown
+from satchel.runtime.server.call_grammars import call_grammar
+from satchel.runtime.server.replies import Syntax
 from satchel.runtime.server.tool_forms import FORMS, Form, forms_of
+from satchel.runtime.server.tools import chat_tools
 
 FORCED = [form for form in FORMS if form.write]
 NAMES = [f"{form.begin or 'bare'} {'|'.join(form.signs)}" for form in FORCED]
@@ -127,6 +133,29 @@ def test_several_calls_are_read(client: openai.OpenAI, writes: Any, form: Form) 
             jsonschema.validate(json.loads(call.function.arguments), small[call.function.name])
         counts.add(len(calls))
     assert max(counts) > 1 or not form.end or form.listed  # whether a list goes on, this model's numbers decide
+
+
+@pytest.mark.parametrize("begin", ["<|python_start|>", "<function_calls>"])
+def test_a_forced_call_in_python_is_python(served: Served, begin: str) -> None:
+    """Python itself reads what the grammar of such calls lets a model write, and the reader reads the same."""
+    form = next(form for form in FORMS if form.begin == begin)
+    tokenizer = served.generator.tokenizer
+    assert tokenizer is not None
+    for name, parameters in SCHEMAS.items():
+        tools = chat_tools({"tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}]})
+        source = call_grammar(form, replace(tools, choice="required", name=name), tokenizer)
+        for seed in range(3):
+            options = {"grammar": {"lark": source}, "temperature": 1.0, "seed": seed}
+            ids = served.generator.generate("a", max_new_tokens=800, **options).token_ids
+            text = shown(tokenizer, ids)
+            inner = text.removeprefix(form.begin).removesuffix(form.end).strip()
+            (call,) = [node for node in ast.walk(ast.parse(inner)) if isinstance(node, ast.Call)]
+            assert ast.unparse(call.func) == name
+            arguments = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+            jsonschema.validate(arguments, parameters)
+            reply = Syntax("".join(form.signs or (form.begin,))).reply("", tools.functions)
+            (first, *rest) = reply.add(text, final=True)
+            assert (first.name, json.loads("".join(piece.text for piece in (first, *rest)))) == (name, arguments)
 
 
 @pytest.mark.slow

@@ -69,6 +69,19 @@ CASES: list[tuple[str, str, list[tuple[str, ...]]]] = [
     ("<function_calls>", "<function_calls>\nadd(a=1, b='<x>')\nadd(a=1, b='<x>')\n</function_calls>", [ADD, ADD]),
     ("<function_calls>", "<function_calls>clock(deep=[true, {'k': null}])</function_calls>",
      [("call", '{"deep": [true, {"k": null}]}', "clock")]),
+    ("<function_calls>", "<function_calls>" r"""clock(t="a\n\x41\u00e9\101 \'q\' \\d", n=-1.5e3, e='', d='[,)\'')"""
+     "</function_calls>",
+     [("call", r"""{"t": "a\nAéA 'q' \\d", "n": -1500.0, "e": "", "d": "[,)'"}""", "clock")]),
+    ("<|python_start|>", "<|python_start|>[clock(a={'k': [1, (2, 3), \"x)\", True, None]}, b=False, "
+     "c=\"\"\"p\"'q\"\"\"),clock()]<|python_end|>Done",
+     [("call", r"""{"a": {"k": [1, [2, 3], "x)", true, null]}, "b": false, "c": "p\"'q"}""", "clock"),
+      ("call", "{}", "clock"), ("content", "Done")]),
+    ("<|python_start|>", r"<|python_start|>[clock(t='\ud83d\ude00')]<|python_end|>",
+     [("call", r'{"t": "\ud83d\ude00"}', "clock")]),
+    ("<|python_start|>", "<|python_start|>[add(a=__import__('os'), b=1)]<|python_end|>",
+     [("call", '{"a": ', "add"), ("content", "__import__('os'), b=1)]<|python_end|>")]),
+    ("<|python_start|>", "<|python_start|>[add(a=1, b='<x", [("call", '{"a": 1, "b": "<x', "add")]),
+    ("<|python_start|>", "<|python_start|>[]<|python_end|>", [("content", "<|python_start|>[]<|python_end|>")]),
     ("<|tool_call>", '<|tool_call>call:add{a:1,b:<|"|><x><|"|>}<tool_call|>', [ADD]),
     ("<|tool_call>", '<|tool_call>call:clock{deep:[true,{k:null}],t:<|"|>{,}<|"|>}<tool_call|>',
      [("call", '{"deep": [true, {"k": null}], "t": "{,}"}', "clock")]),
@@ -138,6 +151,14 @@ def test_without_tools_a_call_is_text_and_an_open_thought_is_reasoning() -> None
     assert split(harmony, "more<|return|>", prompt="<|channel|>final<|message|>some") == [("content", "more")]
     called = f"<|channel|>commentary to=functions.add<|message|>{ARGUMENTS}"
     assert split(harmony, called, tools=[]) == [("content", ARGUMENTS)]
+
+
+def test_calls_in_python_come_as_they_are_written() -> None:
+    reply = Syntax("<|tool_list_start|> <|tool_call_start|>").reply("", [TOOL])
+    told = []
+    for text in ("<|tool_call_start|>[add(a=", "1", "2, b='so", "me t", "ext'), ", "add(", "a=3)]"):
+        told.append("".join(piece.text for piece in reply.add(text)))
+    assert told == ["{", '"a": ', '12, "b": "so', "me t", 'ext"}', "", '{"a": 3}']
 
 
 def test_one_call_is_enough_if_there_may_not_be_several() -> None:
