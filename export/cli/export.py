@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from satchel.export.cli.shard import add_division, cut_bundle, shares_of
 from satchel.export.config import (
     ADAPTER_FORMS,
     DEFAULT_CONTEXT,
@@ -23,7 +24,10 @@ from satchel.export.config import (
     TARGETS,
     ExportConfig,
 )
+from satchel.export.errors import ExportError
 from satchel.export.writing.report import report, row
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.ranks import RANKS_NAME
 from satchel.runtime.util.progress import waiting
 
 EXAMPLE = """\
@@ -170,6 +174,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="go on with an export to BUNDLE that was interrupted while it rounded the weights; the bytes are the same",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_division(parser, required=False)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -196,14 +201,37 @@ def main(args: argparse.Namespace) -> int:
         embeddings=args.embeddings, resume=args.resume,
     )  # fmt: skip
     start = time.monotonic()
-    manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
-    written = dataclasses.replace(config, precision=manifest.precision).named_output
+    if args.tensor_parallel is None:
+        manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
+        written = dataclasses.replace(config, precision=manifest.precision).named_output
+    else:
+        manifest, written = _export_parts(args, config)
     facts = {"bundle": str(written), **report(manifest), "seconds": round(time.monotonic() - start, 1)}
     if args.json:
         print(json.dumps(facts))
     elif not args.quiet:
         print(row(facts), file=sys.stderr)
     return 0
+
+
+def _export_parts(args: argparse.Namespace, config: ExportConfig) -> tuple[Manifest, Path]:
+    """Export a bundle beside the output, and cut it into those of several ranks.
+
+    Raises:
+        SatchelError: The bundle cannot be cut, or there is no -o.
+    """
+    from satchel.export.compile import export_bundle
+    from satchel.export.writing.publish import check_target, scratch_folder
+
+    shares = shares_of(args)
+    if args.output is None:
+        raise ExportError("--tensor-parallel: name the folder of all parts with -o")
+    check_target(args.output, args.force, RANKS_NAME)
+    with scratch_folder(args.output) as scratch:
+        whole = scratch / "whole"
+        manifest = export_bundle(args.checkpoint, dataclasses.replace(config, output=whole), progress=not args.quiet)
+        cut_bundle(whole, shares, args.wire, args.output, force=args.force, quiet=args.quiet)
+    return manifest, args.output
 
 
 def _default_name(checkpoint: str) -> Path:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from satchel.runtime.bundle.ranks import is_cut
 from satchel.runtime.errors import SatchelError
+from satchel.runtime.util.sizes import decimal
 
 LEADABLE = ("run", "chat", "serve", "bench", "eval", "profile", "verify", "embed")
 """Commands that several ranks can run together."""
+
+TIMED = ("run", "bench", "profile")
+"""Those after which a line says how long ranks have exchanged numbers."""
 
 
 def are_meant(args: argparse.Namespace) -> bool:
@@ -30,7 +35,7 @@ def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) 
 
     Raises SatchelError: the command or its flags are not for several ranks, or they do not fit together.
     """
-    from satchel.runtime.execution.engine import follow_rank, join_ranks
+    from satchel.runtime.execution.engine import follow_rank, join_ranks, rank_traffic
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.ort.session import SessionSettings, share_thread_pool
 
@@ -51,6 +56,14 @@ def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) 
     else:
         args.bundle = str(world.folder)
     try:
-        return command(args)
+        code = command(args)
     finally:
         world.stop()
+    if not args.quiet and args.command in TIMED:
+        found = rank_traffic()
+        print(
+            f"{len(world.members)} ranks: {found.seconds:.2f} s of exchange, waiting for others included: "
+            f"{found.calls:,} sums, {decimal(found.bytes)} sent",
+            file=sys.stderr,
+        )
+    return code

@@ -24,6 +24,7 @@ from satchel.runtime.ort.session import SessionSettings
 from satchel.runtime.util.defaults import PROVIDER
 
 if TYPE_CHECKING:
+    from satchel.runtime.execution.ranks.wire import Traffic
     from satchel.runtime.execution.ranks.world import World
 
 TokenIds = Sequence[int] | NDArray[np.int64]
@@ -292,6 +293,13 @@ def follow_rank(world: World, bundle: Bundle, settings: SessionSettings) -> None
     from satchel.runtime.execution.ranks.follow import Follower
 
     Follower(bundle, settings).run(world)
+
+
+def rank_traffic() -> Traffic:
+    """What this rank has exchanged with others since the last call."""
+    from satchel.runtime.execution.ranks.wire import traffic
+
+    return traffic()
 
 
 _worlds: dict[Path, World] = {}

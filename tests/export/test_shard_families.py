@@ -58,3 +58,16 @@ def test_activations_on_the_wire_as_int8(tmp_path: Path, tmp_path_factory: pytes
     expected = whole.engine.score(ids)
     difference = np.abs(parts["score"] - expected).max() / np.abs(expected).max()
     assert TOLERANCE < difference < ROUNDED
+
+
+def test_an_export_can_be_cut_at_once(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    whole = exported("llama", tmp_path_factory)
+    line = ["export", str(whole.folder.parent / "checkpoint"), "-p", "fp32", "--max-context", "64", "--no-certificate"]
+    cut = tmp_path / "cut"
+    assert main([*line, "--tensor-parallel", "2", "-o", str(cut), "--quiet"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut"], "the whole bundle is gone"
+    assert main(["shard", str(whole.folder), "--tensor-parallel", "2", "-o", str(tmp_path / "again"), "--quiet"]) == 0
+    for rank in range(2):
+        parts = [(folder / f"rank_{rank}" / "weights.bin").read_bytes() for folder in (cut, tmp_path / "again")]
+        assert parts[0] == parts[1]
+    assert main([*line, "--tensor-parallel", "2", "--quiet"]) == 2
