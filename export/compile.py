@@ -29,7 +29,8 @@ from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids, 
 from satchel.export.quantize.overflow import find_too_large, overflow_warnings
 from satchel.export.quantize.quantize import pieces, quantize
 from satchel.export.quantize.texts import open_texts
-from satchel.export.recipes import fit_recipe, recipe_of
+from satchel.export.recipes import recipe_of
+from satchel.export.recipes.fit import fit_recipe
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.export.tracing.bind import bind
@@ -115,7 +116,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     left = check_resumes(checkpoint, config)
     if config.resume:
         stages.say("starting anew: no export to resume" if left is None else "resuming the export that was interrupted")
-    _announce(checkpoint, config, stages, notes)
+    _announce(checkpoint, config, recipe, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     kept = scratch(checkpoint, config, left, stages.say)
     with _named_errors(checkpoint.name, config.output), fixed_threads(), kept as folder:
@@ -338,9 +339,11 @@ def _skipped(config: ExportConfig, recipe: Recipe | None) -> set[str]:
     return skipped if recipe is not None else {"rounding the weights", *skipped}
 
 
-def _announce(checkpoint: Checkpoint, config: ExportConfig, stages: Stages, notes: Sequence[str]) -> None:
+def _announce(
+    checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None, stages: Stages, notes: Sequence[str]
+) -> None:
     """Print what the export needs and what the user should know before it starts, and check the disk space."""
-    needed = forecast(checkpoint, config)
+    needed = forecast(checkpoint, config, recipe)
     context = config.context(checkpoint.max_context)
     stages.say(
         f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, context {context:,}; needs {needed}"

@@ -20,7 +20,8 @@ from satchel.export.quantize.sensitivity import (
     raising_costs,
 )
 from satchel.export.quantize.texts import CERTIFICATE_WINDOWS, open_texts
-from satchel.export.recipes import fit_recipe, recipe_of
+from satchel.export.recipes import recipe_of
+from satchel.export.recipes.fit import fit_recipe
 from satchel.export.stages import STAGES, Stages
 from satchel.export.threads import fixed_threads
 from satchel.graphs.quant.recipe import write_recipe

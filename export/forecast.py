@@ -10,16 +10,17 @@ from pathlib import Path
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
+from satchel.export.planning.shape import FLOAT_BYTES, Matrix
+from satchel.export.planning.stored import Precision
 from satchel.export.quantize.texts import CALIBRATION_WINDOWS, certificate_windows
+from satchel.export.recipes.fit import layer_kinds
 from satchel.export.stages import duration
 from satchel.graphs.ir.weights import BLOCK_BYTES, LazyWeight
-from satchel.graphs.quant.recipe import Scheme
+from satchel.graphs.quant.recipe import Recipe, Scheme
 from satchel.graphs.quant.stored import GRID, WIDENED, StoredGrid
 from satchel.runtime.bundle.certificate import Window
 
 MIB = 1 << 20
-BYTES = {"fp32": 4, "fp16": 2, "a16w8": 1.1, "a8w8": 1.1, "int8": 1.1, "a16w4": 0.8, "int4": 0.8}
-"""Bytes of one weight with its share of scales; an upper bound for 4 bits, where the embedding has 8."""
 
 # Measured on two cores; see docs/benchmarks.md.
 IMPORTS_MIB = 430
@@ -69,12 +70,12 @@ class Forecast:
         )
 
 
-def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
-    """Estimate an export from the sizes in the checkpoint."""
+def forecast(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> Forecast:
+    """Estimate an export from the sizes in the checkpoint; `recipe` is the one that was fitted to it."""
     layers = checkpoint.layers or 1
     elements = [w.size for w in {id(w): w for w in checkpoint.weights.values()}.values()]
     total, largest = sum(elements), 4 * max(elements, default=0)
-    disk = _weight_bytes(checkpoint, config) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
+    disk = _weight_bytes(checkpoint, config, recipe) + layers * 3 * GRAPH_BYTES_PER_LAYER + 4 * MIB
     memory = int((IMPORTS_MIB + LAYER_MIB * layers) * MIB) + 3 * BLOCK_BYTES
     if checkpoint.kind == "gguf":  # a weight that is transposed is decoded whole; all else is read a block at a time
         memory += largest
@@ -103,11 +104,22 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig) -> Forecast:
     return Forecast(memory, disk, scratch, stages)
 
 
-def _weight_bytes(checkpoint: Checkpoint, config: ExportConfig) -> int:
-    weights = {id(w): w for w in checkpoint.weights.values()}.values()
-    if config.precision != STORED:
-        return int(sum(w.size for w in weights) * BYTES[config.precision])
-    return int(sum(w.size * _stored_bytes(w, checkpoint.kind == "gguf") for w in weights))
+def _weight_bytes(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None) -> int:
+    weights = {id(w): (name, w) for name, w in reversed(list(checkpoint.weights.items()))}.values()
+    if config.precision == STORED:
+        return int(sum(w.size * _stored_bytes(w, checkpoint.kind == "gguf") for _, w in weights))
+    precision = Precision(config.precision, recipe, FLOAT_BYTES)
+    kinds = dict(layer_kinds(checkpoint))
+    return sum(precision.nbytes(_matrix(name, weight, kinds, checkpoint.vocab_size)) for name, weight in weights)
+
+
+def _matrix(name: str, weight: LazyWeight, kinds: Mapping[str, tuple[str, int | None]], vocabulary: int) -> Matrix:
+    """A weight of a checkpoint by its sizes; what is no matrix is one that no recipe rounds."""
+    layer = name.removesuffix(".weight")
+    kind, inputs = kinds.get(layer, ("float", 1))
+    inputs = inputs or weight.dims[-1]
+    outputs = weight.size // inputs
+    return Matrix(layer, outputs, inputs, "head" if (kind, outputs) == ("linear", vocabulary) else kind)
 
 
 def _stored_bytes(weight: LazyWeight, rounds: bool) -> float:

@@ -43,6 +43,11 @@ class Scheme:
             return float(self.bits)
         return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block
 
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of a weight of this size: values, a float32 scale for each group, and zero points."""
+        groups = outputs * (1 if self.block is None else inputs // self.block)
+        return (outputs * inputs * self.bits + groups * (32 + (0 if self.symmetric else self.bits)) + 7) // 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:

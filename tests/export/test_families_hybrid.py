@@ -13,7 +13,8 @@ from support.hybrid_families import HYBRIDS
 
 from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint import open_checkpoint
-from satchel.export.recipes import fit_recipe, load_recipe
+from satchel.export.recipes import load_recipe
+from satchel.export.recipes.fit import fit_recipe
 
 CUTS = (1, 2, 9, 1, 7)
 """Tokens of each piece of a prompt: fewer and more than a convolution is wide."""

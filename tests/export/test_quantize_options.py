@@ -15,7 +15,8 @@ from support.tiny_bundle import read_manifest
 
 from satchel.export import ExportConfig, ExportError
 from satchel.export.compile import open_source
-from satchel.export.recipes import fit_recipe, load_recipe, shipped
+from satchel.export.recipes import load_recipe, shipped
+from satchel.export.recipes.fit import fit_recipe
 
 Options = Callable[[Path], tuple[str | Path, ...]]
 

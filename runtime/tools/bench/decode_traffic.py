@@ -50,6 +50,15 @@ def cache_positions(bundle: Bundle, length: float) -> float:
     return length if static is None else static.capacity
 
 
+def norm_width(model: bytes) -> int | None:
+    """The width of an ONNX model's first norm, that of the residual stream; None without one. Raises ValueError."""
+    tensors = all_tensors(model)
+    for node in _nodes(model):
+        if "Normalization" in node.operator and len(node.inputs) > 1 and node.inputs[1] in tensors:
+            return tensors[node.inputs[1]].dims[-1]
+    return None
+
+
 def _graph_bytes(bundle: Bundle, file: str, rows: int, weights: Callable[[bytes], dict[str, Tensor]]) -> int:
     """`weights` finds the weights among the initializers, which static graphs may have inside."""
     try:

@@ -1,0 +1,55 @@
+"""`satchel plan` knows the sizes of the families: against transformers' own models, and against bundles of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from support.exported import exported
+from support.families import FAMILIES, HEAD_DIM, QUICK, Family, by_family, config_of
+
+from satchel.export.planning.config_shape import shape_of
+from satchel.export.planning.families import FAMILIES as KNOWN
+from satchel.export.planning.model import Planned
+from satchel.export.planning.shape import FLOAT_BYTES
+from satchel.export.planning.stored import Precision
+from satchel.runtime.bundle.contract import WEIGHTS_NAME
+from satchel.runtime.tools.inspection.inspection import inspect_bundle
+
+BOUND_IN = "dots1"
+"""A family that transformers cannot build without memory."""
+MODELS = {name: family for name, family in FAMILIES.items() if family.model_type in KNOWN}
+TESTED = {family.model_type for family in MODELS.values()}
+MODELS |= {kind: Family(kind, {"head_dim": HEAD_DIM}) for kind in KNOWN if kind not in TESTED and kind != BOUND_IN}
+
+
+def planned(name: str, context: int) -> Planned:
+    """The family's model as a plan of a float32 bundle, from the config.json that `save_pretrained` writes."""
+    shape = shape_of(json.loads(config_of(MODELS[name]).to_json_string()), name)
+    return Planned(name, shape, Precision("fp32", None, FLOAT_BYTES), context)
+
+
+@pytest.mark.parametrize("name", by_family(MODELS))
+def test_a_model_has_as_many_parameters_as_in_transformers(name: str) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config_of(MODELS[name]))
+    assert planned(name, 64).shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", by_family([name for name in FAMILIES if name in MODELS]))
+def test_a_bundle_has_the_planned_weights_caches_and_states(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bundle = exported(name, tmp_path_factory)
+    model = planned(name, bundle.family.context)
+    found = inspect_bundle(bundle.engine.bundle)
+    assert model.weights() == pytest.approx(found.files[WEIGHTS_NAME], rel=0.01)
+    assert model.cache() == found.cache_bytes_per_token
+    assert model.state == found.state_bytes
+
+
+def test_the_quick_families_have_each_kind_of_cache() -> None:
+    kinds = {MODELS[name].model_type for name in QUICK if name in MODELS}
+    assert {"gemma2", "qwen3_moe", "qwen3_5_text", "lfm2"} <= kinds
