@@ -19,7 +19,7 @@ from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.adapters import with_adapters
 from satchel.export.checkpoint.companions import generation_complaints
 from satchel.export.checkpoint.families import PASSED
-from satchel.export.checkpoint.separate_adapters import changes_in, keep_apart
+from satchel.export.checkpoint.separate_adapters import keep_apart
 from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
@@ -42,6 +42,7 @@ from satchel.export.tracing.trace import trace
 from satchel.export.user_passes import open_passes
 from satchel.export.writing.bundle_writer import write_bundle
 from satchel.export.writing.certify import certify
+from satchel.export.writing.checked_graphs import check_attached, check_logits
 from satchel.export.writing.publish import check_target, staged
 from satchel.export.writing.resume import ROUNDING, check_resumes, scratch
 from satchel.export.writing.static_graphs import lower_static
@@ -51,7 +52,6 @@ from satchel.graphs.ir.contract import PassError
 from satchel.graphs.ir.inputs import cached_layers
 from satchel.graphs.ir.pipeline import Done, Step
 from satchel.graphs.ir.values import INTERNAL, dims, nodes
-from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.assign import assign
 from satchel.graphs.quant.quantized import Quantized
 from satchel.graphs.quant.recipe import Recipe
@@ -59,7 +59,7 @@ from satchel.graphs.quant.stored import StoredGrid, orders_of
 from satchel.graphs.targets.caches import ABSORB, with_caches
 from satchel.graphs.targets.steps import FIT_FLOAT16, order_steps, output_step
 from satchel.graphs.targets.targets import PLAIN, TARGETS
-from satchel.runtime.bundle.contract import EMBED, LOGITS, PHASES, lora_names, past_names
+from satchel.runtime.bundle.contract import EMBED, PHASES, past_names
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.generation.generation_config import FILE
 from satchel.runtime.ort.session import check_loads
@@ -292,45 +292,6 @@ def lower_phases(
     for phase in PHASES if custom else ():  # what runs where the user's passes are switched off
         models[f"{PLAIN}{phase}"], _ = pipeline.run(common, target.steps(phase, config.precision, quantized))
     return models
-
-
-def check_logits(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
-    """Check that the graphs of prefill and decode give the last token's logits alone, and one for each id.
-
-    Raises:
-        ExportError: One does not.
-    """
-    name = checkpoint.name
-    outputs = ((key.removeprefix(PLAIN), value) for key, model in models.items() for value in model.graph.outputs)
-    for shape in (v.shape for key, v in outputs if v.name == LOGITS and not key.startswith("score")):
-        if shape is None or len(shape) != 3 or shape[1] != 1:
-            raise ExportError(
-                f"{name}: what makes its logits does not work on each token alone, which satchel does not support"
-            )
-        if shape[2] != checkpoint.vocab_size:
-            raise ExportError(
-                f"{name}: its logits are {shape[2]} wide, and vocab_size says {checkpoint.vocab_size}: "
-                "give vocab_size as the last dimension of the logits"
-            )
-
-
-def check_attached(models: Mapping[str, ir.Model], checkpoint: Checkpoint) -> None:
-    """Check that every graph has inputs for all layers that adapters change.
-
-    Raises:
-        ExportError: One has not.
-    """
-    there = set[str].intersection(*(set(adapter_inputs(model)) for model in models.values()))
-    for change in changes_in(checkpoint):
-        if there.isdisjoint(lora_names(change.layer)):
-            adapter, why = next(iter(change.adapters)), "is not multiplied as a linear layer of its own in this model"
-            if change.gains:
-                adapter, why = next(iter(change.gains)), "has DoRA's lengths of outputs, which are rotated here"
-            raise ExportError(
-                f"--adapter {adapter}: {change.layer} {why}, so that its change cannot be kept apart; merge it: "
-                "without --adapters separate"
-                + (", or choose a precision without rotations, such as fp32" if change.gains else "")
-            )
 
 
 def _skipped(config: ExportConfig, recipe: Recipe | None) -> set[str]:

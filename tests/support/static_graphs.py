@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from support.families import FAMILIES, save
 
 from satchel.export.checkpoint import Checkpoint
-from satchel.export.compile import check_logits, lower, open_source, trace_source
+from satchel.export.compile import lower, open_source, trace_source
 from satchel.export.config import ExportConfig
 from satchel.export.stages import Stages
 from satchel.export.writing.bundle_writer import write_bundle
+from satchel.export.writing.checked_graphs import check_logits
 from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.cut import INLINE_LIMIT
 from satchel.graphs.ir.inputs import Lengths
