@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from support.tiny_bundle import write_bundle
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.ranks import RANKS_NAME, read_ranks
 from satchel.runtime.cli.main import main
+from satchel.runtime.execution.ranks.watch import _places
 from satchel.runtime.execution.ranks.world import Member, _problem
 
 LIMIT = 5.0
@@ -53,6 +56,19 @@ def test_two_ranks_write_the_text_of_one_process(whole: Path, cut: Path) -> None
     expected, found = alone("run", whole, *options), satchel(2, "run", cut, *options)
     assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
     assert len(expected.stdout) > 20
+
+
+@needs_mpi
+def test_a_batch_with_kept_prefixes_is_that_of_one_process(whole: Path, cut: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"ab ab ab ab {number}", "max_new_tokens": 8 + number}) for number in range(6)]
+    (tmp_path / "prompts").write_text("\n".join(lines))
+    options = ("--input", tmp_path / "prompts", "--batch", "3", "--quiet")
+    assert alone("run", whole, *options, "--output", tmp_path / "one", "--no-specialize").returncode == 0
+    done = satchel(2, "run", cut, *options, "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line)["text"] for line in (tmp_path / name).open()] for name in ("one", "two"))
+    assert one == two
+    assert len(set(one)) > 3
 
 
 def lose_disk(process: psutil.Process, folder: Path) -> None:
@@ -140,6 +156,15 @@ def test_another_version_of_satchel_is_refused(tmp_path: Path) -> None:
         assert message is not None
         assert "rank 1 on a" in message
     assert problem(tmp_path, members()[:1]) is not None
+
+
+def test_a_host_names_addresses_that_others_can_reach() -> None:
+    name, process, *addresses = _places()
+    assert (name, process) == (socket.gethostname(), str(os.getpid()))
+    assert not [address for address in addresses if address.startswith("127.")]
+    with socket.create_server(("", 0)) as listener:
+        for address in addresses:
+            socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
 
 
 def test_without_mpi_the_message_says_what_to_install(
