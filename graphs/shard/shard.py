@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from satchel.graphs.shard.slices import NotCutError
-from satchel.graphs.shard.tensor_parallel import Cut, Place, check_alike, cut_tensors
+from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, Place, check_alike, cut_tensors
 from satchel.graphs.shard.write import write_graphs
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec, Variant
@@ -75,7 +75,10 @@ def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = la
     for rank in range(ranks):
         models = {spec.file: ir.load(bundle.path(spec.file)) for spec in specs}
         place = Place(rank, division.shares, WIRES[division.wire])
-        cuts = {name: cut_tensors(model, place) for name, model in models.items()}
+        try:
+            cuts = {name: cut_tensors(model, place) for name, model in models.items()}
+        except HalfCutError as error:
+            raise BundleError(f"{bundle.folder}: {error}: report this model to satchel") from None
         if rank == 0:
             first = cuts
             _tell(cuts, manifest, say)

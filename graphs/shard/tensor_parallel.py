@@ -17,9 +17,13 @@ from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, 
 from satchel.graphs.shard.experts import cut_experts
 from satchel.graphs.shard.products import Product, add_after, product_of
 from satchel.graphs.shard.region import Padding, Region, attention_behind, mixing, mixing_behind, trace
-from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, width
+from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, common_block, width
 from satchel.runtime.bundle.contract import LOGITS
 from satchel.runtime.bundle.shares import Heads, ShareError, heads, spans
+
+
+class HalfCutError(Exception):
+    """A graph was changed in part when something could not be cut: it is of no use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +94,14 @@ def _cut_product(model: ir.Model, slicer: Slicer, product: Product, place: Place
     if not width(ranges):
         _leave_out(model, product, region, place)
         return
-    for edit in region.edits:
-        edit(slicer)
-    if padding is not None and not inside:
-        padding.pad(slicer, product.nodes[0])
-    after = product.rows(slicer, ranges) if product.rows is not None else []
+    try:
+        for edit in region.edits:
+            edit(slicer)
+        if padding is not None and not inside:
+            padding.pad(slicer, product.nodes[0])
+        after = product.rows(slicer, ranges) if product.rows is not None else []
+    except NotCutError as error:
+        raise HalfCutError(f"{product.y.name}: {error}") from None
     _forget_shapes(region, product)
     _sum_up(model, product.y, after, place)
 
@@ -123,11 +130,13 @@ def _own_channels(product: Product, place: Place) -> tuple[Ranges, Padding | Non
         found = functools.partial(_heads, place=place, unit=unit)
         with contextlib.suppress(*([] if unit == 1 else [ShareError])):
             if attention is not None:
-                own_heads = found(attention).queries
+                each = [_heads(attention, dataclasses.replace(place, rank=r), unit) for r in range(len(place.shares))]
                 size = product.inputs // attention.attributes.get_int("num_heads", 1)
-                return (range(own_heads.start * size, own_heads.stop * size),), None, found
-            parts = spans(product.inputs, place.shares, unit)
+                parts = [range(own.queries.start * size, own.queries.stop * size) for own in each]
+            else:
+                parts = spans(product.inputs, place.shares, unit)
             if all(parts) or unit == 1:
+                common_block(product.unit, tuple(parts))  # of all ranks, so that all decide alike
                 return (parts[place.rank],), None, found
     raise ShareError(f"{product.inputs} channels cannot be divided")
 

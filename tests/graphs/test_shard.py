@@ -9,7 +9,9 @@ import onnx_ir as ir
 import pytest
 from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, change_manifest, write_bundle
 
+from satchel.graphs.shard.products import Product
 from satchel.graphs.shard.slices import NotCutError, Slicer, common_block, scaled, shifted, sliced, taken
+from satchel.graphs.shard.tensor_parallel import Place, _own_channels
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.ranks import rank_folder, read_ranks
 from satchel.runtime.cli.main import main
@@ -111,3 +113,18 @@ def test_an_input_that_is_no_constant_cannot_be_cut(whole: Path) -> None:
     node = next(node for node in model.graph if node.op_type == "MatMul")
     with pytest.raises(NotCutError):
         Slicer(model).use(node, 0, -1, (range(2),))
+
+
+def product(inputs: int, group: int, must: int = 1) -> Product:
+    """A linear layer whose weights have a scale for each `group` inputs."""
+    x, y = ir.Value(name="x"), ir.Value(name="y")
+    return Product(y, x, inputs, 64, group, must, (), lambda slicer, ranges: None, lambda slicer, ranges: [])
+
+
+def test_a_layer_with_fewer_groups_than_ranks_is_cut_by_no_rank() -> None:
+    for rank, part in enumerate(([range(16)], [range(16, 32)], [range(32, 48)])):
+        assert list(_own_channels(product(48, 16), Place(rank, (1.0,) * 3))[0]) == part
+    for rank in range(4):
+        with pytest.raises(NotCutError):
+            _own_channels(product(48, 16), Place(rank, (1.0,) * 4))
+    assert _own_channels(product(192, 64), Place(1, (1.0,) * 4))[0] == (range(48, 96),), "in groups of 16"
