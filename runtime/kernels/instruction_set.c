@@ -26,7 +26,9 @@ static const struct {
 #endif
     {&avx2_instructions, has_avx2, NULL},
 #elif defined(__aarch64__)
+#ifdef SATCHEL_I8MM
     {&i8mm_instructions, has_i8mm, &neon_instructions},
+#endif
     {&neon_instructions, has_dot_products, NULL},
 #endif
     {&plain_instructions, NULL, NULL},

@@ -16,8 +16,11 @@ bool has_avx_vnni(void);    /* and AVX2 */
 bool has_avx512_vnni(void); /* and F, BW, DQ and VL */
 bool has_amx_int8(void);    /* and AVX-512 VNNI; asks the system for permission to use tiles */
 #elif defined(__aarch64__)
+#if defined(__clang__) || __GNUC__ >= 10
+#define SATCHEL_I8MM /* older compilers do not know it */
+#endif
 bool has_dot_products(void);
-bool has_i8mm(void);
+bool has_i8mm(void); /* and dot products */
 #endif
 
 #endif

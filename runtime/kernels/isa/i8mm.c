@@ -1,5 +1,7 @@
 /* Arm's matrix products of bytes: linear layers; all else is that of dot products. */
-#ifdef __aarch64__
+#include "../processor.h"
+
+#ifdef SATCHEL_I8MM
 #define SATCHEL_ISA_I8MM
 #include "../vector/vectors.h"
 
