@@ -182,7 +182,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize("table", TABLES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 5, 9])
+@pytest.mark.parametrize("rows", [1, 3, 6, 9, 99])
 def test_a_table_is_multiplied_as_numpy_says(table: Table, rows: int) -> None:
     constants = table.constants()
     feeds = {"x": np.random.default_rng(rows).standard_normal((rows, 1, table.inputs)).astype(np.float32)}
@@ -194,8 +194,9 @@ def test_a_table_is_multiplied_as_numpy_says(table: Table, rows: int) -> None:
 
 
 @pytest.mark.parametrize("table", TABLES, ids=str)
-def test_all_instruction_sets_give_the_same_bits_of_a_table(table: Table) -> None:
-    feeds = {"x": np.random.default_rng(6).standard_normal((6, 1, table.inputs)).astype(np.float32)}
+@pytest.mark.parametrize("rows", [3, 9])
+def test_all_instruction_sets_give_the_same_bits_of_a_table(table: Table, rows: int) -> None:
+    feeds = {"x": np.random.default_rng(6).standard_normal((rows, 1, table.inputs)).astype(np.float32)}
     names = ["x", "codes", "scales"]
     equal_in_all_sets(
         lambda: operator_session("TableLinear", table.attributes, names, feeds, table.constants()).run(None, feeds)

@@ -37,9 +37,15 @@ INLINE void part_store_bytes(int8_t *x, PartI v)
     _mm_storeu_si64(x, _mm_packs_epi16(words, words));
 }
 
+/* Of the groups of four lanes. */
+INLINE Four part_sum_fours(PartI v)
+{
+    return (Four)_mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+}
+
 INLINE int32_t part_sum_ints(PartI v)
 {
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    __m128i four = (__m128i)part_sum_fours(v);
     __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }

@@ -26,6 +26,12 @@ INLINE PartI part_load_signed(const int8_t *x) { return (PartI)_mm512_cvtepi8_ep
 INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE PartF part_load_halves(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
 INLINE void part_store_bytes(int8_t *x, PartI v) { _mm_storeu_si128((__m128i *)x, _mm512_cvtepi32_epi8((__m512i)v)); }
+/* Of the groups of four lanes. */
+INLINE Four part_sum_fours(PartI v)
+{
+    const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v), _mm512_extracti64x4_epi64((__m512i)v, 1));
+    return (Four)_mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+}
 INLINE int32_t part_sum_ints(PartI v) { return _mm512_reduce_add_epi32((__m512i)v); }
 INLINE float part_sum(PartF v) { return _mm512_reduce_add_ps(v); }
 INLINE float part_largest(PartF v) { return _mm512_reduce_max_ps(v); }

@@ -65,6 +65,7 @@ INLINE void part_store_bytes(int8_t *x, PartI v)
     memcpy(x, &bytes, 4);
 }
 
+INLINE Four part_sum_fours(PartI v) { return (Four)v; } /* of the groups of four lanes */
 INLINE int32_t part_sum_ints(PartI v) { return vaddvq_s32(v); }
 INLINE float part_sum(PartF v)
 {

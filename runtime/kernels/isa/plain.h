@@ -63,6 +63,7 @@ INLINE void part_store_bytes(int8_t *x, PartI v)
         x[j] = (int8_t)v[j];
 }
 
+INLINE Four part_sum_fours(PartI v) { return (Four)v; } /* of the groups of four lanes */
 INLINE int32_t part_sum_ints(PartI v) { return v[0] + v[1] + v[2] + v[3]; }
 INLINE float part_sum(PartF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 

@@ -1,6 +1,6 @@
 /* Inner products of bytes with AVX2. */
 enum {
-    LESS = 128, /* what is subtracted from the weights of a table as they are read: 2 * 128 * 127 fits 16 bits */
+    LESS = 0, /* what is subtracted from weights of 8 bits as they are read */
     TILE_ROWS = 6,
     FEWER_ROWS = 4,
     SMALL_ROWS = 2,
@@ -11,24 +11,6 @@ enum {
 #define WORDS 1
 #define NARROW_INPUTS 32 /* 4-bit products of as many inputs fit 16 bits: each lane adds 32 / 2 of at most 15 * 127 */
 #define columns_at_once(bits, channel, rows) ((rows) == 1 ? 4 : (bits) == 4 ? ((rows) == 2 ? 4 : 2) : (rows) == 2 ? 2 : 1)
-
-/* Of a table. */
-typedef struct {
-    __m256i value, magnitude;
-} Weights;
-
-INLINE Weights weights_of_8_bits(const uint8_t *x)
-{
-    const __m256i value = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)x), _mm256_set1_epi8((char)LESS));
-    return (Weights){value, _mm256_abs_epi8(value)};
-}
-
-INLINE PartI add_dot(PartI sum, Weights weights, PartI activation)
-{
-    const __m256i signs = _mm256_sign_epi8((__m256i)activation, weights.value);
-    const __m256i products = _mm256_maddubs_epi16(weights.magnitude, signs);
-    return sum + (PartI)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
-}
 
 /* Of a column of a tile, and their sums. 8 bits: words of the first four outputs, then of the others; each output has
  * two sums, of pairs of inputs. 4 bits: bytes, whose sums have 16 bits, in the first register only. */
@@ -81,6 +63,16 @@ INLINE PartI finished(const int bits, Sum sum)
     if (bits == 4)
         return (PartI)_mm256_madd_epi16(sum.first, _mm256_set1_epi16(1));
     return (PartI)_mm256_permute4x64_epi64(_mm256_hadd_epi32(sum.first, sum.second), 0xd8);
+}
+
+/* As many inputs of one output as a vector has bytes, and their products. */
+typedef Column Run;
+INLINE Run load_run(const uint8_t *x) { return low_column(8, x); }
+INLINE PartI add_run(PartI sum, Run weights, const int8_t *words)
+{
+    const __m256i *x = (const __m256i *)words;
+    sum += (PartI)_mm256_madd_epi16(weights.first, _mm256_loadu_si256(x));
+    return sum + (PartI)_mm256_madd_epi16(weights.second, _mm256_loadu_si256(x + 1));
 }
 
 INLINE void store_words(int16_t *x, I16 v, int64_t left)

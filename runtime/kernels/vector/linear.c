@@ -80,7 +80,8 @@ static size_t lay_out_rows(const LinearParams *params, const LinearCall *call, R
     return (size_t)count;
 }
 
-static const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
+/* Gives the rows of a call memory of this run, and quantizes them. Returns false if out of memory. */
+static bool quantize_call(const LinearParams *params, const LinearCall *call, const Parallel *parallel, LinearWork *work)
 {
     const int64_t stride = row_bytes(&params->row), scales = row_scales(&params->row);
     const int64_t most = 2 * call->rows; /* places */
@@ -89,24 +90,32 @@ static const char *linear_run(const LinearParams *params, const LinearCall *call
     const size_t part_bytes = (size_t)(kinds + most / MULTIPLIED_ROWS + 1) * sizeof(Part);
     const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), activation_bytes = (size_t)((most + PLACES_BEYOND) * stride);
     const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), scale_bytes = (size_t)(most * scales) * 4;
+    uint8_t *memory
+        = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + row_table_bytes + 2 * scale_bytes);
+    if (memory == NULL)
+        return false;
+    *work = (LinearWork){.params = params, .call = call, .scratch = (float *)memory};
+    work->activations = (int8_t *)(memory + scratch_bytes);
+    work->parts = (Part *)(memory + scratch_bytes + activation_bytes);
+    work->rows = (Row *)((uint8_t *)work->parts + part_bytes);
+    work->scales = (float *)((uint8_t *)work->rows + row_table_bytes);
+    work->sums = (int32_t *)((uint8_t *)work->scales + scale_bytes);
+    work->part_count = lay_out_rows(params, call, work->rows, work->parts);
+    parallel_for(parallel, tasks, quantize_rows, work);
+    return true;
+}
+
+static const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
+{
+    LinearWork work;
     if (params->bits == 16)
         return linear_float_run(params, call, parallel);
     if (call->rows == 0)
         return NULL;
-    uint8_t *memory
-        = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + row_table_bytes + 2 * scale_bytes);
-    if (memory == NULL)
+    if (!quantize_call(params, call, parallel, &work))
         return "satchel:Linear: out of memory";
-    LinearWork work = {.params = params, .call = call, .scratch = (float *)memory};
-    work.activations = (int8_t *)(memory + scratch_bytes);
-    work.parts = (Part *)(memory + scratch_bytes + activation_bytes);
-    work.rows = (Row *)((uint8_t *)work.parts + part_bytes);
-    work.scales = (float *)((uint8_t *)work.rows + row_table_bytes);
-    work.sums = (int32_t *)((uint8_t *)work.scales + scale_bytes);
-    const size_t parts = lay_out_rows(params, call, work.rows, work.parts);
     work.width = params->row.block == 0 && call->rows > 1 ? 4 : 2;
     work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
-    parallel_for(parallel, tasks, quantize_rows, &work);
-    parallel_for(parallel, work.groups * parts, multiply_panels, &work);
+    parallel_for(parallel, work.groups * work.part_count, multiply_panels, &work);
     return NULL;
 }

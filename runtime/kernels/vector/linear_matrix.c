@@ -126,7 +126,7 @@ INLINE void add_sums(const LinearTile tile, const LinearWork *work, int64_t firs
     const bool own_zeros = !tile.channel && work->call->zero_points != NULL;
     for (int p = 0; p < tile.width; p++)
         EACH_PART {
-            const int64_t place = ((panel + p) * blocks + block) * LANES + i * PART_LANES;
+            const int64_t place = ((panel - work->first_panel + p) * blocks + block) * LANES + i * PART_LANES;
             const PartF scale = scales_at(work, place);
             const PartI zeros = zeros_at(work, tile.bits, own_zeros, place);
             for (int64_t row = 0; row < places; row += each) {
@@ -156,7 +156,7 @@ INLINE void multiply_matrix(const LinearTile tile, const LinearWork *work, const
     memset(total, 0, (size_t)(places / each) * sizeof *total);
     for (int64_t block = 0; block < blocks; block++) {
         for (int p = 0; p < tile.width; p++) {
-            const uint8_t *weights = work->call->weights + (panel + p) * apart;
+            const uint8_t *weights = work->call->weights + (panel - work->first_panel + p) * apart;
             operands.b[p] = block_bytes(tile.bits, weights, block * inputs, inputs, ahead, bytes[p]);
             if (tile.channel && rest != 0) {
                 memset(last[p], 0, sizeof last[p]);

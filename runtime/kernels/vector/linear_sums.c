@@ -14,6 +14,7 @@ enum {
     MOST_PANELS = 4,
     MOST_COLUMNS = 8,
     PART_BYTES = BYTES / PARTS, /* of weights: 4 inputs of each output of a column */
+    PLACES_OF_8_BITS = WORDS ? 2 : 1, /* of a row, for weights of 8 bits */
 };
 
 /* Inner products of columns, unless the instruction set has its own. */
@@ -34,6 +35,15 @@ INLINE PartI finished(const int bits, Sum sum)
     (void)bits;
     return sum;
 }
+/* As many inputs of one output as a vector has bytes, and their products. */
+typedef Weights Run;
+INLINE Run load_run(const uint8_t *x) { return weights_of_8_bits(x); }
+INLINE PartI add_run(PartI sum, Run weights, const int8_t *values)
+{
+    PartI x;
+    memcpy(&x, values, sizeof x);
+    return add_dot(sum, weights, x);
+}
 #endif
 #ifndef NARROW_INPUTS
 #define NARROW_INPUTS INT64_MAX /* of 4-bit weights: until sums must be widened */
@@ -42,7 +52,7 @@ INLINE PartI finished(const int bits, Sum sum)
 INLINE bool is_words(const int bits) { return WORDS && bits == 8; }
 
 /* What is subtracted from weights as they are read. */
-INLINE int32_t read_less(const int bits) { return bits == 4 || WORDS ? 0 : LESS; }
+INLINE int32_t read_less(const int bits) { return bits == 4 ? 0 : LESS; }
 
 /* What is known of a tile when it is compiled: `rows` rows times `width` panels, whose parts are computed a few at a
  * time. With `channel` there is one block; with `fine` the values of rows have 16 bits, and are words or two rows of bytes. */
@@ -62,7 +72,7 @@ INLINE int parts_at_once(const LinearTile tile)
 
 /* Outputs of the tile for each column, and the places of a row of the tile, and of an output, among quantized rows. */
 INLINE int outputs_of(const LinearTile tile) { return tile.fine && !WORDS ? tile.rows / 2 : tile.rows; }
-INLINE int places_of_row(const LinearTile tile) { return is_words(tile.bits) ? 2 : 1; }
+INLINE int places_of_row(const LinearTile tile) { return tile.bits == 8 ? PLACES_OF_8_BITS : 1; }
 INLINE int places_of_output(const LinearTile tile) { return tile.fine || is_words(tile.bits) ? 2 : 1; }
 
 /* Four inputs of a row, from input `at` on, for each output. */

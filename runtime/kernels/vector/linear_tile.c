@@ -33,6 +33,8 @@ typedef struct {
     float *scratch;      /* [row tasks, row_bytes] */
     Row *rows;           /* of the call */
     Part *parts;
+    size_t part_count;
+    int64_t first_panel; /* that the call's weights and scales begin with */
     int64_t width; /* panels of a task */
     size_t groups; /* tasks that cover the panels */
 } LinearWork;
@@ -151,7 +153,7 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
         PartI sum[MOST_SUMS][MOST_COLUMNS];
         sum_products(tile,
                      (Operands){.a = work->activations + row * stride,
-                                .b = call->weights + panel * apart + part * PART_BYTES,
+                                .b = call->weights + (panel - work->first_panel) * apart + part * PART_BYTES,
                                 .stride = places_of_row(tile) * stride,
                                 .apart = apart,
                                 .from = block * inputs,
@@ -160,7 +162,7 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
                      sum);
         UNROLL
         for (int c = 0; c < columns; c++) {
-            const int64_t place = column_place(tile, panel, blocks, block, part, c);
+            const int64_t place = column_place(tile, panel - work->first_panel, blocks, block, part, c);
             const PartF scale = scales_at(work, place);
             const PartI zeros = zeros_at(work, tile.bits, own_zeros, place);
             UNROLL

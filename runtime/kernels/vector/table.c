@@ -1,156 +1,199 @@
+/* Linear layers over an embedding table, which lies in memory once, as lookups read it. For many rows, a few outputs at a
+ * time are packed as panels of a linear layer, in the first cache, and multiplied by its tiles. Both ways give the same bits:
+ * sums of a block are integers, and blocks are added in order. */
 #include "vectors.h"
 
+#include <stdbool.h>
 #include <string.h>
 
+#include "../linear.h"
 #include "../rows.h"
 #include "../scratch.h"
 #include "../table.h"
 
 enum {
-    TABLE_ROWS = 256,                /* rows of the table that a task takes */
-    TABLE_TILE = PARTS == 1 ? 4 : 2, /* rows of the table, and of activations, that share what they load */
+    TASK_PANELS = 16,
+    PACKED_PANELS = 2, /* that are multiplied together */
+    PACKED_ROWS = 8,   /* so many rows are worth packing */
 };
 
 typedef struct {
-    const TableParams *params;
+    LinearWork linear;
     const TableCall *call;
-    const int8_t *rounded;  /* [rows, row_bytes] */
-    const float *steps;     /* [rows, vectors, 16]: the scale of each lane's block */
-    const int32_t *offsets; /* the same: what the zero points add and products do not subtract, taken off */
+    bool out_of_memory;
 } TableWork;
 
-/* Scales of blocks, in the lanes of the 4 inputs each that are of them. Lanes after `last` blocks have any. */
-INLINE F16 scales_of_lanes(const bool whole, const float *scales, int64_t block, int64_t last)
+/* Rows of 4 numbers to columns. */
+INLINE void transpose_fours(Four *rows)
 {
-    const F16 first = floats(scales[0]);
-    if (block >= BYTES || (!whole && last == 0))
-        return first;
-    const F16 second = floats(scales[1]);
-    if (block == BYTES / 2)
-        return choose(lanes_below(LANES / 2), first, second);
-    const F16 third = floats(scales[whole || last > 2 ? 2 : last]), fourth = floats(scales[whole ? 3 : last]);
-    const F16 low = choose(lanes_below(4), first, second), high = choose(lanes_below(12), third, fourth);
-    return choose(lanes_below(LANES / 2), low, high);
+    const Four low_01 = FOUR_OF(rows[0], rows[1], 0, 4, 1, 5), high_01 = FOUR_OF(rows[0], rows[1], 2, 6, 3, 7);
+    const Four low_23 = FOUR_OF(rows[2], rows[3], 0, 4, 1, 5), high_23 = FOUR_OF(rows[2], rows[3], 2, 6, 3, 7);
+    rows[0] = FOUR_OF(low_01, low_23, 0, 1, 4, 5);
+    rows[1] = FOUR_OF(low_01, low_23, 2, 3, 6, 7);
+    rows[2] = FOUR_OF(high_01, high_23, 0, 1, 4, 5);
+    rows[3] = FOUR_OF(high_01, high_23, 2, 3, 6, 7);
 }
 
-/* Adds the products of `left` inputs, BYTES if `whole`, from input `first` on. Lanes hold 4 inputs each, all of one block. */
-INLINE void add_table_products(const int rows, const int outputs, const bool whole, const TableWork *work, int64_t row,
-                               int64_t output, int64_t first, int64_t left, F16 (*sum)[TABLE_TILE])
+INLINE Four load_four(const void *x)
 {
-    const int64_t inputs = work->params->row.inputs, block = work->params->row.block, blocks = inputs / block;
-    const int64_t stride = row_bytes(&work->params->row), at = row * stride + first;
-    const uint8_t *weights = (const uint8_t *)work->call->weights + output * inputs + first;
-    const float *scales = work->call->scales + output * blocks + first / block;
-    F16 scale[TABLE_TILE];
-    uint8_t some[TABLE_TILE][BYTES] = {0};
+    Four v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+/* Packs 16 inputs of 4 outputs, whose rows are `stride` bytes apart. */
+INLINE void pack_some(const uint8_t *table, int64_t stride, uint8_t *panel)
+{
+    Four v[] = {load_four(table), load_four(table + stride), load_four(table + 2 * stride), load_four(table + 3 * stride)};
+    transpose_fours(v);
     UNROLL
-    for (int o = 0; o < outputs; o++) {
-        if (outputs > 1 && whole) /* what comes next: processors do not fetch ahead across pages by themselves */
-            __builtin_prefetch(weights + (o + 2 * outputs) * inputs, 0, 2);
-        for (int64_t part = 0; !whole && part < left; part += LANES)
-            memcpy(some[o] + part, weights + o * inputs + part, LANES);
-        scale[o] = scales_of_lanes(whole, scales + o * blocks, block, left / block - 1);
-    }
-    EACH_PART {
-        Weights w[TABLE_TILE];
+    for (int i = 0; i < 4; i++)
+        memcpy(panel + i * BYTES, &v[i], sizeof v[i]);
+}
+
+/* Packs scales of 16 outputs from `first` on, as [blocks, 16]. Those after the last are zero. */
+static void pack_scales(const TableWork *work, int64_t first, float *scales)
+{
+    const int64_t blocks = row_scales(&work->linear.params->row), left = work->linear.params->outputs - first;
+    const float *from = work->call->scales + first * blocks;
+    if (left < LANES)
+        memset(scales, 0, (size_t)blocks * LANES * sizeof *scales);
+    for (int64_t o = 0; o < LANES && o < left; o++)
+        for (int64_t b = 0; b < blocks; b++)
+            scales[b * LANES + o] = from[o * blocks + b];
+}
+
+/* Packs a panel of outputs from `first` on. Those after the last are zero. */
+static void pack_panel(const TableWork *work, int64_t first, uint8_t *panel)
+{
+    const LinearParams *params = work->linear.params;
+    const int64_t inputs = params->row.inputs, left = params->outputs - first;
+    const uint8_t *table = (const uint8_t *)work->call->weights + first * inputs;
+    const bool whole = left >= LANES;
+    if (!whole)
+        memset(panel, 0, (size_t)panel_bytes(params));
+    for (int64_t i = 0; whole && i < inputs; i += LANES)
         UNROLL
-        for (int o = 0; o < outputs; o++)
-            w[o] = weights_of_8_bits((whole ? weights + o * inputs : some[o]) + i * PART_BYTES);
+        for (int o = 0; o < LANES; o += 4) {
+            /* what comes next: processors do not fetch ahead across pages by themselves */
+            __builtin_prefetch(table + (PACKED_PANELS * inputs + i + o) * LANES, 0, 2);
+            pack_some(table + o * inputs + i, inputs, panel + i * LANES + o * 4);
+        }
+    for (int64_t o = 0; !whole && o < left; o++)
+        for (int64_t i = 0; i < inputs; i += 4)
+            memcpy(panel + i * LANES + o * 4, table + o * inputs + i, 4);
+}
+
+/* Sums of a block of inputs of 16 outputs, `stride` bytes apart, for one row or two. */
+INLINE void block_sums(const int rows, const uint8_t *table, int64_t stride, const int8_t *values, int64_t row_stride,
+                       int64_t block, I16 *sums)
+{
+    int32_t found[2][LANES];
+    UNROLL
+    for (int group = 0; group < LANES; group += 4) {
+        Four some[2][4];
+        UNROLL
+        for (int o = 0; o < 4; o++) {
+            PartI sum[2] = {{0}, {0}};
+            for (int64_t i = 0; i < block; i += PART_BYTES) {
+                const Run weights = load_run(table + (group + o) * stride + i);
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    sum[r] = add_run(sum[r], weights, values + r * row_stride + i * PLACES_OF_8_BITS);
+            }
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                some[r][o] = part_sum_fours(sum[r]);
+        }
         UNROLL
         for (int r = 0; r < rows; r++) {
-            const int64_t place = at + r * stride + i * PART_BYTES;
-            PartI x, offset = {0};
-            PartF step;
-            memcpy(&x, work->rounded + place, sizeof x);
-            memcpy(&step, work->steps + place / 4, sizeof step);
-            if (LESS != 128)
-                memcpy(&offset, work->offsets + place / 4, sizeof offset);
-            UNROLL
-            for (int o = 0; o < outputs; o++) {
-                const PartF products = __builtin_convertvector(add_dot(offset, w[o], x), PartF);
-                sum[r][o].part[i] = part_fma(products, scale[o].part[i] * step, sum[r][o].part[i]);
-            }
+            transpose_fours(some[r]);
+            const Four four = (some[r][0] + some[r][1]) + (some[r][2] + some[r][3]);
+            memcpy(found[r] + group, &four, sizeof four);
         }
     }
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        sums[r] = load_ints(found[r]);
 }
 
-/* Some rows of the table times some rows of activations. Each pair has sums of its own, so the result of a row does not
- * depend on the tile. */
-INLINE void table_tile(const int rows, const int outputs, const TableWork *work, int64_t row, int64_t output)
+/* 16 outputs of one row or two, the first of which is `row`. */
+INLINE void multiply_few_rows(const int rows, const TableWork *work, int64_t row, int64_t first, const float *scales)
 {
-    const int64_t inputs = work->params->row.inputs;
-    F16 sum[TABLE_TILE][TABLE_TILE];
+    const LinearWork *linear = &work->linear;
+    const RowParams *params = &linear->params->row;
+    const int64_t inputs = params->inputs, block = params->block, blocks = row_scales(params), place = row * PLACES_OF_8_BITS;
+    const int64_t row_stride = PLACES_OF_8_BITS * row_bytes(params);
+    const uint8_t *table = (const uint8_t *)work->call->weights + first * inputs;
+    F16 total[2] = {floats(0), floats(0)};
+    for (int64_t b = 0; b < blocks; b++) {
+        I16 sums[2];
+        for (int64_t i = 0; row == 0 && i < block; i += BYTES / LANES) /* what comes next */
+            __builtin_prefetch(table + (inputs + b * block + i) * LANES, 0, 2);
+        block_sums(rows, table + b * block, inputs, linear->activations + row * row_stride + b * block * PLACES_OF_8_BITS,
+                   row_stride, block, sums);
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = (place + r * PLACES_OF_8_BITS) * blocks + b;
+            const F16 whole = to_floats(sub_ints(sums[r], ints(middle_code(8) * linear->sums[at])));
+            total[r] = mul_add(whole, mul(load(scales + b * LANES), floats(linear->scales[at])), total[r]);
+        }
+    }
     UNROLL
     for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int o = 0; o < outputs; o++)
-            sum[r][o] = floats(0);
-    int64_t first = 0;
-    for (; first + BYTES <= inputs; first += BYTES)
-        add_table_products(rows, outputs, true, work, row, output, first, BYTES, sum);
-    if (first < inputs)
-        add_table_products(rows, outputs, false, work, row, output, first, inputs - first, sum);
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int o = 0; o < outputs; o++)
-            work->call->y[(row + r) * work->params->outputs + output + o] = sum_of(sum[r][o]);
+        store(work->call->y + (row + r) * linear->params->outputs + first, total[r]);
 }
 
 static void multiply_table(void *data, size_t index)
 {
-    const TableWork *work = data;
-    const int64_t outputs = work->params->outputs, first = (int64_t)index * TABLE_ROWS;
-    const int64_t end = first + TABLE_ROWS < outputs ? first + TABLE_ROWS : outputs;
-    int64_t o = first;
-    for (; work->call->rows >= TABLE_TILE && o + TABLE_TILE <= end; o += TABLE_TILE) {
-        int64_t r = 0;
-        for (; r + TABLE_TILE <= work->call->rows; r += TABLE_TILE)
-            table_tile(TABLE_TILE, TABLE_TILE, work, r, o);
-        for (; r < work->call->rows; r++)
-            table_tile(1, TABLE_TILE, work, r, o);
+    TableWork *work = data;
+    const LinearParams *params = work->linear.params;
+    const int64_t bytes = panel_bytes(params), blocks = row_scales(&params->row), whole = params->outputs / LANES;
+    const int64_t first = (int64_t)index * TASK_PANELS, last = first + TASK_PANELS;
+    const int64_t stop = last < panels(params) ? last : panels(params), each = blocks * LANES;
+    const bool few = work->call->rows < PACKED_ROWS && params->row.block % BYTES == 0;
+    uint8_t *memory = thread_scratch(OF_TASK, PACKED_PANELS * (size_t)(bytes + each * (int64_t)sizeof(float)));
+    if (memory == NULL) {
+        work->out_of_memory = true;
+        return;
     }
-    for (; o < end; o++)
-        for (int64_t r = 0; r < work->call->rows; r++)
-            table_tile(1, 1, work, r, o);
+    float *scales = (float *)(memory + PACKED_PANELS * bytes);
+    LinearCall call = {.rows = work->call->rows, .weights = memory, .scales = scales, .y = work->call->y};
+    LinearWork linear = work->linear;
+    linear.call = &call;
+    for (int64_t panel = first, count; panel < stop; panel += count) {
+        count = few || panel + 1 == stop ? 1 : PACKED_PANELS;
+        for (int64_t i = 0; i < count; i++)
+            pack_scales(work, (panel + i) * LANES, scales + i * each);
+        if (few && panel < whole) {
+            int64_t row = 0;
+            for (; row + 2 <= call.rows; row += 2)
+                multiply_few_rows(2, work, row, panel * LANES, scales);
+            if (row < call.rows)
+                multiply_few_rows(1, work, row, panel * LANES, scales);
+            continue;
+        }
+        for (int64_t i = 0; i < count; i++)
+            pack_panel(work, (panel + i) * LANES, memory + i * bytes);
+        linear.first_panel = panel;
+        for (size_t i = 0; i < linear.part_count; i++)
+            EIGHT[count == 1 ? 2 : 1](&linear, &linear.parts[i], panel);
+    }
 }
 
-/* Copies each block's scale, and the contribution of its zero points, to the lanes of its inputs. */
-static void spread(const RowParams *params, const int8_t *weights, const float *scales, float *steps, int32_t *offsets)
+static const char *table_run(const TableParams *table, const TableCall *call, const Parallel *parallel)
 {
-    for (int64_t i = 0; i < row_bytes(params) / 4; i++) {
-        const bool there = 4 * i < params->inputs;
-        steps[i] = there ? scales[4 * i / params->block] : 0;
-        const int32_t sum = weights[4 * i] + weights[4 * i + 1] + weights[4 * i + 2] + weights[4 * i + 3];
-        offsets[i] = there ? (LESS - 128) * sum : 0;
-    }
-}
-
-static const char *table_run(const TableParams *params, const TableCall *call, const Parallel *parallel)
-{
-    const int64_t inputs = params->row.inputs, rows = call->rows, stride = row_bytes(&params->row);
-    if (rows == 0)
-        return NULL;
-    if (params->row.block == 0) {
-        half_table_run(params, call, parallel);
+    if (table->row.block == 0) {
+        half_table_run(table, call, parallel);
         return NULL;
     }
-    const int64_t blocks = inputs / params->row.block;
-    /* quantized values, scales and offsets of each row; then scratch, scales and sums of one row */
-    const size_t each = (size_t)stride, quantized_bytes = (size_t)rows * each, lane_bytes = quantized_bytes;
-    uint8_t *memory = thread_scratch(OF_RUN, quantized_bytes + 2 * lane_bytes + each * 4 + (size_t)blocks * 8);
-    if (memory == NULL)
+    const LinearParams params = {.row = table->row, .outputs = table->outputs, .bits = 8};
+    const LinearCall rows = {.rows = call->rows, .x = call->x};
+    TableWork work = {.call = call};
+    if (call->rows == 0)
+        return NULL;
+    if (!quantize_call(&params, &rows, parallel, &work.linear))
         return "satchel:TableLinear: out of memory";
-    int8_t *rounded = (int8_t *)memory;
-    float *steps = (float *)(memory + quantized_bytes), *scratch = (float *)(memory + quantized_bytes + 2 * lane_bytes);
-    int32_t *offsets = (int32_t *)(memory + quantized_bytes + lane_bytes);
-    float *row_scale = scratch + stride;
-    for (int64_t r = 0; r < rows; r++) {
-        quantize_row((Form){false, false}, &params->row, call->x + r * inputs, NULL, scratch, rounded + r * stride, row_scale,
-                     (int32_t *)(row_scale + blocks));
-        spread(&params->row, rounded + r * stride, row_scale, steps + r * stride / 4, offsets + r * stride / 4);
-    }
-    TableWork work = {params, call, rounded, steps, offsets};
-    parallel_for(parallel, (size_t)((params->outputs + TABLE_ROWS - 1) / TABLE_ROWS), multiply_table, &work);
-    return NULL;
+    parallel_for(parallel, (size_t)((panels(&params) + TASK_PANELS - 1) / TASK_PANELS), multiply_table, &work);
+    return work.out_of_memory ? "satchel:TableLinear: out of memory" : NULL;
 }

@@ -33,6 +33,13 @@ enum { LANES = 16, BYTES = 64 };
 #define END_TARGET
 #endif
 
+typedef int32_t Four __attribute__((vector_size(16)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define FOUR_OF(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FOUR_OF(a, b, ...) __builtin_shuffle(a, b, (Four){__VA_ARGS__})
+#endif
+
 #if defined(SATCHEL_ISA_AVX512)
 #include "../isa/avx512.h"
 #elif defined(SATCHEL_ISA_AVX2) || defined(SATCHEL_ISA_AVXVNNI)
