@@ -55,6 +55,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     library = ctypes.CDLL(str(made))
     library.tiles = request.param == "AMX"
     library.run_linear.argtypes = [ctypes.c_int64 * 9, ctypes.c_float, ctypes.c_void_p * 9]
+    library.run_table.argtypes = [ctypes.c_int64 * 4, ctypes.c_void_p * 4]
     return library
 
 
@@ -91,6 +92,25 @@ def test_it_gives_the_bits_of_the_sets_that_are_here(emulated: ctypes.CDLL, prod
         feeds = product.feeds(rows, seed=rows, single=single)
         wanted = product.session(0, feeds).run(None, feeds)[0]
         np.testing.assert_array_equal(run(emulated, product, feeds, 0), wanted)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "block"), [(576, 300, 64), (96, 40, 32), (256, 513, 128)])
+@pytest.mark.parametrize("rows", [1, 3, 9, 120])
+def test_a_table_gets_the_bits_of_the_sets_that_are_here(
+    emulated: ctypes.CDLL, inputs: int, outputs: int, block: int, rows: int
+) -> None:
+    rng = np.random.default_rng(rows)
+    operands = {
+        "x": rng.standard_normal((rows, inputs), np.float32),
+        "codes": rng.integers(0, 256, (outputs, inputs // block, block), np.uint8),
+        "scales": rng.uniform(0.001, 0.011, (outputs, inputs // block)).astype(np.float32),
+    }
+    attributes = {"inputs": inputs, "outputs": outputs, "block": block}
+    wanted = operator_session("TableLinear", attributes, [*operands], operands, {}).run(None, operands)[0]
+    y = np.full((rows, outputs), np.nan, np.float32)
+    values = (ctypes.c_void_p * 4)(*(each.ctypes.data for each in operands.values()), y.ctypes.data)
+    assert emulated.run_table((ctypes.c_int64 * 4)(inputs, block, outputs, rows), values) == 0
+    np.testing.assert_array_equal(y, wanted)
 
 
 @pytest.mark.parametrize("product", [Product(96, 2 * 32, gate="silu"), Product(128, 48, bits=4, block=64)], ids=str)

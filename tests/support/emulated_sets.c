@@ -133,3 +133,13 @@ __attribute__((visibility("default"))) int run_linear(const int64_t *numbers, fl
                              .y = operands[8]};
     return emulated.linear(&params, &call, &serial) != NULL;
 }
+
+/* 0 on success. Numbers are inputs, block, outputs and rows; operands are x, weights, scales and y. */
+__attribute__((visibility("default"))) int run_table(const int64_t *numbers, void **operands)
+{
+    const Parallel serial = {NULL, one_after_another};
+    const TableParams params = {.row = {.inputs = numbers[0], .block = numbers[1]}, .outputs = numbers[2]};
+    const TableCall call
+        = {.rows = numbers[3], .x = operands[0], .weights = operands[1], .scales = operands[2], .y = operands[3]};
+    return emulated.table(&params, &call, &serial) != NULL;
+}

@@ -11,14 +11,10 @@
 
 enum { QUANTIZED_ROWS = 8 }; /* rows of a task that quantizes activations */
 
-static void multiply_panels(void *data, size_t index)
+/* Rows of a part times panels up to `stop`. */
+static void multiply_part(const LinearWork *work, const Part *part, int64_t panel, int64_t stop)
 {
-    const LinearWork *work = data;
     const LinearParams *params = work->params;
-    const int64_t whole = panels(params);
-    const Part *part = work->parts + index / work->groups;
-    int64_t panel = (int64_t)(index % work->groups) * work->width;
-    const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
 #ifdef MATRIX_TILES
     const bool tiles = configure_tiles(params, part);
 #endif
@@ -33,6 +29,14 @@ static void multiply_panels(void *data, size_t index)
     if (tiles)
         TILE_RELEASE();
 #endif
+}
+
+static void multiply_panels(void *data, size_t index)
+{
+    const LinearWork *work = data;
+    const int64_t whole = panels(work->params), panel = (int64_t)(index % work->groups) * work->width;
+    const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
+    multiply_part(work, work->parts + index / work->groups, panel, stop);
 }
 
 static void quantize_rows(void *data, size_t index)

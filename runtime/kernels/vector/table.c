@@ -177,7 +177,7 @@ static void multiply_table(void *data, size_t index)
             pack_panel(work, (panel + i) * LANES, memory + i * bytes);
         linear.first_panel = panel;
         for (size_t i = 0; i < linear.part_count; i++)
-            EIGHT[count == 1 ? 2 : 1](&linear, &linear.parts[i], panel);
+            multiply_part(&linear, &linear.parts[i], panel, panel + count);
     }
 }
 
