@@ -39,6 +39,8 @@ static bool run(const void *kernel, Run *run)
     ConvolutionCall call = {.batch = x.dims[0], .tokens = x.dims[1], .channels = x.dims[2], .width = weight.dims[2], .x = x.data,
                  .weight = weight.data, .bias = bias.data, .past = past.data,
                  .silu = ((const Params *)kernel)->silu};
+    if (past.data != NULL && past.rank == 3 && past.dims[0] == 1 && call.batch > 1 && call.tokens == 1)
+        call.tokens = call.batch, call.batch = 1; /* rows are the next tokens of one sequence */
     const int64_t weight_dims[] = {call.channels, 1, call.width},
                   state[] = {call.batch, call.width - 1, call.channels};
     if (weight.data == NULL || !has_dims(&weight, 3, weight_dims) || call.width < 2 || call.width > MAX_WIDTH)

@@ -26,6 +26,7 @@ typedef struct {
     const float *past;                /* [batch, heads, key_dim, value_dim] */
     float *out, *present;             /* [batch, tokens, heads * value_dim]; shaped as past, may be the same memory */
     bool channel_decay;
+    bool steps; /* tokens are computed one by one, each as the only one of a run */
 } RecurrenceCall;
 
 #endif

@@ -45,7 +45,8 @@ static bool read_state(RecurrenceParams *params, Run *run, RecurrenceCall *call)
     Tensor past;
     if (!input(run, 3, ORT_FLOAT, &past))
         return false;
-    const int64_t dims[] = {call->batch, params->heads, past.dims[2], past.dims[3]};
+    call->steps = past.data != NULL && past.rank == 4 && past.dims[0] == 1 && call->batch > 1 && call->tokens == 1;
+    const int64_t dims[] = {call->steps ? 1 : call->batch, params->heads, past.dims[2], past.dims[3]};
     if (past.data == NULL || !has_dims(&past, 4, dims) || dims[2] < 1 || dims[2] > MAX_STATE_DIM || dims[3] < 1
         || dims[3] > MAX_STATE_DIM)
         return fail(run, "satchel:LinearAttention: the past is not [batch, heads, key_dim, value_dim]");
@@ -100,9 +101,11 @@ static bool run(const void *kernel, Run *run)
     if (!read_new_tokens(&params, run, &call) || !read_gates(&params, run, &call))
         return false;
     const int64_t dims[] = {call.batch, call.tokens, params.heads * params.value_dim},
-                  state[] = {call.batch, params.heads, params.key_dim, params.value_dim};
+                  state[] = {call.steps ? 1 : call.batch, params.heads, params.key_dim, params.value_dim};
     if (!output(run, 0, dims, 3, &call.out) || !output(run, 1, state, 4, &call.present))
         return false;
+    if (call.steps)
+        call.tokens = call.batch, call.batch = 1;
     const char *error = instructions->recurrence(&params, &call, &run->parallel);
     return error == NULL || fail(run, error);
 }

@@ -116,3 +116,14 @@ def test_an_unknown_activation_and_an_absent_past_are_refused() -> None:
     del given["past"]
     with pytest.raises(Exception, match="satchel:CausalConv: the past"):
         session(given).run(None, given)
+
+
+@pytest.mark.parametrize("width", [2, 4, 9])
+@pytest.mark.parametrize("tokens", [2, 5, 16])
+def test_rows_over_one_state_are_the_next_tokens_bit_for_bit(width: int, tokens: int) -> None:
+    given = feeds(1, tokens, 40, width)
+    rows = given | {"x": np.ascontiguousarray(given["x"].swapaxes(0, 1))}
+    together, last = session(rows, "silu").run(None, rows)
+    expected, state = session(given, "silu").run(None, given)
+    np.testing.assert_array_equal(together[:, 0], expected[0])
+    np.testing.assert_array_equal(last, state)

@@ -261,3 +261,21 @@ def test_attributes_that_do_not_fit_are_refused(rule: Rule) -> None:
     feeds = Rule("gated_delta").feeds(1, 3)
     with pytest.raises(Exception, match="satchel:LinearAttention: invalid"):
         rule.session(feeds)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("tokens", [2, 3, 8, 33])
+def test_rows_over_one_state_are_the_next_tokens_bit_for_bit(rule: Rule, tokens: int) -> None:
+    given = rule.feeds(1, tokens, seed=tokens)
+    rows = {
+        name: value if name == "past" else np.ascontiguousarray(value.swapaxes(0, 1)) for name, value in given.items()
+    }
+    together, last = rule.session(rows).run(None, rows)
+    state = given["past"]
+    for token in range(tokens):
+        step = {name: np.ascontiguousarray(value[:, token : token + 1]) for name, value in given.items()} | {
+            "past": state
+        }
+        out, state = rule.session(step).run(None, step)
+        np.testing.assert_array_equal(together[token], out[0])
+    np.testing.assert_array_equal(last, state)

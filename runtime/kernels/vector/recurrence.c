@@ -348,8 +348,13 @@ static void run_head(void *data, size_t index)
         chunk.ones[i] = 1;
     if (call->past != call->present)
         memcpy(head.state, call->past + (int64_t)index * size, size * sizeof(float));
-    if (tokens == 1)
-        run_token(&head, &chunk);
+    if (tokens == 1 || call->steps)
+        for (int64_t t = 0; t < tokens; t++) {
+            run_token(&head, &chunk);
+            head.query += call->query_stride, head.key += call->key_stride, head.value += call->value_stride;
+            head.decay += params->gated ? head.decay_stride : 0, head.beta += params->delta ? heads : 0;
+            head.out += heads * values;
+        }
     else
         for (int64_t start = 0; start < tokens; start += CHUNK)
             run_chunk(&head, &chunk, start, tokens - start < CHUNK ? tokens - start : CHUNK);
