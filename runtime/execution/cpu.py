@@ -71,8 +71,6 @@ class CpuEngine(Engine):
     def why_not_ahead(self, adapter: str | None) -> str | None:
         """None where satchel's own attention decodes, all layers attend, and there is no adapter and no border."""
         manifest, made = self.bundle.manifest, self.bundle.specialized
-        if manifest.states:
-            return "layers with convolution or recurrent states cannot go back to an earlier token"
         if manifest.model.rotary_border:
             return "its rotary angles depend on the length of the text"
         name = made.variant("decode") if made is not None else None
@@ -281,7 +279,8 @@ class CpuBatch(Batch):
             own = tokens[first : first + len(states)]
             invariant = self._force or (self._engine.batch_invariant and self._engine.invariant_with(adapter))
             if invariant and len(states) > 1:
-                for state in states:
+                for state in self._rows[first : first + len(states)]:
+                    state.settle()
                     state.expect(state.cache.length + 1)
                 self._runner.decode(first, [state.cache for state in states], own)
                 for state, token in zip(states, own.tolist(), strict=True):
@@ -325,7 +324,17 @@ class CpuState(State):
         self._runner.prefill(self._row, self.cache, tokens)
 
     def _decode(self, token: int) -> None:
-        self._runner.decode_one(self._row, self.cache, token)
+        if not self.cache.behind:
+            self._runner.decode_one(self._row, self.cache, token)
+            return
+        tokens, self.cache.behind = np.array([*self.cache.behind, token], np.int64), ()
+        self._logits[:] = self.decode_ahead(tokens)[-1]
+
+    def settle(self) -> None:
+        """Feed what is behind."""
+        tokens, self.cache.behind = np.array(self.cache.behind, np.int64), ()
+        if len(tokens):
+            self.decode_ahead(tokens)
 
 
 def text_lengths(manifest: Manifest) -> Ids | None:

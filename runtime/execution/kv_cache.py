@@ -44,6 +44,8 @@ class Cache(ABC):
         self._running = False  # while a graph may be writing states, and after it failed
         self.snapshots: dict[int, Snapshot] = {}
         self.long = False
+        self.behind: tuple[int, ...] = ()
+        """Tokens after the last position, which are fed in front of the next one."""
 
     @property
     @abstractmethod
@@ -122,6 +124,12 @@ class Cache(ABC):
         self._length += count
         self._running = False
 
+    def restore(self, states: Snapshot, length: int, behind: Sequence[int]) -> None:
+        """Return to `states`, those after `length` positions; `behind` are fed in front of the next token."""
+        for name, state in self.states.items():
+            state[...] = states[name]
+        self._length, self._running, self.behind = length, False, tuple(behind)
+
     def shorten(self, length: int) -> None:
         """Forget all positions but the first `length`, of a cache without states."""
         self._length, self._running = length, False
@@ -133,6 +141,7 @@ class Cache(ABC):
     def clear(self, adapter: str | None = None) -> None:
         """Empty the cache: the next position to be written is the first, by this adapter, and states are zeros."""
         self._length, self._running, self.snapshots, self.long, self.adapter = 0, False, {}, False, adapter
+        self.behind = ()
         for state in self.states.values():
             state[...] = 0
 
@@ -214,7 +223,7 @@ class KVCache(Cache):
     def row(self, index: int) -> Self:
         """An empty cache of one sequence, with its own length, in the memory of row `index` of this one."""
         row = copy.copy(self)
-        row.rows, row._length, row._running, row.snapshots, row.long = 1, 0, False, {}, False
+        row.rows, row._length, row._running, row.snapshots, row.long, row.behind = 1, 0, False, {}, False, ()
         row._past, row._states = (
             {name: buffer[index : index + 1] for name, buffer in buffers.items()}
             for buffers in (self._past, self._states)
@@ -233,7 +242,7 @@ class KVCache(Cache):
         for name, state in other.states_at(count).items():
             self._states[name][...] = state
         self.snapshots = {length: copies for length, copies in other.snapshots.items() if length <= count}
-        self._length, self._running = count, False
+        self._length, self._running, self.behind = count, False, ()
 
     def exchange(self, other: KVCache) -> None:
         """Exchange the contents with another row of this cache; only positions in use are copied."""
@@ -248,6 +257,7 @@ class KVCache(Cache):
         self.long, other.long = other.long, self.long
         self._running, other._running = other._running, self._running
         self.snapshots, other.snapshots = other.snapshots, self.snapshots
+        self.behind, other.behind = other.behind, self.behind
         self.adapter, other.adapter = other.adapter, self.adapter
 
 

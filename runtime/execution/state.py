@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.execution.kv_cache import Cache
+from satchel.runtime.execution.kv_cache import Cache, Snapshot
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -31,6 +31,7 @@ class State(ABC):
         self._logits = logits
         self._border: int | None = None
         self._fed: Ids = np.empty(0, np.int64)
+        self._before: Snapshot = {}  # the states before a run ahead
         self._spans: Callable[[int], Iterator[slice]] = lambda count: iter(())
 
     def watch(self, border: int, spans: Callable[[int], Iterator[slice]]) -> None:
@@ -69,6 +70,7 @@ class State(ABC):
     def copy_from(self, other: State, start: int = 0) -> None:
         """Copy the sequence of `other` and its logits; the first `start` positions are the same already."""
         self.cache.copy_from(other.cache, other.cache.length, start)
+        self.cache.behind = other.cache.behind
         self._logits[:] = other.logits
         self._note(0, other._fed[: other.cache.length])
 
@@ -90,6 +92,10 @@ class State(ABC):
         self._decode(token)
         self.note(token)
 
+    def begin_ahead(self) -> None:
+        """Keep the states as they are, for `keep_ahead`; to be called before `decode_ahead`."""
+        self._before = {name: state.copy() for name, state in self.cache.states.items()}
+
     def decode_ahead(self, tokens: Ids) -> Logits:
         """Feed tokens. Returns the logits of each, [tokens, vocabulary], those of `decode` of one after another."""
         found = np.empty((len(tokens), len(self._logits)), np.float32)
@@ -97,6 +103,17 @@ class State(ABC):
             self.decode(token)
             row[:] = self.logits
         return found
+
+    def keep_ahead(self, length: int, tokens: Ids, count: int) -> None:
+        """After a run ahead of `tokens` that began at `length`, keep the first `count` of them and forget the others.
+
+        States cannot go back: those before the run are restored, and what is kept is fed again before the next token.
+        """
+        if not self.cache.states:
+            self.cache.shorten(length + count)
+        elif self._before and count < len(tokens):
+            self.cache.restore(self._before, length, tokens[:count].tolist())
+        self._before = {}
 
     def note(self, token: int) -> None:
         """Remember the token of a step that has just run."""

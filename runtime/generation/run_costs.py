@@ -57,11 +57,13 @@ class Costs:
         rows: int = 1,
         each: float = 0.0,
         before: float = 0.0,
+        again: bool = False,
     ) -> tuple[int, float]:
         """How many drafted rows, of the numbers `further`, give the most tokens per second, and that number.
 
         0 if none gives more than `rows` alone, each of which gives a token. `gains` are the tokens that each drafted
         row is expected to give, `each` is the time to draft one, `before` that to draft all.
+        With `again`, the rows of a draft that is not all right are fed again in the next run.
         """
         plain = self.of(rows)
         best, rate = 0, GAIN * rows / plain
@@ -70,7 +72,8 @@ class Costs:
         expected = list(accumulate(gains, initial=float(rows)))
         for count in further:
             if 0 < count <= len(gains):
-                found = expected[count] / (self.of(rows + count) + count * each + before)
+                more = (1 - gains[count - 1]) * (self.of(rows + count) - plain) if again else 0.0
+                found = expected[count] / (self.of(rows + count) + count * each + before + more)
                 if found > rate:
                     best, rate = count, found
         return best, rate

@@ -57,6 +57,8 @@ class Speculation:
         self.pool, self.model, self.costs = NgramPool(), model, Costs(steps)
         self.model_costs = DraftCosts()
         self.by_model = Record(3.0, 2.0)
+        self.again = bool(engine.bundle.manifest.states)
+        """Whether the tokens of a draft that is not all right are fed again: states cannot go back."""
         self._engine = engine
 
     def drafter(self, sequence: ActiveSequence, sampler: Sampler | None) -> Drafter | None:
@@ -106,7 +108,8 @@ class Drafter:
         if count:
             return list(forced[:count])
         tokens, chances = self._ngrams.predicted(most)
-        count, rate = self.costs.best(reached(chances), widths) if tokens else (0, 0.0)
+        again = self._shared.again
+        count, rate = self.costs.best(reached(chances), widths, again=again) if tokens else (0, 0.0)
         if self.model is not None and not (count and chances[0] > SURE_ENOUGH):
             drafted = self._from_model(most, widths, rate if count else 0.0)
             if drafted:
@@ -188,7 +191,8 @@ class Drafter:
     def _from_model(self, most: int, widths: Sequence[int], rate: float) -> list[int]:
         """A draft of the small model, of up to `most` tokens, if it promises more tokens per second than `rate`."""
         gains = reached([self.model_chance] * most)
-        count, found = self.costs.best(gains, widths, each=self._shared.model_costs.of(1))
+        each, again = self._shared.model_costs.of(1), self._shared.again
+        count, found = self.costs.best(gains, widths, each=each, again=again)
         if not count:
             if self.costs.of(1) == np.inf or not self._trials.due():
                 return []
@@ -216,17 +220,19 @@ def decode(engine: Engine, state: State, sequence: ActiveSequence) -> int:
     """
     drafter, known, timing = sequence.drafter, len(sequence.token_ids), sequence.timing
     draft, last = [], sequence.token_ids[-1]
-    if drafter is not None:
+    behind = len(state.cache.behind)
+    if drafter is not None and not behind:
         forced = () if sequence.constraint is None else sequence.constraint.forced
         draft = drafter.draft(sequence.token_ids, sequence.limit - known - 1, engine.wrong_ahead, forced)
     start = time.perf_counter()
     if drafter is None or not draft:
         state.decode(last)
         if drafter is not None:
-            drafter.costs.note(1, time.perf_counter() - start)
+            drafter.costs.note(1 + behind, time.perf_counter() - start)
         sequence.take_from(state)
         return 1
     length, tokens, tried = state.cache.length, np.asarray([last, *draft], np.int64), len(draft) in engine.runs_ahead
+    state.begin_ahead()
     try:
         if tried:
             rows = state.decode_ahead(tokens)
@@ -237,7 +243,7 @@ def decode(engine: Engine, state: State, sequence: ActiveSequence) -> int:
         else:
             taken = _try(engine, state, sequence, tokens)
     finally:  # also when interrupted: what a wrong token left in the cache must not be kept
-        state.cache.shorten(length + max(1, len(sequence.token_ids) - known))
+        state.keep_ahead(length, tokens, max(1, len(sequence.token_ids) - known))
     drafter.learn(len(draft), taken - 1)
     return taken
 
@@ -258,7 +264,7 @@ def _try(engine: Engine, state: State, sequence: ActiveSequence, tokens: NDArray
         found = state.decode_ahead(tokens).copy()
     except BundleError:  # its kernels do not take several tokens of one sequence
         found = None
-    state.cache.shorten(length)
+    state.keep_ahead(length, tokens, 0)
     same = found is not None
     for row, token in enumerate(tokens.tolist()):
         state.decode(token)

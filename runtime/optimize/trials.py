@@ -138,19 +138,25 @@ def _compared(engine: Engine, length: int, widths: Sequence[int]) -> dict[int, f
     ids = np.asarray([(13 * i + 1) % engine.vocabulary for i in range(length + max(widths) + 1)], np.int64)
     state, found = engine.new_state(len(ids)), dict[int, float | None]()
     engine.prefill(state, ids[:length])
+    fed = ids[length:]
+    state.begin_ahead()
     start = time.perf_counter()
-    expected = State.decode_ahead(state, ids[length:])
+    expected = State.decode_ahead(state, fed)
     single = (time.perf_counter() - start) / len(expected)
+    state.keep_ahead(length, fed, 0)
     for drafted in widths:
         shares: list[float] = []
         for _ in range(AHEAD_RUNS):
-            state.cache.shorten(length)
+            state.begin_ahead()
             start = time.perf_counter()
+            fed = ids[length : length + drafted + 1]
             try:
-                logits = state.decode_ahead(ids[length : length + drafted + 1])
+                logits = state.decode_ahead(fed)
             except BundleError:  # its kernels do not take several tokens of one sequence
                 shares = []
                 break
+            finally:
+                state.keep_ahead(length, fed, 0)
             shares.append((time.perf_counter() - start) / single)
             if not np.array_equal(logits, expected[: drafted + 1]):
                 shares = []

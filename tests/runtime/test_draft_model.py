@@ -202,7 +202,7 @@ def test_a_bundle_that_takes_no_drafts_says_why(folders: dict[str, Path], tmp_pa
     target, hybrid = folders["target"], write_hybrid(tmp_path / "hybrid")
     with pytest.warns(SatchelWarning, match="--draft .* no effect: .*attention"):
         Generator.open(target, threads=1, draft=folders["same"])
-    with pytest.warns(SatchelWarning, match="--speculate ngram has no effect: .*states"):
+    with pytest.warns(SatchelWarning, match="--speculate ngram has no effect: .*attention"):
         Generator.open(hybrid, threads=1, speculate="ngram")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
