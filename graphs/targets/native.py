@@ -8,6 +8,7 @@ from satchel.graphs.ir.pipeline import Step
 from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
 from satchel.graphs.passes.float16.store_linear_float16 import store_linear_float16
 from satchel.graphs.passes.fuse.fuse_skip_norms import fuse_skip_norms
+from satchel.graphs.passes.native.advance_last_token import advance_last_token
 from satchel.graphs.passes.native.fold_biases import fold_biases
 from satchel.graphs.passes.native.fold_gates import fold_gates
 from satchel.graphs.passes.native.fold_hadamards import fold_hadamards
@@ -54,6 +55,7 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(store_linear_float16),
         Step(take_rows, after=("lower_attention_native", "insert_linear", "slice_last_logits"), changes_signature=True),
+        Step(advance_last_token, after=("take_rows", "fold_residuals", "fuse_skip_norms")),
     )
 
 
@@ -70,6 +72,7 @@ def native_float_steps() -> tuple[Step, ...]:
         Step(fold_key_norms, after=("lower_states_native",)),
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(take_rows, after=("lower_attention_native", "slice_last_logits"), changes_signature=True),
+        Step(advance_last_token, after=("take_rows", "fold_residuals", "fuse_skip_norms")),
     )
 
 
