@@ -69,7 +69,7 @@ class CpuEngine(Engine):
         return not (fixed or manifest.has_fixed_mask or decode.top_tokens)
 
     def why_not_ahead(self, adapter: str | None) -> str | None:
-        """None where satchel's own attention decodes, all layers attend, and there is no adapter and no border."""
+        """None where satchel's own kernels decode, and there is no adapter and no border."""
         manifest, made = self.bundle.manifest, self.bundle.specialized
         if manifest.model.rotary_border:
             return "its rotary angles depend on the length of the text"
@@ -279,9 +279,9 @@ class CpuBatch(Batch):
             own = tokens[first : first + len(states)]
             invariant = self._force or (self._engine.batch_invariant and self._engine.invariant_with(adapter))
             if invariant and len(states) > 1:
-                for state in self._rows[first : first + len(states)]:
-                    state.settle()
-                    state.expect(state.cache.length + 1)
+                for row in self._rows[first : first + len(states)]:
+                    row.settle()
+                    row.expect(row.cache.length + 1)
                 self._runner.decode(first, [state.cache for state in states], own)
                 for state, token in zip(states, own.tolist(), strict=True):
                     state.note(token)

@@ -66,7 +66,7 @@ def _fits(node: ir.Node) -> bool:
 
 
 def _tokens(value: ir.Value | None) -> tuple[object, object] | None:
-    """The first two of its three dimensions, or None if they are not known; a row with others would serve all tokens."""
+    """The first two of its three dimensions, or None if they are not known. Rows with others may serve all tokens."""
     shape = None if value is None else value.shape
     if shape is None or len(shape) != 3:
         return None
