@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = """\
-examples:
+example:
   satchel shard BUNDLE --tensor-parallel 2 -o OUT
   satchel shard BUNDLE --tensor-parallel 3 --shares 2,1,1 -o OUT
   mpiexec -n 2 satchel run OUT "What is the capital of Japan?\""""

@@ -133,8 +133,6 @@ FAMILIES: Mapping[str, Family] = {
     "codegen": _with(
         _LAYER_NORM, norms=1, parallel=True, biases=frozenset({"mlp", "head"}), width="n_inner"
     ),
-    "bloom": _with(_LAYER_NORM, tied=True, angles=False, width=""),
-    "mpt": Family(gated=False, tied=True, angles=False, width="", defaults={"expansion_ratio": 4}),
     "falcon": _with(
         _LAYER_NORM, biases=NONE, switches={"bias": ALL}, tied=True, parallel="parallel_attn", width="ffn_hidden_size",
         defaults={"multi_query": True, "parallel_attn": True},

@@ -11,7 +11,7 @@ import pytest
 from satchel.runtime.cli import main as cli
 from satchel.runtime.cli.reference import reference
 
-WITHOUT_JSON = {"completion", "embed", "serve"}  # print for a shell, JSON always, and nothing
+WITHOUT_JSON = {"completion", "embed", "serve", "shard"}  # print for a shell, JSON always, and nothing
 
 
 def subparser(name: str) -> argparse.ArgumentParser:

@@ -50,6 +50,8 @@ WORK = {
     "check": ["BUNDLE", "--provider", "cpu"],
     "export": ["FACTORY", "-o", "OUT"],
     "sensitivity": ["FACTORY"],
+    "shard": ["BUNDLE", "--tensor-parallel", "2", "-o", "OUT"],
+    "plan": ["BUNDLE"],
     "embed": ["VECTORS", "the cat"],
     "serve": ["BUNDLE", "--port", "0", "--quiet", "--no-specialize"],
 }

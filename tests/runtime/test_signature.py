@@ -180,6 +180,7 @@ def test_every_command_that_opens_a_bundle_checks(satchel: Satchel, tiny: Path, 
     further = {
         "run": ["the cat"], "eval": ["--text", str(tmp_path / "text")], "pack": ["-o", str(tmp_path / "m.pyz")],
         "embed": ["the cat"], "unpack": ["-o", str(tmp_path / "m")], "check": ["--provider", "cuda"],
+            "shard": ["--tensor-parallel", "2", "-o", str(tmp_path / "ranks")],
     }  # fmt: skip
     checked = [name for name, command in cli.COMMANDS.items() if command.opens and name != "specialize"]
     assert {"run", "chat", "bench", "eval", "verify", "profile", "inspect", "pack"} <= set(checked)
