@@ -8,15 +8,15 @@ from pathlib import Path
 EXAMPLE = """\
 example:
   satchel shard BUNDLE --tensor-parallel 2 -o OUT
-  satchel shard BUNDLE --tensor-parallel 3 --shares 2,1,1 -o OUT
-  mpiexec -n 2 satchel run OUT "What is the capital of Japan?\""""
+  satchel shard BUNDLE --tensor-parallel 3 --shares 2,1,1 -o OUT"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.description = (
         "Cut a bundle for several devices or processes, which run it together over MPI: the heads of attention, the "
-        "channels of MLPs and the vocabulary are divided among them, and each gets a bundle of its own."
+        "channels of MLPs and the vocabulary are divided among them, and each gets a bundle of its own. "
+        "`mpiexec -n N satchel chat OUT` runs them."
     )
     parser.epilog = EXAMPLE
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
