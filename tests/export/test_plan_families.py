@@ -26,7 +26,6 @@ MODELS = {
 UNCOUNTED = {
     "gemma3n_text": 0.03,
     "gemma4_text": 0.03,
-    "deepseek_v2": 0.02,
     "deepseek_v3": 0.02,
     "glm4_moe_lite": 0.02,
     "youtu": 0.02,
