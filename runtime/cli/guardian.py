@@ -6,6 +6,7 @@ could say which one was lost. So that process is the guardian: it waits for the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -50,8 +51,6 @@ def guarded(work: Callable[[], int]) -> int:
 def _end_with(guardian: int) -> None:
     """Let the system end this process when its guardian is gone."""
     if sys.platform == "linux":
-        import ctypes  # only here: all commands import this module
-
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guardian:
         os._exit(EXIT_LOST)

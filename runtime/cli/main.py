@@ -16,8 +16,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
-from satchel.runtime.cli import ranks
-from satchel.runtime.cli.guardian import guarded
 from satchel.runtime.errors import SatchelError, SatchelWarning
 from satchel.runtime.util import interrupt, requirements
 from satchel.runtime.util.terminal import printable
@@ -151,8 +149,11 @@ def main(arguments: Sequence[str] | None = None, packed: str | None = None) -> i
             warnings.showwarning = _show_warning
             command = COMMANDS[args.command]
             run: Callable[[argparse.Namespace], int] = importlib.import_module(command.module).main
-            cut = command.opens and ranks.are_meant(args)
-            code = guarded(lambda: ranks.run(args, run)) if cut else run(args)
+            if command.opens:  # others do not need the import
+                from satchel.runtime.cli import ranks
+
+                run = ranks.together(args, run)
+            code = run(args)
         sys.stdout.flush()
         return code
     except BaseException as error:

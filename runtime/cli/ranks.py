@@ -18,9 +18,16 @@ TIMED = ("run", "bench", "profile")
 """Those after which a line says how long ranks have exchanged numbers."""
 
 
-def are_meant(args: argparse.Namespace) -> bool:
-    """Whether BUNDLE is cut for several ranks, and so this process is one of them."""
-    return any(is_cut(path) for path, _ in _bundles(args))
+Run = Callable[[argparse.Namespace], int]
+
+
+def together(args: argparse.Namespace, command: Run) -> Run:
+    """The command itself, or where BUNDLE is cut for several ranks, of which this process is one, that of all."""
+    if not any(is_cut(path) for path, _ in _bundles(args)):
+        return command
+    from satchel.runtime.cli.guardian import guarded
+
+    return lambda args: guarded(lambda: run(args, command))
 
 
 def _bundles(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -30,7 +37,7 @@ def _bundles(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(path, name or Path(path).name) for name, _, path in named]
 
 
-def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
+def run(args: argparse.Namespace, command: Run) -> int:
     """Run a command on all ranks together. Returns its exit code; other ranks return 0 when the first one has ended.
 
     Raises SatchelError: the command or its flags are not for several ranks, or they do not fit together.

@@ -7,22 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.ahead import allow_runs_ahead
 from support.command import Satchel
 from support.tiny_bundle import write_bundle
 from support.tiny_hybrid import write_hybrid
 from support.tiny_tokenizers import byte_fallback_json, byte_level_json
 
 from satchel.runtime.errors import PromptError, SatchelWarning
-from satchel.runtime.execution.cpu import CpuEngine, CpuState
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.generation.draft_model import DraftModel, ModelDrafter
 from satchel.runtime.generation.drafts import NgramDrafter
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.run_costs import Costs, DraftCosts
+from satchel.runtime.generation.run_costs import DraftCosts
 from satchel.runtime.generation.speculation import Speculation
 from satchel.runtime.ort.open_bundle import open_bundle
 
@@ -53,16 +52,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens of each run ahead of the tiny bundle; drafts come from the small model alone."""
-    counts: list[int] = []
-
-    def decode_ahead(state: CpuState, tokens: Ids) -> Logits:
-        counts.append(len(tokens))
-        return State.decode_ahead(state, tokens)
-
-    monkeypatch.setattr(Costs, "of", lambda costs, rows: 0.9 + rows / 10)
+    counts = allow_runs_ahead(monkeypatch)
     monkeypatch.setattr(DraftCosts, "of", lambda costs, rows: 0.01)
-    monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
-    monkeypatch.setattr(CpuState, "decode_ahead", decode_ahead)
     monkeypatch.setattr(NgramDrafter, "predicted", lambda drafter, most: ([], []))
     return counts
 

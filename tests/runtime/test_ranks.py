@@ -18,12 +18,17 @@ import psutil
 import pytest
 from support.ranks import ENVIRONMENT, command, needs_mpi, processes, satchel
 from support.tiny_bundle import write_bundle
+from support.tiny_hybrid import write_hybrid
 
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.ranks import RANKS_NAME, read_ranks
 from satchel.runtime.cli.main import main
+from satchel.runtime.execution.cpu import CpuEngine
+from satchel.runtime.execution.ranks.lead import LeadEngine
 from satchel.runtime.execution.ranks.watch import _places
 from satchel.runtime.execution.ranks.world import Member, _problem
+from satchel.runtime.ort.open_bundle import open_bundle
+from satchel.runtime.ort.session import SessionSettings
 
 LIMIT = 5.0
 """Seconds in which a run ends after one of its ranks is lost."""
@@ -48,6 +53,15 @@ def cut(whole: Path) -> Path:
 def alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "satchel", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+
+
+def test_models_with_states_take_no_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks are not told that states go back. One rank alone does take drafts."""
+    monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
+    settings, world = SessionSettings(threads=1), SimpleNamespace()
+    hybrid = open_bundle(write_hybrid(tmp_path / "hybrid", ("linear", "attention")))
+    assert LeadEngine(hybrid, settings, world).why_not_ahead(None) is not None
+    assert LeadEngine(open_bundle(write_bundle(tmp_path / "plain")), settings, world).why_not_ahead(None) is None
 
 
 @needs_mpi

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.ahead import allow_runs_ahead
 from support.kernels import needs_kernels
 from support.tiny_bundle import write_bundle
 from support.tiny_native_bundle import write_native_bundle
 
 from satchel.runtime.errors import BundleError
-from satchel.runtime.execution.cpu import CpuEngine, CpuState
+from satchel.runtime.execution.cpu import CpuState
 from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.generation import drafts
 from satchel.runtime.generation.drafts import NgramDrafter, NgramPool
@@ -43,20 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of each run ahead, which is possible on the tiny bundle, if only in single steps.
-
-    A further token is said to cost a tenth of a step.
-    """
-    counts: list[int] = []
-    monkeypatch.setattr(Costs, "of", lambda costs, rows: 0.9 + rows / 10)
-
-    def decode_ahead(state: CpuState, tokens: Ids) -> Logits:
-        counts.append(len(tokens))
-        return State.decode_ahead(state, tokens)
-
-    monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
-    monkeypatch.setattr(CpuState, "decode_ahead", decode_ahead)
-    return counts
+    """The number of tokens of each run ahead."""
+    return allow_runs_ahead(monkeypatch)
 
 
 def essence(generator: Generator, new: int, options: dict[str, object]) -> tuple[object, ...]:

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.ahead import allow_runs_ahead
 from support.tiny_hybrid import PATTERN, write_hybrid
 
-from satchel.runtime.execution.cpu import CpuEngine, CpuState
-from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
-from satchel.runtime.generation.run_costs import Costs
 
 PROMPT = np.random.default_rng(3).integers(3, 300, 20)
 FEW = {token: -np.inf for token in range(400) if token % 57}  # few tokens are left, so that texts repeat
@@ -26,17 +24,8 @@ CASES: list[dict[str, object]] = [
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of each run of several, which are single steps here; a further token costs a tenth of one."""
-    counts: list[int] = []
-
-    def decode_ahead(state: CpuState, tokens: Ids) -> Logits:
-        counts.append(len(tokens))
-        return State.decode_ahead(state, tokens)
-
-    monkeypatch.setattr(Costs, "of", lambda costs, rows: 0.9 + rows / 10)
-    monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
-    monkeypatch.setattr(CpuState, "decode_ahead", decode_ahead)
-    return counts
+    """The number of tokens of each run ahead."""
+    return allow_runs_ahead(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=[PATTERN, ("linear", "linear"), ("conv", "attention")], ids=str)

@@ -30,6 +30,12 @@ class LeadEngine(CpuEngine):
         super().__init__(bundle, settings)
         self._told = Told(world)
 
+    def why_not_ahead(self, adapter: str | None) -> str | None:
+        """As for one rank, and where there are no states: those of the other ranks would not go back."""
+        if self.bundle.manifest.states:
+            return "the states of several ranks cannot go back to an earlier token"
+        return super().why_not_ahead(adapter)
+
     def _ragged_session(self) -> ort.InferenceSession | None:
         return None  # blocks are this rank's own: the others would have to follow each
 
