@@ -280,14 +280,15 @@ def _rotary(facts: Facts, layers: tuple[Layer, ...]) -> int:
     """Numbers in the tables of cosines and sines for one position; one pair of tables for each width."""
     if not facts.family.angles or facts.flag("alibi"):
         return 0
+    wide = 2 if facts.family.wide_angles else 1
     part = facts.get("partial_rotary_factor", facts.get("rotary_pct", 1.0))
     rope = facts.get("rope_parameters")
     if isinstance(rope, dict):
         part = rope.get("partial_rotary_factor", part)
     if facts.has("kv_lora_rank"):
-        return facts.count("qk_rope_head_dim")
+        return wide * facts.count("qk_rope_head_dim")
     widths = {layer.cache.key_dim for layer in layers if layer.cache is not None}
     if not isinstance(part, int | float) or not 0 <= part <= 1:
         raise ExportError(f"{facts.source}: partial_rotary_factor is {part!r}: it must be from 0 to 1")
     tables = 2 if isinstance(rope, dict) and SLIDING[0] in rope and len(widths) == 1 else 1
-    return sum(int(width * part) for width in widths) * tables
+    return sum(int(width * part) for width in widths) * tables * wide

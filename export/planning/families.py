@@ -49,6 +49,7 @@ class Family:
         tied: Whether the head is the embedding where the config does not say.
         positions: Whether there is a table of positions in place of angles; how many more rows than positions.
         angles: Whether keys are rotated.
+        wide_angles: Whether tables have an angle for each number of a head, as the rotation is not that of ONNX Runtime.
         defaults: Settings that a config leaves out where they are these.
         mixer: What else than attention a layer has: "delta", "conv", "mamba", "mamba2".
         experts_bias: Whether router and experts have biases, and attention sinks.
@@ -66,6 +67,7 @@ class Family:
     tied: bool = False
     positions: int | None = None
     angles: bool = True
+    wide_angles: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mixer: str = ""
     experts_bias: bool = False
@@ -108,8 +110,8 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": _GEMMA,
     "gemma2": _with(_GEMMA, norms=4),
     "gemma3_text": _with(_GEMMA, norms=4, head_norms="head", defaults={"head_dim": 256, "sliding_window_pattern": 6}),
-    "gemma3n_text": _with(_GEMMA, norms=4, head_norms="head"),
-    "gemma4_text": _with(_GEMMA, norms=4, head_norms="head"),
+    "gemma3n_text": _with(_GEMMA, norms=4, head_norms="head", wide_angles=True),
+    "gemma4_text": _with(_GEMMA, norms=4, head_norms="head", wide_angles=True),
     "phi3": Family(),
     "phi": _with(_LAYER_NORM, norms=1, parallel=True, biases=ALL | {"head"}),
     "smollm3": _with(_LLAMA, tied=True),
@@ -168,10 +170,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "minimax_m2": Family(head_norms="all"),
     "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _with(_DEEPSEEK, defaults={"first_k_dense_replace": 3}),
-    "glm4_moe_lite": _with(_DEEPSEEK, defaults={"first_k_dense_replace": 1}),
+    "deepseek_v3": _with(_DEEPSEEK, wide_angles=True, defaults={"first_k_dense_replace": 3}),
+    "glm4_moe_lite": _with(_DEEPSEEK, wide_angles=True, defaults={"first_k_dense_replace": 1}),
     "minicpm3": _with(_DEEPSEEK, tied=True),
-    "youtu": _with(_DEEPSEEK, tied=True),
+    "youtu": _with(_DEEPSEEK, tied=True, wide_angles=True),
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": _QWEN3_5,
     "qwen3_next": _with(_QWEN3_5, defaults={"full_attention_interval": 4, "decoder_sparse_step": 1}),
