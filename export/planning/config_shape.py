@@ -58,7 +58,7 @@ def shape_of(table: Mapping[str, Any], source: str) -> Shape:
     kind = table.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ExportError(f"{source}: has no model_type: use the config.json of the original model")
-    if kind not in FAMILIES or table.get("alibi"):  # a bundle has wider keys for distances
+    if kind not in FAMILIES:
         raise ExportError(
             f"{source}: satchel plan does not know the layers of {kind!r:.60}: docs/planning.md lists those that "
             "it knows; a bundle of any family can be planned"
@@ -77,6 +77,8 @@ def shape_of(table: Mapping[str, Any], source: str) -> Shape:
     vectors = vocabulary if "head" in mixers.biases(facts) and not tied else 0
     if facts.family.positions is not None:
         vectors += (context + facts.family.positions) * hidden
+    if kind == "bloom":
+        vectors += 2 * hidden  # the norm behind the embedding
     norms = facts.family.norm * hidden
     extra = _extra(facts, layers)
     return Shape(
@@ -170,9 +172,9 @@ def _attention(facts: Facts, kind: str, index: int) -> Part:
         kv_heads = 1 if facts.flag("multi_query") else heads
     elif model == "gpt_bigcode":
         kv_heads = 1 if facts.get("multi_query", True) else heads
-    elif model in ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt"):
+    elif model in ("gpt2", "gpt_neo", "gptj", "codegen", "bloom", "mpt", "gpt_neox", "opt"):
         kv_heads = heads
-    own = model not in ("stablelm", "gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "falcon")
+    own = model not in ("stablelm", "gpt2", "gpt_neo", "gptj", "codegen", "bloom", "mpt", "gpt_neox", "opt", "falcon")
     width = facts.count("hidden_size") // heads
     head_dim = facts.count("head_dim", width) if own else width
     if head_dim < 1 or kv_heads > heads:
@@ -189,7 +191,8 @@ def _attention(facts: Facts, kind: str, index: int) -> Part:
         kv_heads = facts.count("num_global_key_value_heads", kv_heads) if not values else kv_heads
     if facts.has("num_kv_shared_layers"):
         keys = index < facts.count("num_hidden_layers") - facts.count("num_kv_shared_layers", least=0)
-    return mixers.attention(facts, heads, kv_heads, head_dim, window, keys=keys, values=values)
+    biased = facts.family.distances or facts.flag("alibi")
+    return mixers.attention(facts, heads, kv_heads, head_dim, window, keys=keys, values=values, biased=biased)
 
 
 def _feed_forward(facts: Facts, index: int) -> Part:

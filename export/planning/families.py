@@ -49,7 +49,8 @@ class Family:
         tied: Whether the head is the embedding where the config does not say.
         positions: Whether there is a table of positions in place of angles; how many more rows than positions.
         angles: Whether keys are rotated.
-        wide_angles: Whether tables have an angle for each number of a head, as the rotation is not that of ONNX Runtime.
+        distances: Whether scores have a bias for distance (ALiBi); a config may say so too.
+        wide_angles: Whether tables have an angle for each number of a head, in place of each pair.
         defaults: Settings that a config leaves out where they are these.
         mixer: What else than attention a layer has: "delta", "conv", "mamba", "mamba2".
         experts_bias: Whether router and experts have biases, and attention sinks.
@@ -67,6 +68,7 @@ class Family:
     tied: bool = False
     positions: int | None = None
     angles: bool = True
+    distances: bool = False
     wide_angles: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mixer: str = ""
@@ -134,6 +136,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "codegen": _with(
         _LAYER_NORM, norms=1, parallel=True, biases=frozenset({"mlp", "head"}), width="n_inner"
+    ),
+    "bloom": _with(_LAYER_NORM, tied=True, angles=False, distances=True, width=""),
+    "mpt": Family(
+        gated=False, tied=True, angles=False, distances=True, width="", defaults={"expansion_ratio": 4},
     ),
     "falcon": _with(
         _LAYER_NORM, biases=NONE, switches={"bias": ALL}, tied=True, parallel="parallel_attn", width="ffn_hidden_size",

@@ -8,6 +8,10 @@ from satchel.export.planning.facts import Facts
 from satchel.export.planning.shape import Cache, Cut, Matrix
 
 
+BIAS_WIDTH = 8
+"""Numbers that a bias for distance adds to a head's key and value, as satchel.export.tracing.own_attention does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What one part adds to a layer; the fields are those of `shape.Layer`."""
@@ -33,8 +37,12 @@ def attention(
     *,
     keys: bool = True,
     values: bool = True,
+    biased: bool = False,
 ) -> Part:
-    """Grouped attention; without `keys` it reads those of an earlier layer, without `values` keys are values too."""
+    """Grouped attention; without `keys` it reads those of an earlier layer, without `values` keys are values too.
+
+    Where scores are `biased` for distance, each head has keys of its own in the cache, with the bias in them.
+    """
     hidden = facts.count("hidden_size")
     cut = kept = None
     if heads % kv_heads == 0:
@@ -58,7 +66,10 @@ def attention(
     if facts.family.experts_bias:
         vectors += heads  # sinks
     made.append(Matrix("self_attn.o_proj", hidden, heads * head_dim, cut=cut))
-    return Part(tuple(made), vectors, Cache(kv_heads, head_dim, head_dim, window, kept) if keys else None)
+    cache = Cache(kv_heads, head_dim, head_dim, window, kept) if keys else None
+    if biased:
+        cache = Cache(heads, head_dim + BIAS_WIDTH, head_dim + BIAS_WIDTH, window, Cut(heads))
+    return Part(tuple(made), vectors, cache)
 
 
 def latent(facts: Facts) -> Part:

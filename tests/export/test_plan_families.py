@@ -20,9 +20,7 @@ from satchel.runtime.tools.inspection.inspection import inspect_bundle
 
 BOUND_IN = "dots1"
 """A family that transformers cannot build without memory."""
-MODELS = {
-    name: family for name, family in FAMILIES.items() if family.model_type in KNOWN and not family.options.get("alibi")
-}
+MODELS = {name: family for name, family in FAMILIES.items() if family.model_type in KNOWN}
 TESTED = {family.model_type for family in MODELS.values()}
 MODELS |= {kind: Family(kind, {"head_dim": HEAD_DIM}) for kind in KNOWN if kind not in TESTED and kind != BOUND_IN}
 
