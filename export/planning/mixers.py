@@ -7,7 +7,6 @@ import dataclasses
 from satchel.export.planning.facts import Facts
 from satchel.export.planning.shape import Cache, Cut, Matrix
 
-
 BIAS_WIDTH = 8
 """Numbers that a bias for distance adds to a head's key and value, as satchel.export.tracing.own_attention does."""
 
