@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from satchel.export.cli.shard import add_division, cut_bundle, shares_of
+from satchel.export.cli.shard import add_division, cut_bundle, division_of, is_asked
 from satchel.export.config import (
     ADAPTER_FORMS,
     DEFAULT_CONTEXT,
@@ -174,7 +174,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="go on with an export to BUNDLE that was interrupted while it rounded the weights; the bytes are the same",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    add_division(parser, required=False)
+    add_division(parser)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> int:
         embeddings=args.embeddings, resume=args.resume,
     )  # fmt: skip
     start = time.monotonic()
-    if args.tensor_parallel is None:
+    if not is_asked(args):
         manifest = export_bundle(args.checkpoint, config, progress=not args.quiet)
         written = dataclasses.replace(config, precision=manifest.precision).named_output
     else:
@@ -223,14 +223,14 @@ def _export_parts(args: argparse.Namespace, config: ExportConfig) -> tuple[Manif
     from satchel.export.compile import export_bundle
     from satchel.export.writing.publish import check_target, scratch_folder
 
-    shares = shares_of(args)
+    division = division_of(args)
     if args.output is None:
-        raise ExportError("--tensor-parallel: name the folder of all parts with -o")
+        raise ExportError("a bundle that is cut: name the folder of all parts with -o")
     check_target(args.output, args.force, RANKS_NAME)
     with scratch_folder(args.output) as scratch:
         whole = scratch / "whole"
         manifest = export_bundle(args.checkpoint, dataclasses.replace(config, output=whole), progress=not args.quiet)
-        cut_bundle(whole, shares, args.wire, args.output, force=args.force, quiet=args.quiet)
+        cut_bundle(whole, division, args.output, force=args.force, quiet=args.quiet)
     return manifest, args.output
 
 

@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from satchel.graphs.shard.shard import Division
 
 EXAMPLE = """\
 example:
   satchel shard BUNDLE --tensor-parallel 2 -o OUT
-  satchel shard BUNDLE --tensor-parallel 3 --shares 2,1,1 -o OUT"""
+  satchel shard BUNDLE --tensor-parallel 3 --shares 2,1,1 -o OUT
+  satchel shard BUNDLE --pipeline-parallel 2 -o OUT
+  satchel shard BUNDLE --tensor-parallel 2 --pipeline-parallel 2 -o OUT"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.description = (
         "Cut a bundle for several devices or processes, which run it together over MPI: the heads of attention, the "
-        "channels of MLPs and the vocabulary are divided among them, and each gets a bundle of its own. "
+        "channels of MLPs and the vocabulary are divided among them, or the layers, or both, and each gets a bundle of "
+        "its own. "
         "`mpiexec -n N satchel chat OUT` runs them."
     )
     parser.epilog = EXAMPLE
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by satchel export")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="the folder to create")
-    add_division(parser, required=True)
+    add_division(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT, if it was made by this command")
 
 
-def add_division(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_division(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how to cut."""
     parser.add_argument(
-        "--tensor-parallel", metavar="N", type=int, required=required, help="among how many ranks each layer is divided"
+        "--tensor-parallel", metavar="N", type=int, help="among how many ranks each layer is divided (default: 1)"
+    )
+    parser.add_argument(
+        "--pipeline-parallel",
+        metavar="M",
+        type=int,
+        help="among how many stages the layers are divided, each of N ranks (default: 1)",
     )
     parser.add_argument(
         "--shares",
         metavar="A,B,...",
         type=_shares,
-        help="what part each rank gets, in proportion (default: equal parts)",
+        help="what part of each layer each rank gets, or of all layers each stage, in proportion (default: equal)",
     )
     parser.add_argument(
         "--wire", choices=("float32", "int8"), default="float32",
@@ -56,27 +69,47 @@ def main(args: argparse.Namespace) -> int:
     """Cut the bundle, and print where its parts are."""
     from satchel.runtime.ort.open_bundle import open_bundle
 
-    shares = shares_of(args)
+    division = division_of(args)
     bundle = open_bundle(args.bundle, progress=not args.quiet, require_signature=args.require_signature, custom=None)
-    cut_bundle(bundle.folder, shares, args.wire, args.output, force=args.force, quiet=args.quiet)
+    cut_bundle(bundle.folder, division, args.output, force=args.force, quiet=args.quiet)
     return 0
 
 
-def shares_of(args: argparse.Namespace) -> tuple[float, ...]:
-    """The shares of all ranks. Raises SatchelError where they are not as many as there are ranks."""
+def is_asked(args: argparse.Namespace) -> bool:
+    """Whether a bundle is to be cut."""
+    return args.tensor_parallel is not None or args.pipeline_parallel is not None
+
+
+def division_of(args: argparse.Namespace) -> Division:
+    """How to cut. Raises SatchelError where the flags do not say that."""
+    from satchel.graphs.shard.shard import Division
     from satchel.runtime.errors import SatchelError
+    from satchel.runtime.kernels import library
 
-    if args.tensor_parallel < 2:
-        raise SatchelError(f"--tensor-parallel {args.tensor_parallel}: give 2 or more")
-    shares: tuple[float, ...] = args.shares or (1.0,) * args.tensor_parallel
-    if len(shares) != args.tensor_parallel:
-        raise SatchelError(f"--shares: {len(shares)} numbers for {args.tensor_parallel} ranks: give one for each")
-    return shares
+    counts = {"--tensor-parallel": args.tensor_parallel, "--pipeline-parallel": args.pipeline_parallel}
+    given = {flag: count for flag, count in counts.items() if count is not None}
+    if not given:
+        raise SatchelError("say how to cut the bundle: --tensor-parallel N, --pipeline-parallel M, or both")
+    for flag, count in given.items():
+        if count < 1 or (count == 1 and len(given) == 1):
+            raise SatchelError(f"{flag} {count}: give 2 or more")
+    shares = {flag: (1.0,) * (count or 1) for flag, count in counts.items()}
+    if args.shares is not None:
+        if len(given) > 1:
+            raise SatchelError(
+                "--shares: are of ranks with --tensor-parallel and of stages with --pipeline-parallel: with both, each "
+                "gets an equal part"
+            )
+        (flag,) = given
+        if len(args.shares) != given[flag]:
+            raise SatchelError(f"--shares: {len(args.shares)} numbers for {flag} {given[flag]}: give one for each")
+        shares[flag] = args.shares
+    if max(map(len, shares.values())) == 1:
+        raise SatchelError("one rank and one stage are the whole bundle: give 2 or more of either")
+    return Division(shares["--tensor-parallel"], library.VERSION, args.wire, shares["--pipeline-parallel"])
 
 
-def cut_bundle(
-    folder: Path, shares: tuple[float, ...], wire: str, output: Path, *, force: bool = False, quiet: bool = False
-) -> None:
+def cut_bundle(folder: Path, division: Division, output: Path, *, force: bool = False, quiet: bool = False) -> None:
     """Cut a bundle that was checked into a folder that is there once it is whole.
 
     Raises:
@@ -85,11 +118,10 @@ def cut_bundle(
     import sys
 
     from satchel.export.writing.publish import staged
-    from satchel.graphs.shard.shard import Division, shard_bundle
+    from satchel.graphs.shard.shard import shard_bundle
     from satchel.runtime.bundle.atomic_write import cannot_write
     from satchel.runtime.bundle.ranks import RANKS_NAME
     from satchel.runtime.bundle.reader import read_bundle
-    from satchel.runtime.kernels import library
 
     def say(line: str) -> None:
         if not quiet:
@@ -97,7 +129,7 @@ def cut_bundle(
 
     try:
         with staged(output, force, RANKS_NAME) as stage:
-            shard_bundle(read_bundle(folder), Division(shares, library.VERSION, wire), stage, say)
+            layout = shard_bundle(read_bundle(folder), division, stage, say)
     except OSError as error:
         raise cannot_write(output, "-o", error) from None
-    say(f"{output}: start it with mpiexec -n {len(shares)} satchel run {output}")
+    say(f"{output}: start it with mpiexec -n {len(layout.digests)} satchel run {output}")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
+from satchel.graphs.shard.pipeline import StageError, cut_stage, divide
 from satchel.graphs.shard.slices import NotCutError
 from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, Place, check_alike, cut_tensors
 from satchel.graphs.shard.write import write_graphs
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec, Variant
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, CacheLayer, FileRecord, Manifest
-from satchel.runtime.bundle.ranks import RANKS_NAME, WIRES, RanksFile, RankSpec, rank_folder
+from satchel.runtime.bundle.ranks import RANKS_NAME, WIRES, RanksFile, RankSpec, StageSpec, rank_folder
 from satchel.runtime.bundle.reader import Bundle
 
 LEFT_OUT = {"genai_config.json", "bom.json"}
@@ -33,20 +34,23 @@ class Division:
         shares: What part of each layer each of the ranks that share it gets, in proportion.
         kernels: The version of satchel's kernels that run the parts.
         wire: One of `WIRES`.
+        stages: What part of all layers each stage gets, in proportion.
     """
 
     shares: tuple[float, ...]
     kernels: int
     wire: str = "float32"
+    stages: tuple[float, ...] = (1.0,)
 
 
-def check_divisible(manifest: Manifest, name: str) -> None:
+def check_divisible(manifest: Manifest, name: str, parts: int) -> None:
     """Raise BundleError for a bundle that cannot be cut, and say why."""
     reasons = {
         "has static graphs: export it with --target cpu": manifest.static is not None,
         "has custom passes or operators: export it without them": bool(manifest.plain or manifest.custom_ops),
         "has adapters that are kept apart: merge them (without --adapters separate)": bool(manifest.adapters),
-        "has an int8 KV cache: export it with --kv-cache float": manifest.kv_cache.dtype == "int8",
+        "has an int8 KV cache, which goes with stages only: export it with --kv-cache float": parts > 1
+        and manifest.kv_cache.dtype == "int8",
         "is for another target than cpu": manifest.target != "cpu",
         "is one of several ranks' already: cut the whole bundle": manifest.rank is not None,
     }
@@ -68,37 +72,75 @@ def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = la
         BundleError: The bundle cannot be cut, or its graphs are not what its manifest says.
         OSError: A file cannot be written.
     """
-    manifest, ranks = bundle.manifest, len(division.shares)
-    check_divisible(manifest, str(bundle.folder))
-    specs = _specs(manifest)
+    check_divisible(bundle.manifest, str(bundle.folder), len(division.shares))
+    stages = _stages(bundle, division, say)
     digests: list[str] = []
-    for rank in range(ranks):
-        models = {spec.file: ir.load(bundle.path(spec.file)) for spec in specs}
-        place = Place(rank, division.shares, WIRES[division.wire])
-        try:
-            cuts = {name: cut_tensors(model, place) for name, model in models.items()}
-        except HalfCutError as error:
-            raise BundleError(f"{bundle.folder}: {error}: report this model to satchel") from None
-        if rank == 0:
-            first = cuts
-            _tell(cuts, manifest, say)
-        try:
-            for name, found in cuts.items():
-                check_alike([first[name], found])
-        except NotCutError as error:
-            raise BundleError(f"{bundle.folder}: cannot be cut for {ranks} ranks: {error}") from None
-        _check_caches(models, str(bundle.folder))
-        folder = rank_folder(output, rank)
-        folder.mkdir()
-        records = write_graphs(folder, models)
-        spec = RankSpec(rank, ranks, 1, division.shares, division.wire, bundle.digest)
-        made = _manifest(bundle, spec, models, records, folder, division.kernels)
-        document = made.to_json()
-        _write_json(folder / MANIFEST_NAME, document)
-        digests.append(document["digest"])
-    layout = RanksFile(ranks, 1, tuple(digests))
+    for stage, layers in enumerate(stages):
+        tell = say if stage == 0 else lambda line: None
+        for part, (models, rank) in enumerate(_parts(bundle, division, layers, len(stages), tell)):
+            folder = rank_folder(output, stage * len(division.shares) + part)
+            folder.mkdir()
+            records = write_graphs(folder, models)
+            spec = dataclasses.replace(rank, rank=stage * len(division.shares) + part)
+            document = _manifest(bundle, spec, models, records, folder, division.kernels).to_json()
+            _write_json(folder / MANIFEST_NAME, document)
+            digests.append(document["digest"])
+    layout = RanksFile(len(division.shares), len(stages), tuple(digests), _layout(stages, len(division.shares)))
     _write_json(output / RANKS_NAME, layout.to_json())
     return layout
+
+
+def _stages(bundle: Bundle, division: Division, say: Say) -> list[range | None]:
+    """The layers of each stage; None for all."""
+    if len(division.stages) == 1:
+        return [None]
+    models = {spec.file: ir.load(bundle.path(spec.file)) for spec in _specs(bundle.manifest)}
+    try:
+        found = divide(models, len(division.stages), division.stages)
+    except StageError as error:
+        raise BundleError(f"{bundle.folder}: {error}") from None
+    for number, layers in enumerate(found):
+        say(f"stage {number}: layers {layers.start} to {layers.stop - 1}")
+    return list(found)
+
+
+def _layout(stages: Sequence[range | None], parts: int) -> tuple[StageSpec, ...]:
+    return tuple(
+        StageSpec(layers.start, layers.stop, tuple(range(stage * parts, (stage + 1) * parts)))
+        for stage, layers in enumerate(stages)
+        if layers is not None
+    )
+
+
+def _parts(
+    bundle: Bundle, division: Division, layers: range | None, stages: int, say: Say
+) -> Iterator[tuple[dict[str, ir.Model], RankSpec]]:
+    """The graphs of each rank of a stage.
+
+    Raises:
+        BundleError: They cannot be cut.
+    """
+    name, parts, first = str(bundle.folder), len(division.shares), dict[str, Cut]()
+    for part in range(parts):
+        models = {spec.file: ir.load(bundle.path(spec.file)) for spec in _specs(bundle.manifest)}
+        try:
+            for model in models.values() if layers is not None else ():
+                cut_stage(model, layers)  # type: ignore[arg-type]
+            if parts > 1:
+                place = Place(part, division.shares, WIRES[division.wire])
+                cuts = {file: cut_tensors(model, place) for file, model in models.items()}
+                if part == 0:
+                    first = cuts
+                    _tell(cuts, bundle.manifest, say)
+                for file, found in cuts.items():
+                    check_alike([first[file], found])
+        except (StageError, HalfCutError) as error:
+            raise BundleError(f"{name}: {error}: report this model to satchel") from None
+        except NotCutError as error:
+            raise BundleError(f"{name}: cannot be cut for {parts} ranks: {error}") from None
+        _check_caches(models, name)
+        span = () if layers is None else (layers.start, layers.stop)
+        yield models, RankSpec(0, parts, stages, division.shares, division.wire, bundle.digest, span)
 
 
 def _specs(manifest: Manifest) -> list[GraphSpec]:

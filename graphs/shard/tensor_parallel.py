@@ -249,7 +249,7 @@ def _cut_head(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
     """Cut the head by tokens of the vocabulary; the first rank has all logits then."""
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     size = (dims(logits) or [0])[-1]
-    if logits is None or not isinstance(size, int):
+    if logits is None or not isinstance(size, int) or producer(logits, "Send", INTERNAL) is not None:
         return []
     parts = spans(size, place.shares)
     own: Ranges = (parts[place.rank],)

@@ -25,7 +25,8 @@ class RankSpec:
     """What part of a model a bundle is: that of `rank` of `tensor` x `stages` ranks.
 
     Ranks with the same number / `tensor` share the same layers, a stage. `shares` are the parts of each layer that they
-    have, in proportion; `wire` is one of `WIRES`. `whole` is the digest of the bundle that was cut.
+    have, in proportion; `wire` is one of `WIRES`. `whole` is the digest of the bundle that was cut. `layers` are the
+    first of the stage's layers and that behind its last; () for all.
     """
 
     rank: int
@@ -34,20 +35,45 @@ class RankSpec:
     shares: tuple[float, ...]
     wire: str
     whole: str
+    layers: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> int:
         """The number of all ranks."""
         return self.tensor * self.stages
 
+    @property
+    def stage(self) -> int:
+        """The number of its stage."""
+        return self.rank // self.tensor
+
+    @property
+    def part(self) -> int:
+        """Which part of the stage's layers it has."""
+        return self.rank % self.tensor
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A stage: its layers, from the first to in front of `end`, and the ranks that share them and sum up among
+    themselves."""
+
+    first: int
+    end: int
+    ranks: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class RanksFile:
-    """The content of `RANKS_NAME`: how many ranks share a layer, how many stages there are, and each rank's digest."""
+    """The content of `RANKS_NAME`: how many ranks share a layer, how many stages there are, and each rank's digest.
+
+    `layout` has the stages, where there are several. Rank r has part r % `tensor` of stage r // `tensor`.
+    """
 
     tensor: int
     stages: int
     digests: tuple[str, ...]
+    layout: tuple[StageSpec, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -86,5 +112,6 @@ def read_ranks(path: str | Path) -> RanksFile:
 def check_rank(spec: RankSpec) -> None:
     """Check the numbers of a manifest's `rank`. Raises StrictJsonError."""
     right = spec.tensor >= 1 and spec.stages >= 1 and 0 <= spec.rank < spec.ranks and len(spec.shares) == spec.tensor
+    right = right and (not spec.layers or (len(spec.layers) == 2 and 0 <= spec.layers[0] < spec.layers[1]))
     if not right or min(spec.shares) <= 0 or spec.wire not in WIRES:
         raise StrictJsonError(f"rank: {strict_json.to_json(spec)} is no part of a model")

@@ -97,24 +97,39 @@ def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1) -> li
     return [Heads(range(part.start * group, part.stop * group), part) for part in spans(keys, shares, together)]
 
 
-def stages(sizes: Sequence[int], count: int) -> list[range]:
-    """Neighboring layers for each of `count` stages, so that the largest stage has as few bytes as possible.
+def stages(
+    sizes: Sequence[float], count: int, reads: Sequence[float] = (), shares: Sequence[float] | None = None
+) -> list[range]:
+    """Neighboring layers for each of `count` stages, so that the largest part that a stage has is as small as possible.
 
-    `sizes` are the bytes of each layer.
+    Args:
+        sizes: The bytes of each layer.
+        count: How many stages.
+        reads: The bytes that a token reads of each layer, which say what time it takes. If given, a stage's part is
+            the larger one of its parts of both sums.
+        shares: The parts that stages should have, in proportion; None for equal ones.
 
     Raises:
-        ShareError: There are fewer layers than stages, or no stage.
+        ShareError: There are fewer layers than stages, no stage, or other shares than stages.
     """
     if not 1 <= count <= len(sizes):
         raise ShareError(f"{len(sizes)} layers cannot be divided into {count} stages: choose 1 to {len(sizes)}")
-    starts = [0, *itertools.accumulate(sizes)]
-    best: list[list[int]] = [starts]  # best[k][n]: the smallest largest stage of the first n layers in k + 1 stages
+    shares = [1.0] * count if shares is None else shares
+    if len(shares) != count or min(shares) <= 0:
+        raise ShareError(f"shares {list(shares)}: give a number above 0 for each of {count} stages")
+    sums = [[0.0, *itertools.accumulate(each)] for each in (sizes, reads) if each]
+
+    def part(first: int, last: int, stage: int) -> float:
+        return max((starts[last] - starts[first]) / (starts[-1] or 1) for starts in sums) / shares[stage]
+
+    # best[k][n]: the smallest largest stage of the first n layers in k + 1 stages
+    best = [[part(0, last, 0) for last in range(len(sizes) + 1)]]
     cuts: list[list[int]] = []
     for stage in range(1, count):
-        row, cut = [starts[-1]] * (len(sizes) + 1), [0] * (len(sizes) + 1)
+        row, cut = [float("inf")] * (len(sizes) + 1), [0] * (len(sizes) + 1)
         for last in range(stage + 1, len(sizes) + 1):
             row[last], cut[last] = min(
-                (max(best[-1][first], starts[last] - starts[first]), first) for first in range(stage, last)
+                (max(best[-1][first], part(first, last, stage)), first) for first in range(stage, last)
             )
         best.append(row)
         cuts.append(cut)

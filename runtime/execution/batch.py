@@ -107,12 +107,12 @@ class Batch:
         """Copy row `source` to row `target`; the first `start` positions are the same already."""
         self.states[target].copy_from(self.states[source], start)
 
-    def decode(self, tokens: Sequence[int] | Ids) -> None:
-        """Feed one token to each of the first `len(tokens)` rows; the states, and `logits`, have what follows.
+    def decode(self, tokens: Sequence[int] | Ids, first: int = 0) -> None:
+        """Feed one token to each of `len(tokens)` rows from `first` on; the states, and `logits`, have what follows.
 
         Raises PromptError if a token is outside the vocabulary or a row's context is full.
         """
-        self._decode(self._engine.check_ids(tokens))
+        self._decode(self._engine.check_ids(tokens), first)
 
     @property
     def positions(self) -> int:
@@ -120,12 +120,12 @@ class Batch:
         return self.states[0].cache.capacity
 
     def plan(self, feeds: Sequence[Feed], decoded: int) -> list[Run]:
-        """The runs that feed rows tokens; the first `decoded` of `feeds` are one token of each of the first rows."""
+        """The runs that feed rows tokens; the first `decoded` of `feeds` are one token of each of neighboring rows."""
         last, pieces = feeds[:decoded], feeds[decoded:]
         runs = [Run((row,), len(piece), False, partial(self.states[row].prefill, piece)) for row, piece in pieces]
         if last:
             tokens = [int(ids[0]) for _, ids in last]
-            runs.append(Run(tuple(row for row, _ in last), 0, True, partial(self.decode, tokens)))
+            runs.append(Run(tuple(row for row, _ in last), 0, True, partial(self.decode, tokens, last[0][0])))
         return runs
 
     def run(self, feeds: Sequence[Feed]) -> None:
@@ -162,8 +162,8 @@ class Batch:
         """Whether a cache that is let go frees memory for the rows of this batch."""
         return False
 
-    def _decode(self, tokens: Ids) -> None:
-        for state, token in zip(self.states, tokens.tolist(), strict=False):
+    def _decode(self, tokens: Ids, first: int) -> None:
+        for state, token in zip(self.states[first:], tokens.tolist(), strict=False):
             state.decode(token)
 
 

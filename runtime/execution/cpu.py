@@ -120,18 +120,21 @@ class CpuEngine(Engine):
 
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
         runner = RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest, self.adapters)
-        return CpuBatch(self, runner, force)
+        return CpuBatch(self, runner, [CpuState(runner, row) for row in range(rows)], force)
 
     def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
         for _ in self._run_whole("score", LOGITS, tokens, chunk, lambda span: logits[span], adapter):
             pass
 
     def _run_hidden(self, tokens: Ids, chunk: int | None, adapter: str | None) -> Iterator[Logits]:
-        width = self.check_embeddings().size
+        return self.run_whole(EMBED, tokens, chunk, adapter)
+
+    def run_whole(self, graph: str, tokens: Ids, chunk: int | None, adapter: str | None = None) -> Iterator[Logits]:
+        """Run a graph that returns a row for each token. Yields the rows of each span, in a buffer for further ones."""
+        width = self.check_embeddings().size if graph == EMBED else self.vocabulary
         buffer: Logits = np.empty((min(chunk or PREFILL_CHUNK, len(tokens)), width), np.float32)
-        return self._run_whole(
-            EMBED, HIDDEN_STATES, tokens, chunk, lambda span: buffer[: span.stop - span.start], adapter
-        )
+        output = HIDDEN_STATES if graph == EMBED else LOGITS
+        return self._run_whole(graph, output, tokens, chunk, lambda span: buffer[: span.stop - span.start], adapter)
 
     def _run_whole(
         self,
@@ -258,9 +261,12 @@ class RowRunner:
 class CpuBatch(Batch):
     """Rows of one KV cache, decoded in one run of the graph if that changes none of them."""
 
-    def __init__(self, engine: CpuEngine, runner: RowRunner, force: bool) -> None:
-        """`force` decodes all rows in one run even if their logits then differ from those that each has alone."""
-        self._rows = [CpuState(runner, row) for row in range(runner.cache.rows)]
+    def __init__(self, engine: CpuEngine, runner: RowRunner, rows: Sequence[CpuState], force: bool) -> None:
+        """`rows` are those of the runner's cache.
+
+        `force` decodes all rows in one run even if their logits then differ from those that each has alone.
+        """
+        self._rows = list(rows)
         super().__init__(engine, self._rows, runner.logits)
         self._runner = runner
         self._force = force
@@ -269,14 +275,14 @@ class CpuBatch(Batch):
         if row != other:
             self._rows[row].exchange(self._rows[other])
 
-    def _decode(self, tokens: Ids) -> None:
+    def _decode(self, tokens: Ids, first: int) -> None:
         if len(tokens) == 1:
-            super()._decode(tokens)
+            super()._decode(tokens, first)
             return
-        first = 0
-        for adapter, group in itertools.groupby(self.states[: len(tokens)], key=lambda state: state.cache.adapter):
+        rows, start = self.states[first : first + len(tokens)], first
+        for adapter, group in itertools.groupby(rows, key=lambda state: state.cache.adapter):
             states = list(group)
-            own = tokens[first : first + len(states)]
+            own = tokens[first - start : first - start + len(states)]
             invariant = self._force or (self._engine.batch_invariant and self._engine.invariant_with(adapter))
             if invariant and len(states) > 1:
                 for row in self._rows[first : first + len(states)]:

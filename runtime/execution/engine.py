@@ -36,6 +36,9 @@ class Engine(ABC):
     `prefill` and `decode` check what they are given and run `State.prefill` and `State.decode`.
     """
 
+    stages = 1
+    """How many groups of layers run at once, each for another step: so many runs may be under way."""
+
     def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
         self.bundle = bundle
         self.vocabulary = bundle.manifest.model.vocab_size

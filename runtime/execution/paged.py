@@ -83,8 +83,8 @@ class PagedBatch(Batch):
     def decode_ahead(self, feeds: Sequence[Feed]) -> list[Logits]:
         return self.runner.run_ahead([(self._paged[row], tokens) for row, tokens in feeds])
 
-    def _decode(self, tokens: Ids) -> None:
-        self.run([(row, tokens[row : row + 1]) for row in range(len(tokens))])
+    def _decode(self, tokens: Ids, first: int) -> None:
+        self.run([(first + place, tokens[place : place + 1]) for place in range(len(tokens))])
 
 
 class PagedState(State):

@@ -18,6 +18,7 @@ from satchel.runtime.execution.state import Ids
 from satchel.runtime.generation.draft_rows import DraftRows
 from satchel.runtime.generation.events import Deliver, Event
 from satchel.runtime.generation.fair_queue import FairQueue, Job
+from satchel.runtime.generation.flights import Flights
 from satchel.runtime.generation.joint_speculation import Ahead, decode_together, plan_drafts
 from satchel.runtime.generation.pace import Pace
 from satchel.runtime.generation.prefill import next_piece
@@ -70,7 +71,7 @@ class Scheduler:
         self._pace = Pace(stretch, in_pieces=stretch < math.inf and engine.piece_invariant)
         self._rows = Rows(engine, self._batch, prefix_cache)
         self._draft_rows = draft_rows
-        self._queue = FairQueue()
+        self._queue, self._flights = FairQueue(), Flights(engine.stages)
         self._oldest = True
         self._events: list[Event] = []
         self._ids = itertools.count()
@@ -159,19 +160,23 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Feed prompts, and one token of each row that has its prompt. Returns what is new; [] if nothing runs.
 
-        An error ends the requests that it concerns, and no other.
+        With several stages a step begins a run of some rows, and takes the results of the oldest. An error ends the
+        requests that it concerns, and no other.
         """
         self._events = []
         self._arrive()
         pieces = self._pieces()
-        decoding = self._rows.decoding
+        decoding = self._flights.next_of(self._rows.decoding)
         self._make_room(pieces, decoding)
-        if len(decoding) == 1 and not pieces and self._has_room_ahead(decoding[0]):
+        alone = not pieces and not self._flights
+        if alone and len(self._rows.decoding) == 1 and self._has_room_ahead(decoding[0]):
             self._decode_ahead(decoding, [])
-        elif not pieces and (planned := self._planned(decoding)):
+        elif alone and (planned := self._planned(decoding)):
             self._decode_ahead(decoding, planned)
-        else:
+        elif pieces or decoding:
             self._run(pieces, decoding)
+        if self._flights.is_due(begun=bool(pieces or decoding)):
+            self._land()
         return self._events
 
     def run(self) -> Iterator[Event]:
@@ -204,7 +209,8 @@ class Scheduler:
         """The pieces of prompts that this step feeds: as many tokens as the pace allows, at most one of a request."""
         self._pace.begin(alone=not self._rows.decoding)
         found: list[tuple[Job, Ids]] = []
-        while (job := self._next([each for each, _ in found])) is not None and (size := self._pace.piece()) != 0:
+        flying = self._flights.jobs
+        while (job := self._next([*flying, *(each for each, _ in found)])) and (size := self._pace.piece()) != 0:
             self._oldest = not self._oldest
             with failing(job):
                 if job.row is None:
@@ -226,7 +232,7 @@ class Scheduler:
         """The request whose prompt is fed next: half of the time the oldest, so that a long one does not starve.
 
         One that has no row yet lets another go first that is being fed what it needs too; those of `planned` have a
-        piece in this step already.
+        piece in this step, or are under way.
         """
         feeding = self._rows.feeding
         waiting = None if self._rows.is_full else self._queue.first()
@@ -267,16 +273,26 @@ class Scheduler:
         return planned
 
     def _run(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> None:
-        """Feed pieces and last tokens, and take the tokens that follow."""
+        """Begin to feed pieces and last tokens."""
         for run in self._batch.plan(self._tokens_of(pieces, decoding), len(decoding)):
             concerned = [job for row in run.rows if (job := self._rows[row]) is not None]
             start = time.perf_counter()
             with failing(*concerned):
                 run.go()
             self._pace.ran(run.prompt_tokens, time.perf_counter() - start, decoded=run.decoded)
+        ended = [(job, len(piece)) for job, piece in pieces if len(piece) == job.remaining]
         for job, piece in pieces:
-            self._fed(job, len(piece))
-        for job in decoding:
+            if len(piece) < job.remaining:
+                self._fed(job, len(piece))
+        self._flights.begin(ended, decoding)
+
+    def _land(self) -> None:
+        """Take the tokens that follow what the oldest run was fed, of the requests that have not ended meanwhile."""
+        flight = self._flights.land()
+        for job, count in flight.ended:
+            if job.id in self._jobs:
+                self._fed(job, count)
+        for job in (decoding := [job for job in flight.decoding if job.id in self._jobs]):
             self._take(job)
         for job in decoding:
             job.sequence.timing.decode_seconds += job.lap()

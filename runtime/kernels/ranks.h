@@ -10,7 +10,7 @@ typedef struct {
     _Alignas(16) char bytes[64]; /* room for any MPI_Request or MPI_Status */
 } Opaque;
 
-/* Field order and types are repeated in runtime/parallel/wire.py. */
+/* Field order and types are repeated in runtime/execution/ranks/wire.py. */
 typedef struct {
     int (*all_reduce)(const void *mine, void *sum, int count, Handle type, Handle op, Handle group, Opaque *request);
     int (*gather)(const void *mine, int count, Handle type, void *all, const int *counts, const int *starts,
@@ -22,6 +22,7 @@ typedef struct {
     int (*test)(Opaque *request, int *done, Opaque *status);
     Handle real, byte, sum, group, world; /* float32, bytes, addition; the ranks that share a layer, and all ranks */
     int32_t rank, ranks;                  /* in the group */
+    int32_t previous, next;               /* among all, with the same part of the stages before and behind; -1: none */
 } Ranks;
 
 /* What the operators of this process have done since they were asked before. */

@@ -1,5 +1,5 @@
-/* satchel:AllReduce and satchel:GatherLogits: where ranks that share a layer exchange what each has computed
- * (docs/several-devices.md). */
+/* satchel:AllReduce and satchel:GatherLogits, where ranks that share a layer exchange what each has computed, and
+ * satchel:Send and satchel:Receive, where a stage of layers hands it to the next one (docs/several-devices.md). */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -221,6 +221,109 @@ static bool run_gather(const void *kernel, Run *run)
     return true;
 }
 
+enum { TO_NEXT = 77 };
+
+typedef struct {
+    int64_t width, each;
+} StageParams;
+
+static void *create_stage(Create *create)
+{
+    StageParams *params = malloc(sizeof *params);
+    if (params == NULL) {
+        create->error = "satchel: out of memory for an operator of a stage";
+        return NULL;
+    }
+    params->width = attribute(create, "width", 0);
+    params->each = attribute(create, "each", 0);
+    if (params->width > 0)
+        return params;
+    free(params);
+    create->error = "satchel: Send and Receive need the attribute width";
+    return NULL;
+}
+
+/* What was sent last. MPI reads it until the request is complete, which the next one waits for: so this stage goes on
+ * while the next one is busy. */
+static struct {
+    char *data;
+    int64_t size;
+    bool open;
+    Opaque request;
+} sent;
+
+static bool send_to_next(Run *run, const Tensor *x)
+{
+    const int64_t bytes = x->count * sizeof(float), start = now();
+    if (sent.open && !wait_for(&sent.request, start))
+        return failed(run);
+    sent.open = false;
+    if (sent.size < bytes) {
+        free(sent.data);
+        sent.data = malloc(bytes);
+        sent.size = sent.data == NULL ? 0 : bytes;
+        if (sent.data == NULL)
+            return fail(run, "satchel:Send: out of memory");
+    }
+    memcpy(sent.data, x->data, bytes);
+    sent.request = (Opaque){{0}};
+    if (ranks.send(sent.data, (int)x->count, ranks.real, ranks.next, TO_NEXT, ranks.world, &sent.request))
+        return failed(run);
+    sent.open = true;
+    count(start, bytes);
+    return true;
+}
+
+/* Sends x, [sequences, tokens, width], to the rank with the same part of the next stage. Of its result only the shape
+ * means something, that of what the last stage computes: [rows of the second input, tokens or 1, width]. The runner of
+ * the first rank receives that into it, so it is left as it is. */
+static bool run_send(const void *kernel, Run *run)
+{
+    const StageParams *params = kernel;
+    Tensor x, like;
+    float *result;
+    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_INT64, &like))
+        return false;
+    if (x.rank != 3 || like.rank == 0 || x.count > INT32_MAX)
+        return fail(run, "satchel:Send: not [sequences, tokens, width]");
+    const int64_t dims[] = {like.dims[0], params->each ? x.dims[1] : 1, params->width};
+    if (!output(run, 0, dims, 3, &result))
+        return false;
+    if (!alone())
+        return send_to_next(run, &x);
+    const int64_t numbers = dims[0] * dims[1] * dims[2];
+    for (int64_t i = 0; i < numbers; i++) /* a trial compares these */
+        result[i] = x.count ? ((const float *)x.data)[x.count - 1 - i % x.count] : 0;
+    return true;
+}
+
+/* What the stage before has sent for these tokens: [sequences, tokens, width]. */
+static bool run_receive(const void *kernel, Run *run)
+{
+    const StageParams *params = kernel;
+    Tensor ids;
+    float *x;
+    if (!input(run, 0, ORT_INT64, &ids))
+        return false;
+    if (ids.rank != 2 || ids.count * params->width > INT32_MAX)
+        return fail(run, "satchel:Receive: not [sequences, tokens]");
+    const int64_t dims[] = {ids.dims[0], ids.dims[1], params->width}, numbers = ids.count * params->width;
+    if (!output(run, 0, dims, 3, &x))
+        return false;
+    if (alone()) { /* some numbers that depend on the token, for a trial */
+        for (int64_t i = 0; i < numbers; i++)
+            x[i] = sinf((float)(((const int64_t *)ids.data)[i / params->width] % 4096 + 7 * (i % params->width)));
+        return true;
+    }
+    Opaque request = {{0}};
+    const int64_t start = now();
+    if (ranks.receive(x, (int)numbers, ranks.real, ranks.previous, TO_NEXT, ranks.world, &request)
+        || !wait_for(&request, start))
+        return failed(run);
+    count(start, 0);
+    return true;
+}
+
 #ifdef _WIN32
 #define EXPORTED __declspec(dllexport)
 #else
@@ -236,7 +339,7 @@ EXPORTED Traffic satchel_traffic(void)
     return since;
 }
 
-static const OrtElementType REDUCED[] = {ORT_FLOAT}, GATHERED[] = {ORT_FLOAT, ORT_INT64};
+static const OrtElementType REDUCED[] = {ORT_FLOAT}, GATHERED[] = {ORT_FLOAT, ORT_INT64}, RECEIVED[] = {ORT_INT64};
 
 Operator all_reduce_operator = {.name = "AllReduce",
                                 .inputs = 1,
@@ -252,3 +355,17 @@ Operator gather_logits_operator = {.name = "GatherLogits",
                                    .input_types = GATHERED,
                                    .create = create_gather,
                                    .run = run_gather};
+Operator send_operator = {.name = "Send",
+                          .inputs = 2,
+                          .required = 2,
+                          .outputs = 1,
+                          .input_types = GATHERED,
+                          .create = create_stage,
+                          .run = run_send};
+Operator receive_operator = {.name = "Receive",
+                             .inputs = 1,
+                             .required = 1,
+                             .outputs = 1,
+                             .input_types = RECEIVED,
+                             .create = create_stage,
+                             .run = run_receive};

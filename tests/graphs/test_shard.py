@@ -7,19 +7,22 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, change_manifest, write_bundle
+from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, change_manifest, write_bundle
 
+from satchel.graphs.shard.layers import Layered
+from satchel.graphs.shard.pipeline import StageError, divide, weigh
 from satchel.graphs.shard.products import Product
 from satchel.graphs.shard.slices import NotCutError, Slicer, common_block, scaled, shifted, sliced, taken
 from satchel.graphs.shard.tensor_parallel import Place, _own_channels
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.ranks import rank_folder, read_ranks
+from satchel.runtime.bundle.shares import stages
 from satchel.runtime.cli.main import main
 
 
-def cut(folder: Path, ranks: int, *flags: str) -> Path:
-    output = folder.with_name(f"cut{ranks}")
-    line = ["shard", str(folder), "--tensor-parallel", str(ranks), "-o", str(output), "--quiet", *flags]
+def cut(folder: Path, ranks: int, *flags: str, way: str = "tensor") -> Path:
+    output = folder.with_name(f"{way}{ranks}")
+    line = ["shard", str(folder), f"--{way}-parallel", str(ranks), "-o", str(output), "--quiet", *flags]
     assert main(line) == 0
     return output
 
@@ -84,6 +87,73 @@ def test_the_same_cut_gives_the_same_bytes(whole: Path, tmp_path: Path) -> None:
 def test_a_wrong_division_is_refused_and_nothing_written(whole: Path, tmp_path: Path, flags: list[str]) -> None:
     assert main(["shard", str(whole), "-o", str(tmp_path / "out"), "--tensor-parallel", *flags]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_has_the_weights_and_caches_of_its_layers(whole: Path) -> None:
+    output = cut(whole, 2, way="pipeline")
+    parts = [weights(rank_folder(output, rank)) for rank in range(2)]
+    assert {name for name in parts[0] if name not in parts[1]} >= {"embed", "q.0", "k.0", "v.0", "o.0"}
+    assert {name for name in parts[1] if name not in parts[0]} >= {"head", "q.1", "k.1", "v.1", "o.1"}
+    for rank, layer in enumerate((0, 1)):
+        manifest = Manifest.read(rank_folder(output, rank) / "manifest.json")
+        assert [each.past_key for each in manifest.kv_cache.layers] == [f"past_key_values.{layer}.key"]
+        assert manifest.rank is not None
+        assert (manifest.rank.layers, manifest.rank.stage, manifest.rank.part) == ((layer, layer + 1), rank, 0)
+    assert [(each.first, each.end, each.ranks) for each in read_ranks(output).layout] == [(0, 1, (0,)), (1, 2, (1,))]
+    sizes = [(rank_folder(output, rank) / "weights.bin").stat().st_size for rank in range(2)]
+    assert sum(sizes) < 1.1 * (whole / "weights.bin").stat().st_size
+
+
+def test_a_stage_sends_its_hidden_states_to_the_next(whole: Path) -> None:
+    output = cut(whole, 2, way="pipeline")
+    first, second = (ir.load(rank_folder(output, rank) / "decode.onnx") for rank in range(2))
+    assert [node.op_type for node in first.graph if node.domain == "satchel"] == ["Send"]
+    (received,) = (node for node in second.graph if node.domain == "satchel")
+    assert (received.op_type, received.attributes.get_int("width", 0)) == ("Receive", HIDDEN)
+
+
+def test_a_grid_has_parts_of_each_stage(whole: Path) -> None:
+    output = cut(whole, 2, "--pipeline-parallel", "2")
+    assert [each.ranks for each in read_ranks(output).layout] == [(0, 1), (2, 3)]
+    shapes = [{n: a.shape for n, a in weights(rank_folder(output, rank)).items() if n[:2] == "q."} for rank in range(4)]
+    assert shapes == [{"q.0": (HIDDEN, HIDDEN // 2)}] * 2 + [{"q.1": (HIDDEN, HIDDEN // 2)}] * 2
+
+
+def test_shares_are_of_stages_where_only_these_are_given(whole: Path) -> None:
+    models = {"prefill.onnx": ir.load(whole / "prefill.onnx")}
+    assert [piece.layers for piece in weigh(models)] == [range(1), range(1, 2)]
+    embedded, last = weigh(models)
+    assert (embedded.bytes - embedded.read, last.bytes - last.read) == (4 * VOCABULARY * HIDDEN, 0)
+    assert stages([1, 1, 1, 1], 2, shares=[3, 1]) == [range(3), range(3, 4)]
+    assert stages([4, 1, 1, 1, 1, 1], 2, [0, 1, 1, 1, 1, 2]) == [range(3), range(3, 6)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pipeline-parallel", "3"],
+        ["--pipeline-parallel", "1"],
+        ["--pipeline-parallel", "2", "--shares", "1,1,1"],
+        ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--shares", "2,1"],
+        ["--tensor-parallel", "1", "--pipeline-parallel", "1"],
+        [],
+    ],
+    ids=["more stages than layers", "one", "shares", "shares of a grid", "one of both", "nothing"],
+)
+def test_wrong_stages_are_refused_and_nothing_written(whole: Path, tmp_path: Path, flags: list[str]) -> None:
+    assert main(["shard", str(whole), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_share_keys_stay_together(whole: Path) -> None:
+    model = ir.load(whole / "decode.onnx")
+    first, second = (node for node in model.graph if node.op_type == "GroupQueryAttention")
+    assert Layered(model).border(1) is not None
+    second.replace_input_with(3, first.outputs[1])
+    second.replace_input_with(4, first.outputs[2])
+    assert Layered(model).border(1) is None
+    with pytest.raises(StageError):
+        divide({"decode.onnx": model}, 2, [1, 1])
 
 
 def test_an_int8_cache_is_refused(whole: Path, tmp_path: Path) -> None:

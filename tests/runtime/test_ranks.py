@@ -50,6 +50,13 @@ def cut(whole: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def staged(whole: Path) -> Path:
+    folder = whole.parent / "staged"
+    assert main(["shard", str(whole), "--pipeline-parallel", "2", "-o", str(folder), "--quiet"]) == 0
+    return folder
+
+
 def alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "satchel", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=60, check=False)
@@ -58,22 +65,27 @@ def alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_models_with_states_take_no_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks are not told that states go back. One rank alone does take drafts."""
     monkeypatch.setattr(CpuEngine, "why_not_ahead", lambda engine, adapter: None)
-    settings, world = SessionSettings(threads=1), SimpleNamespace()
+    settings, world = SessionSettings(threads=1), SimpleNamespace(results=None, stages=1)
     hybrid = open_bundle(write_hybrid(tmp_path / "hybrid", ("linear", "attention")))
     assert LeadEngine(hybrid, settings, world).why_not_ahead(None) is not None
     assert LeadEngine(open_bundle(write_bundle(tmp_path / "plain")), settings, world).why_not_ahead(None) is None
 
 
 @needs_mpi
-def test_two_ranks_write_the_text_of_one_process(whole: Path, cut: Path) -> None:
+@pytest.mark.parametrize("way", ["cut", "staged"])
+def test_two_ranks_write_the_text_of_one_process(whole: Path, way: str, request: pytest.FixtureRequest) -> None:
     options = ("ab", "--max-new-tokens", "40", "--no-specialize")
-    expected, found = alone("run", whole, *options), satchel(2, "run", cut, *options)
+    expected, found = alone("run", whole, *options), satchel(2, "run", request.getfixturevalue(way), *options)
     assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
     assert len(expected.stdout) > 20
 
 
 @needs_mpi
-def test_a_batch_with_kept_prefixes_is_that_of_one_process(whole: Path, cut: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["cut", "staged"])
+def test_a_batch_with_kept_prefixes_is_that_of_one_process(
+    whole: Path, way: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    cut = request.getfixturevalue(way)
     lines = [json.dumps({"prompt": f"ab ab ab ab {number}", "max_new_tokens": 8 + number}) for number in range(6)]
     (tmp_path / "prompts").write_text("\n".join(lines))
     options = ("--input", tmp_path / "prompts", "--batch", "3", "--quiet")
@@ -85,24 +97,38 @@ def test_a_batch_with_kept_prefixes_is_that_of_one_process(whole: Path, cut: Pat
     assert len(set(one)) > 3
 
 
+def kill(process: psutil.Process, folder: Path) -> None:
+    process.send_signal(signal.SIGKILL)
+
+
+def stop(process: psutil.Process, folder: Path) -> None:
+    process.send_signal(signal.SIGSTOP)
+
+
 def lose_disk(process: psutil.Process, folder: Path) -> None:
     shutil.move(folder, folder.with_name("gone"))
 
 
 @needs_mpi
 @pytest.mark.parametrize(
-    ("rank", "lose", "reason"),
+    ("way", "rank", "lose", "reason"),
     [
-        (1, lambda process, folder: process.send_signal(signal.SIGKILL), "rank 1"),
-        (1, lambda process, folder: process.send_signal(signal.SIGSTOP), "rank 1"),
-        (1, lose_disk, "rank_1"),
-        (0, lambda process, folder: process.send_signal(signal.SIGSTOP), "rank 0"),
+        ("cut", 1, kill, "rank 1"),
+        ("cut", 1, stop, "rank 1"),
+        ("cut", 1, lose_disk, "rank_1"),
+        ("cut", 0, stop, "rank 0"),
+        ("staged", 1, kill, "rank 1"),
+        ("staged", 0, stop, "rank 0"),
     ],
-    ids=["killed", "stopped", "without its disk", "the first one stopped"],
-)
-def test_the_run_ends_when_a_rank_is_lost(cut: Path, tmp_path: Path, rank: int, lose: Lose, reason: str) -> None:
+    ids=[
+        "killed", "stopped", "without its disk", "the first one stopped", "a stage killed", "the first stage stopped",
+    ],
+)  # fmt: skip
+def test_the_run_ends_when_a_rank_is_lost(
+    way: str, tmp_path: Path, rank: int, lose: Lose, reason: str, request: pytest.FixtureRequest
+) -> None:
     folder = tmp_path / "cut"
-    shutil.copytree(cut, folder)
+    shutil.copytree(request.getfixturevalue(way), folder)
     line = command(2, "-m", "satchel", "serve", folder, "--port", "0")
     with subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

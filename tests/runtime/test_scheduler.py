@@ -307,10 +307,10 @@ def test_a_failed_step_ends_those_that_ran_and_the_next_ones_run(
     numbers = [scheduler.submit(ask(5, 4, which=i)) for i in range(3)]
     decode, calls = Batch.decode, iter([True])
 
-    def fails_once(batch: Batch, tokens: list[int]) -> None:
+    def fails_once(batch: Batch, tokens: list[int], first: int) -> None:
         if len(tokens) == 2 and next(calls, False):
             raise BundleError("the graph failed")
-        decode(batch, tokens)
+        decode(batch, tokens, first)
 
     monkeypatch.setattr(Batch, "decode", fails_once)
     ended = outcomes(list(scheduler.run()))
@@ -341,6 +341,37 @@ def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: flo
     assert pace.piece() is None
     pace.plan(RUN)
     assert pace.piece() == 0
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_runs_of_several_stages_are_under_way_at_once_and_change_no_text(
+    roomy: Generator, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    requests = [ask(5 + 9 * number, 6 + number, which=number) for number in range(7)]
+    expected = [essence(alone(roomy, request)) for request in requests]
+    monkeypatch.setattr(roomy.engine, "stages", stages)
+    scheduler = roomy.scheduler(rows=6)
+    decode, together, steps = Batch.decode, list[int](), list[int]()
+
+    def counted(batch: Batch, tokens: list[int], first: int) -> None:
+        steps.append(len(tokens))
+        decode(batch, tokens, first)
+
+    monkeypatch.setattr(Batch, "decode", counted)
+    numbers = [scheduler.submit(request) for request in requests]
+    cancelled = scheduler.submit(ask(20, 60, which=9))
+    ended: dict[int, Generation | Exception | None] = {}
+    while len(ended) < 8:
+        for event in scheduler.step():
+            if event.outcome is not None:
+                ended[event.id] = event.outcome
+        together.append(len(scheduler._flights))
+        if len(together) == 20:
+            assert scheduler.cancel(cancelled)
+    assert [essence(ended[number]) for number in numbers] == expected
+    assert max(together) == stages - 1, "one lands in each step"
+    assert max(steps) == 6 // stages
+    assert scheduler.running == scheduler.waiting == 0
 
 
 def test_threads_may_submit_and_cancel_while_one_steps(roomy: Generator) -> None:

@@ -161,7 +161,11 @@ def make_graph(phase: str, weights: Weights, rows_mix: float = 0.0) -> onnx.Mode
     if phase != "embed":
         nodes.append(node("MatMul", ["states" if phase == "score" else "picked", "head"], ["logits"]))
     spec = graph_spec(phase)
-    graph = helper.make_graph(nodes, phase, _values(spec.inputs), _values(spec.outputs), weights.tensors)
+    hidden = ("batch", 1 if phase == "decode" else "sequence", HIDDEN)
+    graph = helper.make_graph(
+        nodes, phase, _values(spec.inputs), _values(spec.outputs), weights.tensors,
+        value_info=_values([TensorSpec(f"h{i}", "float32", hidden) for i in range(LAYERS + 1)]),
+    )  # fmt: skip
     if rows_mix:
         graph.initializer.append(numpy_helper.from_array(np.float32(rows_mix), "mix"))
         graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "axis0"))

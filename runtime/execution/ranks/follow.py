@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from satchel.runtime.bundle.contract import EMBED
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.cpu import CpuEngine, RowRunner
 from satchel.runtime.execution.kv_cache import KVCache
 from satchel.runtime.execution.ranks.world import STOP, World
+from satchel.runtime.execution.state import Logits
 from satchel.runtime.ort.session import SessionSettings
 
 Message = dict[str, Any]
@@ -25,9 +26,11 @@ class Follower:
         self._manifest = bundle.manifest
         self._runners: dict[int, RowRunner] = {}
         self._rows: dict[tuple[int, int], KVCache] = {}
+        self._return: Callable[[Logits], None] = lambda found: None
 
     def run(self, world: World) -> None:
         """Do what the first rank says until it ends the run."""
+        self._return = world.results.send
         while (message := world.hear())["do"] != STOP:
             for number in message["dropped"]:
                 self._drop(number)
@@ -70,19 +73,21 @@ class Follower:
         self._row(message).clear()
 
     def _prefill(self, message: Message) -> None:
-        (cache,) = self._caches(message)
-        self._runners[message["number"]].prefill(message["first"], cache, np.array(message["tokens"], np.int64))
+        (cache,), runner, row = self._caches(message), self._runners[message["number"]], message["first"]
+        runner.prefill(row, cache, np.array(message["tokens"], np.int64))
+        self._return(runner.logits[row : row + 1])
 
     def _decode(self, message: Message) -> None:
-        caches, runner = self._caches(message), self._runners[message["number"]]
+        caches, runner, first = self._caches(message), self._runners[message["number"]], message["first"]
         if len(caches) == 1:
-            runner.decode_one(message["first"], caches[0], message["tokens"][0])
+            runner.decode_one(first, caches[0], message["tokens"][0])
         else:
-            runner.decode(message["first"], caches, message["tokens"])
+            runner.decode(first, caches, message["tokens"])
+        self._return(runner.logits[first : first + len(caches)])
 
     def _ahead(self, message: Message) -> None:
-        (cache,) = self._caches(message)
-        self._runners[message["number"]].decode_ahead(message["first"], cache, np.array(message["tokens"], np.int64))
+        (cache,), tokens = self._caches(message), np.array(message["tokens"], np.int64)
+        self._return(self._runners[message["number"]].decode_ahead(message["first"], cache, tokens))
 
     def _caches(self, message: Message) -> list[KVCache]:
         sizes = zip(message["lengths"], message["long"], strict=True)
@@ -92,8 +97,6 @@ class Follower:
         ]
 
     def _whole(self, message: Message) -> None:
-        tokens, chunk = np.array(message["tokens"], np.int64), message["chunk"]
-        if message["graph"] == EMBED:
-            self._engine.embed(tokens, chunk)
-        else:
-            self._engine.score(tokens, chunk)
+        tokens = np.array(message["tokens"], np.int64)
+        for found in self._engine.run_whole(message["graph"], tokens, message["chunk"]):
+            self._return(found)

@@ -16,10 +16,10 @@ import onnxruntime as ort
 
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import PromptError
-from satchel.runtime.execution.cpu import CpuBatch, CpuEngine, RowRunner
+from satchel.runtime.execution.cpu import CpuBatch, CpuEngine, CpuState, RowRunner
 from satchel.runtime.execution.kv_cache import Cache, KVCache
 from satchel.runtime.execution.ranks.world import World
-from satchel.runtime.execution.state import Ids, Logits
+from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.ort.session import SessionSettings
 
 
@@ -28,7 +28,7 @@ class LeadEngine(CpuEngine):
 
     def __init__(self, bundle: Bundle, settings: SessionSettings, world: World) -> None:
         super().__init__(bundle, settings)
-        self._told = Told(world)
+        self._told, self.stages = Told(world), world.stages
 
     def why_not_ahead(self, adapter: str | None) -> str | None:
         """As for one rank, and where there are no states: those of the other ranks would not go back."""
@@ -42,7 +42,8 @@ class LeadEngine(CpuEngine):
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
         manifest = self.bundle.manifest
         cache = LeadCache(self._told, manifest, capacity, rows)
-        return CpuBatch(self, LeadRunner(self._told, self.sessions, cache, manifest, self.adapters), force)
+        runner = LeadRunner(self._told, self.sessions, cache, manifest, self.adapters)
+        return CpuBatch(self, runner, [LeadState(runner, row) for row in range(rows)], force)
 
     def _run_whole(
         self,
@@ -53,9 +54,18 @@ class LeadEngine(CpuEngine):
         rows_of: Callable[[slice], Logits],
         adapter: str | None,
     ) -> Iterator[Logits]:
+        results, found = self._told.world.results, []
+
+        def expected(span: slice) -> Logits:
+            rows = rows_of(span)
+            results.expect(rows)
+            return rows
+
         with self._told.world.lock:
             self._told.tell("whole", graph=graph, tokens=tokens.tolist(), chunk=chunk)
-            found = [rows.copy() for rows in super()._run_whole(graph, output, tokens, chunk, rows_of, adapter)]
+            for rows in super()._run_whole(graph, output, tokens, chunk, expected, adapter):
+                results.settle(rows)
+                found.append(rows.copy())
         yield from found
 
 
@@ -136,11 +146,11 @@ class _Owner:
 
 
 class LeadRunner(RowRunner):
-    """Runs the graphs of all ranks."""
+    """Runs the graphs of all ranks. With several stages, logits are there when `results.settle` has waited for them."""
 
     def __init__(self, told: Told, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._told = told
+        self._told, self.results = told, told.world.results
 
     def _tell(self, what: str, first: int, caches: Sequence[Cache], tokens: Sequence[int]) -> None:
         for cache in caches:
@@ -150,6 +160,8 @@ class LeadRunner(RowRunner):
             what, number=number, first=first, tokens=tokens,
             lengths=[cache.length for cache in caches], long=[cache.long for cache in caches],
         )  # fmt: skip
+        if what != "ahead":
+            self.results.expect(self.logits[first : first + len(caches)])
 
     def prefill(self, row: int, cache: Cache, tokens: Ids) -> None:
         with self._told.world.lock:
@@ -169,4 +181,30 @@ class LeadRunner(RowRunner):
     def decode_ahead(self, row: int, cache: Cache, tokens: Ids) -> Logits:
         with self._told.world.lock:
             self._tell("ahead", row, [cache], tokens.tolist())
-            return super().decode_ahead(row, cache, tokens)
+            found = super().decode_ahead(row, cache, tokens)
+            self.results.expect(found)
+        self.results.settle(found)
+        return found
+
+
+class LeadState(CpuState):
+    """A row of a cache that all ranks have. Its logits may still be on their way from the last stage."""
+
+    def __init__(self, runner: LeadRunner, row: int) -> None:
+        super().__init__(runner, row)
+        self._results = runner.results
+
+    @property
+    def logits(self) -> Logits:
+        """As `State.logits`; waits for them."""
+        self._results.settle(self._logits)
+        return self._logits
+
+    def copy_from(self, other: State, start: int = 0) -> None:
+        self._results.settle(self._logits)
+        super().copy_from(other, start)
+
+    def exchange(self, other: CpuState) -> None:
+        for state in (self, other):
+            self._results.settle(state._logits)
+        super().exchange(other)

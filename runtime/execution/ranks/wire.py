@@ -22,6 +22,8 @@ class _Ranks(ctypes.Structure):
         *((name, ctypes.c_ssize_t) for name in HANDLES),
         ("rank", ctypes.c_int32),
         ("ranks", ctypes.c_int32),
+        ("previous", ctypes.c_int32),
+        ("next", ctypes.c_int32),
     )
 
 
@@ -40,8 +42,10 @@ class Traffic:
     bytes: int
 
 
-def connect(mpi: Any, group: Any) -> None:
+def connect(mpi: Any, group: Any, around: tuple[int, int]) -> None:
     """Let satchel's operators exchange numbers among the ranks of `group`, a communicator of the module `mpi`.
+
+    `around` are the ranks, among all, that have the same part of the stages before and behind; -1 for none.
 
     Raises SatchelError where satchel's kernels cannot be used, or MPI's functions cannot be found.
     """
@@ -56,7 +60,7 @@ def connect(mpi: Any, group: Any) -> None:
     except (OSError, AttributeError) as error:
         raise SatchelError(f"mpi4py has no functions of MPI to call ({error}): install mpi4py again") from None
     handles = [mpi._handleof(each) for each in (mpi.FLOAT, mpi.BYTE, mpi.SUM, group, mpi.COMM_WORLD)]
-    ranks = _Ranks(*found, *handles, group.Get_rank(), group.Get_size())
+    ranks = _Ranks(*found, *handles, group.Get_rank(), group.Get_size(), *around)
     ctypes.CDLL(str(path)).satchel_join(ctypes.byref(ranks))
 
 

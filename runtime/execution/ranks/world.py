@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import numpy as np
 from satchel.runtime.bundle.digest import claimed_digest, parse_manifest, read_content
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
-from satchel.runtime.bundle.ranks import rank_folder, read_ranks
+from satchel.runtime.bundle.ranks import RanksFile, rank_folder, read_ranks
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.execution.ranks import wire
+from satchel.runtime.execution.ranks.results import Results, wait
 from satchel.runtime.execution.ranks.watch import Watch
 from satchel.runtime.kernels import library
 from satchel.runtime.ort.session import default_threads
@@ -49,7 +49,7 @@ class Member:
 class World:
     """The ranks of this run, from the point of view of one of them."""
 
-    def __init__(self, folder: Path, mpi: Any, members: list[Member], threads: int) -> None:
+    def __init__(self, folder: Path, mpi: Any, members: list[Member], threads: int, layout: RanksFile) -> None:
         """`folder` is the bundle of this rank; `threads` a fair number of threads for it."""
         self.folder = folder
         self.members = members
@@ -57,6 +57,8 @@ class World:
         self.rank: int = mpi.COMM_WORLD.Get_rank()
         self.lock = threading.RLock()
         """Held from a message to the end of what it starts, so that all ranks do the same in the same order."""
+        self.stages = layout.stages
+        self.results = Results(mpi.COMM_WORLD.Dup(), (layout.stages - 1) * layout.tensor)
         self._control = mpi.COMM_WORLD.Dup()
         self._watch = Watch(mpi.COMM_WORLD, folder / MANIFEST_NAME)
         self._stopped = False
@@ -85,10 +87,7 @@ class World:
 
     def _received(self, size: int) -> Any:
         buffer = np.empty(size, np.uint8)
-        request, start = self._control.Ibcast(buffer, 0), time.monotonic()
-        while not request.Test():
-            waited = time.monotonic() - start
-            time.sleep(0 if waited < 0.002 else 0.00005 if waited < 0.5 else 0.002)
+        wait(self._control.Ibcast(buffer, 0))
         return buffer
 
     def stop(self) -> None:
@@ -124,8 +123,11 @@ def join(path: Path) -> World:
     local = world.Split_type(mpi.COMM_TYPE_SHARED)
     threads = max(1, default_threads() // local.Get_size())
     local.Free()
-    wire.connect(mpi, world)
-    return World(rank_folder(path, rank), mpi, members, threads)
+    layout = read_ranks(path)
+    group = world.Split(rank // layout.tensor, rank)  # the ranks of one stage
+    around = [each if 0 <= each < world.Get_size() else -1 for each in (rank - layout.tensor, rank + layout.tensor)]
+    wire.connect(mpi, group, (around[0], around[1]))
+    return World(rank_folder(path, rank), mpi, members, threads, layout)
 
 
 def _mpi(path: Path) -> Any:
