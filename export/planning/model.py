@@ -58,6 +58,9 @@ class Model(Protocol):
     def weights(self, devices: int = 1, stages: int = 1) -> int:
         """Bytes of weights."""
 
+    def stage_layers(self, stages: int) -> int:
+        """How many layers the stage with most of them has."""
+
     def read(self, devices: int = 1) -> int:
         """Bytes of weights that a decode step reads."""
 
@@ -130,6 +133,9 @@ class Planned:
     def weights(self, devices: int = 1, stages: int = 1) -> int:
         return stored.weight_bytes(self.shape, self.stored, self.positions, devices, stages)
 
+    def stage_layers(self, stages: int) -> int:
+        return max(map(len, stored.stage_layers(self.shape, self.stored, stages)))
+
     def read(self, devices: int = 1) -> int:
         return stored.read_bytes(self.shape, self.stored, devices)
 
@@ -182,6 +188,9 @@ class Made:
 
     def weights(self, devices: int = 1, stages: int = 1) -> int:
         return round((self._file - self._read + self._read * self._part(devices)) / stages)
+
+    def stage_layers(self, stages: int) -> int:
+        return -(-self.layers // stages)
 
     def read(self, devices: int = 1) -> int:
         return round(self._read * self._part(devices))

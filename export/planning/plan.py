@@ -89,7 +89,7 @@ def make_plan(model: Model, machine: Machine, network: Network, length: int, dev
 def row(model: Model, machine: Machine, network: Network, length: int, devices: int, way: str) -> Row:
     """One row; see `Row`."""
     parts, stages = (devices, 1) if way == TENSOR else (1, devices)
-    weights, layers = model.weights(parts, stages), -(-model.layers // stages) / model.layers
+    weights, layers = model.weights(parts, stages), model.stage_layers(stages) / model.layers
     cache = round(model.cache(parts) * layers)
     request = cache * model.context + round(model.state * layers)
     memory = weights + request + model.activations(parts)
@@ -137,6 +137,10 @@ def verdict(model: Model, machine: Machine, rows: Sequence[Row], devices: int | 
     else:
         single = f", {best.decode / one.decode:.2g} times as many as one" if one.fits and devices > 1 else ""
         lines.append(f"{_named(best).capitalize()}: {best.decode:.3g} tokens/s{single}.")
+    if best.way == PIPELINE:
+        lines.append(
+            "Stages do not speed up one request, which passes through all of them in turn; several keep all busy."
+        )
     return tuple(lines)
 
 

@@ -25,7 +25,7 @@ sum. The head's logits are gathered: ceil(log2 N) x latency + (N - 1) / N x B / 
 by rows takes one all-reduce more.
 
 On M devices with whole layers each (a pipeline), one token passes through all in turn: the time of one device, and
-M - 1 messages of `hidden` numbers, and one back with the token.
+M - 1 messages of `hidden` numbers, and one with the logits back to the first.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ PREFILL_REACHED = {"fp32": 0.75, "fp16": 0.55, "int8": 0.9, "a8w8": 0.9, "a16w8"
 
 PROMPT = 512
 """Tokens of the prompt for which prefill is estimated."""
-
-TOKEN_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +127,7 @@ def pipeline_messages(model: Model, stages: int, network: Network, tokens: int =
     if stages == 1:
         return Messages()
     passed = _messages(1, FLOAT_BYTES * model.hidden * tokens, network) * (stages - 1)
-    return passed + _messages(1, TOKEN_BYTES, network)
+    return passed + _messages(1, FLOAT_BYTES * model.vocabulary, network)
 
 
 def decode_seconds(model: Model, machine: Machine, length: int, devices: int = 1) -> float:

@@ -56,23 +56,36 @@ def weight_bytes(shape: Shape, precision: Precision, context: int, devices: int 
 
     Layers are cut over `devices`, and in groups of following layers over `stages`.
     """
-    per_layer = [
-        sum(precision.nbytes(matrix) * share(matrix.cut, devices) for matrix in layer.matrices)
-        + FLOAT_BYTES * (layer.vectors + (0 if precision.rotates else layer.norms))
-        for layer in shape.layers
-    ]
-    first, last = (precision.nbytes(shape.embedding) * share(shape.embedding.cut, devices), 0.0)
-    if shape.head is not None:
-        last = precision.nbytes(shape.head) * share(shape.head.cut, devices)
-    elif stages > 1:  # the last stage has a copy of the table
-        last = first
+    sizes, _ = _layer_bytes(shape, precision, devices, copied=stages > 1)
     if shape.head is None and precision.rotates:
-        last += HALF_BYTES * shape.hidden**2  # the rotation before a head that is also the embedding
+        sizes[-1] += HALF_BYTES * shape.hidden**2  # the rotation before a head that is also the embedding
     rest = FLOAT_BYTES * (shape.vectors + (0 if precision.rotates else shape.norms) + shape.rotary * context)
-    groups = [sum(per_layer[layer] for layer in span) for span in shares.stages([round(x) for x in per_layer], stages)]
-    groups[0] += first
-    groups[-1] += last
-    return round(max(groups) + rest)
+    return round(max(sum(sizes[layer] for layer in span) for span in stage_layers(shape, precision, stages)) + rest)
+
+
+def stage_layers(shape: Shape, precision: Precision, stages: int) -> list[range]:
+    """The layers of each stage, as `satchel shard` divides them."""
+    sizes, reads = _layer_bytes(shape, precision, 1, copied=stages > 1)
+    return shares.stages(sizes, stages, reads)
+
+
+def _layer_bytes(shape: Shape, precision: Precision, devices: int, *, copied: bool) -> tuple[list[float], list[float]]:
+    """Bytes of each layer, with the embedding in the first and the head in the last, and those that a token reads.
+
+    `copied` says whether a table that is both is in both.
+    """
+    sizes, reads = [], []
+    for layer in shape.layers:
+        parts = [(precision.nbytes(matrix) * share(matrix.cut, devices), matrix) for matrix in layer.matrices]
+        floats = FLOAT_BYTES * (layer.vectors + (0 if precision.rotates else layer.norms))
+        sizes.append(sum(size for size, _ in parts) + floats)
+        reads.append(sum(size * matrix.active / matrix.count for size, matrix in parts) + floats)
+    head = shape.embedding if shape.head is None else shape.head
+    last = precision.nbytes(head) * share(head.cut, devices)
+    sizes[0] += precision.nbytes(shape.embedding) * share(shape.embedding.cut, devices)
+    sizes[-1] += last if shape.head is not None or copied else 0.0
+    reads[-1] += last
+    return sizes, reads
 
 
 def read_bytes(shape: Shape, precision: Precision, devices: int = 1) -> int:

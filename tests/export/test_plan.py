@@ -123,7 +123,7 @@ def test_a_parallel_block_is_reduced_once() -> None:
     several = tensor_messages(serial, 2, GIGABIT)
     assert several.count == 65 + 1
     assert several.sent == 65 * 4 * 4096 + 128256 * 4 / 2
-    assert pipeline_messages(serial, 4, GIGABIT).sent == 3 * 4 * 4096 + 4
+    assert pipeline_messages(serial, 4, GIGABIT).sent == 3 * 4 * 4096 + 4 * 128256
 
 
 def test_published_figures_of_four_devices_follow_from_those_of_two() -> None:
