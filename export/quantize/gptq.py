@@ -1,6 +1,8 @@
-"""GPTQ: rounding with error feedback, from the second moments of a layer's inputs."""
+"""GPTQ and its refinement: rounding that minimizes the error of a layer's outputs, from the moments of its inputs."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import torch
@@ -14,48 +16,134 @@ DAMPING = 0.01
 COLUMNS = 128
 """Inputs that are rounded before their errors are propagated to the rest of the weight."""
 
+SWEEPS = 2
+"""Sweeps of `Feedback.refine` after GPTQ."""
 
-def round_with_feedback(weight: NDArray[np.float32], moments: NDArray[np.float32], grid: Grid) -> NDArray[np.int16]:
-    """Round a weight [outputs, inputs] to `grid`, one input after another.
+RIDGE = 1e-4
+"""Share of its own moment with which a scale is drawn towards its old value when all scales are fitted."""
 
-    The remaining inputs compensate for the rounding error of each input. This is GPTQ (Frantar et al. 2023, "GPTQ:
-    Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1) with inputs ordered by
-    descending second moment (act-order) and a fixed grid.
+
+class Feedback:
+    """Rounds weights of one layer so that inputs make up for each other's errors.
 
     Args:
-        weight: [outputs, inputs] float32.
-        moments: The sum of x x^T over the layer's inputs x, [inputs, inputs].
-        grid: The scales, zero points and range of the quantized values.
-
-    Returns:
-        The quantized values, [outputs, inputs].
+        moments: The sum of x x^T over the layer's inputs x, [inputs, inputs] float32.
     """
-    inputs = weight.shape[1]
-    second = torch.from_numpy(moments).double()
-    diagonal = second.diagonal()
-    never = diagonal <= 0
-    diagonal[never] = 1.0
-    second.diagonal().add_(DAMPING * diagonal.mean())
-    order = torch.argsort(diagonal, descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    scale, zero = (torch.from_numpy(a)[:, order].T.contiguous() for a in grid.expanded(inputs))
-    rest = torch.from_numpy(weight.copy())  # a mapped weight is read-only
-    rest[:, never] = 0.0
-    rest = rest[:, order].T.contiguous()  # [inputs, outputs]: one input is one contiguous row
-    codes = torch.empty_like(rest)
-    for start in range(0, inputs, COLUMNS):
-        stop = min(start + COLUMNS, inputs)
-        block, errors = rest[start:stop], torch.empty(stop - start, rest.shape[1])
-        for i in range(stop - start):
-            row = start + i
-            code = (block[i] / scale[row]).round_().add_(zero[row]).clamp_(grid.low, grid.high)
-            codes[row] = code
-            errors[i] = (block[i] - (code - zero[row]) * scale[row]) / upper[row, row]
-            if i + 1 < stop - start:
-                block[i + 1 :] -= upper[row, row + 1 : stop, None] * errors[i]
-        if stop < inputs:
-            rest[stop:] -= upper[start:stop, stop:].T @ errors
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T.contiguous().to(torch.int16).numpy()
+
+    def __init__(self, moments: NDArray[np.float32]) -> None:
+        second = torch.from_numpy(moments).double()
+        diagonal = second.diagonal()
+        self._never = diagonal <= 0
+        diagonal[self._never] = 1.0
+        second.diagonal().add_(DAMPING * diagonal.mean())
+        self._order = torch.argsort(diagonal, descending=True)
+        second = second[self._order][:, self._order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
+        self._upper = torch.linalg.cholesky(inverse, upper=True).float()
+        self._moments = second.float()  # of the inputs in order
+
+    def round(self, weight: NDArray[np.float32], grid: Grid) -> NDArray[np.int16]:
+        """Round a weight [outputs, inputs] to `grid`, one input after another; returns the quantized values.
+
+        The remaining inputs compensate for the rounding error of each input. This is GPTQ (Frantar et al. 2023, "GPTQ:
+        Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1) with inputs ordered
+        by descending second moment (act-order) and a fixed grid.
+        """
+        scale, zero = self._of_inputs(grid, weight.shape[1])
+        rest = self._ordered(weight)
+        codes = torch.empty_like(rest)
+        inputs, upper = len(rest), self._upper
+        for start in range(0, inputs, COLUMNS):
+            stop = min(start + COLUMNS, inputs)
+            block, errors = rest[start:stop], torch.empty(stop - start, rest.shape[1])
+            for i in range(stop - start):
+                row = start + i
+                code = (block[i] / scale[row]).round_().add_(zero[row]).clamp_(grid.low, grid.high)
+                codes[row] = code
+                errors[i] = (block[i] - (code - zero[row]) * scale[row]) / upper[row, row]
+                if i + 1 < stop - start:
+                    block[i + 1 :] -= upper[row, row + 1 : stop, None] * errors[i]
+            if stop < inputs:
+                rest[stop:] -= upper[start:stop, stop:].T @ errors
+        return self._codes(codes)
+
+    def refine(
+        self, weight: NDArray[np.float32], grid: Grid, codes: NDArray[np.int16], sweeps: int = SWEEPS
+    ) -> tuple[Grid, NDArray[np.int16]]:
+        """Lower the error of rounded values, without ever raising it; returns the grid and the quantized values.
+
+        The error of an output is e^T H e for the error e of its weights and the moments H of the inputs. By turns, all
+        scales of an output become those with the least error for its quantized values, by least squares, and each
+        quantized value in turn becomes the best with all others fixed (coordinate descent).
+
+        Args:
+            weight: [outputs, inputs].
+            grid: Where `codes` lie.
+            codes: [outputs, inputs].
+            sweeps: How often.
+        """
+        target = self._ordered(weight)
+        values = torch.from_numpy(codes.astype(np.float32))[:, self._order].T.contiguous()
+        for _ in range(sweeps):
+            grid = self._fitted(target, values, grid)
+            self._descend(target, values, grid)
+        return grid, self._codes(values)
+
+    def _descend(self, target: torch.Tensor, codes: torch.Tensor, grid: Grid) -> None:
+        """Set each of the quantized values [inputs, outputs] to the best with all others fixed, one input at a time."""
+        scale, zero = self._of_inputs(grid, len(target))
+        slope = self._moments @ ((codes - zero) * scale - target)  # half of the error's gradient, [inputs, outputs]
+        curve, inputs = self._moments.diagonal(), len(target)
+        for start in range(0, inputs, COLUMNS):
+            stop = min(start + COLUMNS, inputs)
+            near, moved = slope[start:stop], torch.empty(stop - start, target.shape[1])
+            for i in range(stop - start):
+                row = start + i
+                step = near[i] / (scale[row] * -curve[row])
+                new = step.add_(codes[row]).round_().clamp_(grid.low, grid.high)
+                torch.sub(new, codes[row], out=moved[i])
+                moved[i] *= scale[row]
+                codes[row] = new
+                if i + 1 < stop - start:
+                    near[i + 1 :] += self._moments[row, row + 1 : stop, None] * moved[i]
+            if stop < inputs:  # earlier inputs are not visited again
+                slope[stop:] += self._moments[stop:, start:stop] @ moved
+
+    def _fitted(self, target: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
+        """The grid with the scales that have the least error for these quantized values [inputs, outputs]."""
+        inputs, outputs = target.shape
+        groups = grid.scales.shape[1]
+        _, zero = self._of_inputs(grid, inputs)
+        group_of = self._order // (inputs // groups)
+        steps = codes - zero
+        members = [torch.nonzero(group_of == group).flatten() for group in range(groups)]
+        projected = self._moments @ target
+        wanted = torch.stack([(steps[m] * projected[m]).sum(0) for m in members])  # [groups, outputs]
+        curve = torch.empty(outputs, groups, groups)
+        for group, rows in enumerate(members):
+            moved = self._moments[:, rows] @ steps[rows]
+            for other, columns in enumerate(members):
+                curve[:, group, other] = (moved[columns] * steps[columns]).sum(0)
+        ridge = RIDGE * curve.diagonal(dim1=1, dim2=2)
+        ridge = ridge + RIDGE * ridge.mean(1, keepdim=True) + 1e-30
+        old = torch.from_numpy(grid.scales)
+        curve += torch.diag_embed(ridge)
+        found = torch.linalg.solve(curve.double(), (wanted.T + ridge * old).double()).float()
+        scales = torch.where(found.isfinite() & (found != 0), found, old)
+        return dataclasses.replace(grid, scales=scales.numpy())
+
+    def _of_inputs(self, grid: Grid, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of each weight, [inputs, outputs], inputs in order."""
+        scale, zero = (torch.from_numpy(a)[:, self._order].T.contiguous() for a in grid.expanded(inputs))
+        return scale, zero
+
+    def _ordered(self, weight: NDArray[np.float32]) -> torch.Tensor:
+        """[inputs, outputs], inputs in order: one input is one contiguous row."""
+        copy = torch.from_numpy(weight.copy())  # a mapped weight is read-only
+        copy[:, self._never] = 0.0
+        return copy[:, self._order].T.contiguous()
+
+    def _codes(self, codes: torch.Tensor) -> NDArray[np.int16]:
+        result = torch.empty_like(codes)
+        result[self._order] = codes
+        return result.T.contiguous().to(torch.int16).numpy()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.flow import Flow, Inputs, fresh
-from satchel.export.quantize.gptq import round_with_feedback
+from satchel.export.quantize.gptq import SWEEPS, Feedback
 from satchel.export.quantize.kept import RoundedWeights, load, save
 from satchel.export.quantize.kv_scales import cache_scales
 from satchel.export.quantize.texts import QUICK_WINDOWS
@@ -231,7 +231,10 @@ def _round(
         if rule.rounding == "gptq" and inputs is not None and (not quick or lazy.dims[0] < lazy.dims[-1]):
             moments = _moments(inputs)
         stored = kept_grid(lazy, rule, grids)
-        return round_weight(lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored)
+        sweeps = 0 if quick else SWEEPS
+        return round_weight(
+            lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored, sweeps=sweeps
+        )
 
     def visit(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
         replaced = {}
@@ -268,6 +271,7 @@ def round_weight(
     by_outputs: bool,
     moments: NDArray[np.float32] | None = None,
     stored: Grid | None = None,
+    sweeps: int = SWEEPS,
 ) -> QuantizedWeight:
     """Quantize one weight by a rule; the quantized values go to a file of `kept` and are memory-mapped.
 
@@ -278,6 +282,7 @@ def round_weight(
         by_outputs: Whether outputs come before inputs; see `lazy`.
         moments: The sum of x x^T over the layer's inputs, for rounding "gptq"; without it, only scales are searched.
         stored: The grid that the weight is on already, so that nothing is rounded.
+        sweeps: How often values and scales of 4 bits are refined after rounding "gptq".
 
     Raises:
         ExportError: The weight is not on `stored`.
@@ -291,15 +296,18 @@ def round_weight(
     scales, points = [], []
     search = rule.rounding != "nearest"
     importance = None if moments is None else np.ascontiguousarray(moments.diagonal())
+    feedback = None if moments is None else Feedback(moments)
     for start, part in _parts(lazy, by_outputs, inputs):
         if stored is not None:
             grid = stored.part(start, start + len(part))
             codes[start : start + len(part)] = _codes_on(grid, part, lazy)
         else:
             grid = fit_grid(part, scheme, importance, search=search)
-            codes[start : start + len(part)] = (
-                grid.round(part) if moments is None else round_with_feedback(part, moments, grid)
-            )
+            if feedback is None:
+                codes[start : start + len(part)] = grid.round(part)
+            else:
+                grid, found = feedback.refine(part, grid, feedback.round(part, grid), sweeps if scheme.bits == 4 else 0)
+                codes[start : start + len(part)] = found
         scales.append(grid.scales)
         points.append(grid.zero_points)
     zero_points = None if scheme.symmetric else np.concatenate([p for p in points if p is not None])

@@ -1,4 +1,4 @@
-"""round_with_feedback: the error of each rounding is made up for by the inputs that go with it."""
+"""Feedback: the error of each rounding is made up for by the inputs that go with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from satchel.export.quantize.gptq import COLUMNS, round_with_feedback
+from satchel.export.quantize.gptq import COLUMNS, DAMPING, Feedback
 from satchel.graphs.quant.recipe import Scheme
 from satchel.graphs.quant.rounding import Grid, fit_grid
 
@@ -36,14 +36,14 @@ def error(grid: Grid, codes: NDArray[np.int16], x: NDArray[np.float32]) -> float
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_correlated_inputs_are_rounded_with_a_fraction_of_the_error(scheme: Scheme) -> None:
     x, grid = correlated(), fit_grid(WEIGHT, scheme)
-    codes = round_with_feedback(WEIGHT, moments(x), grid)
+    codes = Feedback(moments(x)).round(WEIGHT, grid)
     assert error(grid, codes, x) < 0.25 * error(grid, grid.round(WEIGHT), x)
 
 
 def test_it_holds_for_inputs_that_were_not_seen() -> None:
     grid = fit_grid(WEIGHT, Scheme(4, 32))
     seen = correlated()
-    codes = round_with_feedback(WEIGHT, moments(seen[: TOKENS // 2]), grid)
+    codes = Feedback(moments(seen[: TOKENS // 2])).round(WEIGHT, grid)
     other = seen[TOKENS // 2 :]
     assert error(grid, codes, other) < 0.25 * error(grid, grid.round(WEIGHT), other)
 
@@ -52,7 +52,7 @@ def test_it_holds_for_inputs_that_were_not_seen() -> None:
 def test_inputs_that_do_not_go_together_are_rounded_to_the_nearest(scheme: Scheme) -> None:
     grid = fit_grid(WEIGHT, scheme)
     for second in (np.eye(INPUTS), np.diag(np.random.default_rng(3).uniform(0.1, 10, INPUTS))):
-        codes = round_with_feedback(WEIGHT, second.astype(np.float32), grid)
+        codes = Feedback(second.astype(np.float32)).round(WEIGHT, grid)
         np.testing.assert_array_equal(codes, grid.round(WEIGHT))
 
 
@@ -62,18 +62,75 @@ def test_inputs_that_are_always_zero_get_the_code_of_zero() -> None:
     x[:, dead] = 0
     for scheme in SCHEMES:
         grid = fit_grid(WEIGHT, scheme)
-        codes = round_with_feedback(WEIGHT, moments(x), grid)
+        codes = Feedback(moments(x)).round(WEIGHT, grid)
         np.testing.assert_array_equal(grid.values(codes)[:, dead], 0)
         assert error(grid, codes, x) < 0.25 * error(grid, grid.round(WEIGHT), x)
 
 
 def test_fewer_tokens_than_inputs_still_do() -> None:
     x, grid = correlated()[:16], fit_grid(WEIGHT, Scheme(4, 32))
-    codes = round_with_feedback(WEIGHT, moments(x), grid)
+    codes = Feedback(moments(x)).round(WEIGHT, grid)
     assert error(grid, codes, x) < 0.25 * error(grid, grid.round(WEIGHT), x)
 
 
 def test_all_inputs_dead_are_no_error() -> None:
     grid = fit_grid(WEIGHT, Scheme(4, 32))
-    codes = round_with_feedback(WEIGHT, np.zeros((INPUTS, INPUTS), np.float32), grid)
+    codes = Feedback(np.zeros((INPUTS, INPUTS), np.float32)).round(WEIGHT, grid)
     np.testing.assert_array_equal(codes, 0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_refinement_lowers_the_error_of_gptq(scheme: Scheme) -> None:
+    x, grid = correlated(), fit_grid(WEIGHT, scheme)
+    feedback = Feedback(moments(x))
+    codes = feedback.round(WEIGHT, grid)
+    before = error(grid, codes, x)
+    once, twice = (error(*feedback.refine(WEIGHT, grid, codes, sweeps), x) for sweeps in (1, 2))
+    assert twice < once < before
+    assert twice < 0.97 * before
+
+
+def test_refinement_holds_for_inputs_that_were_not_seen() -> None:
+    grid, seen = fit_grid(WEIGHT, Scheme(4, 32)), correlated()
+    feedback = Feedback(moments(seen[: TOKENS // 2]))
+    codes = feedback.round(WEIGHT, grid)
+    other = seen[TOKENS // 2 :]
+    assert error(*feedback.refine(WEIGHT, grid, codes), other) < error(grid, codes, other)
+
+
+def test_fitted_scales_are_those_of_least_squares() -> None:
+    """One output, compared with a least-squares problem over the layer's outputs."""
+    x, grid = correlated().astype(np.float64), fit_grid(WEIGHT[:1], Scheme(4, 64))
+    codes = grid.round(WEIGHT[:1])
+    groups = codes.reshape(3, 64).astype(np.float64)
+    products = np.stack([x[:, 64 * g : 64 * g + 64] @ groups[g] for g in range(3)], 1)
+    damped = np.sqrt(DAMPING * np.square(x).sum(0).mean())  # as further inputs, one for each
+    extra = np.zeros((INPUTS, 3))
+    for group in range(3):
+        extra[64 * group : 64 * group + 64, group] = damped * groups[group]
+    wanted = np.concatenate([x @ WEIGHT[0], damped * WEIGHT[0]])
+    scales = np.linalg.lstsq(np.concatenate([products, extra]), wanted, rcond=None)[0]
+    fitted, _ = Feedback(moments(x.astype(np.float32))).refine(WEIGHT[:1], grid, codes, 1)
+    np.testing.assert_allclose(fitted.scales[0], scales, rtol=2e-3)
+
+
+def test_without_sweeps_nothing_changes() -> None:
+    grid, feedback = fit_grid(WEIGHT, Scheme(4, 32)), Feedback(moments(correlated()))
+    codes = feedback.round(WEIGHT, grid)
+    same, values = feedback.refine(WEIGHT, grid, codes, 0)
+    assert same is grid
+    np.testing.assert_array_equal(values, codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_refined_values_stay_on_the_grid(scheme: Scheme) -> None:
+    x = correlated()
+    x[:, [0, 7, INPUTS - 1]] = 0
+    weight = WEIGHT.copy()
+    weight[3] = 0
+    feedback, grid = Feedback(moments(x)), fit_grid(weight, scheme)
+    refined, codes = feedback.refine(weight, grid, feedback.round(weight, grid))
+    assert refined.low <= codes.min() and codes.max() <= refined.high
+    assert np.isfinite(refined.scales).all() and (refined.scales != 0).all()
+    np.testing.assert_array_equal(refined.values(codes)[:, [0, 7, INPUTS - 1]], 0)
+    np.testing.assert_array_equal(refined.values(codes)[3], 0)
