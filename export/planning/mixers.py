@@ -62,10 +62,10 @@ def attention(
         vectors += (heads + kv_heads) * head_dim
     if "o" in on:
         vectors += hidden
-    if facts.family.experts_bias:
-        vectors += heads  # sinks
+    vectors += heads if facts.family.experts_bias else 0  # sinks
     made.append(Matrix("self_attn.o_proj", hidden, heads * head_dim, cut=cut))
-    cache = Cache(kv_heads, head_dim, head_dim, window, kept) if keys else None
+    sinks = facts.family.experts_bias
+    cache = Cache(kv_heads, head_dim, head_dim, window, kept, native=not sinks) if keys else None
     if biased:
         cache = Cache(heads, head_dim + BIAS_WIDTH, head_dim + BIAS_WIDTH, window, Cut(heads))
     return Part(tuple(made), vectors, cache)
@@ -98,7 +98,9 @@ def latent(facts: Facts) -> Part:
         Matrix("self_attn.kv_b_proj", heads * (plain + value), rank, "float" if compressed else "linear", cut),
         Matrix("self_attn.o_proj", hidden, heads * value, cut=cut),
     ]
-    cache = Cache(1, rank + rotated, 0) if compressed else Cache(heads, plain + rotated, value, cut=cut)
+    if compressed:
+        return Part(tuple(made), vectors, Cache(1, rank + rotated, 0, native=False))
+    cache = Cache(heads, plain + rotated, value, cut=cut, native=plain + rotated == value)
     return Part(tuple(made), vectors, cache)
 
 

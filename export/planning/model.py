@@ -183,7 +183,8 @@ class Made:
         self._file = manifest.files[WEIGHTS_NAME].bytes
         self._read = min(weight_bytes(bundle), self._file)
         self.active_parameters = round(graph.parameters * self._read / self._file)
-        self._cache = manifest.kv_cache
+        native = [variant.name for variant in manifest.variants if variant.kernel_abi is not None]
+        self._cache = manifest.cache_of(native[0]) if native else manifest.kv_cache
         self.most_devices = min((layer.kv_heads for layer in self._cache.layers), default=1)
 
     def weights(self, devices: int = 1, stages: int = 1) -> int:

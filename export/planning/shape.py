@@ -75,7 +75,8 @@ class Matrix:
 class Cache:
     """The KV cache of one layer.
 
-    `value_dim` is 0 for a latent. `window` is how many of the last positions a step reads; None for all.
+    `value_dim` is 0 for a latent. `window` is how many of the last positions a step reads; None for all. `native` is
+    whether satchel's own attention takes it.
     """
 
     kv_heads: int
@@ -83,6 +84,7 @@ class Cache:
     value_dim: int
     window: int | None = None
     cut: Cut | None = None
+    native: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

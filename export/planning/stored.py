@@ -9,6 +9,7 @@ from satchel.graphs.quant.recipe import Recipe
 from satchel.runtime.bundle import shares
 
 HALF_BYTES = 2
+INT8_BYTES = 1
 
 
 @dataclasses.dataclass(frozen=True)

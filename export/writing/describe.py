@@ -141,7 +141,7 @@ def _possible(checkpoint: Checkpoint, token: int | None) -> int | None:
 
 
 def cache_spec(models: Mapping[str, ir.Model], mode: str = "shared") -> CacheSpec:
-    """Return the KV cache as declared by the graphs' inputs."""
+    """Return the KV cache as declared by the inputs of the portable graphs."""
     by_name, layers, dtype = _inputs(models), [], FLOAT32.name
     for index in _layer_numbers(by_name, past_names(0)[0]):
         past, present = past_names(index), present_names(index)
@@ -168,7 +168,8 @@ def state_specs(models: Mapping[str, ir.Model]) -> tuple[StateSpec, ...]:
 
 
 def _inputs(models: Mapping[str, ir.Model]) -> dict[str, TensorSpec]:
-    return {spec.name: spec for model in models.values() for spec in tensor_specs(model.graph.inputs)}
+    portable = (model for name, model in models.items() if name != NATIVE)  # which may store the cache otherwise
+    return {spec.name: spec for model in portable for spec in tensor_specs(model.graph.inputs)}
 
 
 def _layer_numbers(names: Iterable[str], first: str) -> list[int]:

@@ -20,6 +20,7 @@ from satchel.graphs.passes.native.insert_linear_float import insert_linear_float
 from satchel.graphs.passes.native.lower_attention_native import lower_attention_native
 from satchel.graphs.passes.native.lower_embedding_matmul import lower_embedding_matmul
 from satchel.graphs.passes.native.lower_states_native import lower_states_native
+from satchel.graphs.passes.native.store_cache_float16 import store_cache_float16
 from satchel.graphs.passes.native.take_rows import take_rows
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
 from satchel.graphs.passes.quantize.quantize_embeddings import quantize_embeddings
@@ -56,6 +57,7 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
         Step(store_linear_float16),
         Step(take_rows, after=("lower_attention_native", "insert_linear", "slice_last_logits"), changes_signature=True),
         Step(advance_last_token, after=("take_rows", "fold_residuals", "fuse_skip_norms")),
+        Step(store_cache_float16, after=("lower_attention_native", "take_rows")),
     )
 
 
@@ -73,6 +75,7 @@ def native_float_steps() -> tuple[Step, ...]:
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(take_rows, after=("lower_attention_native", "slice_last_logits"), changes_signature=True),
         Step(advance_last_token, after=("take_rows", "fold_residuals", "fuse_skip_norms")),
+        Step(store_cache_float16, after=("lower_attention_native", "take_rows")),
     )
 
 

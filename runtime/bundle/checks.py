@@ -174,6 +174,8 @@ def _check_specialized(manifest: Manifest, specialized: Specialized) -> None:
             runs = known[graph.variant].runs if graph.variant in known else ()
             wanted = set(PREPARED) if len(found) == 1 else {phase}
             _check(wanted <= set(runs), f"{key}.variant", graph.variant, "a variant that runs the phase")
+    caches = {manifest.cache_of(graph.variant or phase).dtype for phase, graph in found.items()}
+    _check(len(caches) == 1, "specialized.graphs", sorted(caches), "of one type of keys and values")
 
 
 def _check_files(files: dict[str, FileRecord], key: str) -> None:
@@ -207,6 +209,10 @@ def _check_graph(manifest: Manifest, graph: GraphSpec, name: str, key: str, resu
     chosen = [tensor for tensor in graph.outputs if tensor.name in TOP_OUTPUTS]
     found = {tensor.name for tensor in graph.outputs if tensor not in chosen}
     _check(found == wanted, f"{key}.outputs", sorted(found ^ wanted), expected)
+    pasts = {past for layer in layers for past, _, _ in layer.buffers}
+    types = {tensor.dtype for tensor in graph.inputs if tensor.name in pasts}
+    own = {manifest.kv_cache.dtype} if name in (*PHASES, EMBED) else types  # a variant may store another type
+    _check(len(types) < 2 and types <= own, f"{key}.inputs", sorted(types), "of one type, that of kv_cache")
     check_graph_states(states, graph, key)
     if chosen:
         _check_chosen(f"{key}.outputs", name, chosen, manifest.model.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,12 @@ class Manifest:
             raise BundleError(f"this bundle has static graphs for {self.target}, and no dynamic {name} graph")
         found: GraphSpec | None = getattr(self.graphs, name, None)
         return self.variant(name).graph if found is None else found
+
+    def cache_of(self, name: str) -> CacheSpec:
+        """The KV cache of a graph, by its phase or variant, whose type is that of the graph's inputs."""
+        types = {tensor.name: tensor.dtype for tensor in self.graph(name).inputs}
+        found = {types[past] for layer in self.kv_cache.layers for past, _, _ in layer.buffers}
+        return dataclasses.replace(self.kv_cache, dtype=found.pop()) if found else self.kv_cache
 
     def variant(self, name: str) -> Variant:
         """The variant with this name. Raises BundleError if there is none."""

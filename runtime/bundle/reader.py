@@ -23,7 +23,7 @@ from satchel.runtime.bundle.archive.span import Span
 from satchel.runtime.bundle.digest import check_digest, claimed_digest, parse_manifest, read_content
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.hash_cache import HashCache, file_identity, part_of, sha256_of
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, Specialized
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, CacheSpec, FileRecord, Manifest, Specialized
 from satchel.runtime.bundle.names import equal_names
 from satchel.runtime.bundle.oms import OMS_NAME, sha256_of_bytes
 from satchel.runtime.bundle.recognize import is_checkpoint, is_locked
@@ -101,6 +101,12 @@ class Bundle:
         if packed is not None:
             packed = {name: dataclasses.replace(span, path=span.path.absolute()) for name, span in packed.items()}
         return dataclasses.replace(self, folder=self.folder.absolute(), packed=packed)
+
+    @property
+    def kv_cache(self) -> CacheSpec:
+        """The KV cache of the graphs that run, which may store it in another type than the portable graphs."""
+        name = None if self.specialized is None else self.specialized.variant("decode")
+        return self.manifest.kv_cache if name is None else self.manifest.cache_of(name)
 
     @property
     def manifest_bytes(self) -> int:

@@ -288,7 +288,7 @@ def _shares(
         positions = workload.prompt_tokens + (workload.new_tokens + 1) / 2  # mean over the steps
         positions = cache_positions(bundle, positions)
         manifest = bundle.manifest
-        kept = (positions * position_bytes(manifest.kv_cache) + manifest.state_bytes) * workload.batch
+        kept = (positions * position_bytes(bundle.kv_cache) + manifest.state_bytes) * workload.batch
         runs = 1 if workload.batch == 1 or engine.invariant_with(workload.adapter) else workload.batch
         adapter = sum(tensor.nbytes for tensor in engine.adapters.tensors(workload.adapter).values())
         step = runs * (weight_bytes(bundle, workload.batch // runs) + adapter) + kept

@@ -20,7 +20,7 @@ from satchel.runtime.bundle.contract import (
     TOP_IDS,
     TOP_LOGITS,
 )
-from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.manifest import CacheSpec, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.execution.adapters import Adapters
 from satchel.runtime.execution.batch import Batch
@@ -78,16 +78,17 @@ class CpuEngine(Engine):
             return "it does not run on satchel's own attention here (see satchel specialize)"
         return None if adapter is None else "adapters take one token of a sequence in a run"
 
-    def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
+    def new_cache(self, capacity: int, rows: int = 1, spec: CacheSpec | None = None) -> KVCache:
         """An empty KV cache of `capacity` positions for each of `rows` sequences.
 
-        Raises PromptError above the bundle's largest context, or if there is not enough memory.
+        Without `spec`, it is that of the graphs of prefill and decode. Raises PromptError above the bundle's largest
+        context, or if there is not enough memory.
         """
         self.check_capacity(capacity)
         with self._spare_lock:
             spare, self._spare = self._spare, None
         manifest = self.bundle.manifest
-        return KVCache(manifest.kv_cache, capacity, self.max_context, rows, spare, manifest.states)
+        return KVCache(spec or self.bundle.kv_cache, capacity, self.max_context, rows, spare, manifest.states)
 
     def release(self, cache: Cache) -> None:
         """Keep the memory of one cache for the next, unless it is large.
@@ -150,7 +151,7 @@ class CpuEngine(Engine):
             session = self._whole.get(graph)
             if session is None:
                 session = self._whole[graph] = open_session(self.bundle, graph, self._settings)
-        cache = self.new_cache(len(tokens))
+        cache = self.new_cache(len(tokens), spec=self.bundle.manifest.kv_cache)
         try:
             cache.long = self.bundle.manifest.model.is_long(len(tokens))
             binding, ones = cache.bind(session), np.ones(len(tokens), np.int64)

@@ -201,7 +201,7 @@ class Paging:
     def __init__(self, engine: Engine, session: ort.InferenceSession) -> None:
         """`session` has the graph that takes new tokens of several sequences."""
         self._engine, self._session = engine, session
-        self._spec = engine.bundle.manifest.kv_cache
+        self._spec = engine.bundle.kv_cache
         self._pool: BlockPool | None = None
         self._works: bool | None = None
         self._lock = threading.Lock()

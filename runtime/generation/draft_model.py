@@ -65,7 +65,7 @@ class DraftModel:
         engine = Engine.open(bundle, provider, threads, verbose=verbose)
         if specialize and require_signature is None:
             specialize_in_background(bundle, provider, threads, shown=progress)
-        return cls(engine, PrefixCache(manifest.kv_cache, cache_bytes, manifest.model.rotary_border))
+        return cls(engine, PrefixCache(bundle.kv_cache, cache_bytes, manifest.model.rotary_border))
 
 
 def share_vocabulary(bundle: Bundle, other: Bundle) -> bool:

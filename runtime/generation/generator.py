@@ -122,8 +122,8 @@ class Generator(Prompts):
         if specialize and require_signature is None:
             specialize_in_background(bundle, provider, threads, shown=progress)
         context, manifest = max_context or limit, bundle.manifest
-        size = full_context_bytes(manifest, context) if prefix_cache_mib is None else prefix_cache_mib * MIB
-        prefix_cache = PrefixCache(manifest.kv_cache, size, manifest.model.rotary_border, manifest.states)
+        size = full_context_bytes(bundle, context) if prefix_cache_mib is None else prefix_cache_mib * MIB
+        prefix_cache = PrefixCache(bundle.kv_cache, size, manifest.model.rotary_border, manifest.states)
         model = None
         if draft is not None:
             model = DraftModel.open(
@@ -341,9 +341,9 @@ class Generator(Prompts):
         `check` may raise before anything is cached. Raises what `read_state` does, and PromptError for a state that
         exceeds `max_context` or the prefix cache, or was saved with another adapter than `adapter`.
         """
-        manifest, positions = self.engine.bundle.manifest, self.prefix_cache.max_positions
-        accept = partial(check_size, path, manifest, self.max_context, positions)
-        state = read_state(path, self.engine.bundle, accept, progress=progress)
+        bundle, positions = self.engine.bundle, self.prefix_cache.max_positions
+        accept = partial(check_size, path, bundle, self.max_context, positions)
+        state = read_state(path, bundle, accept, progress=progress)
         check_adapter(path, state, adapter)
         check(state)
         self.prefix_cache.put(state.prefix)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.manifest import CacheSpec, Manifest
+from satchel.runtime.bundle.manifest import CacheSpec
+from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.execution.block_pool import BLOCK
 from satchel.runtime.execution.kv_cache import Cache, Kind, KVCache, position_bytes
@@ -196,9 +197,9 @@ class PrefixCache:
         self._prefixes = kept[::-1]
 
 
-def full_context_bytes(manifest: Manifest, context: int) -> int:
+def full_context_bytes(bundle: Bundle, context: int) -> int:
     """The size of a prefix cache that holds `context` positions, and some snapshots."""
-    return context * max(1, position_bytes(manifest.kv_cache)) + (1 + SNAPSHOTS) * manifest.state_bytes
+    return context * max(1, position_bytes(bundle.kv_cache)) + (1 + SNAPSHOTS) * bundle.manifest.state_bytes
 
 
 def common_length(left: Ids, right: Ids) -> int:

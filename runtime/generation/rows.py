@@ -129,7 +129,7 @@ class Rows:
         if len(running) == 1:
             return None
         job = max(running, key=lambda job: (-job.priority, job.id))
-        job.swapped = swapped_out(self._engine.bundle.manifest.kv_cache, self.state(job).cache)
+        job.swapped = swapped_out(self._engine.bundle.kv_cache, self.state(job).cache)
         if job.sequence.drafter is not None:
             job.sequence.drafter.rest()
         self.free(job)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.atomic_write import check_target, write_parts
-from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.manifest import CacheSpec, Manifest
 from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.bundle.states import StateSpec
 from satchel.runtime.errors import BundleError, PromptError
 from satchel.runtime.execution.kv_cache import KVCache, position_bytes
 from satchel.runtime.generation.prefix_cache import Prefix
@@ -107,13 +108,14 @@ def read_state(
         with path.open("rb") as file:
             metadata, tensors = _read_header(file, path)
             count = _check_header(metadata, tensors, bundle, path)
-            manifest = bundle.manifest
-            expected = count * (ID_TYPE.itemsize + position_bytes(manifest.kv_cache)) + manifest.state_bytes
+            spec = _spec_of(tensors, bundle)
+            expected = count * (ID_TYPE.itemsize + position_bytes(spec)) + bundle.manifest.state_bytes
             rest = os.fstat(file.fileno()).st_size - file.tell()
             if rest != expected:
                 _damaged(path, f"{rest} bytes of tensors, where {count} tokens take {expected}")
             accept(count)
-            prefix = _read_payload(file, metadata, count, bundle.manifest, path, progress)
+            prefix = _read_payload(file, metadata, count, spec, bundle.manifest, path, progress)
+            prefix = _stored_as(bundle.kv_cache, prefix, bundle.manifest)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     messages, details = _load(metadata["messages"], path), _load(metadata["details"], path)
@@ -124,15 +126,15 @@ def read_state(
     return SavedState(prefix, tuple(messages), details)
 
 
-def check_size(path: str | Path, manifest: Manifest, max_context: int, max_positions: int, count: int) -> None:
+def check_size(path: str | Path, bundle: Bundle, max_context: int, max_positions: int, count: int) -> None:
     """Raise PromptError if `count` tokens exceed the context or the `max_positions` of a prefix cache."""
     if count > max_context:
         raise PromptError(
             f"{path}: has {count} tokens but the context holds {max_context}: raise --max-context to {count} or more "
-            f"(this bundle allows up to {manifest.model.max_context})"
+            f"(this bundle allows up to {bundle.manifest.model.max_context})"
         )
     if count > max_positions:
-        mib = -(-(count * position_bytes(manifest.kv_cache) + manifest.state_bytes) // MIB)
+        mib = -(-(count * position_bytes(bundle.kv_cache) + bundle.manifest.state_bytes) // MIB)
         raise PromptError(
             f"{path}: has {count} tokens but the prefix cache holds {max_positions}: raise --prefix-cache-mib to {mib} "
             "or more"
@@ -186,16 +188,22 @@ def _check_header(metadata: Mapping[str, str], tensors: Tensors, bundle: Bundle,
     count = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
     if type(count) is not int or not 1 <= count <= limit:
         _damaged(path, f"the shape of its token ids is {str(shape)[:40]}, where this bundle allows 1 to {limit}")
-    if tensors != _tensors(count, _entries_for(manifest, count)):
+    if tensors != _tensors(count, _entries_for(_spec_of(tensors, bundle), manifest.states, count)):
         _damaged(path, "its tensors are not those of this bundle's KV cache and states")
     return count
 
 
 def _read_payload(
-    file: BufferedReader, metadata: Mapping[str, str], count: int, manifest: Manifest, path: Path, progress: bool
+    file: BufferedReader,
+    metadata: Mapping[str, str],
+    count: int,
+    spec: CacheSpec,
+    manifest: Manifest,
+    path: Path,
+    progress: bool,
 ) -> Prefix:
     """Token ids, and keys and values read straight into the buffers of a new cache of their size."""
-    cache = KVCache(manifest.kv_cache, count, manifest.model.max_context, states=manifest.states)
+    cache = KVCache(spec, count, manifest.model.max_context, states=manifest.states)
     cache.adapter = metadata.get(_ADAPTER)
     prefix = Prefix(np.empty(count, ID_TYPE), cache)
     cache.advance(count)
@@ -222,12 +230,39 @@ def _tensors(count: int, entries: Iterable[Entry]) -> Tensors:
     return tensors
 
 
-def _entries_for(manifest: Manifest, count: int) -> Iterator[Entry]:
-    """What a cache of this bundle holds of `count` tokens, in the order of the file."""
-    for state in manifest.states:
+def _spec_of(tensors: Tensors, bundle: Bundle) -> CacheSpec:
+    """The KV cache that a state was saved from: that of the portable graphs, or of a variant, in the type it has.
+
+    That of the graphs that run, where the file has neither.
+    """
+    manifest = bundle.manifest
+    variants = [] if manifest.static else [manifest.cache_of(variant.name) for variant in manifest.variants]
+    first = next((past for layer in manifest.kv_cache.layers for past, _, _ in layer.buffers), "")
+    entry = tensors.get(first)
+    saved = entry.get("dtype") if isinstance(entry, dict) else None
+    known = {DTYPES[spec.dtype]: spec for spec in (*variants, manifest.kv_cache)}
+    return known.get(str(saved), bundle.kv_cache)
+
+
+def _stored_as(spec: CacheSpec, prefix: Prefix, manifest: Manifest) -> Prefix:
+    """The same in a cache of this type. What float16 does not reach becomes its largest number, as in the kernels."""
+    cache, count = prefix.cache, len(prefix.ids)
+    if all(buffer.dtype == spec.dtype for buffer in cache.past.values()):
+        return prefix
+    most = np.finfo(spec.dtype).max
+    for buffer in cache.past.values():
+        np.clip(buffer, -most, most, out=buffer)
+    stored = KVCache(spec, count, manifest.model.max_context, states=manifest.states)
+    stored.copy_from(cache, count)
+    return Prefix(prefix.ids, stored)
+
+
+def _entries_for(spec: CacheSpec, states: Sequence[StateSpec], count: int) -> Iterator[Entry]:
+    """What a cache of this type holds of `count` tokens, in the order of the file."""
+    for state in states:
         yield state.past, np.dtype(state.dtype), state.shape
-    dtype = np.dtype(manifest.kv_cache.dtype)
-    for layer in manifest.kv_cache.layers:
+    dtype = np.dtype(spec.dtype)
+    for layer in spec.layers:
         for past, _, width in layer.buffers:
             yield past, dtype, (layer.kv_heads, count, width)
 

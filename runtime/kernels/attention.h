@@ -8,7 +8,10 @@
 
 #include "parallel.h"
 
-/* One step. All tensors are dense, and those of floats float32; a token's channels lie head by head. */
+/* How keys and values are stored. In int8 they stand for their products with scales. */
+typedef enum { CACHE_FLOAT, CACHE_HALF, CACHE_INT8 } CacheType;
+
+/* One step. All tensors are dense, and those of floats float32, but for the cache; a token's channels lie head by head. */
 typedef struct {
     int64_t batch, tokens, heads, kv_heads, head_dim; /* sequences, and new tokens of each; ragged: of all together */
     const int32_t *row_offsets; /* [batch + 1]: ragged: where each sequence's new tokens begin, and their number; NULL:
@@ -19,8 +22,8 @@ typedef struct {
     const float *query; /* [batch, tokens, heads * head_dim]; packed: [.., (heads + 2 * kv_heads) * head_dim] */
     const float *key;   /* [batch, tokens, kv_heads * head_dim]; packed: NULL, and so is value */
     const float *value;
-    const float *key_scale; /* [kv_heads, head_dim]: past and present are int8, and stand for their products with the
-                             * scales; NULL: they are floats, and value_scale is NULL, too */
+    CacheType cache_type;   /* of past and present */
+    const float *key_scale; /* [kv_heads, head_dim]: of a cache in int8; otherwise NULL, and so is value_scale */
     const float *value_scale;
     const void *past_key; /* [batch, kv_heads, past_capacity, head_dim]: the present's own memory,
                            * with the same capacity, or memory apart. Ragged: [blocks, ..], the present's own */

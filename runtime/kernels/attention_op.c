@@ -1,4 +1,5 @@
-/* satchel:Attention: com.microsoft:GroupQueryAttention over a KV cache in float32, or in int8 with a scale per channel. */
+/* satchel:Attention: com.microsoft:GroupQueryAttention over a KV cache in float32, in float16, or
+ * in int8 with a scale per channel. */
 #include <stdlib.h>
 
 #include "attention.h"
@@ -86,12 +87,16 @@ static bool read_scales(const AttentionParams *params, Run *run, AttentionCall *
     return true;
 }
 
+/* The past, whose type the outputs have too. */
 static bool read_past(const AttentionParams *params, Run *run, AttentionCall *call)
 {
     Tensor key, value;
-    const OrtElementType type = call->key_scale != NULL ? ORT_INT8 : ORT_FLOAT; /* and so the outputs' */
-    if (!input(run, 3, type, &key) || !input(run, 4, type, &value))
-        return fail(run, "satchel:Attention: a cache in int8 has scales, and one in float32 has none");
+    if (!input(run, 3, ORT_ANY, &key) || !input(run, 4, ORT_ANY, &value))
+        return false;
+    const bool given = key.data != NULL && value.data != NULL, int8 = key.type == ORT_INT8;
+    if (given && (key.type != value.type || int8 != (call->key_scale != NULL)))
+        return fail(run, "satchel:Attention: a cache in int8 has scales, and one of floats has none");
+    call->cache_type = int8 ? CACHE_INT8 : key.type == ORT_FLOAT16 ? CACHE_HALF : CACHE_FLOAT;
     const bool ragged = call->row_offsets != NULL;
     call->one_cache = !ragged && call->batch > 1 && key.rank == 4 && key.dims[0] == 1;
     call->blocks = ragged ? key.dims[0] : call->one_cache ? 1 : call->batch;
@@ -166,10 +171,13 @@ static bool run(const void *kernel, Run *run)
 #define INPUTS(CACHE)                                                                 \
     {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, CACHE,     CACHE,     ORT_INT32, ORT_INT32,     \
      ORT_FLOAT, ORT_FLOAT, ORT_INT64, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT}
-static const OrtElementType FLOAT_INPUTS[] = INPUTS(ORT_FLOAT), INT8_INPUTS[] = INPUTS(ORT_INT8);
+static const OrtElementType FLOAT_INPUTS[] = INPUTS(ORT_FLOAT), HALF_INPUTS[] = INPUTS(ORT_FLOAT16);
+static const OrtElementType INT8_INPUTS[] = INPUTS(ORT_INT8);
+static const OrtElementType HALF_OUTPUTS[] = {ORT_FLOAT, ORT_FLOAT16, ORT_FLOAT16};
 static const OrtElementType INT8_OUTPUTS[] = {ORT_FLOAT, ORT_INT8, ORT_INT8};
 
 /* One operator to ONNX Runtime, which chooses by the type of the cache. */
 #define ATTENTION(types) .name = "Attention", .inputs = 14, .required = 1, .outputs = 3, .create = create, .run = run, types
 Operator attention_operator = {ATTENTION(.input_types = FLOAT_INPUTS)};
+Operator attention_half_operator = {ATTENTION(.input_types = HALF_INPUTS), .output_types = HALF_OUTPUTS};
 Operator attention_int8_operator = {ATTENTION(.input_types = INT8_INPUTS), .output_types = INT8_OUTPUTS};

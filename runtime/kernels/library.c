@@ -141,7 +141,7 @@ bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor)
         return true;
     if (!describe(run, value, tensor))
         return false;
-    if (tensor->type != type)
+    if (type != ORT_ANY && tensor->type != type)
         return fail(run, "satchel: an input has the wrong element type");
     return check(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data),
                  "satchel: an input has no data");
@@ -253,11 +253,10 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     if (domain == NULL) {
         OrtCustomOpDomain *made;
         status = ORT(api, CreateCustomOpDomain)("satchel", &made);
-        Operator *operators[] = {&linear_operator,         &table_linear_operator, &attention_operator,
-                                 &attention_int8_operator, &recurrence_operator,   &convolution_operator,
-                                 &positions_operator,      &last_token_operator,   &all_reduce_operator,
-                                 &gather_logits_operator,
-                                 &send_operator,
+        Operator *operators[] = {&linear_operator,         &table_linear_operator,   &attention_operator,
+                                 &attention_half_operator, &attention_int8_operator, &recurrence_operator,
+                                 &convolution_operator,    &positions_operator,      &last_token_operator,
+                                 &all_reduce_operator,     &gather_logits_operator,  &send_operator,
                                  &receive_operator};
         for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
             status = add(api, made, operators[i]);

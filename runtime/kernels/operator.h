@@ -43,7 +43,7 @@ typedef struct {
 } Operator;
 
 extern Operator linear_operator, table_linear_operator, attention_operator, recurrence_operator, convolution_operator;
-extern Operator attention_int8_operator, positions_operator, last_token_operator;
+extern Operator attention_half_operator, attention_int8_operator, positions_operator, last_token_operator;
 extern Operator all_reduce_operator, gather_logits_operator, send_operator, receive_operator;
 
 int64_t attribute(Create *create, const char *name, int64_t fallback);
@@ -51,7 +51,7 @@ float attribute_float(Create *create, const char *name, float fallback);
 /* Copies a string attribute, "" if absent. Returns false if it does not fit into `size` bytes. */
 bool attribute_text(Create *create, const char *name, char *text, size_t size);
 
-/* Reads an input of the given type; `data` is NULL if it is absent. */
+/* Reads an input of the given type, or of ORT_ANY; `data` is NULL if it is absent. */
 bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor);
 /* Allocates an output, or gets the memory that the caller bound. */
 bool output_of_any_type(Run *run, size_t index, const int64_t *dims, size_t rank, void **data);

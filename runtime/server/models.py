@@ -150,8 +150,8 @@ class Models:
 
 def expected_bytes(generator: Generator, settings: Settings) -> int:
     """About the bytes that a model takes: those of its files, and of keys and values: of full rows, or their limit."""
-    manifest = generator.engine.bundle.manifest
-    files = sum(record.bytes for record in manifest.files.values())
+    bundle = generator.engine.bundle
+    files = sum(record.bytes for record in bundle.manifest.files.values())
     if settings.kv_cache_mib is not None:
         return files + settings.kv_cache_mib * MIB
-    return files + settings.rows * full_context_bytes(manifest, generator.max_context)
+    return files + settings.rows * full_context_bytes(bundle, generator.max_context)

@@ -177,7 +177,7 @@ def _bundle(path: str) -> Iterator[Finding]:
         return
     manifest = bundle.manifest
     weights = sum(record.bytes for record in manifest.files.values())
-    cache = position_bytes(manifest.kv_cache) * manifest.model.max_context + manifest.state_bytes
+    cache = position_bytes(bundle.kv_cache) * manifest.model.max_context + manifest.state_bytes
     facts: dict[str, Any] = {
         "path": path, "target": manifest.target, "precision": manifest.precision, "bytes": weights,
         "cache_bytes": cache, "max_context": manifest.model.max_context, "fits": None,

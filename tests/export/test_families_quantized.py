@@ -16,9 +16,12 @@ from support.families import FAMILIES, VOCABULARY, Family, Model, logits_of, ref
 from support.own_module import KEY_DIM, OwnModule
 
 from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export.planning.sources import open_model
+from satchel.runtime.bundle.contract import NATIVE
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.evaluation.fidelity import log_softmax
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.kv_cache import position_bytes
 from satchel.runtime.ort.session import SessionSettings, _session_options
 
 # The largest mean KL from transformers, the largest error of the logits as a part of their root mean square, and the
@@ -169,6 +172,14 @@ def test_the_comparison_would_notice_the_loss_of_a_feature(case: Case) -> None:
 def without(case: Case, feature: str) -> NDArray[np.float32]:
     model: Model = reference(case.family, stored_weights(case.checkpoint), without=feature)
     return logits_of(model, case.ids)
+
+
+def test_a_plan_of_the_checkpoint_knows_the_size_of_the_cache(case: Case) -> None:
+    planned = open_model(str(case.checkpoint), case.precision, case.kv_cache, 64)
+    manifest = case.bundle.manifest
+    fastest = [variant.name for variant in manifest.variants if variant.name == NATIVE] or ["prefill"]
+    size = position_bytes(manifest.cache_of(fastest[0]))
+    assert planned.cache() == open_model(str(case.bundle.folder), None, None, None).cache() == size
 
 
 def test_phases_agree_within_the_rounding_of_activations(case: Case) -> None:

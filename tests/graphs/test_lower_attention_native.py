@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
-from onnx.reference import ReferenceEvaluator
 from support.attention_graphs import BATCH, TOTAL, Cached, Layer
-from support.graphs import fired, operators, serialized, tag, the, untouched
-from support.native_ops import OPERATORS
+from support.graphs import fired, operators, tag, the, untouched
+from support.native_ops import ByReference
 
 from satchel.graphs.ir.values import heads_of
 from satchel.graphs.passes.cache.quantize_kv_cache import quantize_kv_cache
@@ -27,17 +25,6 @@ LAYERS = {
     "all at once": Layer(width=32, value_width=32, rotary=16, pairs=True, window=4, softcap=0.7, scale=0.9),
 }
 ALL = LAYERS["all at once"]
-
-
-class ByReference:
-    """A session of ONNX's reference implementation."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.evaluator = ReferenceEvaluator(onnx.load_from_string(serialized(model)), new_ops=OPERATORS)
-
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        found: list[np.ndarray] = self.evaluator.run(list(outputs), dict(feeds))
-        return found
 
 
 def fused(layer: Layer) -> ir.Model:

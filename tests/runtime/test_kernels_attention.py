@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from support.attention_node import INPUTS, PASTS, SCALES, Array, Step, attend, codes, expected, open_node, over, packed
+from support.attention_node import INPUTS, PASTS, SCALES, Array, Step, added, attend, expected, open_node, over, packed
 from support.kernels import equal_in_all_sets, needs_kernels
 
 pytestmark = needs_kernels
@@ -46,7 +46,12 @@ STEPS = {
     "prompt in the second block of angles": Step(tokens=70, rotary=64, block=5, interleaved=True),
     "an odd width": Step(heads=7, kv_heads=1, head_dim=37, tokens=65, past=31),
 }
-STEPS |= {f"int8: {name}": dataclasses.replace(step, int8=True) for name, step in STEPS.items()}
+STEPS |= {
+    f"{cache}: {name}": dataclasses.replace(step, cache=cache)
+    for cache in ("float16", "int8")
+    for name, step in STEPS.items()
+}
+CACHES = ("float32", "float16", "int8")
 
 
 def assert_close(found: Array, wanted: Array) -> None:
@@ -54,11 +59,15 @@ def assert_close(found: Array, wanted: Array) -> None:
 
 
 def assert_rounded(step: Step, feeds: dict[str, Array], *caches: Array) -> None:
-    """The cache has what was there before, and for new numbers the nearest code, of which there are 256."""
-    for name, cache, exact in zip(PASTS, caches, codes(step, feeds), strict=True):
+    """The cache has what was there before, and for new numbers the nearest of the type, but for an error of float32."""
+    for name, cache, exact in zip(PASTS, caches, added(step, feeds), strict=True):
         for row, past in enumerate(step.pasts):
             assert np.array_equal(cache[row, :, :past], feeds[name][row, :, :past])
-            assert np.abs(cache[row, :, past : past + step.tokens] - exact[row].clip(-128, 127)).max() <= 0.5 + 1e-4
+            found = cache[row, :, past : past + step.tokens].astype(np.float64)
+            if step.int8:
+                assert np.abs(found - exact[row].clip(-128, 127)).max() <= 0.5 + 1e-4
+            else:  # 11 significant bits
+                assert (np.abs(found - exact[row]) <= 2.0**-11 * np.abs(exact[row]) + 1e-6).all()
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -66,7 +75,7 @@ def test_numbers_are_those_of_float64(step: Step) -> None:
     feeds = step.feeds()
     y, keys, values = attend(step, feeds)
     assert_close(y, over(step, feeds, keys, values))
-    if step.int8:
+    if step.cache != "float32":
         assert_rounded(step, feeds, keys, values)
         return
     wanted, wanted_keys, wanted_values = expected(step, feeds)
@@ -78,7 +87,8 @@ def test_numbers_are_those_of_float64(step: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, step in STEPS.items() if step.head_dim % 16 == 0 and step.rotary != 22]
+    "name",
+    [name for name, step in STEPS.items() if step.head_dim % 16 == 0 and step.rotary != 22 and step.cache != "float16"],
 )
 def test_numbers_are_those_of_group_query_attention(name: str) -> None:
     step = STEPS[name]
@@ -91,7 +101,7 @@ def test_numbers_are_those_of_group_query_attention(name: str) -> None:
 
 
 def test_halves_are_rounded_to_even_and_what_is_beyond_is_clipped() -> None:
-    step = Step(heads=1, kv_heads=1, int8=True, spare=0)
+    step = Step(heads=1, kv_heads=1, cache="int8", spare=0)
     numbers = np.asarray([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e9, -128.5, -129, np.inf, -np.inf], np.float32)
     feeds = step.feeds() | {name: np.full((1, 1, 1, 64), 0.25, np.float32) for name in SCALES}
     for name in ("key", "value"):
@@ -102,25 +112,48 @@ def test_halves_are_rounded_to_even_and_what_is_beyond_is_clipped() -> None:
             assert np.array_equal(cache[0, 0, 0], wanted), domain
 
 
+def test_float16_is_rounded_to_even_and_what_is_beyond_is_its_largest() -> None:
+    step = Step(heads=1, kv_heads=1, cache="float16", spare=0)
+    draw = np.random.default_rng(1)
+    most, small = np.float32(65504), np.float32(2) ** -24  # the largest, and the smallest above zero
+    odd = [most, -most, 65519, small, small / 2, small * 1.5, small * 2.5, 2**-14 - small / 4, 0]
+    every = draw.integers(0, 1 << 32, 4000, np.uint32).view(np.float32)
+    between = (draw.integers(0, 0x7BFF, 4000, np.uint16).view(np.float16).astype(np.float32)) * np.float32(1 + 2.0**-11)
+    numbers = np.concatenate([np.asarray(odd, np.float32), every[np.isfinite(every)], between])
+    numbers = numbers[: len(numbers) // 64 * 64]
+    feeds = dataclasses.replace(step, tokens=len(numbers) // 64).feeds() | {
+        "key": numbers.reshape(1, -1, 64), "value": np.flip(numbers).reshape(1, -1, 64).copy()
+    }  # fmt: skip
+    wanted = numbers.clip(-65504, 65504).astype(np.float16).reshape(-1, 64)
+
+    def caches() -> list[Array]:
+        return attend(step, feeds)[1:]
+
+    keys, values = caches()
+    assert np.array_equal(keys[0, 0].view(np.uint16), wanted.view(np.uint16))
+    assert np.array_equal(np.flip(values[0, 0]).view(np.uint16), wanted.view(np.uint16))
+    equal_in_all_sets(caches)
+
+
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_all_instruction_sets_give_the_same_bits(step: Step) -> None:
     feeds = step.feeds()
     equal_in_all_sets(lambda: attend(step, feeds))
 
 
-@pytest.mark.parametrize("int8", ["", "int8: "])
+@pytest.mark.parametrize("cache", ["", "float16: ", "int8: "])
 @pytest.mark.parametrize("name", ["decode over several ranges", "chunk over a past", "prompt of several rows"])
-def test_packed_inputs_and_other_numbers_of_threads_give_the_same(name: str, int8: str) -> None:
-    step = STEPS[int8 + name]
+def test_packed_inputs_and_other_numbers_of_threads_give_the_same(name: str, cache: str) -> None:
+    step = STEPS[cache + name]
     feeds = step.feeds()
     wanted = attend(step, feeds, threads=1)
     for found in (attend(step, feeds, threads=3), attend(step, packed(feeds), threads=2)):
         assert all(map(np.array_equal, found, wanted))
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_rows_of_a_batch_are_what_they_are_alone(int8: bool) -> None:
-    step = Step(past=(1030, 3, 0, 129), rotary=64, heads=9, kv_heads=3, int8=int8)
+@pytest.mark.parametrize("cache", CACHES)
+def test_rows_of_a_batch_are_what_they_are_alone(cache: str) -> None:
+    step = Step(past=(1030, 3, 0, 129), rotary=64, heads=9, kv_heads=3, cache=cache)
     feeds = step.feeds()
     together = attend(step, feeds)[0]
     for row, past in enumerate(step.pasts):
@@ -133,8 +166,8 @@ def test_rows_of_a_batch_are_what_they_are_alone(int8: bool) -> None:
         assert np.array_equal(attend(dataclasses.replace(step, past=past), alone)[0][0], together[row])
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 100}, {"rotary": 0}, {"int8": True}])
-def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str, int]) -> None:
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"rotary": 0}, {"cache": "float16"}, {"cache": "int8"}])
+def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str, Any]) -> None:
     """Bit for bit what one token after another gives, here over a boundary between ranges of keys."""
     count, past = 5, 254
     step = Step(past=tuple(range(past, past + count)), **{"rotary": 64, "heads": 9, "kv_heads": 3, **options})
@@ -164,9 +197,9 @@ def test_rows_of_one_cache_are_the_next_tokens_of_one_sequence(options: dict[str
         assert np.array_equal(found[:, :, : past + count], wanted[:, :, : past + count])
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_prompt_in_chunks_is_what_it_is_whole(int8: bool) -> None:
-    step = Step(tokens=300, rotary=64, window=150, int8=int8)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_prompt_in_chunks_is_what_it_is_whole(cache: str) -> None:
+    step = Step(tokens=300, rotary=64, window=150, cache=cache)
     feeds = step.feeds()
     whole, keys, _ = attend(step, feeds)
     found = []
@@ -188,10 +221,10 @@ def bound(session: ort.InferenceSession, feeds: dict[str, Array], outputs: dict[
     return binding
 
 
-@pytest.mark.parametrize("int8", ["", "int8: "])
+@pytest.mark.parametrize("cache", ["", "float16: ", "int8: "])
 @pytest.mark.parametrize("name", ["decode of rows of different lengths", "chunk over a past"])
-def test_a_cache_bound_twice_is_written_in_place(name: str, int8: str) -> None:
-    step = STEPS[int8 + name]
+def test_a_cache_bound_twice_is_written_in_place(name: str, cache: str) -> None:
+    step = STEPS[cache + name]
     feeds = step.feeds()
     wanted = attend(step, feeds)
     before = feeds["past_key"].copy()
@@ -206,10 +239,10 @@ def test_a_cache_bound_twice_is_written_in_place(name: str, int8: str) -> None:
         assert np.array_equal(feeds["past_key"][row, :, end:], before[row, :, end:]), "what comes after is not touched"
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("past", [0, 10])
-def test_a_cache_in_other_memory_is_copied_and_grows(past: int, int8: bool) -> None:
-    step = Step(tokens=5, past=past, rotary=64, int8=int8)
+def test_a_cache_in_other_memory_is_copied_and_grows(past: int, cache: str) -> None:
+    step = Step(tokens=5, past=past, rotary=64, cache=cache)
     feeds = step.feeds()
     wanted = attend(step, feeds)
     for name in ("past_key", "past_value"):
@@ -276,7 +309,7 @@ BAD = {
     "scales of another width": (changed(INT8, value_scale=lambda x: x[..., :1]), "the scales of the cache are not"),
     "floats with scales": (
         (CHUNK, CHUNK.feeds() | {name: INT8.feeds()[name] for name in SCALES}),
-        "one in float32 has none",
+        "one of floats has none",
     ),
     "infinite scale": (changed(dataclasses.replace(CHUNK, scale=np.inf)), "scale"),
 }

@@ -50,9 +50,10 @@ class Mix:
         order = draw.permutation(blocks).tolist()
         table = np.full((len(counts), max(counts) + 1), -1, np.int32)
         shape = (blocks, self.step.kv_heads, self.block, self.step.head_dim)
-        pools = {name: np.full(shape, np.nan, np.float32) for name in PASTS}
         if self.step.int8:
             pools = {name: draw.integers(-128, 128, shape, np.int8) for name in PASTS}
+        else:
+            pools = {name: np.full(shape, np.nan, self.step.cache) for name in PASTS}
         for row, (past, _) in enumerate(self.sequences):
             first = 0 if self.step.window < 1 else max(0, past + 1 - self.step.window)
             for index in range(first // self.block, counts[row]):
@@ -88,7 +89,7 @@ class Mix:
         return binding.get_outputs()[-1].numpy(), pools
 
 
-INT8 = Step(rotary=64, int8=True)
+INT8, HALF = Step(rotary=64, cache="int8"), Step(rotary=64, cache="float16")
 MIXES = {
     "single tokens": Mix(((40, 1), (0, 1), (700, 1), (15, 1), (16, 1))),
     "pieces": Mix(((0, 50), (33, 2), (200, 130))),
@@ -101,10 +102,12 @@ MIXES = {
     "an odd width": Mix(((50, 1), (31, 65)), Step(heads=7, kv_heads=1, head_dim=37, rotary=10, interleaved=True)),
     "two blocks of angles": Mix(((50, 1), (31, 65)), Step(rotary=64, block=800)),
     "many": Mix(tuple((29 * i, 1 + 7 * (i % 3 == 0)) for i in range(40)), Step(rotary=64, heads=9, kv_heads=3)),
+    "float16": Mix(((40, 1), (0, 70), (129, 1), (95, 2), (1030, 1), (3, 300)), HALF),
+    "float16 of an odd width": Mix(((50, 1), (31, 65)), Step(heads=7, kv_heads=1, head_dim=37, cache="float16")),
     "int8": Mix(((40, 1), (0, 70), (129, 1), (95, 2), (1030, 1), (3, 300)), INT8),
     "int8 in larger blocks": Mix(((40, 1), (0, 70), (1030, 1), (64, 300)), INT8, block=64),
     "int8 in a window": Mix(((500, 1), (150, 130), (99, 1)), dataclasses.replace(INT8, window=100)),
-    "int8 of an odd width": Mix(((50, 1), (31, 65)), Step(heads=7, kv_heads=1, head_dim=37, int8=True)),
+    "int8 of an odd width": Mix(((50, 1), (31, 65)), Step(heads=7, kv_heads=1, head_dim=37, cache="int8")),
 }
 
 
@@ -131,7 +134,7 @@ def test_each_sequence_is_what_it_is_alone(mix: Mix, form: str) -> None:
         np.testing.assert_array_equal(pools[name], left[name], err_msg="something else was written")
 
 
-@pytest.mark.parametrize("name", ["both", "int8"])
+@pytest.mark.parametrize("name", ["both", "float16", "int8"])
 def test_threads_and_places_make_no_difference(name: str) -> None:
     mix = MIXES[name]
     wanted = mix.run(mix.feeds(), threads=1)[0]
@@ -139,9 +142,9 @@ def test_threads_and_places_make_no_difference(name: str) -> None:
         np.testing.assert_array_equal(mix.run(mix.feeds(seed), threads)[0], wanted)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_rows_over_the_same_blocks_are_the_next_tokens_of_one_sequence(int8: bool) -> None:
-    mix = Mix(((250, 8),), Step(rotary=64, heads=9, kv_heads=3, int8=int8))
+@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
+def test_rows_over_the_same_blocks_are_the_next_tokens_of_one_sequence(cache: str) -> None:
+    mix = Mix(((250, 8),), Step(rotary=64, heads=9, kv_heads=3, cache=cache))
     feeds = mix.feeds()
     ahead = feeds | {
         "row_offsets": np.arange(9, dtype=np.int32),

@@ -99,6 +99,8 @@ def test_specialized_graphs_are_of_variants_that_run_the_phase(
         (["graphs", "prefill", "file"], "else.onnx", "'graphs.prefill.file' must be listed in 'files'"),
         (["graphs", "score", "inputs", 0, "name"], "ids", "'graphs.score.inputs' must be .*'ids'"),
         (["graphs", "decode", "outputs", 0, "dtype"], "float8", r"'graphs.decode.outputs\[0\].dtype' must be one of"),
+        (["graphs", "decode", "inputs", 2, "dtype"], "float16", "'graphs.decode.inputs' must be of one type"),
+        (["kv_cache", "dtype"], "float16", "'graphs.prefill.inputs' must be of one type, that of kv_cache"),
         (["graphs", "decode", "session_of"], "score", "'graphs.decode.session_of' must be one of"),
         (["kv_cache", "layers", 0, "kv_heads"], 0, r"'kv_cache.layers\[0\].kv_heads' must be a number above 0"),
         (["kv_cache", "layers", 0, "value_dim"], 0, r"'kv_cache.layers\[0\].value_dim' must be a number above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from support.tiny_native_bundle import write_native_bundle
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.execution.kv_cache import position_bytes
+from satchel.runtime.generation.prefix_cache import Prefix
+from satchel.runtime.generation.session_file import SavedState, read_state, write_state
 from satchel.runtime.kernels import library
 from satchel.runtime.optimize import specialize, trials
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
+from satchel.runtime.tools.inspection.inspection import inspect_bundle
 
 
 @pytest.fixture
@@ -43,6 +48,39 @@ def test_one_session_serves_both_phases_with_nearly_the_same_logits(made: Path) 
     given, wanted = logits(bundle), logits(Bundle(made, bundle.manifest))
     assert np.abs(given - wanted).max() < 0.02 * np.abs(wanted).max()
     assert not np.array_equal(given, wanted), "the portable graphs ran"
+
+
+@needs_kernels
+def test_the_cache_is_of_the_native_graphs_type_and_takes_half_the_memory(folder: Path) -> None:
+    portable = open_bundle(folder)
+    before, whole = position_bytes(portable.kv_cache), inspect_bundle(portable).cache_bytes_per_token
+    specialize.specialize(portable, kernels="satchel", threads=1)
+    bundle = open_bundle(folder)
+    assert (portable.kv_cache.dtype, bundle.kv_cache.dtype) == ("float32", "float16")
+    engine = Engine.open(bundle, threads=1)
+    cache = engine.new_state(20).cache
+    assert {buffer.dtype.name for buffer in cache.past.values()} == {"float16"}
+    assert cache.nbytes == 20 * before // 2
+    assert inspect_bundle(bundle).cache_bytes_per_token == whole // 2
+    assert engine.score([3, 5, 7]).shape[0] == 3, "the score graph has a cache of its own, in float32"
+
+
+@needs_kernels
+@pytest.mark.parametrize("first", ["portable", "native"])
+def test_saved_states_serve_graphs_with_another_type_of_cache(made: Path, first: str, tmp_path: Path) -> None:
+    native = open_bundle(made)
+    portable = dataclasses.replace(native, specialized=None)
+    one, other = (portable, native) if first == "portable" else (native, portable)
+    ids = np.arange(5, 17)
+    engine = Engine.open(one, threads=1)
+    state = engine.new_state(len(ids))
+    engine.prefill(state, ids)
+    write_state(tmp_path / "state", one.fingerprint, SavedState(Prefix(ids, state.cache)))
+    found = read_state(tmp_path / "state", other).prefix.cache
+    for name, buffer in found.past.items():
+        assert buffer.dtype == other.kv_cache.dtype
+        wanted = state.cache.past[name][:, :, : len(ids)].astype(np.float16)
+        assert np.array_equal(buffer.astype(np.float16), wanted)
 
 
 @needs_kernels

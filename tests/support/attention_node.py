@@ -31,7 +31,8 @@ class Step:
         rotary: Channels that are rotated; 0 for none.
         block: Where the second block of the rotary tables begins, which every other row has; 0 for one block.
         spare: Positions of the cache beyond the step's last.
-        int8: Whether the cache is in int8. Some of the new numbers are beyond what its scales reach.
+        cache: How the cache is stored: float32, float16 or int8. Some of the new numbers are beyond what the scales of
+            int8 reach.
     """
 
     heads: int = 6
@@ -47,11 +48,15 @@ class Step:
     scale: float = 0.0
     spare: int = 3
     rows: int = 1
-    int8: bool = False
+    cache: str = "float32"
 
     @property
     def pasts(self) -> list[int]:
         return list(self.past) if isinstance(self.past, tuple) else [self.past] * self.rows
+
+    @property
+    def int8(self) -> bool:
+        return self.cache == "int8"
 
     def feeds(self, seed: int = 0) -> dict[str, Array]:
         """The node's inputs, by their names in INPUTS."""
@@ -64,6 +69,8 @@ class Step:
             for name, heads in widths.items()
         }
         feeds |= {name: draw.standard_normal(cache, np.float32) for name in PASTS}
+        if self.cache == "float16":
+            feeds |= {name: feeds[name].astype(np.float16) for name in PASTS}
         if self.int8:
             feeds |= {name: draw.integers(-128, 128, cache, np.int8) for name in PASTS}
             widths = (1, self.kv_heads, 1, self.head_dim)
@@ -94,7 +101,7 @@ def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threa
     while not reads[-1]:
         reads.pop()
     nodes = [helper.make_node(operator, reads, OUTPUTS, domain=domain, **step.attributes(domain))]
-    cache = TensorProto.INT8 if step.int8 else TensorProto.FLOAT
+    cache = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int8": TensorProto.INT8}[step.cache]
     kinds = dict.fromkeys(("seqlens_k", "total_sequence_length", "row_offsets", "block_table"), TensorProto.INT32) | {
         "rows": TensorProto.INT64, "past_key": cache, "past_value": cache, "present_key": cache, "present_value": cache,
     }  # fmt: skip
@@ -139,17 +146,23 @@ def over(step: Step, feeds: dict[str, Array], keys: Array, values: Array) -> Arr
             at = feeds["rows"][row] if "rows" in feeds else np.arange(past, past + step.tokens)
             query = rotated(query, feeds["cos"][at], feeds["sin"][at], step.interleaved)
         end = past + step.tokens
-        every = (scale[0] * cache[row, :, :end] for scale, cache in zip(scales, (keys, values), strict=True))
+        every = (
+            scale[0] * cache[row, :, :end].astype(np.float64)
+            for scale, cache in zip(scales, (keys, values), strict=True)
+        )
         scale = step.scale or step.head_dim**-0.5
         y[row] = attention(query, *every, scale, max(step.window, 0), step.softcap)
     return y.reshape(feeds["query"].shape)
 
 
-def codes(step: Step, feeds: dict[str, Array]) -> tuple[Array, Array]:
-    """New keys and values as a cache in int8 has them, before they are rounded: [rows, kv_heads, tokens, head_dim]."""
+def added(step: Step, feeds: dict[str, Array]) -> tuple[Array, Array]:
+    """New keys and values, in an int8 cache as multiples of its scales, before they are rounded.
+
+    Float64 [rows, kv_heads, tokens, head_dim].
+    """
     shape = (len(step.pasts), step.tokens, step.kv_heads, step.head_dim)
     key, value = (feeds[name].reshape(shape).swapaxes(1, 2).astype(np.float64) for name in ("key", "value"))
     for row, past in enumerate(step.pasts if step.rotary else ()):
         at = feeds["rows"][row] if "rows" in feeds else np.arange(past, past + step.tokens)
         key[row] = rotated(key[row], feeds["cos"][at], feeds["sin"][at], step.interleaved)
-    return key / feeds["key_scale"], value / feeds["value_scale"]
+    return (key / feeds["key_scale"], value / feeds["value_scale"]) if step.int8 else (key, value)

@@ -5,7 +5,7 @@ Nothing here is shared with what packs the panels or with the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import erf
 from typing import Any, ClassVar
 
@@ -269,3 +269,14 @@ def run_reference(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array])
     evaluator = ReferenceEvaluator(proto, new_ops=OPERATORS)
     defaults = {name: array for name, array in LEFT_OUT.items() if name in evaluator.input_names}
     return dict(zip(evaluator.output_names, evaluator.run(None, defaults | dict(feeds)), strict=True))
+
+
+class ByReference:
+    """A session of ONNX's reference implementation."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.evaluator = ReferenceEvaluator(onnx.load_from_string(serialized(model)), new_ops=OPERATORS)
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        found: list[np.ndarray] = self.evaluator.run(list(outputs), dict(feeds))
+        return found

@@ -1,4 +1,4 @@
-"""The tiny bundle with an int8 head, and a native graph of satchel:Attention and a satchel:Linear over panels."""
+"""The tiny bundle with an int8 head, and a native graph with a float16 cache and a satchel:Linear over panels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from support.tiny_bundle import HIDDEN, VOCABULARY, read_manifest, record, write
 from satchel.runtime.kernels import library
 
 PANELS = -(-VOCABULARY // 16)
+CACHE = ("past_key_values.", "present.")
+"""What names of keys and values begin with."""
+
+
+def halved(tensor: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's entry of an input or output, with keys and values in float16."""
+    return {**tensor, "dtype": "float16"} if tensor["name"].startswith(CACHE) else tensor
 
 
 def placed(name: str, dtype: int, dims: tuple[int, ...], location: str, offset: int, length: int) -> onnx.TensorProto:
@@ -59,6 +66,9 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
             for node in nodes:
                 if node.op_type == "GroupQueryAttention":
                     node.op_type, node.domain = "Attention", "satchel"
+            for value in (*graph.input, *graph.output):
+                if value.name.startswith(CACHE):
+                    value.type.tensor_type.elem_type = TensorProto.FLOAT16
             model.opset_import.append(helper.make_opsetid("satchel", 1))
         else:
             nodes = [helper.make_node("DequantizeLinear", ["head.codes", "head.scales"], ["head"], axis=1), *graph.node]
@@ -75,7 +85,11 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
         {
             "name": "native",
             "runs": ["prefill", "decode"],
-            "graph": {**graphs["prefill"], "file": "native.onnx"},
+            "graph": {
+                **graphs["prefill"],
+                "file": "native.onnx",
+                **{side: [halved(tensor) for tensor in graphs["prefill"][side]] for side in ("inputs", "outputs")},
+            },
             "weights": {"layout": "panels", "file": "panels.bin"},
             "requires": [],
             "kernel_abi": library.VERSION,

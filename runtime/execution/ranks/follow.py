@@ -23,7 +23,6 @@ class Follower:
     def __init__(self, bundle: Bundle, settings: SessionSettings) -> None:
         """Raises BundleError and ProviderError."""
         self._engine = CpuEngine(bundle, settings)
-        self._manifest = bundle.manifest
         self._runners: dict[int, RowRunner] = {}
         self._rows: dict[tuple[int, int], KVCache] = {}
         self._return: Callable[[Logits], None] = lambda found: None
@@ -43,8 +42,9 @@ class Follower:
             del self._rows[number, row]
 
     def _cache(self, message: Message) -> None:
-        manifest, rows = self._manifest, message["rows"]
-        cache = KVCache(manifest.kv_cache, message["capacity"], manifest.model.max_context, rows, None, manifest.states)
+        bundle, rows = self._engine.bundle, message["rows"]
+        manifest, capacity = bundle.manifest, message["capacity"]
+        cache = KVCache(bundle.kv_cache, capacity, manifest.model.max_context, rows, None, manifest.states)
         number = message["number"]
         self._runners[number] = RowRunner(self._engine.sessions, cache, manifest, self._engine.adapters)
         for row in range(rows):

@@ -41,7 +41,7 @@ class LeadEngine(CpuEngine):
 
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
         manifest = self.bundle.manifest
-        cache = LeadCache(self._told, manifest, capacity, rows)
+        cache = LeadCache(self._told, self.bundle, capacity, rows)
         runner = LeadRunner(self._told, self.sessions, cache, manifest, self.adapters)
         return CpuBatch(self, runner, [LeadState(runner, row) for row in range(rows)], force)
 
@@ -95,9 +95,10 @@ class Told:
 class LeadCache(KVCache):
     """A cache that all ranks have, each for its part of the model."""
 
-    def __init__(self, told: Told, manifest: Any, capacity: int, rows: int = 1) -> None:
-        super().__init__(manifest.kv_cache, capacity, manifest.model.max_context, rows, None, manifest.states)
-        self._told, self._manifest = told, manifest
+    def __init__(self, told: Told, bundle: Bundle, capacity: int, rows: int = 1) -> None:
+        manifest = bundle.manifest
+        super().__init__(bundle.kv_cache, capacity, manifest.model.max_context, rows, None, manifest.states)
+        self._told, self._bundle = told, bundle
         self._owner = _Owner()
         self.place = told.number(self._owner), 0
         with told.world.lock:
@@ -120,7 +121,7 @@ class LeadCache(KVCache):
 
     def kept(self, count: int) -> LeadCache:
         """A cache of all ranks with the first `count` positions."""
-        kept = LeadCache(self._told, self._manifest, count)
+        kept = LeadCache(self._told, self._bundle, count)
         kept.copy_from(self, count)
         return kept
 

@@ -30,6 +30,7 @@ INLINE void part_store_some(float *x, int64_t left, PartF v) { _mm256_maskstore_
 INLINE PartI part_load_signed(const int8_t *x) { return (PartI)_mm256_cvtepi8_epi32(_mm_loadu_si64(x)); }
 INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI)_mm256_cvtepu8_epi32(_mm_loadu_si64(x)); }
 INLINE PartF part_load_halves(const uint16_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
+INLINE void part_store_halves(uint16_t *x, PartF v) { _mm_storeu_si128((__m128i *)x, _mm256_cvtps_ph(v, 0)); }
 
 INLINE void part_store_bytes(int8_t *x, PartI v)
 {

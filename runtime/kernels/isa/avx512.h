@@ -25,6 +25,7 @@ INLINE void part_store_some(float *x, int64_t left, PartF v) { _mm512_mask_store
 INLINE PartI part_load_signed(const int8_t *x) { return (PartI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE PartI part_load_unsigned(const uint8_t *x) { return (PartI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE PartF part_load_halves(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+INLINE void part_store_halves(uint16_t *x, PartF v) { _mm256_storeu_si256((__m256i *)x, _mm512_cvtps_ph(v, 0)); }
 INLINE void part_store_bytes(int8_t *x, PartI v) { _mm_storeu_si128((__m128i *)x, _mm512_cvtepi32_epi8((__m512i)v)); }
 /* Of the groups of four lanes. */
 INLINE Four part_sum_fours(PartI v)

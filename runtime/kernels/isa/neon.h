@@ -57,6 +57,7 @@ INLINE PartI part_load_unsigned(const uint8_t *x)
 }
 
 INLINE PartF part_load_halves(const uint16_t *x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+INLINE void part_store_halves(uint16_t *x, PartF v) { vst1_u16(x, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 
 INLINE void part_store_bytes(int8_t *x, PartI v)
 {

@@ -57,6 +57,26 @@ INLINE PartF part_load_halves(const uint16_t *x)
     return r;
 }
 
+/* The other way: a normal number's fraction loses its last 13 bits, half of the last one added, or one less where what is
+ * kept is even; a subnormal's is aligned by a sum with a power of two, which rounds. */
+INLINE void part_store_halves(uint16_t *x, PartF v)
+{
+    for (int j = 0; j < 4; j++) {
+        const float number = v[j], size = fabsf(number), aligned = size + 0.5f;
+        uint32_t bits, sign, small;
+        memcpy(&sign, &number, sizeof sign);
+        memcpy(&bits, &size, sizeof bits);
+        memcpy(&small, &aligned, sizeof small);
+        if (size != size)
+            bits = 0x7e00;
+        else if (size < 0x1p-14f)
+            bits = small - 0x3f000000;
+        else
+            bits = size < 65520 ? (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13 : 0x7c00;
+        x[j] = (uint16_t)((sign >> 16 & 0x8000u) | bits);
+    }
+}
+
 INLINE void part_store_bytes(int8_t *x, PartI v)
 {
     for (int j = 0; j < 4; j++)

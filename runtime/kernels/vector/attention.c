@@ -166,7 +166,7 @@ static void copy_side(const AttentionCall *call, const void *past, void *present
         return;
     int64_t row = (int64_t)index / call->kv_heads, count = past_tokens(call, row), end = count + call->tokens;
     int64_t from = (int64_t)index * call->past_capacity, to = (int64_t)index * call->capacity, width = call->head_dim;
-    size_t bytes = (size_t)width * (is_int8(call) ? sizeof(int8_t) : sizeof(float));
+    size_t bytes = (size_t)(width * element_bytes(call->cache_type));
     if (count)
         memcpy(cache_at(call, present, to * width), cache_at(call, past, from * width), (size_t)count * bytes);
     memset(cache_at(call, present, (to + end) * width), 0, (size_t)(call->capacity - end) * bytes);

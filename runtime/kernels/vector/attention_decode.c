@@ -43,9 +43,9 @@ static int64_t decode_work(const AttentionCall *call, int64_t row)
 
 /* sum[r] += the products of 16 channels of a key with those of `rows` queries. */
 INLINE void add_channels(F16 *sum, const void *keys, int64_t from, const float *query, int64_t head_dim, int64_t left,
-                         const bool whole, const int rows, const bool int8)
+                         const bool whole, const int rows, const CacheType type)
 {
-    const F16 x = whole && !int8 ? load_once((const float *)keys + from) : load_cached(int8, keys, from, whole, left);
+    const F16 x = whole && type == CACHE_FLOAT ? load_once((const float *)keys + from) : load_cached(type, keys, from, whole, left);
     UNROLL
     for (int r = 0; r < rows; r++) {
         const float *at = query + r * head_dim;
@@ -56,7 +56,7 @@ INLINE void add_channels(F16 *sum, const void *keys, int64_t from, const float *
 /* scores[rows][4 or 16 keys from the first on] of `rows` queries: 4 keys at a time, 16 with a single query.
  * Their values are fetched on the way, so that memory is never idle. */
 INLINE void decode_scores(const float *query, const void *keys, const void *values, int64_t count, int64_t head_dim,
-                          float *scores, const int rows, const bool int8)
+                          float *scores, const int rows, const CacheType type)
 {
     const int step = rows == 1 ? 16 : 4;
     for (int64_t key = 0; key < count; key += step) {
@@ -70,14 +70,12 @@ INLINE void decode_scores(const float *query, const void *keys, const void *valu
             F16 own[ROWS] = {floats(0), floats(0), floats(0), floats(0)};
             int64_t d = 0;
             for (; d + LANES <= head_dim; d += LANES) {
-                if (!int8)
-                    __builtin_prefetch((const float *)values + from + d, 0, 2);
-                else if (d % BYTES == 0)
-                    __builtin_prefetch((const int8_t *)values + from + d, 0, 2);
-                add_channels(own, keys, from + d, query + d, head_dim, LANES, true, rows, int8);
+                if (d * element_bytes(type) % BYTES == 0)
+                    __builtin_prefetch((const char *)values + (from + d) * element_bytes(type), 0, 2);
+                add_channels(own, keys, from + d, query + d, head_dim, LANES, true, rows, type);
             }
             if (d < head_dim)
-                add_channels(own, keys, from + d, query + d, head_dim, head_dim - d, false, rows, int8);
+                add_channels(own, keys, from + d, query + d, head_dim, head_dim - d, false, rows, type);
             UNROLL
             for (int r = 0; r < rows; r++)
                 sum[r * 4 + k] = own[r];
@@ -122,7 +120,7 @@ static void softmax(float *scores, int64_t count, float cap, float *maximum, flo
 /* out[rows][columns] += scores * values, for some vectors of columns, the last of which has `left`; the first keys start
  * at zero. */
 INLINE void decode_values(const float *scores, const void *values, int64_t count, int64_t head_dim, bool start,
-                          int64_t left, float *out, const int rows, const int vectors, const bool whole, const bool int8)
+                          int64_t left, float *out, const int rows, const int vectors, const bool whole, const CacheType type)
 {
     F16 sum[ROWS][4];
     UNROLL
@@ -134,7 +132,7 @@ INLINE void decode_values(const float *scores, const void *values, int64_t count
         F16 x[4];
         UNROLL
         for (int c = 0; c < vectors; c++)
-            x[c] = load_cached(int8, values, key * head_dim + c * LANES, whole, left);
+            x[c] = load_cached(type, values, key * head_dim + c * LANES, whole, left);
         UNROLL
         for (int r = 0; r < rows; r++) {
             const F16 score = floats(scores[r * STRIDE + key]);
@@ -152,24 +150,24 @@ INLINE void decode_values(const float *scores, const void *values, int64_t count
 
 /* The same for all columns. A single query has registers for 4 vectors of them everywhere. */
 INLINE void add_values(const float *scores, const void *values, int64_t count, int64_t head_dim, bool start, float *out,
-                       const int rows, const bool int8)
+                       const int rows, const CacheType type)
 {
     const int most = 4 / rows > TILE_VECTORS ? 4 / rows : TILE_VECTORS;
     for (int64_t column = 0, vectors; column < head_dim; column += vectors * LANES) {
         const int64_t left = head_dim - column;
-        const void *value = (const char *)values + column * (int64_t)(int8 ? sizeof(int8_t) : sizeof(float));
+        const void *value = (const char *)values + column * element_bytes(type);
         float *to = out + column;
         vectors = max64(1, min64(left / LANES, most));
         if (left < LANES)
-            decode_values(scores, value, count, head_dim, start, left, to, rows, 1, false, int8);
+            decode_values(scores, value, count, head_dim, start, left, to, rows, 1, false, type);
         else if (vectors == 1)
-            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 1, true, int8);
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 1, true, type);
         else if (vectors == 2)
-            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 2, true, int8);
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 2, true, type);
         else if (vectors == 3)
-            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 3, true, int8);
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 3, true, type);
         else
-            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 4, true, int8);
+            decode_values(scores, value, count, head_dim, start, LANES, to, rows, 4, true, type);
     }
 }
 
@@ -181,7 +179,7 @@ typedef struct {
     float *out, *maximum, *total; /* [rows, head_dim], [rows], [rows] */
 } Range;
 
-INLINE void attend(const Range *range, const int rows, const bool int8)
+INLINE void attend(const Range *range, const int rows, const CacheType type)
 {
     const AttentionPlan *plan = range->plan;
     const AttentionCall *call = plan->call;
@@ -191,26 +189,28 @@ INLINE void attend(const Range *range, const int rows, const bool int8)
         next = run_end(plan, key, end);
         int64_t place = place_of(plan, range->row, range->kv_head, key);
         decode_scores(range->query, cache_at(call, call->present_key, place), cache_at(call, call->present_value, place),
-                      next - key, head_dim, scores + key - from, rows, int8);
+                      next - key, head_dim, scores + key - from, rows, type);
     }
     for (int r = 0; r < rows; r++)
         softmax(scores + r * STRIDE, range->count, plan->cap, range->maximum + r, range->total + r);
     for (int64_t key = from, next; key < end; key = next) {
         next = min64(run_end(plan, key, end), key + CACHED);
         const void *values = cache_at(call, call->present_value, place_of(plan, range->row, range->kv_head, key));
-        add_values(scores + key - from, values, next - key, head_dim, key == from, range->out, rows, int8);
+        add_values(scores + key - from, values, next - key, head_dim, key == from, range->out, rows, type);
     }
 }
 
 /* The same for each number of query heads that are done together, and each kind of cache. */
-#define ATTEND(rows)                                                                 \
-    static void attend_##rows(const Range *range) { attend(range, rows, false); }    \
-    static void attend_int8_##rows(const Range *range) { attend(range, rows, true); }
+#define ATTEND(rows)                                                                        \
+    static void attend_##rows(const Range *range) { attend(range, rows, CACHE_FLOAT); }     \
+    static void attend_half_##rows(const Range *range) { attend(range, rows, CACHE_HALF); } \
+    static void attend_int8_##rows(const Range *range) { attend(range, rows, CACHE_INT8); }
 ATTEND(1)
 ATTEND(2)
 ATTEND(3)
 ATTEND(4)
 static void (*const ATTEND[][ROWS])(const Range *) = {{attend_1, attend_2, attend_3, attend_4},
+                                                      {attend_half_1, attend_half_2, attend_half_3, attend_half_4},
                                                       {attend_int8_1, attend_int8_2, attend_int8_3, attend_int8_4}};
 
 static void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head)
@@ -239,7 +239,7 @@ static void decode_task(const AttentionPlan *plan, int64_t index)
                        .out = out + at * head_dim,
                        .maximum = maximum + at,
                        .total = maximum + call->heads + at};
-        ATTEND[is_int8(call)][rows - 1](&range);
+        ATTEND[call->cache_type][rows - 1](&range);
     }
 }
 

@@ -57,21 +57,29 @@ static inline int64_t first_key(const AttentionCall *call, int64_t position)
     return call->window > 0 ? max64(0, position + 1 - call->window) : 0;
 }
 
-/* Whether the cache is in int8. */
-static inline bool is_int8(const AttentionCall *call) { return call->key_scale != NULL; }
+static inline bool is_int8(const AttentionCall *call) { return call->cache_type == CACHE_INT8; }
+
+/* Bytes of an element of a cache. */
+INLINE int64_t element_bytes(const CacheType type)
+{
+    return type == CACHE_FLOAT ? (int64_t)sizeof(float) : type == CACHE_HALF ? 2 : 1;
+}
 
 /* The memory of a cache from an element on. */
 static inline void *cache_at(const AttentionCall *call, const void *cache, int64_t element)
 {
-    return (char *)cache + element * (int64_t)(is_int8(call) ? sizeof(int8_t) : sizeof(float));
+    return (char *)cache + element * element_bytes(call->cache_type);
 }
 
 /* 16 elements of a cache as they are stored; if not `whole`, the first `left` of them, and zeros. */
-INLINE F16 load_cached(const bool int8, const void *cache, int64_t element, const bool whole, int64_t left)
+INLINE F16 load_cached(const CacheType type, const void *cache, int64_t element, const bool whole, int64_t left)
 {
     const int8_t *byte = (const int8_t *)cache + element;
-    if (int8)
+    const uint16_t *half = (const uint16_t *)cache + element;
+    if (type == CACHE_INT8)
         return to_floats(whole ? load_signed(byte) : load_signed_some(byte, left));
+    if (type == CACHE_HALF)
+        return whole ? load_halves(half) : load_some_halves(half, left);
     return load_up_to(whole, (const float *)cache + element, left);
 }
 

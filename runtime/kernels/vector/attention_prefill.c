@@ -23,7 +23,7 @@ typedef struct {
     int32_t first[TILE], last[TILE];                /* the keys that a row attends to: first <= key < last */
     int32_t all_from[VECTORS], all_to[VECTORS];     /* those that all rows of a vector attend to */
     F16 maximum[VECTORS], total[VECTORS];
-    float wide[BLOCK * MAX_HEAD_DIM]; /* the keys of a block in int8, then its values, as floats */
+    float wide[BLOCK * MAX_HEAD_DIM]; /* the keys of a block, then its values, as floats */
 } Tile;
 
 /* scores[key][rows] of 6 keys and COUNT vectors of rows. */
@@ -221,30 +221,40 @@ static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, i
 
 static const float ONES[BROADCASTS] = {1, 1, 1, 1, 1, 1}; /* the first run of a block has rescaled the sums */
 
+INLINE void widen_cache(const CacheType type, const void *from, int64_t count, float *to)
+{
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        store(to + i, load_cached(type, from, i, true, LANES));
+    if (i < count)
+        store_some(to + i, count - i, load_cached(type, from, i, false, count - i));
+}
+
 /* Positions start..end of a cache, in floats: as they lie, or widened to follow one another. A place in them is that of
  * float_at. */
 static const float *floats_of(const AttentionPlan *plan, Tile *tile, const void *cache, int64_t row, int64_t kv_head,
                               int64_t start, int64_t end)
 {
+    const CacheType type = plan->call->cache_type;
     int64_t head_dim = plan->call->head_dim;
-    if (!is_int8(plan->call))
+    if (type == CACHE_FLOAT)
         return cache;
     for (int64_t position = start, next; position < end; position = next) {
         next = run_end(plan, position, end);
-        const int8_t *from = (const int8_t *)cache + place_of(plan, row, kv_head, position);
+        const void *from = cache_at(plan->call, cache, place_of(plan, row, kv_head, position));
         float *to = tile->wide + (position - start) * head_dim;
-        int64_t count = (next - position) * head_dim, i = 0;
-        for (; i + LANES <= count; i += LANES)
-            store(to + i, load_cached(true, from, i, true, LANES));
-        if (i < count)
-            store_some(to + i, count - i, load_cached(true, from, i, false, count - i));
+        if (type == CACHE_HALF)
+            widen_cache(CACHE_HALF, from, (next - position) * head_dim, to);
+        else
+            widen_cache(CACHE_INT8, from, (next - position) * head_dim, to);
     }
     return tile->wide;
 }
 
 static int64_t float_at(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t start, int64_t position)
 {
-    return is_int8(plan->call) ? (position - start) * plan->call->head_dim : place_of(plan, row, kv_head, position);
+    const bool as_they_lie = plan->call->cache_type == CACHE_FLOAT;
+    return as_they_lie ? place_of(plan, row, kv_head, position) : (position - start) * plan->call->head_dim;
 }
 
 /* One block of keys start..end, all of which some row of the tile sees. */
@@ -281,7 +291,7 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_b
         int64_t low = max64(start, tile->first[row]), high = min64(end, tile->last[end_row]);
         const float *factor = tile->factor + row;
         for (int64_t next; low < high; low = next, factor = ONES) {
-            next = is_int8(plan->call) ? high : run_end(plan, low, high);
+            next = plan->call->cache_type != CACHE_FLOAT ? high : run_end(plan, low, high);
             const float *scores = tile->scores + (low - start) * TILE + row;
             const float *at = values + float_at(plan, row_of_batch, kv_head, start, low);
             (rows == 6 ? add_six : add_four)(scores, at, next - low, head_dim, factor, tile->sums + row * head_dim);

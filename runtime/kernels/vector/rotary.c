@@ -58,6 +58,17 @@ static void quantize_head(const float *x, const float *scale, int64_t head_dim, 
     }
 }
 
+/* One head's numbers in half precision; those beyond its range become its largest. */
+static void halve_head(const float *x, int64_t head_dim, uint16_t *out)
+{
+    const F16 most = floats(65504);
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+        const F16 value = load_some(x + d, head_dim - d);
+        const F16 within = smaller(larger(value, floats(-65504)), most);
+        store_halves(out + d, choose(is_equal(value, value), within, value), head_dim - d);
+    }
+}
+
 static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t from, int64_t to)
 {
     const AttentionCall *call = plan->call;
@@ -67,11 +78,16 @@ static void append_tokens(const AttentionPlan *plan, int64_t row, int64_t kv_hea
         int64_t offset = (first_token(call, row) + token) * plan->kv_width + kv_head * head_dim;
         int64_t place = place_of(plan, row, kv_head, past + token);
         void *key = cache_at(call, call->present_key, place), *value = cache_at(call, call->present_value, place);
-        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, is_int8(call) ? rotated : key);
+        const bool as_is = call->cache_type == CACHE_FLOAT;
+        rotate_head(call, plan->key + offset, rotary_row_of(call, row, token), 1.0f, as_is ? key : rotated);
         if (is_int8(call)) {
             quantize_head(rotated, call->key_scale + kv_head * head_dim, head_dim, key);
             quantize_head(plan->value + offset, call->value_scale + kv_head * head_dim, head_dim, value);
-        } else
+        } else if (as_is) {
             memcpy(value, plan->value + offset, (size_t)head_dim * sizeof(float));
+        } else {
+            halve_head(rotated, head_dim, key);
+            halve_head(plan->value + offset, head_dim, value);
+        }
     }
 }

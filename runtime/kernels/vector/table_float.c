@@ -12,13 +12,6 @@ enum {
     HALF_AHEAD = 4096, /* bytes that are fetched ahead */
 };
 
-INLINE F16 load_some_halves(const uint16_t *x, int64_t left)
-{
-    uint16_t some[LANES] = {0};
-    memcpy(some, x, (size_t)left * sizeof *x);
-    return load_halves(some);
-}
-
 /* `rows` rows of activations, one or two, times `outputs` rows of the table. */
 INLINE void half_tile(const int rows, const int outputs, const TableParams *params, const TableCall *call, int64_t row,
                       int64_t output)

@@ -205,6 +205,24 @@ INLINE F16 load_halves(const uint16_t *x)
     return r;
 }
 
+/* The first `left` of them, at most 16, and zeros. */
+INLINE F16 load_some_halves(const uint16_t *x, int64_t left)
+{
+    uint16_t some[LANES] = {0};
+    memcpy(some, x, (size_t)(left < LANES ? left : LANES) * sizeof *x);
+    return load_halves(some);
+}
+
+/* Numbers to half precision, the nearest or even, the first `left` of them. */
+INLINE void store_halves(uint16_t *x, F16 v, int64_t left)
+{
+    uint16_t some[LANES];
+    uint16_t *to = left < LANES ? some : x;
+    EACH_PART part_store_halves(to + i * PART_LANES, v.part[i]);
+    if (left < LANES)
+        memcpy(x, some, (size_t)left * sizeof *x);
+}
+
 /* Integers within -128 and 127 to bytes, the first `left` of them. */
 INLINE void store_bytes(int8_t *x, I16 v, int64_t left)
 {

@@ -54,8 +54,9 @@ def norm_width(model: bytes) -> int | None:
     """The width of an ONNX model's first norm, that of the residual stream; None without one. Raises ValueError."""
     tensors = all_tensors(model)
     for node in _nodes(model):
-        if "Normalization" in node.operator and len(node.inputs) > 1 and node.inputs[1] in tensors:
-            return tensors[node.inputs[1]].dims[-1]
+        weights = [tensors[name] for name in node.inputs[1:] if name in tensors]  # behind what is added before, if any
+        if "Normalization" in node.operator and weights:
+            return weights[0].dims[-1]
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,9 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     sizes = {MANIFEST_NAME: bundle.manifest_bytes}
     sizes |= {name: record.bytes for name, record in manifest.files.items()}
     weights = manifest.files.get(WEIGHTS_NAME)
-    token_bytes, specialized = _bytes_per_token(manifest.kv_cache), manifest.specialized
+    specialized = manifest.specialized
+    spec = dataclasses.replace(bundle, specialized=specialized).kv_cache
+    token_bytes = _bytes_per_token(spec)
     cache_bytes = token_bytes * manifest.model.max_context
     if max(cache_bytes, 0 if specialized is None else specialized.bytes) >= LARGEST_SIZE:
         raise BundleError(f"{bundle.folder / MANIFEST_NAME}: its sizes are impossible: export the bundle again")
@@ -124,7 +127,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         files=dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))),
         bytes=sum(sizes.values()),
         bits_per_weight=None if weights is None else 8 * weights.bytes / manifest.model.parameters,
-        kv_cache=manifest.kv_cache,
+        kv_cache=spec,
         cache_bytes_per_token=token_bytes,
         cache_bytes=cache_bytes,
         states=manifest.states,
