@@ -12,7 +12,6 @@ import numpy as np
 
 from satchel.runtime.execution.state import Logits
 
-
 MOST_SENT = 8
 """Results on their way to the first rank, which takes them when it is between two runs; the last stage goes on."""
 
