@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,12 @@ from satchel.export.checkpoint.tokenizer import notes_on
 from satchel.export.config import STORED, ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.forecast import check_disk, forecast
+from satchel.export.quantize.budget import budget_of, check_budget, find_recipe, with_recipe
 from satchel.export.quantize.flow import fresh
 from satchel.export.quantize.keeping import kept_recipe, resolve, stored_grids, to_round
 from satchel.export.quantize.overflow import find_too_large, overflow_warnings
 from satchel.export.quantize.quantize import pieces, quantize
+from satchel.export.quantize.sensitivity import count
 from satchel.export.quantize.texts import open_texts
 from satchel.export.recipes import recipe_of
 from satchel.export.recipes.fit import fit_recipe
@@ -45,6 +45,7 @@ from satchel.export.writing.certify import certify
 from satchel.export.writing.checked_graphs import check_attached, check_logits
 from satchel.export.writing.publish import check_target, staged
 from satchel.export.writing.resume import ROUNDING, check_resumes, scratch
+from satchel.export.writing.self_check import self_check
 from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.float32_islands import too_large
 from satchel.graphs.ir import pipeline
@@ -111,6 +112,9 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     recipe = kept_recipe(recipe_of(config), config, grids, to_round(checkpoint))
     if recipe is not None:
         recipe = fit_recipe(recipe, checkpoint)
+    budget = budget_of(config, checkpoint.parameters)
+    if budget is not None and recipe is not None:
+        check_budget(budget, recipe, checkpoint)
     with _named_errors(checkpoint.name, config.output):
         texts = open_texts(checkpoint, config, recipe)
     left = check_resumes(checkpoint, config)
@@ -126,6 +130,13 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
             common, report = lower(model, checkpoint, config, recipe, grids)
         if note := latent_note(common, report):
             stages.say(note)
+        if budget is not None and recipe is not None and texts.calibration is not None:
+            with stages.stage("measuring the layers"), stages.steps(count(common), "measuring") as bar:
+                recipe, text = find_recipe(
+                    common, recipe, budget, texts.calibration, folder / ROUNDING, bar, checkpoint.name
+                )
+            checkpoint = with_recipe(checkpoint, text)
+            common, report = lower(model, checkpoint, config, recipe, grids)
         quantized = None
         if recipe is not None:
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
@@ -142,7 +153,7 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
             with stages.stage("writing the bundle"):
                 manifest = write_bundle(bundle, checkpoint, config, models, quantized, report, stages.bytes)
             with stages.stage("checking the bundle"):
-                _self_check(bundle, config)
+                self_check(bundle, config)
             if config.certificate:
                 with stages.stage("measuring the bundle"):
                     manifest = certify(bundle, common, texts, folder / "certificate", config.custom_ops)
@@ -297,6 +308,7 @@ def lower_phases(
 def _skipped(config: ExportConfig, recipe: Recipe | None) -> set[str]:
     """The stages that an export does not have."""
     skipped = set() if config.certificate else {"measuring the bundle"}
+    skipped |= set() if config.budgeted else {"measuring the layers"}
     return skipped if recipe is not None else {"rounding the weights", *skipped}
 
 
@@ -351,15 +363,3 @@ def _named_errors(name: str, output: Path) -> Iterator[None]:
         raise ExportError(
             f"{name}: {place} cannot be written ({error.strerror}): free space or choose another"
         ) from error
-
-
-def _self_check(folder: Path, config: ExportConfig) -> None:
-    """Run the bundle as a user will: in a process of its own, without torch."""
-    command = [sys.executable, "-m", "satchel.runtime.evaluation.selftest", str(folder), *map(str, config.custom_ops)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise ExportError(
-            f"the exported bundle does not run: {lines[-1] if lines else 'no message'}; "
-            f"nothing was written: {'look at your --pass' if config.passes else 'report this model to satchel'}"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ PRECISIONS = ("int8", "int4", "a8w8", "a16w8", "a16w4", "fp16", "fp32", STORED)
 FLOAT_PRECISIONS = ("fp32", "fp16")
 QUICK_PRECISIONS = ("int8", "a8w8", "a16w8", STORED)
 """Precisions that lose little without calibration; their default effort is quick."""
+
+BUDGET_PRECISION = "int4"
+"""The precision whose recipe a mixture within a budget starts from."""
 
 EFFORTS = ("quick", "normal")
 KV_CACHES = ("float", "int8")
@@ -70,6 +74,9 @@ class ExportConfig:
             inputs run GPTQ on a few random token ids. None for the default: quick for 8 bits, normal for 4 bits and
             wherever a recipe or a calibration text is given. It stays None in float.
         recipe: A recipe to use instead of the precision's own: a TOML file, or the name of a shipped one.
+        bits: Find the recipe: the mixture of precisions that loses least with at most so many bits for each of the
+            model's parameters, all of the weight file included.
+        size: The same with at most so many megabytes (1e6 bytes) of weights.
         calibrate: A text to calibrate on instead of the shipped one.
         certificate: Measure the bundle against the float model, and write the figures into its manifest.
         eval_text: A text to measure on instead of the shipped one.
@@ -103,6 +110,8 @@ class ExportConfig:
     latent_cache: str | None = None
     effort: str | None = None
     recipe: str | Path | None = None
+    bits: float | None = None
+    size: float | None = None
     calibrate: Path | None = None
     certificate: bool = True
     eval_text: Path | None = None
@@ -120,6 +129,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        self._check_budget()
         if self.keep_stored is None:
             object.__setattr__(self, "keep_stored", not self.precision and self.recipe is None)
         if not self.precision and self.target in TARGETS:
@@ -152,6 +162,29 @@ class ExportConfig:
             raise ExportError(f"--adapters {self.adapter_form} requires adapters: give --adapter NAME=FOLDER")
         if self.max_context is not None and self.max_context < 1:
             raise ExportError(f"--max-context {self.max_context}: give at least 1 position")
+
+    def _check_budget(self) -> None:
+        """Check --bits and --size, and set the precision that their mixtures start from. Raises ExportError."""
+        for option, value, unit in (("--bits", self.bits, "bits per weight"), ("--size", self.size, "megabytes")):
+            if value is None:
+                continue
+            if not (math.isfinite(value) and value > 0):
+                raise ExportError(f"{option} {value:g}: give a number of {unit} above 0")
+            if self.precision not in ("", BUDGET_PRECISION):
+                raise ExportError(
+                    f"{option} {value:g} chooses the precision of each layer: leave out --precision {self.precision}"
+                )
+            for other, given in (
+                ("--recipe", self.recipe),
+                ("--effort", self.effort if self.effort == "quick" else None),
+            ):
+                if given is not None:
+                    raise ExportError(
+                        f"{option} {value:g} and {other} {given} are mutually exclusive: leave one of them out"
+                    )
+            object.__setattr__(self, "precision", BUDGET_PRECISION)
+        if self.bits is not None and self.size is not None:
+            raise ExportError("--bits and --size are mutually exclusive: leave one of them out")
 
     def _check_target(self) -> None:
         """Check what depends on the target. Raises ExportError."""
@@ -203,6 +236,11 @@ class ExportConfig:
         if self.calibrate is not None and not self.reads_calibration_text:
             chosen = f"--effort {self.effort}" if self.quantized else f"--precision {self.precision}"
             raise ExportError(f"--calibrate does not go with {chosen}, which needs no calibration text: leave it out")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the recipe is found, within a budget."""
+        return self.bits is not None or self.size is not None
 
     @property
     def named_output(self) -> Path:

@@ -14,6 +14,7 @@ STAGES = (
     "opening the checkpoint",
     "tracing the model",
     "optimizing the graphs",
+    "measuring the layers",
     "rounding the weights",
     "writing the bundle",
     "checking the bundle",

@@ -1,1 +1,1 @@
-"""The commands of the exporter: export, sensitivity and check."""
+"""The commands of the exporter: export and check."""

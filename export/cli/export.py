@@ -35,6 +35,7 @@ example:
   satchel export SmolLM2-135M-Instruct/
   satchel export model.gguf -o bundle -p fp32 --max-context 2048
   satchel export SmolLM2-135M-Instruct/ -o smollm2-int4 -p int4 --kv-cache int8
+  satchel export SmolLM2-135M-Instruct/ -o smollm2-5 --bits 5
   satchel export my_model.py:build -o bundle --tokenizer tokenizer.json"""
 
 
@@ -79,6 +80,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="FILE", help="the precision of each layer: a TOML file, or the name of a shipped recipe"
     )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--bits",
+        metavar="N",
+        type=float,
+        help="find the recipe that loses least with at most N bits per weight, such as 5.5, and keep it in the bundle",
+    )
+    budget.add_argument("--size", metavar="MB", type=float, help="the same with at most so many megabytes of weights")
     parser.add_argument("--calibrate", metavar="TEXT", type=Path, help="the calibration text (default: a shipped one)")
     parser.add_argument(
         "--eval-text",
@@ -198,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
         calibrate=args.calibrate, certificate=args.certificate, effort=args.effort, eval_text=args.eval_text,
         passes=tuple(args.passes), custom_ops=tuple(args.custom_ops), prefill_lengths=args.prefill_lengths,
         adapters=tuple(args.adapters), layout=args.layout, weights=args.weights, adapter_form=args.adapter_form,
-        embeddings=args.embeddings, resume=args.resume,
+        embeddings=args.embeddings, resume=args.resume, bits=args.bits, size=args.size,
     )  # fmt: skip
     start = time.monotonic()
     if not is_asked(args):

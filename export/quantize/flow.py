@@ -71,6 +71,8 @@ class Flow:
         self._inputs = {str(v.name): v for v in model.graph.inputs}
         self._head: Segment | None = None
         self._journaled = False
+        self._branch = False
+        self._sessions: dict[str, ort.InferenceSession] | None = {} if keep else None
 
     def run(
         self,
@@ -103,51 +105,66 @@ class Flow:
             later |= set(self._head.reads if self._head else ()) | {LOGITS}
             weights = {} if not segment.weights else self._weights(segment, visit)
             self._run(segment, weights, later, observe, observed)
-            past = [name for name in self._values if name not in later and not self._keep]
+            past = [name for name in self._values if name not in later and (self._branch or not self._keep)]
             if journal is not None:  # before files are removed, so that it never names one that is gone
                 self._note(journal, index + 1, past)
             for name in past:
                 self._drop(name)
             progress(1)
 
-    def branch(self, folder: Path) -> Flow:
-        """Return a flow that starts from the values this one kept, and stores its own values in `folder`."""
+    def branch(self) -> Flow:
+        """Return a flow that starts from the values this one kept, and has its own values in memory.
+
+        Both share the sessions of segments, which take their weights as inputs.
+        """
         other = copy.copy(self)
-        other.folder, other._values = folder, dict(self._values)
+        other._values, other._branch = dict(self._values), True
         return other
 
     def pieces(self) -> list[str]:
         """Return the name of the first node of each segment, without the head."""
         return [str(segment.head.name) for segment in split(self.model, [LOGITS])[:-1]]
 
-    def logits(self, index: int) -> NDArray[np.float32]:
-        """Return the logits of one batch of windows, [batch, length, vocabulary] float32, after `run`."""
+    def logits(self, index: int, replaced: Mapping[str, NDArray[Any]] | None = None) -> NDArray[np.float32]:
+        """Return the logits of one batch of windows, [batch, length, vocabulary] float32, after `run`.
+
+        `replaced` are weights by name to take for the head's own.
+        """
         if self._head is None:
             return np.asarray(self._load(self._values[LOGITS][index]), np.float32)
-        weights = {name: self._materialized(name, lazy) for name, lazy in self._head.weights.items()}
+        weights = dict(replaced or {})
+        weights = {
+            name: weights[name] if name in weights else self._materialized(name, lazy)
+            for name, lazy in self._head.weights.items()
+        }
         (logits,) = self._session(self._head, index).run([LOGITS], self._feeds(self._head, index) | weights)
         return np.asarray(logits, np.float32)
 
-    def _weights(self, segment: Segment, visit: Visit) -> dict[str, NDArray[Any]]:
-        head = segment.head
-        name = next(
-            (str(v.name) for v in head.inputs if v is not None and v.name in segment.reads and v.name in self._values),
-            None,
-        )
+    def head(self) -> tuple[ir.Node, Inputs] | None:
+        """The node that multiplies by the head's weight, and its inputs, after `run`; None if that weight is small."""
+        return None if self._head is None else (self._head.head, self._inputs_of(self._head))
+
+    def _inputs_of(self, segment: Segment) -> Inputs:
+        """The inputs of the node that reads a segment's large weights."""
+        read = (v.name for v in segment.head.inputs if v is not None and v.name in segment.reads)
+        name = next((str(name) for name in read if name in self._values), None)
 
         def inputs() -> Iterator[NDArray[np.float32]]:
             for stored in self._values[str(name)]:
                 array = self._load(stored)
                 yield array.reshape(-1, array.shape[-1])
 
-        replaced = visit(head, inputs)
+        return inputs
+
+    def _weights(self, segment: Segment, visit: Visit) -> dict[str, NDArray[Any]]:
+        replaced = dict(visit(segment.head, self._inputs_of(segment)))
+        if segment.head.op_type == "Gather":  # reads only the rows that are looked up
+            return replaced
         kept = {key: lazy for key, lazy in segment.weights.items() if key not in replaced}
-        if head.op_type == "Gather":  # reads only the rows that are looked up
-            return {}
         return {**replaced, **{key: self._materialized(key, lazy) for key, lazy in kept.items()}}
 
     def _materialized(self, name: str, lazy: LazyWeight) -> NDArray[Any]:
-        if lazy.nbytes <= MAPPED_BYTES:
+        if lazy.nbytes <= MAPPED_BYTES and not self._keep:  # branches read a weight many times
             return np.ascontiguousarray(lazy.numpy())
         path = self.folder / f"weight-{_file_name(name)}"
         if not path.exists():
@@ -169,7 +186,7 @@ class Flow:
         for index in range(self.batches):
             feeds = self._feeds(segment, index)
             if lookup:
-                feeds |= _looked_up(segment, feeds)
+                feeds |= _looked_up(segment, feeds, weights)
             if session is None:
                 session = self._session_for(segment, feeds | weights, lookup)
             used = {i.name for i in session.get_inputs()}
@@ -186,6 +203,15 @@ class Flow:
         return self._session_for(segment, self._feeds(segment, index) | weights, False)
 
     def _session_for(self, segment: Segment, feeds: Mapping[str, NDArray[Any]], lookup: bool) -> ort.InferenceSession:
+        """The session of a segment; a flow that keeps its values keeps its sessions too, for its branches."""
+        if self._sessions is None:
+            return self._opened(segment, feeds, lookup)
+        name = str(segment.head.name)
+        if name not in self._sessions:
+            self._sessions[name] = self._opened(segment, feeds, lookup)
+        return self._sessions[name]
+
+    def _opened(self, segment: Segment, feeds: Mapping[str, NDArray[Any]], lookup: bool) -> ort.InferenceSession:
         if lookup:  # its output is fed as an input
             first = segment.head.outputs[0]
             segment = Segment(segment.nodes[1:], (*segment.reads, str(first.name)), {}, segment.keeps)
@@ -193,9 +219,10 @@ class Flow:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = machine_cores()  # see satchel.export.threads
-        if machine_cores() > default_threads():
+        if machine_cores() > default_threads() or self._sessions is not None:  # many sessions would spin at once
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.enable_cpu_mem_arena = self._sessions is None  # many sessions would each keep their largest run's
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def _feeds(self, segment: Segment, index: int) -> dict[str, NDArray[Any]]:
@@ -230,7 +257,7 @@ class Flow:
         return int(state["done"])
 
     def _store(self, name: str, index: int, array: NDArray[Any]) -> Path | NDArray[Any]:
-        if array.nbytes < 1 << 16 and not self._journaled:
+        if self._branch or (array.nbytes < 1 << 16 and not self._journaled):
             return array
         path = self.folder / f"{_file_name(name)}-{index}.npy"
         np.save(path, array)
@@ -241,15 +268,20 @@ class Flow:
 
     def _drop(self, name: str) -> None:
         for stored in self._values.pop(name):
-            if isinstance(stored, Path):
+            if isinstance(stored, Path) and not self._branch:  # those of a branch are of the flow that it came from
                 stored.unlink()
 
 
-def _looked_up(segment: Segment, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def _looked_up(
+    segment: Segment, feeds: Mapping[str, NDArray[Any]], replaced: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
     """Compute the embedding lookup that a segment starts with, reading only the rows needed."""
     table, ids = (str(value.name) for value in segment.head.inputs[:2] if value is not None)
     wanted, places = np.unique(feeds[ids].astype(np.int64), return_inverse=True)
-    rows = np.concatenate([segment.weights[table].rows(int(i), int(i) + 1) for i in wanted])
+    if table in replaced:
+        rows = replaced[table][wanted]
+    else:
+        rows = np.concatenate([segment.weights[table].rows(int(i), int(i) + 1) for i in wanted])
     return {str(segment.head.outputs[0].name): rows[places.reshape(feeds[ids].shape)]}
 
 

@@ -28,10 +28,14 @@ class Feedback:
 
     Args:
         moments: The sum of x x^T over the layer's inputs x, [inputs, inputs] float32.
+
+    Attributes:
+        squares: Their diagonal: how much each input is used, [inputs].
     """
 
     def __init__(self, moments: NDArray[np.float32]) -> None:
         second = torch.from_numpy(moments).double()
+        self.squares = np.ascontiguousarray(moments.diagonal())
         diagonal = second.diagonal()
         self._never = diagonal <= 0
         diagonal[self._never] = 1.0
@@ -41,6 +45,21 @@ class Feedback:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
         self._upper = torch.linalg.cholesky(inverse, upper=True).float()
         self._moments = second.float()  # of the inputs in order
+
+    @property
+    def importance(self) -> NDArray[np.float32]:
+        """What an error of each weight costs after the inputs that are rounded later made up for it, [inputs].
+
+        It is the mean square of what those inputs do not explain, times the number of inputs: the pivots of H.
+        """
+        pivots = torch.empty(len(self._order))
+        pivots[self._order] = self._upper.diagonal() ** -2
+        return pivots.numpy()
+
+    def error(self, difference: NDArray[np.float32]) -> float:
+        """The squared error of all outputs, e^T H e for each output's difference e of weights, [outputs, inputs]."""
+        moved = self._ordered(difference)
+        return float((moved * (self._moments @ moved)).sum(dtype=torch.float64))
 
     def round(self, weight: NDArray[np.float32], grid: Grid) -> NDArray[np.int16]:
         """Round a weight [outputs, inputs] to `grid`, one input after another; returns the quantized values.

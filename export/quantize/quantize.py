@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from numpy.typing import NDArray
 
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
-from satchel.export.quantize.flow import Flow, Inputs, fresh
+from satchel.export.quantize.flow import Flow, Inputs
 from satchel.export.quantize.gptq import SWEEPS, Feedback
-from satchel.export.quantize.kept import RoundedWeights, load, save
+from satchel.export.quantize.kept import RoundedWeights
 from satchel.export.quantize.kv_scales import cache_scales
+from satchel.export.quantize.observe import BATCH, Progress, batched, observed
 from satchel.export.quantize.texts import QUICK_WINDOWS
-from satchel.graphs.analysis.channels import gated_input
 from satchel.graphs.analysis.segments import split
 from satchel.graphs.ir import pipeline
-from satchel.graphs.ir.contract import Refused
 from satchel.graphs.ir.inputs import cached_layers
 from satchel.graphs.ir.pipeline import Done
 from satchel.graphs.ir.values import MICROSOFT, nodes, weight
@@ -35,15 +33,13 @@ from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
 from satchel.graphs.quant.rounding import Grid, fit_grid
 from satchel.graphs.quant.stored import STORED, StoredGrid, grid_of
 from satchel.graphs.targets.steps import ROTATE, equalize_steps
-from satchel.runtime.bundle.contract import present_names
-
-Progress = Callable[[int], Any]
 
 ROWS = 4096
 """Number of outputs whose scales are searched at a time."""
 
-BATCH = 4
-"""Windows per batch."""
+LOOKUP_SHARE = 0.1
+"""How much a looked-up row's error counts beside that of the logits, in a table that is also the head: the fraction of
+the mean second moment of the head's inputs that is added to each."""
 
 
 def quantize(
@@ -82,7 +78,7 @@ def quantize(
     maxima: dict[str, NDArray[np.float32]] = {}
     statistics: dict[str, NDArray[np.float32]] = {}
     if windows is not None and (config.int8_cache or "smooth" in recipe.transforms):
-        statistics, maxima = _observed(model, windows, folder, config.int8_cache, progress)
+        statistics, maxima = observed(model, windows, folder, config.int8_cache, progress)
     model, ran = pipeline.run(model, equalize_steps(recipe, statistics))
     done += ran
     chosen = rules(model)
@@ -153,58 +149,6 @@ def _inputs(lazy: LazyWeight, node: ir.Node) -> int:
     return lazy.dims[-1] if by_outputs(node) else lazy.dims[0]
 
 
-def _observed(
-    model: ir.Model, windows: NDArray[np.int64], folder: Path, int8_cache: bool, progress: Progress
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """What `_observe` returns, from `folder` if it is there already."""
-    files = folder / "statistics.npz", folder / "maxima.npz"
-    statistics, maxima = map(load, files)
-    if statistics is not None and maxima is not None:
-        progress(len(split(model, [])) - 1)
-        return statistics, maxima
-    shutil.rmtree(folder / "observe", ignore_errors=True)
-    found = _observe(model, windows, folder, int8_cache, progress)
-    for file, arrays in zip(files, found, strict=True):
-        save(file, arrays)
-    return found
-
-
-def _observe(
-    model: ir.Model, windows: NDArray[np.int64], folder: Path, int8_cache: bool, progress: Progress
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """Collect the calibration statistics.
-
-    Returns the RMS of each down projection's input channels, [inputs] by node name, and the max magnitudes of the KV
-    caches, [kv_heads, head_dim] by output name.
-    """
-    statistics: dict[str, NDArray[np.float32]] = {}
-    maxima: dict[str, NDArray[np.float32]] = {}
-
-    def visit(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
-        if _gated(node):
-            sums = [(np.square(x, dtype=np.float32).sum(0, dtype=np.float64), len(x)) for x in inputs()]
-            count = sum(n for _, n in sums)
-            statistics[str(node.name)] = np.sqrt(sum(s for s, _ in sums) / count).astype(np.float32)
-        return {}
-
-    def observe(name: str, array: NDArray[Any]) -> None:
-        largest = np.abs(array).max(axis=(0, 2))
-        maxima[name] = np.maximum(maxima[name], largest) if name in maxima else largest
-
-    caches = [name for layer in cached_layers(model) for name in present_names(layer)] if int8_cache else []
-    flow = Flow(model, _batched(windows), fresh(folder, "observe"), batch=BATCH)
-    flow.run(visit, observe, caches, progress)
-    return statistics, maxima
-
-
-def _gated(node: ir.Node) -> bool:
-    """Whether smoothing considers the node: a down projection, or a node that it refuses as one."""
-    try:
-        return gated_input(node) is not None
-    except Refused:
-        return True
-
-
 def _round(
     model: ir.Model,
     chosen: Mapping[str, Rule],
@@ -229,9 +173,8 @@ def _round(
             return before
         moments = None
         if rule.rounding == "gptq" and inputs is not None and (not quick or lazy.dims[0] < lazy.dims[-1]):
-            moments = _moments(inputs)
-        stored = kept_grid(lazy, rule, grids)
-        sweeps = 0 if quick else SWEEPS
+            moments = head_moments(inputs, by_outputs(node))
+        stored, sweeps = kept_grid(lazy, rule, grids), 0 if quick else SWEEPS
         return round_weight(
             lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored, sweeps=sweeps
         )
@@ -250,17 +193,27 @@ def _round(
         return replaced
 
     linear = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
+    at_head: tuple[ir.Node, Inputs] | None = None
     if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
-        read = _batched(windows[:QUICK_WINDOWS] if quick else windows)
+        read = batched(windows[:QUICK_WINDOWS] if quick else windows)
         values_between = folder / "round"
         values_between.mkdir(parents=True, exist_ok=True)
         flow = Flow(model, read, values_between, batch=BATCH)
         flow.run(lambda node, inputs: visit(node, inputs) if node.name in linear else {}, journal=folder / "flow.json")
+        at_head = flow.head()
     for node, lazy in quantizable(model):
         if lazy.name in chosen and lazy.name not in results:
-            results[lazy.name] = rounded(node, lazy)
+            results[lazy.name] = rounded(node, lazy, read_by(lazy, at_head))
             progress(1)
     return results
+
+
+def read_by(lazy: LazyWeight, at_head: tuple[ir.Node, Inputs] | None) -> Inputs | None:
+    """The inputs of the head, if it multiplies by this weight."""
+    if at_head is None:
+        return None
+    read = (weight(value) for value in at_head[0].inputs)
+    return at_head[1] if any(found is not None and found.base.name == lazy.base.name for found in read) else None
 
 
 def round_weight(
@@ -297,7 +250,7 @@ def round_weight(
     search = rule.rounding != "nearest"
     importance = None if moments is None else np.ascontiguousarray(moments.diagonal())
     feedback = None if moments is None else Feedback(moments)
-    for start, part in _parts(lazy, by_outputs, inputs):
+    for start, part in weight_parts(lazy, by_outputs, inputs):
         if stored is not None:
             grid = stored.part(start, start + len(part))
             codes[start : start + len(part)] = _codes_on(grid, part, lazy)
@@ -340,7 +293,7 @@ def _codes_on(grid: Grid, part: NDArray[np.float32], lazy: LazyWeight) -> NDArra
     return codes
 
 
-def _parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def weight_parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield the weight as [outputs, inputs] in parts, each with the index of its first output."""
     if not by_outputs:
         whole = np.ascontiguousarray(lazy.numpy().T)
@@ -360,7 +313,7 @@ def values(quantized: QuantizedWeight) -> NDArray[np.float32]:
     return quantized.grid.values(quantized.codes.astype(np.int16))
 
 
-def _moments(inputs: Inputs) -> NDArray[np.float32]:
+def moments_of(inputs: Inputs) -> NDArray[np.float32]:
     """The sum of x x^T over the inputs x, [width, width]."""
     total: torch.Tensor | None = None
     for x in inputs():
@@ -369,6 +322,14 @@ def _moments(inputs: Inputs) -> NDArray[np.float32]:
     if total is None:
         raise ValueError("the layer has no inputs")
     return total.numpy()
+
+
+def head_moments(inputs: Inputs, table: bool) -> NDArray[np.float32]:
+    """`moments_of` the inputs; of a `table` that is the head and is looked up too, each row also for itself."""
+    moments = moments_of(inputs)
+    if table:
+        moments += np.diag(np.full(len(moments), LOOKUP_SHARE * np.trace(moments) / len(moments), np.float32))
+    return moments
 
 
 def _caches_fit(model: ir.Model) -> None:
@@ -382,11 +343,6 @@ def _caches_fit(model: ir.Model) -> None:
             f"--kv-cache int8: the layer of {node.name} cannot use GroupQueryAttention, the only operator that "
             "supports an int8 cache: use --kv-cache float"
         )
-
-
-def _batched(windows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Drop the windows that do not fill a batch."""
-    return windows[: max(BATCH, len(windows) // BATCH * BATCH)]
 
 
 def pieces(model: ir.Model, recipe: Recipe, config: ExportConfig) -> int:

@@ -24,20 +24,13 @@ from satchel.export.writing.describe import describe
 from satchel.export.writing.genai_config import genai_config
 from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
-from satchel.graphs.ir.weights import LazyWeight, stored
+from satchel.graphs.ir.weights import LazyWeight, aligned, stored
 from satchel.graphs.passes.adapt.attach_adapters import adapter_inputs
 from satchel.graphs.quant.quantized import LAYOUT, Quantized
 from satchel.runtime.bundle.contract import BLOCK_TABLE, ROW_OFFSETS, TEXT_LENGTH, WEIGHTS_NAME, Layout
 from satchel.runtime.bundle.graph_specs import TensorSpec
 from satchel.runtime.bundle.layouts import file_name
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, AdapterSpec, FileRecord, Manifest
-
-PAGE, LINE = 4096, 64
-"""Alignment of weights in bytes: a memory page for weights of at least `LARGE` bytes, so that each can be mapped
-separately, and a cache line for smaller ones.
-"""
-
-LARGE = 1 << 20
 
 DEFAULTS: Mapping[str | None, NDArray[Any]] = {
     TEXT_LENGTH: np.zeros((1, 1), np.int64),
@@ -125,10 +118,9 @@ def lay_out(models: Iterable[ir.Model]) -> dict[str, Place]:
                 if (there.weight.dims, there.weight.dtype) != (lazy.dims, lazy.dtype):
                     raise ValueError(f"two weights have the name {lazy.name}: {there.weight} and {lazy}")
                 continue
-            alignment = PAGE if lazy.nbytes >= LARGE else LINE
             layout = lazy.meta.get(LAYOUT)
             file = file_name(layout) if isinstance(layout, Layout) else WEIGHTS_NAME
-            offset = -(-ends[file] // alignment) * alignment
+            offset = aligned(ends[file], lazy.nbytes)
             places[lazy.name] = Place(lazy, offset, file)
             ends[file] = offset + lazy.nbytes
     return places

@@ -24,6 +24,12 @@ from satchel.graphs.ir.low_rank import CHANGES, Change, carry, carry_inputs, car
 BLOCK_BYTES = 32 << 20
 """How many bytes `blocks` hands out at a time."""
 
+PAGE, LINE = 4096, 64
+"""Alignment of stored weights in bytes: a memory page for weights of at least `LARGE` bytes, so that each can be mapped
+separately, and a cache line for smaller ones."""
+
+LARGE = 1 << 20
+
 FOUR_BITS = (np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4))
 
 Rows = Callable[[int, int], np.ndarray]
@@ -357,3 +363,9 @@ def left_multiplied(weight: LazyWeight, matrix: np.ndarray, name: str) -> LazyWe
         columns = lambda a, b: multiply(weight.columns(a, b))  # noqa: E731
     new = LazyWeight(name, weight.dims, weight.dtype, rows, columns, computed=weight.computed)
     return marked_like(carry_inputs(new, weight, lambda low: left_multiplied(low, matrix, low.name)), weight)
+
+
+def aligned(offset: int, nbytes: int) -> int:
+    """The first offset from `offset` on, in bytes, at which a weight of so many bytes may be stored."""
+    step = PAGE if nbytes >= LARGE else LINE
+    return -(-offset // step) * step

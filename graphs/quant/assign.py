@@ -25,6 +25,7 @@ def assign(recipe: Recipe) -> GraphPass:
 
     before: x -> MatMul(W)       ids -> Gather(E)       x -> Experts(gate_up, down)
     after:  the same; W, E, gate_up and down carry their layer's name and the rule that counts for it
+          Marks of an earlier recipe are replaced.
     refuses when: no rule matches, or the rule leaves the layer in float (silently).
     """
 
@@ -32,10 +33,11 @@ def assign(recipe: Recipe) -> GraphPass:
         found = dict(_layers(model))
         for lazy, kind in found.items():
             rule = recipe.rule(layer_name(lazy), kind)
-            if lazy.meta.get(LAYERS) is None:
-                lazy.meta[LAYERS] = (layer_name(lazy),)
-                lazy.meta[RULE] = rule if rule is not None and rule.bits is not None else None
-                report.count += 1
+            marks = {LAYERS: (layer_name(lazy),), RULE: rule if rule is not None and rule.bits is not None else None}
+            if lazy.meta.items() >= marks.items() or len(layers_of(lazy)) > 1:  # marked before, alone or joined
+                continue
+            lazy.meta |= marks
+            report.count += 1
 
     return GraphPass("assign", edit, assign.__doc__ or "")
 

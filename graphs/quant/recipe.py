@@ -164,7 +164,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 def write_recipe(recipe: Recipe, comment: str) -> str:
     """A recipe as TOML, with a comment at its top; `parse_recipe` of it gives the rules again."""
-    lines = [f"# {line}" for line in comment.splitlines()]
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
     lines += [f"{key} = {_toml(value)}" for key, value in _changed(recipe) if key not in ("name", "rules")]
     for rule in recipe.rules:
         lines += ["", "[[rule]]", *(f"{key} = {_toml(value)}" for key, value in _changed(rule))]

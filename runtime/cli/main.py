@@ -37,7 +37,6 @@ COMMANDS = {
     "plan": Command(
         "satchel.export.cli.plan", "estimate memory and speed before an export, on 1 or more devices", False
     ),
-    "sensitivity": Command("satchel.export.cli.sensitivity", "find the layers that need 8 bits", False),
     "shard": Command("satchel.export.cli.shard", "cut a bundle for several devices that run it over MPI"),
     "check": Command("satchel.export.cli.check", "check operator coverage for an execution provider"),
     "run": Command("satchel.runtime.cli.run", "generate text from a prompt or a JSONL file"),

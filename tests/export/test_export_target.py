@@ -62,7 +62,7 @@ def test_a_bundle_that_fails_its_check_is_not_published(
         assert (folder / "weights.bin").is_file()
         raise ExportError("the check says no")
 
-    monkeypatch.setattr("satchel.export.compile._self_check", fail)
+    monkeypatch.setattr("satchel.export.compile.self_check", fail)
     with pytest.raises(ExportError, match="the check says no"):
         export_bundle(tiny_checkpoint, ExportConfig(target, precision="fp32", force=True, certificate=False))
     assert tree(tmp_path) == before
@@ -89,7 +89,7 @@ def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(
     def fail(folder: Path, libraries: object) -> None:
         raise ExportError("the check says no")
 
-    monkeypatch.setattr("satchel.export.compile._self_check", fail)
+    monkeypatch.setattr("satchel.export.compile.self_check", fail)
     with pytest.raises(ExportError, match="the check says no"):
         export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32", certificate=False))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

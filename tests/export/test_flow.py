@@ -137,7 +137,7 @@ def test_a_branch_goes_on_from_the_middle_and_leaves_its_flow_alone(
     flow.run()
     first = flow.pieces().index(name)
     visited: list[str] = []
-    branch = flow.branch(fresh(tmp_path, "branch"))
+    branch = flow.branch()
     branch.run(visit, first=first)
     assert visited == flow.pieces()[first:]
     whole = Flow(common, WINDOWS, fresh(tmp_path, "whole"), batch=2)

@@ -134,3 +134,15 @@ def test_refined_values_stay_on_the_grid(scheme: Scheme) -> None:
     assert np.isfinite(refined.scales).all() and (refined.scales != 0).all()
     np.testing.assert_array_equal(refined.values(codes)[:, [0, 7, INPUTS - 1]], 0)
     np.testing.assert_array_equal(refined.values(codes)[3], 0)
+
+
+def test_its_importance_foretells_the_error_after_rounding() -> None:
+    x = correlated()
+    feedback, grid = Feedback(moments(x)), fit_grid(WEIGHT, Scheme(8, 32), search=False)
+    left = grid.values(feedback.round(WEIGHT, grid)) - WEIGHT
+    steps = np.repeat(grid.scales, 32, axis=1).astype(np.float64)
+    foretold = (np.square(steps) / 12 * feedback.importance).sum()  # a rounding error is uniform within a step
+    assert feedback.error(left) == pytest.approx(foretold, rel=0.05)
+    damped = moments(x.astype(np.float64))
+    damped += DAMPING * damped.diagonal().mean() * np.eye(INPUTS)
+    assert feedback.error(left) == pytest.approx(float(np.einsum("oi,ij,oj", left, damped, left)), rel=1e-3)

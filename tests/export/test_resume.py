@@ -94,7 +94,9 @@ def test_it_goes_on_and_gives_the_same_bytes(
     before = interrupted(checkpoint, config, monkeypatch, name=name, after=after)
     of_a_dead_process(tmp_path)
     calls: list[str] = []
-    monkeypatch.setattr(steps, "_observe", lambda *_: pytest.fail("the text was observed again"))
+    monkeypatch.setattr(
+        "satchel.export.quantize.observe._observe", lambda *_: pytest.fail("the text was observed again")
+    )
     monkeypatch.setattr(steps, name, interrupts(name, -1, calls))
     export_bundle(checkpoint, dataclasses.replace(config, resume=True))
     assert set(calls).isdisjoint(before)

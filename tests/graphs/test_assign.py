@@ -62,6 +62,17 @@ def test_the_first_rule_that_matches_the_layer_counts() -> None:
     assert [rule_of(lazy(after, f"{name}.weight.T")) for name in "ab"] == [recipe.rules[1], recipe.rules[0]]
 
 
+def test_another_recipe_replaces_the_marks() -> None:
+    before = model()
+    marked(KINDS, before, 4)
+    after = marked(Recipe("other", (Rule(("embed",), bits=4), Rule(("a",)), Rule(bits=8))), before, 4)
+    bits = [
+        rule.bits if (rule := rule_of(lazy(after, name))) else None
+        for name in ("embed.weight", "a.weight.T", "b.weight.T")
+    ]
+    assert bits == [4, None, 8]
+
+
 def test_a_layer_without_a_rule_and_one_left_in_float_have_none() -> None:
     after = marked(Recipe("mine", (Rule(("a",)), Rule(("head",), bits=8))), model(), 4)
     assert [rule_of(lazy(after, name)) for name in ("a.weight.T", "b.weight.T")] == [None, None]

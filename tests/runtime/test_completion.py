@@ -108,7 +108,7 @@ def test_bash_completes_choices(scripts: Path, line: str, expected: tuple[str, .
         ("satchel export model -o b", {"bundle"}),
         ("satchel eval bundle --text b", {"bundle", "book.txt"}),
         ("satchel eval bundle --reference b", {"bundle", "book.txt"}),
-        ("satchel sensitivity model --text b", {"bundle", "book.txt"}),
+        ("satchel export model --calibrate b", {"bundle", "book.txt"}),
         ("satchel run bundle --load-state b", {"bundle", "book.txt"}),
         ("satchel chat bundle --system ", set()),
     ],

@@ -49,7 +49,6 @@ WORK = {
     "completion": ["bash"],
     "check": ["BUNDLE", "--provider", "cpu"],
     "export": ["FACTORY", "-o", "OUT"],
-    "sensitivity": ["FACTORY"],
     "shard": ["BUNDLE", "--tensor-parallel", "2", "-o", "OUT"],
     "plan": ["BUNDLE"],
     "embed": ["VECTORS", "the cat"],
