@@ -162,7 +162,7 @@ def shared_prefix(ids: Ids, args: argparse.Namespace) -> None:
     generator = open_warm(ids, args)
     results = run_all(generator, sharing, args.new_tokens)
     private = args.own + args.new_tokens - 1
-    least = (args.prefix + SHARING * private) * position_bytes(generator.engine.bundle.manifest.kv_cache)
+    least = (args.prefix + SHARING * private) * position_bytes(generator.engine.bundle.kv_cache)
     most = max(result.kv_bytes for result in results) * SHARING
     print(f"{SHARING} prompts with {args.prefix} tokens in common: prefill {median(ratios):.1f} times less")
     print(f"keys and values: {most / 2**20:.1f} MiB, {most / least:.2f} times the prefix and all private parts")
