@@ -65,6 +65,8 @@ def product_of(y: ir.Value) -> Product | None:
         return _native(node)
     if (node.domain, node.op_type) in ((INTERNAL, "TableLinear"), (MICROSOFT, "MatMulNBits")):
         return _by_output(node)
+    if (node.domain, node.op_type) == (MICROSOFT, "FusedMatMul"):
+        return _transposed(node)
     if node.domain == "" and node.op_type == "Mul":
         return _rounded_by_row(node) or _integer(node)
     if node.domain == "" and node.op_type == "MatMul":
@@ -202,6 +204,20 @@ def _by_output(node: ir.Node) -> Product | None:
 
     inputs = node.attributes.get_int("inputs" if node.domain == INTERNAL else "K", 0)
     return Product(node.outputs[0], x, inputs, outputs, 1, 1, (node,), columns, None)
+
+
+def _transposed(node: ir.Node) -> Product | None:
+    """A product with a constant matrix that is stored by output, [outputs, inputs], such as a head that is also the
+    table of tokens."""
+    x, matrix = node.inputs
+    tensor = matrix.const_value if matrix is not None else None
+    plain = all(node.attributes.get_int(name, 0) == 0 for name in ("transA", "transBatchA", "transBatchB"))
+    if x is None or tensor is None or len(tensor.shape) != 2 or not plain or not node.attributes.get_int("transB", 0):
+        return None
+    outputs, inputs = tensor.shape.numpy()
+    return Product(
+        node.outputs[0], x, inputs, outputs, 1, 1, (node,), lambda slicer, kept: slicer.use(node, 1, 0, kept), None
+    )
 
 
 def add_after(graph: ir.Model, value: ir.Value, others: list[ir.Value], at: ir.Node) -> ir.Value:

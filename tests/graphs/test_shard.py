@@ -11,7 +11,7 @@ from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, c
 
 from satchel.graphs.shard.layers import Layered
 from satchel.graphs.shard.pipeline import StageError, divide, weigh
-from satchel.graphs.shard.products import Product
+from satchel.graphs.shard.products import Product, product_of
 from satchel.graphs.shard.slices import NotCutError, Slicer, common_block, scaled, shifted, sliced, taken
 from satchel.graphs.shard.tensor_parallel import Place, _own_channels
 from satchel.runtime.bundle.manifest import Manifest
@@ -183,6 +183,22 @@ def test_an_input_that_is_no_constant_cannot_be_cut(whole: Path) -> None:
     node = next(node for node in model.graph if node.op_type == "MatMul")
     with pytest.raises(NotCutError):
         Slicer(model).use(node, 0, -1, (range(2),))
+
+
+def test_a_product_with_a_matrix_that_is_stored_by_output_is_cut_by_its_rows() -> None:
+    x, table = ir.Value(name="x"), ir.tensor(np.arange(12, dtype=np.float32).reshape(4, 3), name="table")
+    matrix = ir.Value(name="table", shape=ir.Shape([4, 3]), const_value=table)
+    node = ir.node("FusedMatMul", [x, matrix], attributes={"transB": 1}, domain="com.microsoft")
+    model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], initializers=[matrix]), ir_version=10)
+    found = product_of(node.outputs[0])
+    assert found is not None
+    assert (found.inputs, found.outputs) == (3, 4)
+    found.columns(Slicer(model), (range(1, 3),))
+    assert node.inputs[1] is not None
+    assert node.inputs[1].const_value is not None
+    assert node.inputs[1].const_value.numpy().tolist() == [[3, 4, 5], [6, 7, 8]]
+    node.attributes.pop("transB")
+    assert product_of(node.outputs[0]) is None
 
 
 def product(inputs: int, group: int, must: int = 1) -> Product:
