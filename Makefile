@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-newest | test-web | test-arm | coverage | fuzz | fuzz-gguf | lint | types | wheels | clean. All of them work in .venv, which the first one makes.
+# make demo | test | test-all | test-newest | test-web | test-arm | test-wheels | coverage | fuzz | fuzz-gguf | lint | types | wheels | clean. All of them work in .venv, which the first one makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ WEB_SAMPLES := samples/web samples/node
 WEB_BUNDLES := out/smollm2-fp32 out/smollm2-int8 out/smollm2-int4
 ARM_BUNDLES := out/smollm2-int8 out/smollm2-int4
 
-.PHONY: demo test test-all test-newest test-web test-arm coverage fuzz fuzz-gguf lint types wheels clean
+.PHONY: demo test test-all test-newest test-web test-arm test-wheels coverage fuzz fuzz-gguf lint types wheels clean
 .DELETE_ON_ERROR:
 
 demo: | $(BUNDLE)/manifest.json
@@ -80,6 +80,10 @@ else
 test-arm:
 	@echo "test-arm is skipped: it needs x86-64, apt-get and dpkg-deb (Debian, Ubuntu)"
 endif
+
+# Wheels of all platforms, which other runs of the tests build two of.
+test-wheels: $(VENV)/.dev
+	SATCHEL_TEST_WHEELS=all $(PYTEST) tests/integration/test_platform_wheels.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

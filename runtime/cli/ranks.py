@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, command: Run) -> int:
         found = rank_traffic()
         print(
             f"{len(world.members)} ranks: {found.seconds:.2f} s of exchange, waiting for others included: "
-            f"{found.calls:,} sums, {decimal(found.bytes)} sent",
+            f"{found.calls:,} exchanges, {decimal(found.bytes)} sent",
             file=sys.stderr,
         )
     return code
