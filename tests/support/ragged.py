@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +17,15 @@ class Pool:
     """The blocks of all layers, dealt out in random order. A sequence is a number, its length the tokens so far."""
 
     def __init__(self, engine: Engine, blocks: int, block: int, seed: int = 0) -> None:
-        manifest = engine.bundle.manifest
+        spec = engine.bundle.kv_cache
         self.session, self.vocabulary, self.block = engine.sessions[0], engine.vocabulary, block
         self.free = np.random.default_rng(seed).permutation(blocks).tolist()
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
-        self.caches: list[tuple[str, str, NDArray[np.float32]]] = []
-        for layer in manifest.kv_cache.layers:
+        self.caches: list[tuple[str, str, NDArray[Any]]] = []
+        for layer in spec.layers:
             for past, present, width in layer.buffers:
-                memory = np.full((blocks, layer.kv_heads, block, width), np.nan, np.float32)
+                memory = np.full((blocks, layer.kv_heads, block, width), np.nan, spec.dtype)
                 self.caches.append((past, present, memory))
 
     def step(self, pieces: Mapping[int, NDArray[np.int64]], **inputs: NDArray[np.int64]) -> NDArray[np.float32]:
