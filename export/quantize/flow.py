@@ -142,7 +142,9 @@ class Flow:
 
     def head(self) -> tuple[ir.Node, Inputs] | None:
         """The node that multiplies by the head's weight, and its inputs, after `run`; None if that weight is small."""
-        return None if self._head is None else (self._head.head, self._inputs_of(self._head))
+        if self._head is None or self._head.head.op_type == "MoE":  # the last large weights are those of experts
+            return None
+        return self._head.head, self._inputs_of(self._head)
 
     def _inputs_of(self, segment: Segment) -> Inputs:
         """The inputs of the node that reads a segment's large weights."""
