@@ -138,8 +138,8 @@ def _stored_bytes(weight: LazyWeight, rounds: bool) -> float:
     """Bytes of one value of --precision stored; `rounds` if what cannot be kept is rounded to 8 bits."""
     grid = weight.meta.get(GRID)
     if isinstance(grid, StoredGrid):
-        return grid.scheme.bits_per_weight / 8
-    return Scheme(8, 32).bits_per_weight / 8 if rounds and WIDENED in weight.meta else 4
+        return grid.scheme.bits_per_weight("linear") / 8
+    return Scheme(8, 32).bits_per_weight("linear") / 8 if rounds and WIDENED in weight.meta else 4
 
 
 def check_disk(needed: Forecast, output: Path) -> None:

@@ -44,7 +44,7 @@ class Precision:
         scheme = None if rule is None else rule.scheme(matrix.inputs)
         if scheme is None:
             return matrix.size * self.float_bytes
-        return matrix.count * scheme.nbytes(matrix.outputs, matrix.inputs)
+        return matrix.count * scheme.nbytes(matrix.outputs, matrix.inputs, matrix.kind)
 
     @property
     def rotates(self) -> bool:

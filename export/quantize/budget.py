@@ -88,7 +88,8 @@ def check_budget(budget: Budget, recipe: Recipe, checkpoint: Checkpoint) -> None
         kind, inputs = layers.get(name.removesuffix(".weight"), ("", None))
         rule = recipe.rule(name.removesuffix(".weight"), kind)
         fixed = rule is None or rule.bits is None or inputs is None
-        each = [scheme.bits_per_weight for scheme in ([] if fixed else schemes_of(inputs or 0, kind))] or [4.0, 32.0]
+        schemes = [] if fixed else schemes_of(inputs or 0, kind)
+        each = [scheme.bits_per_weight(kind) for scheme in schemes] or [4.0, 32.0]
         smallest += lazy.size * min(each)
         largest += lazy.size * max(each)
     budget.check(smallest, largest * UNKNOWN)
@@ -163,20 +164,21 @@ def _parsed(text: str) -> Recipe:
 def _choices(layer: Sensitivity) -> list[Choice[Scheme]]:
     outputs = layer.weights // layer.inputs
     return [
-        Choice(scheme, float(_bits(scheme, layer.inputs, outputs)), layer.kl * error)
+        Choice(scheme, float(_bits(scheme, layer.inputs, outputs, layer.kind)), layer.kl * error)
         for scheme, error in layer.errors.items()
     ]
 
 
-def _bits(scheme: Scheme, inputs: int, outputs: int) -> int:
-    """The bits of a weight in the weight file: quantized values, scales and zero points, each aligned."""
+def _bits(scheme: Scheme, inputs: int, outputs: int, kind: str) -> int:
+    """The most bits of a weight in the weight file: quantized values, scales and zero points, each aligned."""
     groups = outputs * (1 if scheme.block is None else inputs // scheme.block)
     points = 0 if scheme.symmetric else groups * scheme.bits // 8
-    return 8 * sum(map(_aligned, (inputs * outputs * scheme.bits // 8, 4 * groups, points)))
+    return 8 * sum(map(_aligned, (inputs * outputs * scheme.bits // 8, groups * scheme.scale_bits(kind) // 8, points)))
 
 
 def _aligned(size: int) -> int:
-    return aligned(size, size)
+    """The most bytes that so many take in the weight file, with what is left in front of them."""
+    return aligned(size, 0) + aligned(1, size) - aligned(1, 0)
 
 
 def _other_bits(model: ir.Model, recipe: Recipe, measured: Iterable[str]) -> int:
@@ -202,7 +204,7 @@ def _other_bytes(lazy: LazyWeight, rule: Rule | None, product: bool) -> int:
         inputs = lazy.dims[0] if product else lazy.dims[-1]
         scheme = rule.scheme(inputs)
         if scheme is not None:
-            return _bits(scheme, inputs, lazy.size // inputs) // 8
+            return _bits(scheme, inputs, lazy.size // inputs, "linear" if product else "experts") // 8
     return lazy.nbytes // 2 if product and lazy.computed and lazy.dtype == ir.DataType.FLOAT else lazy.nbytes
 
 

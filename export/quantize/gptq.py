@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from satchel.graphs.quant.rounding import Grid
+from satchel.graphs.quant.rounding import Grid, in_half
 
 DAMPING = 0.01
 """Fraction of the mean of the second moments' diagonal that is added to the diagonal."""
@@ -89,11 +89,12 @@ class Feedback:
     def refine(
         self, weight: NDArray[np.float32], grid: Grid, codes: NDArray[np.int16], sweeps: int = SWEEPS
     ) -> tuple[Grid, NDArray[np.int16]]:
-        """Lower the error of rounded values, without ever raising it; returns the grid and the quantized values.
+        """Lower the error of rounded values; returns the grid and the quantized values.
 
         The error of an output is e^T H e for the error e of its weights and the moments H of the inputs. By turns, all
         scales of an output become those with the least error for its quantized values, by least squares, and each
-        quantized value in turn becomes the best with all others fixed (coordinate descent).
+        quantized value in turn becomes the best with all others fixed (coordinate descent). Neither raises the error,
+        but for the rounding of scales to float16.
 
         Args:
             weight: [outputs, inputs].
@@ -148,8 +149,11 @@ class Feedback:
         old = torch.from_numpy(grid.scales)
         curve += torch.diag_embed(ridge)
         found = torch.linalg.solve(curve.double(), (wanted.T + ridge * old).double()).float()
-        scales = torch.where(found.isfinite() & (found != 0), found, old)
-        return dataclasses.replace(grid, scales=scales.numpy())
+        scales = torch.where(found.isfinite() & (found != 0), found, old).numpy()
+        if grid.half_scales.dtype == np.float16:
+            rounded = in_half(scales)
+            scales = np.where(np.isfinite(rounded), rounded, grid.scales)
+        return dataclasses.replace(grid, scales=scales)
 
     def _of_inputs(self, grid: Grid, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of each weight, [inputs, outputs], inputs in order."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from satchel.graphs.ir.values import producer
 from satchel.graphs.providers.facts import VERSIONS
 from satchel.graphs.providers.findings import Finding, GraphView, at, is_constant, number, of_type, operand
 
@@ -84,6 +85,9 @@ def _not_fused(dequantize: ir.Node, old: bool) -> str | None:
         old: Whether this is ONNX Runtime 1.24, which fuses only 4-bit weights with groups.
     """
     codes, scales, zeros = (operand(dequantize, index) for index in range(3))
+    cast = producer(scales, "Cast")
+    if cast is not None:  # folded before
+        scales = cast.inputs[0]
     uses = dequantize.outputs[0].uses()
     if len(uses) != 1:
         return f"{len(uses)} nodes read it, but only one may"

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from satchel.graphs.ir.values import nodes
+from satchel.graphs.ir.values import Builder, nodes
 from satchel.graphs.ir.weights import LazyWeight, from_array, pack_rows
 from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.quant.rounding import Grid
@@ -107,14 +107,15 @@ class QuantizedWeight(Derivable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of quantized values, scales and zero points as they are stored."""
+        """Bytes of quantized values, scales and zero points as they are stored for a linear layer."""
         zero_points = 0 if self.grid.zero_points is None else self.grid.zero_points.size * self.grid.scheme.bits // 8
-        return self.codes.size * self.grid.scheme.bits // 8 + self.grid.scales.nbytes + zero_points
+        return self.codes.size * self.grid.scheme.bits // 8 + self.grid.half_scales.nbytes + zero_points
 
     def columns(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
         """Quantized values [inputs, outputs], scales and zero points [groups, outputs] for DequantizeLinear, axis 0.
 
-        Where each output has one scale, scales and zero points are [outputs], for axis 1.
+        Where each output has one scale, scales and zero points are [outputs], for axis 1. Scales are those of
+        `Grid.half_scales`.
         """
         scheme, grid = self.grid.scheme, self.grid
         dtype = code_type(grid)
@@ -128,7 +129,7 @@ class QuantizedWeight(Derivable):
         def laid_out(array: np.ndarray) -> np.ndarray:
             return array[:, 0] if per_channel else np.ascontiguousarray(array.T)
 
-        scales = from_array(f"{self.name}.scales", laid_out(grid.scales), computed=True)
+        scales = from_array(f"{self.name}.scales", laid_out(grid.half_scales), computed=True)
         if grid.zero_points is None:
             return codes, scales, None
         points = laid_out(grid.zero_points).astype(dtype.numpy())
@@ -151,7 +152,7 @@ class QuantizedWeight(Derivable):
 
     def _weight(self) -> Weight:
         grid, points = self.grid, self.grid.zero_points
-        return Weight(self.codes.T, grid.scales.T, None if points is None else points.T, grid.scheme.bits)
+        return Weight(self.codes.T, grid.half_scales.T, None if points is None else points.T, grid.scheme.bits)
 
     def rows(self) -> tuple[LazyWeight, LazyWeight, LazyWeight | None]:
         """Values [outputs, inputs * bits / 8], scales [outputs, groups], zero points [outputs, groups * bits / 8].
@@ -173,6 +174,17 @@ class QuantizedWeight(Derivable):
             return codes, scales, None
         points = pack_rows(grid.zero_points, bits)
         return codes, scales, from_array(f"{self.name}.row_zero_points", points, computed=True)
+
+
+def float_scales(builder: Builder, scales: LazyWeight, name: str) -> ir.Value:
+    """An initializer for scales, and for scales in float16 a Cast to float32 called `name`: a session folds it once,
+    when it loads the graph."""
+    stored = builder.shared(scales)
+    if scales.dtype != ir.DataType.FLOAT16:
+        return stored
+    wide = builder.value("Cast", [stored], name, to=ir.DataType.FLOAT)
+    wide.shape, wide.type = stored.shape, ir.TensorType(ir.DataType.FLOAT)
+    return wide
 
 
 def code_type(grid: Grid) -> ir.DataType:

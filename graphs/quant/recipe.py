@@ -36,17 +36,26 @@ class Scheme:
     block: int | None
     symmetric: bool = True
 
-    @property
-    def bits_per_weight(self) -> float:
+    def bits_per_weight(self, kind: str) -> float:
         """Bits for each number, its share of a scale and a zero point included; a scale per channel counts none."""
         if self.block is None:
             return float(self.bits)
-        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block
+        return self.bits + (self.scale_bits(kind) + (0 if self.symmetric else self.bits)) / self.block
 
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        """Bytes of a weight of this size: values, a float32 scale for each group, and zero points."""
+    def scale_bits(self, kind: str) -> int:
+        """Bits of a scale in a layer of one of `KINDS`.
+
+        Linear layers have scales of groups in float16, unless it does not hold them (`Grid.half_scales`). Embeddings
+        and experts have float32: ONNX Runtime's kernels for them want constants, and a Cast is one only once it is
+        folded.
+        """
+        return 16 if self.block is not None and kind in ("linear", "head") else 32
+
+    def nbytes(self, outputs: int, inputs: int, kind: str) -> int:
+        """Bytes of a weight of this size: values, scales and zero points."""
         groups = outputs * (1 if self.block is None else inputs // self.block)
-        return (outputs * inputs * self.bits + groups * (32 + (0 if self.symmetric else self.bits)) + 7) // 8
+        points = 0 if self.symmetric else self.bits
+        return (outputs * inputs * self.bits + groups * (self.scale_bits(kind) + points) + 7) // 8
 
 
 @dataclasses.dataclass(frozen=True)

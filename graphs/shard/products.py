@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import BIAS, NORM_WEIGHT, RESIDUAL, has_input
+from satchel.graphs.analysis.linear import BIAS, NORM_WEIGHT, RESIDUAL, SCALES, ZERO_POINTS, has_input
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, producer
 from satchel.graphs.ir.weights import LazyWeight
 from satchel.graphs.shard.slices import (
@@ -148,7 +148,9 @@ def _native(node: ir.Node) -> Product | None:
     def repack(slicer: Slicer, inputs: int, outputs: int, block: int) -> None:
         base = str(panels.name).removesuffix(GATED if str(panels.name).endswith(GATED) else ".panels")
         groups, bits = inputs // block if block else 1, node.attributes.get_int("bits", 8)
-        form = Form(inputs, outputs, groups, bits, bits == HALF_BITS or not has_input(node, 3))
+        half_scales = has_input(node, SCALES) and node.inputs[SCALES].dtype == ir.DataType.FLOAT16  # type: ignore[union-attr]
+        symmetric = bits == HALF_BITS or not has_input(node, ZERO_POINTS)
+        form = Form(inputs, outputs, groups, bits, symmetric, half_scales)
         made = parts(Layout.PANELS, form, gated=str(panels.name).endswith(GATED))
         for index, (ending, part) in enumerate(made.items(), start=1):
             tensor = LazyWeight(base + ending, part.shape, ir.DataType(part.dtype.onnx), _unread)

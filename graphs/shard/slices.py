@@ -59,6 +59,7 @@ class Slicer:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self._graph = model.graph
+        self._parts: dict[tuple[ir.Value, int, Ranges], ir.Value] = {}
 
     def use(self, node: ir.Node, index: int, axis: int, ranges: Ranges) -> None:
         """Let the node read a part of a constant input, along one axis; negative ones count from the last.
@@ -77,17 +78,10 @@ class Slicer:
         node.replace_input_with(index, Builder(self.model, node).constant(array, name))
 
     def part(self, value: ir.Value, axis: int, ranges: Ranges) -> ir.Value:
-        """As `use`; also of what the graph makes of constants element by element, whose nodes are changed."""
+        """As `use`; also of what the graph makes of constants element by element, whose nodes are made anew."""
         tensor, made_by = value.const_value, value.producer()
         if tensor is None and made_by is not None and made_by.op_type in EACH_ELEMENT:
-            for operand in dict.fromkeys(made_by.inputs):
-                if operand is not None:
-                    part = self.part(operand, axis, ranges)
-                    for place, read in enumerate(made_by.inputs):
-                        if read is operand:
-                            made_by.replace_input_with(place, part)
-            value.shape = None
-            return value
+            return self._made(value, made_by, axis, ranges)
         if tensor is None or value.is_graph_input():
             raise NotCutError(f"{value.name} is not a constant")
         dims = tensor.shape.numpy()
@@ -95,6 +89,18 @@ class Slicer:
         if not 0 <= axis < len(dims) or any(part.stop > dims[axis] for part in ranges):
             raise NotCutError(f"{value.name} {list(dims)} has not so many entries along axis {axis}")
         return self.add(sliced(tensor, axis, ranges), str(value.name))
+
+    def _made(self, value: ir.Value, node: ir.Node, axis: int, ranges: Ranges) -> ir.Value:
+        """The part that a node makes, once: others read the whole, or another part."""
+        key = (value, axis, ranges)
+        if key not in self._parts:
+            parts = [None if operand is None else self.part(operand, axis, ranges) for operand in node.inputs]
+            name = f"{node.name}.part{len(self._parts)}"
+            attributes = {each: attribute.value for each, attribute in node.attributes.items()}
+            part = Builder(self.model, node).value(node.op_type, parts, name, domain=node.domain, **attributes)
+            part.type = value.type
+            self._parts[key] = part
+        return self._parts[key]
 
     def repeated(self, value: ir.Value, ranges: Ranges, block: int, finer: int) -> ir.Value:
         """Scales [groups of `block` inputs, outputs], or zero points, of these inputs in groups of `finer`."""
@@ -188,15 +194,20 @@ def cut_matrix(slicer: Slicer, node: ir.Node, index: int, axis: int, ranges: Ran
             slicer.use(made_by, place, -1, ranges)
     elif block:
         finer = common_block(block, ranges)
-        first = next(value for value in made_by.inputs[1:2])
-        groups = 0 if first is None or first.shape is None else len(first.shape)
-        if groups != 2:
+        if stored_rank(made_by.inputs[1]) != 2:
             raise NotCutError(f"{made_by.name} has scales of another shape")
         for place in (1, 2)[: len(made_by.inputs) - 1]:
             operand = made_by.inputs[place]
             if operand is not None:
                 made_by.replace_input_with(place, slicer.repeated(operand, ranges, block, finer))
         made_by.attributes.add(ir.AttrInt64("block_size", finer))
+
+
+def stored_rank(value: ir.Value | None) -> int:
+    """The number of axes of a constant, or of one that a Cast widens; 0 of any other value."""
+    while (cast := producer(value, "Cast")) is not None:
+        value = cast.inputs[0]
+    return 0 if value is None or value.const_value is None else len(value.const_value.shape)
 
 
 def common_block(block: int, ranges: Ranges) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.contract import Layout
-from satchel.runtime.bundle.dtypes import FLOAT32, INT8, UINT8, DType
+from satchel.runtime.bundle.dtypes import FLOAT16, FLOAT32, INT8, UINT8, DType
 
 INT8_MAX = 127
 SMALLEST_RANGE = np.float32(1e-10)
@@ -36,13 +36,17 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Form:
-    """Shape and quantization of a weight. It has `groups` scales for each output; of 16 bits, in float16, none."""
+    """Shape and quantization of a weight. It has `groups` scales for each output; of 16 bits, in float16, none.
+
+    `half_scales`: Scales are in float16, else in float32.
+    """
 
     inputs: int
     outputs: int
     groups: int
     bits: int
     symmetric: bool
+    half_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,13 @@ class Weight:
 
     Attributes:
         values: [inputs, outputs], one quantized value in a byte: int8 where symmetric, else uint8; or float16.
-        scales: [groups, outputs] float32; those of float16 are ones.
+        scales: [groups, outputs] float32 or float16; those of values in float16 are ones.
         zero_points: [groups, outputs] uint8; None where symmetric.
         bits: 8 or 4; 16 of float16.
     """
 
     values: Array
-    scales: NDArray[np.float32]
+    scales: NDArray[np.float32] | NDArray[np.float16]
     zero_points: Array | None
     bits: int
 
@@ -74,7 +78,8 @@ class Weight:
     def form(self) -> Form:
         """Its shape and quantization."""
         inputs, outputs = self.values.shape
-        return Form(inputs, outputs, len(self.scales), self.bits, self.zero_points is None)
+        half_scales = self.scales.dtype == np.float16
+        return Form(inputs, outputs, len(self.scales), self.bits, self.zero_points is None, half_scales)
 
 
 def file_name(layout: Layout) -> str:
@@ -117,7 +122,7 @@ def parts(layout: Layout, form: Form, *, gated: bool = False) -> dict[str, Part]
     made = {f"{start}s": Part(UINT8, (panels, size))}
     if form.bits == HALF_BITS:
         return made
-    made |= {f"{start}_scales": Part(FLOAT32, by_group)}
+    made |= {f"{start}_scales": Part(FLOAT16 if form.half_scales else FLOAT32, by_group)}
     return made if form.symmetric else made | {f"{start}_zero_points": Part(UINT8, by_group)}
 
 

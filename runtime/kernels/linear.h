@@ -25,7 +25,8 @@ typedef struct {
     int64_t sequences;
     const float *x;             /* [rows, inputs] */
     const uint8_t *weights;     /* [panels, panel_bytes] */
-    const float *scales;        /* [panels, blocks, 16] */
+    const void *scales;         /* [panels, blocks, 16]: floats, or halves */
+    bool half_scales;
     const uint8_t *zero_points; /* the same, or NULL */
     const float *bias;          /* [outputs], or NULL */
     const float *residual;      /* as y, or NULL */

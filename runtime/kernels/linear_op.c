@@ -68,6 +68,7 @@ static bool fits(const LinearParams *params, const Tensor *weights, const Tensor
                   blocks[] = {panels(params), row_scales(&params->row), 16};
     return has_dims(weights, 2, whole)
         && (params->bits == 16 ? scales->data == NULL : scales->data != NULL && has_dims(scales, 3, blocks))
+        && (scales->data == NULL || scales->type == ORT_FLOAT || (scales->type == ORT_FLOAT16 && params->row.block))
         && (zero_points->data == NULL || (params->row.block && has_dims(zero_points, 3, blocks)))
         && (bias->data == NULL || has_dims(bias, 1, &params->outputs))
         && (norm_weight->data == NULL || has_dims(norm_weight, 1, &params->row.inputs));
@@ -77,7 +78,7 @@ static bool run(const void *kernel, Run *run)
 {
     const LinearParams *params = kernel;
     Tensor x, weights, scales, zero_points, bias, residual, norm_weight, offsets;
-    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_FLOAT, &scales)
+    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_ANY, &scales)
         || !input(run, 3, ORT_UINT8, &zero_points) || !input(run, 4, ORT_FLOAT, &bias)
         || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &norm_weight)
         || !input(run, 7, ORT_INT32, &offsets))
@@ -85,7 +86,7 @@ static bool run(const void *kernel, Run *run)
     if (x.rank == 0 || x.dims[x.rank - 1] != params->row.inputs)
         return fail(run, "satchel:Linear: the input width differs from attribute inputs");
     if (!fits(params, &weights, &scales, &zero_points, &bias, &norm_weight))
-        return fail(run, "satchel:Linear: a weight does not have the shape of the attributes");
+        return fail(run, "satchel:Linear: a weight does not have the shape or type of the attributes");
     const int64_t rows = x.count / params->row.inputs;
     const bool single = x.rank >= 2 && x.dims[x.rank - 2] == 1;
     x.dims[x.rank - 1] = half_outputs(params);
@@ -101,6 +102,7 @@ static bool run(const void *kernel, Run *run)
                        .x = x.data,
                        .weights = weights.data,
                        .scales = scales.data,
+                       .half_scales = scales.data != NULL && scales.type == ORT_FLOAT16,
                        .zero_points = zero_points.data,
                        .bias = bias.data,
                        .residual = residual.data,
@@ -112,7 +114,7 @@ static bool run(const void *kernel, Run *run)
 }
 
 static const OrtElementType INPUTS[]
-    = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32};
+    = {ORT_FLOAT, ORT_UINT8, ORT_ANY, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32};
 
 Operator linear_operator
     = {.name = "Linear", .inputs = 8, .required = 2, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};

@@ -15,7 +15,7 @@ enum { INPUTS = 256, OUTPUTS = 80, ROWS = 40, SMALLEST_BLOCK = 32, THREADS = 2, 
 typedef struct {
     LinearParams params;
     int64_t rows;
-    bool single;
+    bool single, half_scales;
 } Case;
 
 /* All kinds of weights, of one row and of many, and all that a row and an output go through. */
@@ -24,7 +24,7 @@ static const Case CASES[] = {
     {{.row = {INPUTS, 0, 1e-5f, 64}, .outputs = OUTPUTS, .bits = 8, .gate = GATE_SILU}, ROWS, false},
     {{.row = {INPUTS, SMALLEST_BLOCK, 0, 0}, .outputs = OUTPUTS, .bits = 8}, ROWS, false},
     {{.row = {INPUTS, SMALLEST_BLOCK, 0, 0}, .outputs = OUTPUTS, .bits = 4}, 1, true},
-    {{.row = {INPUTS, 128, 0, 0}, .outputs = OUTPUTS, .bits = 4}, ROWS, false},
+    {{.row = {INPUTS, 128, 0, 0}, .outputs = OUTPUTS, .bits = 4}, ROWS, false, true},
     {{.row = {INPUTS, 0, 0, 0}, .outputs = OUTPUTS, .bits = 16}, 1, true},
     {{.row = {INPUTS, 0, 1e-5f, 0}, .outputs = OUTPUTS, .bits = 16}, ROWS, false},
 };
@@ -46,12 +46,18 @@ enum { CASE_COUNT = sizeof CASES / sizeof *CASES };
 /* What all cases multiply, and what plain C says that they give. */
 static uint8_t weights[2 * (OUTPUTS + 32) * INPUTS];
 static float x[ROWS * INPUTS], scales[(OUTPUTS + 32) * INPUTS / SMALLEST_BLOCK], wanted[CASE_COUNT][ROWS * OUTPUTS];
+static uint16_t half_scales[sizeof scales / sizeof *scales];
 
 static bool multiply(const Instructions *set, const Case *each, float *y)
 {
     const Parallel serial = {NULL, one_after_another};
-    const LinearCall call = {
-        .rows = each->rows, .single = each->single, .x = x, .weights = weights, .scales = scales, .y = y};
+    const LinearCall call = {.rows = each->rows,
+                             .single = each->single,
+                             .x = x,
+                             .weights = weights,
+                             .scales = each->half_scales ? (const void *)half_scales : scales,
+                             .half_scales = each->half_scales,
+                             .y = y};
     memset(y, 0, ROWS * OUTPUTS * sizeof *y);
     return set->linear(&each->params, &call, &serial) == NULL;
 }
@@ -65,6 +71,8 @@ static bool find_wanted(const Instructions *plain)
         x[i] = next_float(&state);
     for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
         scales[i] = next_float(&state);
+    for (size_t i = 0; i < sizeof half_scales / sizeof *half_scales; i++)
+        half_scales[i] = (uint16_t)(next(&state) & 0xbfff); /* finite */
     for (size_t i = 0; i < CASE_COUNT; i++)
         if (!multiply(plain, CASES + i, wanted[i]))
             return false;

@@ -29,7 +29,8 @@ Integers = NDArray[np.integer[Any]]
 class Stored:
     """The tensors of a stored weight: values [inputs, outputs], scales and zero points [groups, outputs].
 
-    With one group, scales and zero points are [outputs]; values in float16 have none. All tensors are in one file.
+    With one group, scales and zero points are [outputs]; values in float16 have none. Scales of groups are in float16
+    or float32. All tensors are in one file.
     """
 
     codes: Tensor
@@ -47,7 +48,9 @@ class Stored:
         codes, scales, zero_points = tensors[name + CODES], tensors[name + SCALES], tensors.get(name + ZERO_POINTS)
         if len(codes.dims) != 2 or min(codes.dims) < 1 or codes.dtype not in CODE_TYPES:
             raise ValueError(f"values of type {codes.dtype} and shape {codes.dims}")
-        if scales.dtype != FLOAT32.onnx or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
+        by_group = len(scales.dims) == 2
+        types = (FLOAT32.onnx, FLOAT16.onnx) if by_group else (FLOAT32.onnx,)
+        if scales.dtype not in types or scales.dims[-1:] != codes.dims[1:] or len(scales.dims) > 2:
             raise ValueError(f"scales of type {scales.dtype} and shape {scales.dims}")
         if zero_points is not None and (zero_points.dtype, zero_points.dims) != (codes.dtype, scales.dims):
             raise ValueError(f"zero points of type {zero_points.dtype} and shape {zero_points.dims}")
@@ -63,7 +66,7 @@ class Stored:
             return Form(inputs, outputs, groups=1, bits=HALF_BITS, symmetric=True)
         bits, symmetric = CODE_TYPES[self.codes.dtype]
         groups = self.scales.dims[0] if len(self.scales.dims) == 2 else 1
-        return Form(inputs, outputs, groups, bits, symmetric)
+        return Form(inputs, outputs, groups, bits, symmetric, self.scales.dtype == FLOAT16.onnx)
 
     def read(self, content: NDArray[np.uint8], ranges: list[tuple[int, int]]) -> Weight:
         """Some of its outputs, those of each range (first, last + 1), from the content of its file."""
@@ -76,7 +79,8 @@ class Stored:
             values = joined(_halves, self.codes)
             return Weight(values, np.ones((1, values.shape[1]), np.float32), None, HALF_BITS)
         zero_points = None if self.zero_points is None else joined(_integers, self.zero_points)
-        return Weight(joined(_integers, self.codes), joined(_floats, self.scales), zero_points, self.form.bits)
+        floats = _halves if self.form.half_scales else _floats
+        return Weight(joined(_integers, self.codes), joined(floats, self.scales), zero_points, self.form.bits)
 
 
 def _floats(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:

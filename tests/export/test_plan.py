@@ -61,7 +61,7 @@ def test_a_bundle_reads_each_weight_but_the_table_once() -> None:
     table = 2 * 128256 * 4096
     assert model.weights() - model.read() == pytest.approx(table, rel=0.01)
     assert model.cache() == 32 * 8 * 128 * 2 * 4
-    assert model_of("llama-3-8b", "int4").weights() / model.weights() == pytest.approx(0.31, abs=0.01)
+    assert model_of("llama-3-8b", "int4").weights() / model.weights() == pytest.approx(0.2975, abs=0.002)
 
 
 def test_experts_count_whole_in_memory_and_as_chosen_in_what_a_token_reads() -> None:

@@ -14,7 +14,7 @@ from support.graphs import build, normal, run, the
 
 from satchel.graphs.ir.values import MICROSOFT, Builder, weight
 from satchel.graphs.ir.weights import from_array, pack_rows, reshaped, stored
-from satchel.graphs.quant.quantized import LAYOUT, QuantizedWeight
+from satchel.graphs.quant.quantized import LAYOUT, QuantizedWeight, float_scales
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.layouts import Weight, pack
 
@@ -38,7 +38,9 @@ def decoded(codes: QuantizedWeight) -> ir.Model:
     """A graph whose y [inputs, outputs] are minus the values of the codes by columns."""
 
     def make(builder: Builder, x: ir.Value) -> ir.Value:
-        parts = [None if part is None else builder.initializer(part) for part in codes.columns()]
+        columns, scales, points = codes.columns()
+        parts = [builder.initializer(columns), float_scales(builder, scales, "float_scales")]
+        parts += [] if points is None else [builder.initializer(points)]
         block = codes.grid.scheme.block
         where = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
         return builder.value("DequantizeLinear", parts, "decoded", **where)

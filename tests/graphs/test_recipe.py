@@ -90,18 +90,19 @@ def test_inputs_that_no_block_divides_are_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "bits"),
+    ("scheme", "kind", "bits"),
     [
-        (Scheme(8, 32), 9.0),
-        (Scheme(8, 64), 8.5),
-        (Scheme(4, 32), 5.0),
-        (Scheme(4, 32, symmetric=False), 5.125),
-        (Scheme(8, 16, symmetric=False), 10.5),
-        (Scheme(8, None), 8.0),
+        (Scheme(8, 32), "linear", 8.5),
+        (Scheme(8, 64), "head", 8.25),
+        (Scheme(8, 64), "embedding", 8.5),
+        (Scheme(4, 32), "linear", 4.5),
+        (Scheme(4, 32, symmetric=False), "linear", 4.625),
+        (Scheme(8, 16, symmetric=False), "experts", 10.5),
+        (Scheme(8, None), "linear", 8.0),
     ],
 )
-def test_bits_per_weight_count_scales_and_zero_points(scheme: Scheme, bits: float) -> None:
-    assert scheme.bits_per_weight == bits
+def test_bits_per_weight_count_scales_and_zero_points(scheme: Scheme, kind: str, bits: float) -> None:
+    assert scheme.bits_per_weight(kind) == bits
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,24 @@ def test_zero_points_serve_blocks_of_one_sign(shift: int) -> None:
     assert np.abs(grid.values(grid.round(weight)) - weight).max() < 0.1
 
 
+@pytest.mark.parametrize("scheme", EVERY, ids=name)
+def test_scales_of_groups_are_stored_in_float16_as_they_are(scheme: Scheme) -> None:
+    weight = WEIGHT.copy()
+    weight[2], weight[3, :32], weight[4] = 0, 0, weight[4] * 1e-7
+    for search in (True, False):
+        grid = fit_grid(weight, scheme, search=search)
+        assert grid.half_scales.dtype == (np.float32 if scheme.block is None else np.float16)
+        np.testing.assert_array_equal(grid.half_scales, grid.scales)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e7])
+def test_scales_that_float16_does_not_hold_stay_float32(factor: float) -> None:
+    weight = np.float32(factor) * normal(1, 6, 64)
+    grid = fit_grid(weight, Scheme(4, 32))
+    assert grid.half_scales.dtype == np.float32
+    assert errors(grid, weight).sum() < 0.01 * np.square(weight.astype(np.float64)).sum()
+
+
 def test_more_important_inputs_lose_less() -> None:
     scheme, importance = Scheme(4, 32), np.ones(64, np.float32)
     importance[10] = 1000

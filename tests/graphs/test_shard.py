@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from support.codes import rounded, values
+from support.graphs import build, normal, run, serialized
 from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, change_manifest, write_bundle
 
+from satchel.graphs.ir.sweep import sweep
+from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
 from satchel.graphs.shard.layers import Layered
 from satchel.graphs.shard.pipeline import StageError, divide, weigh
 from satchel.graphs.shard.products import Product, product_of
@@ -199,6 +204,30 @@ def test_a_product_with_a_matrix_that_is_stored_by_output_is_cut_by_its_rows() -
     assert node.inputs[1].const_value.numpy().tolist() == [[3, 4, 5], [6, 7, 8]]
     node.attributes.pop("transB")
     assert product_of(node.outputs[0]) is None
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+def test_groups_whose_scales_are_cast_are_cut_by_output_and_by_input(bits: int, symmetric: bool) -> None:
+    codes = rounded("w", normal(1, 48, 64), bits, 32, symmetric)
+    matrix, x = values(codes).T.astype(np.float64), normal(2, 3, 64)
+    whole = build("(float[n,k] x) => (float[n,m] y) { a = Neg(x) y = MatMul(a, w) }", w=normal(1, 64, 48))
+    quantized = serialized(insert_qdq({"w": codes}, {"w": "float"})(whole).model)
+
+    def part(ranges: tuple[range, ...], by_output: bool) -> np.ndarray:
+        model = ir.from_proto(onnx.load_from_string(quantized))
+        layer = product_of(model.graph.outputs[0])
+        assert layer is not None and layer.rows is not None
+        slicer = Slicer(model)
+        (layer.columns if by_output else layer.rows)(slicer, ranges)
+        sweep(model.graph)
+        slicer.settle()
+        return run(model, {"x": x if by_output else taken(x, 1, ranges)})["y"]
+
+    kept = (range(16, 32), range(40, 48))
+    np.testing.assert_allclose(part(kept, True), -x @ taken(matrix, 1, kept), rtol=1e-4, atol=1e-4)
+    kept = (range(32), range(48, 64))
+    wanted = -taken(x, 1, kept) @ taken(matrix, 0, kept)
+    np.testing.assert_allclose(part(kept, False), wanted, rtol=1e-4, atol=1e-4)
 
 
 def product(inputs: int, group: int, must: int = 1) -> Product:

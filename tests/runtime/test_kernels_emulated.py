@@ -41,6 +41,7 @@ PRODUCTS = [
     Product(256, 96, bits=4, block=256, hadamard=64),
     Product(512, 16, bits=4, block=512, optional="z"),
     Product(104, 70, block=104, optional="z"),
+    Product(128, 50, bits=4, block=64, half_scales=True),
 ]
 
 
@@ -54,7 +55,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     subprocess.run([str(COMPILER), *options, *sources, "-o", made, "-lm", "-lpthread"], check=True)
     library = ctypes.CDLL(str(made))
     library.tiles = request.param == "AMX"
-    library.run_linear.argtypes = [ctypes.c_int64 * 9, ctypes.c_float, ctypes.c_void_p * 9]
+    library.run_linear.argtypes = [ctypes.c_int64 * 10, ctypes.c_float, ctypes.c_void_p * 9]
     library.run_table.argtypes = [ctypes.c_int64 * 4, ctypes.c_void_p * 4]
     return library
 
@@ -76,9 +77,10 @@ def run(library: ctypes.CDLL, product: Product, feeds: Mapping[str, NDArray[Any]
         rows,
         single,
         sequences,
+        product.half_scales,
     ]
     values = (ctypes.c_void_p * 9)(*pointers, y.ctypes.data)
-    assert library.run_linear((ctypes.c_int64 * 9)(*map(int, numbers)), product.epsilon, values) == 0
+    assert library.run_linear((ctypes.c_int64 * 10)(*map(int, numbers)), product.epsilon, values) == 0
     return y
 
 

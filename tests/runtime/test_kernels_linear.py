@@ -35,6 +35,8 @@ PRODUCTS = [
     Product(96, 2 * 50, bits=4, block=16, gate="silu", hadamard=32, optional="zr"),
     Product(192, 33, bits=4, block=8, epsilon=1e-5, optional="zg"),
     Product(64, 2 * 16, block=16, gate="silu"),
+    Product(128, 50, bits=4, block=64, optional="b", half_scales=True),
+    Product(96, 2 * 37, bits=8, block=32, gate="silu", optional="zr", half_scales=True),
 ]
 ROWS = (2, 7, 99, 200)
 
@@ -151,6 +153,15 @@ def test_a_type_that_is_not_taken_is_refused() -> None:
     feeds = {name: value.astype(np.float64) for name, value in product.feeds(1, seed=1).items()}
     with pytest.raises(Exception, match="Type"):
         product.session(0, feeds)
+
+
+@pytest.mark.parametrize(("product", "dtype"), [(Product(64, 32), np.float16), (Product(64, 32, block=32), np.int32)])
+def test_scales_of_another_type_are_refused(product: Product, dtype: type) -> None:
+    feeds = {**product.feeds(3, seed=1), **product.constants(0)}
+    feeds["scales"] = feeds["scales"].astype(dtype)
+    session = operator_session("Linear", product.attributes, product.names, feeds, {})
+    with pytest.raises(Exception, match="weight"):
+        session.run(None, feeds)
 
 
 @dataclasses.dataclass(frozen=True)

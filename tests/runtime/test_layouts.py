@@ -23,7 +23,12 @@ from satchel.runtime.optimize.derived import make_weights
 
 TYPES = {(8, True): TensorProto.INT8, (8, False): TensorProto.UINT8, (4, True): TensorProto.INT4}
 TYPES |= {(4, False): TensorProto.UINT4}
-NUMPY = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int8): 3}
+NUMPY = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int8): 3,
+}
 
 
 def variant(layout: Layout) -> Variant:
@@ -46,6 +51,7 @@ class Case:
     outputs: int
     size: int = 0
     gated: bool = False
+    half_scales: bool = False
 
 
 CASES = {
@@ -59,6 +65,9 @@ CASES = {
     "panels, groups of 4 bits with zero points, odd outputs": Case(Layout.PANELS, 4, False, 32, 19, 8),
     "panels, groups of 4 bits, gated": Case(Layout.PANELS, 4, True, 32, 68, 32, gated=True),
     "panels, groups of 4 bits with zero points, gated": Case(Layout.PANELS, 4, False, 32, 46, 16, gated=True),
+    "panels, scales in float16": Case(Layout.PANELS, 4, False, 64, 20, 32, half_scales=True),
+    "panels, scales in float16, gated": Case(Layout.PANELS, 8, True, 32, 68, 32, gated=True, half_scales=True),
+    "int8, scales in float16": Case(Layout.INT8, 4, True, 64, 21, 16, half_scales=True),
     "int8, groups of 4 bits": Case(Layout.INT8, 4, True, 64, 21, 16),
     "int8, groups of 4 bits with zero points": Case(Layout.INT8, 4, False, 64, 40, 32),
     "int8, groups of 8 bits with zero points": Case(Layout.INT8, 8, False, 64, 40, 32),
@@ -76,12 +85,12 @@ class Weight:
         low = -zero if case.symmetric else 0
         groups = case.inputs // case.size if case.size else 1
         self.values = rng.integers(low, low + 2 * zero, (case.inputs, case.outputs))
-        self.scales = rng.uniform(0.5, 2, (groups, case.outputs)).astype(np.float32)
+        self.scales = rng.uniform(0.5, 2, (groups, case.outputs)).astype(np.float16 if case.half_scales else np.float32)
         self.scales[:, 3] = 0  # an output of zeros
         self.zeros = None if case.symmetric else rng.integers(0, 2 * zero, (groups, case.outputs))
         dtype, scale_dims = TYPES[case.bits, case.symmetric], self.scales.shape if case.size else (case.outputs,)
         tensors = [("w.codes", dtype, self.values.shape, self._bytes(self.values))]
-        tensors.append(("w.scales", TensorProto.FLOAT, scale_dims, self.scales.tobytes()))
+        tensors.append(("w.scales", NUMPY[self.scales.dtype], scale_dims, self.scales.tobytes()))
         if self.zeros is not None:
             tensors.append(("w.zero_points", dtype, self.zeros.shape, self._bytes(self.zeros)))
         self._write("weights.bin", tensors, "prefill", "decode")
@@ -153,7 +162,7 @@ def panels(weight: Weight) -> Parts:
     filler = zero if case.bits == 8 else zero | zero << 4
     rows = -(-case.inputs // (4 if case.bits == 8 else 8))
     values = np.full((len(split), rows, 16, 4), filler, np.uint8)
-    scales = np.zeros((len(split), len(weight.scales), 16), np.float32)
+    scales = np.zeros((len(split), len(weight.scales), 16), weight.scales.dtype)
     zeros = np.full(scales.shape, zero, np.uint8)
     for panel, columns in enumerate(split):
         for place, column in enumerate(columns):
@@ -180,7 +189,7 @@ def test_a_layout_holds_what_is_stored(
     monkeypatch.setattr(derived, "VALUES_AT_ONCE", at_once)
     weight = Weight(tmp_path, CASES[name])
     made, wanted, case = weight.made(), expected(weight), weight.case
-    form = Form(case.inputs, case.outputs, len(weight.scales), case.bits, case.symmetric)
+    form = Form(case.inputs, case.outputs, len(weight.scales), case.bits, case.symmetric, case.half_scales)
     said = {
         ending: (part.dtype.name, part.shape) for ending, part in parts(case.layout, form, gated=case.gated).items()
     }
@@ -213,6 +222,7 @@ def test_a_weight_that_a_layout_cannot_hold_is_an_error(layout: Layout, form: Fo
         ("panels, groups of 4 bits", {"bits": 8}),
         ("panels, groups of 4 bits", {"size": 16}),
         ("panels, groups of 4 bits", {"symmetric": False}),
+        ("panels, groups of 4 bits", {"half_scales": True}),
         ("panels, groups of 4 bits with zero points", {"symmetric": True}),
         ("groups", {"inputs": 64}),
     ],

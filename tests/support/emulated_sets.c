@@ -109,8 +109,8 @@ static void one_after_another(void *pool, size_t tasks, void (*task)(void *data,
         task(data, i);
 }
 
-/* 0 on success. Numbers are inputs, block, hadamard, outputs, bits, gate, rows, whether rows are single tokens, and
- * sequences; operands are x, weights, scales, zero points, bias, residual, norm weight, row offsets and y, NULL where there
+/* 0 on success. Numbers are inputs, block, hadamard, outputs, bits, gate, rows, whether rows are single tokens,
+ * sequences, and whether scales are halves; operands are x, weights, scales, zero points, bias, residual, norm weight, row offsets and y, NULL where there
  * is none. */
 __attribute__((visibility("default"))) int run_linear(const int64_t *numbers, float epsilon, void **operands)
 {
@@ -124,6 +124,7 @@ __attribute__((visibility("default"))) int run_linear(const int64_t *numbers, fl
                              .x = operands[0],
                              .weights = operands[1],
                              .scales = operands[2],
+                             .half_scales = numbers[9] != 0,
                              .zero_points = operands[3],
                              .bias = operands[4],
                              .residual = operands[5],

@@ -82,12 +82,15 @@ def found() -> Path:
     return path
 
 
+OF_INPUTS = ("optional", "half_scales")
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """One satchel:Linear with random weights, and what it is to give.
 
     Attributes as those of the operator; `bits` 8 or 4; `optional`: which of the optional inputs there are, by letter:
-    z, b, r and g for zero points, bias, residual and gain.
+    z, b, r and g for zero points, bias, residual and gain. `half_scales`: Scales are in float16.
     """
 
     inputs: int
@@ -98,6 +101,7 @@ class Product:
     hadamard: int = 0
     gate: str = ""
     optional: str = ""
+    half_scales: bool = False
 
     @property
     def width(self) -> int:
@@ -105,17 +109,18 @@ class Product:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "optional"}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in OF_INPUTS}
 
     @property
     def names(self) -> list[str]:
         return ["x", "codes", "scales", *(letter if letter in self.optional else "" for letter in "zbrg")]
 
-    def codes(self, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    def codes(self, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.floating[Any]], NDArray[np.uint8]]:
         """Codes [outputs, inputs], scales and zero points [outputs, blocks]."""
         rng, blocks = np.random.default_rng(seed), self.inputs // self.block if self.block else 1
         codes = rng.integers(0, 1 << self.bits, (self.outputs, self.inputs), np.uint8)
-        scales = rng.uniform(0.001, 0.011, (self.outputs, blocks)).astype(np.float32)
+        dtype = np.float16 if self.half_scales else np.float32
+        scales = rng.uniform(0.001, 0.011, (self.outputs, blocks)).astype(dtype)
         middle = np.full((self.outputs, blocks), 1 << (self.bits - 1), np.uint8)
         zeros = rng.integers(0, 1 << self.bits, middle.shape, np.uint8) if "z" in self.optional else middle
         return codes, scales, zeros
@@ -183,7 +188,8 @@ class Product:
         x = mixed(x, self.hadamard) if self.hadamard else x
         x = rounded_rows(x, self.block, FINE_LEVELS if single and not self.block else LEVELS)
         steps = codes.reshape(self.outputs, scales.shape[1], -1) - zeros[..., None].astype(np.float64)
-        y = x @ (steps * scales[..., None]).reshape(self.outputs, self.inputs).T + constants.get("b", 0.0)
+        weight = (steps * scales[..., None].astype(np.float64)).reshape(self.outputs, self.inputs)
+        y = x @ weight.T + constants.get("b", 0.0)
         if self.gate:
             y = ACTIVATIONS[self.gate](y[:, : self.width]) * y[:, self.width :]
         return y.reshape(*shape, self.width) + feeds.get("r", 0.0)

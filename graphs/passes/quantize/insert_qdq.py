@@ -12,7 +12,7 @@ from satchel.graphs.ir.contract import GraphPass, Report
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.two_parts import in_two_parts
 from satchel.graphs.ir.values import MICROSOFT, Builder, rank, replace
-from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight, quantized_products
+from satchel.graphs.quant.quantized import INT8_PRODUCTS, QuantizedWeight, float_scales, quantized_products
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.layouts import GROUP_SIZE, INT8_MAX, SMALLEST_RANGE
 
@@ -123,19 +123,21 @@ def _dequantized(builder: Builder, quantized: QuantizedWeight, name: str, fused:
 
     With `fused`, a per-channel weight is multiplied by quantized activations, in an operator that takes int8 as it is.
     """
-    codes, scales, zero_points = (None if lazy is None else builder.shared(lazy) for lazy in quantized.columns())
+    lazy_codes, lazy_scales, lazy_points = quantized.columns()
+    codes, scales = builder.shared(lazy_codes), float_scales(builder, lazy_scales, f"{name}.float_scales")
+    zero_points = None if lazy_points is None else builder.shared(lazy_points)
     block = quantized.grid.scheme.block
     where: dict[str, Any] = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
-    if zero_points is None and codes is not None and codes.dtype == ir.DataType.INT8 and not (fused and block is None):
+    if zero_points is None and codes.dtype == ir.DataType.INT8 and not (fused and block is None):
         zero_points = _zeros(builder, scales, name)
     inputs = [v for v in (codes, scales, zero_points) if v is not None]
     value = builder.value("DequantizeLinear", inputs, f"{name}.matrix", **where)
     value.type = ir.TensorType(ir.DataType.FLOAT)
-    value.shape = codes.shape if codes is not None else None
+    value.shape = codes.shape
     return value
 
 
-def _zeros(builder: Builder, scales: ir.Value | None, name: str) -> ir.Value:
+def _zeros(builder: Builder, scales: ir.Value, name: str) -> ir.Value:
     """Zero points of 0 in the shape of the scales, which are computed when a session loads the graph.
 
     On x86-64 without VNNI, ONNX Runtime turns int8 weights into uint8 with zero points of 128, for exact products.

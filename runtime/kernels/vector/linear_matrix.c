@@ -127,7 +127,7 @@ INLINE void add_sums(const LinearTile tile, const LinearWork *work, int64_t firs
     for (int p = 0; p < tile.width; p++)
         EACH_PART {
             const int64_t place = ((panel - work->first_panel + p) * blocks + block) * LANES + i * PART_LANES;
-            const PartF scale = scales_at(work, place);
+            const PartF scale = scales_at(work, tile.channel, place);
             const PartI zeros = zeros_at(work, tile.bits, own_zeros, place);
             for (int64_t row = 0; row < places; row += each) {
                 PartI sum, lower;

@@ -106,10 +106,13 @@ INLINE PartI zeros_at(const LinearWork *work, const int bits, const bool own_zer
     return own_zeros ? part_load_unsigned(work->call->zero_points + at) - read_less(bits) : (PartI){0};
 }
 
-INLINE PartF scales_at(const LinearWork *work, int64_t at)
+/* Scales at place `at`; one for each output is a float. */
+INLINE PartF scales_at(const LinearWork *work, const bool channel, int64_t at)
 {
     PartF scale;
-    memcpy(&scale, work->call->scales + at, sizeof scale);
+    if (!channel && work->call->half_scales)
+        return part_load_halves((const uint16_t *)work->call->scales + at);
+    memcpy(&scale, (const float *)work->call->scales + at, sizeof scale);
     return scale;
 }
 
@@ -163,7 +166,7 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
         UNROLL
         for (int c = 0; c < columns; c++) {
             const int64_t place = column_place(tile, panel - work->first_panel, blocks, block, part, c);
-            const PartF scale = scales_at(work, place);
+            const PartF scale = scales_at(work, tile.channel, place);
             const PartI zeros = zeros_at(work, tile.bits, own_zeros, place);
             UNROLL
             for (int r = 0; r < rows; r++) {
