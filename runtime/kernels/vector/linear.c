@@ -98,7 +98,7 @@ static bool quantize_call(const LinearParams *params, const LinearCall *call, co
         = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + row_table_bytes + 2 * scale_bytes);
     if (memory == NULL)
         return false;
-    *work = (LinearWork){.params = params, .call = call, .scratch = (float *)memory};
+    *work = (LinearWork){.params = params, .call = call, .scratch = (float *)memory, .memory = call->weights};
     work->activations = (int8_t *)(memory + scratch_bytes);
     work->parts = (Part *)(memory + scratch_bytes + activation_bytes);
     work->rows = (Row *)((uint8_t *)work->parts + part_bytes);

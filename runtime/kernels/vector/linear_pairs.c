@@ -38,7 +38,7 @@ INLINE void sum_many(const LinearTile tile, const Operands *o, PartI (*sums)[MOS
     for (int64_t i = o->from; i < o->end; i += 8) {
         const uint8_t *b = o->b + i * (tile.bits == 4 ? 8 : 16);
         const int64_t more = i + 4 < o->end ? BYTES : 0;
-        fetch_ahead(tile, o, b, tile.bits == 4 ? BYTES : 2 * BYTES);
+        fetch_next(tile, o, i, 8);
         PAIR(0)
         PAIR(1)
         PAIR(2)

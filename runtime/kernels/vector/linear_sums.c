@@ -88,22 +88,26 @@ INLINE PartI four_inputs(const LinearTile tile, const int8_t *row, int64_t at)
     return four - (PartI){0};
 }
 
-/* Operands of a tile: rows are `stride` bytes apart, panels `apart`, and inputs are from `from` to `end`. With `ahead` the
- * panels that come next are fetched on the way: processors do not fetch ahead across pages by themselves. */
+/* Operands of a tile: rows are `stride` bytes apart, panels `apart`, and inputs are from `from` to `end`. Unless `next` is
+ * NULL, as many bytes from there on are fetched on the way as are read of weights: processors do not fetch ahead across
+ * pages by themselves, and what is fetched in a burst waits for memory. */
 typedef struct {
     const int8_t *a;
     const uint8_t *b; /* weights of the first column */
     int64_t stride, apart, from, end;
-    bool ahead;
+    const uint8_t *next;
 } Operands;
 
-INLINE void fetch_ahead(const LinearTile tile, const Operands *o, const uint8_t *b, const int bytes)
+/* At input `at` of a step of `inputs`. Whole panels are fetched side by side, as they will be read. */
+INLINE void fetch_next(const LinearTile tile, const Operands *o, int64_t at, const int inputs)
 {
-    if (o->ahead)
+    const int parts = parts_at_once(tile), beside = parts == PARTS ? tile.width : 1;
+    const int each = parts * tile.width / beside * PART_BYTES * tile.bits / 32; /* bytes of an input */
+    if (o->next != NULL)
         UNROLL
-        for (int p = tile.width; p < 2 * tile.width; p++)
-            for (int byte = 0; byte < bytes; byte += BYTES)
-                __builtin_prefetch(b + p * o->apart + byte, 0, 2);
+        for (int p = 0; p < beside; p++)
+            for (int byte = 0; byte < each * inputs; byte += BYTES)
+                __builtin_prefetch(o->next + p * o->apart + at * each + byte, 0, 2);
 }
 
 /* Each sum is a variable of its own, SUM(row, column): compilers keep arrays of them in memory. */
@@ -155,7 +159,7 @@ INLINE void sum_many(const LinearTile tile, const Operands *o, PartI (*sums)[MOS
     FOUR_SUMS(5);
     for (int64_t i = o->from; i < o->end; i += tile.bits == 4 ? 8 : 4) {
         const uint8_t *b = o->b + i * (tile.bits == 4 ? 8 : 16);
-        fetch_ahead(tile, o, b, BYTES);
+        fetch_next(tile, o, i, tile.bits == 4 ? 8 : 4);
         FOR_4(READ, _)
         FOR_6(ADD_ROW, i, w)
         if (tile.bits == 4) {
@@ -201,7 +205,7 @@ INLINE void sum_few(const LinearTile tile, const Operands *o, PartI (*sums)[MOST
         const PartI a0 = four_inputs(tile, o->a, i), a1 = four_inputs(tile, second_row, i);
         const PartI next0 = pairs ? four_inputs(tile, o->a, i + 4) : a0;
         const PartI next1 = pairs ? four_inputs(tile, second_row, i + 4) : a1;
-        fetch_ahead(tile, o, b, pairs && tile.bits == 8 ? 2 * BYTES : BYTES);
+        fetch_next(tile, o, i, pairs ? 8 : 4);
         FOR_8(ADD_FEW, _)
     }
     FOR_8(KEEP_FEW, _)

@@ -35,6 +35,7 @@ typedef struct {
     Part *parts;
     size_t part_count;
     int64_t first_panel; /* that the call's weights and scales begin with */
+    const uint8_t *memory; /* of all panels, or what they are packed from: as many bytes */
     int64_t width; /* panels of a task */
     size_t groups; /* tasks that cover the panels */
 } LinearWork;
@@ -134,9 +135,10 @@ INLINE PartF add_block(const LinearTile tile, const LinearWork *work, int64_t at
     return tile.channel ? whole * both : part_fma(whole, both, total);
 }
 
-/* Products of a tile's rows and of parts from `part` on of its panels, the products from `first` on. */
+/* Products of a tile's rows and of parts from `part` on of its panels, the products from `first` on. Bytes from `next` on
+ * are fetched on the way. */
 INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_t row, int64_t panel, int part, int first,
-                           F16 (*product)[MOST_PANELS])
+                           const uint8_t *next, F16 (*product)[MOST_PANELS])
 {
     const LinearParams *params = work->params;
     const LinearCall *call = work->call;
@@ -161,7 +163,7 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
                                 .apart = apart,
                                 .from = block * inputs,
                                 .end = (block + 1) * inputs,
-                                .ahead = part == 0},
+                                .next = next},
                      sum);
         UNROLL
         for (int c = 0; c < columns; c++) {
@@ -183,15 +185,21 @@ INLINE void multiply_parts(const LinearTile tile, const LinearWork *work, int64_
             product[r][first + c / parts].part[part + c % parts] = total[r][c];
 }
 
-INLINE void linear_tile(const LinearTile tile, const LinearWork *work, int64_t row, int64_t out, int64_t panel)
+/* The first tile of a part fetches the panels that come next, evenly over all its steps. */
+INLINE void linear_tile(const LinearTile tile, const LinearWork *work, const Part *part, int64_t row, int64_t out, int64_t panel)
 {
     F16 product[MOST_ROWS][MOST_PANELS];
+    const int64_t bytes = panel_bytes(work->params);
+    const uint8_t *next = row == part->from ? work->memory + (panel + tile.width) * bytes : NULL;
     LinearTile some = tile; /* as many panels as there are columns at once */
     if (most_columns(tile) < tile.width)
         some.width = most_columns(tile);
+    const int parts = parts_at_once(some);
     for (int p = 0; p < tile.width; p += some.width)
-        for (int part = 0; part < PARTS; part += parts_at_once(some))
-            multiply_parts(some, work, row, panel + p, part, p, product);
+        for (int first = 0; first < PARTS; first += parts) {
+            multiply_parts(some, work, row, panel + p, first, p, next, product);
+            next = next == NULL ? NULL : next + some.width * parts * bytes / PARTS;
+        }
     finish(tile, work, out, panel, product);
 }
 
@@ -216,14 +224,14 @@ INLINE void strip(const int width, const int bits, const bool channel, const boo
     small.rows = fine && !WORDS ? 2 : SMALL_ROWS;
     smallest.rows = each / step;
     for (; row + tile.rows * step <= part->end; row += tile.rows * step, out += outputs_of(tile))
-        linear_tile(tile, work, row, out, panel);
+        linear_tile(tile, work, part, row, out, panel);
     if (FEWER_ROWS < tile.rows)
         for (; row + middle.rows * step <= part->end; row += middle.rows * step, out += outputs_of(middle))
-            linear_tile(middle, work, row, out, panel);
+            linear_tile(middle, work, part, row, out, panel);
     for (; row + small.rows * step <= part->end; row += small.rows * step, out += outputs_of(small))
-        linear_tile(small, work, row, out, panel);
+        linear_tile(small, work, part, row, out, panel);
     for (; row < part->end; row += each, out++)
-        linear_tile(smallest, work, row, out, panel);
+        linear_tile(smallest, work, part, row, out, panel);
 }
 
 typedef void Strip(const LinearWork *work, const Part *part, int64_t panel);

@@ -75,8 +75,6 @@ static void pack_panel(const TableWork *work, int64_t first, uint8_t *panel)
     for (int64_t i = 0; whole && i < inputs; i += LANES)
         UNROLL
         for (int o = 0; o < LANES; o += 4) {
-            /* what comes next: processors do not fetch ahead across pages by themselves */
-            __builtin_prefetch(table + (PACKED_PANELS * inputs + i + o) * LANES, 0, 2);
             pack_some(table + o * inputs + i, inputs, panel + i * LANES + o * 4);
         }
     for (int64_t o = 0; !whole && o < left; o++)
@@ -161,6 +159,7 @@ static void multiply_table(void *data, size_t index)
     LinearCall call = {.rows = work->call->rows, .weights = memory, .scales = scales, .y = work->call->y};
     LinearWork linear = work->linear;
     linear.call = &call;
+    linear.memory = work->call->weights;
     for (int64_t panel = first, count; panel < stop; panel += count) {
         count = few || panel + 1 == stop ? 1 : PACKED_PANELS;
         for (int64_t i = 0; i < count; i++)

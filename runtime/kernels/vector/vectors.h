@@ -131,7 +131,11 @@ INLINE F16 load(const float *x)
     return r;
 }
 
-INLINE void store(float *x, F16 v) { memcpy(x, &v, sizeof v); }
+/* Part by part: compilers keep in memory what is copied as a whole. */
+INLINE void store(float *x, F16 v)
+{
+    EACH_PART memcpy(x + i * PART_LANES, &v.part[i], sizeof v.part[i]);
+}
 
 INLINE I16 load_ints(const int32_t *x)
 {
@@ -298,7 +302,9 @@ INLINE F16 zip_high(F16 a, F16 b)
 INLINE PartF part_sums(const PartF v[PART_LANES])
 {
     PartF sum[PART_LANES];
-    memcpy(sum, v, sizeof sum);
+    UNROLL
+    for (int i = 0; i < PART_LANES; i++)
+        sum[i] = v[i];
     UNROLL
     for (int n = PART_LANES / 2; n > 0; n /= 2)
         UNROLL
@@ -340,7 +346,9 @@ INLINE void transpose(F16 v[LANES])
             w[2 * i] = zip_low(v[i], v[i + LANES / 2]);
             w[2 * i + 1] = zip_high(v[i], v[i + LANES / 2]);
         }
-        memcpy(v, w, sizeof w);
+        UNROLL
+        for (int i = 0; i < LANES; i++)
+            v[i] = w[i];
     }
 }
 
