@@ -153,6 +153,6 @@ def test_the_largest_products_do_not_saturate(emulated: ctypes.CDLL) -> None:
     operands = [feeds["x"], constants["codes"], constants["scales"]]
     y = np.empty((1, 17, 16), np.float32)
     values = (ctypes.c_void_p * 9)(*(each.ctypes.data for each in operands), *[None] * 5, y.ctypes.data)
-    assert emulated.run_linear((ctypes.c_int64 * 9)(1024, 0, 0, 16, 8, 0, 17, 0, 0), 0.0, values) == 0
+    assert emulated.run_linear((ctypes.c_int64 * 10)(1024, 0, 0, 16, 8, 0, 17, 0, 0, 0), 0.0, values) == 0
     wanted = 1024 * 127.0 * 127 * constants["scales"].reshape(16).astype(np.float64)
     np.testing.assert_allclose(y, np.broadcast_to(wanted, y.shape), rtol=1e-6)
