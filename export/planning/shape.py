@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from satchel.runtime.bundle import shares
 
@@ -39,6 +40,7 @@ class Cut:
         return max(len(each.queries) for each in found) / self.queries
 
 
+@functools.cache
 def share(cut: Cut | None, devices: int) -> float:
     """The largest part of something that one of several devices has, between 0 and 1; 1 for what is not cut."""
     return 1.0 if cut is None else cut.share(devices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from satchel.export.planning.shape import FLOAT_BYTES, Cache, Matrix, Shape, share
 from satchel.graphs.quant.recipe import Recipe
@@ -40,16 +41,21 @@ class Precision:
 
     def nbytes(self, matrix: Matrix) -> int:
         """Bytes of a matrix with its scales and zero points. Raises RecipeError: no group size divides its inputs."""
-        rule = None if self.recipe is None else self.recipe.rule(matrix.layer, matrix.kind)
-        scheme = None if rule is None else rule.scheme(matrix.inputs)
-        if scheme is None:
-            return matrix.size * self.float_bytes
-        return matrix.count * scheme.nbytes(matrix.outputs, matrix.inputs, matrix.kind)
+        return _nbytes(self, matrix)
 
     @property
     def rotates(self) -> bool:
         """Whether norms are folded into matrices."""
         return self.recipe is not None and "rotate" in self.recipe.transforms
+
+
+@functools.cache  # a plan asks for each matrix again for each number of devices
+def _nbytes(precision: Precision, matrix: Matrix) -> int:
+    rule = None if precision.recipe is None else precision.recipe.rule(matrix.layer, matrix.kind)
+    scheme = None if rule is None else rule.scheme(matrix.inputs)
+    if scheme is None:
+        return matrix.size * precision.float_bytes
+    return matrix.count * scheme.nbytes(matrix.outputs, matrix.inputs, matrix.kind)
 
 
 def weight_bytes(shape: Shape, precision: Precision, context: int, devices: int = 1, stages: int = 1) -> int:

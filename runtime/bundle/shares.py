@@ -128,9 +128,12 @@ def stages(
     for stage in range(1, count):
         row, cut = [float("inf")] * (len(sizes) + 1), [0] * (len(sizes) + 1)
         for last in range(stage + 1, len(sizes) + 1):
-            row[last], cut[last] = min(
-                (max(best[-1][first], part(first, last, stage)), first) for first in range(stage, last)
-            )
+            for first in range(last - 1, stage - 1, -1):
+                own = part(first, last, stage)
+                if own > row[last]:
+                    break  # it only grows with more layers
+                if (largest := max(best[-1][first], own)) <= row[last]:
+                    row[last], cut[last] = largest, first
         best.append(row)
         cuts.append(cut)
     ends = [len(sizes)]
