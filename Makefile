@@ -89,10 +89,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# satchel's three folders get their package names by being installed, so types are checked on a plain install.
+# satchel's three folders get their package names by being installed, so types are checked on a plain install. Its C
+# code needs no compiling for that.
 types: $(VENV)/.dev
 	@rm -rf build/types build/lib* build/bdist* build/temp*
-	@$(INSTALL) --no-deps --target build/types .
+	@SATCHEL_KERNELS=off $(INSTALL) --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --package satchel.runtime --package satchel.graphs --package satchel.export
 
 # Wheels of all platforms with the kernels inside, and a pure one, in dist/.

@@ -11,8 +11,18 @@ from support.checkpoints import save_tiny
 from support.command import Said, Satchel
 from support.export_command import in_float, tree
 from support.shared import made_once
+from support.traced import traced_once, translations_read_once
 
 from satchel.export import ExportConfig, export_bundle
+from satchel.export.tracing.trace import trace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_trace_of_each_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        translations_read_once(patch)
+        patch.setattr("satchel.export.compile.trace", traced_once(tmp_path_factory, trace))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -171,13 +171,14 @@ def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
         model.get_parameter("model.layers.1.mlp.down_proj.weight")[3, 5] = -65520.0  # the smallest that rounds beyond
     model.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ExportError, match=r"layers\.1\.mlp\.down_proj.* 6\.552e\+04.*65504.*--target cpu"):
-        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", target="cuda", certificate=False))
+        config = ExportConfig(tmp_path / "bundle", target="cuda", max_context=64, certificate=False)
+        export_bundle(tmp_path / "checkpoint", config)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_experts_are_not_quantized(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"node_experts.*--recipe"):
-        bundle(FAMILIES["mixtral"], tmp_path, precision="a16w8")
+        bundle(FAMILIES["qwen3_moe"], tmp_path, precision="a16w8")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

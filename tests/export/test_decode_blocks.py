@@ -13,6 +13,7 @@ import onnx
 import pytest
 from support.checkpoints import save_tiny
 from support.command import Satchel
+from support.families import by_family
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle import layouts
@@ -59,7 +60,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle
     return export
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=by_family(FORMS, {"int8", "filled up"}.__contains__))
 def made(exported: Callable[[str], Bundle], request: pytest.FixtureRequest) -> Bundle:
     return exported(request.param)
 

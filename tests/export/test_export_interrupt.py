@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from support.export_command import SATCHEL
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PATIENCE = 60.0  # seconds
+LIMIT = 100_000
+"""Bytes of the largest file that a disk takes."""
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +38,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("stage", "sent"),
     [
-        ("tracing", signal.SIGTERM), ("writing", signal.SIGINT),
-        pytest.param("tracing", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("writing", signal.SIGTERM, marks=pytest.mark.slow),
+        ("tracing", signal.SIGTERM),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("tracing", signal.SIGINT), ("writing", signal.SIGINT), ("writing", signal.SIGTERM),
+        )),
     ],
 )  # fmt: skip
 def test_a_signal_ends_an_export_with_nothing_left(
-    sent: signal.Signals, stage: str, large: Path, tmp_path: Path
+    sent: signal.Signals, stage: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    """`test_run_checkpoint.py` has a quick test of one that is stopped while it writes."""
     log, place = tmp_path / "log", tmp_path / "out"
-    command = [*SATCHEL, "export", str(large), "-o", str(place / "bundle"), "-p", "fp32"]
+    checkpoint = request.getfixturevalue("large" if stage == "writing" else "tiny_checkpoint")
+    command = [*SATCHEL, "export", str(checkpoint), "-o", str(place / "bundle"), "-p", "fp32"]
     with log.open("w") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as process:
         if stage == "tracing":
             wait_for(lambda: "tracing the model" in log.read_text())
@@ -59,15 +64,16 @@ def test_a_signal_ends_an_export_with_nothing_left(
     assert not place.exists() or list(place.iterdir()) == []
 
 
-def test_a_disk_that_fails_while_writing_leaves_nothing(large: Path, tmp_path: Path) -> None:
-    command = [*SATCHEL, "export", str(large), "-o", str(tmp_path / "bundle"), "-p", "fp32", "--quiet"]
-    limit = 50 << 20  # bytes: no file may grow larger
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("satchel: error: ")
-    assert done.stderr.count("\n") == 1
-    assert "cannot be written (File too large): free space" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def short_files() -> Iterator[None]:
+    """No file may grow larger than `LIMIT`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("tiny_bundle", "short_files")
+def test_a_disk_that_fails_while_writing_leaves_nothing(refused: Callable[..., None], tiny_checkpoint: Path) -> None:
+    assert (tiny_checkpoint / "model.safetensors").stat().st_size > LIMIT
+    refused(tiny_checkpoint, "--no-certificate", says=("cannot be written (File too large): free space",))

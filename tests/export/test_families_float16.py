@@ -19,9 +19,8 @@ def test_float16_weights_give_the_logits_of_transformers_with_rounded_weights(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     family, whole = FAMILIES[name], exported(name, tmp_path_factory)
-    manifest = export_bundle(
-        save(family, tmp_path / "checkpoint"), ExportConfig(tmp_path / "bundle", precision="fp16", certificate=False)
-    )
+    config = ExportConfig(tmp_path / "bundle", precision="fp16", max_context=family.context, certificate=False)
+    manifest = export_bundle(save(family, tmp_path / "checkpoint"), config)
     weights = stored_weights(tmp_path / "checkpoint")
     expected = logits_of(reference(family, {n: w.half().float() for n, w in weights.items()}), whole.ids)
     assert difference(expected, whole.logits) > 3 * TOLERANCE, "rounding does not show"
@@ -43,7 +42,8 @@ def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
         model.get_parameter("model.layers.1.mlp.down_proj.weight")[3, 5] = -65520.0  # the smallest that rounds beyond
     model.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ExportError) as caught:
-        export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle", precision="fp16", certificate=False))
+        config = ExportConfig(tmp_path / "bundle", precision="fp16", max_context=64, certificate=False)
+        export_bundle(tmp_path / "checkpoint", config)
     for part in ("model.layers.1.mlp.down_proj.weight", "6.552e+04", "65504", "--precision fp32"):
         assert part in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -87,7 +87,8 @@ def test_a_target_without_kernels_for_states_is_refused_by_name(
     name: str, what: str, target: str, tmp_path: Path
 ) -> None:
     checkpoint = save(FAMILIES[name], tmp_path / "checkpoint")
-    config = ExportConfig(tmp_path / "bundle", "fp16", target=target, max_context=32, certificate=False)
+    context = FAMILIES[name].context
+    config = ExportConfig(tmp_path / "bundle", "fp16", target=target, max_context=context, certificate=False)
     with pytest.raises(ExportError, match=rf"{what}.*--target {target}.*--target cpu"):
         export_bundle(checkpoint, config)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from support.dynamic_graphs import together
 from support.exported import difference
-from support.families import TOLERANCE
+from support.families import TOLERANCE, by_family
 from support.own_module import CONTEXT, HIDDEN, KEY_DIM, VOCABULARY, OwnModule, plain_attention
 
 from satchel.export import ExportConfig, ExportError, ModuleFacts, export_bundle
@@ -36,7 +36,11 @@ def logits_of(module: OwnModule, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     return found
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+FIRST = ("equal widths", "narrow values, window and soft cap")
+"""All that a variant may have; those with a part of it are slow tests."""
+
+
+@pytest.fixture(scope="module", params=by_family(VARIANTS, FIRST.__contains__))
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, OwnModule, Path, Manifest]:

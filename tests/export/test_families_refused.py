@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.families import COMMON, FAMILIES
+from support.families import COMMON, FAMILIES, save
 from support.hybrid_families import SINCE, is_known
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,6 +16,7 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint.families import PASSED, REFUSED
 
 SMALL: dict[str, Any] = {**COMMON, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+FEW_EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
     "xglm": ({}, "hard-coded"),
     "recurrent_gemma": ({"lru_width": 64}, "recurrence is hard-coded"),
@@ -30,7 +31,7 @@ BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
         "mixture of experts is hard-coded",
     ),
     "beam": ({"num_experts": 8, "moe_intermediate_size": 24}, "a gate of their own"),
-    "inkling_text": ({}, "a bias that each token computes"),
+    "inkling_text": (FEW_EXPERTS, "a bias that each token computes"),
     "hrm_text": ({}, "several times"),
     "deepseek_v32": ({"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "sparse attention"),
     "dory": ({"layer_types": ["full_attention"] * 2, "n_input_layers": 0, "n_output_layers": 1}, "several times"),
@@ -45,7 +46,7 @@ BY_STRUCTURE: dict[str, tuple[dict[str, Any], str]] = {
     "diffllama": ({}, "attention layers were traced (indices [0, 0, 1, 1])"),
     "xglm": ({}, "'Mask' object has no attribute 'size'"),
     "doge": ({}, "'Mask' object has no attribute"),
-    "inkling_text": ({}, "InklingAttention: its attention uses position_bias"),
+    "inkling_text": (FEW_EXPERTS, "InklingAttention: its attention uses position_bias"),
     "beam": (
         {
             "head_dim": 16, "mlp_layer_types": ["dense", "sparse"], "num_experts": 8, "num_experts_per_tok": 2,
@@ -99,13 +100,9 @@ def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("satchel.export.compile.PASSED", PASSED - {"gpt2"})
-    config = transformers.AutoConfig.for_model("gpt2", **SMALL)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
-    export_bundle(
-        tmp_path / "checkpoint",
-        ExportConfig(tmp_path / "bundle", precision="fp32", max_context=32, certificate=False),
-        progress=True,
-    )
+    family = FAMILIES["gpt2"]
+    config = ExportConfig(tmp_path / "bundle", precision="fp32", max_context=family.context, certificate=False)
+    export_bundle(save(family, tmp_path / "checkpoint"), config, progress=True)
     assert (tmp_path / "bundle").is_dir()
     assert "model_type gpt2 is not among the families that satchel is tested on" in capsys.readouterr().err
 

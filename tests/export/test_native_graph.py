@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from support.checkpoints import save_tiny
 from support.codes import rounded
-from support.families import VOCABULARY
+from support.families import VOCABULARY, by_family
 from support.graphs import operators, run
 from support.native_ops import run_reference
 from support.static_graphs import lowered_family
@@ -138,7 +138,7 @@ def test_rows_of_different_lengths_decode_together(opened: Callable[[str], onnx.
 EXPECTED = {"gemma2": (9, 2, 0), "gpt2": (8, 2, 1), "gpt_neox": (9, 2, 0), "cohere": (8, 2, 1)}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", by_family(EXPECTED))
 def test_families_compute_the_same_by_satchel_s_own_operators(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -28,6 +28,7 @@ pytestmark = needs_kernels
 CONTEXT = 300
 WIDE = {
     "max_position_embeddings": CONTEXT,
+    "vocab_size": 384,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_attention_heads": 4,

@@ -151,7 +151,7 @@ def test_a_recipe_with_blocks_is_refused_by_name(tmp_path: Path) -> None:
     recipe = tmp_path / "blocks.toml"
     recipe.write_text('[[rule]]\nkinds = ["linear"]\nbits = 8\nblocks = [32]\nrounding = "nearest"\n')
     config = ExportConfig(
-        tmp_path / "bundle", "a16w8", 32, "cann", certificate=False, prefill_lengths=LENGTHS, recipe=recipe
+        tmp_path / "bundle", "a16w8", 64, "cann", certificate=False, prefill_lengths=LENGTHS, recipe=recipe
     )
     with pytest.raises(ExportError, match=r"blocks = \[.channel.\]"):
         export_bundle(checkpoint, config)

@@ -119,7 +119,7 @@ def test_libraries_have_no_place_in_static_graphs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def cuda(checkpoint: Path) -> Path:
     folder = checkpoint.parent / "cuda"
-    export_bundle(checkpoint, ExportConfig(folder, target="cuda", passes=(halve_logits,), certificate=False))
+    export_bundle(checkpoint, ExportConfig(folder, "fp16", 32, "cuda", passes=(halve_logits,), certificate=False))
     return folder
 
 

@@ -24,7 +24,7 @@ _KEPT: list[np.ndarray] = []
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     place = tmp_path_factory.mktemp("llama")
-    config = ExportConfig(place / "bundle", target="cann", max_context=16, prefill_lengths=(4,))
+    config = ExportConfig(place / "bundle", target="cann", max_context=32, prefill_lengths=(4,))
     write_static(save(FAMILIES["llama"], place / "checkpoint"), config)
     return open_bundle(config.output)
 
