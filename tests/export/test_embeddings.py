@@ -46,7 +46,7 @@ def off_by(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     return float((np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max())
 
 
-@pytest.mark.parametrize("name", by_family(FAMILIES_TRIED, quick={"llama"}.__contains__))
+@pytest.mark.parametrize("name", by_family(FAMILIES_TRIED, quick={"llama", "lfm2"}.__contains__))
 def test_vectors_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     checkpoint, folder = save(family, tmp_path / "checkpoint"), tmp_path / "bundle"

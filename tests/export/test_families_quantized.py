@@ -90,11 +90,13 @@ def realistic(name: str) -> Family:
     options = {**family.options, "hidden_size": 128, "intermediate_size": 256}
     if "head_dim" in options:
         options["head_dim"] = 32
+    seed = family.seed
     if name == "qwen3_moe":
         options["moe_intermediate_size"] = 64
+        seed = 7  # the least whose tokens have no second and third expert within 0.05, which rounding might swap
     if len(options.get("layer_types", ())) > 2:  # as deep as the others: each layer adds its error
         options |= {"num_hidden_layers": 2, "layer_types": options["layer_types"][-2:]}
-    return dataclasses.replace(family, options=options, deviation=0.1)
+    return dataclasses.replace(family, options=options, seed=seed, deviation=0.1)
 
 
 def steps_of(engine: Engine, ids: NDArray[np.int64]) -> NDArray[np.float32]:

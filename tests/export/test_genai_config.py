@@ -19,7 +19,7 @@ from satchel.export.writing.genai_config import genai_config
 from satchel.runtime import Engine, open_bundle
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 
-PROMPTS = [[418, 390, 2, 378, 378, 2, 166, 439, 426, 304, 180], [96, 419]]
+PROMPTS = [[418, 390, 2, 378, 378, 2, 166, 439, 426, 304], [96, 419]]
 """One with the token that fills up batches inside, and one of two tokens."""
 
 COUNT = 64

@@ -27,7 +27,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, 
 FORMS = {"int4": "int4", "zero points": "a16w4", "mixed": "int4-mixed"}
 
 
-@pytest.fixture(scope="module", params=by_family(FORMS, "int4".__eq__))
+@pytest.fixture(scope="module", params=by_family(FORMS, {"int4", "zero points"}.__contains__))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("int8-prefill")
     checkpoint = save_tiny(folder / "checkpoint", **WIDE)
