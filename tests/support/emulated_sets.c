@@ -110,8 +110,8 @@ static void one_after_another(void *pool, size_t tasks, void (*task)(void *data,
 }
 
 /* 0 on success. Numbers are inputs, block, hadamard, outputs, bits, gate, rows, whether rows are single tokens,
- * sequences, and whether scales are halves; operands are x, weights, scales, zero points, bias, residual, norm weight, row offsets and y, NULL where there
- * is none. */
+ * sequences, and whether scales are halves; operands are x, weights, scales, zero points, bias, residual, norm weight,
+ * row offsets and y, NULL where there is none. */
 __attribute__((visibility("default"))) int run_linear(const int64_t *numbers, float epsilon, void **operands)
 {
     const Parallel serial = {NULL, one_after_another};

@@ -74,9 +74,8 @@ static void pack_panel(const TableWork *work, int64_t first, uint8_t *panel)
         memset(panel, 0, (size_t)panel_bytes(params));
     for (int64_t i = 0; whole && i < inputs; i += LANES)
         UNROLL
-        for (int o = 0; o < LANES; o += 4) {
+        for (int o = 0; o < LANES; o += 4)
             pack_some(table + o * inputs + i, inputs, panel + i * LANES + o * 4);
-        }
     for (int64_t o = 0; !whole && o < left; o++)
         for (int64_t i = 0; i < inputs; i += 4)
             memcpy(panel + i * LANES + o * 4, table + o * inputs + i, 4);
