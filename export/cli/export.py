@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from satchel.export.cli.shard import add_division, cut_bundle, division_of, is_asked
 from satchel.export.config import (
@@ -28,6 +27,7 @@ from satchel.export.errors import ExportError
 from satchel.export.writing.report import report, row
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.ranks import RANKS_NAME
+from satchel.runtime.util import interrupt
 from satchel.runtime.util.progress import waiting
 
 EXAMPLE = """\
@@ -196,7 +196,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for user-correctable errors."""
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupt.handle(signal.SIGTERM)  # partial files are removed
     with waiting("loading torch and transformers", shown=not args.quiet):
         from satchel.export.compile import export_bundle
 
@@ -248,8 +248,3 @@ def _default_name(checkpoint: str) -> Path:
     path = Path(checkpoint.rpartition(".py:")[0] or checkpoint)
     name = path.stem if path.suffix in (".gguf", ".py") else path.resolve().name
     return Path(name)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does, so that partial files are removed."""
-    raise KeyboardInterrupt

@@ -13,11 +13,11 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from satchel.runtime.bundle.lock import BusyError
 from satchel.runtime.bundle.reader import read_bundle
 from satchel.runtime.errors import SatchelError
+from satchel.runtime.util import interrupt
 
 MAX_SECONDS = 3600
 LOWEST_PRIORITY = 19
@@ -26,7 +26,7 @@ LOWEST_PRIORITY = 19
 def main(arguments: Sequence[str]) -> int:
     """Specialize the bundle, and record the error if that fails. Returns the exit code."""
     _give_way()
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt.handle(signal.SIGTERM)  # unfinished files are removed
     limit = threading.Timer(MAX_SECONDS, _thread.interrupt_main, (signal.SIGTERM,))
     limit.daemon = True
     limit.start()
@@ -45,8 +45,6 @@ def main(arguments: Sequence[str]) -> int:
             bundle = read_bundle(path)
             machine.note_attempts(bundle, machine.attempts(bundle)[0], str(error))
         return 1
-    except KeyboardInterrupt:
-        return 1
     return 0
 
 
@@ -59,10 +57,5 @@ def _give_way() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Exit as after Ctrl-C, which removes unfinished files."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(interrupt.guarded(lambda: main(sys.argv[1:])))

@@ -30,6 +30,7 @@ AGAIN: int = getattr(signal, "SIGALRM", signal.SIGTERM)
 AGAIN_AFTER = 0.01  # seconds; an error raised inside the hook would be lost again
 
 _came = False
+_handled: set[int] = set()
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -38,11 +39,10 @@ def guarded(command: Callable[[], int]) -> int:
     Installs a handler for SIGINT, unless the parent process ignores it, and hooks for uncaught errors.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        for number in INTERRUPTS:
-            signal.signal(number, _interrupt)
-        sys.excepthook = _at_top
-        sys.unraisablehook = _unraisable
-        threading.excepthook = _in_thread
+        handle(*INTERRUPTS)
+    sys.excepthook = _at_top
+    sys.unraisablehook = _unraisable
+    threading.excepthook = _in_thread
     try:
         code = command()
     except SystemExit:
@@ -52,8 +52,15 @@ def guarded(command: Callable[[], int]) -> int:
     return code
 
 
+def handle(*numbers: int) -> None:
+    """Treat these signals as Ctrl-C from now on, in a command that runs `guarded`."""
+    for number in numbers:
+        signal.signal(number, _interrupt)
+    _handled.update(numbers)
+
+
 def came() -> bool:
-    """Whether Ctrl-C was pressed since the start or the last `forget`."""
+    """Whether Ctrl-C was pressed, or a signal came that counts as one, since the start or the last `forget`."""
     return _came
 
 
@@ -73,14 +80,14 @@ def end() -> NoReturn:
 
 
 def _ignore_from_now_on() -> None:
-    for number in (*INTERRUPTS, AGAIN):
+    for number in {*INTERRUPTS, *_handled, AGAIN}:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt; during an import only after it, since C++ code that runs then may end the process."""
     global _came
-    if _came and number in INTERRUPTS:
+    if _came and number != AGAIN:
         _say()
         os._exit(EXIT_INTERRUPTED)
     _came = True

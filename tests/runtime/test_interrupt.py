@@ -144,14 +144,16 @@ sys.exit(guarded(work))
     assert (done.returncode, done.stderr) == (interrupt.EXIT_INTERRUPTED, interrupt.MESSAGE)
 
 
-def test_an_interrupt_that_a_finalizer_swallows_comes_again() -> None:
-    code = """
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_a_finalizer_swallows_comes_again(name: str) -> None:
+    code = f"""
 import signal, sys, time
-from satchel.runtime.util.interrupt import guarded
+from satchel.runtime.util.interrupt import guarded, handle
 class Swallowing:
     def __del__(self):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.{name})
 def work():
+    handle(signal.SIGTERM)
     Swallowing()
     time.sleep(30)
     return 0
