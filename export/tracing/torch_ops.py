@@ -23,11 +23,14 @@ optionally decay [batch, new, heads] or [batch, new, heads, key_dim], a logarith
 [batch, new, heads, value_dim]. A head's state [key_dim, value_dim] is multiplied by exp(decay) at each token, and takes
 the product of key and value in; with beta, beta times the product of key and what value has beyond the state's own
 answer to that key. The result is scale times the state's answer to the query. Attributes: layer and scale.
+
+`satchel::Mark`: x -> x. `satchel::Layer`: all tensors that a layer is given -> its result. `repeated_layers` has them
+replaced before any pass. Attributes: kind, place; and kind, name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import onnx
@@ -35,7 +38,9 @@ import onnxscript
 import torch
 
 DOMAIN = "satchel"
-SINGLE, OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Single, onnx.defs.OpSchema.FormalParameterOption.Optional
+SINGLE, OPTIONAL, VARIADIC = (
+    getattr(onnx.defs.OpSchema.FormalParameterOption, name) for name in ("Single", "Optional", "Variadic")
+)
 
 
 @torch.library.custom_op("satchel::attention", mutates_args=())
@@ -109,21 +114,46 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> t
     return value.new_empty(value.shape)
 
 
+@torch.library.custom_op("satchel::mark", mutates_args=())
+def mark(x: torch.Tensor, kind: int, place: int) -> torch.Tensor:
+    """A tensor that a layer is given or gives; for tracing only."""
+    raise RuntimeError("satchel::mark has no implementation in torch: it is a placeholder for a graph operator")
+
+
+@mark.register_fake
+def _(x: torch.Tensor, kind: int, place: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("satchel::layer", mutates_args=())
+def layer(given: Sequence[torch.Tensor], kind: int, name: str) -> torch.Tensor:
+    """A layer that is the same program as another; for tracing only."""
+    raise RuntimeError("satchel::layer has no implementation in torch: it is a placeholder for a graph operator")
+
+
+@layer.register_fake
+def _(given: Sequence[torch.Tensor], kind: int, name: str) -> torch.Tensor:
+    return torch.empty_like(given[0])
+
+
 def _operator(
     name: str,
     inputs: dict[str, str],
     attributes: dict[str, onnx.defs.OpSchema.AttrType],
     optional: Collection[str] = (),
-    element: str = "tensor(float)",
+    elements: Sequence[str] = ("tensor(float)",),
+    any_number: bool = False,
 ) -> onnxscript.values.Op:
+    option = VARIADIC if any_number else SINGLE
+    parameters = [
+        onnx.defs.OpSchema.FormalParameter(
+            n, t, param_option=OPTIONAL if n in optional else option, is_homogeneous=not any_number
+        )
+        for n, t in inputs.items()
+    ]
     schema = onnx.defs.OpSchema(
-        name, DOMAIN, 1,
-        inputs=[
-            onnx.defs.OpSchema.FormalParameter(n, t, param_option=OPTIONAL if n in optional else SINGLE)
-            for n, t in inputs.items()
-        ],
-        outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", [element], "")],
+        name, DOMAIN, 1, inputs=parameters, outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", list(elements), "")],
         attributes=[onnx.defs.OpSchema.Attribute(n, t, required=True) for n, t in attributes.items()],
     )  # fmt: skip
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
@@ -131,6 +161,7 @@ def _operator(
 
 _STANDARD: Any = onnxscript.opset18
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
+_TEXT = onnx.defs.OpSchema.AttrType.STRING
 _ATTENTION = _operator(
     "Attention",
     {"query": "T", "key": "T", "value": "T", "sinks": "T"},
@@ -156,7 +187,10 @@ _RECURRENCE = _operator(
     optional=("decay", "beta"),
 )
 
-_ROTARY_ROWS = _operator("RotaryRows", {"positions": "T"}, {"border": _INT}, element="tensor(int64)")
+_ANY = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "double", "int64", "int32", "bool")]
+_MARK = _operator("Mark", {"x": "T"}, {"kind": _INT, "place": _INT}, elements=_ANY)
+_LAYER = _operator("Layer", {"given": "T"}, {"kind": _INT, "name": _TEXT}, elements=_ANY, any_number=True)
+_ROTARY_ROWS = _operator("RotaryRows", {"positions": "T"}, {"border": _INT}, elements=("tensor(int64)",))
 
 
 def _translate_attention(
@@ -228,6 +262,8 @@ TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.softplus.default: _translate_softplus,
     torch.ops.satchel.attention.default: _translate_attention,
     torch.ops.satchel.experts.default: _translate_experts,
+    torch.ops.satchel.mark.default: lambda x, kind, place: _MARK(x, kind=kind, place=place),
+    torch.ops.satchel.layer.default: lambda given, kind, name: _LAYER(*given, kind=kind, name=name),
     torch.ops.satchel.rotary_rows.default: lambda positions, border: _ROTARY_ROWS(positions, border=border),
     torch.ops.satchel.convolution.default: _translate_convolution,
     torch.ops.satchel.recurrence.default: _translate_recurrence,

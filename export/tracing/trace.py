@@ -24,7 +24,9 @@ from satchel.export.errors import ExportError
 from satchel.export.tracing import torch_ops
 from satchel.export.tracing.own_attention import at_positions, has_distance_bias
 from satchel.export.tracing.recurrences import has_recurrences, replaced_functions
+from satchel.export.tracing.repeated_layers import copy_layers, one_of_each
 from satchel.export.tracing.rotary_tables import tables_for_rotary
+from satchel.export.tracing.same_layers import same_layers
 from satchel.export.tracing.stand_ins import (
     chunks_without_padding,
     register_implementations,
@@ -96,6 +98,9 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     replaced.enter_context(replaced_methods(module))
     replaced.enter_context(replaced_functions(module))
     with _quiet(), replaced, _buffers_on(device, module) as values, torch.no_grad():
+        # A custom module may call its layers with functions, and count them.
+        kinds = [] if protocol else same_layers(wrapper, examples)
+        replaced.enter_context(one_of_each(wrapper, kinds))
         try:
             program = torch.export.export(wrapper, examples, dynamic_shapes=dims, strict=False)
             onnx_program = torch.onnx.export(
@@ -123,6 +128,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     if onnx_program is None:
         raise ExportError(f"{name}: torch returned no graph for this model")
     model = onnx_program.model
+    copy_layers(model, wrapper, kinds)
     for value, wanted in zip(model.graph.inputs, (INPUT_IDS, POSITION_IDS, ATTENTION_MASK), strict=True):
         value.name = wanted
     for value, wanted in zip(model.graph.outputs, (LOGITS, HIDDEN_STATES), strict=False):
