@@ -231,8 +231,10 @@ def _export_parts(args: argparse.Namespace, config: ExportConfig) -> tuple[Manif
     """
     from satchel.export.compile import export_bundle
     from satchel.export.writing.publish import check_target, scratch_folder
+    from satchel.graphs.shard import shard
 
     division = division_of(args)
+    shard.check_target(config.target, division.collectives)
     if args.output is None:
         raise ExportError("a bundle that is cut: name the folder of all parts with -o")
     check_target(args.output, args.force, RANKS_NAME)

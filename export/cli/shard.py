@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from satchel.runtime.bundle.ranks import COLLECTIVES, MPI, NCCL
+
 if TYPE_CHECKING:
     from satchel.graphs.shard.shard import Division
 
@@ -14,7 +16,8 @@ example:
   satchel shard BUNDLE --tensor-parallel 2 -o OUT
   satchel shard BUNDLE --tensor-parallel 3 --shares 2,1,1 -o OUT
   satchel shard BUNDLE --pipeline-parallel 2 -o OUT
-  satchel shard BUNDLE --tensor-parallel 2 --pipeline-parallel 2 -o OUT"""
+  satchel shard BUNDLE --tensor-parallel 2 --pipeline-parallel 2 -o OUT
+  satchel shard CUDA_BUNDLE --tensor-parallel 2 --collectives nccl -o OUT"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +55,11 @@ def add_division(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wire", choices=("float32", "int8"), default="float32",
         help="how ranks exchange activations; int8 takes a quarter of the bytes and rounds (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--collectives", choices=COLLECTIVES, default=MPI,
+        help="what exchanges them: mpi for bundles for cpu; nccl for those for cuda, whose graphs then have ONNX "
+        "Runtime's AllReduce and AllGather, which few builds of it have (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -106,7 +114,12 @@ def division_of(args: argparse.Namespace) -> Division:
         shares[flag] = args.shares
     if max(map(len, shares.values())) == 1:
         raise SatchelError("one rank and one stage are the whole bundle: give 2 or more of either")
-    return Division(shares["--tensor-parallel"], library.VERSION, args.wire, shares["--pipeline-parallel"])
+    if args.collectives == NCCL and (args.pipeline_parallel or 1) > 1:
+        raise SatchelError("--collectives nccl: sums are over all ranks: leave --pipeline-parallel out")
+    if args.collectives == NCCL and args.wire != "float32":
+        raise SatchelError(f"--wire {args.wire}: NCCL sends numbers as the graph has them: leave it out")
+    stages = shares["--pipeline-parallel"]
+    return Division(shares["--tensor-parallel"], library.VERSION, args.wire, stages, args.collectives)
 
 
 def cut_bundle(folder: Path, division: Division, output: Path, *, force: bool = False, quiet: bool = False) -> None:
@@ -132,4 +145,5 @@ def cut_bundle(folder: Path, division: Division, output: Path, *, force: bool = 
             layout = shard_bundle(read_bundle(folder), division, stage, say)
     except OSError as error:
         raise cannot_write(output, "-o", error) from None
-    say(f"{output}: start it with mpiexec -n {len(layout.digests)} satchel run {output}")
+    flags = " --provider cuda" if layout.collectives == NCCL else ""
+    say(f"{output}: start it with mpiexec -n {len(layout.digests)} satchel run {output}{flags}")

@@ -251,6 +251,14 @@ def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
 
 
+def unpack_rows(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    """The inverse of `pack_rows`: `count` quantized values in each row, a byte each."""
+    if bits == 8:
+        return packed
+    halves = np.stack([packed & 0x0F, packed >> 4], axis=-1)
+    return halves.reshape(len(packed), -1)[:, :count]
+
+
 def stored(block: np.ndarray) -> NDArray[np.uint8]:
     """A C-contiguous array as the bytes in which ONNX stores it: two four-bit numbers to a byte, all else as it is."""
     if block.dtype in FOUR_BITS:

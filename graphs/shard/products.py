@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
+import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.analysis.linear import BIAS, NORM_WEIGHT, RESIDUAL, SCALES, ZERO_POINTS, has_input
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, producer
-from satchel.graphs.ir.weights import LazyWeight
+from satchel.graphs.ir.weights import LazyWeight, pack_rows, unpack_rows
 from satchel.graphs.shard.slices import (
     KEY,
     NotCutError,
@@ -22,6 +23,7 @@ from satchel.graphs.shard.slices import (
     is_derived,
     matrix_size,
     shifted,
+    taken,
     width,
 )
 from satchel.runtime.bundle.contract import Layout
@@ -63,8 +65,10 @@ def product_of(y: ir.Value) -> Product | None:
         return None
     if (node.domain, node.op_type) == (INTERNAL, "Linear"):
         return _native(node)
-    if (node.domain, node.op_type) in ((INTERNAL, "TableLinear"), (MICROSOFT, "MatMulNBits")):
-        return _by_output(node)
+    if (node.domain, node.op_type) == (INTERNAL, "TableLinear"):
+        return _by_output(node, "inputs", "outputs")
+    if (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits"):
+        return _in_blocks(node)
     if (node.domain, node.op_type) == (MICROSOFT, "FusedMatMul"):
         return _transposed(node)
     if node.domain == "" and node.op_type == "Mul":
@@ -191,10 +195,9 @@ def _unread(start: int, stop: int) -> NoReturn:
     raise ValueError("a device makes this tensor")
 
 
-def _by_output(node: ir.Node) -> Product | None:
-    """A layer whose matrix is stored by output: [outputs, ...]."""
+def _by_output(node: ir.Node, inputs: str, name: str) -> Product | None:
+    """A layer whose matrix is stored by output: [outputs, ...]. `inputs` and `name` are the attributes of its sizes."""
     x, codes = node.inputs[:2]
-    name = "outputs" if node.domain == INTERNAL else "N"
     outputs = node.attributes.get_int(name, 0)
     if x is None or codes is None or codes.const_value is None or codes.const_value.shape[0] != outputs:
         return None
@@ -204,8 +207,52 @@ def _by_output(node: ir.Node) -> Product | None:
             slicer.use(node, index, 0, ranges)
         node.attributes.add(ir.AttrInt64(name, width(ranges)))
 
-    inputs = node.attributes.get_int("inputs" if node.domain == INTERNAL else "K", 0)
-    return Product(node.outputs[0], x, inputs, outputs, 1, 1, (node,), columns, None)
+    return Product(node.outputs[0], x, node.attributes.get_int(inputs, 0), outputs, 1, 1, (node,), columns, None)
+
+
+def _in_blocks(node: ir.Node) -> Product | None:
+    """MatMulNBits: quantized values [outputs, blocks, bytes], scales and packed zero points [outputs, blocks]."""
+    found = _by_output(node, "K", "N")
+    operands = [*node.inputs[1:], None, None, None, None, None][:5]
+    codes, scales, points, order, bias = operands
+    block, bits = node.attributes.get_int("block_size", 0), node.attributes.get_int("bits", 4)
+    shape = codes.const_value.shape.numpy() if codes is not None and codes.const_value is not None else ()
+    if found is None or order is not None or scales is None or len(shape) != 3 or shape[1] * block != found.inputs:
+        return found
+    outputs, blocks, _ = shape
+
+    def rows(slicer: Slicer, ranges: Ranges) -> list[ir.Value]:
+        finer = common_block(block, ranges)
+        groups = tuple(range(part.start // finer, part.stop // finer) for part in ranges)
+        factor, count = block // finer, width(groups)
+
+        def of_groups(values: np.ndarray) -> np.ndarray:
+            return taken(np.repeat(values, factor, axis=1), 1, groups)
+
+        def packed(values: np.ndarray) -> np.ndarray:
+            return pack_rows(of_groups(unpack_rows(values.reshape(outputs, -1), bits, blocks)), bits)
+
+        key = ("in_blocks", ranges)
+        slicer.remake(
+            node, 1, (outputs, count, finer * bits // 8),
+            lambda values: taken(values.reshape(outputs, blocks * factor, -1), 1, groups), key,
+        )  # fmt: skip
+        slicer.remake(node, 2, (outputs, count), lambda values: of_groups(values.reshape(outputs, blocks)), key)
+        if points is not None and points.dtype == ir.DataType.UINT8:
+            slicer.remake(node, 3, (outputs, -(-count * bits // 8)), packed, key)
+        elif points is not None:
+            slicer.remake(node, 3, (outputs, count), lambda values: of_groups(values.reshape(outputs, blocks)), key)
+        for name, size in (("K", width(ranges)), ("block_size", finer)):
+            node.attributes.add(ir.AttrInt64(name, size))
+        if bias is not None:
+            node.replace_input_with(BLOCK_BIAS, None)
+        return [] if bias is None else [bias]
+
+    return dataclasses.replace(found, unit=block, rows=rows)
+
+
+BLOCK_BIAS = 5
+"""Where MatMulNBits takes its bias."""
 
 
 def _transposed(node: ir.Node) -> Product | None:

@@ -10,14 +10,24 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from satchel.graphs.shard.collectives import Place
 from satchel.graphs.shard.pipeline import StageError, cut_stage, divide
 from satchel.graphs.shard.slices import NotCutError
-from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, Place, check_alike, cut_tensors
+from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, check_alike, cut_tensors
 from satchel.graphs.shard.write import write_graphs
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec, Variant
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, CacheLayer, FileRecord, Manifest
-from satchel.runtime.bundle.ranks import RANKS_NAME, WIRES, RanksFile, RankSpec, StageSpec, rank_folder
+from satchel.runtime.bundle.ranks import (
+    COLLECTED,
+    MPI,
+    RANKS_NAME,
+    WIRES,
+    RanksFile,
+    RankSpec,
+    StageSpec,
+    rank_folder,
+)
 from satchel.runtime.bundle.reader import Bundle
 
 LEFT_OUT = {"genai_config.json", "bom.json"}
@@ -35,12 +45,26 @@ class Division:
         kernels: The version of satchel's kernels that run the parts.
         wire: One of `WIRES`.
         stages: What part of all layers each stage gets, in proportion.
+        collectives: The library by which ranks exchange numbers, one of `COLLECTIVES`.
     """
 
     shares: tuple[float, ...]
     kernels: int
     wire: str = "float32"
     stages: tuple[float, ...] = (1.0,)
+    collectives: str = MPI
+
+
+def check_target(target: str, collectives: str) -> None:
+    """Raise BundleError where ranks cannot exchange numbers so in a bundle for this target."""
+    known = COLLECTED[collectives]
+    if target == known:
+        return
+    other = next((name for name, where in COLLECTED.items() if where == target), None)
+    advice = f"choose --collectives {other}" if other is not None else f"export it with --target {known}"
+    raise BundleError(
+        f"--collectives {collectives}: is for bundles for {known}, and this one is for {target}: {advice}"
+    )
 
 
 def check_divisible(manifest: Manifest, name: str, parts: int) -> None:
@@ -51,7 +75,6 @@ def check_divisible(manifest: Manifest, name: str, parts: int) -> None:
         "has adapters that are kept apart: merge them (without --adapters separate)": bool(manifest.adapters),
         "has an int8 KV cache, which goes with stages only: export it with --kv-cache float": parts > 1
         and manifest.kv_cache.dtype == "int8",
-        "is for another target than cpu": manifest.target != "cpu",
         "is one of several ranks' already: cut the whole bundle": manifest.rank is not None,
     }
     for reason, applies in reasons.items():
@@ -72,6 +95,7 @@ def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = la
         BundleError: The bundle cannot be cut, or its graphs are not what its manifest says.
         OSError: A file cannot be written.
     """
+    check_target(bundle.manifest.target, division.collectives)
     check_divisible(bundle.manifest, str(bundle.folder), len(division.shares))
     stages = _stages(bundle, division, say)
     digests: list[str] = []
@@ -85,7 +109,8 @@ def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = la
             document = _manifest(bundle, spec, models, records, folder, division.kernels).to_json()
             _write_json(folder / MANIFEST_NAME, document)
             digests.append(document["digest"])
-    layout = RanksFile(len(division.shares), len(stages), tuple(digests), _layout(stages, len(division.shares)))
+    parts = len(division.shares)
+    layout = RanksFile(parts, len(stages), tuple(digests), _layout(stages, parts), division.collectives)
     _write_json(output / RANKS_NAME, layout.to_json())
     return layout
 
@@ -127,7 +152,7 @@ def _parts(
             for model in models.values() if layers is not None else ():
                 cut_stage(model, layers)  # type: ignore[arg-type]
             if parts > 1:
-                place = Place(part, division.shares, WIRES[division.wire])
+                place = Place(part, division.shares, WIRES[division.wire], division.collectives)
                 cuts = {file: cut_tensors(model, place) for file, model in models.items()}
                 if part == 0:
                     first = cuts
@@ -140,7 +165,8 @@ def _parts(
             raise BundleError(f"{name}: cannot be cut for {parts} ranks: {error}") from None
         _check_caches(models, name)
         span = () if layers is None else (layers.start, layers.stop)
-        yield models, RankSpec(0, parts, stages, division.shares, division.wire, bundle.digest, span)
+        spec = RankSpec(0, parts, stages, division.shares, division.wire, bundle.digest, span, division.collectives)
+        yield models, spec
 
 
 def _specs(manifest: Manifest) -> list[GraphSpec]:

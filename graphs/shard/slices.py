@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import onnx_ir as ir
@@ -101,6 +102,26 @@ class Slicer:
             part.type = value.type
             self._parts[key] = part
         return self._parts[key]
+
+    def remake(
+        self, node: ir.Node, index: int, shape: tuple[int, ...], make: Callable[[np.ndarray], np.ndarray], key: Hashable
+    ) -> None:
+        """Let the node read what `make` makes of a constant input, of this shape; `key` says what it does.
+
+        Raises:
+            NotCutError: The input is not a constant.
+        """
+        value = node.inputs[index]
+        tensor = None if value is None else value.const_value
+        if value is None or tensor is None or value.is_graph_input():
+            raise NotCutError(f"{node.name} has an input that is not a constant")
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            return np.ascontiguousarray(make(tensor.numpy()).reshape(shape)[start:stop])
+
+        part = LazyWeight(str(tensor.name), shape, ir.DataType(tensor.dtype), rows)
+        part.meta[KEY] = (*key_of(tensor), key)
+        node.replace_input_with(index, self.add(part, str(value.name)))
 
     def repeated(self, value: ir.Value, ranges: Ranges, block: int, finer: int) -> ir.Value:
         """Scales [groups of `block` inputs, outputs], or zero points, of these inputs in groups of `finer`."""

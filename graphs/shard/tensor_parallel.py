@@ -14,7 +14,9 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
+from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather_logits
 from satchel.graphs.shard.experts import cut_experts
+from satchel.graphs.shard.pipeline import SKIPPING
 from satchel.graphs.shard.products import Product, add_after, product_of
 from satchel.graphs.shard.region import Padding, Region, attention_behind, mixing, mixing_behind, trace
 from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, common_block, width
@@ -24,21 +26,6 @@ from satchel.runtime.bundle.shares import Heads, ShareError, heads, spans
 
 class HalfCutError(Exception):
     """A graph was changed in part when something could not be cut: it is of no use."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One of the ranks that share layers.
-
-    Attributes:
-        rank: Its number.
-        shares: What part of each layer each rank gets, in proportion.
-        wire: Bits of the numbers that ranks exchange within the layers: 32, or 8 in blocks with a scale.
-    """
-
-    rank: int
-    shares: tuple[float, ...]
-    wire: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +59,7 @@ def cut_tensors(model: ir.Model, place: Place) -> Cut:
             done += cut_one(model, slicer, place)
         except (NotCutError, ShareError) as error:
             whole[cut_one.__name__.removeprefix("_cut_")] = str(error)
-    _join_sums(model)
+    _join_sums(model, DOMAINS[place.collectives])
     sweep(model.graph)
     slicer.settle()
     return Cut(tuple(done), whole)
@@ -173,11 +160,8 @@ def _sum_up(model: ir.Model, y: ir.Value, after: list[ir.Value], place: Place) -
     if node is None:
         raise NotCutError(f"{y.name} is an input of the graph")
     following = _next(node)
-    builder = Builder(model, following)
-    summed = builder.value("AllReduce", [y], f"{y.name}.sum", y, INTERNAL)
-    made_by = summed.producer()
-    if place.wire != 32 and made_by is not None:
-        made_by.attributes.add(ir.AttrInt64("wire", place.wire))
+    made_by = add_sum(Builder(model, following), y, f"{y.name}.sum", place)
+    summed = made_by.outputs[0]
     result = summed if following is None else add_after(model, summed, after, following)
     for use in list(y.uses()):
         if use.node is not made_by:
@@ -205,16 +189,18 @@ def _leave_out(model: ir.Model, product: Product, region: Region, place: Place) 
     _sum_up(model, nothing, after, place)
 
 
-def _join_sums(model: ir.Model) -> None:
+def _join_sums(model: ir.Model, domain: str) -> None:
     """Reduce once where the results of two layers are added: x + sum(a) + sum(b) = x + sum(a + b)."""
-    for add in list(nodes(model, "Add")):
-        sums = [_own_sum(value) for value in add.inputs]
-        if sums[0] is not None and sums[1] is not None:
+    own_sum = functools.partial(_own, domain=domain, op_type="AllReduce")
+    skipping = [node for kind in SKIPPING for node in nodes(model, kind, MICROSOFT)]  # they add their first two inputs
+    for add in [*nodes(model, "Add"), *skipping]:
+        sums = [own_sum(value) for value in add.inputs[:2]]
+        if sums[0] is not None and sums[1] is not None and not add.domain:
             replace(add.outputs[0], _merge(model, sums[0], sums[1], add))
             continue
         place = next((i for i, found in enumerate(sums) if found is not None), None)
         inner = None if place is None else _own(add.inputs[1 - place], "", "Add")
-        inner_sums = [] if inner is None else [_own_sum(value) for value in inner.inputs]
+        inner_sums = [] if inner is None else [own_sum(value) for value in inner.inputs]
         beside = next((i for i, found in enumerate(inner_sums) if found is not None), None)
         if place is None or inner is None or beside is None:
             continue
@@ -231,22 +217,18 @@ def _own(value: ir.Value | None, domain: str, op_type: str) -> ir.Node | None:
     return node if value is not None and len(value.uses()) == 1 and not value.is_graph_output() else None
 
 
-def _own_sum(value: ir.Value | None) -> ir.Node | None:
-    return _own(value, INTERNAL, "AllReduce")
-
-
 def _merge(model: ir.Model, first: ir.Node, second: ir.Node, at: ir.Node) -> ir.Value:
     """Let the readers of `second` read the sum of what both sum, made in front of `at`."""
     builder = Builder(model, at)
     both = builder.value("Add", [first.inputs[0], second.inputs[0]], f"{second.name}.both", second.outputs[0])
-    new = builder.value("AllReduce", [both], f"{second.name}.joint", second.outputs[0], INTERNAL)
+    new = builder.value("AllReduce", [both], f"{second.name}.joint", second.outputs[0], second.domain)
     new.producer().attributes.update(second.attributes)  # type: ignore[union-attr]
     replace(second.outputs[0], new)
     return new
 
 
 def _cut_head(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
-    """Cut the head by tokens of the vocabulary; the first rank has all logits then."""
+    """Cut the head by tokens of the vocabulary, and gather the logits behind it."""
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     size = (dims(logits) or [0])[-1]
     if logits is None or not isinstance(size, int) or producer(logits, "Send", INTERNAL) is not None:
@@ -255,13 +237,16 @@ def _cut_head(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
     own: Ranges = (parts[place.rank],)
     if not all(parts):
         raise NotCutError("the vocabulary is smaller than the number of ranks")
-    region = trace(logits, -1, own, functools.partial(_heads, place=place, unit=1), set())
+    readers = list(logits.uses())
+    inside = {use.node for use in readers}  # they will read all logits
+    region = trace(logits, -1, own, functools.partial(_heads, place=place, unit=1), inside)
     for edit in region.edits:
         edit(slicer)
     shape, kind = logits.shape, logits.type
-    builder = Builder(model)
-    widths = builder.constant(np.asarray([len(part) for part in parts], np.int64), "ranks.widths")
-    whole = builder.value("GatherLogits", [logits, widths], f"{LOGITS}.whole", None, INTERNAL)
+    made_by = logits.producer()
+    whole = gather_logits(Builder(model, None if made_by is None else _next(made_by)), logits, parts, place)
+    for use in readers:
+        use.node.replace_input_with(use.idx, whole)
     for value, kept in region.kept.items():
         if value.shape is not None:
             sizes = list(value.shape)
@@ -293,17 +278,20 @@ def _cut_embedding(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
         first = before.constant(np.asarray(own.start, np.int64), f"embedding.{own.start}")
         last = before.constant(np.asarray(len(own) - 1, np.int64), f"embedding.last_{len(own) - 1}")
         zero = before.constant(np.asarray(0, np.int64), "embedding.zero")
-        moved = before.value("Sub", [ids, first], f"{name}.ids")
-        near = before.value("Clip", [moved, zero, last], f"{name}.near")
-        there = before.value("Equal", [moved, near], f"{name}.there")
+        moved = before.value("Sub", [ids, first], f"{name}.ids", ids)
+        near = before.value("Clip", [moved, zero, last], f"{name}.near", ids)
+        beyond = before.value("Sub", [moved, near], f"{name}.beyond", ids)
+        elsewhere = before.value("Cast", [beyond], f"{name}.elsewhere", ids, to=ir.DataType.BOOL)  # not 0
         axis = before.constant(np.asarray([-1], np.int64), "axis.last")
-        mask = before.value("Unsqueeze", [there, axis], f"{name}.mask")
+        mask = before.value("Unsqueeze", [elsewhere, axis], f"{name}.mask")
+        elsewhere.type = mask.type = ir.TensorType(ir.DataType.BOOL)
         node.replace_input_with(1, near)
         following = Builder(model, _next(node))
-        nothing = following.constant(np.asarray(0, np.float32), "embedding.nothing")
         looked_up = node.outputs[0]
+        kind = (looked_up.dtype or ir.DataType.FLOAT).numpy()
+        nothing = following.constant(np.asarray(0, kind), "embedding.nothing")
         readers = list(looked_up.uses())
-        chosen = following.value("Where", [mask, looked_up, nothing], name, looked_up)
+        chosen = following.value("Where", [mask, nothing, looked_up], name, looked_up)
         for use in readers:
             use.node.replace_input_with(use.idx, chosen)
         _sum_up(model, chosen, [], dataclasses.replace(place, wire=32))

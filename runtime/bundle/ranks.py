@@ -18,6 +18,10 @@ RANKS_NAME = "ranks.json"
 FORMAT, VERSION = "satchel-ranks", 1
 WIRES = {"float32": 32, "int8": 8}
 """How ranks exchange numbers within the layers, by name, and the bits of each number."""
+MPI, NCCL = COLLECTIVES = ("mpi", "nccl")
+"""The libraries that exchange them: MPI by satchel's own operators, or NCCL by those of ONNX Runtime."""
+COLLECTED = {MPI: "cpu", NCCL: "cuda"}
+"""The target of bundles whose parts exchange numbers so."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class RankSpec:
     """What part of a model a bundle is: that of `rank` of `tensor` x `stages` ranks.
 
     Ranks with the same number / `tensor` share the same layers, a stage. `shares` are the parts of each layer that they
-    have, in proportion; `wire` is one of `WIRES`. `whole` is the digest of the bundle that was cut. `layers` are the
-    first of the stage's layers and that behind its last; () for all.
+    have, in proportion; `wire` is one of `WIRES`, `collectives` one of `COLLECTIVES`. `whole` is the digest of the
+    bundle that was cut. `layers` are the first of the stage's layers and that behind its last; () for all.
     """
 
     rank: int
@@ -36,6 +40,7 @@ class RankSpec:
     wire: str
     whole: str
     layers: tuple[int, ...] = ()
+    collectives: str = MPI
 
     @property
     def ranks(self) -> int:
@@ -67,13 +72,15 @@ class StageSpec:
 class RanksFile:
     """The content of `RANKS_NAME`: how many ranks share a layer, how many stages there are, and each rank's digest.
 
-    `layout` has the stages, where there are several. Rank r has part r % `tensor` of stage r // `tensor`.
+    `layout` has the stages, where there are several. Rank r has part r % `tensor` of stage r // `tensor`. `collectives`
+    is one of `COLLECTIVES`.
     """
 
     tensor: int
     stages: int
     digests: tuple[str, ...]
     layout: tuple[StageSpec, ...] = ()
+    collectives: str = MPI
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -106,6 +113,8 @@ def read_ranks(path: str | Path) -> RanksFile:
         raise BundleError(f"{name}: {error}: cut the bundle again") from None
     if found.tensor < 1 or found.stages < 1 or len(found.digests) != found.tensor * found.stages:
         raise BundleError(f"{name}: the numbers of ranks differ: cut the bundle again")
+    if found.collectives not in COLLECTIVES:
+        raise BundleError(f"{name}: {found.collectives}: no known way to exchange numbers: cut the bundle again")
     return found
 
 
@@ -113,5 +122,6 @@ def check_rank(spec: RankSpec) -> None:
     """Check the numbers of a manifest's `rank`. Raises StrictJsonError."""
     right = spec.tensor >= 1 and spec.stages >= 1 and 0 <= spec.rank < spec.ranks and len(spec.shares) == spec.tensor
     right = right and (not spec.layers or (len(spec.layers) == 2 and 0 <= spec.layers[0] < spec.layers[1]))
-    if not right or min(spec.shares) <= 0 or spec.wire not in WIRES:
+    right = right and spec.wire in WIRES and spec.collectives in COLLECTIVES
+    if not right or min(spec.shares) <= 0:
         raise StrictJsonError(f"rank: {strict_json.to_json(spec)} is no part of a model")

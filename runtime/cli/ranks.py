@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from satchel.runtime.bundle.ranks import is_cut
+from satchel.runtime.bundle.ranks import NCCL, is_cut
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.util.sizes import decimal
 
@@ -50,6 +50,10 @@ def run(args: argparse.Namespace, command: Run) -> int:
     if args.command not in LEADABLE or others:
         raise SatchelError(f"{path}: is cut for several ranks, which run {', '.join(LEADABLE)} of one model only")
     world = join_ranks(Path(path))
+    if world.collectives == NCCL:
+        from satchel.runtime.cli import in_step
+
+        return in_step.run(args, command, world)
     if getattr(args, "threads", None) is None:
         args.threads = world.threads
     if world.rank:

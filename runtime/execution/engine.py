@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle.manifest import Embeddings
+from satchel.runtime.bundle.ranks import RankSpec
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, PromptError, ProviderError
 from satchel.runtime.execution.adapters import Adapters
@@ -267,11 +268,12 @@ def open_engine(bundle: Bundle, settings: SessionSettings) -> Engine:
     Raises BundleError and ProviderError.
     """
     settings.provider.check()
+    spec = bundle.manifest.rank
+    world = None if spec is None or settings.alone else _world_of(bundle, spec)
     if bundle.manifest.static is None and not PROVIDERS[settings.provider.name].device_memory:
         from satchel.runtime.execution.cpu import CpuEngine
 
-        whole = bundle.manifest.rank is None or settings.alone
-        return CpuEngine(bundle, settings) if whole else _open_lead(bundle, settings)
+        return CpuEngine(bundle, settings) if world is None else _open_lead(bundle, settings, world)
     if bundle.manifest.states:
         raise ProviderError(
             f"this bundle has layers with convolution or recurrent states, which provider '{settings.provider.name}' "
@@ -309,14 +311,17 @@ _worlds: dict[Path, World] = {}
 """The runs of several ranks that this process is part of, by the folder of its bundle."""
 
 
-def _open_lead(bundle: Bundle, settings: SessionSettings) -> Engine:
-    world, spec = _worlds.get(bundle.folder.resolve()), bundle.manifest.rank
-    if world is None or spec is None:
-        count = 0 if spec is None else spec.ranks
+def _world_of(bundle: Bundle, spec: RankSpec) -> World:
+    world = _worlds.get(bundle.folder.resolve())
+    if world is None:
         raise BundleError(
-            f"{bundle.folder}: is one of {count} ranks' parts of a model: give the folder that holds all, and start it "
-            f"with mpiexec -n {count} satchel run {bundle.folder.parent}"
+            f"{bundle.folder}: is one of {spec.ranks} ranks' parts of a model: give the folder that holds all, and "
+            f"start it with mpiexec -n {spec.ranks} satchel run {bundle.folder.parent}"
         )
+    return world
+
+
+def _open_lead(bundle: Bundle, settings: SessionSettings, world: World) -> Engine:
     from satchel.runtime.execution.ranks.lead import LeadEngine
 
     return LeadEngine(bundle, settings, world)

@@ -130,10 +130,11 @@ class ProviderChoice:
     def session_options(self, manifest: Manifest) -> dict[str, str]:
         """The provider's options for sessions of a bundle: the defaults, overridden by the user's.
 
-        Without a decode mask of fixed length shapes change at every step, so nothing can be captured.
+        Without a decode mask of fixed length shapes change at every step, so nothing can be captured. Exchanges between
+        devices are not captured either, since no device has tried that.
         """
         found = dict(PROVIDERS[self.name].defaults)
-        if CUDA_GRAPH in found and not manifest.has_fixed_mask:
+        if CUDA_GRAPH in found and (not manifest.has_fixed_mask or manifest.rank is not None):
             found[CUDA_GRAPH] = "0"
         return found | dict(self.options)
 

@@ -15,10 +15,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest, Specialized
+from satchel.runtime.bundle.ranks import MPI, NCCL
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.kernels import library
 from satchel.runtime.ort.attention import attention
+from satchel.runtime.ort.collectives import check_collectives
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
@@ -242,7 +244,7 @@ def _session_options(bundle: Bundle, graph: str, settings: SessionSettings) -> o
     _add_entries(options, entries, f"{bundle.folder / MANIFEST_NAME}: {graph}")
     _register(options, bundle.custom_ops)
     own = any(each.name == graph and each.kernel_abi is not None for each in bundle.manifest.variants)
-    if own or bundle.manifest.rank is not None:
+    if own or _exchanges(bundle) == MPI:
         _register_own(options)
     return options
 
@@ -345,7 +347,14 @@ def _check_threads(threads: int) -> None:
 def _check_provider(bundle: Bundle, settings: SessionSettings) -> None:
     settings.provider.check()
     check_target(settings.provider, bundle.manifest.target)
+    if _exchanges(bundle) == NCCL:
+        check_collectives(bundle.folder, settings.provider.name)
     check_installed(settings.provider, ort.get_available_providers())
+
+
+def _exchanges(bundle: Bundle) -> str | None:
+    """By which library a part of a model exchanges numbers with the others; None for a whole one."""
+    return None if bundle.manifest.rank is None else bundle.manifest.rank.collectives
 
 
 def _check_signature(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:

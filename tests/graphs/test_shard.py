@@ -14,11 +14,14 @@ from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, c
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
+from satchel.graphs.passes.quantize.quantize_linear import quantize_linear
+from satchel.graphs.quant.recipe import Rule
+from satchel.graphs.shard.collectives import Place
 from satchel.graphs.shard.layers import Layered
 from satchel.graphs.shard.pipeline import StageError, divide, weigh
 from satchel.graphs.shard.products import Product, product_of
 from satchel.graphs.shard.slices import NotCutError, Slicer, common_block, scaled, shifted, sliced, taken
-from satchel.graphs.shard.tensor_parallel import Place, _own_channels
+from satchel.graphs.shard.tensor_parallel import _own_channels
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.bundle.ranks import rank_folder, read_ranks
 from satchel.runtime.bundle.shares import stages
@@ -228,6 +231,25 @@ def test_groups_whose_scales_are_cast_are_cut_by_output_and_by_input(bits: int, 
     kept = (range(32), range(48, 64))
     wanted = -taken(x, 1, kept) @ taken(matrix, 0, kept)
     np.testing.assert_allclose(part(kept, False), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "points"), [(4, True), (4, False), (8, True)])
+def test_blocks_are_cut_by_input_with_their_scales_and_zero_points(bits: int, points: bool) -> None:
+    codes = rounded("w", normal(1, 16, 96), bits, 32, not points)
+    matrix, x = values(codes).T.astype(np.float64), normal(2, 3, 96)
+    whole = build("(float[n,k] x) => (float[n,m] y) { a = Neg(x) y = MatMul(a, w) }", w=normal(1, 96, 16))
+    rule = Rule(kinds=("linear",), bits=bits)
+    quantized = serialized(quantize_linear({"w": codes}, {"w": rule})(whole).model)
+    for kept in ((range(32, 96),), (range(16, 80),), (range(32), range(64, 96))):  # one, in halves, two
+        model = ir.from_proto(onnx.load_from_string(quantized))
+        layer = product_of(model.graph.outputs[0])
+        assert layer is not None and layer.rows is not None and layer.unit == 32
+        slicer = Slicer(model)
+        assert layer.rows(slicer, kept) == []
+        sweep(model.graph)
+        slicer.settle()
+        found = run(model, {"x": taken(x, 1, kept)})["y"]
+        np.testing.assert_allclose(found, -taken(x, 1, kept) @ taken(matrix, 0, kept), rtol=1e-4, atol=1e-4)
 
 
 def product(inputs: int, group: int, must: int = 1) -> Product:

@@ -17,12 +17,13 @@ import numpy as np
 from satchel.runtime.bundle.digest import claimed_digest, parse_manifest, read_content
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.manifest import MANIFEST_NAME
-from satchel.runtime.bundle.ranks import RanksFile, rank_folder, read_ranks
+from satchel.runtime.bundle.ranks import MPI, NCCL, RanksFile, rank_folder, read_ranks
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.execution.ranks import wire
 from satchel.runtime.execution.ranks.results import Results, wait
 from satchel.runtime.execution.ranks.watch import Watch
 from satchel.runtime.kernels import library
+from satchel.runtime.ort.collectives import lacking
 from satchel.runtime.ort.session import default_threads
 from satchel.runtime.util import requirements
 
@@ -49,11 +50,16 @@ class Member:
 class World:
     """The ranks of this run, from the point of view of one of them."""
 
-    def __init__(self, folder: Path, mpi: Any, members: list[Member], threads: int, layout: RanksFile) -> None:
-        """`folder` is the bundle of this rank; `threads` a fair number of threads for it."""
+    def __init__(
+        self, folder: Path, mpi: Any, members: list[Member], local: tuple[int, int], layout: RanksFile
+    ) -> None:
+        """`folder` is the bundle of this rank; `local` its number among the ranks of this machine, and their count."""
         self.folder = folder
         self.members = members
-        self.threads = threads
+        self.device, count = local
+        self.threads = max(1, default_threads() // count)
+        """A fair number of threads for it."""
+        self.collectives = layout.collectives
         self.rank: int = mpi.COMM_WORLD.Get_rank()
         self.lock = threading.RLock()
         """Held from a message to the end of what it starts, so that all ranks do the same in the same order."""
@@ -90,13 +96,23 @@ class World:
         wait(self._control.Ibcast(buffer, 0))
         return buffer
 
+    def agree(self, number: int) -> int:
+        """The number that the first rank has; all call it."""
+        if self.rank:
+            return int(self.hear()["number"])
+        self.tell({"number": number})
+        return number
+
     def stop(self) -> None:
-        """End the run of all ranks in order; the first calls it."""
+        """End the run of all ranks in order. The first calls it; another one that does waits for the first."""
         if self._stopped:
             return
         self._stopped = True
-        with self.lock:
-            self.tell({"do": STOP})
+        if self.rank:
+            self.hear()
+        else:
+            with self.lock:
+                self.tell({"do": STOP})
         self.leave()
 
     def leave(self) -> None:
@@ -121,13 +137,19 @@ def join(path: Path) -> World:
             raise SystemExit(2)
         raise SatchelError(problem)
     local = world.Split_type(mpi.COMM_TYPE_SHARED)
-    threads = max(1, default_threads() // local.Get_size())
+    among = (local.Get_rank(), local.Get_size())
     local.Free()
     layout = read_ranks(path)
+    if layout.collectives == MPI:
+        _connect(world, mpi, layout)
+    return World(rank_folder(path, rank), mpi, members, among, layout)
+
+
+def _connect(world: Any, mpi: Any, layout: RanksFile) -> None:
+    rank = world.Get_rank()
     group = world.Split(rank // layout.tensor, rank)  # the ranks of one stage
     around = [each if 0 <= each < world.Get_size() else -1 for each in (rank - layout.tensor, rank + layout.tensor)]
     wire.connect(mpi, group, (around[0], around[1]))
-    return World(rank_folder(path, rank), mpi, members, threads, layout)
 
 
 def _mpi(path: Path) -> Any:
@@ -176,6 +198,8 @@ def _problem(path: Path, members: list[Member], size: int, mpi: Any) -> str | No
         layout = read_ranks(path)
     except BundleError as error:
         return str(error)
+    if layout.collectives == NCCL and (reason := lacking(path)) is not None:
+        return reason
     wanted = len(layout.digests)
     if size != wanted:
         return (

@@ -1,0 +1,85 @@
+"""The operators by which ranks exchange what they compute: satchel's own over MPI, or ONNX Runtime's over NCCL."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder
+from satchel.runtime.bundle.contract import LOGITS
+from satchel.runtime.bundle.ranks import MPI, NCCL
+
+DOMAINS = {MPI: INTERNAL, NCCL: MICROSOFT}
+"""The domain of AllReduce, by the library that carries it out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One of the ranks that share layers.
+
+    Attributes:
+        rank: Its number.
+        shares: What part of each layer each rank gets, in proportion.
+        wire: Bits of the numbers that ranks exchange within the layers: 32, or 8 in blocks with a scale. NCCL sends
+            numbers as they are.
+        collectives: The library that exchanges them, one of `COLLECTIVES`.
+    """
+
+    rank: int
+    shares: tuple[float, ...]
+    wire: int = 32
+    collectives: str = MPI
+
+
+def add_sum(builder: Builder, value: ir.Value, name: str, place: Place) -> ir.Node:
+    """A node that adds a value over all ranks; each has the sum.
+
+    ONNX Runtime's kernel reads the first input alone, although the operator takes any number: a sum is a node.
+    """
+    wire = place.wire if place.collectives == MPI and place.wire != 32 else None
+    summed = builder.node("AllReduce", [value], name, DOMAINS[place.collectives], wire=wire)
+    summed.outputs[0].shape, summed.outputs[0].type = value.shape, value.type
+    return summed
+
+
+def gather_logits(builder: Builder, own: ir.Value, parts: Sequence[range], place: Place) -> ir.Value:
+    """All logits, [batch, tokens, vocabulary], of those of each rank: the first rank has them by MPI, all by NCCL.
+
+    ONNX Runtime's AllGather takes as many from each rank. Parts that are narrower than the widest are filled up with
+    what they have, and that is left out behind it. (Pad has no kernel for CUDA in ONNX Runtime 1.24.)
+    """
+    name = f"{LOGITS}.whole"
+    if place.collectives == MPI:
+        widths = builder.constant(np.asarray([len(part) for part in parts], np.int64), "ranks.widths")
+        return builder.value("GatherLogits", [own, widths], name, None, INTERNAL)
+    leading, widest = list(own.shape or ())[:-1], max(map(len, parts))
+    even, width = all(len(part) == widest for part in parts), len(parts[place.rank])
+    last = builder.constant(np.asarray([-1], np.int64), "axis.last")
+
+    def as_wide(value: ir.Value, width: int) -> ir.Value:
+        value.type, value.shape = own.type, ir.Shape([*leading, width])
+        return value
+
+    def cut_out(value: ir.Value, start: int, stop: int, name: str) -> ir.Value:
+        ends = (builder.constant(np.asarray([end], np.int64), f"logits.at_{end}") for end in (start, stop))
+        return as_wide(builder.value("Slice", [value, *ends, last], name), stop - start)
+
+    sent, (times, rest) = own, divmod(widest, width)
+    if width < widest:
+        more = [cut_out(own, 0, rest, f"{LOGITS}.more")] if rest else []
+        sent = as_wide(builder.value("Concat", [own] * times + more, f"{LOGITS}.filled", axis=-1), widest)
+    # The axis is counted from the first: the kernel takes a negative one for 0.
+    attributes = {"axis": len(leading), "group_size": len(parts)}
+    gathered = builder.node("AllGather", [sent], name if even else f"{LOGITS}.gathered", MICROSOFT, **attributes)
+    everything = as_wide(gathered.outputs[0], widest * len(parts))
+    if even:
+        return everything
+    starts = range(0, widest * len(parts), widest)
+    pieces = [
+        cut_out(everything, start, start + len(part), f"{LOGITS}.of_{rank}")
+        for rank, (start, part) in enumerate(zip(starts, parts, strict=True))
+    ]
+    return builder.value("Concat", pieces, name, axis=-1)
