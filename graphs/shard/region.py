@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, constant, dims, only_user, producer, rank
+from satchel.graphs.shard.caches import cut_cache, head_sizes
 from satchel.graphs.shard.products import Product, product_of
 from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, scaled, shifted, width
 from satchel.runtime.bundle.shares import Heads
@@ -27,7 +28,7 @@ ONE_BY_ONE = {
 PAIRS = {"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Where", "Clip"}
 NORMS = {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}
 ATTENTIONS = {(MICROSOFT, "GroupQueryAttention"), (INTERNAL, "Attention")}
-QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE = range(5)
+QUERY, KEY, VALUE = range(3)
 BIAS, SINK = 10, 11
 MAX_NODES = 200
 
@@ -192,7 +193,7 @@ def _step(region: Region, node: ir.Node, heads: Callable[[ir.Node], Heads]) -> N
         _split(region, node)
     elif first is None:
         raise NotCutError(f"{node.name} ({node.op_type}) gives more than one value")
-    elif node.op_type in ONE_BY_ONE and node.domain in ("", MICROSOFT):
+    elif (node.op_type in ONE_BY_ONE and node.domain in ("", MICROSOFT)) or kind == (INTERNAL, "LastToken"):
         region.ask(node.inputs[0], first.axis, first.ranges)
     elif node.op_type in PAIRS and not node.domain:
         for index in range(len(node.inputs)):
@@ -324,12 +325,10 @@ def _matmul(region: Region, node: ir.Node, kept: Kept) -> None:
 
 def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> None:
     heads, keys = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-    key_size, value_size = (_last(node.inputs[i]) for i in (PAST_KEY, PAST_VALUE))
+    key_size, value_size = head_sizes(node)
     queries, cached = (own.queries,), (own.keys,)
     if kept != Kept(-1, scaled(queries, value_size)) or any(v in region.kept for v in node.outputs[1:]):
         raise NotCutError(f"{node.name} is cut between its heads")
-    if len(node.inputs) > 12 and any(value is not None for value in node.inputs[12:]):
-        raise NotCutError(f"{node.name} has an int8 cache")
     if node.inputs[KEY] is None:
         key_start, value_start = heads * key_size, (heads + keys) * key_size
         parts = (
@@ -351,15 +350,6 @@ def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> 
     def edit(slicer: Slicer) -> None:
         node.attributes.add(ir.AttrInt64("num_heads", len(own.queries)))
         node.attributes.add(ir.AttrInt64("kv_num_heads", len(own.keys)))
-        for value in (*node.inputs[PAST_KEY : PAST_VALUE + 1], *node.outputs[1:3]):
-            if value is not None and value.shape is not None:
-                value.shape = ir.Shape([value.shape[0], len(own.keys), *list(value.shape)[2:]])
+        cut_cache(slicer, node, own.keys)
 
     region.edits.append(edit)
-
-
-def _last(value: ir.Value | None) -> int:
-    size = (dims(value) or [None])[-1]
-    if not isinstance(size, int):
-        raise NotCutError("the width of its heads is not known")
-    return size

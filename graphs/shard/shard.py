@@ -67,14 +67,12 @@ def check_target(target: str, collectives: str) -> None:
     )
 
 
-def check_divisible(manifest: Manifest, name: str, parts: int) -> None:
+def check_divisible(manifest: Manifest, name: str) -> None:
     """Raise BundleError for a bundle that cannot be cut, and say why."""
     reasons = {
         "has static graphs: export it with --target cpu": manifest.static is not None,
         "has custom passes or operators: export it without them": bool(manifest.plain or manifest.custom_ops),
         "has adapters that are kept apart: merge them (without --adapters separate)": bool(manifest.adapters),
-        "has an int8 KV cache, which goes with stages only: export it with --kv-cache float": parts > 1
-        and manifest.kv_cache.dtype == "int8",
         "is one of several ranks' already: cut the whole bundle": manifest.rank is not None,
     }
     for reason, applies in reasons.items():
@@ -96,7 +94,7 @@ def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = la
         OSError: A file cannot be written.
     """
     check_target(bundle.manifest.target, division.collectives)
-    check_divisible(bundle.manifest, str(bundle.folder), len(division.shares))
+    check_divisible(bundle.manifest, str(bundle.folder))
     stages = _stages(bundle, division, say)
     digests: list[str] = []
     for stage, layers in enumerate(stages):

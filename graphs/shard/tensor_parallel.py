@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
+from satchel.graphs.shard.caches import head_sizes
 from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather_logits
 from satchel.graphs.shard.experts import cut_experts
 from satchel.graphs.shard.pipeline import SKIPPING
@@ -134,10 +135,8 @@ FINE = 64
 
 def _heads(node: ir.Node, place: Place, unit: int) -> Heads:
     count, keys = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-    size = (dims(node.inputs[4]) or [0])[-1]
-    together = 1
-    if isinstance(size, int) and size:
-        together = next(heads for heads in range(1, unit + 1) if heads * size % unit == 0)
+    _, size = head_sizes(node)
+    together = next(heads for heads in range(1, unit + 1) if heads * size % unit == 0)
     return heads(count, keys, place.shares, together)[place.rank]
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from support.codes import rounded, values
 from support.graphs import build, normal, run, serialized
-from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, change_manifest, write_bundle
+from support.tiny_bundle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, write_bundle
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.passes.quantize.insert_qdq import insert_qdq
@@ -162,12 +162,6 @@ def test_layers_that_share_keys_stay_together(whole: Path) -> None:
     assert Layered(model).border(1) is None
     with pytest.raises(StageError):
         divide({"decode.onnx": model}, 2, [1, 1])
-
-
-def test_an_int8_cache_is_refused(whole: Path, tmp_path: Path) -> None:
-    change_manifest(whole, "kv_cache", "dtype", to="int8")
-    assert main(["shard", str(whole), "-o", str(tmp_path / "out"), "--tensor-parallel", "2"]) == 2
-    assert not (tmp_path / "out").exists()
 
 
 def test_ranges() -> None:
