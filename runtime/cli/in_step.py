@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int], 
         if world.rank:
             raise SystemExit(2)
         raise SatchelError(f"{args.bundle}: its ranks run in step, over NCCL: {reason}")
-    args.bundle = str(world.folder)
+    args.bundle, args.specialize = str(world.folder), False
     if not any(option.startswith(f"{DEVICE_ID}=") for option in args.provider_option):
         args.provider_option = [*args.provider_option, f"{DEVICE_ID}={world.device}"]
     if args.command == "run":

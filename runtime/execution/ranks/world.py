@@ -57,6 +57,7 @@ class World:
         self.folder = folder
         self.members = members
         self.device, count = local
+        """The number of the device that is this rank's, where each has one."""
         self.threads = max(1, default_threads() // count)
         """A fair number of threads for it."""
         self.collectives = layout.collectives
