@@ -1,4 +1,4 @@
-"""Reads and rewrites the external data locations of an ONNX file, directly in protobuf wire format.
+"""Reads and rewrites the external data locations and the nodes of an ONNX file, directly in protobuf wire format.
 
 Field numbers are those of onnx.proto3, the encoding that of the Protocol Buffers specification ("Encoding"). The
 protobuf package, which onnxruntime installs, could read this by a descriptor made at run time. It is not used, since
@@ -8,13 +8,15 @@ another order than it read them, and this package depends on the standard librar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-LENGTH_DELIMITED = 2
-"""The wire type of strings and messages."""
+VARINT, LENGTH_DELIMITED = 0, 2
+"""The wire types of integers, and of strings and messages."""
 
-MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
+MODEL_GRAPH, GRAPH_NODE, GRAPH_INITIALIZER = 7, 1, 5
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OPERATOR, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+ATTRIBUTE_NAME, ATTRIBUTE_INTS, ATTRIBUTE_TYPE, INTS = 1, 8, 20, 7
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW_DATA, TENSOR_EXTERNAL_DATA = 1, 2, 8, 9, 13
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 
@@ -47,6 +49,37 @@ def map_external_data(model: bytes, change: Callable[[External], External]) -> b
         return kept + b"".join(_delimited(TENSOR_EXTERNAL_DATA, entry) for entry in written)
 
     return _mapped(model, MODEL_GRAPH, graph)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the main graph. `ints` are attributes of a new one: those of a node that was read are left out."""
+
+    operator: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ints: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def nodes(model: bytes) -> list[Node]:
+    """The main graph's nodes, in file order. Raises ValueError."""
+    graphs = [content for number, content, _ in fields(model) if number == MODEL_GRAPH]
+    return [_node(body) for graph in graphs for kind, body, _ in fields(graph) if kind == GRAPH_NODE]
+
+
+def replace_nodes(model: bytes, made: Mapping[str, Node]) -> bytes:
+    """A serialized ModelProto with some of the main graph's nodes replaced; all other bytes are unchanged.
+
+    `made` are the new ones by the name of the first output of the old ones. Raises ValueError.
+    """
+
+    def node(body: bytes) -> bytes:
+        found = made.get("".join(_node(body).outputs[:1]))
+        return body if found is None else _written(found)
+
+    return _mapped(model, MODEL_GRAPH, lambda graph: _mapped(graph, GRAPH_NODE, node))
 
 
 @dataclass(frozen=True)
@@ -112,9 +145,40 @@ def _tensor(message: bytes) -> Tensor:
     return Tensor(name, tuple(dims), dtype, place, int(place.get("length", size)))
 
 
-def _mapped(message: bytes, field: int, change: Callable[[bytes], bytes]) -> bytes:
+def _node(message: bytes) -> Node:
+    texts: dict[int, list[str]] = {
+        number: [] for number in (NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OPERATOR, NODE_DOMAIN)
+    }
+    for number, content, _ in fields(message):
+        if number in texts:
+            texts[number].append(content.decode())
+    operator, domain, name = ("".join(texts[number][-1:]) for number in (NODE_OPERATOR, NODE_DOMAIN, NODE_NAME))
+    return Node(operator, domain, name, tuple(texts[NODE_INPUT]), tuple(texts[NODE_OUTPUT]))
+
+
+def _written(node: Node) -> bytes:
+    texts = [
+        *((NODE_INPUT, name) for name in node.inputs),
+        *((NODE_OUTPUT, name) for name in node.outputs),
+        (NODE_NAME, node.name),
+        (NODE_OPERATOR, node.operator),
+        (NODE_DOMAIN, node.domain),
+    ]
+    attributes = [
+        _delimited(ATTRIBUTE_NAME, name.encode())
+        + b"".join(_number(ATTRIBUTE_INTS << 3 | VARINT) + _number(value) for value in values)
+        + _number(ATTRIBUTE_TYPE << 3 | VARINT)
+        + _number(INTS)
+        for name, values in node.ints.items()
+    ]
+    return b"".join(_delimited(number, text.encode()) for number, text in texts) + b"".join(
+        _delimited(NODE_ATTRIBUTE, attribute) for attribute in attributes
+    )
+
+
+def _mapped(message: bytes, wanted: int, change: Callable[[bytes], bytes]) -> bytes:
     parts = [
-        _delimited(field, change(value)) if number == field else raw for number, value, raw in fields(message)
+        _delimited(wanted, change(value)) if number == wanted else raw for number, value, raw in fields(message)
     ]  # fmt: skip
     return b"".join(parts)
 

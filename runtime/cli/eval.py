@@ -19,7 +19,10 @@ from satchel.runtime.errors import BundleError, PromptError, SatchelError
 if TYPE_CHECKING:
     from satchel.runtime.bundle.reader import Bundle
     from satchel.runtime.evaluation.fidelity import Fidelity, Ids, Reference
+    from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort.custom_ops import Custom
+
+PORTABLE = "portable"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measure on a text how close the predictions of a bundle are to those of a reference, such as the model that "
         "it was made from: KL(reference || bundle) and its tail, top-1 agreement and both perplexities, for prefill "
-        "and decode. Without a reference, only the perplexity of the bundle."
+        "and decode. Without a reference, only the perplexity of the bundle. A specialized bundle is measured with the "
+        "kernels that run it here."
     )
     parser.epilog = (
         "example:\n  satchel eval out/smollm2-fp16 --text book.txt --reference SmolLM2-135M-Instruct/ --json"
@@ -44,6 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         metavar="NAME",
         help="one of the bundle's adapters, and of a reference bundle's that has it too (default: the base model)",
+    )
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="measure the portable graphs, as they run where the bundle is not specialized",
     )
     parser.add_argument(
         "--windows", metavar="N", type=int, default=Window.WINDOWS, help="max windows (default %(default)s)"
@@ -69,18 +78,20 @@ def main(args: argparse.Namespace) -> int:
     _check_numbers(args)
     choice = provider_flags.choice_of(args)
     text = _read(args.text)
+    from satchel.runtime.bundle.reader import read_bundle
     from satchel.runtime.evaluation.fidelity import evaluate
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort import session
-    from satchel.runtime.ort.custom_ops import choose
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.util.kl import FIGURES, KL_MEANING, grade
     from satchel.runtime.util.progress import progress_bar, waiting
 
     shown = not args.quiet
-    bundle = open_bundle(args.bundle, progress=shown, require_signature=args.require_signature, custom=None)
-    ours, theirs = _custom_of_both(args, bundle.manifest)
-    bundle = choose(bundle, ours)
+    key = args.require_signature
+    ours, theirs = _custom_of_both(args, read_bundle(args.bundle, require_signature=key).manifest)
+    bundle = open_bundle(args.bundle, progress=shown, require_signature=key, custom=ours)
+    if args.portable:
+        bundle = dataclasses.replace(bundle, specialized=None)
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
@@ -92,14 +103,16 @@ def main(args: argparse.Namespace) -> int:
     tokens = sum(len(window) for window in windows)
     with progress_bar(tokens, "evaluating", " tokens", shown=shown) as bar:
         fidelity = evaluate(engine, windows, reference, skip=args.skip, adapter=args.adapter, progress=bar.update)
+    graphs = _graphs(engine)
     if args.json:
-        print(json.dumps(_as_json(fidelity, windows, args), ensure_ascii=False))
+        print(json.dumps(_as_json(fidelity, windows, args) | {"graphs": graphs}, ensure_ascii=False))
         return 0
     print(f"{'':15}{'prefill':>14}{'decode':>14}")
     for label, field, form in FIGURES:
         values = [getattr(phase, field) for phase in (fidelity.prefill, fidelity.decode)]
         if None not in values:
             print(f"{label:15}" + "".join(f"{value:14{form}}" for value in values))
+    print(f"{'graphs':15}" + "".join(f"{graphs[phase]:>14}" for phase in ("prefill", "decode")))
     kl = fidelity.prefill.kl_mean
     if kl is not None and shown:
         print(f"{KL_MEANING}. {kl:.5f} is {grade(kl)}.", file=sys.stderr)
@@ -192,11 +205,19 @@ def _open_reference(args: argparse.Namespace, custom: Custom) -> Reference:
     from satchel.runtime.execution.engine import Engine
     from satchel.runtime.ort.open_bundle import open_bundle
 
-    bundle = open_bundle(args.reference, progress=shown, custom=custom)
+    # Kernels for one machine round otherwise: what all are compared with is the same everywhere.
+    bundle = dataclasses.replace(open_bundle(args.reference, progress=shown, custom=custom), specialized=None)
     with waiting(label, shown=shown):
         engine = Engine.open(bundle, threads=args.threads, verbose=args.verbose)
     same = args.adapter in {adapter.name for adapter in bundle.manifest.adapters}
     return partial(engine.score, adapter=args.adapter if same else None)
+
+
+def _graphs(engine: Engine) -> dict[str, str]:
+    """What was measured: the variant that runs each phase, or the portable graphs."""
+    made = engine.bundle.specialized
+    decode = None if made is None else made.variant("decode")
+    return {"prefill": engine.scored_by or PORTABLE, "decode": decode or PORTABLE}
 
 
 def _as_json(fidelity: Fidelity, windows: Sequence[Ids], args: argparse.Namespace) -> dict[str, object]:

@@ -79,7 +79,7 @@ def evaluate(
 ) -> Fidelity:
     """Compare the predictions of a bundle with those of a reference, position by position.
 
-    Prefill: logits of the score graph from position `skip` on, and of the prefill graph for the last position of a
+    Prefill: logits of `Engine.score` from position `skip` on, and of the prefill graph for the last position of a
     window. Decode: the first half of a window is prefilled and the second half, which counts, is decoded token by
     token. The divergence is KL(reference || bundle) over the whole vocabulary, in float64. The loss of a position is
     that of the next token, so the last position of a window has none. The logits of one window at a time are in memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import mmap
 import threading
@@ -30,6 +31,7 @@ from satchel.runtime.execution.paged import Paging
 from satchel.runtime.execution.spans import PREFILL_CHUNK, chunks
 from satchel.runtime.execution.state import Ids, Logits, State, TopTokens
 from satchel.runtime.ort.binding import bind_input, bind_output, run_bound
+from satchel.runtime.ort.score_graph import SCORE, of_every_token, scored_by
 from satchel.runtime.ort.session import SessionSettings, open_both, open_session
 
 MAX_SPARE = 64 << 20  # bytes
@@ -123,8 +125,13 @@ class CpuEngine(Engine):
         runner = RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest, self.adapters)
         return CpuBatch(self, runner, [CpuState(runner, row) for row in range(rows)], force)
 
+    @functools.cached_property
+    def scored_by(self) -> str | None:
+        """As `Engine.scored_by`: the variant that runs prefill, if there is one."""
+        return scored_by(self.bundle, self._settings)
+
     def _run_score(self, tokens: Ids, chunk: int | None, logits: Logits, adapter: str | None) -> None:
-        for _ in self._run_whole("score", LOGITS, tokens, chunk, lambda span: logits[span], adapter):
+        for _ in self._run_whole(SCORE, LOGITS, tokens, chunk, lambda span: logits[span], adapter):
             pass
 
     def _run_hidden(self, tokens: Ids, chunk: int | None, adapter: str | None) -> Iterator[Logits]:
@@ -147,11 +154,13 @@ class CpuEngine(Engine):
         adapter: str | None,
     ) -> Iterator[Logits]:
         """Run a graph that returns a row for each token. Yields the rows of each span, in the buffer of `rows_of`."""
+        by_prefill = graph == SCORE and self.scored_by is not None  # which has the tokens first, and a cache of its own
         with self._whole_lock:
             session = self._whole.get(graph)
             if session is None:
-                session = self._whole[graph] = open_session(self.bundle, graph, self._settings)
-        cache = self.new_cache(len(tokens), spec=self.bundle.manifest.kv_cache)
+                opened = ("prefill", self._settings, of_every_token) if by_prefill else (graph, self._settings, None)
+                session = self._whole[graph] = open_session(self.bundle, *opened)
+        cache = self.new_cache(len(tokens), spec=None if by_prefill else self.bundle.manifest.kv_cache)
         try:
             cache.long = self.bundle.manifest.model.is_long(len(tokens))
             binding, ones = cache.bind(session), np.ones(len(tokens), np.int64)
@@ -160,7 +169,7 @@ class CpuEngine(Engine):
             lengths = text_lengths(self.bundle.manifest)
             for span in self.spans(len(tokens), chunk):
                 rows = rows_of(span)
-                bind_output(binding, output, rows, (1, *rows.shape))
+                bind_output(binding, output, rows, (len(rows), 1, rows.shape[1]) if by_prefill else (1, *rows.shape))
                 run_span(session, binding, cache, tokens[span], ones.ctypes.data, lengths)
                 yield rows
         finally:

@@ -183,10 +183,16 @@ class Engine(ABC):
         state.decode(token)
         return state.logits
 
-    def score(self, ids: TokenIds, chunk: int | None = None, adapter: str | None = None) -> Logits:
-        """The logits of every position of `ids`, [sequence, vocabulary] float32, through the score graph.
+    @property
+    def scored_by(self) -> str | None:
+        """The variant whose prefill kernels `score` runs; None for the portable score graph."""
+        return None
 
-        That graph is opened on first use. Raises PromptError as `prefill` does.
+    def score(self, ids: TokenIds, chunk: int | None = None, adapter: str | None = None) -> Logits:
+        """The logits of every position of `ids`, [sequence, vocabulary] float32.
+
+        They come from the score graph, or by the kernels of prefill (`scored_by`); the graph is opened on first use.
+        Raises PromptError as `prefill` does.
         """
         tokens = self.check_ids(ids)
         _check_chunk(chunk)

@@ -294,7 +294,7 @@ class Generator(Prompts):
     def prompt_logprobs(self, prompt: Prompt, top_n: int = 0, adapter: str | None = None) -> list[TokenLogprob | None]:
         """The log-probability of each prompt token given those before it, and of the `top_n` most likely ones.
 
-        Runs the score graph. The first token has none. Raises PromptError.
+        By `Engine.score`. The first token has none. Raises PromptError.
         """
         ids = self.encode(prompt)
         self._check_length(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime as ort
@@ -14,19 +15,26 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """The session entry that names the folder of the external data of a graph given as bytes."""
 
 
-def graph_file(bundle: Bundle, name: str, options: ort.SessionOptions) -> Path | bytes:
-    """The path or the bytes to load for the graph file `name`.
+def graph_file(
+    bundle: Bundle, name: str, options: ort.SessionOptions, change: Callable[[bytes], bytes] | None = None
+) -> Path | bytes:
+    """The path or the bytes to load for the graph file `name`, as `change` returns it.
 
-    For a folder it is the path. For a packed bundle it is the graph itself, whose external data points into the packed
-    file, from which weights are mapped; `options` gets the entry that names its folder. Raises BundleError for a graph
-    whose data is not in the bundle.
+    For a folder it is the path of a graph that is not changed. For a packed bundle it is the graph itself, whose
+    external data points into the packed file, from which weights are mapped. `options` gets the entry that names the
+    folder of the data of a graph that is given as bytes.
+
+    Raises BundleError for a graph whose data is not in the bundle.
     """
     model = bundle.read(name)
     made = {} if bundle.specialized is None else bundle.specialized.files
     sizes = {file: record.bytes for file, record in {**bundle.manifest.files, **made}.items()}
     check_external_data(model, sizes, str(bundle.folder / name))
     if bundle.packed is None:
-        return bundle.path(name)
+        if change is None:
+            return bundle.path(name)
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.folder.resolve()))
+        return change(model)
     container = bundle.folder.resolve()
     options.add_session_config_entry(WEIGHTS_FOLDER, str(container.parent))
 
@@ -36,4 +44,4 @@ def graph_file(bundle: Bundle, name: str, options: ort.SessionOptions) -> Path |
         length = entries.get("length") or str(span.length - int(entries.get("offset", "0")))
         return {**entries, "location": container.name, "offset": str(offset), "length": length}
 
-    return onnx_wire.map_external_data(model, moved)
+    return onnx_wire.map_external_data(model if change is None else change(model), moved)

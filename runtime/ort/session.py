@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,16 @@ class SessionSettings:
     alone: bool = False
 
 
-def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.InferenceSession:
-    """Open the graph of `phase` ("prefill", "decode" or "score").
+def open_session(
+    bundle: Bundle, phase: str, settings: SessionSettings, change: Callable[[bytes], bytes] | None = None
+) -> ort.InferenceSession:
+    """Open the graph of `phase` ("prefill", "decode" or "score"), as `change` returns it.
 
     Raises ProviderError for a provider that is unknown or not installed, and BundleError if the graph does not load or
     its inputs and outputs differ from those in the manifest.
     """
     _check_provider(bundle, settings)
-    made = _specialized(bundle, settings)
+    made = specialized_for(bundle, settings)
     prepared = None if made is None else made.graphs.get(phase)
     source = phase if prepared is None or prepared.variant is None else prepared.variant
     graph = bundle.manifest.graph(source)
@@ -94,7 +96,7 @@ def open_session(bundle: Bundle, phase: str, settings: SessionSettings) -> ort.I
         name = prepared.file
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
     plain = made is not None and phase in made.graphs and not made.tiled_attention
-    session = _open(bundle, name, options, settings, plain)
+    session = _open(bundle, name, options, settings, plain, change)
     _check_signature(bundle, graph, session)
     return session
 
@@ -124,11 +126,11 @@ def open_both(bundle: Bundle, settings: SessionSettings) -> tuple[ort.InferenceS
 
 
 def _in_one_session(bundle: Bundle, settings: SessionSettings) -> bool:
-    made = _specialized(bundle, settings)
+    made = specialized_for(bundle, settings)
     return bundle.manifest.graph("decode").session_of == "prefill" if made is None else "decode" not in made.graphs
 
 
-def _specialized(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
+def specialized_for(bundle: Bundle, settings: SessionSettings) -> Specialized | None:
     """The graphs that were made for this machine, if these sessions are to use them."""
     made = bundle.specialized
     return made if made is not None and made.provider == settings.provider.name and not settings.lean else None
@@ -183,7 +185,12 @@ def share_thread_pool(threads: int | None = None) -> None:
 
 
 def _open(
-    bundle: Bundle, name: str, options: ort.SessionOptions, settings: SessionSettings, plain_attention: bool = False
+    bundle: Bundle,
+    name: str,
+    options: ort.SessionOptions,
+    settings: SessionSettings,
+    plain_attention: bool = False,
+    change: Callable[[bytes], bytes] | None = None,
 ) -> ort.InferenceSession:
     """Open a graph file of a bundle; on a device, check that its nodes run there."""
     disabled = ["ConstantFolding"] if settings.lean else []
@@ -193,7 +200,7 @@ def _open(
         from satchel.runtime.ort.experimental.device_session import DeviceSession
 
         prepared = DeviceSession(bundle, name, options, choice)
-    graph = graph_file(bundle, name, options)
+    graph = graph_file(bundle, name, options, change)
     with attention.of(plain_attention):
         session = _started(graph, options, choice, bundle.manifest, disabled, path)
     if prepared is not None:

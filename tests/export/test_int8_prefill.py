@@ -54,6 +54,8 @@ def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(satchel:
     wanted, found = (e.prefill(e.new_state(32), IDS).copy() for e in (portable, engine))
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert 1e-4 < error < 0.2, "int8 rounds a little, and not nothing"
+    assert (engine.scored_by, portable.scored_by) == ("prefill_int8", None)
+    np.testing.assert_allclose(engine.score(IDS)[-1], found, rtol=0, atol=1e-5 * np.abs(found).max())
     satchel("verify", folder, "--threads", 1)
     satchel("specialize", folder, "--remove")
     assert sorted(path.name for path in folder.iterdir()) == before

@@ -76,6 +76,14 @@ def test_logits_are_those_of_transformers_within_rounding(folder: Path) -> None:
     np.testing.assert_allclose(own, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_the_logits_of_every_token_are_those_of_transformers_too(folder: Path, chunk: int | None) -> None:
+    ids = np.random.default_rng(2).integers(4, 90, 37)
+    engine, wanted = Engine.open(open_bundle(folder), threads=2), expected(folder.parent / "checkpoint", ids)
+    assert engine.scored_by == NATIVE
+    np.testing.assert_allclose(engine.score(ids, chunk), wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
+
+
 def test_no_weight_is_stored_twice_for_the_kernels(folder: Path) -> None:
     """The table of a tied head is the one that is looked up, and no matrix is left as the portable graphs read it."""
     graph = open_bundle(folder).manifest.specialized.graphs["prefill"].file  # type: ignore[union-attr]

@@ -82,3 +82,18 @@ def test_each_sequence_gets_the_numbers_that_it_has_alone(form: str, opened: Cal
         if pieces:
             border = {} if engine.bundle.manifest.model.rotary_border is None else {TEXT_LENGTH: LONG[: len(pieces)]}
             np.testing.assert_array_equal(pool.step(pieces, **border), np.stack(wanted))
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
+def test_every_token_is_scored_with_the_bits_that_prefill_gives_it(form: str, opened: Callable[[str], Engine]) -> None:
+    """Where it is the last one of a prompt of several tokens: a lone token is rounded as in decode."""
+    engine, chunk = opened(form), 16
+    assert engine.scored_by == NATIVE
+    ids = np.random.default_rng(8).integers(3, engine.vocabulary, 40)
+    found = engine.score(ids, chunk)
+    for end in (2, 3, 11, 16, 18, 31, 40):
+        state = engine.new_state(96)
+        state.expect(len(ids))
+        np.testing.assert_array_equal(engine.prefill(state, ids[:end], chunk), found[end - 1])

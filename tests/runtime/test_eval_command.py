@@ -39,7 +39,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_json_is_one_object_on_one_line(satchel: Satchel, tiny: Path, text: Path) -> None:
     found = satchel.json("eval", tiny, "--text", text, "--reference", tiny, *SMALL)
-    assert list(found) == ["prefill", "decode", "windows", "window_tokens", "skip", "text", "bundle", "reference"]
+    assert list(found) == [
+        "prefill", "decode", "windows", "window_tokens", "skip", "text", "bundle", "reference", "graphs",
+    ]  # fmt: skip
+    assert found["graphs"] == {"prefill": "portable", "decode": "portable"}
     assert list(found["prefill"]) == list(found["decode"]) == PHASE_KEYS
     assert found["prefill"]["kl_mean"] < 1e-6 > found["decode"]["kl_mean"]
     assert found["prefill"]["top1"] == found["decode"]["top1"] == 1
@@ -68,11 +71,11 @@ def test_a_table_has_a_row_for_each_figure(satchel: Satchel, tiny: Path, text: P
     assert (err.count("\n"), rows[0]) == (1, ["prefill", "decode"])
     assert KL_MEANING in err
     assert [row[0] for row in rows[1:]] == [
-        "KL mean", "KL median", "KL p90", "KL p99.9", "KL max", "top-1", "flips", "perplexity", "reference's",
+        "KL mean", "KL median", "KL p90", "KL p99.9", "KL max", "top-1", "flips", "perplexity", "reference's", "graphs",
     ]  # fmt: skip
     assert all(len(row) == 3 for row in rows[1:])
     out, _ = satchel("eval", tiny, "--text", text, *SMALL)
-    assert [line.split()[0] for line in out.splitlines()] == ["prefill", "perplexity"]
+    assert [line.split()[0] for line in out.splitlines()] == ["prefill", "perplexity", "graphs"]
 
 
 def test_a_text_shorter_than_a_window_is_one_window(satchel: Satchel, tiny: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from satchel.runtime.bundle.onnx_wire import External, external_data, map_external_data
+from satchel.runtime.bundle.onnx_wire import External, Node, external_data, map_external_data, nodes, replace_nodes
 
 
 def model(entries: External) -> onnx.ModelProto:
@@ -34,6 +34,22 @@ def test_entries_are_read_and_replaced_and_all_else_stays(tiny: Path) -> None:
     assert onnx.load_from_string(changed) == model(entries)
     original = (tiny / "decode.onnx").read_bytes()
     assert onnx.load_from_string(map_external_data(original, dict)) == onnx.load_from_string(original)
+
+
+def test_nodes_are_read_and_replaced_and_all_else_stays(tiny: Path) -> None:
+    original = (tiny / "decode.onnx").read_bytes()
+    read = onnx.load_from_string(original)
+    wanted = [(n.op_type, n.domain, n.name, tuple(n.input), tuple(n.output)) for n in read.graph.node]
+    found = nodes(original)
+    assert [(n.operator, n.domain, n.name, n.inputs, n.outputs) for n in found] == wanted
+    old = found[2]
+    new = Node("Transpose", "", "turned", (old.inputs[0],), old.outputs, {"perm": (1, 0, 300)})
+    changed = onnx.load_from_string(replace_nodes(original, {old.outputs[0]: new}))
+    read.graph.node[2].CopyFrom(
+        helper.make_node("Transpose", [old.inputs[0]], list(old.outputs), "turned", domain="", perm=[1, 0, 300])
+    )
+    assert changed == read
+    assert replace_nodes(original, {}) == original
 
 
 @pytest.mark.parametrize("content", [b"\x3a\x05abc", b"\x3b", b"\xff" * 12], ids=["short", "group", "no number"])

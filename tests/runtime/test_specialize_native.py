@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.command import Satchel
 from support.kernels import needs_kernels
-from support.specialized import files, logits
+from support.specialized import IDS, files, logits
 from support.tiny_bundle import change_manifest, read_manifest, write_bundle
 from support.tiny_native_bundle import write_native_bundle
 
@@ -20,8 +20,10 @@ from satchel.runtime.execution.kv_cache import position_bytes
 from satchel.runtime.generation.prefix_cache import Prefix
 from satchel.runtime.generation.session_file import SavedState, read_state, write_state
 from satchel.runtime.kernels import library
-from satchel.runtime.optimize import specialize, trials
+from satchel.runtime.optimize import prepare, specialize, trials
+from satchel.runtime.ort import session
 from satchel.runtime.ort.open_bundle import open_bundle
+from satchel.runtime.ort.score_graph import of_every_token
 from satchel.runtime.tools.bench.decode_traffic import weight_bytes
 from satchel.runtime.tools.inspection.inspection import inspect_bundle
 
@@ -62,7 +64,8 @@ def test_the_cache_is_of_the_native_graphs_type_and_takes_half_the_memory(folder
     assert {buffer.dtype.name for buffer in cache.past.values()} == {"float16"}
     assert cache.nbytes == 20 * before // 2
     assert inspect_bundle(bundle).cache_bytes_per_token == whole // 2
-    assert engine.score([3, 5, 7]).shape[0] == 3, "the score graph has a cache of its own, in float32"
+    for each in (engine, Engine.open(dataclasses.replace(bundle, specialized=None), threads=1)):
+        assert each.score([3, 5, 7]).shape[0] == 3, "each score graph has a cache of its own type"
 
 
 @needs_kernels
@@ -112,6 +115,64 @@ def test_who_asks_for_onnx_runtime_gets_it(satchel: Satchel, folder: Path, flags
 def test_the_commands_run_on_them(satchel: Satchel, made: Path) -> None:
     assert satchel.json("inspect", made)["specialized"]["graphs"]["prefill"]["variant"] == "native"
     assert "Linear" in satchel("profile", made, "--threads", 1, "--prompt-tokens", 8, "--new-tokens", 2).out
+
+
+@needs_kernels
+def test_eval_measures_the_kernels_that_answer_and_says_so(satchel: Satchel, made: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and looked at the other cat, which sat elsewhere. " * 4)
+    flags = ("--text", text, "--windows", 2, "--window-tokens", 30, "--skip", 6, "--threads", 1, "--quiet")
+    flags += ("--reference", made)
+    native, portable = satchel.json("eval", made, *flags), satchel.json("eval", made, "--portable", *flags)
+    assert native["graphs"] == {"prefill": "native", "decode": "native"}
+    assert portable["graphs"] == {"prefill": "portable", "decode": "portable"}
+    assert satchel("eval", made, *flags).out.splitlines()[-1].split() == ["graphs", "native", "native"]
+    for phase in ("prefill", "decode"):
+        found, other = native[phase]["perplexity"], portable[phase]["perplexity"]
+        assert found != other
+        assert portable[phase]["kl_mean"] < 1e-6 < native[phase]["kl_mean"], "the reference is portable"
+        assert found == pytest.approx(other, rel=0.02)
+
+
+@needs_kernels
+def test_eval_measures_the_copy_in_the_cache_that_the_user_runs(
+    satchel: Satchel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare.machine, "is_in_place", lambda _: False)
+    prepare.prepare(folder, kernels="satchel", threads=1)
+    assert open_bundle(folder, custom=None).specialized is None
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and looked at the other cat. " * 4)
+    found = satchel.json("eval", folder, "--text", text, "--window-tokens", 30, "--skip", 6, "--threads", 1)
+    assert found["graphs"]["prefill"] == "native"
+
+
+@needs_kernels
+def test_the_graph_of_every_token_is_opened_when_it_is_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    started = session._open
+
+    def noted(bundle: Bundle, name: str, *rest: object) -> object:
+        opened.append(name)
+        return started(bundle, name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(session, "_open", noted)
+    bundle = open_bundle(made)
+    engine = Engine.open(bundle, threads=1)
+    prefill = engine.prefill(engine.new_state(len(IDS)), IDS).copy()
+    assert len(opened) == 1
+    rows = engine.score(IDS)
+    assert opened == [bundle.specialized.graphs["prefill"].file] * 2, "no other graph, and no other weights"  # type: ignore[union-attr]
+    np.testing.assert_array_equal(rows[-1], prefill)
+
+
+@needs_kernels
+def test_a_graph_that_takes_the_last_token_otherwise_is_not_measured(made: Path) -> None:
+    bundle = open_bundle(made)
+    model = (made / bundle.specialized.graphs["prefill"].file).read_bytes()  # type: ignore[union-attr]
+    assert isinstance(of_every_token(model), bytes)
+    with pytest.raises(BundleError, match="last token in a known way"):
+        of_every_token(model.replace(b"LastToken", b"LastTaken"))
 
 
 @needs_kernels

@@ -66,6 +66,10 @@ def write_native_bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
             for node in nodes:
                 if node.op_type == "GroupQueryAttention":
                     node.op_type, node.domain = "Attention", "satchel"
+                if node.op_type == "GatherND":  # as in graphs that take ragged rows
+                    node.op_type, node.domain, node.name = "LastToken", "satchel", "last_token.rows"
+                    node.input[1] = "real"
+                    del node.attribute[:]
             for value in (*graph.input, *graph.output):
                 if value.name.startswith(CACHE):
                     value.type.tensor_type.elem_type = TensorProto.FLOAT16
