@@ -238,6 +238,7 @@ def test_a_change_of_a_tied_weight_is_named(tmp_path: Path) -> None:
     assert "lm_head.weight" in note
 
 
+@pytest.mark.slow
 def test_a_quantized_bundle_has_the_adapter_merged(tmp_path: Path) -> None:
     model = trained("llama", tmp_path / "adapter", target_modules="all-linear").eval()
     config = ExportConfig(tmp_path / "bundle", "int8", certificate=False, adapters=(tmp_path / "adapter",))

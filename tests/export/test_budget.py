@@ -87,6 +87,7 @@ def measured(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Sensi
     return found
 
 
+@pytest.mark.slow
 def test_every_weight_is_tried_and_the_sensitive_one_loses_most(measured: list[Sensitivity]) -> None:
     kinds = ["embedding", *["linear"] * 8, "head"]
     assert [layer.kind for layer in measured] == kinds
@@ -108,6 +109,7 @@ def test_finer_schemes_are_foreseen_to_lose_less(measured: list[Sensitivity]) ->
             assert layer.errors[Scheme(4, 32, symmetric=False)] < layer.errors[Scheme(4, 32)]
 
 
+@pytest.mark.slow
 def test_the_bundle_keeps_to_its_bits(exported: Manifest, wide: Path) -> None:
     facts = report(exported)
     assert BITS * 0.99 < facts["bits_per_weight"] <= BITS
@@ -116,6 +118,7 @@ def test_the_bundle_keeps_to_its_bits(exported: Manifest, wide: Path) -> None:
     assert {rule.bits for rule in kept.rules[:3]} == {4, 8}
 
 
+@pytest.mark.slow
 def test_it_is_closer_to_the_model_than_uniform_bits(exported: Manifest, wide: Path, tmp_path: Path) -> None:
     uniform = report(export_bundle(wide, ExportConfig(tmp_path / "int4", "int4")))
     mixed = report(exported)
@@ -129,6 +132,7 @@ def test_the_recipe_in_the_bundle_gives_the_same_weights(exported: Manifest, wid
     assert again.files[WEIGHTS_NAME] == exported.files[WEIGHTS_NAME]
 
 
+@pytest.mark.slow
 def test_a_size_counts_the_weight_file_and_a_tied_head_once(tied: Path, tmp_path: Path) -> None:
     megabytes = SMALL_BITS * _smallest(tied)[1] / 8e6
     config = ExportConfig(tmp_path / "bundle", size=megabytes, certificate=False)

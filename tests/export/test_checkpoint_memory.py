@@ -33,6 +33,7 @@ def check_blocks(weight: LazyWeight) -> None:
     assert highest < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ROLLUP.exists(), reason="needs Linux's smaps_rollup")
 def test_rows_of_a_large_safetensors_file_are_not_kept(tmp_path: Path) -> None:
     size = ROWS * COLUMNS * 2

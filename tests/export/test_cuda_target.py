@@ -154,6 +154,7 @@ def test_what_has_no_kernel_there_is_refused(options: dict[str, str], says: tupl
         assert part in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_certificate_is_measured_on_the_cpu_and_has_no_speed(tmp_path: Path) -> None:
     family = FAMILIES["qwen2"]
     config = ExportConfig(tmp_path / "bundle", target="cuda", max_context=family.context)
@@ -176,6 +177,7 @@ def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.slow
 def test_experts_are_not_quantized(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"node_experts.*--recipe"):
         bundle(FAMILIES["qwen3_moe"], tmp_path, precision="a16w8")

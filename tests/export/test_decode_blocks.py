@@ -88,6 +88,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, stored: float, in_blocks: float) -> N
     monkeypatch.setattr(specialize, "step_seconds", lambda *_: [stored, in_blocks])
 
 
+@pytest.mark.slow
 def test_decode_by_blocks_rounds_activations_otherwise_and_nothing_else(satchel: Satchel, made: Bundle) -> None:
     folder = made.folder
     before = files(made)

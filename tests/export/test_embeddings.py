@@ -62,6 +62,7 @@ def test_vectors_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert off_by(generator.engine.embed(ids, 9)[None], expected[index : index + 1]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_rotated_stream_is_rotated_back(tie: bool, tmp_path: Path) -> None:
     """int8 turns all channels of the stream: hidden states are of the checkpoint's own channels nevertheless."""
@@ -92,6 +93,7 @@ def test_logits_are_those_of_a_bundle_without_embeddings(tmp_path: Path) -> None
         assert plain.files[file] == both.files[file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_name", [pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow), "Qwen3Model"])
 def test_a_checkpoint_of_a_body_alone_is_exported_if_its_head_is_tied(class_name: str, tmp_path: Path) -> None:
     """As Qwen3-Embedding and others are stored: no prefix before the names, and no head."""

@@ -87,6 +87,7 @@ def test_a_family_known_not_to_work_is_refused_by_name(model_type: str, tmp_path
     assert reason in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", list(filter(is_known, BY_STRUCTURE)))
 def test_what_cannot_be_expressed_is_found_without_the_table(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +97,7 @@ def test_what_cannot_be_expressed_is_found_without_the_table(
     assert reason in refusal(model_type, options, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_family_in_neither_table_is_exported_and_named_on_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +118,7 @@ def test_experts_without_a_gate_are_refused_by_name(tmp_path: Path) -> None:
     assert all(fact in message for fact in ("NemotronHExperts", "no gate", "ReLUSquared")), message
 
 
+@pytest.mark.slow
 def test_sinks_are_refused_for_a_target_of_standard_operators(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model("granite_swa", **SMALL)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")

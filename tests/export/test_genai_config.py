@@ -78,6 +78,7 @@ def test_one_graph_for_both_phases_would_give_other_logits_where_satchel_opens_t
     assert difference(found[0], expected[0]) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_model_without_an_end_token_never_ends(tmp_path: Path) -> None:
     """Token 0 is no end token for want of another."""
     folder = save_tiny(tmp_path / "checkpoint", "qwen2", eos_token_id=None)

@@ -122,6 +122,7 @@ def test_tensors_of_different_types_that_are_joined_are_widened(tmp_path: Path) 
     assert GRID not in weight.meta and "different types" in str(weight.meta[WIDENED])
 
 
+@pytest.mark.slow
 def test_stacks_of_a_mixture_that_are_stored_in_two_forms_are_rounded(tmp_path: Path) -> None:
     family = dataclasses.replace(GGUF_FAMILIES["mixtral"], options={**GGUF_FAMILIES["mixtral"].options,
                                                                     "intermediate_size": 64})  # fmt: skip
@@ -142,6 +143,7 @@ def exported(path: Path, config: ExportConfig) -> tuple[Manifest, float, Checkpo
     return manifest, difference(found, logits_of(loaded(checkpoint), some_ids())), checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Q.Q4_0, pytest.param(Q.Q8_0, marks=pytest.mark.slow)])
 def test_a_bundle_of_kept_blocks_gives_the_logits_of_the_widened_weights(
     kind: gguf.GGMLQuantizationType, tmp_path: Path

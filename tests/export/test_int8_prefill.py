@@ -37,6 +37,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return open_bundle(folder / "bundle")
 
 
+@pytest.mark.slow
 def test_a_specialized_bundle_has_an_int8_prefill_and_decodes_as_before(satchel: Satchel, bundle: Bundle) -> None:
     folder = bundle.folder
     before = sorted(path.name for path in folder.iterdir())

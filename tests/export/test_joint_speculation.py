@@ -80,6 +80,7 @@ def essence(found: Generation) -> tuple[object, ...]:
     return found.token_ids, found.text, found.finish_reason, found.decode_steps, probabilities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [None, 7])
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_runs_beside_a_request_its_answer_is_that_of_single_steps(

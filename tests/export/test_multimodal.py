@@ -90,6 +90,7 @@ def test_the_language_model_has_the_logits_of_the_whole_model(name: str, tmp_pat
     assert "tower" in note or "visual" in note or "vision_model" in note
 
 
+@pytest.mark.slow
 def test_a_multimodal_folder_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = logits_of(save_wrapper(tmp_path / "model", "gemma3"))
     add_tokenizer(tmp_path / "model")

@@ -158,6 +158,7 @@ def test_a_recipe_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         load_recipe(tmp_path / "mine.toml")
 
 
+@pytest.mark.slow
 def test_a_recipe_by_its_name_is_taken(export: Callable[..., Said], tiny_checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--precision", "int4", "--recipe", "a16w8", "--no-certificate", "--json", "--quiet")
     facts = json.loads(export(tiny_checkpoint, "-o", tmp_path / "bundle", *arguments).out)

@@ -173,6 +173,7 @@ def test_square_layers_of_gpt2_are_turned(tmp_path: Path) -> None:
     np.testing.assert_allclose(engine.score(IDS), logits(model, IDS), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_experts_are_kept(tmp_path: Path) -> None:
     model = save_experts(tmp_path / "checkpoint", *KEPT["gptq"])
     manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle"))

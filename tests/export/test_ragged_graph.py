@@ -58,6 +58,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
 QUICK = ("int8", "fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 )

@@ -86,6 +86,7 @@ def generator(case: Case, monkeypatch: pytest.MonkeyPatch) -> Generator:
     return case.open()
 
 
+@pytest.mark.slow
 def test_the_manifest_names_the_border(case: Case) -> None:
     assert case.manifest.model.rotary_border == BORDER
     assert case.manifest.graphs is not None
@@ -306,6 +307,7 @@ def test_another_scale_of_long_texts_is_part_of_their_angles(tmp_path: Path) -> 
         assert difference(engine.score(IDS[:length], 9), made.logits(length)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_dynamic_scaling_leaves_short_texts_as_they_are(tmp_path: Path, export: Callable[..., Said]) -> None:
     """Longer ones change with each token: those of the bundle's whole context are theirs, which the export says."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}

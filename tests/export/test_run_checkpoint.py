@@ -30,6 +30,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_checkpoint, tmp_path / "tiny checkpoint")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_once(satchel: Satchel, checkpoint: Path, cache: Path) -> None:
     command = ("run", checkpoint, "cat", "--raw", "--max-new-tokens", 2, "--threads", 1)
     first = satchel(*command)
@@ -46,6 +47,7 @@ def test_a_checkpoint_is_exported_once(satchel: Satchel, checkpoint: Path, cache
     assert list(cache.iterdir()) == [bundle]
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(checkpoint: Path, cache: Path) -> None:
     command = [sys.executable, "-P", "-m", "satchel.runtime.cli.main", "run", str(checkpoint), "cat"]
     with subprocess.Popen(command, stderr=-1, text=True, env={**os.environ, "PYTHONPATH": python_path()}) as process:

@@ -68,6 +68,7 @@ def test_the_base_is_rounded_and_its_adapters_are_not(precision: str, tmp_path_f
             assert error(logits, wanted) < ROUNDED[precision] * change
 
 
+@pytest.mark.slow
 def test_satchels_own_kernels_take_adapters(tmp_path_factory: pytest.TempPathFactory) -> None:
     made = adapted("int8-own", tmp_path_factory)
     portable = Engine.open(open_bundle(made.folder), threads=1)
@@ -100,6 +101,7 @@ def test_adapters_of_all_forms_are_kept_apart(case: str, precision: str, tmp_pat
     assert error(engine.score(IDS, adapter="one"), wanted) < bound < 0.5 * error(wanted, base)
 
 
+@pytest.mark.slow
 def test_a_text_beyond_the_rotary_border_is_fed_again_with_its_adapter(tmp_path: Path) -> None:
     trained("phi3-longrope", tmp_path / "adapter", target_modules=["qkv_proj", "o_proj"])
     border, base = 32, dict[str, Any](family="phi3-longrope", original_max_position_embeddings=32)

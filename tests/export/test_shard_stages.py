@@ -60,6 +60,7 @@ def check(whole: Path, place: Path, stages: int, steps: int) -> None:
     assert tokens == expected["tokens"].tolist()
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     "name",

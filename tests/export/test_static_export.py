@@ -46,6 +46,7 @@ def stepped(stepper: Stepper) -> NDArray[np.float32]:
     return np.stack([first, *(stepper.step("decode", token[None])[0] for token in IDS[13:])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_weights_in_8_bits_come_close_and_are_half_the_size(
     tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from satchel.runtime.ort.open_bundle import open_bundle
 CONTEXT = WINDOW - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", by_family(["gpt_oss", "llama4_text", "lfm3"], ["gpt_oss"].__contains__))
 def test_a_context_below_the_window_is_served_up_to_its_end_and_not_beyond(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -12,6 +12,7 @@ from fuzz import harness
 from fuzz.trial import Trial
 
 
+@pytest.mark.slow
 def test_thirty_changed_bundles_are_refused_or_run() -> None:
     """In a process of its own: children are forked, and the tests' process has threads of ONNX Runtime."""
     command = [sys.executable, "-m", "fuzz", "--mutants", "30", "--seed", "11"]

@@ -201,6 +201,7 @@ def test_compare_peers_says_in_a_line_which_peers_cannot_run(tiny: Path, tmp_pat
     assert "round 2 of 2: genai" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "allowed"), [("Q8_0", 0.01), pytest.param("Q4_0", 0.15, marks=pytest.mark.slow)])
 def test_a_llama_in_gguf_has_the_weights_of_its_checkpoint(kind: str, allowed: float, tmp_path: Path) -> None:
     from satchel.export.compile import open_source

@@ -176,6 +176,7 @@ def test_two_runs_do_not_write_to_one_file(work: Work) -> None:
     work.run("--quiet")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_loses_and_repeats_nothing(
     slow: Work, undisturbed: Callable[[Work], set[str]]
 ) -> None:

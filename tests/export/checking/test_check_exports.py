@@ -29,6 +29,7 @@ def bundle_for(target: str, place: Path, places: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_export_is_clean_for_its_provider(
     target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
