@@ -22,10 +22,13 @@ from torch.utils._pytree import tree_leaves
 from satchel.export.tracing.torch_ops import DOMAIN
 
 FEWEST = 3
-"""Layers in a list for which it pays to look."""
+"""Fewer layers are not compared: tracing them takes no longer."""
 
 SMALL = 4096
-"""Numbers of a constant that is compared by value."""
+"""Elements of the largest constant that is compared by value."""
+
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError)
+"""What the code of a model raises on tensors without data."""
 
 LAYER = "layer"
 """The argument of placeholder operators that counts the layers."""
@@ -64,8 +67,8 @@ def same_layers(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> li
     try:
         with _compiling_state_context(), FakeTensorMode(allow_non_fake_inputs=True), recorder, torch.no_grad():
             module(*inputs)
-    except Exception:  # noqa: BLE001 (the tracer says what is wrong with a model)
-        return []
+    except MODEL_ERRORS:
+        return []  # every layer is traced, and the tracer says what is wrong with the model
     finally:
         for hook in hooks:
             hook.remove()

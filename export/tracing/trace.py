@@ -26,7 +26,7 @@ from satchel.export.tracing.own_attention import at_positions, has_distance_bias
 from satchel.export.tracing.recurrences import has_recurrences, replaced_functions
 from satchel.export.tracing.repeated_layers import copy_layers, one_of_each
 from satchel.export.tracing.rotary_tables import tables_for_rotary
-from satchel.export.tracing.same_layers import same_layers
+from satchel.export.tracing.same_layers import MODEL_ERRORS, same_layers
 from satchel.export.tracing.stand_ins import (
     chunks_without_padding,
     register_implementations,
@@ -113,17 +113,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
             )
         except ExportError:
             raise
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            NotImplementedError,
-            AssertionError,
-            LookupError,
-            ArithmeticError,
-            torch.onnx.OnnxExporterError,
-        ) as error:
+        except (*MODEL_ERRORS, torch.onnx.OnnxExporterError) as error:
             raise ExportError(f"{name}: torch cannot trace this model: {_root_cause(error)}") from error
     if onnx_program is None:
         raise ExportError(f"{name}: torch returned no graph for this model")

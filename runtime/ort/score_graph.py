@@ -1,8 +1,9 @@
 """What gives the logits of every token: the score graph, or the prefill graph of a specialized bundle.
 
-Specializing may choose a variant for prefill, whose kernels round otherwise than those of the portable score graph. Its
-graph takes each sequence's last token in front of what only the logits need. With every token in that place, each as
-a sequence of its own, the same kernels give for each token what they give for the last one of a prompt, bit for bit.
+Specializing may choose another variant for prefill, whose kernels round differently from those of the score graph. Its
+graph takes the last token of each sequence before the layers that only the logits need. With every token in that
+place, each as a sequence of its own, the same kernels give for each token what they give for the last one of a prompt,
+bit for bit.
 """
 
 from __future__ import annotations
