@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
+import os
 import signal
 import sys
 import time
@@ -197,8 +199,13 @@ def _lengths(text: str) -> tuple[int, ...]:
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for user-correctable errors."""
     interrupt.handle(signal.SIGTERM)  # partial files are removed
+    # numpy's threads for matrices would wait for more work by computing, which torch's threads then cannot.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    gc.disable()  # what is imported stays: looking for garbage in it takes a second
     with waiting("loading torch and transformers", shown=not args.quiet):
         from satchel.export.compile import export_bundle
+    gc.freeze()
+    gc.enable()
 
     config = ExportConfig(
         output=args.output or _default_name(args.checkpoint), append_precision=args.output is None,

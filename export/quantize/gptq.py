@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from satchel.graphs.quant.rounding import Grid, in_half
+from satchel.runtime.kernels.rounding import INPUTS, compiled, round_inputs
 
 DAMPING = 0.01
 """Fraction of the mean of the second moments' diagonal that is added to the diagonal."""
 
-COLUMNS = 128
+COLUMNS = INPUTS
 """Inputs that are rounded before their errors are propagated to the rest of the weight."""
 
 SWEEPS = 2
@@ -68,22 +70,11 @@ class Feedback:
         Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1) with inputs ordered
         by descending second moment (act-order) and a fixed grid.
         """
-        scale, zero = self._of_inputs(grid, weight.shape[1])
         rest = self._ordered(weight)
         codes = torch.empty_like(rest)
-        inputs, upper = len(rest), self._upper
-        for start in range(0, inputs, COLUMNS):
-            stop = min(start + COLUMNS, inputs)
-            block, errors = rest[start:stop], torch.empty(stop - start, rest.shape[1])
-            for i in range(stop - start):
-                row = start + i
-                code = (block[i] / scale[row]).round_().add_(zero[row]).clamp_(grid.low, grid.high)
-                codes[row] = code
-                errors[i] = (block[i] - (code - zero[row]) * scale[row]) / upper[row, row]
-                if i + 1 < stop - start:
-                    block[i + 1 :] -= upper[row, row + 1 : stop, None] * errors[i]
-            if stop < inputs:
-                rest[stop:] -= upper[start:stop, stop:].T @ errors
+        for part, errors in self._blocks(grid, self._upper, rest, codes):
+            if part.stop < len(rest):
+                rest[part.stop :] -= self._upper[part, part.stop :].T @ errors
         return self._codes(codes)
 
     def refine(
@@ -102,6 +93,8 @@ class Feedback:
             codes: [outputs, inputs].
             sweeps: How often.
         """
+        if sweeps == 0:
+            return grid, codes
         target = self._ordered(weight)
         values = torch.from_numpy(codes.astype(np.float32))[:, self._order].T.contiguous()
         for _ in range(sweeps):
@@ -113,21 +106,35 @@ class Feedback:
         """Set each of the quantized values [inputs, outputs] to the best with all others fixed, one input at a time."""
         scale, zero = self._of_inputs(grid, len(target))
         slope = self._moments @ ((codes - zero) * scale - target)  # half of the error's gradient, [inputs, outputs]
-        curve, inputs = self._moments.diagonal(), len(target)
+        for part, moved in self._blocks(grid, self._moments, slope, codes, descend=True):
+            if part.stop < len(target):  # earlier inputs are not visited again
+                slope[part.stop :] += self._moments[part.stop :, part] @ moved
+
+    def _blocks(
+        self, grid: Grid, square: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, descend: bool = False
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Round COLUMNS inputs after the other, `values` and `codes` [inputs, outputs], as `round_inputs` says.
+
+        Yields after each block its inputs, and what the inputs after it have to make up for, [inputs, outputs].
+        """
+        inputs, groups = len(values), grid.scales.shape[1]
+        group_of = self._order // (inputs // groups)
+        scales = np.ascontiguousarray(grid.scales.T)
+        zeros = None if grid.zero_points is None else np.ascontiguousarray(grid.zero_points.T, np.float32)
+        loops = compiled()
         for start in range(0, inputs, COLUMNS):
-            stop = min(start + COLUMNS, inputs)
-            near, moved = slope[start:stop], torch.empty(stop - start, target.shape[1])
-            for i in range(stop - start):
-                row = start + i
-                step = near[i] / (scale[row] * -curve[row])
-                new = step.add_(codes[row]).round_().clamp_(grid.low, grid.high)
-                torch.sub(new, codes[row], out=moved[i])
-                moved[i] *= scale[row]
-                codes[row] = new
-                if i + 1 < stop - start:
-                    near[i + 1 :] += self._moments[row, row + 1 : stop, None] * moved[i]
-            if stop < inputs:  # earlier inputs are not visited again
-                slope[stop:] += self._moments[stop:, start:stop] @ moved
+            part = slice(start, min(start + COLUMNS, inputs))
+            given = square[part, part].contiguous(), values[part], codes[part]
+            if loops is None:
+                scale = torch.from_numpy(scales)[group_of[part]]
+                zero = torch.zeros_like(scale) if zeros is None else torch.from_numpy(zeros)[group_of[part]]
+                yield part, (_descend_inputs if descend else _round_inputs)(*given, scale, zero, (grid.low, grid.high))
+                continue
+            near, block, found = (tensor.numpy() for tensor in given)
+            bounds = grid.low, grid.high
+            places = group_of[part].numpy()
+            moved = round_inputs(loops, near, places, scales, zeros, bounds, block, found, descend=descend)
+            yield part, torch.from_numpy(moved)
 
     def _fitted(self, target: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
         """The grid with the scales that have the least error for these quantized values [inputs, outputs]."""
@@ -170,3 +177,38 @@ class Feedback:
         result = torch.empty_like(codes)
         result[self._order] = codes
         return result.T.contiguous().to(torch.int16).numpy()
+
+
+def _round_inputs(
+    upper: torch.Tensor,
+    block: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bounds: tuple[int, int],
+) -> torch.Tensor:
+    """GPTQ of a few inputs, where there is no compiled loop: `block`, `scale` and the others are [inputs, outputs]."""
+    errors = torch.empty_like(block)
+    for i in range(len(block)):
+        codes[i] = (block[i] / scale[i]).round_().add_(zero[i]).clamp_(*bounds)
+        errors[i] = (block[i] - (codes[i] - zero[i]) * scale[i]) / upper[i, i]
+        block[i + 1 :] -= upper[i, i + 1 :, None] * errors[i]
+    return errors
+
+
+def _descend_inputs(
+    moments: torch.Tensor,
+    slope: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bounds: tuple[int, int],
+) -> torch.Tensor:
+    """The same of coordinate descent."""
+    moved = torch.empty_like(slope)
+    for i in range(len(slope)):
+        new = (slope[i] / (scale[i] * -moments[i, i])).add_(codes[i]).round_().clamp_(*bounds)
+        moved[i] = (new - codes[i]) * scale[i]
+        codes[i] = new
+        slope[i + 1 :] += moments[i, i + 1 :, None] * moved[i]
+    return moved

@@ -19,6 +19,7 @@ from satchel.export.quantize.gptq import SWEEPS, Feedback
 from satchel.export.quantize.kept import RoundedWeights
 from satchel.export.quantize.kv_scales import cache_scales
 from satchel.export.quantize.observe import BATCH, Progress, batched, observed
+from satchel.export.quantize.scales import fit_grid
 from satchel.export.quantize.texts import QUICK_WINDOWS
 from satchel.graphs.analysis.segments import split
 from satchel.graphs.ir import pipeline
@@ -30,7 +31,7 @@ from satchel.graphs.passes.fuse.lower_experts import INTERLEAVED, interleaved
 from satchel.graphs.quant.assign import layer_name, layers_of, rule_of
 from satchel.graphs.quant.quantized import Quantized, QuantizedWeight
 from satchel.graphs.quant.recipe import Recipe, RecipeError, Rule
-from satchel.graphs.quant.rounding import Grid, fit_grid
+from satchel.graphs.quant.rounding import Grid
 from satchel.graphs.quant.stored import STORED, StoredGrid, grid_of
 from satchel.graphs.targets.steps import ROTATE, equalize_steps
 

@@ -27,12 +27,12 @@ from satchel.export.quantize.quantize import (
     rules,
     weight_parts,
 )
+from satchel.export.quantize.scales import fit_grid
 from satchel.graphs.ir.values import SMALL
 from satchel.graphs.ir.weights import LazyWeight
 from satchel.graphs.quant.assign import layers_of
 from satchel.graphs.quant.quantized import QuantizedWeight
 from satchel.graphs.quant.recipe import BLOCKS, Rule, Scheme
-from satchel.graphs.quant.rounding import fit_grid
 
 PROBE = Rule(bits=4, blocks=(64, 32, 16))
 """How a weight is stored while its loss is measured: searched scales."""

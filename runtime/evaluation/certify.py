@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +64,11 @@ def make_certificate(
     *,
     skip: int = Window.SKIP,
     decode_windows: int | None = None,
+    decode_rows: int = 1,
     provider: str = PROVIDER,
     margin: Margin = MARGIN,
     progress: Callable[[int], Any] = lambda tokens: None,
+    workers: int = 1,
 ) -> Certificate:
     """Measure a bundle against its reference, and record golden prompts that `check_certificate` replays.
 
@@ -75,7 +78,9 @@ def make_certificate(
         prompts: The golden prompts: index of a window, number of its first tokens that are the prompt, and number of
             tokens after those that are the continuation.
         decode_windows: Number of windows that decode is measured on; None for all.
+        decode_rows: As in `evaluate`.
         progress: Called with the number of tokens of each finished window.
+        workers: Windows and prompts that are measured at once, for an engine of one thread.
 
     Raises:
         PromptError: There is no prompt, one exceeds its window, or a window does not fit the bundle.
@@ -83,8 +88,17 @@ def make_certificate(
         BundleError: The bundle's logits are not finite.
     """
     _check_prompts(prompts, windows)
-    fidelity = evaluate(engine, windows, reference, skip=skip, decode_windows=decode_windows, progress=progress)
-    golden = [_golden_prompt(engine, reference, windows[index], count, new) for index, count, new in prompts]
+    fidelity = evaluate(
+        engine, windows, reference, skip=skip, decode_windows=decode_windows, decode_rows=decode_rows,
+        progress=progress, workers=workers,
+    )  # fmt: skip
+
+    def golden(prompt: tuple[int, int, int]) -> GoldenPrompt:
+        index, count, new = prompt
+        return _golden_prompt(engine, reference, windows[index], count, new)
+
+    with ThreadPoolExecutor(workers) as pool:
+        replayed = tuple(pool.map(golden, prompts))
     return Certificate(
         text=text,
         windows=len(windows),
@@ -97,7 +111,7 @@ def make_certificate(
         provider=provider,
         processor=processor_name(),
         margin=margin,
-        prompts=tuple(golden),
+        prompts=replayed,
         speed=None,
     )
 
@@ -112,9 +126,7 @@ def check_certificate(engine: Engine, certificate: Certificate) -> list[str]:
 
 def replay(engine: Engine, prompt: GoldenPrompt) -> Replay:
     """Measure the KL on a golden prompt and its continuation, then continue it greedily. Raises BundleError."""
-    kl = _teacher_forced_kl(engine, prompt.ids, prompt.continuation, prompt.positions)
-    greedy_ids, gaps = _greedy(engine, prompt.ids, len(prompt.greedy_ids))
-    return Replay(kl, greedy_ids, gaps)
+    return _continue(engine, prompt.ids, prompt.continuation, prompt.positions)
 
 
 def mismatches(certificate: Certificate, replays: Sequence[Replay]) -> list[str]:
@@ -182,39 +194,37 @@ def _golden_prompt(
 ) -> GoldenPrompt:
     ids, continuation = (tuple(int(token) for token in part) for part in np.split(window[: count + new], [count]))
     positions = tuple(golden_position(row) for row in reference(window)[count - 1 : count + new - 1])
-    greedy_ids, gaps = _greedy(engine, ids, new)
+    found = _continue(engine, ids, continuation, positions)
     return GoldenPrompt(
         ids=ids,
         continuation=continuation,
         positions=positions,
-        kl=_rounded(_teacher_forced_kl(engine, ids, continuation, positions)),
-        greedy_ids=greedy_ids,
-        gaps=tuple(_rounded(gap) for gap in gaps),
+        kl=_rounded(found.kl),
+        greedy_ids=found.greedy_ids,
+        gaps=tuple(_rounded(gap) for gap in found.gaps),
     )
 
 
-def _teacher_forced_kl(
+def _continue(
     engine: Engine, ids: Sequence[int], continuation: Sequence[int], positions: Sequence[GoldenPosition]
-) -> float:
-    """The mean KL over the last position of a prompt, by prefill, and the positions of its continuation, by decode."""
-    state = engine.new_state(len(ids) + len(continuation) - 1)
-    divergences = [golden_kl(positions[0], engine.prefill(state, ids))]
-    for token, position in zip(continuation, positions[1:], strict=False):  # the last token has no position after it
-        divergences.append(golden_kl(position, engine.decode(state, token)))
-    return float(np.mean(divergences))
+) -> Replay:
+    """Continue a prompt with the recorded text and greedily, in two rows that are decoded together if that is the same.
 
-
-def _greedy(engine: Engine, ids: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The greedy continuation, ignoring EOS, and the difference of the two best logits at each step."""
-    state = engine.new_state(len(ids) + count - 1)
-    tokens, gaps = [], []
-    logits = engine.prefill(state, ids)
-    for step in range(count):
-        tokens.append(greedy(logits))
-        gaps.append(_gap(logits))
-        if step + 1 < count:
-            logits = engine.decode(state, tokens[-1])
-    return tuple(tokens), tuple(gaps)
+    The KL is the mean over the last position of the prompt, by prefill, and those of the recorded text, by decode. The
+    greedy continuation is as long, and ignores EOS; a gap is the difference of the two best logits.
+    """
+    batch = engine.new_batch(2, len(ids) + len(continuation) - 1)
+    recorded, greedily = batch.add(), batch.add()
+    engine.prefill(recorded, ids)
+    greedily.copy_from(recorded)
+    divergences, tokens, gaps = [], [], []
+    for step, position in enumerate(positions):
+        if step:
+            batch.decode([continuation[step - 1], tokens[-1]])
+        divergences.append(golden_kl(position, recorded.logits))
+        tokens.append(greedy(greedily.logits))
+        gaps.append(_gap(greedily.logits))
+    return Replay(float(np.mean(divergences)), tuple(tokens), tuple(gaps))
 
 
 def _gap(logits: Logits) -> float:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,8 @@ Reference = Callable[[Ids], NDArray[np.float32]]
 """Token ids [sequence] -> the logits of every position, [sequence, vocabulary]."""
 
 
-VALUES_AT_ONCE = 1 << 20
-"""Logits converted to float64 at a time: 8 MiB per intermediate result."""
+VALUES_AT_ONCE = 1 << 17
+"""Logits converted to float64 at a time: intermediate results of 1 MiB stay in a processor's cache."""
 
 LARGEST_LOSS = 700.0
 """Upper bound of a mean loss, in nats, so that the perplexity is a finite float64."""
@@ -74,23 +76,30 @@ def evaluate(
     *,
     skip: int = Window.SKIP,
     decode_windows: int | None = None,
+    decode_rows: int = 1,
     adapter: str | None = None,
     progress: Callable[[int], Any] = lambda tokens: None,
+    workers: int = 1,
 ) -> Fidelity:
     """Compare the predictions of a bundle with those of a reference, position by position.
 
     Prefill: logits of `Engine.score` from position `skip` on, and of the prefill graph for the last position of a
     window. Decode: the first half of a window is prefilled and the second half, which counts, is decoded token by
     token. The divergence is KL(reference || bundle) over the whole vocabulary, in float64. The loss of a position is
-    that of the next token, so the last position of a window has none. The logits of one window at a time are in memory.
+    that of the next token, so the last position of a window has none. The logits of as many windows as there are
+    `workers` are in memory.
 
     Args:
         windows: Token ids, each at least `skip` + 2 of them.
         reference: Computes the logits to compare with; None to measure only perplexity.
         skip: Number of positions at the start of each window that do not count.
         decode_windows: Number of windows that decode is measured on; None for all.
+        decode_rows: Rows that each decode a part of the second half of a window, after all that is before it was
+            prefilled; together if that changes none of them. More than one are for graphs whose prefill and decode
+            compute the same.
         adapter: The adapter to measure; None for the base model.
         progress: Called with the number of tokens of each finished window.
+        workers: Windows that are measured at once, for an engine of one thread.
 
     Raises:
         PromptError: A window is too short or too long, an id is outside the vocabulary, or there is no such adapter.
@@ -101,12 +110,18 @@ def evaluate(
     if decode_windows is not None and decode_windows < 1:
         raise PromptError(f"decode cannot be measured on {decode_windows} windows: give at least 1")
     prefill, decode = _Figures("score and prefill graphs"), _Figures("decode graph")
-    for index, window in enumerate(windows):
+
+    def measure(index: int) -> tuple[_Figures, _Figures]:
+        window = windows[index]
         expected = None if reference is None else _checked(reference(window), window, engine)
-        _compare_prefill(engine, window, expected, skip, prefill, adapter)
-        if decode_windows is None or index < decode_windows:
-            _compare_decode(engine, window, expected, skip, decode, adapter)
-        progress(len(window))
+        rows = decode_rows if decode_windows is None or index < decode_windows else 0
+        return _compare(engine, window, expected, skip, rows, adapter)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for window, found in zip(windows, pool.map(measure, range(len(windows))), strict=True):
+            prefill.extend(found[0])
+            decode.extend(found[1])
+            progress(len(window))
     return Fidelity(prefill.summary(), decode.summary())
 
 
@@ -140,7 +155,15 @@ class _Figures:
             theirs = log_softmax(expected[rows])
             self._reference_losses.extend(_losses(theirs, targets))
             self._agreements.extend(ours.argmax(-1) == theirs.argmax(-1))
-            self._divergences.extend((np.exp(theirs) * (theirs - ours)).sum(-1))
+            difference = theirs - ours
+            self._divergences.extend(np.einsum("pv,pv->p", np.exp(theirs, out=theirs), difference))
+
+    def extend(self, others: _Figures) -> None:
+        """Add the positions of others."""
+        self._divergences += others._divergences
+        self._agreements += others._agreements
+        self._losses += others._losses
+        self._reference_losses += others._reference_losses
 
     def summary(self) -> PhaseFidelity:
         perplexity = _perplexity(self._losses)
@@ -160,24 +183,32 @@ class _Figures:
         )
 
 
-def _compare_prefill(
-    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures, adapter: str | None
-) -> None:
+def _compare(
+    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, rows: int, adapter: str | None
+) -> tuple[_Figures, _Figures]:
+    """The figures of prefill and of decode on one window; decode runs in so many rows, or is left out."""
+    prefill, decode = _Figures("score and prefill graphs"), _Figures("decode graph")
     logits = engine.score(window, adapter=adapter)
-    logits[-1] = engine.prefill(engine.new_state(len(window), adapter), window)
-    figures.add(logits[skip:], None if expected is None else expected[skip:], window[skip + 1 :])
-
-
-def _compare_decode(
-    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, figures: _Figures, adapter: str | None
-) -> None:
-    half = len(window) // 2
-    state = engine.new_state(len(window), adapter)
-    engine.prefill(state, window[:half])
-    for position in range(half, len(window)):
-        logits, row = engine.decode(state, int(window[position])), slice(position, position + 1)
-        if position >= skip:
-            figures.add(logits[None], None if expected is None else expected[row], window[position + 1 : position + 2])
+    places = np.arange(len(window) // 2, len(window))
+    parts = np.array_split(places, min(rows, len(places))) if rows else []
+    # Each row holds what is before its part, and the last one the whole window.
+    batch, fed = engine.new_batch(len(parts) + 1, len(window)), 0
+    for row, until in enumerate([*(part[0] for part in parts), len(window)]):
+        state = batch.add(adapter)
+        if row:
+            state.copy_from(batch.states[row - 1])
+        engine.prefill(state, window[fed:until])
+        fed = until
+    logits[-1] = batch.states[len(parts)].logits
+    prefill.add(logits[skip:], None if expected is None else expected[skip:], window[skip + 1 :])
+    for step in zip_longest(*parts):  # earlier rows have longer parts
+        positions = np.array([place for place in step if place is not None])
+        batch.decode(window[positions])
+        for row, position in enumerate(positions):
+            if position >= skip:
+                theirs = None if expected is None else expected[position : position + 1]
+                decode.add(batch.logits[row : row + 1], theirs, window[position + 1 : position + 2])
+    return prefill, decode
 
 
 def _checked(logits: NDArray[np.float32], window: Ids, engine: Engine) -> NDArray[np.float32]:

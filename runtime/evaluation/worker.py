@@ -24,9 +24,8 @@ from satchel.runtime.errors import SatchelError
 from satchel.runtime.evaluation.certify import NEW_TOKENS, make_certificate
 from satchel.runtime.execution.engine import Engine, open_engine
 from satchel.runtime.ort.custom_ops import Custom, choose
-from satchel.runtime.ort.session import SessionSettings, default_threads, share_thread_pool
+from satchel.runtime.ort.session import SessionSettings, default_threads
 from satchel.runtime.tools.bench.benchmark import LOWEST_ID, Workload, measure
-from satchel.runtime.util.cpu import machine_cores
 
 WINDOWS, REFERENCE, RESULT = "windows.npy", "reference-{}.npy", "certificate.json"
 
@@ -40,8 +39,8 @@ SPEED_TOKENS = (256, 64)
 LARGEST_PACKED = 1 << 30
 """Max bytes of a float bundle whose weights are packed, as for a user: faster, but a second copy in memory."""
 
-FLOAT_DECODE_WINDOWS = 1
-"""Float decode runs the same kernels as prefill, so one window is enough."""
+FLOAT_DECODE_WINDOWS, FLOAT_DECODE_ROWS = 1, 8
+"""Float decode computes the same as prefill, so one window is enough, and its parts are decoded in rows."""
 
 
 def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tuple[Path, ...] = ()) -> Certificate:
@@ -52,13 +51,15 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
     places = {window.tobytes(): index for index, window in enumerate(windows)}
 
     def reference(ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.asarray(np.load(work / REFERENCE.format(places[ids.tobytes()])), np.float32)
+        logits: NDArray[np.float32] = np.load(work / REFERENCE.format(places[ids.tobytes()]), mmap_mode="r")
+        return logits
 
     quantized = bool(manifest.layers)
     # Quantized weights run on other kernels if not packed, with other figures than those of the user.
     lean = not quantized and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
-    # The figures must not depend on the CPUs that this process is bound to.
-    engine = open_engine(bundle, SessionSettings(threads=machine_cores(), lean=lean))
+    # Windows are measured at once: one thread for each wastes less than all for one, and the figures cannot depend on
+    # the number of threads.
+    engine = open_engine(bundle, SessionSettings(threads=1, lean=lean))
     length = len(windows[0])
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
@@ -69,12 +70,13 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
         [(index, prompt, min(NEW_TOKENS, length - prompt)) for index in range(min(PROMPTS, len(windows)))],
         skip=min(Window.SKIP, length // 8),
         decode_windows=None if quantized else FLOAT_DECODE_WINDOWS,
+        decode_rows=1 if quantized else FLOAT_DECODE_ROWS,
+        workers=default_threads(),
     )
     if lean or manifest.target != "cpu":  # the speed of the CPU says nothing about another device
         return certificate
-    if default_threads() != machine_cores():
-        engine = open_engine(bundle, SessionSettings())
-    return dataclasses.replace(certificate, speed=_speed(engine, manifest))
+    del engine  # before its weights are loaded once more
+    return dataclasses.replace(certificate, speed=_speed(open_engine(bundle, SessionSettings()), manifest))
 
 
 def _speed(engine: Engine, manifest: Manifest) -> Speed | None:
@@ -90,8 +92,6 @@ def main() -> int:
     try:
         text = json.loads(sys.argv[3])
         described = None if text is None else strict_json.from_json(EvaluatedText, text)
-        if default_threads() == machine_cores():  # otherwise speed is measured with another number of threads
-            share_thread_pool()
         certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])))
     except SatchelError as error:
         print(error, file=sys.stderr)

@@ -8,6 +8,7 @@
 #include "convolution.h"
 #include "linear.h"
 #include "recurrence.h"
+#include "rounding.h"
 #include "table.h"
 
 /* The kernels of one instruction set. Each returns NULL, or an error as a constant string. Results do not depend on the
@@ -24,6 +25,9 @@ typedef struct {
     const char *(*attention)(const AttentionCall *call, void *scratch, const Parallel *parallel);
     const char *(*recurrence)(const RecurrenceParams *params, const RecurrenceCall *call, const Parallel *parallel);
     void (*convolution)(const ConvolutionCall *call, const Parallel *parallel);
+    void (*choose_scales)(const ScalesCall *call);
+    void (*round_inputs)(const InputsCall *call);   /* as GPTQ does */
+    void (*descend_inputs)(const InputsCall *call); /* each input in turn to the best with all others fixed */
 } Instructions;
 
 /* The chosen ones. NULL before the first choice. */

@@ -235,6 +235,11 @@ EXPORTED const char *satchel_announced_instruction_set(size_t index) { return an
 EXPORTED const char *satchel_choose_instruction_set(const char *name) { return choose_instruction_set(name); }
 EXPORTED bool satchel_try_instruction_set(const char *name) { return try_instruction_set(name); }
 
+/* For satchel's exporter, which has chosen an instruction set before: see rounding.h. */
+EXPORTED void satchel_choose_scales(const ScalesCall *call) { instructions->choose_scales(call); }
+EXPORTED void satchel_round_inputs(const InputsCall *call) { instructions->round_inputs(call); }
+EXPORTED void satchel_descend_inputs(const InputsCall *call) { instructions->descend_inputs(call); }
+
 /* The entry point that ONNX Runtime calls in a custom operator library. The domain lives as long as the process. */
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
 {

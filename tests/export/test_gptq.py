@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.kernels import equal_in_all_sets, needs_kernels
 
 from satchel.export.quantize.gptq import COLUMNS, DAMPING, Feedback
+from satchel.export.quantize.scales import fit_grid
 from satchel.graphs.quant.recipe import Scheme
-from satchel.graphs.quant.rounding import Grid, fit_grid
+from satchel.graphs.quant.rounding import Grid
+from satchel.runtime.kernels.library import OFF, SWITCH
 
 OUTPUTS, INPUTS, TOKENS = 48, 192, 2000
 WEIGHT = np.random.default_rng(1).standard_normal((OUTPUTS, INPUTS)).astype(np.float32)
@@ -146,3 +149,20 @@ def test_its_importance_foretells_the_error_after_rounding() -> None:
     damped = moments(x.astype(np.float64))
     damped += DAMPING * damped.diagonal().mean() * np.eye(INPUTS)
     assert feedback.error(left) == pytest.approx(float(np.einsum("oi,ij,oj", left, damped, left)), rel=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_compiled_loops_round_as_torch_does(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, feedback = fit_grid(WEIGHT, scheme), Feedback(moments(correlated()))
+
+    def found() -> list[np.ndarray]:
+        codes = feedback.round(WEIGHT, grid)
+        refined, values = feedback.refine(WEIGHT, grid, codes)
+        return [codes, refined.scales, values]
+
+    equal_in_all_sets(found)
+    compiled = found()
+    monkeypatch.setenv(SWITCH, OFF)
+    for ours, torchs in zip(compiled, found(), strict=True):
+        np.testing.assert_array_equal(ours, torchs)

@@ -217,3 +217,20 @@ def test_a_hopeless_prediction_still_has_a_finite_perplexity(engine: Engine, mon
     sure[:, 0] = 1e6  # of id 0, which never comes
     monkeypatch.setattr(engine, "score", lambda ids, **_: sure.copy())
     assert math.isfinite(evaluate(engine, WINDOWS, None, skip=SKIP).prefill.perplexity)
+
+
+@pytest.mark.parametrize("rows", [3, 2 * LENGTH])
+def test_rows_and_workers_measure_the_same_positions(engine: Engine, rows: int) -> None:
+    one = evaluate(engine, WINDOWS, blurred(engine), skip=SKIP)
+    several = evaluate(engine, WINDOWS, blurred(engine), skip=SKIP, decode_rows=rows, workers=2)
+    for phase in ("prefill", "decode"):
+        for name, value in vars(getattr(one, phase)).items():
+            assert getattr(getattr(several, phase), name) == pytest.approx(value, rel=1e-5), (
+                name
+            )  # sums in another order
+
+
+def test_what_was_prefilled_before_a_row_is_what_it_decodes_after(engine: Engine) -> None:
+    window = WINDOWS[0]
+    late = evaluate(engine, [window], blurred(engine), skip=LENGTH - 2, decode_rows=4).decode
+    assert late.kl_max == pytest.approx(plain(engine, blurred(engine), LENGTH - 2, [window]).kl_max, rel=1e-4)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from satchel.export.quantize.scales import fit_grid
 from satchel.graphs.quant.quantized import QuantizedWeight
 from satchel.graphs.quant.recipe import Scheme
-from satchel.graphs.quant.rounding import fit_grid
 
 
 def rounded(

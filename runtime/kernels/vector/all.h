@@ -8,7 +8,9 @@
 #include "attention.c"
 #include "recurrence.c"
 #include "convolution.c"
+#include "rounding.c"
 
 #define KERNELS                                                                                \
     LINEAR_KERNELS, .attention_check = attention_check, .attention = attention_run,             \
-    .recurrence = recurrence_run, .convolution = convolution_run
+    .recurrence = recurrence_run, .convolution = convolution_run,                                 \
+    .choose_scales = choose_scales, .round_inputs = round_inputs, .descend_inputs = descend_inputs

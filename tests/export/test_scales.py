@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.graphs import normal
+from support.kernels import equal_in_all_sets, needs_kernels
 
+from satchel.export.quantize.scales import fit_grid
 from satchel.graphs.quant.recipe import Scheme
-from satchel.graphs.quant.rounding import Grid, fit_grid
+from satchel.graphs.quant.rounding import Grid
+from satchel.runtime.kernels.library import OFF, SWITCH
 
 EVERY = [Scheme(bits, block, symmetric) for bits in (4, 8) for block in (16, 32, None) for symmetric in (True, False)]
 WEIGHT = normal(1, 6, 64) * np.exp(normal(2, 6, 1))
@@ -130,3 +133,21 @@ def test_more_important_inputs_lose_less() -> None:
     lost = [np.square(grid.values(grid.round(weight)) - weight)[:, 10].sum() for grid in (plain, weighed)]
     assert lost[1] < lost[0] / 4
     np.testing.assert_array_equal(weighed.scales[:, 1], plain.scales[:, 1])  # no input of the second block
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", [*EVERY, Scheme(4, 128), Scheme(8, 64, symmetric=False)], ids=name)
+def test_compiled_loops_find_the_scales_of_numpy(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(11, 7, 640) * np.exp(normal(12, 7, 1))  # an odd number of groups, and more than numpy sums at once
+    weight[2], weight[3, :128], weight[4, 7] = 0, 0, 1e12
+    counts = np.random.default_rng(13).uniform(0, 5, 640).astype(np.float32)
+
+    def found() -> list[np.ndarray]:
+        grids = [fit_grid(weight, scheme, importance) for importance in (None, counts)]
+        return [array for grid in grids for array in (grid.scales, grid.zero_points) if array is not None]
+
+    equal_in_all_sets(found)
+    compiled = found()
+    monkeypatch.setenv(SWITCH, OFF)
+    for ours, numpys in zip(compiled, found(), strict=True):
+        np.testing.assert_array_equal(ours, numpys)
