@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Protocol
 
+from satchel.export.config import FLOAT_PRECISIONS
 from satchel.export.errors import ExportError
 from satchel.export.planning import stored
 from satchel.export.planning.shape import FLOAT_BYTES, Shape, most_devices
@@ -18,6 +19,10 @@ from satchel.runtime.tools.bench.decode_traffic import norm_width, weight_bytes
 
 PREFILL_CHUNK = 256
 """Tokens of one run of prefill."""
+
+
+BY_INPUT = (".o_proj", ".out_proj", ".down_proj")
+"""The layers behind those that devices divide by output."""
 
 
 class Model(Protocol):
@@ -42,6 +47,11 @@ class Model(Protocol):
     @property
     def reductions(self) -> int:
         """All-reduces of one step."""
+
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """The inputs of the layers in front of and behind which devices hand each other what they have, in place of an
+        all-reduce."""
 
     @property
     def embedding_reductions(self) -> int:
@@ -119,6 +129,13 @@ class Planned:
         return sum(layer.reductions for layer in self.shape.layers)
 
     @property
+    def joined(self) -> tuple[int, ...]:
+        if self.stored.recipe is None:
+            return ()
+        cut = (m for layer in self.shape.layers for m in layer.matrices if m.cut is not None and m.kind == "linear")
+        return tuple(matrix.inputs for matrix in cut if matrix.layer.endswith(BY_INPUT))
+
+    @property
     def embedding_reductions(self) -> int:
         return 1
 
@@ -179,6 +196,7 @@ class Made:
         numbers = [int(n) for tensor in external_tensors(model) for n in re.findall(r"\.(\d+)\.", tensor)]
         self.layers = 1 + max(numbers, default=0)
         self.parameters, self.reductions = graph.parameters, 2 * self.layers
+        self.joined = () if self.precision in FLOAT_PRECISIONS else (hidden,) * self.reductions
         self.state = manifest.state_bytes
         self._file = manifest.files[WEIGHTS_NAME].bytes
         self._read = min(weight_bytes(bundle), self._file)

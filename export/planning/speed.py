@@ -24,6 +24,10 @@ and, where N is no power of 2, two more steps of B bytes, in which the devices b
 sum. The head's logits are gathered: ceil(log2 N) x latency + (N - 1) / N x B / network. A table of tokens that is cut
 by rows takes one all-reduce more.
 
+Where weights are quantized, all devices hand each other what they have of the input and of the result of such a layer
+in place of a sum: two gathers, to all, each of ceil(log2 N) x latency + (N - 1) / N x B / network (the same, section
+4.1).
+
 On M devices with whole layers each (a pipeline), one token passes through all in turn: the time of one device, and
 M - 1 messages of `hidden` numbers, and one with the logits back to the first.
 """
@@ -107,7 +111,7 @@ def all_reduce(size: float, devices: int, network: Network) -> Messages:
 
 
 def gather(size: float, devices: int, network: Network) -> Messages:
-    """`size` bytes, of which each device has an equal part, brought to one of them, which receives all but its own."""
+    """`size` bytes, of which each device has an equal part, brought to one of them, or to all."""
     if devices == 1:
         return Messages()
     return _messages(math.ceil(math.log2(devices)), (devices - 1) / devices * size, network)
@@ -118,8 +122,11 @@ def tensor_messages(model: Model, devices: int, network: Network, tokens: int = 
     if devices == 1:
         return Messages()
     width = FLOAT_BYTES * model.hidden * tokens
-    sums = all_reduce(width, devices, network) * (model.reductions + model.embedding_reductions)
-    return sums + gather(FLOAT_BYTES * model.vocabulary, devices, network)
+    sums = max(model.reductions - len(model.joined), 0) + model.embedding_reductions
+    found = all_reduce(width, devices, network) * sums + gather(FLOAT_BYTES * model.vocabulary, devices, network)
+    for inner in model.joined:
+        found += gather(FLOAT_BYTES * inner * tokens, devices, network) + gather(width, devices, network)
+    return found
 
 
 def pipeline_messages(model: Model, stages: int, network: Network, tokens: int = 1) -> Messages:

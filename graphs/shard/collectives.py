@@ -26,12 +26,15 @@ class Place:
         wire: Bits of the numbers that ranks exchange within the layers: 32, or 8 in blocks with a scale. NCCL sends
             numbers as they are.
         collectives: The library that exchanges them, one of `COLLECTIVES`.
+        exact: Whether ranks compute the bits of one process: they hand each other parts of values where they would add
+            parts of sums, whose order floats show.
     """
 
     rank: int
     shares: tuple[float, ...]
     wire: int = 32
     collectives: str = MPI
+    exact: bool = False
 
 
 def add_sum(builder: Builder, value: ir.Value, name: str, place: Place) -> ir.Node:
@@ -45,6 +48,23 @@ def add_sum(builder: Builder, value: ir.Value, name: str, place: Place) -> ir.No
     return summed
 
 
+def gather(
+    builder: Builder, own: ir.Value, parts: Sequence[range], name: str, residual: ir.Value | None = None
+) -> ir.Node:
+    """A node that joins a value of all ranks along its last axis, by MPI, and adds `residual`; each has the whole."""
+    widths = builder.constant(np.asarray([len(part) for part in parts], np.int64), _widths(parts))
+    inputs = [own, widths] if residual is None else [own, widths, residual]
+    joined = builder.node("AllGather", inputs, name, INTERNAL)
+    joined.outputs[0].type = own.type
+    if own.shape is not None:
+        joined.outputs[0].shape = ir.Shape([*list(own.shape)[:-1], sum(map(len, parts))])
+    return joined
+
+
+def _widths(parts: Sequence[range]) -> str:
+    return "ranks.widths_" + "_".join(str(len(part)) for part in parts)
+
+
 def gather_logits(builder: Builder, own: ir.Value, parts: Sequence[range], place: Place) -> ir.Value:
     """All logits, [batch, tokens, vocabulary], of those of each rank: the first rank has them by MPI, all by NCCL.
 
@@ -53,7 +73,7 @@ def gather_logits(builder: Builder, own: ir.Value, parts: Sequence[range], place
     """
     name = f"{LOGITS}.whole"
     if place.collectives == MPI:
-        widths = builder.constant(np.asarray([len(part) for part in parts], np.int64), "ranks.widths")
+        widths = builder.constant(np.asarray([len(part) for part in parts], np.int64), _widths(parts))
         return builder.value("GatherLogits", [own, widths], name, None, INTERNAL)
     leading, widest = list(own.shape or ())[:-1], max(map(len, parts))
     even, width = all(len(part) == widest for part in parts), len(parts[place.rank])

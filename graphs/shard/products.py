@@ -44,6 +44,7 @@ class Product:
         must: How many must.
         nodes: Those between `x` and `y`.
         columns: Keep some outputs. Raises NotCutError.
+        quantized: Whether its weights are. Some kernels then round `x` as well.
         rows: Keep some inputs; returns what is to be added to the sum over all ranks. None where that is not possible.
     """
 
@@ -56,6 +57,7 @@ class Product:
     nodes: tuple[ir.Node, ...]
     columns: Callable[[Slicer, Ranges], None]
     rows: Callable[[Slicer, Ranges], list[ir.Value]] | None
+    quantized: bool = False
 
 
 def product_of(y: ir.Value) -> Product | None:
@@ -94,7 +96,10 @@ def _plain(y: ir.Value, x: ir.Value | None, matmul: ir.Node, nodes: tuple[ir.Nod
         cut_matrix(slicer, matmul, at, 0, ranges)
         return []
 
-    return Product(y, x, inputs, outputs, block, 1, nodes, columns, rows)
+    matrix = matmul.inputs[at]
+    widened = producer(matrix, "Cast")
+    quantized = producer(matrix if widened is None else widened.inputs[0], "DequantizeLinear") is not None
+    return Product(y, x, inputs, outputs, block, 1, nodes, columns, rows, quantized)
 
 
 def _rounded_by_row(node: ir.Node) -> Product | None:
@@ -138,7 +143,7 @@ def _integer(node: ir.Node) -> Product | None:
         if len(matmul.inputs) > 3:
             slicer.use(matmul, 3, -1, ranges)
 
-    return dataclasses.replace(found, columns=columns)
+    return dataclasses.replace(found, columns=columns, quantized=True)
 
 
 def _native(node: ir.Node) -> Product | None:
@@ -182,9 +187,22 @@ def _native(node: ir.Node) -> Product | None:
 
     plain = not gated and not has_input(node, NORM_WEIGHT) and not node.attributes.get_float("epsilon", 0.0)
     must = max(ints["hadamard"], 1)
-    return Product(
-        node.outputs[0], x, inputs, half, math.lcm(must, block or 1), must, (node,), columns, rows if plain else None
-    )
+    unit, quantized = math.lcm(must, block or 1), node.attributes.get_int("bits", 8) < FLOAT_BITS
+    return Product(node.outputs[0], x, inputs, half, unit, must, (node,), columns, rows if plain else None, quantized)
+
+
+FLOAT_BITS = 16
+"""Of weights that are floats, and whose layer takes its input as such."""
+
+
+def take_residual(product: Product) -> ir.Value | None:
+    """What a layer adds to its result last, and adds no more; None if it adds nothing."""
+    for node in product.nodes:
+        if (node.domain, node.op_type) == (INTERNAL, "Linear") and has_input(node, RESIDUAL):
+            residual = node.inputs[RESIDUAL]
+            node.replace_input_with(RESIDUAL, None)
+            return residual
+    return None
 
 
 DERIVED_FILE = "file"
@@ -207,7 +225,7 @@ def _by_output(node: ir.Node, inputs: str, name: str) -> Product | None:
             slicer.use(node, index, 0, ranges)
         node.attributes.add(ir.AttrInt64(name, width(ranges)))
 
-    return Product(node.outputs[0], x, node.attributes.get_int(inputs, 0), outputs, 1, 1, (node,), columns, None)
+    return Product(node.outputs[0], x, node.attributes.get_int(inputs, 0), outputs, 1, 1, (node,), columns, None, True)
 
 
 def _in_blocks(node: ir.Node) -> Product | None:

@@ -108,6 +108,15 @@ def mixing_behind(value: ir.Value) -> int:
     return mixing(mixed.inputs[0]) if mixed is not None and mixed.inputs[0] is not None else 0
 
 
+def unmixed(value: ir.Value) -> ir.Value:
+    """What a Hadamard transform makes a value of; the value itself if none does."""
+    if not mixing_behind(value):
+        return value
+    blocks = value.producer().inputs[0].producer().inputs[0]  # type: ignore[union-attr]
+    split = producer(blocks, "Reshape")
+    return value if split is None or split.inputs[0] is None else split.inputs[0]
+
+
 def attention_behind(value: ir.Value) -> ir.Node | None:
     """The attention that a value is computed from without a linear layer in between, or None."""
     seen, waiting = set[ir.Value](), [value]

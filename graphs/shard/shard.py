@@ -13,7 +13,7 @@ import onnx_ir as ir
 from satchel.graphs.shard.collectives import Place
 from satchel.graphs.shard.pipeline import StageError, cut_stage, divide
 from satchel.graphs.shard.slices import NotCutError
-from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, check_alike, cut_tensors
+from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, check_alike, cut_tensors, rounds
 from satchel.graphs.shard.write import write_graphs
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec, Variant
@@ -150,7 +150,9 @@ def _parts(
             for model in models.values() if layers is not None else ():
                 cut_stage(model, layers)  # type: ignore[arg-type]
             if parts > 1:
-                place = Place(part, division.shares, WIRES[division.wire], division.collectives)
+                place = Place(
+                    part, division.shares, WIRES[division.wire], division.collectives, _exact(models, division)
+                )
                 cuts = {file: cut_tensors(model, place) for file, model in models.items()}
                 if part == 0:
                     first = cuts
@@ -165,6 +167,11 @@ def _parts(
         span = () if layers is None else (layers.start, layers.stop)
         spec = RankSpec(0, parts, stages, division.shares, division.wire, bundle.digest, span, division.collectives)
         yield models, spec
+
+
+def _exact(models: Mapping[str, ir.Model], division: Division) -> bool:
+    """Whether parts are to compute the bits of the whole: in all graphs alike, which share their weights."""
+    return (division.collectives, WIRES[division.wire]) == (MPI, 32) and any(map(rounds, models.values()))
 
 
 def _specs(manifest: Manifest) -> list[GraphSpec]:

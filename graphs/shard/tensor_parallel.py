@@ -15,13 +15,14 @@ import onnx_ir as ir
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
 from satchel.graphs.shard.caches import head_sizes
-from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather_logits
+from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather, gather_logits
 from satchel.graphs.shard.experts import cut_experts
 from satchel.graphs.shard.pipeline import SKIPPING
-from satchel.graphs.shard.products import Product, add_after, product_of
-from satchel.graphs.shard.region import Padding, Region, attention_behind, mixing, mixing_behind, trace
+from satchel.graphs.shard.products import Product, add_after, product_of, take_residual
+from satchel.graphs.shard.region import Padding, Region, attention_behind, mixing, mixing_behind, trace, unmixed
 from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, common_block, width
 from satchel.runtime.bundle.contract import LOGITS
+from satchel.runtime.bundle.layouts import PANEL
 from satchel.runtime.bundle.shares import Heads, ShareError, heads, spans
 
 
@@ -39,13 +40,14 @@ class Cut:
 
 def cut_tensors(model: ir.Model, place: Place) -> Cut:
     """Cut a graph in place for one rank."""
-    slicer, done, whole = Slicer(model), list[str](), dict[str, str]()
-    products = [found for node in list(model.graph) for v in node.outputs if (found := product_of(v)) is not None]
-    for product in reversed(products):
-        if product.rows is None or product.y.is_graph_output() or mixing(product.x):
+    slicer, done, whole, fronts = Slicer(model), list[str](), dict[str, str](), set[ir.Node]()
+    cut_product = _cut_by_output if place.exact else _cut_by_input
+    for product in reversed(_products(model)):
+        if product.rows is None or product.y.is_graph_output() or mixing(product.x) or fronts & set(product.nodes):
             continue
         try:
-            _cut_product(model, slicer, product, place)
+            region = cut_product(model, slicer, product, place)
+            fronts.update(node for front in region.fronts for node in front.nodes)
             done.append(str(product.y.name))
         except (NotCutError, ShareError) as error:
             whole[str(product.y.name)] = str(error)
@@ -66,8 +68,69 @@ def cut_tensors(model: ir.Model, place: Place) -> Cut:
     return Cut(tuple(done), whole)
 
 
-def _cut_product(model: ir.Model, slicer: Slicer, product: Product, place: Place) -> None:
-    """Cut a linear layer by input, and what is in front of it.
+def rounds(model: ir.Model) -> bool:
+    """Whether linear layers of a graph have quantized weights. Their inputs are rounded, too: then another order of a
+    sum, which moves a number by a millionth, may move it by a whole step, and many such steps change a text."""
+    return any(product.quantized for product in _products(model))
+
+
+def _products(model: ir.Model) -> list[Product]:
+    return [found for node in list(model.graph) for v in node.outputs if (found := product_of(v)) is not None]
+
+
+def _cut_by_output(model: ir.Model, slicer: Slicer, product: Product, place: Place) -> Region:
+    """Cut a linear layer and those in front of it by output. Ranks hand each other what they have of its input and of
+    its result: each number is computed by one rank, from the same numbers in the same order as in one process.
+
+    Raises:
+        NotCutError: What is in front needs all channels, or there are fewer channels than ranks.
+        ShareError: There are fewer heads than ranks.
+    """
+    x, found = unmixed(product.x), functools.partial(_heads, place=place, unit=1)
+    attention, readers = attention_behind(x), {use.node for use in x.uses()}
+    inputs = _even(product.inputs, place) if attention is None else _head_spans(attention, product, place)
+    outputs = _even(product.outputs, place)
+    region = trace(x, -1, (inputs[place.rank],), found, readers)
+    if not region.fronts:
+        raise NotCutError("no linear layer is in front of it")
+    try:
+        for edit in region.edits:
+            edit(slicer)
+        residual = take_residual(product)
+        product.columns(slicer, (outputs[place.rank],))
+    except NotCutError as error:
+        raise HalfCutError(f"{product.y.name}: {error}") from None
+    _forget_shapes(region, product)
+    sizes = product.y.shape
+    if sizes is not None:
+        product.y.shape = ir.Shape([*list(sizes)[:-1], len(outputs[place.rank])])
+    _join(model, x, inputs)
+    _join(model, product.y, outputs, residual)
+    return region
+
+
+def _join(model: ir.Model, own: ir.Value, parts: Sequence[range], residual: ir.Value | None = None) -> None:
+    """Let the readers of a value read it of all ranks, with `residual` added."""
+    node = own.producer()
+    if node is None:
+        raise NotCutError(f"{own.name} is an input of the graph")
+    made_by = gather(Builder(model, _next(node)), own, parts, f"{own.name}.joined", residual)
+    for use in list(own.uses()):
+        if use.node is not made_by:
+            use.node.replace_input_with(use.idx, made_by.outputs[0])
+
+
+def _even(channels: int, place: Place) -> list[range]:
+    """The channels of each rank: whole panels of weights, if there is one for each."""
+    for unit in (math.gcd(channels, PANEL), 1):
+        parts = spans(channels, place.shares, unit)
+        if all(parts):
+            return parts
+    raise NotCutError(f"{channels} channels are fewer than ranks")
+
+
+def _cut_by_input(model: ir.Model, slicer: Slicer, product: Product, place: Place) -> Region:
+    """Cut a linear layer by input, and those in front of it by output. Ranks add what they have of its result.
 
     Raises:
         NotCutError: What is in front needs all channels.
@@ -81,7 +144,7 @@ def _cut_product(model: ir.Model, slicer: Slicer, product: Product, place: Place
         raise NotCutError("no linear layer is in front of it")
     if not width(ranges):
         _leave_out(model, product, region, place)
-        return
+        return region
     try:
         for edit in region.edits:
             edit(slicer)
@@ -92,6 +155,7 @@ def _cut_product(model: ir.Model, slicer: Slicer, product: Product, place: Place
         raise HalfCutError(f"{product.y.name}: {error}") from None
     _forget_shapes(region, product)
     _sum_up(model, product.y, after, place)
+    return region
 
 
 def _own_channels(product: Product, place: Place) -> tuple[Ranges, Padding | None, Callable[[ir.Node], Heads]]:
@@ -118,15 +182,20 @@ def _own_channels(product: Product, place: Place) -> tuple[Ranges, Padding | Non
         found = functools.partial(_heads, place=place, unit=unit)
         with contextlib.suppress(*([] if unit == 1 else [ShareError])):
             if attention is not None:
-                each = [_heads(attention, dataclasses.replace(place, rank=r), unit) for r in range(len(place.shares))]
-                size = product.inputs // attention.attributes.get_int("num_heads", 1)
-                parts = [range(own.queries.start * size, own.queries.stop * size) for own in each]
+                parts = _head_spans(attention, product, place, unit)
             else:
                 parts = spans(product.inputs, place.shares, unit)
             if all(parts) or unit == 1:
                 common_block(product.unit, tuple(parts))  # of all ranks, so that all decide alike
                 return (parts[place.rank],), None, found
     raise ShareError(f"{product.inputs} channels cannot be divided")
+
+
+def _head_spans(attention: ir.Node, product: Product, place: Place, unit: int = 1) -> list[range]:
+    """The inputs of a linear layer behind an attention that are each rank's heads."""
+    each = [_heads(attention, dataclasses.replace(place, rank=rank), unit) for rank in range(len(place.shares))]
+    size = product.inputs // attention.attributes.get_int("num_heads", 1)
+    return [range(own.queries.start * size, own.queries.stop * size) for own in each]
 
 
 FINE = 64
@@ -232,10 +301,8 @@ def _cut_head(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
     size = (dims(logits) or [0])[-1]
     if logits is None or not isinstance(size, int) or producer(logits, "Send", INTERNAL) is not None:
         return []
-    parts = spans(size, place.shares)
+    parts = _even(size, place)
     own: Ranges = (parts[place.rank],)
-    if not all(parts):
-        raise NotCutError("the vocabulary is smaller than the number of ranks")
     readers = list(logits.uses())
     inside = {use.node for use in readers}  # they will read all logits
     region = trace(logits, -1, own, functools.partial(_heads, place=place, unit=1), inside)
@@ -268,7 +335,7 @@ def _cut_embedding(model: ir.Model, slicer: Slicer, place: Place) -> list[str]:
         if table is None or table.const_value is None or len(table.const_value.shape) != 2:
             continue
         count = table.const_value.shape.numpy()[0]
-        own = spans(count, place.shares)[place.rank]
+        own = _even(count, place)[place.rank]
         for index in (0, 2, 3)[: 3 if quantized else 1]:
             if index < len(node.inputs):
                 slicer.use(node, index, 0, (own,))

@@ -261,8 +261,8 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
         Operator *operators[] = {&linear_operator,         &table_linear_operator,   &attention_operator,
                                  &attention_half_operator, &attention_int8_operator, &recurrence_operator,
                                  &convolution_operator,    &positions_operator,      &last_token_operator,
-                                 &all_reduce_operator,     &gather_logits_operator,  &send_operator,
-                                 &receive_operator};
+                                 &all_reduce_operator,     &all_gather_operator,     &gather_logits_operator,
+                                 &send_operator,           &receive_operator};
         for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
             status = add(api, made, operators[i]);
         if (status == NULL)

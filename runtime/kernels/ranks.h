@@ -15,8 +15,8 @@ typedef struct {
     int (*all_reduce)(const void *mine, void *sum, int count, Handle type, Handle op, Handle group, Opaque *request);
     int (*gather)(const void *mine, int count, Handle type, void *all, const int *counts, const int *starts,
                   Handle all_type, int root, Handle group, Opaque *request);
-    int (*all_gather)(const void *mine, int count, Handle type, void *all, int each, Handle all_type, Handle group,
-                      Opaque *request);
+    int (*all_gather)(const void *mine, int count, Handle type, void *all, const int *counts, const int *starts,
+                      Handle all_type, Handle group, Opaque *request);
     int (*send)(const void *data, int count, Handle type, int to, int tag, Handle world, Opaque *request);
     int (*receive)(void *data, int count, Handle type, int from, int tag, Handle world, Opaque *request);
     int (*test)(Opaque *request, int *done, Opaque *status);

@@ -1,5 +1,5 @@
-/* satchel:AllReduce and satchel:GatherLogits, where ranks that share a layer exchange what each has computed, and
- * satchel:Send and satchel:Receive, where a stage of layers hands it to the next one (docs/several-devices.md). */
+/* satchel:AllReduce, satchel:AllGather and satchel:GatherLogits, where ranks that share a layer exchange what each has
+ * computed, and satchel:Send and satchel:Receive, where a stage of layers hands it to the next one (docs/several-devices.md). */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -124,11 +124,16 @@ static bool reduce_rounded(Run *run, const Tensor *x, float *sum)
     Opaque request = {{0}};
     if (packed == NULL)
         return fail(run, "satchel:AllReduce: out of memory");
-    if (bytes > INT32_MAX)
+    if (bytes * ranks.ranks > INT32_MAX)
         return fail(run, "satchel:AllReduce: too many numbers in one run");
     round_blocks(x->data, x->count, packed);
+    int counts[MAX_RANKS], starts[MAX_RANKS];
+    for (int rank = 0; rank < ranks.ranks; rank++) {
+        counts[rank] = (int)bytes;
+        starts[rank] = (int)bytes * rank;
+    }
     const int64_t start = now();
-    if (ranks.all_gather(packed, (int)bytes, ranks.byte, packed + bytes, (int)bytes, ranks.byte, ranks.group, &request)
+    if (ranks.all_gather(packed, (int)bytes, ranks.byte, packed + bytes, counts, starts, ranks.byte, ranks.group, &request)
         || !wait_for(&request, start))
         return failed(run);
     count(start, bytes);
@@ -166,22 +171,38 @@ static void *create_gather(Create *create)
 {
     void *nothing = malloc(1);
     if (nothing == NULL)
-        create->error = "satchel:GatherLogits: out of memory";
+        create->error = "satchel: out of memory for an operator that joins parts";
     return nothing;
 }
 
-/* Joins the last axis of all ranks, in their order, on the first rank of the group. Others have zeros. */
-static bool run_gather(const void *kernel, Run *run)
+/* One row of parts, of which that of rank r begins at `starts[r]`, and what is added to them. */
+static void join_row(const float *parts, const int *starts, int64_t row, const int64_t *width, const float *added, float *all)
 {
-    (void)kernel;
-    Tensor x, widths;
+    for (int rank = 0; rank < ranks.ranks; all += width[rank++]) {
+        const float *part = parts + starts[rank] + row * width[rank];
+        if (added == NULL) {
+            memmove(all, part, width[rank] * sizeof *all);
+            continue;
+        }
+        for (int64_t i = 0; i < width[rank]; i++)
+            all[i] = part[i] + added[i];
+        added += width[rank];
+    }
+}
+
+/* Joins the last axis of all ranks, in their order, on all of them, or on the first one of the group alone: then others
+ * have zeros. */
+static bool join_parts(Run *run, bool everywhere)
+{
+    Tensor x, widths, residual = {0};
     float *all;
     Opaque request = {{0}};
-    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_INT64, &widths))
+    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_INT64, &widths)
+        || (everywhere && !input(run, 2, ORT_FLOAT, &residual)))
         return false;
     const int64_t members = alone() ? widths.count : ranks.ranks;
     if (x.rank == 0 || widths.count != members || widths.count > MAX_RANKS)
-        return fail(run, "satchel:GatherLogits: the graph is for another number of ranks");
+        return fail(run, "satchel: the graph is for another number of ranks");
     const int64_t *width = widths.data, rows = x.count / (x.dims[x.rank - 1] ? x.dims[x.rank - 1] : 1);
     int counts[MAX_RANKS], starts[MAX_RANKS];
     int64_t total = 0;
@@ -192,33 +213,51 @@ static bool run_gather(const void *kernel, Run *run)
     }
     const int64_t own = x.dims[x.rank - 1];
     if (rows * total > INT32_MAX || own > total || (!alone() && own != width[ranks.rank]))
-        return fail(run, "satchel:GatherLogits: a rank has another width than the graph says");
+        return fail(run, "satchel: a rank has another width than the graph says");
     x.dims[x.rank - 1] = total;
+    if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
+        return fail(run, "satchel:AllGather: the residual does not have the shape of the output");
     if (!output(run, 0, x.dims, x.rank, &all))
         return false;
     if (alone()) {
         memset(all, 0, rows * total * sizeof *all);
         for (int64_t row = 0; row < rows; row++)
             memcpy(all + row * total, (const float *)x.data + row * own, own * sizeof *all);
+        for (int64_t i = 0; residual.data != NULL && i < rows * total; i++)
+            all[i] += ((const float *)residual.data)[i];
         return true;
     }
-    const int root = ranks.rank == 0;
-    float *received = rows == 1 || !root ? all : thread_scratch(OF_RUN, rows * total * sizeof *all);
+    const bool here = everywhere || ranks.rank == 0;
+    float *received = rows == 1 || !here ? all : thread_scratch(OF_RUN, rows * total * sizeof *all);
     if (received == NULL)
-        return fail(run, "satchel:GatherLogits: out of memory");
+        return fail(run, "satchel: out of memory for the parts of other ranks");
     const int64_t start = now();
-    if (ranks.gather(x.data, (int)x.count, ranks.real, received, counts, starts, ranks.real, 0, ranks.group, &request)
-        || !wait_for(&request, start))
+    const int error = everywhere ? ranks.all_gather(x.data, (int)x.count, ranks.real, received, counts, starts, ranks.real,
+                                                    ranks.group, &request)
+                                 : ranks.gather(x.data, (int)x.count, ranks.real, received, counts, starts, ranks.real, 0,
+                                                ranks.group, &request);
+    if (error || !wait_for(&request, start))
         return failed(run);
     count(start, x.count * sizeof *all);
-    if (!root)
+    if (!here)
         memset(all, 0, rows * total * sizeof *all);
-    else if (rows > 1)
-        for (int64_t row = 0, first = 0; row < rows; row++, first = 0)
-            for (int rank = 0; rank < ranks.ranks; first += width[rank++])
-                memcpy(all + row * total + first, received + starts[rank] + row * width[rank],
-                       width[rank] * sizeof *all);
+    else if (rows > 1 || residual.data != NULL)
+        for (int64_t row = 0; row < rows; row++)
+            join_row(received, starts, row, width,
+                     residual.data == NULL ? NULL : (const float *)residual.data + row * total, all + row * total);
     return true;
+}
+
+static bool run_all_gather(const void *kernel, Run *run)
+{
+    (void)kernel;
+    return join_parts(run, true);
+}
+
+static bool run_gather_logits(const void *kernel, Run *run)
+{
+    (void)kernel;
+    return join_parts(run, false);
 }
 
 enum { TO_NEXT = 77 };
@@ -340,6 +379,7 @@ EXPORTED Traffic satchel_traffic(void)
 }
 
 static const OrtElementType REDUCED[] = {ORT_FLOAT}, GATHERED[] = {ORT_FLOAT, ORT_INT64}, RECEIVED[] = {ORT_INT64};
+static const OrtElementType JOINED[] = {ORT_FLOAT, ORT_INT64, ORT_FLOAT};
 
 Operator all_reduce_operator = {.name = "AllReduce",
                                 .inputs = 1,
@@ -348,13 +388,20 @@ Operator all_reduce_operator = {.name = "AllReduce",
                                 .input_types = REDUCED,
                                 .create = create_all_reduce,
                                 .run = run_all_reduce};
+Operator all_gather_operator = {.name = "AllGather",
+                                .inputs = 3,
+                                .required = 2,
+                                .outputs = 1,
+                                .input_types = JOINED,
+                                .create = create_gather,
+                                .run = run_all_gather};
 Operator gather_logits_operator = {.name = "GatherLogits",
                                    .inputs = 2,
                                    .required = 2,
                                    .outputs = 1,
                                    .input_types = GATHERED,
                                    .create = create_gather,
-                                   .run = run_gather};
+                                   .run = run_gather_logits};
 Operator send_operator = {.name = "Send",
                           .inputs = 2,
                           .required = 2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ def logits(bundle: Bundle) -> np.ndarray:
     engine = Engine.open(bundle, threads=1)
     state = engine.new_state(16)
     return np.stack([engine.prefill(state, IDS).copy(), *(engine.decode(state, token).copy() for token in IDS)])
+
+
+def specialize_for_satchel(folder: Path) -> None:
+    """Let satchel's own kernels run a bundle, in a process of its own."""
+    line = [sys.executable, "-m", "satchel", "specialize", str(folder), "--kernels", "satchel", "--quiet"]
+    subprocess.run(line, check=True)
 
 
 def change(folder: Path, **values: Any) -> None:

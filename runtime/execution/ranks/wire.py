@@ -9,7 +9,7 @@ from typing import Any
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.kernels import library
 
-FUNCTIONS = ("MPI_Iallreduce", "MPI_Igatherv", "MPI_Iallgather", "MPI_Isend", "MPI_Irecv", "MPI_Test")
+FUNCTIONS = ("MPI_Iallreduce", "MPI_Igatherv", "MPI_Iallgatherv", "MPI_Isend", "MPI_Irecv", "MPI_Test")
 """In the order of `Ranks` in runtime/kernels/ranks.h."""
 HANDLES = ("real", "byte", "sum", "group", "world")
 
