@@ -14,12 +14,29 @@ NEXT = {"GatherND": 0, "Mul": 0, "QuantizeLinear": 0, "TensorScatter": 1}
 """What rounds keys and values behind an attention that reads them in float, and the input that takes them."""
 
 
+RECURRENCE = "LinearAttention"
+"""The operator of a recurrence, which has a state [batch, heads of values, key width, value width]."""
+
+
+def head_counts(node: ir.Node) -> tuple[int, int]:
+    """The heads of queries and of keys of an attention; of a recurrence, those of values and of keys, which several of
+    values share."""
+    names = ("kv_num_heads", "q_num_heads") if node.op_type == RECURRENCE else ("num_heads", "kv_num_heads")
+    queries, keys = (node.attributes.get_int(name, 0) for name in names)
+    return queries, keys
+
+
 def head_sizes(node: ir.Node) -> tuple[int, int]:
     """The widths of a head of keys and of one of values.
 
     Raises:
         NotCutError: They are not known.
     """
+    if node.op_type == RECURRENCE:
+        match dims(node.inputs[PAST]):
+            case [_, _, int(key_size), int(value_size)]:
+                return key_size, value_size
+        raise NotCutError("the width of its heads is not known")
     found = []
     for part in range(2):
         buffers = (node.inputs[PAST + part], node.outputs[1 + part])
@@ -49,6 +66,15 @@ def cut_cache(slicer: Slicer, node: ir.Node, keys: range) -> None:
         if not past.is_graph_input():
             _cut_expanded(slicer, past, keys)
             _cut_rounded(slicer, present, keys)
+
+
+def cut_state(past: ir.Value | None, present: ir.Value, axis: int, size: int) -> None:
+    """Note how many heads or channels a state has."""
+    for value in (past, present):
+        if value is not None and value.shape is not None:
+            sizes = list(value.shape)
+            sizes[axis] = size
+            value.shape = ir.Shape(sizes)
 
 
 def _cut_expanded(slicer: Slicer, past: ir.Value, keys: range) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, constant, dims, only_user, producer, rank
-from satchel.graphs.shard.caches import cut_cache, head_sizes
+from satchel.graphs.shard.caches import PAST, RECURRENCE, cut_cache, cut_state, head_counts, head_sizes
 from satchel.graphs.shard.products import Product, product_of
 from satchel.graphs.shard.slices import NotCutError, Ranges, Slicer, scaled, shifted, width
 from satchel.runtime.bundle.shares import Heads
@@ -28,7 +28,10 @@ ONE_BY_ONE = {
 PAIRS = {"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Where", "Clip"}
 NORMS = {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}
 ATTENTIONS = {(MICROSOFT, "GroupQueryAttention"), (INTERNAL, "Attention")}
+RECURRENCES = {(MICROSOFT, RECURRENCE), (INTERNAL, RECURRENCE)}
+CONVOLUTIONS = {(MICROSOFT, "CausalConvWithState"), (INTERNAL, "CausalConv")}
 QUERY, KEY, VALUE = range(3)
+DECAY, BETA = 4, 5
 BIAS, SINK = 10, 11
 MAX_NODES = 200
 
@@ -118,7 +121,7 @@ def unmixed(value: ir.Value) -> ir.Value:
 
 
 def attention_behind(value: ir.Value) -> ir.Node | None:
-    """The attention that a value is computed from without a linear layer in between, or None."""
+    """The attention or recurrence that a value is computed from without a linear layer in between, or None."""
     seen, waiting = set[ir.Value](), [value]
     while waiting and len(seen) < MAX_NODES:
         value = waiting.pop()
@@ -126,7 +129,7 @@ def attention_behind(value: ir.Value) -> ir.Node | None:
         if value in seen or node is None:
             continue
         seen.add(value)
-        if (node.domain, node.op_type) in ATTENTIONS:
+        if (node.domain, node.op_type) in ATTENTIONS | RECURRENCES:
             return node
         if product_of(value) is None:
             waiting += [each for each in node.inputs if each is not None]
@@ -198,12 +201,16 @@ def _step(region: Region, node: ir.Node, heads: Callable[[ir.Node], Heads]) -> N
     first = region.kept.get(node.outputs[0])
     if kind in ATTENTIONS:
         _attention(region, node, heads(node), first)
+    elif kind in RECURRENCES:
+        _recurrence(region, node, heads(node), first)
     elif node.op_type == "Split" and not node.domain:
         _split(region, node)
     elif first is None:
         raise NotCutError(f"{node.name} ({node.op_type}) gives more than one value")
     elif (node.op_type in ONE_BY_ONE and node.domain in ("", MICROSOFT)) or kind == (INTERNAL, "LastToken"):
-        region.ask(node.inputs[0], first.axis, first.ranges)
+        _operand(region, node, 0, first)
+    elif kind in CONVOLUTIONS:
+        _convolution(region, node, first)
     elif node.op_type in PAIRS and not node.domain:
         for index in range(len(node.inputs)):
             _operand(region, node, index, first)
@@ -333,8 +340,7 @@ def _matmul(region: Region, node: ir.Node, kept: Kept) -> None:
 
 
 def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> None:
-    heads, keys = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-    key_size, value_size = head_sizes(node)
+    (heads, keys), (key_size, value_size) = head_counts(node), head_sizes(node)
     queries, cached = (own.queries,), (own.keys,)
     if kept != Kept(-1, scaled(queries, value_size)) or any(v in region.kept for v in node.outputs[1:]):
         raise NotCutError(f"{node.name} is cut between its heads")
@@ -360,5 +366,53 @@ def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> 
         node.attributes.add(ir.AttrInt64("num_heads", len(own.queries)))
         node.attributes.add(ir.AttrInt64("kv_num_heads", len(own.keys)))
         cut_cache(slicer, node, own.keys)
+
+    region.edits.append(edit)
+
+
+def _recurrence(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> None:
+    (heads, keys), (key_size, value_size) = head_counts(node), head_sizes(node)
+    values, past = (own.queries,), node.inputs[PAST]
+    if kept != Kept(-1, scaled(values, value_size)):
+        raise NotCutError(f"{node.name} is cut between its heads")
+    if past is None or not past.is_graph_input():
+        raise NotCutError(f"{node.name} has no state in a form that is known")
+    asked = scaled((own.keys,), key_size)
+    if node.inputs[KEY] is None:
+        behind = shifted(scaled(values, value_size), 2 * keys * key_size)
+        region.ask(node.inputs[QUERY], -1, (*asked, *shifted(asked, keys * key_size), *behind))
+    else:
+        region.ask(node.inputs[QUERY], -1, asked)
+        region.ask(node.inputs[KEY], -1, asked)
+        region.ask(node.inputs[VALUE], -1, scaled(values, value_size))
+    for index in (DECAY, BETA)[: max(0, len(node.inputs) - DECAY)]:
+        sizes = dims(node.inputs[index])
+        if sizes is not None and (not isinstance(sizes[-1], int) or sizes[-1] % heads):
+            raise NotCutError(f"{node.name} has no number for each head")
+        if sizes is not None:
+            _operand(region, node, index, Kept(-1, scaled(values, int(sizes[-1] or 0) // heads)))
+        elif node.inputs[index] is not None:
+            raise NotCutError(f"{node.name} has a decay of unknown width")
+
+    def edit(slicer: Slicer) -> None:
+        node.attributes.add(ir.AttrInt64("q_num_heads", len(own.keys)))
+        node.attributes.add(ir.AttrInt64("kv_num_heads", len(own.queries)))
+        cut_state(past, node.outputs[1], 1, len(own.queries))
+
+    region.edits.append(edit)
+
+
+def _convolution(region: Region, node: ir.Node, kept: Kept) -> None:
+    """A causal convolution of each channel over tokens: x [batch, tokens, channels], weight [channels, 1, width]."""
+    past = node.inputs[PAST] if len(node.inputs) > PAST else None
+    last = node.domain == INTERNAL or node.attributes.get_int("channels_last", 0) == 1
+    if kept.axis != -1 or not last or past is None or not past.is_graph_input():
+        raise NotCutError(f"{node.name} is not cut by channels")
+    region.ask(node.inputs[0], -1, kept.ranges)
+
+    def edit(slicer: Slicer) -> None:
+        slicer.use(node, 1, 0, kept.ranges)
+        slicer.use(node, 2, -1, kept.ranges)
+        cut_state(past, node.outputs[1], -1, width(kept.ranges))
 
     region.edits.append(edit)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
-from satchel.graphs.shard.caches import head_sizes
+from satchel.graphs.shard.caches import head_counts, head_sizes
 from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather, gather_logits
 from satchel.graphs.shard.experts import cut_experts
 from satchel.graphs.shard.pipeline import SKIPPING
@@ -194,7 +194,7 @@ def _own_channels(product: Product, place: Place) -> tuple[Ranges, Padding | Non
 def _head_spans(attention: ir.Node, product: Product, place: Place, unit: int = 1) -> list[range]:
     """The inputs of a linear layer behind an attention that are each rank's heads."""
     each = [_heads(attention, dataclasses.replace(place, rank=rank), unit) for rank in range(len(place.shares))]
-    size = product.inputs // attention.attributes.get_int("num_heads", 1)
+    size = product.inputs // head_counts(attention)[0]
     return [range(own.queries.start * size, own.queries.stop * size) for own in each]
 
 
@@ -203,8 +203,7 @@ FINE = 64
 
 
 def _heads(node: ir.Node, place: Place, unit: int) -> Heads:
-    count, keys = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-    _, size = head_sizes(node)
+    (count, keys), (_, size) = head_counts(node), head_sizes(node)
     together = next(heads for heads in range(1, unit + 1) if heads * size % unit == 0)
     return heads(count, keys, place.shares, together)[place.rank]
 

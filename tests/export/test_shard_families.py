@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from support import rank_steps
 from support.exported import exported
 from support.families import VOCABULARY
 from support.ranks import needs_mpi, together
 
+from satchel.runtime.bundle.manifest import Manifest
+from satchel.runtime.bundle.ranks import rank_folder
 from satchel.runtime.cli.main import main
 
 TOLERANCE = 1e-4
@@ -48,6 +51,21 @@ def test_ranks_give_the_logits_of_the_whole_model(
         largest = np.abs(expected[key]).max()
         assert np.abs(parts[key] - expected[key]).max() <= TOLERANCE * largest, key
     assert parts["tokens"].tolist() == expected["tokens"].tolist()
+
+
+def test_states_are_cut_by_heads_and_channels(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """2 key heads of 16, 4 value heads of 8: a convolution of 96 channels, a state of 4 matrices."""
+    whole = exported("qwen3_5_text", tmp_path_factory).folder
+    for ranks, channels, heads in ((2, [48] * 2, [2] * 2), (3, [40, 40, 48], [1, 1, 2]), (4, [40] * 4, [1] * 4)):
+        cut = tmp_path / str(ranks)
+        assert main(["shard", str(whole), "--tensor-parallel", str(ranks), "-o", str(cut), "--quiet"]) == 0
+        manifests = [Manifest.read(rank_folder(cut, rank) / "manifest.json") for rank in range(ranks)]
+        shapes = [{state.past: state.shape for state in each.states} for each in manifests]
+        assert [each["past.1.conv"] for each in shapes] == [(3, width) for width in channels]
+        assert [each["past.1.recurrent"] for each in shapes] == [(count, 16, 8) for count in heads]
+        for rank, folder in enumerate(rank_folder(cut, rank) for rank in range(ranks)):
+            out = ir.load(folder / "decode.onnx").graph.initializers["model.layers.1.linear_attn.out_proj.weight.T"]
+            assert list(out.shape or ()) == [8 * heads[rank], 64]
 
 
 @needs_mpi
