@@ -30,8 +30,12 @@ static int64_t now(void)
 static void pause_for(int64_t waited)
 {
     enum { SPIN = 200000, YIELD = 3000000 }; /* nanoseconds */
-    if (waited < SPIN)
+    if (waited < SPIN) {
+#if defined(__x86_64__) || defined(_M_X64)
+        __builtin_ia32_pause(); /* leaves the units of a shared core to its other thread */
+#endif
         return;
+    }
 #ifdef _WIN32
     Sleep(waited < YIELD ? 0 : 1);
 #else
@@ -68,6 +72,27 @@ static void count(int64_t start, int64_t bytes)
 static bool alone(void) { return ranks.test == NULL; }
 
 static bool failed(Run *run) { return fail(run, "satchel: MPI could not exchange data with the other ranks"); }
+
+/* Puts up to PLACE_BYTES into this rank's mailbox. */
+static const char *publish(const void *data, int64_t bytes)
+{
+    Mailbox *mine = ranks.mailboxes[ranks.rank];
+    const uint64_t number = atomic_load_explicit(&mine->published, memory_order_relaxed);
+    char *place = mine->places[number % PLACES];
+    memcpy(place, data, bytes);
+    atomic_store_explicit(&mine->published, number + 1, memory_order_release);
+    return place;
+}
+
+/* What another rank has published as this one published last; waits for it. */
+static const char *published_by(int rank, int64_t start)
+{
+    const uint64_t number = atomic_load_explicit(&ranks.mailboxes[ranks.rank]->published, memory_order_relaxed);
+    Mailbox *theirs = ranks.mailboxes[rank];
+    while (atomic_load_explicit(&theirs->published, memory_order_acquire) < number)
+        pause_for(now() - start);
+    return theirs->places[(number - 1) % PLACES];
+}
 
 typedef struct {
     int64_t wire;
@@ -143,6 +168,21 @@ static bool reduce_rounded(Run *run, const Tensor *x, float *sum)
     return true;
 }
 
+/* Adds what all ranks have, in their order, so that all have the same bits. */
+static void add_up(const float *x, int64_t numbers, float *sum)
+{
+    enum { MOST = PLACE_BYTES / sizeof(float) };
+    for (int64_t first = 0; first < numbers; first += MOST) {
+        const int64_t size = numbers - first < MOST ? numbers - first : MOST, start = now();
+        publish(x + first, size * sizeof *x);
+        for (int rank = 0; rank < ranks.ranks; rank++) {
+            const float *part = rank == ranks.rank ? x + first : (const float *)published_by(rank, start);
+            for (int64_t i = 0; i < size; i++)
+                sum[first + i] = rank == 0 ? part[i] : sum[first + i] + part[i];
+        }
+    }
+}
+
 static bool run_all_reduce(const void *kernel, Run *run)
 {
     const AllReduceParams *params = kernel;
@@ -160,6 +200,11 @@ static bool run_all_reduce(const void *kernel, Run *run)
     if (params->wire == 8)
         return reduce_rounded(run, &x, sum);
     const int64_t start = now();
+    if (ranks.mailboxes != NULL) {
+        add_up(x.data, x.count, sum);
+        count(start, x.count * sizeof *sum);
+        return true;
+    }
     if (ranks.all_reduce(x.data, sum, (int)x.count, ranks.real, ranks.sum, ranks.group, &request)
         || !wait_for(&request, start))
         return failed(run);
@@ -175,19 +220,44 @@ static void *create_gather(Create *create)
     return nothing;
 }
 
-/* One row of parts, of which that of rank r begins at `starts[r]`, and what is added to them. */
-static void join_row(const float *parts, const int *starts, int64_t row, const int64_t *width, const float *added, float *all)
+/* Puts a rank's part of some rows among those of others, and adds `added` to it, unless that is NULL. */
+static void put_part(const float *part, int64_t rows, int64_t width, int64_t total, const float *added, float *all)
 {
-    for (int rank = 0; rank < ranks.ranks; all += width[rank++]) {
-        const float *part = parts + starts[rank] + row * width[rank];
+    for (int64_t row = 0; row < rows; row++, part += width, all += total) {
         if (added == NULL) {
-            memmove(all, part, width[rank] * sizeof *all);
+            memcpy(all, part, width * sizeof *all);
             continue;
         }
-        for (int64_t i = 0; i < width[rank]; i++)
+        for (int64_t i = 0; i < width; i++)
             all[i] = part[i] + added[i];
-        added += width[rank];
+        added += total;
     }
+}
+
+/* Joins rows of all ranks by their mailboxes, a few at a time, so that one rank copies while others publish. A row that is
+ * larger than a mailbox is in pieces. Only those `here` need the result. */
+static void join_by_mailboxes(const float *x, int64_t rows, const int64_t *width, int64_t total, bool here, const float *added,
+                              float *all)
+{
+    enum { MOST = PLACE_BYTES / sizeof(float) };
+    int64_t widest = 1;
+    for (int rank = 0; rank < ranks.ranks; rank++)
+        widest = width[rank] > widest ? width[rank] : widest;
+    const int64_t own = width[ranks.rank], some = widest < MOST ? MOST / widest : 1, most = widest < MOST ? widest : MOST;
+    for (int64_t row = 0; row < rows; row += some)
+        for (int64_t column = 0; column < widest; column += most) {
+            const int64_t count = rows - row < some ? rows - row : some, start = now();
+            int64_t first = row * total + column;
+            const int64_t mine = own - column < 0 ? 0 : own - column < most ? own - column : most;
+            publish(x + row * own + column, count * mine * sizeof *x);
+            for (int rank = 0; rank < ranks.ranks; first += width[rank++]) {
+                const int64_t left = width[rank] - column, size = left < 0 ? 0 : left < most ? left : most;
+                const bool other = rank != ranks.rank;
+                const float *part = other ? (const float *)published_by(rank, start) : x + row * own + column;
+                if (here)
+                    put_part(part, count, size, total, added == NULL ? NULL : added + first, all + first);
+            }
+        }
 }
 
 /* Joins the last axis of all ranks, in their order, on all of them, or on the first one of the group alone: then others
@@ -228,7 +298,16 @@ static bool join_parts(Run *run, bool everywhere)
         return true;
     }
     const bool here = everywhere || ranks.rank == 0;
-    float *received = rows == 1 || !here ? all : thread_scratch(OF_RUN, rows * total * sizeof *all);
+    const float *added = residual.data;
+    if (ranks.mailboxes != NULL) {
+        const int64_t start = now();
+        join_by_mailboxes(x.data, rows, width, total, here, added, all);
+        if (!here)
+            memset(all, 0, rows * total * sizeof *all);
+        count(start, x.count * sizeof *all);
+        return true;
+    }
+    float *received = !here || (rows == 1 && added == NULL) ? all : thread_scratch(OF_RUN, rows * total * sizeof *all);
     if (received == NULL)
         return fail(run, "satchel: out of memory for the parts of other ranks");
     const int64_t start = now();
@@ -241,10 +320,9 @@ static bool join_parts(Run *run, bool everywhere)
     count(start, x.count * sizeof *all);
     if (!here)
         memset(all, 0, rows * total * sizeof *all);
-    else if (rows > 1 || residual.data != NULL)
-        for (int64_t row = 0; row < rows; row++)
-            join_row(received, starts, row, width,
-                     residual.data == NULL ? NULL : (const float *)residual.data + row * total, all + row * total);
+    else if (received != all || added != NULL)
+        for (int64_t rank = 0, first = 0; rank < ranks.ranks; first += width[rank++])
+            put_part(received + starts[rank], rows, width[rank], total, added == NULL ? NULL : added + first, all + first);
     return true;
 }
 

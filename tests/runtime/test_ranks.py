@@ -16,7 +16,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from support.ranks import ENVIRONMENT, command, needs_mpi, processes, satchel
+from support import rank_exchanges
+from support.ranks import ENVIRONMENT, command, needs_mpi, processes, satchel, together
 from support.tiny_bundle import write_bundle
 from support.tiny_hybrid import write_hybrid
 
@@ -55,6 +56,15 @@ def staged(whole: Path) -> Path:
     folder = whole.parent / "staged"
     assert main(["shard", str(whole), "--pipeline-parallel", "2", "-o", str(folder), "--quiet"]) == 0
     return folder
+
+
+@needs_mpi
+@pytest.mark.parametrize("apart", [False, True], ids=["one machine", "several"])
+def test_operators_exchange_numbers(apart: bool) -> None:
+    for ranks in (2, 3):
+        done = together(ranks, rank_exchanges.__file__, apart=apart)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("is right") == ranks
 
 
 def alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

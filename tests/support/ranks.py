@@ -39,11 +39,17 @@ def command(count: int, *arguments: str | Path) -> list[str]:
     return [str(LAUNCHER), "-n", str(count), sys.executable, *map(str, arguments)]
 
 
-def together(count: int, *arguments: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` as so many ranks, to their end."""
+APART = {"MPIR_CVAR_NOLOCAL": "1"}
+"""Lets MPICH take each rank for one on a machine of its own."""
+
+
+def together(
+    count: int, *arguments: str | Path, timeout: float = 100, apart: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` as so many ranks, to their end; `apart`, as if on several machines."""
     return subprocess.run(
         command(count, *arguments), capture_output=True, text=True, errors="replace", timeout=timeout,
-        env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL, check=False,
+        env=os.environ | ENVIRONMENT | (APART if apart else {}), stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
 
 

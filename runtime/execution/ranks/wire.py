@@ -11,6 +11,8 @@ from satchel.runtime.kernels import library
 
 FUNCTIONS = ("MPI_Iallreduce", "MPI_Igatherv", "MPI_Iallgatherv", "MPI_Isend", "MPI_Irecv", "MPI_Test")
 """In the order of `Ranks` in runtime/kernels/ranks.h."""
+MAILBOX = 64 + 2 * (1 << 18)
+"""The bytes of a `Mailbox` there."""
 HANDLES = ("real", "byte", "sum", "group", "world")
 
 
@@ -24,6 +26,7 @@ class _Ranks(ctypes.Structure):
         ("ranks", ctypes.c_int32),
         ("previous", ctypes.c_int32),
         ("next", ctypes.c_int32),
+        ("mailboxes", ctypes.c_void_p),
     )
 
 
@@ -60,8 +63,28 @@ def connect(mpi: Any, group: Any, around: tuple[int, int]) -> None:
     except (OSError, AttributeError) as error:
         raise SatchelError(f"mpi4py has no functions of MPI to call ({error}): install mpi4py again") from None
     handles = [mpi._handleof(each) for each in (mpi.FLOAT, mpi.BYTE, mpi.SUM, group, mpi.COMM_WORLD)]
-    ranks = _Ranks(*found, *handles, group.Get_rank(), group.Get_size(), *around)
+    ranks = _Ranks(*found, *handles, group.Get_rank(), group.Get_size(), *around, _mailboxes(mpi, group))
     ctypes.CDLL(str(path)).satchel_join(ctypes.byref(ranks))
+
+
+_kept: list[object] = []
+"""What satchel's library reads as long as the process lives."""
+
+
+def _mailboxes(mpi: Any, group: Any) -> int | None:
+    """The address of the addresses of all mailboxes of a group; None if its ranks are on several machines."""
+    near = group.Split_type(mpi.COMM_TYPE_SHARED)
+    together, size = near.Get_size() == group.Get_size(), group.Get_size()
+    near.Free()
+    if not together or size == 1:
+        return None
+    window = mpi.Win.Allocate_shared(MAILBOX, 1, comm=group)
+    own, _ = window.Shared_query(group.Get_rank())
+    ctypes.memset(own.address, 0, MAILBOX)
+    group.Barrier()
+    addresses = (ctypes.c_void_p * size)(*(window.Shared_query(rank)[0].address for rank in range(size)))
+    _kept.extend((window, addresses))
+    return ctypes.addressof(addresses)
 
 
 def traffic() -> Traffic:
