@@ -38,13 +38,14 @@ INPUTS = 128
 
 
 def compiled() -> ctypes.CDLL | None:
-    """The library with these loops; None if it cannot be used on this machine.
+    """The library with these loops; None if it cannot be used on this machine, or was built before it had them.
 
     Raises:
         SatchelError: `SATCHEL_KERNELS` names an instruction set that is unknown or not possible here.
     """
     path = library.library()
-    return None if path is None else ctypes.CDLL(str(path))
+    loops = None if path is None else ctypes.CDLL(str(path))
+    return loops if hasattr(loops, "satchel_choose_scales") else None
 
 
 def choose_scales(
