@@ -15,7 +15,7 @@ from satchel.graphs.quant.recipe import Rule
 from satchel.graphs.quant.rounding import Grid
 from satchel.runtime.bundle.contract import Layout
 from satchel.runtime.bundle.dtypes import QUANTIZED
-from satchel.runtime.bundle.layouts import HALF_BITS, Form, Weight, pack, parts
+from satchel.runtime.bundle.layouts import HALF_BITS, ROWS, Form, Weight, pack, parts
 
 LAYOUT = "layout"
 """Mark (`meta`) of weights that no bundle holds, and a device makes from those that it does: their `Layout`."""
@@ -159,7 +159,7 @@ class QuantizedWeight(Derivable):
 
         Values and zero points are uint8; four bits are packed two to a byte, the first in the low half. Values of
         symmetric schemes have half the range added, the zero point that MatMulNBits, GatherBlockQuantized and QMoE
-        assume.
+        assume. A device reads them by name, and the name says how many bits they have.
         """
         grid, bits = self.grid, self.grid.scheme.bits
         offset = (1 << (bits - 1)) if grid.zero_points is None else 0
@@ -168,12 +168,33 @@ class QuantizedWeight(Derivable):
         def packed(a: int, b: int) -> np.ndarray:
             return pack_rows((self.codes[a:b].astype(np.int16) + offset).astype(np.uint8), bits)
 
-        codes = LazyWeight(f"{self.name}.rows", (outputs, inputs * bits // 8), ir.DataType.UINT8, packed)
+        codes = LazyWeight(f"{self.name}{ROWS[bits]}", (outputs, inputs * bits // 8), ir.DataType.UINT8, packed)
         scales = from_array(f"{self.name}.row_scales", grid.scales, computed=True)
         if grid.zero_points is None:
             return codes, scales, None
         points = pack_rows(grid.zero_points, bits)
         return codes, scales, from_array(f"{self.name}.row_zero_points", points, computed=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableWeight(Derivable):
+    """A table of quantized values that is stored as lookups read it (`QuantizedWeight.rows`), as a linear layer's
+    weight: its scales are in float32.
+
+    Attributes:
+        name: Its name in the graph.
+        table: The table [outputs, inputs].
+    """
+
+    name: str
+    table: QuantizedWeight
+
+    @property
+    def _form(self) -> Form:
+        return self._weight().form
+
+    def _weight(self) -> Weight:
+        return dataclasses.replace(self.table._weight(), scales=self.table.grid.scales.T)
 
 
 def float_scales(builder: Builder, scales: LazyWeight, name: str) -> ir.Value:

@@ -40,19 +40,21 @@ def native_steps(quantized: Quantized, activations: Mapping[str, str]) -> tuple[
     weights = quantized.weights
     return (
         Step(quantize_embeddings(weights), after=("slice_last_logits",)),
+        Step(lower_embedding_matmul(weights), after=("quantize_embeddings",)),
         Step(quantize_experts(weights)),
         Step(insert_linear(weights)),
         Step(insert_qdq(weights, activations), after=("insert_linear",)),  # what the operator does not take
         Step(fold_biases, after=("insert_linear",)),
         Step(fold_gates, after=("insert_linear", "fold_biases")),
         Step(fold_hadamards, after=("insert_linear",)),
-        Step(fold_norms, after=("insert_linear", "fold_hadamards")),  # a norm comes before the matrix
+        Step(
+            fold_norms, after=("insert_linear", "lower_embedding_matmul", "fold_hadamards")
+        ),  # a norm comes before the matrix
         Step(fold_residuals, after=("fold_biases", "fold_gates")),  # added last
         *((Step(quantize_kv_cache(quantized.kv_scales, "decode")),) if quantized.kv_scales else ()),
         Step(lower_attention_native, after=("quantize_kv_cache",)),
         Step(lower_states_native),
         Step(fold_key_norms, after=("lower_states_native",)),
-        Step(lower_embedding_matmul, after=("quantize_embeddings",)),
         Step(fuse_skip_norms, after=("fold_norms", "fold_residuals")),  # what linear layers have not taken in
         Step(store_linear_float16),
         Step(take_rows, after=("lower_attention_native", "insert_linear", "slice_last_logits"), changes_signature=True),

@@ -31,6 +31,9 @@ HALF_BITS = 16
 TOGETHER = {16: 1, 8: 4, 4: 8}
 """Bits -> adjacent inputs of one output in a panel, which one instruction multiplies."""
 
+ROWS = {8: ".rows", 4: ".rows4"}
+"""Bits -> the suffix of the tensor name of a table's quantized values, a row for each output, as lookups read it."""
+
 Array = NDArray[Any]
 
 

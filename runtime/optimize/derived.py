@@ -84,7 +84,7 @@ def _write(
 
 def _ranges(stored: Stored, halves: int) -> Iterator[list[tuple[int, int]]]:
     """The ranges (first, last + 1) of outputs to pack at a time, in whole panels, one range for each half."""
-    inputs, outputs = stored.codes.dims
+    inputs, outputs = stored.dims
     half = outputs // halves
     step = max(VALUES_AT_ONCE // (inputs * PANEL * halves), 1) * PANEL
     for first in range(0, half, step):

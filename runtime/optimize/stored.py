@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satchel.runtime.bundle.dtypes import FLOAT16, FLOAT32, QUANTIZED
-from satchel.runtime.bundle.layouts import HALF_BITS, Form, Weight
+from satchel.runtime.bundle.dtypes import FLOAT16, FLOAT32, QUANTIZED, UINT8
+from satchel.runtime.bundle.layouts import HALF_BITS, ROWS, Form, Weight
 from satchel.runtime.bundle.onnx_wire import Tensor
 
 CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
@@ -18,6 +18,9 @@ CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 
 HALF = ".fp16"
 """The suffix of one that is stored in float16."""
+
+ROW_SCALES, ROW_ZERO_POINTS = ".row_scales", ".row_zero_points"
+"""Suffixes of a table's (`ROWS`)."""
 
 CODE_TYPES = {dtype.onnx: form for form, dtype in QUANTIZED.items()}
 """Number in TensorProto.DataType -> bits, and whether values are symmetric (signed)."""
@@ -40,6 +43,9 @@ class Stored:
     @classmethod
     def of(cls, tensors: dict[str, Tensor], name: str) -> Stored:
         """The weight of this name. Raises KeyError if there is none, ValueError if its tensors do not match."""
+        for bits, ending in ROWS.items():
+            if name + CODES not in tensors and name + ending in tensors:
+                return StoredTable.of_bits(tensors, name, bits)
         if name + CODES not in tensors:
             half = tensors[name + HALF]
             if half.dtype != FLOAT16.onnx or len(half.dims) != 2 or min(half.dims) < 1:
@@ -59,6 +65,11 @@ class Stored:
         return cls(codes, scales, zero_points)
 
     @property
+    def dims(self) -> tuple[int, ...]:
+        """Its inputs and outputs."""
+        return self.codes.dims
+
+    @property
     def form(self) -> Form:
         """The weight's shape and quantization."""
         inputs, outputs = self.codes.dims
@@ -72,8 +83,7 @@ class Stored:
         """Some of its outputs, those of each range (first, last + 1), from the content of its file."""
 
         def joined(read: Callable[..., NDArray[Any]], tensor: Tensor) -> NDArray[Any]:
-            found = [read(content, tensor, *outputs) for outputs in ranges]
-            return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+            return _joined([read(content, tensor, *outputs) for outputs in ranges])
 
         if self.scales is None:
             values = joined(_halves, self.codes)
@@ -81,6 +91,70 @@ class Stored:
         zero_points = None if self.zero_points is None else joined(_integers, self.zero_points)
         floats = _halves if self.form.half_scales else _floats
         return Weight(joined(_integers, self.codes), joined(floats, self.scales), zero_points, self.form.bits)
+
+
+@dataclass(frozen=True)
+class StoredTable(Stored):
+    """A weight that is stored as lookups read it, a row for each output: values [outputs, bytes of the inputs], scales
+    [outputs, groups] in float32, zero points [outputs, bytes of the groups]. Values and zero points are unsigned, of
+    `bits` bits; without zero points these are half the range.
+    """
+
+    bits: int
+
+    @classmethod
+    def of_bits(cls, tensors: dict[str, Tensor], name: str, bits: int) -> StoredTable:
+        """The table of this name. Raises KeyError or ValueError as `of`."""
+        codes, scales = tensors[name + ROWS[bits]], tensors[name + ROW_SCALES]
+        zero_points = tensors.get(name + ROW_ZERO_POINTS)
+        if len(codes.dims) != 2 or min(codes.dims) < 1 or codes.dtype != UINT8.onnx:
+            raise ValueError(f"values of type {codes.dtype} and shape {codes.dims}")
+        if scales.dtype != FLOAT32.onnx or len(scales.dims) != 2 or scales.dims[0] != codes.dims[0]:
+            raise ValueError(f"scales of type {scales.dtype} and shape {scales.dims}")
+        points = (scales.dims[0], -(-scales.dims[1] * bits // 8))
+        if zero_points is not None and (zero_points.dtype, zero_points.dims) != (UINT8.onnx, points):
+            raise ValueError(f"zero points of type {zero_points.dtype} and shape {zero_points.dims}")
+        return cls(codes, scales, zero_points, bits)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Its inputs and outputs."""
+        outputs, size = self.codes.dims
+        return size * 8 // self.bits, outputs
+
+    @property
+    def form(self) -> Form:
+        """The weight's shape and quantization."""
+        return Form(*self.dims, self._groups, self.bits, symmetric=self.zero_points is None)
+
+    @property
+    def _groups(self) -> int:
+        return 0 if self.scales is None else self.scales.dims[1]
+
+    def read(self, content: NDArray[np.uint8], ranges: list[tuple[int, int]]) -> Weight:
+        """Some of its outputs, as `Stored.read`."""
+
+        def joined(tensor: Tensor | None, dtype: type[Any]) -> NDArray[Any]:
+            if tensor is None:
+                raise ValueError("a table without scales")
+            rows = _raw(content, tensor).view(dtype).reshape(tensor.dims)
+            return _joined([rows[start:stop].T for start, stop in ranges])
+
+        scales, unsigned = joined(self.scales, np.float32), self._unpacked(joined(self.codes, np.uint8), self.dims[0])
+        if self.zero_points is None:
+            half = 1 << self.bits - 1
+            return Weight((unsigned.astype(np.int16) - half).astype(np.int8), scales, None, self.bits)
+        return Weight(unsigned, scales, self._unpacked(joined(self.zero_points, np.uint8), self._groups), self.bits)
+
+    def _unpacked(self, packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+        """`count` values [count, outputs] of bytes [bytes, outputs], the first of two in the low half."""
+        if self.bits == 8:
+            return packed
+        return np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])[:count]
+
+
+def _joined(found: list[NDArray[Any]]) -> NDArray[Any]:
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
 
 def _floats(content: NDArray[np.uint8], tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:

@@ -136,9 +136,18 @@ class GatherBlockQuantized(OpRun):
     op_domain: ClassVar[str] = "com.microsoft"
 
     def _run(self, codes: Array, ids: Array, scales: Array, points: Optional = None, **options: Any) -> tuple[Array]:
-        assert (options["bits"], points) == (8, None)
-        rows = codes[ids].reshape(*ids.shape, scales.shape[1], -1)
-        found = (rows.astype(np.float64) - 128) * scales[ids][..., None]
+        bits, groups = options["bits"], scales.shape[1]
+
+        def unpacked(rows: Array, count: int) -> Array:
+            return (
+                rows
+                if bits == 8
+                else np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:-1], -1)[..., :count]
+            )
+
+        rows = unpacked(codes, groups * options["block_size"])[ids].reshape(*ids.shape, groups, -1)
+        middle = MIDDLE[bits] if points is None else unpacked(points, groups)[ids][..., None]
+        found = (rows.astype(np.float64) - middle) * scales[ids][..., None]
         return (found.reshape(*ids.shape, -1).astype(np.float32),)
 
 
