@@ -30,7 +30,7 @@ PASSES_LAYER_SECONDS = 0.05
 WRITE_BYTES_PER_SECOND = 250e6
 CHECK_SECONDS = 2.0
 GRAPH_BYTES_PER_LAYER = 40_000
-ROUNDING_SECONDS = {"quick": 0.2e-6, "normal": 0.6e-6}
+ROUNDING_SECONDS = {"quick": 0.11e-6, "normal": 0.6e-6}
 """For each weight, by effort."""
 TRYING_SECONDS = 0.03e-6
 """For each weight and linear layer of a model, to measure layers for a budget: each is tried by half a run. Measured on
