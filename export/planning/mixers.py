@@ -111,9 +111,11 @@ def delta(facts: Facts) -> Part:
     keys = key_heads * facts.count("linear_key_head_dim")
     width = facts.count("linear_value_head_dim")
     values, kernel = value_heads * width, facts.count("linear_conv_kernel_dim", 4)
-    cut, channels = Cut(key_heads), 2 * keys + values
+    cut, kept = Cut(key_heads, value_heads), Cut(key_heads, value_heads, keyed=True)
+    channels = 2 * keys + values
     made = (
-        Matrix("linear_attn.in_proj_qkv", channels, hidden, cut=cut),
+        Matrix("linear_attn.in_proj_qkv", 2 * keys, hidden, cut=kept),
+        Matrix("linear_attn.in_proj_qkv", values, hidden, cut=cut),
         Matrix("linear_attn.in_proj_z", values, hidden, cut=cut),
         Matrix("linear_attn.in_proj_ba", 2 * value_heads, hidden, cut=cut),
         Matrix("linear_attn.out_proj", hidden, values, cut=cut),
@@ -125,7 +127,8 @@ def delta(facts: Facts) -> Part:
 def convolution(facts: Facts) -> Part:
     """The short convolution of LFM2 between two gates."""
     hidden, kernel = facts.count("hidden_size"), facts.count("conv_L_cache")
-    made = (Matrix("conv.in_proj", 3 * hidden, hidden), Matrix("conv.out_proj", hidden, hidden))
+    cut = Cut(hidden)
+    made = (Matrix("conv.in_proj", 3 * hidden, hidden, cut=cut), Matrix("conv.out_proj", hidden, hidden, cut=cut))
     bias = 5 * hidden if facts.flag("conv_bias") else 0
     return Part(made, hidden * kernel + bias, state=hidden * (kernel - 1))
 

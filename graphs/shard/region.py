@@ -252,8 +252,13 @@ def _operand(region: Region, node: ir.Node, index: int, kept: Kept) -> None:
 def _split(region: Region, node: ir.Node) -> None:
     found, sizes = [region.kept.get(output) for output in node.outputs], constant(node.inputs[1])
     axis, last = node.attributes.get_int("axis", 0), rank(node.inputs[0])
-    if sizes is None or any(each is None or each.axis != -1 for each in found) or axis not in (-1, (last or 0) - 1):
+    if sizes is None or any(each is None for each in found) or axis not in (-1, (last or 0) - 1):
         raise NotCutError(f"{node.name} (Split) needs all channels")
+    if found[0] is not None and found[0].axis < -1 and set(found) == {found[0]}:  # within each head
+        region.ask(node.inputs[0], found[0].axis, found[0].ranges)
+        return
+    if any(each is None or each.axis != -1 for each in found):
+        raise NotCutError(f"{node.name} (Split) is cut in two ways")
     parts = [each.ranges for each in found if each is not None]
     starts = np.cumsum([0, *sizes[:-1]])
     whole = tuple(part for ranges, start in zip(parts, starts, strict=True) for part in shifted(ranges, int(start)))
