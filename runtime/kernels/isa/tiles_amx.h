@@ -5,10 +5,10 @@
 /* Shapes, as the instruction reads them (TileShapes in vector/linear_matrix.c). All tiles become zero. */
 #define TILE_CONFIGURE(shapes) __asm__ volatile("ldtilecfg (%0)" : : "r"(shapes) : "memory")
 #define TILE_RELEASE() __asm__ volatile("tilerelease")
-#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
-/* Rows that are `stride` bytes apart. */
+#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : : : "memory")
+/* Rows that are `stride` bytes apart, written before the last TILE_ZERO or TILE_STORE. */
 #define TILE_LOAD(tile, from, stride) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(stride)) : "memory")
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(stride)))
 #define TILE_STORE(tile, to, stride) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(stride)) : "memory")
 /* To each sum of 32 bits: 4 signed bytes of a row of `a` times 4 unsigned ones of a row of `b`, over all rows of `b`. */

@@ -6,7 +6,7 @@
 
 /* Places of rows that a task multiplies: they fit in the cache of a core. */
 #ifdef MATRIX_TILES
-enum { MULTIPLIED_ROWS = 192, PLACES_BEYOND = 16 }; /* a tile may read more of them than there are */
+enum { MULTIPLIED_ROWS = 256, PLACES_BEYOND = 16 }; /* a tile may read more of them than there are */
 #else
 enum { MULTIPLIED_ROWS = 96, PLACES_BEYOND = 0 };
 #endif
