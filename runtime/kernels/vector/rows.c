@@ -32,29 +32,78 @@ INLINE F16 sum_and_difference(F16 v, F16 other, int step)
     return add(other, flip_where(both(lane_numbers(), ints(step)), v));
 }
 
-/* Fast Walsh-Hadamard transform in Sylvester order, `n` numbers at a time, divided by sqrt(n). `x` is padded to whole
- * vectors; if n is below 16, a vector holds several transforms. */
-static void fwht(float *x, int64_t count, int64_t n)
+/* A vector's own steps of a transform of `n` numbers, of which several are in a vector if n is below 16. */
+INLINE F16 fwht_lanes(F16 v, int64_t n)
 {
+    if (n > 1)
+        v = sum_and_difference(v, swap_1(v), 1);
+    if (n > 2)
+        v = sum_and_difference(v, swap_2(v), 2);
+    if (n > 4)
+        v = sum_and_difference(v, swap_4(v), 4);
+    if (n > 8)
+        v = sum_and_difference(v, swap_8(v), 8);
+    return v;
+}
+
+INLINE void sums_and_differences(F16 *a, F16 *b)
+{
+    const F16 sum = add(*a, *b);
+    *b = sub(*a, *b);
+    *a = sum;
+}
+
+/* The steps `step` and twice as far, of numbers that are in these four vectors. */
+INLINE void fwht_fours(F16 v[4])
+{
+    sums_and_differences(v, v + 1);
+    sums_and_differences(v + 2, v + 3);
+    sums_and_differences(v, v + 2);
+    sums_and_differences(v + 1, v + 3);
+}
+
+/* Fast Walsh-Hadamard transform in Sylvester order of `from`, `n` numbers at a time, divided by sqrt(n). `x` is padded to
+ * whole vectors, and may be `from`. Two steps are taken together, as each pass over the numbers costs as much as its sums. */
+static void fwht(const float *from, int64_t count, int64_t n, float *x)
+{
+    enum { FOURS = 4 * LANES };
     const F16 scale = floats(1 / sqrtf((float)n));
-    for (int64_t i = 0; i < count; i += LANES) {
-        F16 v = mul(load(x + i), scale);
-        if (n > 1)
-            v = sum_and_difference(v, swap_1(v), 1);
-        if (n > 2)
-            v = sum_and_difference(v, swap_2(v), 2);
-        if (n > 4)
-            v = sum_and_difference(v, swap_4(v), 4);
-        if (n > 8)
-            v = sum_and_difference(v, swap_8(v), 8);
-        store(x + i, v);
+    int64_t step = LANES;
+    if (n < FOURS) {
+        for (int64_t i = 0; i < count; i += LANES)
+            store(x + i, fwht_lanes(mul(load_some(from + i, count - i), scale), n));
+    } else {
+        for (int64_t i = 0; i < count; i += FOURS) {
+            F16 v[4];
+            UNROLL
+            for (int k = 0; k < 4; k++)
+                v[k] = fwht_lanes(mul(load(from + i + k * LANES), scale), LANES);
+            fwht_fours(v);
+            UNROLL
+            for (int k = 0; k < 4; k++)
+                store(x + i + k * LANES, v[k]);
+        }
+        step = FOURS;
     }
-    for (int64_t step = LANES; step < n; step *= 2)
+    for (; 2 * step < n; step *= 4)
+        for (int64_t start = 0; start < count; start += 4 * step)
+            for (int64_t i = start; i < start + step; i += LANES) {
+                F16 v[4];
+                UNROLL
+                for (int k = 0; k < 4; k++)
+                    v[k] = load(x + i + k * step);
+                fwht_fours(v);
+                UNROLL
+                for (int k = 0; k < 4; k++)
+                    store(x + i + k * step, v[k]);
+            }
+    if (step < n)
         for (int64_t start = 0; start < count; start += 2 * step)
             for (int64_t i = start; i < start + step; i += LANES) {
                 F16 a = load(x + i), b = load(x + i + step);
-                store(x + i, add(a, b));
-                store(x + i + step, sub(a, b));
+                sums_and_differences(&a, &b);
+                store(x + i, a);
+                store(x + i + step, b);
             }
 }
 
@@ -77,6 +126,12 @@ INLINE void store_values(const Form form, int8_t *to, int64_t apart, int64_t i, 
         store_bytes(to + apart + i, sub_ints(value, mul_ints(upper, ints(256))), left);
 }
 
+INLINE void note_largest(F16 v, F16 *largest, I16 *ordered)
+{
+    *ordered = both(*ordered, is_equal(v, v));
+    *largest = larger(magnitude(v), *largest);
+}
+
 /* Quantizes `count` numbers with one scale; the second run of bytes is `apart` bytes from the first. `sums`: of the values,
  * or of their upper and of their lower halves. Writes whole vectors unless `tight`. */
 INLINE void quantize_run(const Form form, const float *x, int64_t count, bool tight, int8_t *quantized, int64_t apart,
@@ -85,11 +140,11 @@ INLINE void quantize_run(const Form form, const float *x, int64_t count, bool ti
     const float levels = form.fine ? FINE_LEVELS : LEVELS;
     F16 largest = floats(0);
     I16 ordered = ints(-1), total = ints(0), total_upper = ints(0);
-    for (int64_t i = 0; i < count; i += LANES) {
-        F16 v = load_some(x + i, count - i);
-        ordered = both(ordered, is_equal(v, v));
-        largest = larger(magnitude(v), largest);
-    }
+    const int64_t full = count / LANES * LANES;
+    for (int64_t i = 0; i < full; i += LANES)
+        note_largest(load(x + i), &largest, &ordered);
+    if (full < count)
+        note_largest(load_some(x + full, count - full), &largest, &ordered);
     float whole = fmaxf(largest_of(largest), SMALLEST);
     F16 factor = floats(levels / whole);
     for (int64_t i = 0; i < count; i += LANES) {
@@ -111,18 +166,21 @@ INLINE void quantize_run(const Form form, const float *x, int64_t count, bool ti
 static const float *prepare_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch)
 {
     const int64_t count = params->inputs;
-    if (params->epsilon <= 0 && params->hadamard == 0)
-        return x;
-    const F16 factor = floats(params->epsilon > 0 ? inverse_rms(x, count, params->epsilon) : 1);
-    for (int64_t i = 0; i < count; i += LANES) {
-        F16 v = mul(load_some(x + i, count - i), factor);
-        if (norm_weight != NULL)
-            v = mul(v, load_some(norm_weight + i, count - i));
-        store(scratch + i, v);
+    if (params->epsilon > 0) {
+        const F16 factor = floats(inverse_rms(x, count, params->epsilon));
+        for (int64_t i = 0; i < count; i += LANES) {
+            F16 v = mul(load_some(x + i, count - i), factor);
+            if (norm_weight != NULL)
+                v = mul(v, load_some(norm_weight + i, count - i));
+            store(scratch + i, v);
+        }
+        x = scratch;
     }
-    if (params->hadamard > 0)
-        fwht(scratch, count, params->hadamard);
-    return scratch;
+    if (params->hadamard > 0) {
+        fwht(x, count, params->hadamard, scratch);
+        x = scratch;
+    }
+    return x;
 }
 
 static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
