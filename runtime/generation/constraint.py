@@ -22,6 +22,10 @@ from satchel.runtime.util.requirements import not_installed
 # JSON as Python writes it. Space wherever JSON allows it would let a model write spaces for ever.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MOST_COMPILED = 32
+# By a byte of a mask: inf where a bit is set, the lowest first, and -inf where none is.
+MOST_BY_BITS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1, np.inf, -np.inf
+).astype(np.float32)
 
 
 class Grammars:
@@ -87,7 +91,7 @@ class Grammars:
 
 
 class Constraint:
-    """Follows one text through a grammar. `allowed` is asked before each token, and `take` told of it afterwards.
+    """Follows one text through a grammar. `masked` is asked before each token, and `take` told of it afterwards.
 
     Where the grammar leaves one continuation, its tokens are those of the tokenizer for it: `forced`. So a text does
     not depend on how many of them are fed in one run.
@@ -100,6 +104,8 @@ class Constraint:
         self._matcher, self._tokens, self._vocabulary = matcher, tokens, vocabulary
         self._ends = [token for token in ends if 0 <= token < vocabulary]
         self._thought = thought
+        # What logits may be at the most, eight tokens in a row. Memory that is new each time would take longer.
+        self._most = np.empty((-(-vocabulary // 8), 8), np.float32)
         self._forced: list[int] = [] if thought is not None else self._next_forced()
 
     free = False
@@ -114,28 +120,27 @@ class Constraint:
         """Whether the text matches and nothing may follow."""
         return self._thought is None and bool(self._matcher.is_stopped()) and bool(self._matcher.is_accepting())
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may follow, [vocabulary]. Raises PromptError if the grammar fails."""
-        if self.forced:
-            mask = np.zeros(self._vocabulary, np.bool_)
-            mask[self.forced[0]] = True
-            return mask
-        if self._thought is not None and self._thought.thinking:
-            mask = np.ones(self._vocabulary, np.bool_)
-            mask[self._ends] = False
-            return mask
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
-        mask = np.unpackbits(bits, bitorder="little", count=self._vocabulary).view(np.bool_)
-        if self._thought is not None:
-            mask[list(self._thought.begins)] = True
-        if not mask.any():
-            raise PromptError("the grammar leaves no token to choose from: loosen it")
-        return mask
-
     def masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A copy of logits [vocabulary] with -inf for each token that may not follow. Raises PromptError."""
-        return np.where(self.allowed(), logits, np.float32(-np.inf))
+        """Logits [vocabulary] with -inf for each token that may not follow, in memory that the next call writes again.
+
+        Raises PromptError if the grammar fails, or leaves no token.
+        """
+        most = self._most.reshape(-1)[: self._vocabulary]
+        if self.forced:
+            most[:] = -np.inf
+            most[self.forced[0]] = np.inf
+        elif self._thought is not None and self._thought.thinking:
+            most[:] = np.inf
+            most[self._ends] = -np.inf
+        else:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: len(self._most)]
+            self._check()
+            np.take(MOST_BY_BITS, bits, axis=0, out=self._most, mode="clip")  # without clip, numpy copies
+            if self._thought is not None:
+                most[list(self._thought.begins)] = np.inf
+            if most.max() < 0:
+                raise PromptError("the grammar leaves no token to choose from: loosen it")
+        return np.minimum(logits, most, out=most)
 
     def take(self, token: int) -> None:
         """Go on after a token. Raises PromptError for one that may not follow."""

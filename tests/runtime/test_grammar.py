@@ -232,7 +232,8 @@ class TestReasoning:
         constraint = grammars.constraint(options, ids, [END], template)
         allowed = []
         for token in [*tokenizer.encode_rendered(answer), END]:
-            allowed.append(bool(constraint.allowed()[token]))
+            logits = constraint.masked(np.zeros(400, np.float32))
+            allowed.append(bool(np.isfinite(logits[token])))
             if not allowed[-1] or token == END:
                 break
             constraint.take(token)
