@@ -117,9 +117,9 @@ def _candidates(groups: NDArray[np.float32], scheme: Scheme, search: bool, half:
 
     if scheme.symmetric:
         largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[:, None], -1)[:, 0]
-        scales = stored(_not_zero(np.abs(largest) / top) * factors)
+        scales = stored(_not_zero(np.divide(np.abs(largest), np.float32(top))) * factors)
         if search and scheme.bits == 4:  # the grid has one more step on one side: let the largest weight have it
-            scales = np.concatenate([scales, stored(_not_zero(-largest / (top + 1)) * factors[1:])])
+            scales = np.concatenate([scales, stored(_not_zero(-largest / np.float32(top + 1)) * factors[1:])])
         return scales, None
     steps = (1 << scheme.bits) - 1
     bottom, peak = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)

@@ -217,7 +217,7 @@ def _continue(
     recorded, greedily = batch.add(), batch.add()
     engine.prefill(recorded, ids)
     greedily.copy_from(recorded)
-    divergences, tokens, gaps = [], [], []
+    divergences, gaps, tokens = list[float](), list[float](), list[int]()
     for step, position in enumerate(positions):
         if step:
             batch.decode([continuation[step - 1], tokens[-1]])

@@ -125,7 +125,8 @@ class StoredTable(Stored):
     @property
     def form(self) -> Form:
         """The weight's shape and quantization."""
-        return Form(*self.dims, self._groups, self.bits, symmetric=self.zero_points is None)
+        inputs, outputs = self.dims
+        return Form(inputs, outputs, self._groups, self.bits, symmetric=self.zero_points is None)
 
     @property
     def _groups(self) -> int:
