@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from satchel.runtime.kernels import library
+from satchel.runtime.util.child import python_path
 
 LAUNCHER = next(
     (path for path in (Path(sys.prefix) / "bin" / "mpiexec", Path(shutil.which("mpiexec") or "-")) if path.is_file()),
@@ -47,9 +48,10 @@ def together(
     count: int, *arguments: str | Path, timeout: float = 100, apart: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` as so many ranks, to their end; `apart`, as if on several machines."""
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": python_path()} | (APART if apart else {})
     return subprocess.run(
-        command(count, *arguments), capture_output=True, text=True, errors="replace", timeout=timeout,
-        env=os.environ | ENVIRONMENT | (APART if apart else {}), stdin=subprocess.DEVNULL, check=False,
+        command(count, *arguments), capture_output=True, text=True, errors="replace", timeout=timeout, env=environment,
+        stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
 
 
