@@ -2,8 +2,8 @@
 
     python samples/server_overhead.py BUNDLE [--requests 8] [--prompt-tokens 128] [--new-tokens 128] [--rounds 5]
 
-Prompts are random tokens, and answers are streams. The client of the server is a process of its own on the same
-processor, so its work is part of the overhead.
+Prompts are random tokens, and answers are streams, without drafts, which the answers to the same prompts before would
+give. The client of the server is a process of its own on the same processor, so its work is part of the overhead.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 def _open(path: str, args: argparse.Namespace) -> Generator:
     context = args.prompt_tokens + args.new_tokens
-    return Generator.open(path, threads=args.threads, prefix_cache_mib=0, max_context=context)
+    return Generator.open(path, threads=args.threads, prefix_cache_mib=0, max_context=context, speculate="off")
 
 
 def _ask_scheduler(scheduler: Scheduler, requests: list[Request]) -> float:
