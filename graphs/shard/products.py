@@ -187,12 +187,8 @@ def _native(node: ir.Node) -> Product | None:
 
     plain = not gated and not has_input(node, NORM_WEIGHT) and not node.attributes.get_float("epsilon", 0.0)
     must = max(ints["hadamard"], 1)
-    unit, quantized = math.lcm(must, block or 1), node.attributes.get_int("bits", 8) < FLOAT_BITS
+    unit, quantized = math.lcm(must, block or 1), node.attributes.get_int("bits", 8) != HALF_BITS
     return Product(node.outputs[0], x, inputs, half, unit, must, (node,), columns, rows if plain else None, quantized)
-
-
-FLOAT_BITS = 16
-"""Of weights that are floats, and whose layer takes its input as such."""
 
 
 def take_residual(product: Product) -> ir.Value | None:
