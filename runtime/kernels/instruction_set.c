@@ -18,7 +18,7 @@ static const struct {
 } SETS[] = {
 #if defined(__x86_64__)
 #ifdef SATCHEL_AMX
-    {&amx_instructions, has_amx_int8, &avx512_instructions},
+    {&amx_instructions, has_amx, &avx512_instructions},
 #endif
     {&avx512_instructions, has_avx512_vnni, NULL},
 #ifdef SATCHEL_AVX_VNNI
@@ -54,6 +54,10 @@ static const Instructions *whole(size_t set)
     made[set].name = own->name;
     made[set].linear = own->linear;
     made[set].table = own->table;
+    if (own->attention != NULL) {
+        made[set].attention_check = own->attention_check;
+        made[set].attention = own->attention;
+    }
     return &made[set];
 }
 

@@ -12,7 +12,7 @@
 #include "table.h"
 
 /* The kernels of one instruction set. Each returns NULL, or an error as a constant string. Results do not depend on the
- * number of threads, and are the same bits in all instruction sets. */
+ * number of threads, and are the same bits in all instruction sets, but for AMX's attention to several new tokens. */
 typedef struct {
     const char *name;
     const char *(*linear)(const LinearParams *params, const LinearCall *call, const Parallel *parallel);

@@ -52,11 +52,11 @@ bool has_avx512_vnni(void)
 }
 
 #ifdef SATCHEL_AMX
-bool has_amx_int8(void)
+bool has_amx(void)
 {
     enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     const Leaf seven = leaf(7, 0);
-    return has_avx512_vnni() && saves(SAVES_TILES) && bit(seven.d, 24) && bit(seven.d, 25)
+    return has_avx512_vnni() && saves(SAVES_TILES) && bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25)
         && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; /* of the process: asked again, it is granted again */
 }
 #endif

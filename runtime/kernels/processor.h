@@ -14,7 +14,7 @@
 bool has_avx2(void);        /* with FMA */
 bool has_avx_vnni(void);    /* and AVX2 */
 bool has_avx512_vnni(void); /* and F, BW, DQ and VL */
-bool has_amx_int8(void);    /* and AVX-512 VNNI; asks the system for permission to use tiles */
+bool has_amx(void);         /* and AVX-512 VNNI; asks the system for permission to use tiles */
 #elif defined(__aarch64__)
 #if defined(__clang__) || __GNUC__ >= 10
 #define SATCHEL_I8MM /* older compilers do not know it */

@@ -1,4 +1,7 @@
-"""AVX-VNNI and AMX, which this processor may lack: with others in their place, they give the bits of all sets."""
+"""AVX-VNNI and AMX, which this processor may lack: with others in their place, linear layers give the bits of all sets.
+
+Attention on AMX's tiles is compared with numpy's float64.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.attention_node import PASTS, SCALES, Array, Step, over
+from support.attention_steps import AMX_PRECISION, PROMPTS
 from support.kernels import Product, needs_kernels, operator_session
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +61,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     library = ctypes.CDLL(str(made))
     library.tiles = request.param == "AMX"
     library.run_linear.argtypes = [ctypes.c_int64 * 10, ctypes.c_float, ctypes.c_void_p * 9]
+    library.run_attention.argtypes = [ctypes.c_int64 * 12, ctypes.c_float, ctypes.c_float, ctypes.c_void_p * 11]
     library.run_table.argtypes = [ctypes.c_int64 * 4, ctypes.c_void_p * 4]
     return library
 
@@ -156,3 +162,45 @@ def test_the_largest_products_do_not_saturate(emulated: ctypes.CDLL) -> None:
     assert emulated.run_linear((ctypes.c_int64 * 10)(1024, 0, 0, 16, 8, 0, 17, 0, 0, 0), 0.0, values) == 0
     wanted = 1024 * 127.0 * 127 * constants["scales"].reshape(16).astype(np.float64)
     np.testing.assert_allclose(y, np.broadcast_to(wanted, y.shape), rtol=1e-6)
+
+
+def attended(library: ctypes.CDLL, step: Step, feeds: Mapping[str, Array]) -> Array:
+    """y of the emulated set; the caches among `feeds` are written in place."""
+    names = ("query", "key", "value", *SCALES, *PASTS, "seqlens_k", "cos", "sin")
+    y = np.full_like(feeds["query"], np.nan)
+    pointers = [feeds[name].ctypes.data if name in feeds else None for name in names]
+    cache, total = ("float32", "float16", "int8").index(step.cache), int(feeds["total_sequence_length"])
+    tables = feeds["cos"].shape[::-1] if "cos" in feeds else (0, 0)
+    numbers = [len(y), y.shape[1], step.heads, step.kv_heads, step.head_dim, cache, feeds["past_key"].shape[2], total,
+               *tables, step.interleaved, step.window]  # fmt: skip
+    values = (ctypes.c_void_p * 11)(*pointers, y.ctypes.data)
+    assert library.run_attention((ctypes.c_int64 * 12)(*map(int, numbers)), step.scale, step.softcap, values) == 0
+    return y
+
+
+@pytest.mark.parametrize("step", PROMPTS.values(), ids=PROMPTS)
+def test_attention_of_prompts_has_16_bits(emulated: ctypes.CDLL, step: Step) -> None:
+    if not emulated.tiles:
+        pytest.skip("AVX-VNNI has no attention of its own")
+    feeds = step.feeds()
+    before = tile_products(emulated)
+    y = attended(emulated, step, feeds)
+    assert tile_products(emulated) > before
+    wanted = over(step, feeds, *(feeds[name] for name in PASTS))
+    assert np.abs(y - wanted).max() <= AMX_PRECISION * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("window", [-1, 150])
+def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(emulated: ctypes.CDLL, cache: str, window: int) -> None:
+    if not emulated.tiles:
+        pytest.skip("AVX-VNNI has no attention of its own")
+    step = Step(tokens=300, rotary=64, window=window, cache=cache)
+    feeds = step.feeds()
+    whole = attended(emulated, step, {**feeds, **{name: feeds[name].copy() for name in PASTS}})
+    found = []
+    for start, end in ((0, 7), (7, 100), (100, 298), (298, 300)):
+        part = {name: feeds[name][:, start:end].copy() for name in ("query", "key", "value")}
+        part["seqlens_k"], part["total_sequence_length"] = np.asarray([end - 1], np.int32), np.asarray(end, np.int32)
+        found.append(attended(emulated, step, feeds | part))
+    assert np.array_equal(np.concatenate(found, axis=1), whole)

@@ -47,6 +47,8 @@ bool satchel_try_instruction_set(const char *name)
 FAKES = """
 #include "trial.c"
 
+#include "scratch.c"
+
 const Instructions *instructions;
 
 static int change;
@@ -82,12 +84,41 @@ static const char *mix(const LinearParams *params, const LinearCall *call, const
     return NULL;
 }
 
+static const char *check(const AttentionCall *call, size_t *scratch)
+{
+    *scratch = 64;
+    return NULL;
+}
+
+static const char *copy(const AttentionCall *call, void *scratch, const Parallel *parallel)
+{
+    memcpy(call->out, call->query, call->tokens * call->heads * call->head_dim * sizeof(float));
+    return NULL;
+}
+
+static const char *copy_nearly(const AttentionCall *call, void *scratch, const Parallel *parallel)
+{
+    copy(call, scratch, parallel);
+    call->out[call->tokens * call->heads * call->head_dim - 1] += 0.00005f;
+    return NULL;
+}
+
+static const char *copy_wrong(const AttentionCall *call, void *scratch, const Parallel *parallel)
+{
+    copy(call, scratch, parallel);
+    call->out[call->tokens * call->heads * call->head_dim - 1] = NAN;
+    return NULL;
+}
+
+#define SET(set_name, set_linear, set_attention) \
+    {.name = set_name, .linear = set_linear, .attention_check = check, .attention = set_attention}
 static const Instructions SETS[] = {
-    {"plain", write}, {"right", write}, {"wrong", write_wrong}, {"stops", stop}, {"mixes", mix}};
+    SET("plain", write, copy), SET("right", write, copy_nearly), SET("wrong", write_wrong, copy),
+    SET("stops", stop, copy), SET("mixes", mix, copy), SET("attends wrongly", write, copy_wrong)};
 
 const char *choose_instruction_set(const char *name)
 {
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         if (strcmp(name, SETS[i].name) == 0)
             return instructions = &SETS[i], name;
     return NULL;
@@ -202,8 +233,10 @@ def test_one_wrong_bit_of_one_case_or_of_two_threads_is_found(tmp_path: Path) ->
     source.write_text(FAKES)
     kernels = Path(__file__).parents[2] / "runtime" / "kernels"
     subprocess.run([str(COMPILER), "-shared", "-fPIC", f"-I{kernels}", source, "-o", made], check=True)
-    found = {name: trial._run_child(made, name) for name in ("right", "wrong", "stops", "mixes", "missing")}
-    assert found == {"right": trial.RIGHT} | dict.fromkeys(("wrong", "stops", "mixes", "missing"), trial.WRONG)
+    bad = ("wrong", "stops", "mixes", "attends wrongly", "missing")
+    assert {name: trial._run_child(made, name) for name in ("right", *bad)} == {
+        "right": trial.RIGHT, **dict.fromkeys(bad, trial.WRONG)
+    }  # fmt: skip
 
 
 @needs_kernels

@@ -1,6 +1,7 @@
 /* Linear layers of an instruction set that this processor may lack, with its instruction replaced by those of AVX2; with
- * AMX defined, those of AMX, whose tiles are C here. */
+ * AMX defined, those of AMX and attention, whose tiles are C here. */
 #include <immintrin.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -80,12 +81,42 @@ static void multiply_tiles(int sum, int a, int b)
         }
 }
 
+static float bfloat16(const uint8_t *bytes)
+{
+    const uint32_t bits = (uint32_t)bytes[0] << 16 | (uint32_t)bytes[1] << 24;
+    float number;
+    memcpy(&number, &bits, 4);
+    return fabsf(number) < 0x1p-126f ? 0 : number;
+}
+
+static void multiply_bfloat16(int sum, int a, int b)
+{
+    tile_products++;
+    if (!amx.configured || amx.tile[a].rows != amx.tile[sum].rows || amx.tile[b].bytes != amx.tile[sum].bytes
+        || amx.tile[a].bytes != 4 * amx.tile[b].rows)
+        abort();
+    for (int m = 0; m < amx.tile[a].rows; m++)
+        for (int n = 0; n < amx.tile[b].bytes / 4; n++) {
+            float total, even = 0, odd = 0;
+            for (int k = 0; k < amx.tile[b].rows; k++) {
+                const uint8_t *x = amx.tile[a].row[m] + 4 * k, *y = amx.tile[b].row[k] + 4 * n;
+                even = fmaf(bfloat16(x), bfloat16(y), even);
+                odd = fmaf(bfloat16(x + 2), bfloat16(y + 2), odd);
+            }
+            memcpy(&total, amx.tile[sum].row[m] + 4 * n, 4);
+            total += even + odd;
+            memcpy(amx.tile[sum].row[m] + 4 * n, &total, 4);
+        }
+}
+
 #define TILE_CONFIGURE(shapes) configure((const uint8_t *)(shapes))
 #define TILE_RELEASE() (amx.configured = false)
 #define TILE_ZERO(t) memset(amx.tile[t].row, 0, sizeof amx.tile[t].row)
 #define TILE_LOAD(t, from, stride) move(t, (uint8_t *)(from), stride, true)
 #define TILE_STORE(t, to, stride) move(t, (uint8_t *)(to), stride, false)
 #define TILE_DOT(sum, a, b) multiply_tiles(sum, a, b)
+#define TILE_DOT_BFLOAT16(sum, a, b) multiply_bfloat16(sum, a, b)
+#define TILE_WRITTEN() ((void)0)
 
 #define SATCHEL_ISA_AVXVNNI
 #include "vector/vectors.h"
@@ -94,8 +125,9 @@ static void multiply_tiles(int sum, int a, int b)
 #include "isa/tiles_amx.h"
 
 #include "vector/all_linear.h"
+#include "vector/all_attention.h"
 
-static const Instructions emulated = {"amx", LINEAR_KERNELS};
+static const Instructions emulated = {"amx", LINEAR_KERNELS, ATTENTION_KERNELS};
 #else
 #include "isa/avxvnni.c"
 #define emulated avxvnni_instructions
@@ -143,4 +175,46 @@ __attribute__((visibility("default"))) int run_table(const int64_t *numbers, voi
     const TableCall call
         = {.rows = numbers[3], .x = operands[0], .weights = operands[1], .scales = operands[2], .y = operands[3]};
     return emulated.table(&params, &call, &serial) != NULL;
+}
+
+/* 0 on success; 1 for a set that has no attention of its own. Numbers are batch, tokens, heads, key heads, head_dim,
+ * whether the cache is float32, float16 or int8 (0 to 2), its capacity, total tokens, channels of the rotary tables,
+ * their rows, whether pairs rotate, and the window; operands are query, key, value, their scales, the caches, seqlens_k,
+ * cos, sin and y. */
+__attribute__((visibility("default"))) int run_attention(const int64_t *numbers, float scale, float softcap, void **operands)
+{
+    const Parallel serial = {NULL, one_after_another};
+    const AttentionCall call = {.batch = numbers[0],
+                                .tokens = numbers[1],
+                                .heads = numbers[2],
+                                .kv_heads = numbers[3],
+                                .head_dim = numbers[4],
+                                .query = operands[0],
+                                .key = operands[1],
+                                .value = operands[2],
+                                .cache_type = (CacheType)numbers[5],
+                                .key_scale = operands[3],
+                                .value_scale = operands[4],
+                                .past_key = operands[5],
+                                .past_value = operands[6],
+                                .past_capacity = numbers[6],
+                                .present_key = operands[5],
+                                .present_value = operands[6],
+                                .capacity = numbers[6],
+                                .seqlens_k = operands[7],
+                                .total = (int32_t)numbers[7],
+                                .cos = operands[8],
+                                .sin = operands[9],
+                                .rotary_rows = numbers[9],
+                                .rotary_half = numbers[8],
+                                .interleaved = (int)numbers[10],
+                                .scale = scale,
+                                .softcap = softcap,
+                                .window = numbers[11],
+                                .out = operands[10]};
+    size_t bytes;
+    if (emulated.attention == NULL || emulated.attention_check(&call, &bytes) != NULL)
+        return 1;
+    void *scratch = thread_scratch(OF_RUN, bytes);
+    return scratch == NULL || emulated.attention(&call, scratch, &serial) != NULL;
 }

@@ -1,4 +1,4 @@
-/* AMX: linear layers, of many rows by tiles; all else is AVX-512's. */
+/* AMX: linear layers of many rows, and attention of several new tokens, by tiles; all else is AVX-512's. */
 #include "../processor.h"
 
 #ifdef SATCHEL_AMX
@@ -9,7 +9,8 @@
 #include "tiles_amx.h"
 
 #include "../vector/all_linear.h"
+#include "../vector/all_attention.h"
 
-const Instructions amx_instructions = {"amx", LINEAR_KERNELS};
+const Instructions amx_instructions = {"amx", LINEAR_KERNELS, ATTENTION_KERNELS};
 END_TARGET
 #endif

@@ -2,15 +2,11 @@
  * included vectors.h and the inner products before. */
 #include "all_linear.h"
 
-#include "rotary.c"
-#include "attention_decode.c"
-#include "attention_prefill.c"
-#include "attention.c"
+#include "all_attention.h"
 #include "recurrence.c"
 #include "convolution.c"
 #include "rounding.c"
 
-#define KERNELS                                                                                \
-    LINEAR_KERNELS, .attention_check = attention_check, .attention = attention_run,             \
-    .recurrence = recurrence_run, .convolution = convolution_run,                                 \
+#define KERNELS                                                                                   \
+    LINEAR_KERNELS, ATTENTION_KERNELS, .recurrence = recurrence_run, .convolution = convolution_run, \
     .choose_scales = choose_scales, .round_inputs = round_inputs, .descend_inputs = descend_inputs

@@ -1,6 +1,5 @@
 #include "vectors.h"
 
-#include <math.h>
 #include <stdbool.h>
 #include <string.h>
 
@@ -8,21 +7,18 @@
 #include "exponential.h"
 #include "../scratch.h"
 
-/* Attention of sequences with several new tokens. A task takes TILE query rows of one key head (row by row; the heads of a token are adjacent)
- * over blocks of keys, with the online softmax of FlashAttention (Dao et al., 2022). Queries are transposed once, so
+/* A task of attention in vectors: its query rows over blocks of keys. Queries are transposed once, so
  * that keys and values are read in place: scores are [keys][rows], softmax runs along the lanes of a vector, and both
  * products are register tiles of 6 broadcast floats by up to 4 vectors. Blocks start at multiples of BLOCK from the
  * start of the cache, so the result of a row does not depend on the other rows. */
-enum { TILE = 64, VECTORS = TILE / LANES, BLOCK = 96, BROADCASTS = 6, ENOUGH_TASKS = 16 };
+enum { BROADCASTS = 6 };
 
 typedef struct {
+    QueryRows rows;
     float query[MAX_HEAD_DIM * TILE];   /* [head_dim][rows], rotated and scaled */
     float scores[BLOCK * TILE + LANES]; /* [keys][rows]; the last rows of a product read past the last key */
     float sums[(TILE + BROADCASTS) * MAX_HEAD_DIM]; /* [rows][head_dim] */
     float factor[TILE + LANES];                     /* rescales the sums so far to the new maximum */
-    int32_t first[TILE], last[TILE];                /* the keys that a row attends to: first <= key < last */
-    int32_t all_from[VECTORS], all_to[VECTORS];     /* those that all rows of a vector attend to */
-    F16 maximum[VECTORS], total[VECTORS];
     float wide[BLOCK * MAX_HEAD_DIM]; /* the keys of a block, then its values, as floats */
 } Tile;
 
@@ -150,30 +146,13 @@ static void transpose_rows(const float *from, int64_t stride, int64_t columns, f
         store(to + i * TILE, v[i]);
 }
 
-/* Rotated, scaled and transposed queries of rows start..start + count, and the keys that each of them sees. */
-static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int64_t kv_head, int64_t start, int count)
+/* Rotated, scaled and transposed queries. */
+static void load_queries(const AttentionPlan *plan, Tile *tile)
 {
-    const AttentionCall *call = plan->call;
-    int64_t head_dim = call->head_dim, past = past_tokens(call, row);
+    int64_t head_dim = plan->call->head_dim;
     float *rotated = tile->sums; /* [16][head_dim]; the sums come later */
-    for (int from = 0; from < count; from += LANES) {
-        for (int r = from; r < from + LANES; r++) {
-            tile->first[r] = tile->last[r] = 0;
-            if (r >= count) {
-                memset(rotated + (r - from) * head_dim, 0, (size_t)head_dim * sizeof(float));
-                continue;
-            }
-            int64_t token = (start + r) / plan->group, head = kv_head * plan->group + (start + r) % plan->group;
-            int64_t position = past + token;
-            tile->first[r] = (int32_t)first_key(call, position);
-            tile->last[r] = (int32_t)(position + 1);
-            rotate_query(plan, row, token, head, rotated + (r - from) * head_dim);
-        }
-        tile->all_from[from / LANES] = tile->first[from], tile->all_to[from / LANES] = tile->last[from];
-        for (int r = from; r < from + LANES; r++) {
-            tile->all_from[from / LANES] = (int32_t)max64(tile->all_from[from / LANES], tile->first[r]);
-            tile->all_to[from / LANES] = (int32_t)min64(tile->all_to[from / LANES], tile->last[r]);
-        }
+    for (int from = 0; from < tile->rows.count; from += LANES) {
+        rotate_rows(plan, &tile->rows, from, rotated);
         for (int64_t d = 0; d < head_dim; d += LANES)
             transpose_rows(rotated + d, head_dim, head_dim - d, tile->query + d * TILE + from);
     }
@@ -182,28 +161,18 @@ static void load_queries(const AttentionPlan *plan, Tile *tile, int64_t row, int
 /* Scores of keys start..end to powers of their own maximum, for one vector of rows. */
 static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, int64_t from, int64_t to, float cap)
 {
-    const F16 none = floats(-INFINITY);
     float *scores = tile->scores + vector * LANES;
-    const int32_t *first = tile->first + vector * LANES, *last = tile->last + vector * LANES;
-    const I16 firsts = load_ints(first), lasts = load_ints(last);
-    const F16 old = tile->maximum[vector];
+    const F16 old = tile->rows.maximum[vector];
     F16 maximum = old;
     for (int64_t key = from; key < to; key++) {
         float *at = scores + (key - start) * TILE;
-        F16 score = load(at);
-        const bool whole = key >= tile->all_from[vector] && key < tile->all_to[vector];
-        if (cap > 0)
-            score = mul(tanh_lanes(score), floats(cap));
-        if (!whole) {
-            const I16 seen = both(is_less(firsts, ints((int32_t)key + 1)), is_less(ints((int32_t)key), lasts));
-            score = choose(seen, score, none);
-        }
-        if (cap > 0 || !whole)
+        const F16 score = seen_score(&tile->rows, vector, key, load(at), cap);
+        if (cap > 0 || !all_see(&tile->rows, vector, key))
             store(at, score);
         maximum = larger(maximum, score);
     }
     const F16 factor = exp2_lanes(sub(old, maximum));
-    F16 total = mul(tile->total[vector], factor);
+    F16 total = mul(tile->rows.total[vector], factor);
     for (int64_t key = start; key < from; key++)
         store(scores + (key - start) * TILE, floats(0));
     for (int64_t key = from; key < to; key++) {
@@ -214,8 +183,8 @@ static void softmax_vector(Tile *tile, int vector, int64_t start, int64_t end, i
     }
     for (int64_t key = to; key < end; key++)
         store(scores + (key - start) * TILE, floats(0));
-    tile->maximum[vector] = maximum;
-    tile->total[vector] = total;
+    tile->rows.maximum[vector] = maximum;
+    tile->rows.total[vector] = total;
     store(tile->factor + vector * LANES, factor);
 }
 
@@ -258,17 +227,14 @@ static int64_t float_at(const AttentionPlan *plan, int64_t row, int64_t kv_head,
 }
 
 /* One block of keys start..end, all of which some row of the tile sees. */
-static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_batch, int64_t kv_head, int64_t start,
-                         int64_t end, int count)
+static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t start, int64_t end)
 {
-    const float *keys = floats_of(plan, tile, plan->call->present_key, row_of_batch, kv_head, start, end);
+    const QueryRows *rows = &tile->rows;
+    const float *keys = floats_of(plan, tile, plan->call->present_key, rows->row, rows->kv_head, start, end);
     int64_t head_dim = plan->call->head_dim, from[VECTORS], to[VECTORS];
-    int used = (count + LANES - 1) / LANES;
-    for (int v = 0; v < used; v++) {
-        int row = (int)min64((v + 1) * LANES, count) - 1;
-        from[v] = min64(end, max64(start, tile->first[v * LANES]));
-        to[v] = max64(from[v], min64(end, tile->last[row]));
-    }
+    int used = rows->used;
+    for (int v = 0; v < used; v++)
+        find_seen(rows, v, start, end, from + v, to + v);
     for (int64_t key = start; key < end; key += BROADCASTS) {
         int low = 0, high = used; /* the vectors of which some row sees some of these keys */
         while (low < high && to[low] <= key)
@@ -279,85 +245,59 @@ static void attend_block(const AttentionPlan *plan, Tile *tile, int64_t row_of_b
             continue;
         const float *at[BROADCASTS];
         for (int k = 0; k < BROADCASTS; k++)
-            at[k] = keys + float_at(plan, row_of_batch, kv_head, start, min64(key + k, end - 1));
+            at[k] = keys + float_at(plan, rows->row, rows->kv_head, start, min64(key + k, end - 1));
         float *scores = tile->scores + (key - start) * TILE + low * LANES;
         prefill_scores(at, tile->query + low * LANES, head_dim, scores, high - low);
     }
     for (int v = 0; v < used; v++)
         softmax_vector(tile, v, start, end, from[v], to[v], plan->cap);
-    const float *values = floats_of(plan, tile, plan->call->present_value, row_of_batch, kv_head, start, end);
-    for (int row = 0; row < count;) {
-        int left = count - row, rows = left > 4 ? 6 : 4, end_row = (int)min64(row + rows, count) - 1;
-        int64_t low = max64(start, tile->first[row]), high = min64(end, tile->last[end_row]);
+    const float *values = floats_of(plan, tile, plan->call->present_value, rows->row, rows->kv_head, start, end);
+    for (int row = 0; row < rows->count;) {
+        int left = rows->count - row, some = left > 4 ? 6 : 4, end_row = (int)min64(row + some, rows->count) - 1;
+        int64_t low = max64(start, rows->first[row]), high = min64(end, rows->last[end_row]);
         const float *factor = tile->factor + row;
         for (int64_t next; low < high; low = next, factor = ONES) {
             next = plan->call->cache_type != CACHE_FLOAT ? high : run_end(plan, low, high);
             const float *scores = tile->scores + (low - start) * TILE + row;
-            const float *at = values + float_at(plan, row_of_batch, kv_head, start, low);
-            (rows == 6 ? add_six : add_four)(scores, at, next - low, head_dim, factor, tile->sums + row * head_dim);
+            const float *at = values + float_at(plan, rows->row, rows->kv_head, start, low);
+            (some == 6 ? add_six : add_four)(scores, at, next - low, head_dim, factor, tile->sums + row * head_dim);
         }
-        row += rows;
-    }
-}
-
-static int64_t prefill_tiles(const AttentionCall *call, int64_t row, int64_t height)
-{
-    int64_t rows = new_tokens(call, row) * (call->heads / call->kv_heads);
-    return (rows + height - 1) / height;
-}
-
-/* Chooses tiles that are low enough to occupy all threads, and counts them. */
-static void prefill_plan(AttentionPlan *plan)
-{
-    const AttentionCall *call = plan->call;
-    for (plan->height = TILE;; plan->height /= 2) {
-        plan->tiles[0] = 0;
-        for (int64_t row = 0; row < call->batch; row++)
-            plan->tiles[row + 1]
-                = plan->tiles[row] + (new_tokens(call, row) == 1 ? 0 : prefill_tiles(call, row, plan->height));
-        if (plan->height == LANES || plan->tiles[call->batch] * call->kv_heads >= ENOUGH_TASKS)
-            return;
+        row += some;
     }
 }
 
 static void prefill_task(AttentionPlan *plan, int64_t index)
 {
     const AttentionCall *call = plan->call;
-    int64_t kv_head = index % call->kv_heads, place = index / call->kv_heads, head_dim = call->head_dim;
-    int64_t row = part_of(plan->tiles, call->batch, place), rows = new_tokens(call, row) * plan->group;
-    int64_t start = (plan->tiles[row + 1] - 1 - place) * plan->height; /* longest first */
-    int count = (int)min64(plan->height, rows - start);
+    int64_t head_dim = call->head_dim;
     Tile *tile = thread_scratch(OF_TASK, sizeof *tile); /* some 500 KB: too much for the stack of a musl thread */
     if (tile == NULL) {
         atomic_store(&plan->failed, true);
         return;
     }
-    load_queries(plan, tile, row, kv_head, start, count);
+    QueryRows *rows = &tile->rows;
+    find_rows(plan, index, rows);
+    load_queries(plan, tile);
     memset(tile->sums, 0, (size_t)((TILE + BROADCASTS) * head_dim) * sizeof(float));
     memset(tile->factor, 0, sizeof tile->factor);
     memset(tile->scores, 0, sizeof tile->scores); /* rows past the last one are computed, and not stored */
-    for (int v = 0; v < VECTORS; v++) {
-        tile->maximum[v] = floats(-0x1p+126f); /* finite: infinity minus infinity is NaN */
-        tile->total[v] = floats(0);
-    }
-    int64_t end = tile->last[count - 1];
-    for (int64_t key = tile->first[0]; key < end;) {
+    int64_t end = rows->last[rows->count - 1];
+    for (int64_t key = rows->first[0]; key < end;) {
         int64_t next = min64(end, key / BLOCK * BLOCK + BLOCK);
-        attend_block(plan, tile, row, kv_head, key, next, count);
+        attend_block(plan, tile, key, next);
         key = next;
     }
     float totals[TILE];
-    for (int v = 0; v < VECTORS; v++)
-        store(totals + v * LANES, tile->total[v]);
-    for (int r = 0; r < count; r++) {
-        int64_t token = (start + r) / plan->group, head = kv_head * plan->group + (start + r) % plan->group;
-        float *out = out_of(call, row, token, head);
+    for (int v = 0; v < rows->used; v++)
+        store(totals + v * LANES, rows->total[v]);
+    for (int r = 0; r < rows->count; r++) {
+        float *out = out_of(call, rows->row, token_of(plan, rows, r), head_of(plan, rows, r));
         const F16 share = floats(1.0f / totals[r]);
         for (int64_t d = 0; d < head_dim; d += LANES) {
             const F16 sum = load_some(tile->sums + r * head_dim + d, head_dim - d);
             store_some(out + d, head_dim - d, mul(sum, share));
         }
         if (is_int8(call))
-            scale_channels(head_dim, call->value_scale + kv_head * head_dim, out);
+            scale_channels(head_dim, call->value_scale + rows->kv_head * head_dim, out);
     }
 }
