@@ -108,6 +108,8 @@ def forecast(checkpoint: Checkpoint, config: ExportConfig, recipe: Recipe | None
     if config.certificate:
         windows = certificate_windows(config)
         scratch += 4 * checkpoint.vocab_size * windows * Window.LENGTH
+        if config.precision != "fp32":  # the weights in two layouts, to measure them with satchel's kernels
+            scratch += 2 * disk
         stages["measuring the bundle"] = MEASURING_SECONDS * windows * total
     return Forecast(memory, disk, scratch, stages)
 

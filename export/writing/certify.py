@@ -19,7 +19,7 @@ from satchel.export.writing.bundle_writer import write_json
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
-from satchel.runtime.evaluation.worker import REFERENCE, RESULT, WINDOWS
+from satchel.runtime.optimize.certificate_worker import REFERENCE, RESULT, WINDOWS
 
 
 def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries: Sequence[Path] = ()) -> Manifest:
@@ -52,7 +52,7 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries
     np.save(folder / WINDOWS, windows)
     measured = None if texts.measured is None else strict_json.to_json(texts.measured)
     arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
-    command = [sys.executable, "-m", "satchel.runtime.evaluation.worker", *arguments]
+    command = [sys.executable, "-m", "satchel.runtime.optimize.certificate_worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()

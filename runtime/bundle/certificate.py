@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from satchel.runtime.bundle.strict_json import StrictJsonError
 
+SATCHEL, ONNXRUNTIME = "satchel", "onnxruntime"
+"""Whose kernels a certificate was measured with, by the names that `satchel specialize --kernels` takes."""
+
 
 class Window:
     """Defaults of the evaluation, with which figures of different runs are comparable: tokens per window, the number of
@@ -112,7 +115,8 @@ class Certificate:
 
     `prefill` and `decode` are over `windows` and `decode_windows` windows of `text` (None: random ids). A window has
     `window_tokens` tokens, of which the first `skip` do not count. `onnxruntime` (a version), `provider` and
-    `processor` (a display name) are those of the measurement.
+    `processor` (a display name) are those of the measurement; `kernels` are those of the linear layers: SATCHEL, or
+    ONNXRUNTIME for the portable graphs.
     """
 
     text: EvaluatedText | None
@@ -128,6 +132,7 @@ class Certificate:
     margin: Margin
     prompts: tuple[GoldenPrompt, ...]
     speed: Speed | None
+    kernels: str = ONNXRUNTIME
 
 
 def check_values(certificate: Certificate, vocabulary: int, max_context: int) -> None:
@@ -136,6 +141,8 @@ def check_values(certificate: Certificate, vocabulary: int, max_context: int) ->
     Raises StrictJsonError, which names the key.
     """
     _check(len(certificate.prompts) > 0, "prompts", "[]", "a non-empty list")
+    known = SATCHEL, ONNXRUNTIME
+    _check(certificate.kernels in known, "kernels", certificate.kernels, " or ".join(known))
     for index, prompt in enumerate(certificate.prompts):
         key, steps = f"prompts[{index}]", len(prompt.continuation)
         for name in ("positions", "greedy_ids", "gaps"):

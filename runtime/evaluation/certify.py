@@ -68,6 +68,7 @@ def make_certificate(
     provider: str = PROVIDER,
     margin: Margin = MARGIN,
     progress: Callable[[int], Any] = lambda tokens: None,
+    together: int = 1,
     workers: int = 1,
 ) -> Certificate:
     """Measure a bundle against its reference, and record golden prompts that `check_certificate` replays.
@@ -80,7 +81,8 @@ def make_certificate(
         decode_windows: Number of windows that decode is measured on; None for all.
         decode_rows: As in `evaluate`.
         progress: Called with the number of tokens of each finished window.
-        workers: Windows and prompts that are measured at once, for an engine of one thread.
+        together: As in `evaluate`.
+        workers: As in `evaluate`; so many prompts, too, are measured at once.
 
     Raises:
         PromptError: There is no prompt, one exceeds its window, or a window does not fit the bundle.
@@ -90,7 +92,7 @@ def make_certificate(
     _check_prompts(prompts, windows)
     fidelity = evaluate(
         engine, windows, reference, skip=skip, decode_windows=decode_windows, decode_rows=decode_rows,
-        progress=progress, workers=workers,
+        progress=progress, together=together, workers=workers,
     )  # fmt: skip
 
     def golden(prompt: tuple[int, int, int]) -> GoldenPrompt:

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -79,6 +78,7 @@ def evaluate(
     decode_rows: int = 1,
     adapter: str | None = None,
     progress: Callable[[int], Any] = lambda tokens: None,
+    together: int = 1,
     workers: int = 1,
 ) -> Fidelity:
     """Compare the predictions of a bundle with those of a reference, position by position.
@@ -87,7 +87,7 @@ def evaluate(
     window. Decode: the first half of a window is prefilled and the second half, which counts, is decoded token by
     token. The divergence is KL(reference || bundle) over the whole vocabulary, in float64. The loss of a position is
     that of the next token, so the last position of a window has none. The logits of as many windows as there are
-    `workers` are in memory.
+    `workers` are in memory, and the reference's of `together` times as many.
 
     Args:
         windows: Token ids, each at least `skip` + 2 of them.
@@ -99,7 +99,8 @@ def evaluate(
             compute the same.
         adapter: The adapter to measure; None for the base model.
         progress: Called with the number of tokens of each finished window.
-        workers: Windows that are measured at once, for an engine of one thread.
+        together: Windows that decode in the rows of one batch: in one run of the graph if that changes none of them.
+        workers: So many times `together` windows are measured at once, for an engine of one thread.
 
     Raises:
         PromptError: A window is too short or too long, an id is outside the vocabulary, or there is no such adapter.
@@ -111,17 +112,20 @@ def evaluate(
         raise PromptError(f"decode cannot be measured on {decode_windows} windows: give at least 1")
     prefill, decode = _Figures("score and prefill graphs"), _Figures("decode graph")
 
-    def measure(index: int) -> tuple[_Figures, _Figures]:
-        window = windows[index]
-        expected = None if reference is None else _checked(reference(window), window, engine)
-        rows = decode_rows if decode_windows is None or index < decode_windows else 0
-        return _compare(engine, window, expected, skip, rows, adapter)
+    def measure(start: int) -> tuple[_Figures, _Figures]:
+        rows = []
+        for index, window in enumerate(windows[start : start + together], start):
+            expected = None if reference is None else _checked(reference(window), window, engine)
+            rows.append(_Row(window, expected, decode_windows is None or index < decode_windows))
+        return _compare(engine, rows, skip, decode_rows, adapter)
 
+    starts = range(0, len(windows), together)
     with ThreadPoolExecutor(workers) as pool:
-        for window, found in zip(windows, pool.map(measure, range(len(windows))), strict=True):
+        for start, found in zip(starts, pool.map(measure, starts), strict=True):
             prefill.extend(found[0])
             decode.extend(found[1])
-            progress(len(window))
+            for window in windows[start : start + together]:
+                progress(len(window))
     return Fidelity(prefill.summary(), decode.summary())
 
 
@@ -183,32 +187,58 @@ class _Figures:
         )
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A window, the reference's logits of its positions, and whether decode is measured on it."""
+
+    window: Ids
+    expected: NDArray[np.float32] | None
+    decodes: bool
+
+    def of(self, positions: slice) -> NDArray[np.float32] | None:
+        """The reference's logits of these positions."""
+        return None if self.expected is None else self.expected[positions]
+
+
 def _compare(
-    engine: Engine, window: Ids, expected: NDArray[np.float32] | None, skip: int, rows: int, adapter: str | None
+    engine: Engine, windows: Sequence[_Row], skip: int, parts: int, adapter: str | None
 ) -> tuple[_Figures, _Figures]:
-    """The figures of prefill and of decode on one window; decode runs in so many rows, or is left out."""
+    """The figures of prefill and of decode on windows. The second half of each is decoded in so many parts, and the
+    parts of all windows are the rows of one batch."""
     prefill, decode = _Figures("score and prefill graphs"), _Figures("decode graph")
-    logits = engine.score(window, adapter=adapter)
-    places = np.arange(len(window) // 2, len(window))
-    parts = np.array_split(places, min(rows, len(places))) if rows else []
-    # Each row holds what is before its part, and the last one the whole window.
-    batch, fed = engine.new_batch(len(parts) + 1, len(window)), 0
-    for row, until in enumerate([*(part[0] for part in parts), len(window)]):
-        state = batch.add(adapter)
-        if row:
-            state.copy_from(batch.states[row - 1])
-        engine.prefill(state, window[fed:until])
-        fed = until
-    logits[-1] = batch.states[len(parts)].logits
-    prefill.add(logits[skip:], None if expected is None else expected[skip:], window[skip + 1 :])
-    for step in zip_longest(*parts):  # earlier rows have longer parts
-        positions = np.array([place for place in step if place is not None])
-        batch.decode(window[positions])
-        for row, position in enumerate(positions):
+    rows = [(row, part) for row in windows if row.decodes for part in _parts(len(row.window), parts)]
+    rows.sort(key=lambda row: -len(row[1]))  # those that end first are last
+    # One more row holds each window in turn, and a row gets what is before its part from there.
+    batch = engine.new_batch(len(rows) + 1, max(len(row.window) for row in windows))
+    for _ in rows:
+        batch.add(adapter)
+    for row in windows:
+        logits = engine.score(row.window, adapter=adapter)
+        state, fed = batch.add(adapter), 0
+        starts = sorted((int(part[0]), place) for place, (of, part) in enumerate(rows) if of is row)
+        for start, place in starts:
+            engine.prefill(state, row.window[fed:start])
+            batch.states[place].copy_from(state)
+            fed = start
+        engine.prefill(state, row.window[fed:])
+        logits[-1] = state.logits
+        batch.drop(len(rows))
+        prefill.add(logits[skip:], row.of(slice(skip, None)), row.window[skip + 1 :])
+        del logits
+    for step in range(len(rows[0][1]) if rows else 0):
+        positions = [(row, int(part[step])) for row, part in rows if step < len(part)]
+        batch.decode([int(row.window[position]) for row, position in positions])
+        for place, (row, position) in enumerate(positions):
             if position >= skip:
-                theirs = None if expected is None else expected[position : position + 1]
-                decode.add(batch.logits[row : row + 1], theirs, window[position + 1 : position + 2])
+                expected = row.of(slice(position, position + 1))
+                decode.add(batch.logits[place : place + 1], expected, row.window[position + 1 : position + 2])
     return prefill, decode
+
+
+def _parts(length: int, count: int) -> list[NDArray[np.int64]]:
+    """The positions of the second half of a window, in so many parts."""
+    places = np.arange(length // 2, length)
+    return np.array_split(places, min(count, len(places)))
 
 
 def _checked(logits: NDArray[np.float32], window: Ids, engine: Engine) -> NDArray[np.float32]:

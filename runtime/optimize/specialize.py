@@ -27,7 +27,15 @@ from satchel.runtime.errors import BundleError, SatchelError, SatchelWarning
 from satchel.runtime.optimize.derived import make_weights
 from satchel.runtime.optimize.forms import PREFIX, STORED, Form, Made, described, form_of, portable_form, token_of
 from satchel.runtime.optimize.packing import Places, Store, relocate, stored_places
-from satchel.runtime.optimize.trials import ENOUGH_FASTER, check, fastest, runs_ahead, step_seconds
+from satchel.runtime.optimize.trials import (
+    ENOUGH_FASTER,
+    ROUNDED_TOLERANCE,
+    check,
+    compare,
+    fastest,
+    runs_ahead,
+    step_seconds,
+)
 from satchel.runtime.ort.open_bundle import is_outdated, unusable
 from satchel.runtime.ort.session import SessionSettings, save_optimized
 
@@ -124,6 +132,10 @@ class _Maker:
     def make(self, forms: list[Form]) -> list[Bundle]:
         """The bundle with the specialized graphs of each form, which are not checked yet."""
         _check_space(self.portable, self.scratch, _disk_factor(self.portable, forms))
+        return self.make_now(forms)
+
+    def make_now(self, forms: list[Form]) -> list[Bundle]:
+        """`make` without a look at the space on the disk."""
         made = self._files(forms)
         files = {name: path for _, paths in made for name, path in paths.items()}
         self.written.update(files)
@@ -272,6 +284,38 @@ def _choose(maker: _Maker, found: list[Bundle], say: Callable[[str], Any]) -> Bu
             f"keeping {_names(kept)}"
         )
     return kept
+
+
+@contextlib.contextmanager
+def on_own_kernels(bundle: Bundle, settings: SessionSettings) -> Iterator[Bundle | None]:
+    """While it is entered, the bundle on satchel's own kernels; None where it has no variant for them that runs here.
+
+    Its files are in the bundle's folder for that time, and its manifest does not list them. The logits of a few tokens
+    are compared with those of the portable graphs.
+
+    Args:
+        bundle: A bundle that is a folder.
+        settings: Those for the comparison.
+
+    Raises:
+        SatchelError: The logits differ, or the folder cannot be written.
+        BundleError: A graph cannot be loaded.
+    """
+    specializable = bundle.whole and bundle.manifest.graphs is not None
+    own = _own_variant(bundle, "auto", "auto") if specializable else None
+    if own is None:
+        yield None
+        return
+    portable = _portable(bundle)
+    with _scratch(bundle.folder) as scratch, contextlib.ExitStack() as placed:
+        maker = _Maker(portable, settings, scratch, placed, set(), silent)
+        [made] = maker.make_now([form_of(own)])
+        try:
+            compare(portable, made, settings, (ROUNDED_TOLERANCE, ROUNDED_TOLERANCE), lean=True)
+            yield made
+        finally:
+            for name in maker.written:
+                (bundle.folder / name).unlink(missing_ok=True)
 
 
 def remove(bundle: Bundle) -> Manifest:

@@ -49,7 +49,7 @@ def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> N
     prefill = TOLERANCE if made.variant("prefill") is None else ROUNDED_TOLERANCE
     # Decode reads the KV cache that prefill wrote.
     decode = TOLERANCE if not made.variants else ROUNDED_TOLERANCE
-    compare(portable, specialized, settings, (prefill, decode))
+    compare(portable, specialized, settings, (prefill, decode), lean=settings.lean)
     if decode > TOLERANCE and certificate is not None and portable.manifest.rank is None:
         lines = check_certificate(open_engine(specialized, settings), certificate)
         if lines:
@@ -62,12 +62,16 @@ def check(portable: Bundle, specialized: Bundle, settings: SessionSettings) -> N
             )
 
 
-def compare(portable: Bundle, specialized: Bundle, settings: SessionSettings, tolerances: tuple[float, float]) -> None:
+def compare(
+    portable: Bundle, specialized: Bundle, settings: SessionSettings, tolerances: tuple[float, float], *, lean: bool
+) -> None:
     """Raise SatchelError unless both bundles give the same logits for a few tokens, in prefill and in decode.
 
-    `tolerances` are those of prefill and decode, as shares of the largest logit.
+    `tolerances` are those of prefill and decode, as shares of the largest logit. `lean` opens the portable graphs with
+    weights as they are stored: sooner, and their kernels round otherwise.
     """
-    expected, found = (_logits(bundle, settings) for bundle in (portable, specialized))
+    expected = _logits(portable, replace(settings, lean=lean))
+    found = _logits(specialized, settings)
     for wanted, given, tolerance in zip(expected, found, tolerances, strict=False):  # a context of 1 has no decode
         error = float(np.abs(given - wanted).max() / max(float(np.abs(wanted).max()), 1e-30))
         if not error <= tolerance:

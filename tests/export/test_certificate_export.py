@@ -15,7 +15,8 @@ from satchel.export.quantize.texts import FEWER_CERTIFICATE_WINDOWS
 from satchel.export.writing import certify as certify_module
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import Manifest
-from satchel.runtime.evaluation.worker import FLOAT_DECODE_WINDOWS, PROMPTS
+from satchel.runtime.kernels.library import OFF, SWITCH
+from satchel.runtime.optimize.certificate_worker import FLOAT_DECODE_WINDOWS, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,33 @@ def test_a_quantized_bundle_is_certified_with_what_it_lost(int8: Path) -> None:
         assert phase.kl_mean is not None
         assert 1e-8 < phase.kl_mean < 0.05
     assert found.decode_windows == found.windows, "its decode has kernels of its own"
+
+
+@pytest.mark.own_kernels
+def test_a_quantized_bundle_is_measured_on_satchels_kernels(
+    satchel: Satchel, int8: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    found = certificate(int8)
+    assert (found.kernels, certificate(tiny_bundle).kernels) == ("satchel", "onnxruntime")
+    shutil.copytree(int8, tmp_path / "copy")
+    satchel("specialize", tmp_path / "copy", "--kernels", "satchel", "--threads", 1)
+    text = int8.parent / "mine.txt"
+    flags = ("--text", text, "--reference", tiny_bundle, "--windows", found.windows, "--skip", found.skip)
+    flags += ("--window-tokens", found.window_tokens, "--threads", 1)
+    own, portable = (satchel.json("eval", tmp_path / "copy", *flags, *more) for more in ((), ("--portable",)))
+    for phase in ("prefill", "decode"):
+        kl = getattr(found, phase).kl_mean
+        assert kl == pytest.approx(own[phase]["kl_mean"], rel=1e-3)
+        assert kl != pytest.approx(portable[phase]["kl_mean"], rel=1e-2), "satchel's kernels round otherwise"
+    assert not [path for path in int8.iterdir() if path.name.startswith("specialized-")]
+
+
+def test_without_satchels_kernels_the_portable_graphs_are_measured(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, OFF)
+    export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", "int4", effort="quick"))
+    assert certificate(tmp_path / "bundle").kernels == "onnxruntime"
 
 
 def test_a_text_of_one_s_own_is_measured_on(int8: Path) -> None:

@@ -82,6 +82,27 @@ def test_the_figures_are_those_of_a_plain_computation(
     assert found.prefill.kl_p90 < found.prefill.kl_p999 < found.prefill.kl_max
 
 
+@pytest.mark.parametrize(("decode_rows", "decode_windows"), [(1, None), (1, 2), (3, None)])
+def test_windows_that_decode_together_have_the_same_figures(
+    engine: Engine, decode_rows: int, decode_windows: int | None
+) -> None:
+    windows, reference = [*WINDOWS, WINDOWS[0][:17]], blurred(engine)  # the last in the batch ends first
+    found, alone = (
+        evaluate(
+            engine, windows, reference, skip=SKIP, decode_rows=decode_rows, decode_windows=decode_windows,
+            together=together,
+        )
+        for together in (3, 1)
+    )  # fmt: skip
+    for phase, expected in ((found.prefill, alone.prefill), (found.decode, alone.decode)):
+        assert_figures(phase, expected)
+    measured = windows[:decode_windows]
+    half = [plain(engine, reference, len(window) // 2, [window]) for window in measured]
+    counts = [len(window) - len(window) // 2 for window in measured]
+    mean = sum(phase.kl_mean * count for phase, count in zip(half, counts, strict=True)) / sum(counts)
+    assert found.decode.kl_mean == pytest.approx(mean, rel=1e-4)
+
+
 def test_one_position_that_is_far_off_shows_in_the_tail_alone(engine: Engine) -> None:
     def reference(ids: np.ndarray) -> np.ndarray:
         rows = engine.score(ids)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from satchel.runtime.bundle.certificate import Certificate
+from satchel.runtime.bundle.certificate import SATCHEL, Certificate
 from satchel.runtime.bundle.checks import PREPARED
 from satchel.runtime.bundle.contract import lora_names
 from satchel.runtime.bundle.manifest import AdapterSpec, LayerPrecision, ModelFacts
@@ -321,6 +321,7 @@ def _measured(certificate: Certificate) -> list[tuple[str, str]]:
         ("text", "random ids" if text is None else f"{text.name}, {text.tokens:,} tokens, SHA-256 {text.sha256}"),
         ("measured on", f"{windows}, the first {certificate.skip} of each not counted"),
         ("where", f"ONNX Runtime {certificate.onnxruntime}, {certificate.provider}, {certificate.processor}"),
+        ("kernels", "satchel's own" if certificate.kernels == SATCHEL else "ONNX Runtime's"),
         ("golden prompts", str(len(certificate.prompts))),
         (
             "margin",

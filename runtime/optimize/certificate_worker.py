@@ -1,6 +1,6 @@
 """Creates the certificate of a new bundle. Only `satchel export` starts this, in a process without torch:
 
-    python -m satchel.runtime.evaluation.worker BUNDLE FOLDER TEXT [LIBRARY ...]
+    python -m satchel.runtime.optimize.certificate_worker BUNDLE FOLDER TEXT [LIBRARY ...]
 
 FOLDER holds the windows and a file with the reference logits of each, and receives the certificate; TEXT describes in
 JSON the text that the windows were cut from; a LIBRARY has operators that the bundle needs.
@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satchel.runtime.bundle import strict_json
-from satchel.runtime.bundle.certificate import Certificate, EvaluatedText, Speed, Window
+from satchel.runtime.bundle.certificate import ONNXRUNTIME, SATCHEL, Certificate, EvaluatedText, Speed, Window
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import SatchelError
 from satchel.runtime.evaluation.certify import NEW_TOKENS, make_certificate
 from satchel.runtime.execution.engine import Engine, open_engine
+from satchel.runtime.optimize.specialize import on_own_kernels
 from satchel.runtime.ort.custom_ops import Custom, choose
 from satchel.runtime.ort.session import SessionSettings, default_threads
 from satchel.runtime.tools.bench.benchmark import LOWEST_ID, Workload, measure
@@ -42,10 +43,20 @@ LARGEST_PACKED = 1 << 30
 FLOAT_DECODE_WINDOWS, FLOAT_DECODE_ROWS = 1, 8
 """Float decode computes the same as prefill, so one window is enough, and its parts are decoded in rows."""
 
+MOST_TOGETHER = 4
+"""Windows whose steps of decode run together: so many rows take little longer than one."""
+
 
 def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tuple[Path, ...] = ()) -> Certificate:
-    """Measure a bundle against the reference logits in `work`. Raises SatchelError."""
-    bundle = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
+    """Measure a bundle against the reference logits in `work`, on satchel's own kernels if it has a variant that runs
+    here, as for a user, else on its portable graphs. Raises SatchelError."""
+    portable = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
+    with on_own_kernels(portable, SessionSettings(threads=1, alone=True)) as own:
+        certificate = _measured(own or portable, work, text)
+        return dataclasses.replace(certificate, kernels=ONNXRUNTIME if own is None else SATCHEL)
+
+
+def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None) -> Certificate:
     manifest = bundle.manifest
     windows = list(np.load(work / WINDOWS))
     places = {window.tobytes(): index for index, window in enumerate(windows)}
@@ -56,11 +67,12 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
 
     quantized = bool(manifest.layers)
     # Quantized weights run on other kernels if not packed, with other figures than those of the user.
-    lean = not quantized and sum(record.bytes for record in manifest.files.values()) > LARGEST_PACKED
+    size = sum(record.bytes for record in manifest.files.values())
+    lean = not quantized and bundle.specialized is None and size > LARGEST_PACKED
     # Windows are measured at once: one thread for each wastes less than all for one, and the figures cannot depend on
     # the number of threads.
     engine = open_engine(bundle, SessionSettings(threads=1, lean=lean))
-    length = len(windows[0])
+    length, workers = len(windows[0]), default_threads()
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
         engine,
@@ -71,7 +83,8 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
         skip=min(Window.SKIP, length // 8),
         decode_windows=None if quantized else FLOAT_DECODE_WINDOWS,
         decode_rows=1 if quantized else FLOAT_DECODE_ROWS,
-        workers=default_threads(),
+        together=min(-(-len(windows) // workers), MOST_TOGETHER),
+        workers=workers,
     )
     if lean or manifest.target != "cpu":  # the speed of the CPU says nothing about another device
         return certificate
