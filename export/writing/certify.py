@@ -11,15 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from satchel.export.errors import ExportError
 from satchel.export.quantize.flow import Flow, fresh
+from satchel.export.quantize.observe import BATCH
 from satchel.export.quantize.texts import Texts
 from satchel.export.writing.bundle_writer import write_json
+from satchel.graphs.ir.values import last_dim
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from satchel.runtime.optimize.certificate_worker import REFERENCE, RESULT, WINDOWS
+
+LARGEST_LOGITS = 256 << 20
+"""Max bytes of the reference's logits that are in memory at once."""
 
 
 def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries: Sequence[Path] = ()) -> Manifest:
@@ -45,10 +51,12 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries
         raise ValueError("no evaluation text")
     folder.mkdir(parents=True)
     windows = texts.certificate
-    flow = Flow(model, windows, fresh(folder, "flow"))
+    batch = _batch(model, windows)
+    flow = Flow(model, windows, fresh(folder, "flow"), batch=batch)
     flow.run()
-    for index in range(len(windows)):
-        np.save(folder / REFERENCE.format(index), flow.logits(index)[0])
+    for first in range(0, len(windows), batch):
+        for index, logits in enumerate(flow.logits(first // batch), first):
+            np.save(folder / REFERENCE.format(index), logits)
     np.save(folder / WINDOWS, windows)
     measured = None if texts.measured is None else strict_json.to_json(texts.measured)
     arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
@@ -61,3 +69,11 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries
     manifest = dataclasses.replace(Manifest.read(bundle / MANIFEST_NAME), certificate=certificate)
     write_json(bundle / MANIFEST_NAME, manifest.to_json())
     return manifest
+
+
+def _batch(model: ir.Model, windows: NDArray[np.int64]) -> int:
+    """Windows that the reference takes at once: more take less time, and more memory for their logits."""
+    vocabulary = last_dim(model.graph.outputs[0])
+    of_one = LARGEST_LOGITS if vocabulary is None else 4 * windows.shape[1] * vocabulary
+    fitting = (n for n in (BATCH, BATCH // 2) if len(windows) % n == 0 and n * of_one <= LARGEST_LOGITS)
+    return next(fitting, 1)

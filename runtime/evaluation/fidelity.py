@@ -83,11 +83,11 @@ def evaluate(
 ) -> Fidelity:
     """Compare the predictions of a bundle with those of a reference, position by position.
 
-    Prefill: logits of `Engine.score` from position `skip` on, and of the prefill graph for the last position of a
-    window. Decode: the first half of a window is prefilled and the second half, which counts, is decoded token by
-    token. The divergence is KL(reference || bundle) over the whole vocabulary, in float64. The loss of a position is
-    that of the next token, so the last position of a window has none. The logits of as many windows as there are
-    `workers` are in memory, and the reference's of `together` times as many.
+    Prefill: logits of `Engine.score` from position `skip` on, and of the prefill graph for the last position of each
+    window that decode is measured on. Decode: the first half of a window is prefilled and the second half, which
+    counts, is decoded token by token. The divergence is KL(reference || bundle) over the whole vocabulary, in float64.
+    The loss of a position is that of the next token, so the last position of a window has none. The logits of as many
+    windows as there are `workers` are in memory, and the reference's of `together` times as many.
 
     Args:
         windows: Token ids, each at least `skip` + 2 of them.
@@ -220,8 +220,9 @@ def _compare(
             engine.prefill(state, row.window[fed:start])
             batch.states[place].copy_from(state)
             fed = start
-        engine.prefill(state, row.window[fed:])
-        logits[-1] = state.logits
+        if row.decodes:
+            engine.prefill(state, row.window[fed:])
+            logits[-1] = state.logits
         batch.drop(len(rows))
         prefill.add(logits[skip:], row.of(slice(skip, None)), row.window[skip + 1 :])
         del logits

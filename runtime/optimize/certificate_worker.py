@@ -34,7 +34,7 @@ PROMPTS = 6
 """Number of windows whose first tokens become golden prompts."""
 
 PROMPT_TOKENS = 32
-SPEED_TOKENS = (256, 64)
+SPEED_TOKENS = (256, 32)
 """Prompt tokens and new tokens of the recorded speeds."""
 
 LARGEST_PACKED = 1 << 30
@@ -69,10 +69,10 @@ def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None) -> Certifi
     # Quantized weights run on other kernels if not packed, with other figures than those of the user.
     size = sum(record.bytes for record in manifest.files.values())
     lean = not quantized and bundle.specialized is None and size > LARGEST_PACKED
-    # Windows are measured at once: one thread for each wastes less than all for one, and the figures cannot depend on
-    # the number of threads.
-    engine = open_engine(bundle, SessionSettings(threads=1, lean=lean))
-    length, workers = len(windows[0]), default_threads()
+    # Rounded values may differ with the number of threads, so each window is measured by one, and several at once.
+    exact = not quantized and bundle.specialized is None
+    length, workers = len(windows[0]), 1 if exact else default_threads()
+    engine = open_engine(bundle, SessionSettings(threads=None if exact else 1, lean=lean))
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
         engine,
@@ -88,8 +88,10 @@ def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None) -> Certifi
     )
     if lean or manifest.target != "cpu":  # the speed of the CPU says nothing about another device
         return certificate
-    del engine  # before its weights are loaded once more
-    return dataclasses.replace(certificate, speed=_speed(open_engine(bundle, SessionSettings()), manifest))
+    if not exact:
+        del engine  # before its weights are loaded once more
+        engine = open_engine(bundle, SessionSettings())
+    return dataclasses.replace(certificate, speed=_speed(engine, manifest))
 
 
 def _speed(engine: Engine, manifest: Manifest) -> Speed | None:

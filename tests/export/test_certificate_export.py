@@ -11,7 +11,7 @@ from support.checkpoints import CONTEXT
 from support.command import Satchel
 
 from satchel.export import ExportConfig, ExportError, export_bundle
-from satchel.export.quantize.texts import FEWER_CERTIFICATE_WINDOWS
+from satchel.export.quantize.texts import EXACT_CERTIFICATE_WINDOWS
 from satchel.export.writing import certify as certify_module
 from satchel.runtime.bundle.certificate import Certificate
 from satchel.runtime.bundle.manifest import Manifest
@@ -41,7 +41,7 @@ def test_a_float_bundle_is_certified_to_be_the_model(tiny_bundle: Path) -> None:
         assert 0 <= phase.kl_mean < 1e-8
         assert phase.top1 == 1
         assert phase.perplexity == pytest.approx(phase.reference_perplexity, rel=1e-5)
-    assert (found.windows, found.decode_windows) == (FEWER_CERTIFICATE_WINDOWS, FLOAT_DECODE_WINDOWS)
+    assert (found.windows, found.decode_windows) == (EXACT_CERTIFICATE_WINDOWS, FLOAT_DECODE_WINDOWS)
     assert (found.window_tokens, len(found.prompts)) == (CONTEXT, min(PROMPTS, found.windows))
 
 
