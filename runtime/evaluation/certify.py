@@ -159,12 +159,13 @@ def mean_kl(prompts: Sequence[GoldenPrompt] | Sequence[Replay]) -> float:
 
 def golden_position(logits: NDArray[np.float32], top: int = TOP) -> GoldenPosition:
     """The `top` most likely ids of logits [vocabulary], at most all but one, and all other ids as one class."""
-    order = np.argsort(-logits, kind="stable")
-    best, rest = order[: min(top, len(order) - 1)], order[min(top, len(order) - 1) :]
+    count = min(top, len(logits) - 1)
+    likely = np.flatnonzero(logits >= np.partition(logits, -count)[-count])  # sorting all takes ten times as long
+    best = likely[np.argsort(-logits[likely], kind="stable")][:count]
     return GoldenPosition(
         ids=tuple(int(token) for token in best),
         logits=tuple(round(float(logits[token]), DECIMALS) for token in best),
-        rest=round(float(_log_sum_exp(logits[rest])), DECIMALS),
+        rest=round(float(_log_sum_exp(np.delete(logits, best))), DECIMALS),
     )
 
 

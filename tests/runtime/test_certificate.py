@@ -66,6 +66,17 @@ def test_golden_prompts_hold_the_references_predictions(engine: Engine, certific
     assert prompt.kl < 1e-6
 
 
+@pytest.mark.parametrize("logits", [[2, 5, 5, 1, 5, 2], [3, 3, 3], [1, 4], [np.log(2)] * 40])
+def test_equal_logits_are_recorded_in_the_order_of_their_ids(logits: list[float]) -> None:
+    values = np.array(logits, np.float32)
+    count = min(4, len(values) - 1)
+    order = sorted(range(len(values)), key=lambda token: (-values[token], token))
+    found = golden_position(values, top=4)
+    assert list(found.ids) == order[:count]
+    others = [float(values[token]) for token in order[count:]]
+    assert found.rest == pytest.approx(math.log(sum(map(math.exp, others))), abs=1e-4)
+
+
 def test_golden_prompts_hold_the_bundles_own_continuation(engine: Engine, certificate: Certificate) -> None:
     prompt = certificate.prompts[0]
     ids = list(prompt.ids)
