@@ -52,7 +52,7 @@ def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tu
     here, as for a user, else on its portable graphs. Raises SatchelError."""
     portable = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
     with on_own_kernels(portable, SessionSettings(threads=1, alone=True)) as own:
-        certificate = _measured(own or portable, work, text)
+        certificate = _measured(portable if own is None else own, work, text)
         return dataclasses.replace(certificate, kernels=ONNXRUNTIME if own is None else SATCHEL)
 
 
