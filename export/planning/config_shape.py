@@ -159,7 +159,7 @@ def _layer(facts: Facts, kind: str, index: int) -> Layer:
         reductions=1 if parallel else min(mixed, 1) + len(parts) - mixed,
         cache=cache,
         reads=cache,
-        state=sum(part.state for part in parts),
+        states=tuple(state for part in parts for state in part.states),
     )
 
 

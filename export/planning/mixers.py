@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from satchel.export.planning.facts import Facts
-from satchel.export.planning.shape import Cache, Cut, Matrix
+from satchel.export.planning.shape import Cache, Cut, Matrix, State
 
 BIAS_WIDTH = 8
 """Numbers that a bias for distance adds to a head's key and value, as satchel.export.tracing.own_attention does."""
@@ -18,7 +18,7 @@ class Part:
     matrices: tuple[Matrix, ...] = ()
     vectors: int = 0
     cache: Cache | None = None
-    state: int = 0
+    states: tuple[State, ...] = ()
 
 
 def biases(facts: Facts) -> frozenset[str]:
@@ -120,8 +120,9 @@ def delta(facts: Facts) -> Part:
         Matrix("linear_attn.in_proj_ba", 2 * value_heads, hidden, cut=cut),
         Matrix("linear_attn.out_proj", hidden, values, cut=cut),
     )
-    state = channels * (kernel - 1) + value_heads * facts.count("linear_key_head_dim") * width
-    return Part(made, channels * kernel + 2 * value_heads + width, state=state)
+    matrix = value_heads * facts.count("linear_key_head_dim") * width
+    states = State(2 * keys * (kernel - 1), kept), State(values * (kernel - 1), cut), State(matrix, cut)
+    return Part(made, channels * kernel + 2 * value_heads + width, states=states)
 
 
 def convolution(facts: Facts) -> Part:
@@ -130,7 +131,7 @@ def convolution(facts: Facts) -> Part:
     cut = Cut(hidden)
     made = (Matrix("conv.in_proj", 3 * hidden, hidden, cut=cut), Matrix("conv.out_proj", hidden, hidden, cut=cut))
     bias = 5 * hidden if facts.flag("conv_bias") else 0
-    return Part(made, hidden * kernel + bias, state=hidden * (kernel - 1))
+    return Part(made, hidden * kernel + bias, states=(State(hidden * (kernel - 1), cut),))
 
 
 def mamba(facts: Facts) -> Part:
@@ -152,7 +153,7 @@ def mamba(facts: Facts) -> Part:
         vectors += rank + 2 * states
     if facts.flag("use_bias") or facts.flag("mamba_proj_bias"):
         vectors += 2 * inner + hidden
-    return Part(made, vectors, state=inner * (kernel - 1) + inner * states)
+    return Part(made, vectors, states=(State(inner * (kernel - 1 + states)),))
 
 
 def mamba2(facts: Facts) -> Part:
@@ -170,7 +171,7 @@ def mamba2(facts: Facts) -> Part:
         vectors += inner
     if facts.flag("mamba_proj_bias") or (facts.flag("use_bias") and facts.table.get("model_type") == "mamba2"):
         vectors += made[0].outputs + hidden
-    return Part(made, vectors, state=channels * (kernel - 1) + heads * width * states)
+    return Part(made, vectors, states=(State(channels * (kernel - 1) + heads * width * states),))
 
 
 def feed_forward(facts: Facts, width: int, name: str = "mlp") -> Part:

@@ -61,15 +61,14 @@ class Model(Protocol):
     def most_devices(self) -> int:
         """How many devices can have a part of each layer."""
 
-    @property
-    def state(self) -> int:
-        """Bytes of the states of one sequence."""
-
     def weights(self, devices: int = 1, stages: int = 1) -> int:
         """Bytes of weights."""
 
     def stage_layers(self, stages: int) -> int:
         """How many layers the stage with most of them has."""
+
+    def states(self, devices: int = 1, stages: int = 1) -> int:
+        """Bytes of the states of one sequence."""
 
     def read(self, devices: int = 1) -> int:
         """Bytes of weights that a decode step reads."""
@@ -143,15 +142,14 @@ class Planned:
     def most_devices(self) -> int:
         return most_devices(self.shape)
 
-    @property
-    def state(self) -> int:
-        return stored.state_bytes(self.shape)
-
     def weights(self, devices: int = 1, stages: int = 1) -> int:
         return stored.weight_bytes(self.shape, self.stored, self.positions, devices, stages)
 
     def stage_layers(self, stages: int) -> int:
         return max(map(len, stored.stage_layers(self.shape, self.stored, stages)))
+
+    def states(self, devices: int = 1, stages: int = 1) -> int:
+        return stored.state_bytes(self.shape, self.stored, devices, stages)
 
     def read(self, devices: int = 1) -> int:
         return stored.read_bytes(self.shape, self.stored, devices)
@@ -175,7 +173,7 @@ class Made:
     """A bundle. Nothing is read but its manifest and its decode graph.
 
     A manifest has no widths of queries, so a bundle is planned for no more devices than it has KV heads, and its
-    matrices count as if each could be cut like attention.
+    matrices count as if each could be cut like attention. Each device that shares a layer counts all of its states.
 
     Raises:
         ExportError: Its decode graph has no norm, from which the width of the residual stream is known.
@@ -197,7 +195,7 @@ class Made:
         self.layers = 1 + max(numbers, default=0)
         self.parameters, self.reductions = graph.parameters, 2 * self.layers
         self.joined = () if self.precision in FLOAT_PRECISIONS else (hidden,) * self.reductions
-        self.state = manifest.state_bytes
+        self._states = manifest.state_bytes
         self._file = manifest.files[WEIGHTS_NAME].bytes
         self._read = min(weight_bytes(bundle), self._file)
         self.active_parameters = round(graph.parameters * self._read / self._file)
@@ -210,6 +208,9 @@ class Made:
 
     def stage_layers(self, stages: int) -> int:
         return -(-self.layers // stages)
+
+    def states(self, devices: int = 1, stages: int = 1) -> int:
+        return round(self._states / stages)
 
     def read(self, devices: int = 1) -> int:
         return round(self._read * self._part(devices))

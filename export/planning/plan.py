@@ -91,7 +91,7 @@ def row(model: Model, machine: Machine, network: Network, length: int, devices: 
     parts, stages = (devices, 1) if way == TENSOR else (1, devices)
     weights, layers = model.weights(parts, stages), model.stage_layers(stages) / model.layers
     cache = round(model.cache(parts) * layers)
-    request = cache * model.context + round(model.state * layers)
+    request = cache * model.context + model.states(parts, stages)
     memory = weights + request + model.activations(parts)
     messages = tensor_messages if way == TENSOR else pipeline_messages
     step: Messages = messages(model, devices, network)

@@ -21,7 +21,7 @@ def as_text(plan: Plan) -> str:
     active = ""
     if model.active_parameters < 0.6 * model.parameters:
         active = f", {model.active_parameters / 1e9:.3g} billion for each token"
-    states = f", states of {model.state:,} bytes included" if model.state else ""
+    states = f", states of {model.states():,} bytes included" if model.states() else ""
     facts = [
         ("model", printable(model.name)),
         ("parameters", f"{model.parameters / 1e9:.3g} billion{active}"),
@@ -80,7 +80,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "weights": model.weights(),
         "read_per_token": model.read(),
         "cache_per_token": model.cache(),
-        "states_per_request": model.state,
+        "states_per_request": model.states(),
         "activations": model.activations(),
         "max_context": model.context,
         "length": plan.length,

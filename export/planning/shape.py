@@ -90,6 +90,14 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
+class State:
+    """The state of a convolution or recurrence, of one sequence: so many numbers, which `cut` divides."""
+
+    size: int
+    cut: Cut | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer.
 
@@ -101,7 +109,7 @@ class Layer:
             part, or a single one where both read the same input.
         cache: What attention keeps; None without attention, and where the cache of an earlier layer is read.
         reads: The cache that attention reads.
-        state: Numbers in the states of a convolution or recurrence, of one sequence.
+        states: Those of convolutions and recurrences.
     """
 
     matrices: tuple[Matrix, ...]
@@ -110,7 +118,7 @@ class Layer:
     reductions: int
     cache: Cache | None = None
     reads: Cache | None = None
-    state: int = 0
+    states: tuple[State, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,7 @@ def pipeline_messages(model: Model, stages: int, network: Network, tokens: int =
 
 def decode_seconds(model: Model, machine: Machine, length: int, devices: int = 1) -> float:
     """Seconds of a decode step of one sequence at `length` tokens, without messages."""
-    kept = model.cache_read(length, devices) + model.state
+    kept = model.cache_read(length, devices) + model.states(devices)
     read = model.read(devices) / REACHED + kept / CACHE_REACHED
     return read / machine.bandwidth + model.layers * LAYER_SECONDS
 

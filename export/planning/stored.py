@@ -34,7 +34,7 @@ class Precision:
 
     def fitted(self, shape: Shape) -> Precision:
         """The same for a model: rules for layers with a state count only where there are such layers."""
-        if self.recipe is None or any(layer.state for layer in shape.layers):
+        if self.recipe is None or any(layer.states for layer in shape.layers):
             return self
         rules = tuple(rule for rule in self.recipe.rules if not rule.states)
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, rules=rules))
@@ -123,9 +123,11 @@ def cache_read(shape: Shape, precision: Precision, length: int, devices: int = 1
     )
 
 
-def state_bytes(shape: Shape) -> int:
-    """Bytes of the states of one sequence, of any length."""
-    return FLOAT_BYTES * sum(layer.state for layer in shape.layers)
+def state_bytes(shape: Shape, precision: Precision, devices: int = 1, stages: int = 1) -> int:
+    """Bytes of the states of one sequence, of any length, on the device that has most."""
+    sizes = [sum(state.size * share(state.cut, devices) for state in layer.states) for layer in shape.layers]
+    spans = stage_layers(shape, precision, stages) if any(sizes) else []
+    return FLOAT_BYTES * round(max((sum(sizes[layer] for layer in span) for span in spans), default=0))
 
 
 def _kept(cache: Cache, precision: Precision, devices: int) -> int:

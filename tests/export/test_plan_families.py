@@ -18,6 +18,7 @@ from satchel.export.planning.shape import FLOAT_BYTES
 from satchel.export.planning.stored import Precision
 from satchel.runtime.bundle.contract import WEIGHTS_NAME
 from satchel.runtime.bundle.ranks import rank_folder
+from satchel.runtime.bundle.reader import read_bundle
 from satchel.runtime.cli.main import main
 from satchel.runtime.tools.inspection.inspection import inspect_bundle
 
@@ -53,11 +54,11 @@ def test_a_bundle_has_the_planned_weights_caches_and_states(
     found = inspect_bundle(bundle.engine.bundle)
     assert model.weights() == pytest.approx(found.files[WEIGHTS_NAME], rel=0.01)
     assert model.cache() == found.cache_bytes_per_token
-    assert model.state == found.state_bytes
+    assert model.states() == found.state_bytes
 
 
 @pytest.mark.parametrize("name", by_family(CUT, lambda name: name in ("gemma2", "qwen3_5_text")))
-def test_parts_of_a_bundle_have_the_planned_weights(
+def test_parts_of_a_bundle_have_the_planned_weights_and_states(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     bundle = exported(name, tmp_path_factory)
@@ -65,9 +66,12 @@ def test_parts_of_a_bundle_have_the_planned_weights(
     for way, devices in (("tensor", 2), ("tensor", 3), ("tensor", 4), ("pipeline", 2)):
         out = tmp_path / f"{way}{devices}"
         assert main(["shard", str(bundle.folder), f"--{way}-parallel", str(devices), "-o", str(out), "--quiet"]) == 0
-        found = max((rank_folder(out, rank) / WEIGHTS_NAME).stat().st_size for rank in range(devices))
+        folders = [rank_folder(out, rank) for rank in range(devices)]
+        found = max((folder / WEIGHTS_NAME).stat().st_size for folder in folders)
         parts, stages = (devices, 1) if way == "tensor" else (1, devices)
         assert model.weights(parts, stages) == pytest.approx(found, rel=PART), (way, devices)
+        states = max(read_bundle(folder).manifest.state_bytes for folder in folders)
+        assert model.states(parts, stages) == states, (way, devices)
 
 
 def test_the_quick_families_have_each_kind_of_cache() -> None:
