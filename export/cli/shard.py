@@ -130,11 +130,13 @@ def cut_bundle(folder: Path, division: Division, output: Path, *, force: bool = 
     """
     import sys
 
+    from satchel.export.writing.bundle_writer import write_adapter
     from satchel.export.writing.publish import staged
-    from satchel.graphs.shard.shard import shard_bundle
+    from satchel.graphs.shard.shard import AdapterFiles, shard_bundle
     from satchel.runtime.bundle.atomic_write import cannot_write
     from satchel.runtime.bundle.ranks import RANKS_NAME
     from satchel.runtime.bundle.reader import read_bundle
+    from satchel.runtime.execution.adapters import Adapters
 
     def say(line: str) -> None:
         if not quiet:
@@ -142,7 +144,9 @@ def cut_bundle(folder: Path, division: Division, output: Path, *, force: bool = 
 
     try:
         with staged(output, force, RANKS_NAME) as stage:
-            layout = shard_bundle(read_bundle(folder), division, stage, say)
+            bundle = read_bundle(folder)
+            files = AdapterFiles(Adapters(bundle).tensors, write_adapter)
+            layout = shard_bundle(bundle, division, stage, files, say)
     except OSError as error:
         raise cannot_write(output, "-o", error) from None
     flags = " --provider cuda" if layout.collectives == NCCL else ""

@@ -191,7 +191,7 @@ def write_companions(folder: Path, files: Mapping[str, bytes | Path]) -> None:
 
 
 def write_adapters(folder: Path, inputs: Mapping[str, Mapping[str, LazyWeight]]) -> tuple[AdapterSpec, ...]:
-    """Write the file of each adapter, in ONNX Runtime's format, and return their manifest entries.
+    """Write the file of each adapter, and return their manifest entries.
 
     Args:
         folder: The bundle.
@@ -200,15 +200,26 @@ def write_adapters(folder: Path, inputs: Mapping[str, Mapping[str, LazyWeight]])
     written = []
     for adapter in dict.fromkeys(name for tensors in inputs.values() for name in tensors):
         own = {name: tensors[adapter].numpy() for name, tensors in inputs.items() if adapter in tensors}
-        own = {name: np.ascontiguousarray(array, np.float32) for name, array in own.items() if array.size}
-        content = AdapterFormat()
-        content.set_adapter_version(1)
-        content.set_model_version(1)
-        content.set_parameters({name: OrtValue.ortvalue_from_numpy(array) for name, array in own.items()})
-        file = f"{adapter}.onnx_adapter"
-        content.export_adapter(str((folder / file).resolve()))
-        written.append(AdapterSpec(adapter, file, tuple(TensorSpec(n, "float32", a.shape) for n, a in own.items())))
+        written.append(write_adapter(folder, adapter, own))
     return tuple(written)
+
+
+def write_adapter(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) -> AdapterSpec:
+    """Write the file of an adapter, in ONNX Runtime's format, and return its manifest entry.
+
+    Args:
+        folder: The bundle.
+        name: The adapter's name.
+        tensors: Its tensors by the graphs' optional inputs; those without numbers are left out.
+    """
+    own = {key: np.ascontiguousarray(array, np.float32) for key, array in tensors.items() if array.size}
+    content = AdapterFormat()
+    content.set_adapter_version(1)
+    content.set_model_version(1)
+    content.set_parameters({key: OrtValue.ortvalue_from_numpy(array) for key, array in own.items()})
+    file = f"{name}.onnx_adapter"
+    content.export_adapter(str((folder / file).resolve()))
+    return AdapterSpec(name, file, tuple(TensorSpec(key, "float32", array.shape) for key, array in own.items()))
 
 
 def write_json(path: Path, document: object) -> None:

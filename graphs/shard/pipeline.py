@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, last_dim
+from satchel.graphs.shard.adapters import is_optional
 from satchel.graphs.shard.layers import CACHED, RESULTS, Border, Layered, width_of
 from satchel.runtime.bundle.contract import INPUT_IDS
 from satchel.runtime.bundle.shares import ShareError, stages
@@ -167,7 +168,9 @@ def cut_stage(model: ir.Model, layers: range) -> None:
     kept = [value for value in model.graph.outputs if str(value.name) in names]
     model.graph.outputs[:] = kept
     sweep(model.graph)
-    model.graph.inputs[:] = [v for v in model.graph.inputs if v.uses() or not CACHED.match(str(v.name))]
+    of_layers = (v for v in model.graph.inputs if CACHED.match(str(v.name)) or is_optional(v))
+    unread = {v for v in of_layers if not v.uses()}
+    model.graph.inputs[:] = [v for v in model.graph.inputs if v not in unread]
     left = [node for node in model.graph if node in whole.bound and node not in own]
     if left:
         raise StageError(f"its layers {layers.start} to {layers.stop - 1} need {left[0].name} of others")

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from satchel.graphs.analysis.linear import BIAS, NORM_WEIGHT, RESIDUAL, SCALES, ZERO_POINTS, has_input
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, producer
 from satchel.graphs.ir.weights import LazyWeight, pack_rows, unpack_rows
+from satchel.graphs.shard.adapters import added_by, gained_by
 from satchel.graphs.shard.slices import (
     KEY,
     NotCutError,
@@ -61,7 +62,45 @@ class Product:
 
 
 def product_of(y: ir.Value) -> Product | None:
-    """The linear layer whose result is `y`, or None."""
+    """The linear layer whose result is `y`, or None. What adapters add to its result is part of it."""
+    found = _adapted(producer(y, "Add")) or _base(y)
+    users = [use.node for use in y.uses()]
+    if len(users) != 1 or found is None:
+        return found
+    gains = gained_by(users[0])
+    behind = users[0] if gains is None else next((use.node for use in users[0].outputs[0].uses()), None)
+    return None if behind is not None and _adapted(behind) is not None else found
+
+
+def _adapted(node: ir.Node | None) -> Product | None:
+    """A linear layer with what adapters add to its result, which may have gains."""
+    if node is None or (node.domain, node.op_type) != ("", "Add"):
+        return None
+    own = node.inputs[0]
+    gains = gained_by(own.producer() if own is not None else None)
+    own = own if gains is None else gains.multiplied.inputs[0]
+    base = _base(own) if own is not None else None
+    added = added_by(node.inputs[1], base.x) if base is not None else None
+    if base is None or added is None:
+        return None
+    base_rows = base.rows
+
+    def columns(slicer: Slicer, ranges: Ranges) -> None:
+        base.columns(slicer, ranges)
+        added.columns(slicer, ranges)
+        if gains is not None:
+            gains.columns(slicer, ranges)
+
+    def rows(slicer: Slicer, ranges: Ranges) -> list[ir.Value]:
+        after = base_rows(slicer, ranges) if base_rows is not None else []
+        return [*after, *added.rows(slicer, ranges)]
+
+    inner = (*base.nodes, *added.nodes, *(() if gains is None else gains.nodes), node)
+    by_input = base_rows is not None and base.must == 1 and added.by_input
+    return dataclasses.replace(base, y=node.outputs[0], nodes=inner, columns=columns, rows=rows if by_input else None)
+
+
+def _base(y: ir.Value) -> Product | None:
     node = y.producer()
     if node is None:
         return None
@@ -153,6 +192,7 @@ def _native(node: ir.Node) -> Product | None:
     ints = {key: node.attributes.get_int(key, 0) for key in ("inputs", "outputs", "block", "hadamard")}
     gated, inputs, block = node.attributes.get("gate") is not None, ints["inputs"], ints["block"]
     half = ints["outputs"] // 2 if gated else ints["outputs"]
+    added = added_by(node.inputs[RESIDUAL], x) if has_input(node, RESIDUAL) else None
 
     def repack(slicer: Slicer, inputs: int, outputs: int, block: int) -> None:
         base = str(panels.name).removesuffix(GATED if str(panels.name).endswith(GATED) else ".panels")
@@ -171,7 +211,9 @@ def _native(node: ir.Node) -> Product | None:
 
     def columns(slicer: Slicer, ranges: Ranges) -> None:
         kept = (*ranges, *shifted(ranges, half)) if gated else ranges
-        if has_input(node, RESIDUAL):
+        if added is not None:
+            added.columns(slicer, kept)
+        elif has_input(node, RESIDUAL):
             raise NotCutError(f"{node.name} has a residual")
         if has_input(node, BIAS):
             slicer.use(node, BIAS, -1, kept)
@@ -179,22 +221,27 @@ def _native(node: ir.Node) -> Product | None:
 
     def rows(slicer: Slicer, ranges: Ranges) -> list[ir.Value]:
         repack(slicer, width(ranges), ints["outputs"], common_block(block, ranges) if block else 0)
-        after = [value for i in (BIAS, RESIDUAL) if has_input(node, i) and (value := node.inputs[i]) is not None]
-        for index in (BIAS, RESIDUAL):
+        whole = (BIAS, RESIDUAL) if added is None else (BIAS,)
+        after = [value for i in whole if has_input(node, i) and (value := node.inputs[i]) is not None]
+        for index in whole:
             if has_input(node, index):
                 node.replace_input_with(index, None)
-        return after
+        return after if added is None else [*after, *added.rows(slicer, ranges)]
 
     plain = not gated and not has_input(node, NORM_WEIGHT) and not node.attributes.get_float("epsilon", 0.0)
     must = max(ints["hadamard"], 1)
+    if added is not None:
+        plain = plain and must == 1 and added.by_input
     unit, quantized = math.lcm(must, block or 1), node.attributes.get_int("bits", 8) != HALF_BITS
-    return Product(node.outputs[0], x, inputs, half, unit, must, (node,), columns, rows if plain else None, quantized)
+    inner = (node,) if added is None else (node, *added.nodes)
+    return Product(node.outputs[0], x, inputs, half, unit, must, inner, columns, rows if plain else None, quantized)
 
 
 def take_residual(product: Product) -> ir.Value | None:
-    """What a layer adds to its result last, and adds no more; None if it adds nothing."""
+    """What a layer adds to its result last, and adds no more; None if it adds nothing but what adapters add."""
     for node in product.nodes:
-        if (node.domain, node.op_type) == (INTERNAL, "Linear") and has_input(node, RESIDUAL):
+        given = (node.domain, node.op_type) == (INTERNAL, "Linear") and has_input(node, RESIDUAL)
+        if given and added_by(node.inputs[RESIDUAL], product.x) is None:
             residual = node.inputs[RESIDUAL]
             node.replace_input_with(RESIDUAL, None)
             return residual

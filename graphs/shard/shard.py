@@ -8,16 +8,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
+from satchel.graphs.shard.adapters import kept, kept_differently
 from satchel.graphs.shard.collectives import Place
 from satchel.graphs.shard.pipeline import StageError, cut_stage, divide
-from satchel.graphs.shard.slices import NotCutError
+from satchel.graphs.shard.slices import NotCutError, Ranges, taken
 from satchel.graphs.shard.tensor_parallel import Cut, HalfCutError, check_alike, cut_tensors, rounds
-from satchel.graphs.shard.write import write_graphs
+from satchel.graphs.shard.write import recorded, write_graphs
 from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.graph_specs import GraphSpec, TensorSpec, Variant
-from satchel.runtime.bundle.manifest import MANIFEST_NAME, CacheLayer, FileRecord, Manifest
+from satchel.runtime.bundle.manifest import MANIFEST_NAME, AdapterSpec, CacheLayer, FileRecord, Manifest
 from satchel.runtime.bundle.ranks import (
     COLLECTED,
     MPI,
@@ -34,6 +36,20 @@ LEFT_OUT = {"genai_config.json", "bom.json"}
 """Files of a bundle that are true of the whole only."""
 
 Say = Callable[[str], None]
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFiles:
+    """How files of adapters are read and written, whose format is ONNX Runtime's.
+
+    Attributes:
+        read: The tensors of the adapter of a name, by the graphs' inputs. Raises BundleError.
+        write: Write those of an adapter into a folder, and return what a manifest says of it.
+    """
+
+    read: Callable[[str], Tensors]
+    write: Callable[[Path, str, Tensors], AdapterSpec]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +88,6 @@ def check_divisible(manifest: Manifest, name: str) -> None:
     reasons = {
         "has static graphs: export it with --target cpu": manifest.static is not None,
         "has custom passes or operators: export it without them": bool(manifest.plain or manifest.custom_ops),
-        "has adapters that are kept apart: merge them (without --adapters separate)": bool(manifest.adapters),
         "is one of several ranks' already: cut the whole bundle": manifest.rank is not None,
     }
     for reason, applies in reasons.items():
@@ -80,13 +95,16 @@ def check_divisible(manifest: Manifest, name: str) -> None:
             raise BundleError(f"{name}: cannot be cut for several ranks: it {reason}")
 
 
-def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = lambda line: None) -> RanksFile:
+def shard_bundle(
+    bundle: Bundle, division: Division, output: Path, files: AdapterFiles, say: Say = lambda line: None
+) -> RanksFile:
     """Write the bundles of all ranks into an empty folder, and the file that names them.
 
     Args:
         bundle: A whole bundle in a folder, checked.
         division: How to cut it.
         output: Where to.
+        files: How files of adapters are read and written.
         say: Is told, a line each, what is cut unevenly or not at all.
 
     Raises:
@@ -103,8 +121,11 @@ def shard_bundle(bundle: Bundle, division: Division, output: Path, say: Say = la
             folder = rank_folder(output, stage * len(division.shares) + part)
             folder.mkdir()
             records = write_graphs(folder, models)
+            adapters = _cut_adapters(bundle, models, files, folder)
+            records |= {adapter.file: recorded(folder / adapter.file) for adapter in adapters}
             spec = dataclasses.replace(rank, rank=stage * len(division.shares) + part)
-            document = _manifest(bundle, spec, models, records, folder, division.kernels).to_json()
+            manifest = _manifest(bundle, spec, models, records, folder, division.kernels)
+            document = dataclasses.replace(manifest, adapters=adapters).to_json()
             _write_json(folder / MANIFEST_NAME, document)
             digests.append(document["digest"])
     parts = len(division.shares)
@@ -143,30 +164,37 @@ def _parts(
     Raises:
         BundleError: They cannot be cut.
     """
-    name, parts, first = str(bundle.folder), len(division.shares), dict[str, Cut]()
+    name, parts, first, uncut = str(bundle.folder), len(division.shares), dict[str, Cut](), set[str]()
     for part in range(parts):
-        models = {spec.file: ir.load(bundle.path(spec.file)) for spec in _specs(bundle.manifest)}
-        try:
-            for model in models.values() if layers is not None else ():
-                cut_stage(model, layers)  # type: ignore[arg-type]
-            if parts > 1:
-                place = Place(
-                    part, division.shares, WIRES[division.wire], division.collectives, _exact(models, division)
-                )
-                cuts = {file: cut_tensors(model, place) for file, model in models.items()}
-                if part == 0:
-                    first = cuts
-                    _tell(cuts, bundle.manifest, say)
-                for file, found in cuts.items():
+        differing = {""}
+        while differing:
+            models = {spec.file: ir.load(bundle.path(spec.file)) for spec in _specs(bundle.manifest)}
+            try:
+                for model in models.values() if layers is not None else ():
+                    cut_stage(model, layers)  # type: ignore[arg-type]
+                cuts = _cut_parts(models, division, part, uncut) if parts > 1 else {}
+                differing = kept_differently(list(models.values()))
+                first = first if part else cuts
+                for file, found in cuts.items() if not differing else ():
                     check_alike([first[file], found])
-        except (StageError, HalfCutError) as error:
-            raise BundleError(f"{name}: {error}: report this model to satchel") from None
-        except NotCutError as error:
-            raise BundleError(f"{name}: cannot be cut for {parts} ranks: {error}") from None
+            except (StageError, HalfCutError) as error:
+                raise BundleError(f"{name}: {error}: report this model to satchel") from None
+            except NotCutError as error:
+                raise BundleError(f"{name}: cannot be cut for {parts} ranks: {error}") from None
+            uncut |= differing
+        if part == 0 and first:
+            _tell(first, bundle.manifest, say)
         _check_caches(models, name)
         span = () if layers is None else (layers.start, layers.stop)
         spec = RankSpec(0, parts, stages, division.shares, division.wire, bundle.digest, span, division.collectives)
         yield models, spec
+
+
+def _cut_parts(models: Mapping[str, ir.Model], division: Division, part: int, uncut: set[str]) -> dict[str, Cut]:
+    """Cut the graphs of one of the ranks that share layers; those that read inputs of these names stay whole."""
+    wire = WIRES[division.wire]
+    place = Place(part, division.shares, wire, division.collectives, _exact(models, division))
+    return {file: cut_tensors(model, place, uncut) for file, model in models.items()}
 
 
 def _exact(models: Mapping[str, ir.Model], division: Division) -> bool:
@@ -193,6 +221,35 @@ def _tell(cuts: Mapping[str, Cut], manifest: Manifest, say: Say) -> None:
     for name, reason in found.whole.items():
         if "no linear layer is in front" not in reason and "needs all channels" not in reason:
             say(f"whole on every rank: {name}: {reason}")
+
+
+def _cut_adapters(
+    bundle: Bundle, models: Mapping[str, ir.Model], files: AdapterFiles, folder: Path
+) -> tuple[AdapterSpec, ...]:
+    """Write what a rank keeps of each adapter.
+
+    Raises:
+        BundleError: An adapter's file is damaged.
+    """
+    cuts = kept(next(iter(models.values())))  # all graphs keep the same parts
+    read = {str(value.name) for model in models.values() for value in model.graph.inputs}
+    return tuple(
+        files.write(
+            folder,
+            adapter.name,
+            {
+                tensor.name: _part(tensors[tensor.name], cuts.get(tensor.name))
+                for tensor in adapter.inputs
+                if tensor.name in read
+            },
+        )
+        for adapter in bundle.manifest.adapters
+        for tensors in (files.read(adapter.name),)
+    )
+
+
+def _part(array: np.ndarray, cut: tuple[int, Ranges] | None) -> np.ndarray:
+    return array if cut is None else np.ascontiguousarray(taken(array, *cut))
 
 
 def _check_caches(models: Mapping[str, ir.Model], name: str) -> None:

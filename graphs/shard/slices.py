@@ -189,7 +189,7 @@ def matrix_size(value: ir.Value | None) -> tuple[int, int, int] | None:
         return None
     if value.const_value is not None and not value.is_graph_input():
         dims = value.const_value.shape.numpy()
-        return (dims[0], dims[1], 1) if len(dims) == 2 else None
+        return (dims[0], dims[1], 1) if len(dims) == 2 and all(dims) else None
     cast, widened = producer(value, "Cast"), producer(value, "DequantizeLinear")
     if cast is not None:
         return matrix_size(cast.inputs[0])

@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
+from satchel.graphs.shard.adapters import is_optional
 from satchel.graphs.shard.caches import head_counts, head_sizes
 from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather, gather_logits
 from satchel.graphs.shard.experts import cut_experts
@@ -38,15 +39,17 @@ class Cut:
     whole: dict[str, str]
 
 
-def cut_tensors(model: ir.Model, place: Place) -> Cut:
-    """Cut a graph in place for one rank."""
+def cut_tensors(model: ir.Model, place: Place, uncut: Collection[str] = ()) -> Cut:
+    """Cut a graph in place for one rank. Layers that read optional inputs of these names stay whole."""
     slicer, done, whole, fronts = Slicer(model), list[str](), dict[str, str](), set[ir.Node]()
     cut_product = _cut_by_output if place.exact else _cut_by_input
     for product in reversed(_products(model)):
-        if product.rows is None or product.y.is_graph_output() or mixing(product.x) or fronts & set(product.nodes):
+        if product.y.is_graph_output() or mixing(product.x) or fronts & set(product.nodes):
+            continue
+        if product.rows is None and not place.exact:
             continue
         try:
-            region = cut_product(model, slicer, product, place)
+            region = cut_product(model, slicer, product, place, uncut)
             fronts.update(node for front in region.fronts for node in front.nodes)
             done.append(str(product.y.name))
         except (NotCutError, ShareError) as error:
@@ -78,7 +81,15 @@ def _products(model: ir.Model) -> list[Product]:
     return [found for node in list(model.graph) for v in node.outputs if (found := product_of(v)) is not None]
 
 
-def _cut_by_output(model: ir.Model, slicer: Slicer, product: Product, place: Place) -> Region:
+def _check_adapters(product: Product, region: Region, uncut: Collection[str]) -> None:
+    """Raise NotCutError where one of these layers reads one of these optional inputs."""
+    for node in (node for layer in (product, *region.fronts) for node in layer.nodes):
+        for value in node.inputs:
+            if value is not None and value.name in uncut:
+                raise NotCutError(f"{value.name} cannot be cut in all graphs alike")
+
+
+def _cut_by_output(model: ir.Model, slicer: Slicer, product: Product, place: Place, uncut: Collection[str]) -> Region:
     """Cut a linear layer and those in front of it by output. Ranks hand each other what they have of its input and of
     its result: each number is computed by one rank, from the same numbers in the same order as in one process.
 
@@ -93,6 +104,7 @@ def _cut_by_output(model: ir.Model, slicer: Slicer, product: Product, place: Pla
     region = trace(x, -1, (inputs[place.rank],), found, readers)
     if not region.fronts:
         raise NotCutError("no linear layer is in front of it")
+    _check_adapters(product, region, uncut)
     try:
         for edit in region.edits:
             edit(slicer)
@@ -129,7 +141,7 @@ def _even(channels: int, place: Place) -> list[range]:
     raise NotCutError(f"{channels} channels are fewer than ranks")
 
 
-def _cut_by_input(model: ir.Model, slicer: Slicer, product: Product, place: Place) -> Region:
+def _cut_by_input(model: ir.Model, slicer: Slicer, product: Product, place: Place, uncut: Collection[str]) -> Region:
     """Cut a linear layer by input, and those in front of it by output. Ranks add what they have of its result.
 
     Raises:
@@ -142,6 +154,7 @@ def _cut_by_input(model: ir.Model, slicer: Slicer, product: Product, place: Plac
     region = trace(product.x, -1, asked, found, set(product.nodes), padding)
     if not region.fronts:
         raise NotCutError("no linear layer is in front of it")
+    _check_adapters(product, region, uncut)
     if not width(ranges):
         _leave_out(model, product, region, place)
         return region
@@ -248,7 +261,8 @@ def _leave_out(model: ir.Model, product: Product, region: Region, place: Place) 
     """This rank has no channels of the layer: it adds zeros."""
     like = next((f.x for f in region.fronts if (dims(f.x) or [0])[-1] == product.outputs), None)
     node = product.y.producer()
-    if like is None or node is None:
+    adapted = any(is_optional(value) for each in product.nodes for value in each.inputs)
+    if like is None or node is None or adapted:
         raise NotCutError("there are fewer units of channels than ranks")
     after = [v for v in node.inputs[4:6] if v is not None] if node.domain == INTERNAL else []
     nothing = Builder(model, node).value("Sub", [like, like], f"{product.y.name}.nothing", product.y)

@@ -55,7 +55,7 @@ def write_graphs(folder: Path, models: Mapping[str, ir.Model]) -> dict[str, File
     places = Places()
     for model in models.values():
         for value in model.graph.initializers.values():
-            if isinstance(value.const_value, LazyWeight | ir.ExternalTensor):
+            if isinstance(value.const_value, LazyWeight | ir.ExternalTensor) and value.const_value.nbytes:
                 places.of(value.const_value)
     records = {WEIGHTS_NAME: _write_weights(folder / WEIGHTS_NAME, places)}
     for name, model in models.items():
@@ -63,15 +63,23 @@ def write_graphs(folder: Path, models: Mapping[str, ir.Model]) -> dict[str, File
             tensor = value.const_value
             if not isinstance(tensor, LazyWeight | ir.ExternalTensor):
                 continue
+            if not tensor.nbytes:
+                value.const_value = ir.Tensor(tensor.numpy(), name=value.name)
+                continue
             file, offset = places.of(tensor)
             value.const_value = ir.ExternalTensor(
                 file, offset, tensor.nbytes, ir.DataType(tensor.dtype), shape=ir.Shape(tensor.shape),
                 name=str(value.name), base_dir=str(folder),
             )  # fmt: skip
         ir.save(model, folder / name)
-        content = (folder / name).read_bytes()
-        records[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+        records[name] = recorded(folder / name)
     return records
+
+
+def recorded(path: Path) -> FileRecord:
+    """The size and SHA-256 of a file. Raises OSError."""
+    content = path.read_bytes()
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
 def _write_weights(path: Path, places: Places) -> FileRecord:

@@ -98,12 +98,33 @@ class BlockPool:
         """Whether several sequences refer to a block."""
         return bool(self._references[block] > 1)
 
+    def new_cache(self, capacity: int, limit: int) -> PagedCache:
+        """An empty cache of one sequence in blocks of this pool; the arguments are those of `PagedCache`."""
+        return PagedCache(self, capacity, limit)
+
+    def gathered(self, name: str, blocks: list[int], length: int) -> NDArray[Any]:
+        """The first `length` positions in blocks, by graph input: a copy, [1, kv_heads, length, width]."""
+        found = self.past[name][blocks].swapaxes(0, 1)
+        return found.reshape(1, found.shape[0], -1, found.shape[3])[:, :, :length]
+
+    def write(self, blocks: list[int], past: Mapping[str, NDArray[Any]], count: int) -> None:
+        """Put `count` positions, by graph input as `gathered` gives them, into blocks."""
+        for name, mine in self.past.items():
+            theirs = past[name]
+            for place, block in enumerate(blocks):
+                part = theirs[0, :, place * BLOCK : min(count, (place + 1) * BLOCK)]
+                mine[block, :, : part.shape[1]] = part
+
     def copy_of(self, block: int, positions: int) -> int:
         """A block of its own with the first `positions` of another. Raises PoolFullError."""
         copied = self.allocate()
-        for buffer in self.past.values():
-            buffer[copied, :, :positions] = buffer[block, :, :positions]
+        self.copy_positions(block, copied, positions)
         return copied
+
+    def copy_positions(self, block: int, target: int, positions: int) -> None:
+        """Copy the first `positions` of a block to another."""
+        for buffer in self.past.values():
+            buffer[target, :, :positions] = buffer[block, :, :positions]
 
 
 class PagedCache(Cache):
@@ -167,16 +188,12 @@ class PagedCache(Cache):
         else:
             self.clear(other.adapter)
             self.begin(count)
-            for name, theirs in other.past.items():
-                mine = self.pool.past[name]
-                for place, block in enumerate(self.table):
-                    part = theirs[0, :, place * BLOCK : min(count, (place + 1) * BLOCK)]
-                    mine[block, :, : part.shape[1]] = part
+            self._write(other, count)
         self.long, self._length, self._running = other.long, count, False
 
     def kept(self, count: int) -> PagedCache:
         """A cache that shares the first `count` positions."""
-        kept = PagedCache(self.pool, count, self._limit)
+        kept = self.pool.new_cache(count, self._limit)
         kept.copy_from(self, count)
         return kept
 
@@ -188,9 +205,12 @@ class PagedCache(Cache):
         """Whether the next position is in a block that others refer to as well."""
         return bool(self._length % BLOCK and self.pool.is_shared(self.table[self._length // BLOCK]))
 
+    def _write(self, other: Cache, count: int) -> None:
+        """Put the first `count` positions of another cache into the blocks."""
+        self.pool.write(self.table, other.past, count)
+
     def _gathered(self, name: str) -> NDArray[Any]:
-        blocks = self.pool.past[name][self.table].swapaxes(0, 1)
-        return blocks.reshape(1, blocks.shape[0], -1, blocks.shape[3])[:, :, : self._length]
+        return self.pool.gathered(name, self.table, self._length)
 
 
 class _Gathered(Mapping[str, NDArray[Any]]):

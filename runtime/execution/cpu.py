@@ -105,21 +105,24 @@ class CpuEngine(Engine):
         return chunks(count, chunk or PREFILL_CHUNK)
 
     def new_pool(self, rows: int, capacity: int, kept: int, limit: int | None = None, *, force: bool = False) -> Batch:
-        session = self._ragged_session()
+        session = self.ragged_session()
         if session is not None:
             with self._paging_lock:
-                self._paging = self._paging or Paging(self, session)
+                self._paging = self._paging or self._new_paging(session)
             if self._paging.works:
                 return self._paging.new_batch(rows, capacity, kept, limit)
         return super().new_pool(rows, capacity, kept, limit, force=force)
 
-    def _ragged_session(self) -> ort.InferenceSession | None:
+    def ragged_session(self) -> ort.InferenceSession | None:
         """The session whose graph takes new tokens of several sequences in one run, if there is one."""
         manifest, made = self.bundle.manifest, self.bundle.specialized
         names = {made.variant(phase) for phase in ("prefill", "decode")} if made is not None else {None}
         name = next(iter(names))
         plain = len(names) == 1 and not manifest.states and manifest.model.rotary_border is None
         return self.sessions[DECODE] if plain and name and manifest.variant(name).ragged else None
+
+    def _new_paging(self, session: ort.InferenceSession) -> Paging:
+        return Paging(self, session)
 
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
         runner = RowRunner(self.sessions, self.new_cache(capacity, rows), self.bundle.manifest, self.adapters)

@@ -82,6 +82,10 @@ class Cache(ABC):
         """The blocks of the first `count` positions, which others may share; none where these have their own memory."""
         return ()
 
+    def swapped_out(self, spec: CacheSpec) -> Cache:
+        """A copy of this cache, without states, in a temporary file."""
+        return in_file(spec, self)
+
     def take_snapshot(self) -> None:
         """Keep a copy of the states as they are now, if there are any."""
         if self.states:
@@ -134,9 +138,10 @@ class Cache(ABC):
         """Forget all positions but the first `length`, of a cache without states."""
         self._length, self._running = length, False
 
-    def set_length(self, length: int, long: bool) -> None:
+    def set_length(self, length: int, kind: Kind) -> None:
         """Count this many positions as in use, of a sequence that another process keeps the count of."""
-        self._length, self.long, self._running = length, long, False
+        self._length, self._running = length, False
+        self.adapter, self.long = kind
 
     def clear(self, adapter: str | None = None) -> None:
         """Empty the cache: the next position to be written is the first, by this adapter, and states are zeros."""
@@ -261,7 +266,7 @@ class KVCache(Cache):
         self.adapter, other.adapter = other.adapter, self.adapter
 
 
-def swapped_out(spec: CacheSpec, cache: Cache) -> KVCache:
+def in_file(spec: CacheSpec, cache: Cache) -> KVCache:
     """A copy of a cache without states, in a temporary file that the system removes when nothing refers to it."""
     with tempfile.TemporaryFile() as file:
         file.truncate(max(cache.length * position_bytes(spec), 1))

@@ -30,7 +30,7 @@ class PagedBatch(Batch):
     def __init__(self, engine: Engine, runner: RaggedRunner, rows: int, capacity: int) -> None:
         """`capacity` is the largest number of positions of a sequence."""
         self.runner = runner
-        paged = [PagedState(runner, PagedCache(runner.pool, capacity, engine.max_context)) for _ in range(rows)]
+        paged = [PagedState(runner, runner.pool.new_cache(capacity, engine.max_context)) for _ in range(rows)]
         super().__init__(engine, paged, np.zeros((0, engine.vocabulary), np.float32))
         self._paged = paged
 
@@ -127,13 +127,13 @@ class RaggedRunner:
         feeds = sorted(feeds, key=lambda fed: (fed[0].cache.adapter or "", len(fed[1]) > 1))  # decode tokens first
         for state, tokens in feeds:
             state.cache.begin(len(tokens))
-        logits, first = self._room(len(feeds)), 0
+        logits, first = self.room(len(feeds)), 0
         for adapter, group in groupby(feeds, key=lambda fed: fed[0].cache.adapter):
             own = list(group)
             tables = [state.paged.table for state, _ in own]
             lengths = [state.cache.length + len(tokens) for state, tokens in own]
             part = logits[first : first + len(own)]
-            self._step(adapter, tables, lengths, [tokens for _, tokens in own], part)
+            self.step(adapter, tables, lengths, [tokens for _, tokens in own], part)
             first += len(own)
         for (state, tokens), row in zip(feeds, logits, strict=False):
             state.cache.advance(len(tokens))
@@ -149,15 +149,15 @@ class RaggedRunner:
         ids = np.concatenate([tokens for _, tokens in feeds])
         tables = [state.paged.table for state, tokens in feeds for _ in tokens]
         lengths = [state.cache.length + place for state, tokens in feeds for place in range(1, len(tokens) + 1)]
-        logits = self._room(len(ids))[: len(ids)]
-        self._step(None, tables, lengths, np.split(ids, len(ids)), logits)
+        logits = self.room(len(ids))[: len(ids)]
+        self.step(None, tables, lengths, np.split(ids, len(ids)), logits)
         found = np.split(logits, np.cumsum([len(tokens) for _, tokens in feeds])[:-1])
         for (state, tokens), rows in zip(feeds, found, strict=True):
             state.cache.advance(len(tokens))
             state.set_logits(rows[-1])
         return found
 
-    def _step(
+    def step(
         self,
         adapter: str | None,
         tables: Sequence[Sequence[int]],
@@ -165,7 +165,7 @@ class RaggedRunner:
         tokens: Sequence[Ids],
         logits: Logits,
     ) -> None:
-        """One run of sequences with this adapter; `lengths` are those after it."""
+        """One run of sequences with this adapter; `lengths` are those after it. `logits` get each one's last row."""
         ids = np.concatenate(tokens)[None]
         offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
         table = np.full((len(tables), max(map(len, tables))), -1, np.int32)
@@ -189,7 +189,8 @@ class RaggedRunner:
                 bind_input(binding, name, tensor, tensor.shape)
         return binding
 
-    def _room(self, rows: int) -> Logits:
+    def room(self, rows: int) -> Logits:
+        """A buffer for logits of so many sequences or more, [rows, vocabulary]."""
         if len(self._logits) < rows:
             self._logits = np.zeros((rows, self._vocabulary), np.float32)
         return self._logits
@@ -211,9 +212,7 @@ class Paging:
         """Whether sequences that run together get the logits that each gets alone; tried once, on first use."""
         with self._lock:
             if self._works is None:
-                self._works = runs_agree(
-                    self._engine, self._batch(BlockPool(self._spec, TRIED_ROWS), TRIED_ROWS, BLOCK)
-                )
+                self._works = runs_agree(self._engine, self._batch(self._new_blocks(TRIED_ROWS), TRIED_ROWS, BLOCK))
             return self._works
 
     def new_batch(self, rows: int, capacity: int, kept: int, limit: int | None) -> PagedBatch:
@@ -232,14 +231,19 @@ class Paging:
         with self._lock:
             pool = self._pool
             if pool is None or pool.blocks < blocks or (limit is not None and pool.blocks > blocks) or pool.is_taken:
-                pool = self._pool = BlockPool(self._spec, blocks)
+                pool = self._pool = self._new_blocks(blocks)
             batch = self._batch(pool, rows, capacity)
             pool.user = weakref.ref(batch)
             return batch
 
     def _batch(self, pool: BlockPool, rows: int, capacity: int) -> PagedBatch:
-        runner = RaggedRunner(self._session, pool, self._engine.vocabulary, self._engine.adapters)
-        return PagedBatch(self._engine, runner, rows, capacity)
+        return PagedBatch(self._engine, self._new_runner(pool), rows, capacity)
+
+    def _new_blocks(self, blocks: int) -> BlockPool:
+        return BlockPool(self._spec, blocks)
+
+    def _new_runner(self, pool: BlockPool) -> RaggedRunner:
+        return RaggedRunner(self._session, pool, self._engine.vocabulary, self._engine.adapters)
 
 
 def runs_agree(engine: Engine, batch: PagedBatch) -> bool:

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from satchel.runtime.execution.batch import Batch, Feed, PoolFullError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.execution.kv_cache import swapped_out
 from satchel.runtime.execution.state import State
 from satchel.runtime.generation.fair_queue import Job
 from satchel.runtime.generation.prefill import copy_prefix
@@ -129,7 +128,7 @@ class Rows:
         if len(running) == 1:
             return None
         job = max(running, key=lambda job: (-job.priority, job.id))
-        job.swapped = swapped_out(self._engine.bundle.kv_cache, self.state(job).cache)
+        job.swapped = self.state(job).cache.swapped_out(self._engine.bundle.kv_cache)
         if job.sequence.drafter is not None:
             job.sequence.drafter.rest()
         self.free(job)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support import rank_steps
+from support import rank_pool, rank_steps
 from support.checkpoints import save_tiny
 from support.ranks import needs_mpi, together
 from support.shared import made_once
@@ -67,6 +67,28 @@ def test_ranks_compute_the_bits_of_one_process(
     assert len(set(expected["tokens"].tolist())) > 3
     for key, wanted in expected.items():
         np.testing.assert_array_equal(found[key], wanted, err_msg=key)
+
+
+@needs_mpi
+def test_rows_of_ranks_share_blocks_as_those_of_one_process(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made, cut = exported("int8", tmp_path_factory), tmp_path / "cut"
+    assert main(["shard", str(made / "portable"), "--tensor-parallel", "2", "-o", str(cut), "--quiet"]) == 0
+    for rank in range(2):
+        specialize_for_satchel(rank_folder(cut, rank))
+    ids = np.random.default_rng(3).integers(3, VOCABULARY, 20)
+    np.save(tmp_path / "ids.npy", ids)
+    done = together(2, rank_pool.__file__, cut, tmp_path / "ids.npy", tmp_path / "found.npz")
+    assert done.returncode == 0, done.stderr
+    found, expected = (
+        np.load(tmp_path / "found.npz"),
+        rank_pool.steps(Engine.open(open_bundle(made / "satchel"), threads=1), ids),
+    )
+    assert np.ptp(expected["parted"], axis=0).max() > 0
+    for key in expected.keys() - {"blocks"}:
+        np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+    assert (found["blocks"] < expected["blocks"]).all(), "a rank has the blocks of its heads"
 
 
 def test_ranks_add_no_parts_of_sums(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

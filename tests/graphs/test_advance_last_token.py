@@ -26,6 +26,7 @@ TEXT = """(float[batch,n,40] a, float[batch,n,64] x, int64[batch,1] lengths, int
     y = Tanh(taken)
 }"""
 WEIGHTS = [codes_of("o.weight.T", 40, 64), codes_of("up.weight.T", 64, 96), codes_of("down.weight.T", 96, 64)]
+FLOATS = {"gain": np.abs(normal(3, 64)), "lora_a": normal(4, 96, 4), "lora_b": normal(5, 4, 64)}
 FEEDS = {
     "a": normal(1, 2, 5, 40), "x": normal(2, 2, 5, 64), "lengths": np.array([[4], [9]]),
     "row_offsets": np.zeros(0, np.int32),
@@ -39,7 +40,8 @@ def graph(*changes: tuple[str, str]) -> ir.Model:
         assert old in text
         text = text.replace(old, new)
     weights = [weight for weight in WEIGHTS if weight.name in text]
-    model = fold_residuals(with_linears(text, *weights, gain=np.abs(normal(3, 64)))).model
+    floats = {name: array for name, array in FLOATS.items() if name in text}
+    model = fold_residuals(with_linears(text, *weights, **floats)).model
     (offsets,) = [value for value in model.graph.inputs if value.name == "row_offsets"]
     for node in linears(model):
         set_input(node, ROW_OFFSETS, offsets)
@@ -57,6 +59,14 @@ def test_it_goes_ahead_of_all_linear_layers_and_norms_that_only_it_reads() -> No
     assert operators(after) == {"satchel::Linear": 3, "satchel::LastToken": 2, "RMSNormalization": 1, "Tanh": 2}
     assert {value.name for value in taken(after) if value is not None} == {"a", "s"}
     assert all(len(node.inputs) <= ROW_OFFSETS for node in linears(after))
+    same_by_reference(before, after, FEEDS)
+
+
+def test_what_adapters_add_goes_along() -> None:
+    added = 'r = MatMul(u, lora_a) t = MatMul(r, lora_b) c = MatMul(u, "down.weight.T") d = Add(c, t)'
+    before = graph(('d = MatMul(u, "down.weight.T")', added))
+    after = fired(advance_last_token, before, 1).model
+    assert {value.name for value in taken(after) if value is not None} == {"a", "s"}
     same_by_reference(before, after, FEEDS)
 
 

@@ -12,7 +12,7 @@ from satchel.runtime.bundle.manifest import CacheLayer, CacheSpec
 from satchel.runtime.errors import PromptError
 from satchel.runtime.execution.batch import PoolFullError
 from satchel.runtime.execution.block_pool import BLOCK, BlockPool, PagedCache
-from satchel.runtime.execution.kv_cache import KVCache, swapped_out
+from satchel.runtime.execution.kv_cache import KVCache, in_file
 
 SPEC = CacheSpec(
     "shared",
@@ -117,7 +117,7 @@ def test_copies_from_and_to_other_memory() -> None:
     rng = np.random.default_rng(0)
     cache, other = (PagedCache(BlockPool(SPEC, 8), CAPACITY, CAPACITY) for _ in range(2))
     written = write(cache, BLOCK + 9, rng)
-    plain, file = KVCache(SPEC, CAPACITY, CAPACITY), swapped_out(SPEC, cache)
+    plain, file = KVCache(SPEC, CAPACITY, CAPACITY), in_file(SPEC, cache)
     plain.copy_from(cache, BLOCK + 3)
     other.copy_from(plain, BLOCK + 2)
     for name, held in written.items():

@@ -9,7 +9,8 @@ from satchel.graphs.ir.contract import Report, graph_pass
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, nodes, rank, replace
 
 BY_ROW = {
-    (INTERNAL, "Linear"), ("", "Add"), ("", "Sub"), ("", "Mul"), ("", "RMSNormalization"), ("", "LayerNormalization"),
+    (INTERNAL, "Linear"), ("", "MatMul"), ("", "Add"), ("", "Sub"), ("", "Mul"), ("", "RMSNormalization"),
+    ("", "LayerNormalization"),
     (MICROSOFT, "SkipSimplifiedLayerNormalization"), (MICROSOFT, "SkipLayerNormalization"),
 }  # fmt: skip
 """Operators that compute each token's row of the same row of inputs, and of constants."""
@@ -17,7 +18,8 @@ BY_ROW = {
 
 @graph_pass
 def advance_last_token(model: ir.Model, report: Report) -> None:
-    """Take the last token ahead of the linear layers that nothing else reads: those behind the last layer's attention.
+    """Take the last token ahead of the linear layers that nothing else reads, and of what adapters add to them: those
+    behind the last layer's attention.
 
     before: attention -> Linear (+ x) -> h -> Linear -> Linear (+ h) -> LastToken -> logits
     after:  attention -> LastToken -> Linear (+ LastToken(x)) -> h -> Linear -> Linear (+ h) -> logits
@@ -60,7 +62,7 @@ def _fits(node: ir.Node) -> bool:
     """Whether its inputs are rows [batch, tokens, n], or constants without a row for each token."""
     rows = _rows(node)
     fixed = [value for index, value in enumerate(node.inputs) if value is not None and index not in rows]
-    whole = node.op_type == "Linear" or all((rank(value) or 0) <= 1 for value in fixed)
+    whole = node.op_type in ("Linear", "MatMul") or all((rank(value) or 0) <= 1 for value in fixed)
     tokens = _tokens(node.outputs[0])
     return whole and bool(rows) and tokens is not None and all(_tokens(node.inputs[index]) == tokens for index in rows)
 

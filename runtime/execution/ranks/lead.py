@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
+from satchel.runtime.bundle.manifest import CacheSpec
 from satchel.runtime.bundle.reader import Bundle
 from satchel.runtime.errors import PromptError
+from satchel.runtime.execution.block_pool import BlockPool, PagedCache
 from satchel.runtime.execution.cpu import CpuBatch, CpuEngine, CpuState, RowRunner
-from satchel.runtime.execution.kv_cache import Cache, KVCache
+from satchel.runtime.execution.kv_cache import Cache, KVCache, in_file
+from satchel.runtime.execution.paged import Paging, RaggedRunner
 from satchel.runtime.execution.ranks.world import World
 from satchel.runtime.execution.state import Ids, Logits, State
 from satchel.runtime.ort.session import SessionSettings
+
+Held = dict[str, Any]
+"""Where the other ranks have their parts of a sequence: in a row of a cache, in blocks of a pool, or in a file."""
 
 
 class LeadEngine(CpuEngine):
@@ -29,6 +36,7 @@ class LeadEngine(CpuEngine):
     def __init__(self, bundle: Bundle, settings: SessionSettings, world: World) -> None:
         super().__init__(bundle, settings)
         self._told, self.stages = Told(world), world.stages
+        self._ragged: bool | None = None
 
     def why_not_ahead(self, adapter: str | None) -> str | None:
         """As for one rank, and where there are no states: those of the other ranks would not go back."""
@@ -36,8 +44,19 @@ class LeadEngine(CpuEngine):
             return "the states of several ranks cannot go back to an earlier token"
         return super().why_not_ahead(adapter)
 
-    def _ragged_session(self) -> ort.InferenceSession | None:
-        return None  # blocks are this rank's own: the others would have to follow each
+    def ragged_session(self) -> ort.InferenceSession | None:
+        """As `CpuEngine.ragged_session`, where all ranks have one; with several stages, rows have fixed memory."""
+        session = super().ragged_session()
+        if self.stages > 1:
+            return None
+        if self._ragged is None:
+            with self._told.world.lock:
+                self._told.tell("ragged_everywhere")
+                self._ragged = self._told.world.everywhere(session is not None)
+        return session if self._ragged else None
+
+    def _new_paging(self, session: ort.InferenceSession) -> Paging:
+        return LeadPaging(self, session, self._told)
 
     def _new_batch(self, rows: int, capacity: int, force: bool) -> CpuBatch:
         manifest = self.bundle.manifest
@@ -55,6 +74,7 @@ class LeadEngine(CpuEngine):
         adapter: str | None,
     ) -> Iterator[Logits]:
         results, found = self._told.world.results, []
+        self.adapters.tensors(adapter)
 
         def expected(span: slice) -> Logits:
             rows = rows_of(span)
@@ -62,7 +82,7 @@ class LeadEngine(CpuEngine):
             return rows
 
         with self._told.world.lock:
-            self._told.tell("whole", graph=graph, tokens=tokens.tolist(), chunk=chunk)
+            self._told.tell("whole", graph=graph, tokens=tokens.tolist(), chunk=chunk, adapter=adapter)
             for rows in super()._run_whole(graph, output, tokens, chunk, expected, adapter):
                 results.settle(rows)
                 found.append(rows.copy())
@@ -104,18 +124,25 @@ class LeadCache(KVCache):
         with told.world.lock:
             told.tell("cache", number=self.place[0], capacity=capacity, rows=rows)
 
+    @property
+    def held(self) -> Held:
+        """Where the others have their parts."""
+        return {"row": self.place, "length": self._length}
+
     def row(self, index: int) -> Self:
         row = super().row(index)
         row.place = self.place[0], index
         return row
 
     def _tell(self, what: str, **details: Any) -> None:
-        self._told.tell(what, place=self.place, length=self._length, long=self.long, **details)
+        self._told.tell(what, place=self.place, length=self._length, kind=self.kind, **details)
 
     def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
-        if not isinstance(other, LeadCache):
-            raise PromptError("a saved state has the keys and values of one rank only: several ranks cannot use it")
         with self._told.world.lock:
+            if not isinstance(other, LeadCache):
+                self._told.tell("move", source=_held(other), target=self.held, count=count)
+                super().copy_from(other, count, start)
+                return
             self._tell("copy", source=other.place, held=other.length, count=count, start=start)
             super().copy_from(other, count, start)
 
@@ -146,6 +173,110 @@ class _Owner:
     """What all rows of a cache refer to."""
 
 
+class LeadPool(BlockPool):
+    """A pool that all ranks have, each for its part of the model; this one says which blocks are whose."""
+
+    def __init__(self, told: Told, spec: CacheSpec, blocks: int) -> None:
+        super().__init__(spec, blocks)
+        self.told, self.number = told, told.number(self)
+        with told.world.lock:
+            told.tell("pool", number=self.number, blocks=blocks)
+
+    def new_cache(self, capacity: int, limit: int) -> PagedCache:
+        return LeadPagedCache(self, capacity, limit)
+
+    def copy_of(self, block: int, positions: int) -> int:
+        with self.told.world.lock:
+            copied = super().copy_of(block, positions)
+            self.told.tell("block", number=self.number, source=block, target=copied, positions=positions)
+        return copied
+
+
+class LeadPagedCache(PagedCache):
+    """A sequence in blocks that all ranks have."""
+
+    pool: LeadPool
+
+    @property
+    def held(self) -> Held:
+        """Where the others have their parts."""
+        return {"pool": self.pool.number, "blocks": list(self.table), "length": self._length}
+
+    def swapped_out(self, spec: CacheSpec) -> Cache:
+        told, owner = self.pool.told, _Owner()
+        with told.world.lock:
+            number = told.number(owner)
+            told.tell("file", number=number, source=self.held)
+            return LeadFile(in_file(spec, self), {"file": number, "length": self._length}, owner)
+
+    def _write(self, other: Cache, count: int) -> None:
+        with self.pool.told.world.lock:
+            self.pool.told.tell("move", source=_held(other), target=self.held, count=count)
+            super()._write(other, count)
+
+
+class LeadFile(Cache):
+    """A sequence that all ranks have in files."""
+
+    def __init__(self, own: KVCache, held: Held, owner: _Owner) -> None:
+        super().__init__(own.capacity, own.capacity)
+        self.set_length(own.length, own.kind)
+        self.held, self._own, self._owner = held, own, owner
+
+    @property
+    def past(self) -> Mapping[str, NDArray[Any]]:
+        return self._own.past
+
+    @property
+    def nbytes(self) -> int:
+        return self._own.nbytes
+
+    def copy_from(self, other: Cache, count: int, start: int = 0) -> None:
+        raise NotImplementedError("a file is written once")
+
+
+def _held(cache: Cache) -> Held:
+    """Where the other ranks have their parts of a cache. Raises PromptError for one of this rank alone."""
+    if not isinstance(cache, LeadCache | LeadPagedCache | LeadFile):
+        raise PromptError("a saved state has the keys and values of one rank only: several ranks cannot use it")
+    return cache.held
+
+
+class LeadPaging(Paging):
+    """As Paging, of all ranks together."""
+
+    def __init__(self, engine: LeadEngine, session: ort.InferenceSession, told: Told) -> None:
+        super().__init__(engine, session)
+        self._told = told
+
+    def _new_blocks(self, blocks: int) -> BlockPool:
+        return LeadPool(self._told, self._spec, blocks)
+
+    def _new_runner(self, pool: BlockPool) -> RaggedRunner:
+        return LeadRaggedRunner(self._session, pool, self._engine.vocabulary, self._engine.adapters)
+
+
+class LeadRaggedRunner(RaggedRunner):
+    """Runs the graphs of all ranks over the pools of all."""
+
+    def step(
+        self,
+        adapter: str | None,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        tokens: Sequence[Ids],
+        logits: Logits,
+    ) -> None:
+        self._adapters.tensors(adapter)
+        told, number = self.pool.told, self.pool.number  # type: ignore[attr-defined]
+        with told.world.lock:
+            told.tell(
+                "step", number=number, adapter=adapter, tables=[list(table) for table in tables], lengths=list(lengths),
+                tokens=[each.tolist() for each in tokens],
+            )  # fmt: skip
+            super().step(adapter, tables, lengths, tokens, logits)
+
+
 class LeadRunner(RowRunner):
     """Runs the graphs of all ranks. With several stages, logits are there when `results.settle` has waited for them."""
 
@@ -156,10 +287,11 @@ class LeadRunner(RowRunner):
     def _tell(self, what: str, first: int, caches: Sequence[Cache], tokens: Sequence[int]) -> None:
         for cache in caches:
             cache.require(len(tokens) if what != "decode" else 1)
+            self._adapters.tensors(cache.adapter)  # an error in its file comes before others wait for this rank
         (number, _) = self.cache.place  # type: ignore[attr-defined]
         self._told.tell(
             what, number=number, first=first, tokens=tokens,
-            lengths=[cache.length for cache in caches], long=[cache.long for cache in caches],
+            lengths=[cache.length for cache in caches], kinds=[cache.kind for cache in caches],
         )  # fmt: skip
         if what != "ahead":
             self.results.expect(self.logits[first : first + len(caches)])

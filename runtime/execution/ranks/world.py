@@ -66,7 +66,7 @@ class World:
         """Held from a message to the end of what it starts, so that all ranks do the same in the same order."""
         self.stages = layout.stages
         self.results = Results(mpi.COMM_WORLD.Dup(), (layout.stages - 1) * layout.tensor)
-        self._control = mpi.COMM_WORLD.Dup()
+        self._control, self._least = mpi.COMM_WORLD.Dup(), mpi.MIN
         self._watch = Watch(mpi.COMM_WORLD, folder / MANIFEST_NAME)
         self._stopped = False
 
@@ -96,6 +96,12 @@ class World:
         buffer = np.empty(size, np.uint8)
         wait(self._control.Ibcast(buffer, 0))
         return buffer
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether something holds on all ranks; all call it."""
+        found = np.empty(1, np.int8)
+        wait(self._control.Iallreduce(np.array([holds], np.int8), found, self._least))
+        return bool(found[0])
 
     def agree(self, number: int) -> int:
         """The number that the first rank has; all call it."""
