@@ -1,4 +1,4 @@
-"""Applies generation options to beam search, and turns its results into generations."""
+"""Applies generation options and grammars to beam search, and turns its results into generations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from satchel.runtime.generation.beam_search import Adjust, BeamSearch, Ids
+from satchel.runtime.generation.beam_search import Adjust, BeamSearch, Ids, Scores
+from satchel.runtime.generation.constraint import Constraint
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.sampling.filters import adjusted, adjusts
@@ -29,6 +30,28 @@ def adjustment(
         return None
     ends = np.array([token for token in end_tokens if 0 <= token < vocabulary], np.int64)
     return lambda scores, ids: adjusted(scores, options, ids, prompt_tokens, ends, limit)
+
+
+class BeamConstraints:
+    """Rules out what a grammar does not allow, of each beam by its own text; an `Adjust`.
+
+    Scores of other tokens stay as they are. A beam goes on from the constraint of the beam that it was one token ago.
+    """
+
+    def __init__(self, start: Constraint, prompt_tokens: int, then: Adjust | None) -> None:
+        """`start` is the constraint after the prompt, `then` adjusts what is left."""
+        self._prompt_tokens, self._then = prompt_tokens, then
+        self._known: dict[tuple[int, ...], Constraint] = {(): start}
+
+    def __call__(self, scores: Scores, ids: Ids) -> Scores:
+        """Raises PromptError as `Constraint.masked` and `then` do."""
+        text = tuple(ids[self._prompt_tokens :].tolist())
+        if text:
+            self._known = {known: each for known, each in self._known.items() if len(known) >= len(text) - 1}
+            self._known[text] = self._known[text[:-1]].copy()
+            self._known[text].take(text[-1])
+        left = np.minimum(scores, self._known[text].most())
+        return left if self._then is None else self._then(left, ids)
 
 
 def beam_results(search: BeamSearch, tokenizer: Tokenizer | None) -> list[Generation]:

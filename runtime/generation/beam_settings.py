@@ -57,7 +57,7 @@ def check_beams(
     given = [(BY_FIELD[field].flag, getattr(options, field)) for field in drawing if options.differs(field)]
     given += [("--stop", repr(text)) for text in options.stop]
     given += [("--logprobs", options.logprobs), ("--max-repeats", options.max_repeats or None)]
-    given += [("a grammar", options.grammar and ""), ("--max-thinking-tokens", options.max_thinking_tokens)]
+    given += [("--max-thinking-tokens", options.max_thinking_tokens)]
     for flag, value in (pair for pair in given if pair[1] is not None):
         raise PromptError(f"{flag} {value}".strip() + ": cannot be combined with --beams")
 

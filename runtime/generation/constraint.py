@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Collection, Sequence
@@ -120,10 +121,25 @@ class Constraint:
         """Whether the text matches and nothing may follow."""
         return self._thought is None and bool(self._matcher.is_stopped()) and bool(self._matcher.is_accepting())
 
+    def copy(self) -> Constraint:
+        """Another text that has come as far as this one."""
+        found = copy.copy(self)  # `_most` is written before each use
+        found._matcher, found._forced = self._matcher.deep_copy(), list(self._forced)
+        found._thought = None if self._thought is None else self._thought.copy()
+        return found
+
     def masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [vocabulary] with -inf for each token that may not follow, in memory that the next call writes again.
 
         Raises PromptError if the grammar fails, or leaves no token.
+        """
+        most = self.most()
+        return np.minimum(logits, most, out=most)
+
+    def most(self) -> NDArray[np.float32]:
+        """What scores [vocabulary] may be at the most: inf, or -inf for each token that may not follow.
+
+        In memory that the next call writes again, also one of a copy. Raises as `masked`.
         """
         most = self._most.reshape(-1)[: self._vocabulary]
         if self.forced:
@@ -140,7 +156,7 @@ class Constraint:
                 most[list(self._thought.begins)] = np.inf
             if most.max() < 0:
                 raise PromptError("the grammar leaves no token to choose from: loosen it")
-        return np.minimum(logits, most, out=most)
+        return most
 
     def take(self, token: int) -> None:
         """Go on after a token. Raises PromptError for one that may not follow."""

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from satchel.runtime.errors import PromptError, SatchelError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.generation.beam_results import adjustment, beam_results
+from satchel.runtime.generation.beam_results import BeamConstraints, adjustment, beam_results
 from satchel.runtime.generation.beam_search import BeamSearch
 from satchel.runtime.generation.beam_settings import BeamSettings, EarlyStopping, check_beams
-from satchel.runtime.generation.constraint import Grammars
+from satchel.runtime.generation.constraint import Constraint, Grammars
 from satchel.runtime.generation.detokenizer import IncrementalDetokenizer
 from satchel.runtime.generation.draft_model import DraftModel
 from satchel.runtime.generation.grammar import Grammar
@@ -261,7 +261,7 @@ class Generator(Prompts):
         """The most likely continuations that a search with `beams` beams finds, best first, with scores.
 
         `BeamSettings` describes the search. The options of `stream` that sample, `stop`, `max_repeats` and `logprobs`
-        are not available. Raises PromptError.
+        are not available. A grammar rules tokens out, and changes no score of others. Raises PromptError.
         """
         request = Request(prompt, GenerationOptions(**options))
         check_beams(request.options, beams, length_penalty, early_stopping)
@@ -272,6 +272,8 @@ class Generator(Prompts):
             request.options.adapter,
         )  # fmt: skip
         adjust = adjustment(request.options, len(ids), ends, self.engine.vocabulary, checked.limit)
+        if isinstance(checked.constraint, Constraint):
+            adjust = BeamConstraints(checked.constraint, len(ids), adjust)
         search = BeamSearch(self.engine, ids, settings, self.prefix_cache, adjust, snapshots=checked.snapshots)
         return beam_results(search, self.tokenizer)
 

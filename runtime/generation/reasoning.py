@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -83,6 +84,12 @@ class Thought:
             if begin in template and (not rest or tokenizer.is_hidden(first)):
                 return cls(tokenizer, end, begins=[first], most=most)
         return None
+
+    def copy(self) -> Thought:
+        """Another text that has come as far as this one."""
+        found = copy.copy(self)
+        found.forced = list(self.forced)
+        return found
 
     def take(self, token: int) -> str | None:
         """Go on after a token: the text after the end of the reasoning, once that has come; None before."""

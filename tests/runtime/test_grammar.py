@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -181,9 +182,54 @@ def test_what_would_overrule_a_grammar_is_refused(generator: Generator, field: s
         generator.generate("the", 5, grammar={"regex": "a"}, **{field: 3})
 
 
-def test_beams_and_sentencepiece_are_refused(generator: Generator, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="grammar"):
-        generator.beam_search("the", 2, grammar={"regex": "a"})
+def all_texts(generator: Generator, prompt: list[int], ended: str, power: float) -> dict[tuple[int, ...], float]:
+    """The score of every text of tokens that matches `ended` as a whole, each from one pass over the whole of it."""
+    tokenizer = generator.need_tokenizer()
+    able = [token for token in range(END) if set(tokenizer.decode([token])) <= {"a", "b"} and tokenizer.decode([token])]
+    scores = {}
+    for tokens in (each for count in (1, 2, 3) for each in itertools.product(able, repeat=count)):
+        if re.fullmatch(ended, "".join(map(tokenizer.decode, ([token] for token in tokens)))):
+            logits = generator.engine.score(np.array([*prompt, *tokens, END]))[len(prompt) - 1 : -1].astype(np.float64)
+            found = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            total = sum(row[token] for row, token in zip(found, (*tokens, END), strict=True))
+            scores[tokens] = total / (len(tokens) + 1) ** power
+    return scores
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_enough_beams_find_every_text_of_a_grammar(generator: Generator, power: float) -> None:
+    prompt, ended = generator.encode("the cat").tolist(), "[ab]{1,3}"
+    expected = all_texts(generator, prompt, ended, power)
+    found = generator.beam_search(
+        prompt, len(expected), grammar={"regex": ended}, length_penalty=power, max_new_tokens=9
+    )
+    assert [each.finish_reason for each in found] == ["stop"] * len(expected)
+    assert [each.token_ids for each in found] == sorted(expected, key=lambda tokens: -expected[tokens])
+    np.testing.assert_allclose([each.score for each in found], sorted(expected.values(), reverse=True), rtol=1e-5)
+
+
+def test_one_beam_gives_the_greedy_text_of_a_grammar(generator: Generator) -> None:
+    options = {"grammar": {"json_schema": SCHEMA}, "max_new_tokens": 80}
+    greedy = generator.generate("the", **options)
+    assert [each.token_ids for each in generator.beam_search("the", 1, **options)] == [greedy.token_ids]
+
+
+def test_beams_of_a_schema_are_valid_and_differ(generator: Generator) -> None:
+    found = generator.beam_search("the", 4, grammar={"json_schema": SCHEMA}, max_new_tokens=80)
+    for each in found:
+        jsonschema.validate(json.loads(each.text), SCHEMA)
+    assert len({each.token_ids for each in found}) == 4
+
+
+@pytest.mark.parametrize("letter", ["a", "b"])
+def test_biases_choose_among_what_a_grammar_leaves(generator: Generator, letter: str) -> None:
+    (token,) = generator.need_tokenizer().encode_rendered(letter)
+    bias = {"logit_bias": {token: 30.0, END: 90.0}}
+    best, _ = generator.beam_search("the", 2, grammar={"regex": "[ab]{3}"}, max_new_tokens=9, **bias)
+    assert best.text == letter * 3
+
+
+def test_sentencepiece_is_refused(generator: Generator) -> None:
     grammars = Grammars(None, 400, [2])
     with pytest.raises(PromptError, match=r"tokenizer\.json"):
         grammars.constraint(GenerationOptions(grammar=Grammar("regex", "a")), np.array([3]), [2], "")
@@ -293,10 +339,13 @@ class TestCommand:
         jsonschema.validate(json.loads(found[1]["text"]), SCHEMA)
         assert "unclosed" in found[2]["error"]
 
+    def test_beams(self, satchel: Satchel, folder: Path) -> None:
+        said = satchel("run", folder, "the", "--regex", "[ab]", "--beams", 2, "--raw", "--quiet")
+        assert {"a", "b"} <= set(said.out.split())
+
     def test_refusals(self, satchel: Satchel, folder: Path, tmp_path: Path) -> None:
         path = tmp_path / "wrong.json"
         path.write_text("{")
         assert str(path) in satchel.refuses("run", folder, "the", "--json-schema", path)
         assert "missing.lark" in satchel.refuses("run", folder, "the", "--lark", tmp_path / "missing.lark")
         assert "unclosed" in satchel.refuses("run", folder, "the", "--regex", "a(")
-        assert "grammar" in satchel.refuses("run", folder, "the", "--regex", "a", "--beams", 2)
