@@ -12,13 +12,13 @@ import argparse
 import json
 import queue
 import random
+import selectors
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from satchel.runtime import Generator
@@ -105,22 +105,34 @@ def ask_all(port: int) -> None:
     for line in sys.stdin:
         contents = [json.dumps(body).encode() for body in json.loads(line)]
         begun = time.perf_counter()
-        with ThreadPoolExecutor(len(contents)) as pool:
-            for done in [pool.submit(_ask, port, content) for content in contents]:
-                done.result()
+        _read_all([_send(port, content) for content in contents])
         print(time.perf_counter() - begun, flush=True)
 
 
-def _ask(port: int, content: bytes) -> None:
+def _send(port: int, content: bytes) -> socket.socket:
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(content)}"]
-    head = "\r\n".join([*lines, "\r\n"])
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(head.encode() + content)
-        last = b""
-        while block := connection.recv(1 << 16):
-            last = (last + block)[-100:]
-    if b"[DONE]" not in last:
-        raise RuntimeError(f"a stream did not end well: {last!r}")
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall("\r\n".join([*lines, "\r\n"]).encode() + content)
+    return connection
+
+
+def _read_all(connections: list[socket.socket]) -> None:
+    """Read each stream as it comes, in one thread, until all have ended."""
+    last = dict.fromkeys(connections, b"")
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            selector.register(connection, selectors.EVENT_READ, connection)
+        while selector.get_map():
+            for key, _ in selector.select():
+                connection = key.data
+                block = connection.recv(1 << 16)
+                last[connection] = (last[connection] + block)[-100:]
+                if not block:
+                    selector.unregister(connection)
+                    connection.close()
+    for end in last.values():
+        if b"[DONE]" not in end:
+            raise RuntimeError(f"a stream did not end well: {end!r}")
 
 
 if __name__ == "__main__":

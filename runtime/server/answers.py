@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -28,19 +29,23 @@ class Answers:
     def __init__(self, model: Model, count: int) -> None:
         self.model = model
         self.results: dict[int, Generation] = {}
-        self._count = count
+        self.count = count
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._found: deque[tuple[int, Event] | None] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._lock = threading.Lock()  # of the two that follow
         self._ids: list[int] = []
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        while len(self.results) < self._count:
-            found = await self._queue.get()
+        while len(self.results) < self.count:
+            if not self._found:
+                self._waiter = self._loop.create_future()
+                await self._waiter
+            found = self._found.popleft()
             if found is None:
                 raise Gone
-            if not self._queue.empty():
+            if self._found:
                 await asyncio.sleep(0)  # a burst: let the loop see that the client has gone
             index, event = found
             if isinstance(event.outcome, Exception):
@@ -54,7 +59,7 @@ class Answers:
         """The results of all requests, in their order."""
         async for _ in self:
             pass
-        return [self.results[index] for index in range(self._count)]
+        return [self.results[index] for index in range(self.count)]
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Put the requests into the queue of the model; blocks for as long as that takes. Raises SatchelError."""
@@ -76,13 +81,19 @@ class Answers:
     def leave(self) -> None:
         """End the iteration: the client has gone."""
         self.close()
-        self._queue.put_nowait(None)
+        self._add(None)
 
     def _deliver(self, index: int) -> Callable[[Event], None]:
         def deliver(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+            self.model.mail.put(self._loop, self._add, (index, event))
 
         return deliver
+
+    def _add(self, found: tuple[int, Event] | None) -> None:
+        """Add an event, or None for the end of the iteration; in the thread of the loop."""
+        self._found.append(found)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from satchel.runtime.server.fields import Field, anything, flag, ignored, mappin
 from satchel.runtime.server.fields import texts as several_texts
 from satchel.runtime.server.options import MOST_TOKENS, OWN
 from satchel.runtime.server.records import record_of
-from satchel.runtime.server.responses import Chunks, EventStream, json_response
+from satchel.runtime.server.responses import TEXT, Chunks, EventStream, Form, json_response
 from satchel.runtime.server.state import State
 from satchel.runtime.server.talks import Asked, Talk, ask, encoded
 from satchel.runtime.server.tools import anthropic_tools
@@ -146,6 +146,7 @@ class _Work:
 
         `blocks` are as they begin, `texts` what their deltas add.
         """
+        forms: list[Form] = []
         async for _, event in self.asked.answers:
             for piece in self.asked.pieces(0, event):
                 kind = BLOCKS[piece.kind]
@@ -156,10 +157,11 @@ class _Work:
                     place += 1
                     self.blocks.append(kind.begun(piece))
                     self.texts.append("")
+                    delta = {"type": kind.delta, kind.key: TEXT}
+                    forms.append(Form({"type": "content_block_delta", "index": place, "delta": delta}))
                     yield {"type": "content_block_start", "index": place, "content_block": self.blocks[place]}
                 if piece.text:
-                    delta = {"type": kind.delta, kind.key: piece.text}
-                    yield {"type": "content_block_delta", "index": place, "delta": delta}
+                    yield forms[place](piece.text)
                 self.texts[place] += piece.text
         if self.blocks:
             yield {"type": "content_block_stop", "index": len(self.blocks) - 1}

@@ -8,12 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from satchel.runtime.server import anthropic, texts
 from satchel.runtime.server.chat import chat
@@ -102,37 +100,59 @@ GETS: dict[str, Handler] = {
 """Endpoints without a body."""
 
 
+class Endpoint:
+    """Answers the requests of one path and method.
+
+    An application of its own: Starlette gives functions and whole applications a layer each that every piece of a
+    stream passes.
+    """
+
+    def __init__(self, answer: Callable[[Request], Awaitable[Response]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; an error is an answer in the protocol's form."""
+        http = Request(scope, receive, send)
+        try:
+            response = await self._answer(http)
+        except (Gone, ClientDisconnect):
+            response = Response(status_code=GONE)
+        except Exception as error:  # noqa: BLE001 - each one is an answer
+            response = error_response(explain(error), anthropic=is_anthropic(http.url.path))
+        await response(scope, receive, send)
+
+
 def make_app(state: State, hosts: frozenset[str] | None = None) -> ASGIApp:
     """The application; `hosts` are the names that it may be called by, None for any."""
 
-    def route(path: str, handler: Handler, method: str) -> Route:
-        async def endpoint(http: Request) -> Response:
-            try:
-                body = parse(await read_body(http, state.settings.max_body)) if method == "POST" else None
-                return await handler(state, http, body)
-            except (Gone, ClientDisconnect):
-                return Response(status_code=GONE)
-            except Exception as error:  # noqa: BLE001 - each one is an answer in the protocol's form
-                return error_response(explain(error), anthropic=is_anthropic(path))
+    def post(handler: Handler) -> Endpoint:
+        async def answer(http: Request) -> Response:
+            return await handler(state, http, parse(await read_body(http, state.settings.max_body)))
 
-        return Route(path, endpoint, methods=[method])
+        return Endpoint(answer)
 
-    async def refused(http: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        words = {404: "there is no such path", 405: "the path does not take this method"}
-        found = RequestError(
-            status, f"{http.url.path[:60]}: {words.get(status, 'cannot be answered')}", code="not_found"
-        )
-        response = error_response(found, anthropic=is_anthropic(http.url.path))
-        response.headers.update(getattr(error, "headers", None) or {})  # Allow
-        return response
+    def get(handler: Handler) -> Endpoint:
+        return Endpoint(lambda http: handler(state, http, None))
+
+    def refusal(status: int, words: str, headers: dict[str, str]) -> Endpoint:
+        async def answer(http: Request) -> Response:
+            path = http.url.path
+            error = RequestError(status, f"{path[:60]}: {words}", code="not_found")
+            return json_response(error.body(anthropic=is_anthropic(path)), status, headers)
+
+        return Endpoint(answer)
+
+    def wrong_method(allowed: str) -> Endpoint:
+        return refusal(405, "the path does not take this method", {"Allow": allowed})
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(state.models.close)
 
-    routes = [route(path, handler, "POST") for path, handler in POSTS.items()]
-    routes += [route(path, handler, "GET") for path, handler in GETS.items()]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: refused}, lifespan=lifespan)
-    return Guard(app, state, frozenset([*POSTS, *GETS]), hosts)
+    routes = [Route(path, post(handler), methods=["POST"]) for path, handler in POSTS.items()]
+    routes += [Route(path, get(handler), methods=["GET"]) for path, handler in GETS.items()]
+    routes += [Route(path, wrong_method("POST")) for path in POSTS]
+    routes += [Route(path, wrong_method("GET, HEAD")) for path in GETS]
+    router = Router(routes, default=refusal(404, "there is no such path", {}), lifespan=lifespan)
+    return Guard(router, state, frozenset([*POSTS, *GETS]), hosts)

@@ -20,7 +20,7 @@ from satchel.runtime.server.fields import Field, anything, flag, ignored, mappin
 from satchel.runtime.server.formats import chat_format
 from satchel.runtime.server.messages import for_template
 from satchel.runtime.server.options import MOST_LOGPROBS, MOST_TOKENS
-from satchel.runtime.server.responses import Chunks, EventStream, json_response
+from satchel.runtime.server.responses import TEXT, Chunks, EventStream, Form, json_response
 from satchel.runtime.server.state import State
 from satchel.runtime.server.talks import EFFORT, Asked, Talk, ask
 from satchel.runtime.server.tools import chat_tools
@@ -122,11 +122,17 @@ class _Work:
     async def chunks(self) -> Chunks:
         """The answer in pieces."""
         calls = [0 for _ in self.asked.replies]
+        forms = [Form(self._chunk(index, {"content": TEXT})) for index in range(len(self.asked.replies))]
         for index in range(len(self.asked.replies)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, event in self.asked.answers:
             deltas: list[dict[str, Any]] = []
-            for piece in self.asked.pieces(index, event):
+            pieces = self.asked.pieces(index, event)
+            if not event.logprobs and event.outcome is None and all(piece.kind == "content" for piece in pieces):
+                for piece in pieces:
+                    yield forms[index](piece.text)
+                continue
+            for piece in pieces:
                 calls[index] += bool(piece.name)
                 deltas += _deltas(piece, calls[index] - 1)
             if event.logprobs:

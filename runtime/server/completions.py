@@ -20,7 +20,7 @@ from satchel.runtime.server.fields import Field, anything, read, refused, whole
 from satchel.runtime.server.models import Model
 from satchel.runtime.server.options import MOST_LOGPROBS, options_of
 from satchel.runtime.server.records import record_of
-from satchel.runtime.server.responses import Chunks, EventStream, json_response
+from satchel.runtime.server.responses import TEXT, Chunks, EventStream, Form, json_response
 from satchel.runtime.server.state import State
 
 TABLE: dict[str, Field] = {
@@ -83,10 +83,16 @@ class _Work:
     async def chunks(self) -> Chunks:
         """The answer in pieces."""
         empty = {"usage": None} if self.told else {}
+        forms = [
+            Form({**self.head, "choices": [self._choice(index, TEXT, None, None)], **empty})
+            for index in range(self.answers.count)
+        ]
         offsets: dict[int, int] = {}
         async for index, event in self.answers:
             ended = self.answers.results.get(index)
-            if not event.text and ended is None and not event.logprobs:
+            if ended is None and not event.logprobs:
+                if event.text:
+                    yield forms[index](event.text)
                 continue
             reason = openai.FINISH[ended.finish_reason] if ended else None
             choice = self._choice(index, event.text, event.logprobs or None, reason, offsets.get(index, 0))

@@ -19,6 +19,7 @@ from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
 from satchel.runtime.generation.prefix_cache import full_context_bytes
 from satchel.runtime.server.errors import RequestError
+from satchel.runtime.server.mail import Mail
 from satchel.runtime.server.settings import MIB, Settings
 from satchel.runtime.util.memory import release_freed
 
@@ -37,6 +38,7 @@ class Model:
         self.fingerprint = bundle.fingerprint[:16]
         self.users = 0
         self.used = time.monotonic()
+        self.mail: Mail[Any] = Mail()
         self.embedding = asyncio.Lock()  # of those who want vectors
         self.embedding_waits = 0
         self.nbytes = expected_bytes(generator, settings)
