@@ -41,11 +41,9 @@ Feed = tuple[int, Ids]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a graph: the rows that it concerns, how many tokens of prompts they are fed, and what runs it."""
+    """One run of a graph: the rows that it concerns, and what runs it."""
 
     rows: tuple[int, ...]
-    prompt_tokens: int
-    decoded: bool
     go: Callable[[], None]
 
 
@@ -122,10 +120,10 @@ class Batch:
     def plan(self, feeds: Sequence[Feed], decoded: int) -> list[Run]:
         """The runs that feed rows tokens; the first `decoded` of `feeds` are one token of each of neighboring rows."""
         last, pieces = feeds[:decoded], feeds[decoded:]
-        runs = [Run((row,), len(piece), False, partial(self.states[row].prefill, piece)) for row, piece in pieces]
+        runs = [Run((row,), partial(self.states[row].prefill, piece)) for row, piece in pieces]
         if last:
             tokens = [int(ids[0]) for _, ids in last]
-            runs.append(Run(tuple(row for row, _ in last), 0, True, partial(self.decode, tokens, last[0][0])))
+            runs.append(Run(tuple(row for row, _ in last), partial(self.decode, tokens, last[0][0])))
         return runs
 
     def run(self, feeds: Sequence[Feed]) -> None:

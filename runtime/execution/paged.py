@@ -56,8 +56,7 @@ class PagedBatch(Batch):
         """One run for all, or for each adapter."""
         if not feeds:
             return []
-        tokens = sum(len(ids) for _, ids in feeds[decoded:])
-        return [Run(tuple(row for row, _ in feeds), tokens, decoded > 0, partial(self.run, feeds))]
+        return [Run(tuple(row for row, _ in feeds), partial(self.run, feeds))]
 
     def is_short_of(self, feeds: Sequence[Feed]) -> bool:
         pool = self.runner.pool

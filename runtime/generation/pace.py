@@ -9,6 +9,7 @@ from satchel.runtime.execution.batch import SMALL_PIECE
 PLANNED = 0.7  # of the time that pieces may take: what is planned is exceeded now and then
 SMOOTHING = 0.2  # the weight of a new measurement
 LARGEST = 256  # tokens: larger pieces are not faster
+SHRINK, GROW = 0.5, 2.0  # at most, from one step to the next
 RUN = 256  # tokens of prompts in a step where none waits: one long piece, or several short ones
 
 
@@ -41,17 +42,13 @@ class Pace:
         """Note that a piece of `count` tokens is fed in this step."""
         self._planned += count
 
-    def ran(self, prompt_tokens: int, seconds: float, *, decoded: bool) -> None:
-        """Note how long a run took that had so many tokens of prompts, and whether it had tokens of other rows."""
+    def waited(self, seconds: float) -> None:
+        """Note how long rows that are decoded waited for the token of this step, all of its work included."""
         old = self._decode_seconds
-        if not prompt_tokens:
+        if not self._planned:
             self._decode_seconds = old + SMOOTHING * (seconds - old) if old else seconds
-        elif not self._alone and self._in_pieces and self._stretch < math.inf:
-            self._adapt(prompt_tokens, seconds - old if decoded else seconds)
-
-    def _adapt(self, count: int, seconds: float) -> None:
-        """Make pieces larger or smaller, so that they take the time that there is."""
-        if count > self._size - SMALL_PIECE:  # fewer do not tell: each run has a fixed part
-            there_is = PLANNED * (self._stretch - 1) * self._decode_seconds
-            change = min(2.0, max(0.5, math.sqrt(there_is / max(seconds, 1e-9))))  # the root dampens outliers
+        elif self._planned > self._size - SMALL_PIECE:  # fewer tokens do not tell: each run has a fixed part
+            there_is = PLANNED * (self._stretch - 1) * old
+            ratio = there_is / max(seconds - old, 1e-9)
+            change = max(SHRINK, ratio**0.5) if ratio < 1 else min(GROW, ratio**0.25)  # roots dampen outliers
             self._size = min(max(self._size * change, SMALL_PIECE), LARGEST)

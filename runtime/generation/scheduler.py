@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -276,10 +275,8 @@ class Scheduler:
         """Begin to feed pieces and last tokens."""
         for run in self._batch.plan(self._tokens_of(pieces, decoding), len(decoding)):
             concerned = [job for row in run.rows if (job := self._rows[row]) is not None]
-            start = time.perf_counter()
             with failing(*concerned):
                 run.go()
-            self._pace.ran(run.prompt_tokens, time.perf_counter() - start, decoded=run.decoded)
         ended = [(job, len(piece)) for job, piece in pieces if len(piece) == job.remaining]
         for job, piece in pieces:
             if len(piece) < job.remaining:
@@ -294,10 +291,7 @@ class Scheduler:
                 self._fed(job, count)
         for job in (decoding := [job for job in flight.decoding if job.id in self._jobs]):
             self._take(job)
-        for job in decoding:
-            job.sequence.timing.decode_seconds += job.lap()
-            job.sequence.timing.decode_steps += 1
-            self._tell(job)
+        self._decoded(decoding, [1] * len(decoding))
 
     def _tokens_of(self, pieces: Sequence[tuple[Job, Ids]], decoding: Sequence[Job]) -> list[tuple[int, Ids]]:
         """What each row is fed: first the last tokens of those that are decoded."""
@@ -341,17 +335,24 @@ class Scheduler:
 
     def _decode_ahead(self, decoding: Sequence[Job], planned: Sequence[Ahead]) -> None:
         """Choose the next token of each request, or several where its draft is right; `planned` is [] for only one."""
-        start, taken = time.perf_counter(), [1] * len(decoding)
+        taken = [1] * len(decoding)
         with failing(*decoding):
             if planned:
                 taken = decode_together(self._batch, planned)
             else:
                 taken = [decode(self._engine, self._rows.state(job), job.sequence) for job in decoding]
-        self._pace.ran(0, time.perf_counter() - start, decoded=True)
         for job, count in zip(decoding, taken, strict=True):
             self._queue.charge(job, count)
-            job.sequence.timing.decode_seconds += job.lap()
+        self._decoded(decoding, taken)
+
+    def _decoded(self, decoding: Sequence[Job], taken: Sequence[int]) -> None:
+        """Note how long it took to decode so many tokens of each request, and tell of them."""
+        laps = [job.lap() for job in decoding]
+        for job, lap, count in zip(decoding, laps, taken, strict=True):
+            job.sequence.timing.decode_seconds += lap
             job.sequence.timing.decode_steps += count
+        if laps:
+            self._pace.waited(min(laps))  # one that came back from a file has waited for longer
         for job in decoding:
             self._tell(job)
 

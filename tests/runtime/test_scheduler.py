@@ -321,7 +321,7 @@ def test_a_failed_step_ends_those_that_ran_and_the_next_ones_run(
 def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: float) -> None:
     """A piece takes a fixed time and so much for each of its tokens, a decode step 0.010 seconds."""
     pace = Pace(3.0, in_pieces=True)
-    pace.ran(0, 0.010, decoded=True)
+    pace.waited(0.010)
     steps: list[tuple[float, int]] = []
     for _ in range(50):
         pace.begin(alone=False)
@@ -332,7 +332,7 @@ def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: flo
             pace.plan(piece)
             total += piece
         seconds = fixed + each * total if total else 0.0
-        pace.ran(total, 0.010 + seconds, decoded=True)
+        pace.waited(0.010 + seconds)
         steps.append((seconds, total))
     assert max(seconds for seconds, _ in steps) <= 0.020  # so that a step takes at most 3 times its 0.010 seconds
     possible = (0.014 - fixed) / each
