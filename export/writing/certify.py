@@ -50,7 +50,28 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries
     if texts.certificate is None:
         raise ValueError("no evaluation text")
     folder.mkdir(parents=True)
-    windows = texts.certificate
+    measured = None if texts.measured is None else strict_json.to_json(texts.measured)
+    arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
+    command = [sys.executable, "-m", "satchel.runtime.optimize.certificate_worker", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as worker:
+        try:
+            _write_reference(model, texts.certificate, folder)  # while the worker opens the bundle
+            output, complaint = worker.communicate("\n")
+        except BaseException:
+            worker.kill()
+            raise
+    if worker.returncode != 0:
+        lines = (complaint or output).strip().splitlines()
+        raise ExportError(f"the exported bundle cannot be measured: {lines[-1] if lines else 'no message'}")
+    certificate: Certificate = strict_json.from_json(Certificate, json.loads((folder / RESULT).read_bytes()))
+    manifest = dataclasses.replace(Manifest.read(bundle / MANIFEST_NAME), certificate=certificate)
+    write_json(bundle / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def _write_reference(model: ir.Model, windows: NDArray[np.int64], folder: Path) -> None:
+    """Write the windows, and the float graph's logits of each, to files in `folder`."""
     batch = _batch(model, windows)
     flow = Flow(model, windows, fresh(folder, "flow"), batch=batch)
     flow.run()
@@ -58,17 +79,6 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries
         for index, logits in enumerate(flow.logits(first // batch), first):
             np.save(folder / REFERENCE.format(index), logits)
     np.save(folder / WINDOWS, windows)
-    measured = None if texts.measured is None else strict_json.to_json(texts.measured)
-    arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
-    command = [sys.executable, "-m", "satchel.runtime.optimize.certificate_worker", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise ExportError(f"the exported bundle cannot be measured: {lines[-1] if lines else 'no message'}")
-    certificate: Certificate = strict_json.from_json(Certificate, json.loads((folder / RESULT).read_bytes()))
-    manifest = dataclasses.replace(Manifest.read(bundle / MANIFEST_NAME), certificate=certificate)
-    write_json(bundle / MANIFEST_NAME, manifest.to_json())
-    return manifest
 
 
 def _batch(model: ir.Model, windows: NDArray[np.int64]) -> int:

@@ -3,7 +3,8 @@
     python -m satchel.runtime.optimize.certificate_worker BUNDLE FOLDER TEXT [LIBRARY ...]
 
 FOLDER holds the windows and a file with the reference logits of each, and receives the certificate; TEXT describes in
-JSON the text that the windows were cut from; a LIBRARY has operators that the bundle needs.
+JSON the text that the windows were cut from; a LIBRARY has operators that the bundle needs. The bundle is opened at
+once, and measured after a line on standard input says that FOLDER is complete.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +49,31 @@ MOST_TOGETHER = 4
 """Windows whose steps of decode run together: so many rows take little longer than one."""
 
 
-def appraise(folder: Path, work: Path, text: EvaluatedText | None, libraries: tuple[Path, ...] = ()) -> Certificate:
+def appraise(
+    folder: Path,
+    work: Path,
+    text: EvaluatedText | None,
+    libraries: tuple[Path, ...] = (),
+    wait: Callable[[], None] = lambda: None,
+) -> Certificate:
     """Measure a bundle against the reference logits in `work`, on satchel's own kernels if it has a variant that runs
-    here, as for a user, else on its portable graphs. Raises SatchelError."""
+    here, as for a user, else on its portable graphs. `wait` returns when `work` is complete. Raises SatchelError."""
     portable = choose(Bundle(folder, Manifest.read(folder / MANIFEST_NAME)), Custom(libraries))
     with on_own_kernels(portable, SessionSettings(threads=1, alone=True)) as own:
-        certificate = _measured(portable if own is None else own, work, text)
+        certificate = _measured(portable if own is None else own, work, text, wait)
         return dataclasses.replace(certificate, kernels=ONNXRUNTIME if own is None else SATCHEL)
 
 
-def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None) -> Certificate:
+def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None, wait: Callable[[], None]) -> Certificate:
     manifest = bundle.manifest
+    quantized = bool(manifest.layers)
+    # Quantized weights run on other kernels if not packed, with other figures than those of the user.
+    size = sum(record.bytes for record in manifest.files.values())
+    lean = not quantized and bundle.specialized is None and size > LARGEST_PACKED
+    # Rounded values may differ with the number of threads, so each window is measured by one, and several at once.
+    exact = not quantized and bundle.specialized is None
+    engine = open_engine(bundle, SessionSettings(threads=None if exact else 1, lean=lean))
+    wait()
     windows = list(np.load(work / WINDOWS))
     places = {window.tobytes(): index for index, window in enumerate(windows)}
 
@@ -65,14 +81,7 @@ def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None) -> Certifi
         logits: NDArray[np.float32] = np.load(work / REFERENCE.format(places[ids.tobytes()]), mmap_mode="r")
         return logits
 
-    quantized = bool(manifest.layers)
-    # Quantized weights run on other kernels if not packed, with other figures than those of the user.
-    size = sum(record.bytes for record in manifest.files.values())
-    lean = not quantized and bundle.specialized is None and size > LARGEST_PACKED
-    # Rounded values may differ with the number of threads, so each window is measured by one, and several at once.
-    exact = not quantized and bundle.specialized is None
     length, workers = len(windows[0]), 1 if exact else default_threads()
-    engine = open_engine(bundle, SessionSettings(threads=None if exact else 1, lean=lean))
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
         engine,
@@ -103,11 +112,17 @@ def _speed(engine: Engine, manifest: Manifest) -> Speed | None:
     return Speed(prompt, new, default_threads(), round(figures.prefill, 1), round(figures.decode, 1))
 
 
+def _told() -> None:
+    """Wait for a line on standard input. Raises SatchelError if it ends, as that of an export that was killed."""
+    if not sys.stdin.readline():
+        raise SatchelError("the export has ended")
+
+
 def main() -> int:
     try:
         text = json.loads(sys.argv[3])
         described = None if text is None else strict_json.from_json(EvaluatedText, text)
-        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])))
+        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])), _told)
     except SatchelError as error:
         print(error, file=sys.stderr)
         return 1
