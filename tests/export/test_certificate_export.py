@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,16 @@ def test_no_certificate_is_none(satchel: Satchel, tiny_checkpoint: Path, tmp_pat
     assert Manifest.read(tmp_path / "bundle" / "manifest.json").certificate is None
     said = satchel.refuses("verify", tmp_path / "bundle", "--threads", 1, "--quiet")
     assert "has no certificate: export it again without --no-certificate" in said
+
+
+def test_the_process_that_measures_ends_with_the_export(int8: Path, tmp_path: Path) -> None:
+    shutil.copytree(int8, tmp_path / "copy")
+    module = "satchel.runtime.optimize.certificate_worker"
+    command = [sys.executable, "-m", module, str(tmp_path / "copy"), str(tmp_path / "work"), "null"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ended" in done.stderr
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in int8.iterdir()}
 
 
 def test_a_bundle_that_cannot_be_measured_is_not_published(
