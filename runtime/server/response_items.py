@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +159,7 @@ class _Work:
             yield {**event, "sequence_number": number}
             number += 1
 
-    async def _events(self) -> Chunks:
+    async def _events(self) -> AsyncIterator[dict[str, Any]]:
         yield {"type": "response.created", "response": self.document(None)}
         yield {"type": "response.in_progress", "response": self.document(None)}
         async for event in self._items():
@@ -167,7 +167,7 @@ class _Work:
         whole = self.document(self.asked.answers.results[0])
         yield {"type": f"response.{whole['status']}", "response": whole}
 
-    async def _items(self) -> Chunks:
+    async def _items(self) -> AsyncIterator[dict[str, Any]]:
         """The events of the items, which are collected; pieces of one kind that follow each other are one item."""
         open_item: _Item | None = None
         async for _, event in self.asked.answers:
