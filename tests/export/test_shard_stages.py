@@ -17,6 +17,7 @@ from support.stages import Chain, mailbox, needs_kernels
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.runtime.bundle.ranks import rank_folder
+from satchel.runtime.bundle.reader import read_bundle
 from satchel.runtime.cli.main import main
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -110,3 +111,21 @@ def test_ranks_in_stages_give_the_logits_of_the_whole_model(
     for key in ("logits", "score", "together", "copied"):
         assert np.abs(found[key] - expected[key]).max() <= TOLERANCE * np.abs(expected[key]).max(), key
     assert found["tokens"].tolist() == expected["tokens"].tolist()
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_layers_that_read_others_keys_are_in_one_stage_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of six layers the last two read the keys and values of those in front of them."""
+    family = FAMILIES["gemma4_text"]
+    options = {**family.options, "num_hidden_layers": 6, "layer_types": 3 * list(family.options["layer_types"])[:2]}
+    checkpoint = save(dataclasses.replace(family, options=options), tmp_path / "checkpoint")
+    export_bundle(checkpoint, ExportConfig(tmp_path / "bundle", "fp32", max_context=96, certificate=False))
+    check(tmp_path / "bundle", tmp_path, 2, 40)
+    spans = [read_bundle(rank_folder(tmp_path / "cut2", rank)).manifest.rank for rank in range(2)]
+    assert spans[1] is not None and spans[1].layers[0] <= 2
+    flags = ["--pipeline-parallel", "4", "-o", str(tmp_path / "four"), "--quiet"]
+    assert main(["shard", str(tmp_path / "bundle"), *flags]) == 2
+    assert "3 stages at most" in capsys.readouterr().err
