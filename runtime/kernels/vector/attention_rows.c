@@ -8,9 +8,9 @@
 /* Rows of queries of sequences with several new tokens. A task takes up to TILE of one key head, row by row, the heads of a
  * token being adjacent; softmax runs along the lanes of vectors of rows, online as in FlashAttention (Dao et al., 2022). */
 #ifdef MATRIX_TILES
-enum { TILE = 256 };
+enum { TILE = 256, LEAST_TILE = 128 }; /* lower ones take too long to split keys and values */
 #else
-enum { TILE = 64 };
+enum { TILE = 64, LEAST_TILE = LANES };
 #endif
 enum { VECTORS = TILE / LANES, BLOCK = 96, ENOUGH_TASKS = 16 };
 
@@ -37,7 +37,7 @@ static void prefill_plan(AttentionPlan *plan)
         for (int64_t row = 0; row < call->batch; row++)
             plan->tiles[row + 1]
                 = plan->tiles[row] + (new_tokens(call, row) == 1 ? 0 : prefill_tiles(call, row, plan->height));
-        if (plan->height == LANES || plan->tiles[call->batch] * call->kv_heads >= ENOUGH_TASKS)
+        if (plan->height == LEAST_TILE || plan->tiles[call->batch] * call->kv_heads >= ENOUGH_TASKS)
             return;
     }
 }
