@@ -17,6 +17,7 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.quantize.keeping import resolve, stored_grids, widened
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.kernels.library import OFF, SWITCH
 from satchel.runtime.ort.open_bundle import open_bundle
 
 TOLERANCE = 1e-4
@@ -135,6 +136,13 @@ def bits_of(settings: Mapping[str, Any]) -> int:
     return int(settings.get("bits", 8))
 
 
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates of the portable graphs: satchel's kernels round the inputs of layers to int8."""
+    monkeypatch.setenv(SWITCH, OFF)
+
+
+@pytest.mark.usefixtures("portable")
 @pytest.mark.parametrize("name", [*BUNDLES, *OTHERS])
 def test_a_bundle_keeps_the_values(name: str, tmp_path: Path) -> None:
     settings, write = KEPT[name]
@@ -174,6 +182,7 @@ def test_square_layers_of_gpt2_are_turned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("portable")
 def test_experts_are_kept(tmp_path: Path) -> None:
     model = save_experts(tmp_path / "checkpoint", *KEPT["gptq"])
     manifest = export_bundle(tmp_path / "checkpoint", ExportConfig(tmp_path / "bundle"))

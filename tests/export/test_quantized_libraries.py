@@ -24,6 +24,7 @@ from support.quantized_floats import fp8
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import open_checkpoint
 from satchel.runtime.execution.engine import Engine
+from satchel.runtime.kernels.library import OFF, SWITCH
 from satchel.runtime.ort.open_bundle import open_bundle
 
 TOLERANCES = {4: 1e-5, 8: 5e-4}
@@ -54,7 +55,14 @@ def test_layers_that_gptqmodel_and_autoawq_packed_are_read_as_they_read_them(nam
     assert np.abs(logits(model, IDS) - expected).max() <= ROUNDING * np.abs(expected).max()
 
 
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates of the portable graphs: satchel's kernels round the inputs of layers to int8."""
+    monkeypatch.setenv(SWITCH, OFF)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("portable")
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
 def test_their_bundles_have_the_logits_of_the_library(name: str, tmp_path: Path) -> None:
     manifest, found = exported(PLACE / name, tmp_path)
