@@ -13,10 +13,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from support.attention_node import INPUTS, PASTS, SCALES, Array, Step, added, attend, expected, open_node, over, packed
-from support.attention_steps import AMX_PRECISION, PRECISION, STEPS
+from support.attention_steps import PRECISION, STEPS, precision_of
 from support.kernels import equal_in_all_sets, needs_kernels
-
-from satchel.runtime.kernels.library import instruction_set
 
 pytestmark = needs_kernels
 
@@ -25,11 +23,6 @@ CACHES = ("float32", "float16", "int8")
 
 def assert_close(found: Array, wanted: Array, precision: float = PRECISION) -> None:
     assert np.abs(found - wanted).max() <= precision * np.abs(wanted).max()
-
-
-def precision_of(step: Step) -> float:
-    """Of the set that runs."""
-    return AMX_PRECISION if instruction_set() == "amx" and step.tokens > 1 else PRECISION
 
 
 def assert_rounded(step: Step, feeds: dict[str, Array], *caches: Array) -> None:

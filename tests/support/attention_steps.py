@@ -6,6 +6,8 @@ import dataclasses
 
 from support.attention_node import Step
 
+from satchel.runtime.kernels.library import instruction_set
+
 STEPS = {
     "decode": Step(past=40, rotary=64),
     "decode over several ranges": Step(past=1500, rotary=64),
@@ -46,3 +48,8 @@ PRECISION = 3e-6
 """Largest difference from float64, of the largest number: that of float32."""
 AMX_PRECISION = 2e-5
 """The same where AMX's tiles attend: a float is two numbers of bfloat16, with 16 bits and an error of up to 2^-16."""
+
+
+def precision_of(step: Step) -> float:
+    """That of the instruction set that runs."""
+    return AMX_PRECISION if instruction_set() == "amx" and step.tokens > 1 else PRECISION
