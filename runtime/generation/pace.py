@@ -6,7 +6,7 @@ import math
 
 from satchel.runtime.execution.batch import SMALL_PIECE
 
-PLANNED = 0.7  # of the time that pieces may take: what is planned is exceeded now and then
+PLANNED = 0.6  # of the time that pieces may take: what is planned is exceeded now and then
 SMOOTHING = 0.2  # the weight of a new measurement
 LARGEST = 256  # tokens: larger pieces are not faster
 SHRINK, GROW = 0.5, 2.0  # at most, from one step to the next

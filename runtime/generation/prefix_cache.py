@@ -205,5 +205,5 @@ def full_context_bytes(bundle: Bundle, context: int) -> int:
 def common_length(left: Ids, right: Ids) -> int:
     """Length of the common prefix of two sequences of ids."""
     shorter = min(len(left), len(right))
-    differing = np.flatnonzero(left[:shorter] != right[:shorter])
-    return int(differing[0]) if len(differing) else shorter
+    differing = left[:shorter] != right[:shorter]
+    return int(differing.argmax()) if differing.any() else shorter

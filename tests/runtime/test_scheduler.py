@@ -21,7 +21,7 @@ from satchel.runtime.generation.events import Event
 from satchel.runtime.generation.fair_queue import FairQueue, Job
 from satchel.runtime.generation.generator import Generator
 from satchel.runtime.generation.options import GenerationOptions
-from satchel.runtime.generation.pace import RUN, Pace
+from satchel.runtime.generation.pace import PLANNED, RUN, Pace
 from satchel.runtime.generation.request import Request
 from satchel.runtime.generation.result import Generation
 from satchel.runtime.generation.scheduler import Scheduler
@@ -335,7 +335,7 @@ def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: flo
         pace.waited(0.010 + seconds)
         steps.append((seconds, total))
     assert max(seconds for seconds, _ in steps) <= 0.020  # so that a step takes at most 3 times its 0.010 seconds
-    possible = (0.014 - fixed) / each
+    possible = (PLANNED * 0.020 - fixed) / each
     assert 0.7 * min(possible, 256) <= steps[-1][1] <= possible
     pace.begin(alone=True)
     assert pace.piece() is None
