@@ -15,6 +15,7 @@ from support.traced import traced_once, translations_read_once
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.tracing.trace import trace
+from satchel.runtime.kernels.library import OFF, SWITCH
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +24,12 @@ def _one_trace_of_each_model(tmp_path_factory: pytest.TempPathFactory) -> Iterat
         translations_read_once(patch)
         patch.setattr("satchel.export.compile.trace", traced_once(tmp_path_factory, trace))
         yield
+
+
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates of the portable graphs: satchel's kernels round the inputs of layers to int8."""
+    monkeypatch.setenv(SWITCH, OFF)
 
 
 @pytest.fixture(scope="session")

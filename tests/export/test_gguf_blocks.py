@@ -144,7 +144,8 @@ def exported(path: Path, config: ExportConfig) -> tuple[Manifest, float, Checkpo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Q.Q4_0, pytest.param(Q.Q8_0, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("portable")
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q8_0])
 def test_a_bundle_of_kept_blocks_gives_the_logits_of_the_widened_weights(
     kind: gguf.GGMLQuantizationType, tmp_path: Path
 ) -> None:

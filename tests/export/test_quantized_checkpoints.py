@@ -17,7 +17,6 @@ from satchel.export import ExportConfig, ExportError, export_bundle
 from satchel.export.checkpoint import open_checkpoint
 from satchel.export.quantize.keeping import resolve, stored_grids, widened
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.kernels.library import OFF, SWITCH
 from satchel.runtime.ort.open_bundle import open_bundle
 
 TOLERANCE = 1e-4
@@ -134,12 +133,6 @@ def bits_of(settings: Mapping[str, Any]) -> int:
         weights = settings["config_groups"]["group_0"]["weights"]
         return 8 if weights["type"] == "float" else int(weights["num_bits"])
     return int(settings.get("bits", 8))
-
-
-@pytest.fixture
-def portable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certificates of the portable graphs: satchel's kernels round the inputs of layers to int8."""
-    monkeypatch.setenv(SWITCH, OFF)
 
 
 @pytest.mark.usefixtures("portable")

@@ -24,7 +24,6 @@ from support.quantized_floats import fp8
 from satchel.export import ExportConfig, export_bundle
 from satchel.export.checkpoint import open_checkpoint
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.kernels.library import OFF, SWITCH
 from satchel.runtime.ort.open_bundle import open_bundle
 
 TOLERANCES = {4: 1e-5, 8: 5e-4}
@@ -53,12 +52,6 @@ def loaded(model: torch.nn.Module, source: Path) -> torch.nn.Module:
 def test_layers_that_gptqmodel_and_autoawq_packed_are_read_as_they_read_them(name: str) -> None:
     model, expected = loaded(wide_model(vocab_size=VOCABULARY), PLACE / name), np.load(PLACE / name / "logits.npy")
     assert np.abs(logits(model, IDS) - expected).max() <= ROUNDING * np.abs(expected).max()
-
-
-@pytest.fixture
-def portable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certificates of the portable graphs: satchel's kernels round the inputs of layers to int8."""
-    monkeypatch.setenv(SWITCH, OFF)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     library = ctypes.CDLL(str(made))
     library.tiles = request.param == "AMX"
     library.run_linear.argtypes = [ctypes.c_int64 * 10, ctypes.c_float, ctypes.c_void_p * 9]
-    library.run_attention.argtypes = [ctypes.c_int64 * 12, ctypes.c_float, ctypes.c_float, ctypes.c_void_p * 11]
+    library.run_attention.argtypes = [ctypes.c_int64 * 12, ctypes.c_float, ctypes.c_float, ctypes.c_void_p * 12]
     library.run_table.argtypes = [ctypes.c_int64 * 4, ctypes.c_void_p * 4]
     return library
 
@@ -166,22 +166,21 @@ def test_the_largest_products_do_not_saturate(emulated: ctypes.CDLL) -> None:
 
 def attended(library: ctypes.CDLL, step: Step, feeds: Mapping[str, Array]) -> Array:
     """y of the emulated set; the caches among `feeds` are written in place."""
-    names = ("query", "key", "value", *SCALES, *PASTS, "seqlens_k", "cos", "sin")
+    names = ("query", "key", "value", *SCALES, *PASTS, "seqlens_k", "cos", "sin", "rows")
     y = np.full_like(feeds["query"], np.nan)
     pointers = [feeds[name].ctypes.data if name in feeds else None for name in names]
     cache, total = ("float32", "float16", "int8").index(step.cache), int(feeds["total_sequence_length"])
     tables = feeds["cos"].shape[::-1] if "cos" in feeds else (0, 0)
     numbers = [len(y), y.shape[1], step.heads, step.kv_heads, step.head_dim, cache, feeds["past_key"].shape[2], total,
                *tables, step.interleaved, step.window]  # fmt: skip
-    values = (ctypes.c_void_p * 11)(*pointers, y.ctypes.data)
+    values = (ctypes.c_void_p * 12)(*pointers, y.ctypes.data)
     assert library.run_attention((ctypes.c_int64 * 12)(*map(int, numbers)), step.scale, step.softcap, values) == 0
     return y
 
 
+@pytest.mark.parametrize("emulated", ["AMX"], indirect=True)
 @pytest.mark.parametrize("step", PROMPTS.values(), ids=PROMPTS)
 def test_attention_of_prompts_has_16_bits(emulated: ctypes.CDLL, step: Step) -> None:
-    if not emulated.tiles:
-        pytest.skip("AVX-VNNI has no attention of its own")
     feeds = step.feeds()
     before = tile_products(emulated)
     y = attended(emulated, step, feeds)
@@ -190,11 +189,10 @@ def test_attention_of_prompts_has_16_bits(emulated: ctypes.CDLL, step: Step) -> 
     assert np.abs(y - wanted).max() <= AMX_PRECISION * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("emulated", ["AMX"], indirect=True)
 @pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("window", [-1, 150])
 def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(emulated: ctypes.CDLL, cache: str, window: int) -> None:
-    if not emulated.tiles:
-        pytest.skip("AVX-VNNI has no attention of its own")
     step = Step(tokens=300, rotary=64, window=window, cache=cache)
     feeds = step.feeds()
     whole = attended(emulated, step, {**feeds, **{name: feeds[name].copy() for name in PASTS}})

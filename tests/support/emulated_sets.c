@@ -180,7 +180,7 @@ __attribute__((visibility("default"))) int run_table(const int64_t *numbers, voi
 /* 0 on success; 1 for a set that has no attention of its own. Numbers are batch, tokens, heads, key heads, head_dim,
  * whether the cache is float32, float16 or int8 (0 to 2), its capacity, total tokens, channels of the rotary tables,
  * their rows, whether pairs rotate, and the window; operands are query, key, value, their scales, the caches, seqlens_k,
- * cos, sin and y. */
+ * cos, sin, the rows of the tables and y. */
 __attribute__((visibility("default"))) int run_attention(const int64_t *numbers, float scale, float softcap, void **operands)
 {
     const Parallel serial = {NULL, one_after_another};
@@ -205,13 +205,14 @@ __attribute__((visibility("default"))) int run_attention(const int64_t *numbers,
                                 .total = (int32_t)numbers[7],
                                 .cos = operands[8],
                                 .sin = operands[9],
+                                .rotary_row = operands[10],
                                 .rotary_rows = numbers[9],
                                 .rotary_half = numbers[8],
                                 .interleaved = (int)numbers[10],
                                 .scale = scale,
                                 .softcap = softcap,
                                 .window = numbers[11],
-                                .out = operands[10]};
+                                .out = operands[11]};
     size_t bytes;
     if (emulated.attention == NULL || emulated.attention_check(&call, &bytes) != NULL)
         return 1;
