@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -262,6 +263,40 @@ def replaced_methods(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part, name in found:
             part.__dict__.pop(name)
+
+
+class _InOrder(set[Any]):
+    """A set that is iterated in the order of its texts. Python's order of texts varies from process to process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), key=str))
+
+
+@contextlib.contextmanager
+def sets_in_order(module: torch.nn.Module) -> Iterator[None]:
+    """While it is entered, sets that a model of transformers makes or holds are iterated in order.
+
+    Models loop over the set of their layers' types. So each process traces the same graph.
+    """
+    held = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if type(value) is set and not name.startswith("_")
+    ]
+    classes = {kind for part in module.modules() for kind in type(part).__mro__}
+    files = {kind.__module__ for kind in classes if kind.__module__.startswith("transformers.models.")}
+    for part, name, value in held:
+        setattr(part, name, _InOrder(value))
+    for file in files:
+        vars(sys.modules[file])["set"] = _InOrder
+    try:
+        yield
+    finally:
+        for part, name, value in held:
+            setattr(part, name, value)
+        for file in files:
+            del vars(sys.modules[file])["set"]
 
 
 def without_temperature(module: torch.nn.Module, capacity: int) -> None:

@@ -31,6 +31,7 @@ from satchel.export.tracing.stand_ins import (
     chunks_without_padding,
     register_implementations,
     replaced_methods,
+    sets_in_order,
     without_temperature,
 )
 from satchel.graphs.ir.values import IDENTITY, INTERNAL, nodes
@@ -96,6 +97,7 @@ def trace(module: torch.nn.Module, name: str, capacity: int, protocol: bool = Fa
     replaced.enter_context(tables)
     replaced.enter_context(chunks_without_padding())
     replaced.enter_context(replaced_methods(module))
+    replaced.enter_context(sets_in_order(module))
     replaced.enter_context(replaced_functions(module))
     with _quiet(), replaced, _buffers_on(device, module) as values, torch.no_grad():
         # A custom module may call its layers with functions, and count them.
