@@ -4,14 +4,10 @@ writes what comes out to a file.
 mpiexec -n N python rank_adapters.py CUT IDS.npy OUT.npz
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
+from support.rank_program import run
 
-from satchel.runtime.execution.engine import Engine, follow_rank, join_ranks
-from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.ort.session import SessionSettings
+from satchel.runtime.execution.engine import Engine
 
 STEPS = 12
 
@@ -36,11 +32,4 @@ def steps(engine: Engine, ids: list[int]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    world = join_ranks(Path(sys.argv[1]))
-    bundle = open_bundle(world.folder)
-    if world.rank:
-        follow_rank(world, bundle, SessionSettings(threads=1))
-    else:
-        result = steps(Engine.open(bundle, threads=1), np.load(sys.argv[2]).tolist())
-        world.stop()
-        np.savez(sys.argv[3], **result)
+    run(lambda engine, ids: steps(engine, ids.tolist()))

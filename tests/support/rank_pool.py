@@ -3,15 +3,11 @@
 mpiexec -n N python rank_pool.py CUT IDS.npy OUT.npz
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
+from support.rank_program import run
 
-from satchel.runtime.execution.engine import Engine, follow_rank, join_ranks
+from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.paged import PagedBatch
-from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.ort.session import SessionSettings
 
 
 def steps(engine: Engine, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -40,11 +36,4 @@ def steps(engine: Engine, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    world = join_ranks(Path(sys.argv[1]))
-    bundle = open_bundle(world.folder)
-    if world.rank:
-        follow_rank(world, bundle, SessionSettings(threads=1))
-    else:
-        result = steps(Engine.open(bundle, threads=1), np.load(sys.argv[2]))
-        world.stop()
-        np.savez(sys.argv[3], **result)
+    run(steps)

@@ -3,14 +3,10 @@
 mpiexec -n N python rank_steps.py CUT IDS.npy OUT.npz
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
+from support.rank_program import run
 
-from satchel.runtime.execution.engine import Engine, follow_rank, join_ranks
-from satchel.runtime.ort.open_bundle import open_bundle
-from satchel.runtime.ort.session import SessionSettings
+from satchel.runtime.execution.engine import Engine
 
 CHUNK = 9
 
@@ -35,12 +31,4 @@ def steps(engine: Engine, ids: np.ndarray, count: int) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    world = join_ranks(Path(sys.argv[1]))
-    bundle = open_bundle(world.folder)
-    if world.rank:
-        follow_rank(world, bundle, SessionSettings(threads=1))
-    else:
-        ids = np.load(sys.argv[2])
-        found = steps(Engine.open(bundle, threads=1), ids, min(64, bundle.manifest.model.max_context - len(ids) - 1))
-        world.stop()
-        np.savez(sys.argv[3], **found)
+    run(lambda engine, ids: steps(engine, ids, min(64, engine.bundle.manifest.model.max_context - len(ids) - 1)))

@@ -230,6 +230,15 @@ typedef struct {
     bool fine; /* `a` has lower numbers that are not zero */
 } SplitOperands;
 
+/* Tiles 4 and 5, one below the other, times 6 and 7, side by side. */
+INLINE void add_four_products(void)
+{
+    TILE_DOT_BFLOAT16(0, 4, 6);
+    TILE_DOT_BFLOAT16(1, 4, 7);
+    TILE_DOT_BFLOAT16(2, 5, 6);
+    TILE_DOT_BFLOAT16(3, 5, 7);
+}
+
 /* Adds the products of two tiles of `a`, one below the other, and two of `b`, side by side, to tiles 0 to 3. */
 static void add_split(const SplitOperands *o)
 {
@@ -240,24 +249,15 @@ static void add_split(const SplitOperands *o)
         TILE_LOAD(5, o->a[UPPER] + below, a_bytes);
         TILE_LOAD(6, o->b[LOWER] + b, b_bytes);
         TILE_LOAD(7, o->b[LOWER] + b + SIDE, b_bytes);
-        TILE_DOT_BFLOAT16(0, 4, 6);
-        TILE_DOT_BFLOAT16(1, 4, 7);
-        TILE_DOT_BFLOAT16(2, 5, 6);
-        TILE_DOT_BFLOAT16(3, 5, 7);
+        add_four_products();
         TILE_LOAD(6, o->b[UPPER] + b, b_bytes);
         TILE_LOAD(7, o->b[UPPER] + b + SIDE, b_bytes);
-        TILE_DOT_BFLOAT16(0, 4, 6);
-        TILE_DOT_BFLOAT16(1, 4, 7);
-        TILE_DOT_BFLOAT16(2, 5, 6);
-        TILE_DOT_BFLOAT16(3, 5, 7);
+        add_four_products();
         if (!o->fine)
             continue;
         TILE_LOAD(4, o->a[LOWER] + a, a_bytes);
         TILE_LOAD(5, o->a[LOWER] + below, a_bytes);
-        TILE_DOT_BFLOAT16(0, 4, 6);
-        TILE_DOT_BFLOAT16(1, 4, 7);
-        TILE_DOT_BFLOAT16(2, 5, 6);
-        TILE_DOT_BFLOAT16(3, 5, 7);
+        add_four_products();
     }
 }
 
