@@ -169,8 +169,9 @@ def shared_prefix(ids: Ids, args: argparse.Namespace) -> None:
 
 
 def open_warm(ids: Ids, args: argparse.Namespace) -> Generator:
+    """A generator whose first batch has run: before it, one tries whether rows run together get their own answers."""
     generator = open_bundle(args)
-    generator.generate(ids(16), max_new_tokens=2)
+    run_all(generator, [ids(16)], 2)
     return generator
 
 

@@ -11,6 +11,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,19 @@ class BlockPool:
                 f"there is not enough memory for {blocks * self.block_bytes >> 20:,} MiB of KV cache: "
                 "lower --max-context or the number of rows"
             ) from None
+        self._stacks: list[NDArray[Any]] = []  # buffers of one shape that lie side by side
+        buffers = [
+            (past, present, (blocks, layer.kv_heads, BLOCK, width))
+            for layer in spec.layers
+            for past, present, width in layer.buffers
+        ]
         dtype, offset = np.dtype(spec.dtype), 0
-        for layer in spec.layers:
-            for past, present, width in layer.buffers:
-                buffer: NDArray[Any] = np.ndarray((blocks, layer.kv_heads, BLOCK, width), dtype, self._memory, offset)
-                offset += buffer.nbytes
+        for shape, group in groupby(buffers, key=lambda buffer: buffer[2]):
+            alike = list(group)
+            stack: NDArray[Any] = np.ndarray((len(alike), *shape), dtype, self._memory, offset)
+            offset += stack.nbytes
+            self._stacks.append(stack)
+            for buffer, (past, present, _) in zip(stack, alike, strict=True):
                 self.past[past] = self.present[present] = buffer
         self.blocks = blocks
         self._free = list(range(blocks))[::-1]
@@ -123,8 +132,8 @@ class BlockPool:
 
     def copy_positions(self, block: int, target: int, positions: int) -> None:
         """Copy the first `positions` of a block to another."""
-        for buffer in self.past.values():
-            buffer[target, :, :positions] = buffer[block, :, :positions]
+        for stack in self._stacks:
+            stack[:, target, :, :positions] = stack[:, block, :, :positions]
 
 
 class PagedCache(Cache):

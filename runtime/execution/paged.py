@@ -65,8 +65,8 @@ class PagedBatch(Batch):
 
     def holds(self, positions: int, prefix_cache: Evicts) -> bool:
         pool = self.runner.pool
-        free = (pool.blocks - pool.used) * pool.block_bytes + prefix_cache.nbytes_of(self.owns)
-        return -(-positions // BLOCK) * pool.block_bytes <= free
+        missing = (-(-positions // BLOCK) - (pool.blocks - pool.used)) * pool.block_bytes
+        return missing <= 0 or missing <= prefix_cache.nbytes_of(self.owns)
 
     def owns(self, cache: Cache) -> bool:
         return isinstance(cache, PagedCache) and cache.pool is self.runner.pool

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,9 @@ class PrefixCache:
         self._position_bytes = max(1, position_bytes(spec))
         self._state_bytes = sum(state.nbytes for state in self._states)
         self._lock = threading.Lock()
+        self._block_bytes = BLOCK * self._position_bytes
         self._prefixes: list[Prefix] = []  # the most recently used one last
+        self._held, self._bytes = _HeldBlocks(), 0  # of all prefixes: blocks that several share count once
 
     @property
     def limit(self) -> int:
@@ -67,14 +70,15 @@ class PrefixCache:
     def nbytes_of(self, chosen: Callable[[Cache], bool]) -> int:
         """The bytes of those prefixes whose caches are `chosen`."""
         with self._lock:
-            counted: set[tuple[int, int]] = set()
-            return sum(self._bytes_of(each, counted) for each in self._prefixes if chosen(each.cache))
+            some, held = [prefix for prefix in self._prefixes if chosen(prefix.cache)], _HeldBlocks()
+            return sum(self._size_of(prefix) - self._block_bytes * held.add(prefix) for prefix in some)
 
     def evict(self, chosen: Callable[[Cache], bool]) -> bool:
         """Let go of the least recently used prefix whose cache is `chosen`. Returns whether there is one."""
         with self._lock:
             found = next((prefix for prefix in self._prefixes if chosen(prefix.cache)), None)
-            self._prefixes = [prefix for prefix in self._prefixes if prefix is not found]
+            if found is not None:
+                self._drop(found)
             return found is not None
 
     @property
@@ -131,70 +135,98 @@ class PrefixCache:
             count -= count % BLOCK
         if not count:
             return
-        ids = ids[:count].copy()
         room = self._limit - self._size(cache, count, 0)
         fitting = room // self._state_bytes if self._state_bytes else 0
         lengths = sorted(length for length in cache.snapshots if length < count)
         snapshots = {length: cache.snapshots[length] for length in lengths[max(0, len(lengths) - fitting) :]}
         with self._lock:
-            if self._covers(ids, cache.kind):
-                return
             # Before the copy, so that both together stay under the limit.
-            self._make_room(ids, cache, self._size(cache, count, len(snapshots)))
-        kept = cache.kept(count)
-        if kept is None:
-            kept = KVCache(self._spec, count, count, states=self._states)
-            kept.copy_from(cache, count)
-        kept.snapshots = snapshots
-        self.put(Prefix(ids, kept))
+            if not self._makes_room(ids[:count], cache, self._size(cache, count, len(snapshots))):
+                return
+            kept = cache.kept(count)
+            if kept is None:
+                kept = KVCache(self._spec, count, count, states=self._states)
+                kept.copy_from(cache, count)
+            kept.snapshots = snapshots
+            self._add(Prefix(ids[:count].copy(), kept))
 
     def put(self, prefix: Prefix) -> None:
         """Cache a prefix in place of its own prefixes, and evict others as needed.
 
         One larger than the limit is not cached, and neither is one that a cached prefix covers, which counts as used.
         """
-        size = self._size(prefix.cache, len(prefix.ids), len(prefix.cache.snapshots))
+        size = self._size_of(prefix)
         with self._lock:
-            if size <= self._limit and not self._covers(prefix.ids, prefix.cache.kind):
-                self._make_room(prefix.ids, prefix.cache, size)
-                self._prefixes.append(prefix)
+            if size <= self._limit and self._makes_room(prefix.ids, prefix.cache, size):
+                self._add(prefix)
 
     def _size(self, cache: Cache, positions: int, snapshots: int) -> int:
         """The bytes of a prefix of a cache: whole blocks where it has blocks, and the states at its end count too."""
         held = len(cache.blocks(positions)) * BLOCK or positions
         return held * self._position_bytes + (1 + snapshots) * self._state_bytes
 
-    def _bytes_of(self, prefix: Prefix, counted: set[tuple[int, int]]) -> int:
-        """The bytes of a prefix but for blocks that are `counted` already, to which this adds its own."""
-        length, cache = len(prefix.ids), prefix.cache
-        blocks = set(cache.blocks(length))
-        size = self._size(cache, length, len(cache.snapshots))
-        size -= len(blocks & counted) * BLOCK * self._position_bytes
-        counted |= blocks
-        return size
+    def _size_of(self, prefix: Prefix) -> int:
+        return self._size(prefix.cache, len(prefix.ids), len(prefix.cache.snapshots))
 
-    def _covers(self, ids: Ids, kind: Kind) -> bool:
-        """Whether some cached prefix can be reused for all of `ids`, which then counts as used. The lock is held."""
-        for index in reversed(range(len(self._prefixes))):
-            if self._prefixes[index].common(ids, kind) == len(ids):
-                self._prefixes.append(self._prefixes.pop(index))
-                return True
-        return False
+    def _add(self, prefix: Prefix) -> None:
+        """Take a prefix for which there is room. The lock is held."""
+        self._prefixes.append(prefix)
+        self._bytes += self._size_of(prefix) - self._block_bytes * self._held.add(prefix)
 
-    def _make_room(self, ids: Ids, cache: Cache, size: int) -> None:
+    def _drop(self, prefix: Prefix) -> None:
+        """Let go of a prefix. The lock is held."""
+        self._prefixes = [other for other in self._prefixes if other is not prefix]
+        self._bytes -= self._size_of(prefix) - self._block_bytes * self._held.drop(prefix)
+
+    def _makes_room(self, ids: Ids, cache: Cache, size: int) -> bool:
         """Evict prefixes of `ids`, then the least recently used until the `size` bytes of `cache` for `ids` fit.
 
-        Blocks that several prefixes share count once. The lock is held.
+        Blocks that several prefixes share count once. Returns False, and evicts nothing, if some cached prefix can be
+        reused for all of `ids`, which then counts as used. The lock is held.
         """
-        counted, kept = set(cache.blocks(len(ids))), list[Prefix]()
-        for old in reversed(self._prefixes):
-            if old.cache.kind == cache.kind and common_length(old.ids, ids) == len(old.ids):
+        own = list[Prefix]()
+        for prefix in reversed(self._prefixes):
+            if prefix.cache.kind != cache.kind:
                 continue
-            size += self._bytes_of(old, counted)
-            if size > self._limit:
-                break
-            kept.append(old)
-        self._prefixes = kept[::-1]
+            common = common_length(prefix.ids, ids)
+            if prefix.cache.reach(common) == len(ids):
+                self._prefixes = [other for other in self._prefixes if other is not prefix] + [prefix]
+                return False
+            if common == len(prefix.ids):
+                own.append(prefix)
+        for prefix in own:
+            self._drop(prefix)
+        blocks = cache.blocks(len(ids))
+        while self._prefixes and (self._bytes + size - self._block_bytes * self._held.count(blocks) > self._limit):
+            self._drop(self._prefixes[0])
+        return True
+
+
+class _HeldBlocks:
+    """How many prefixes hold each block."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[int, int]] = Counter()
+
+    def count(self, blocks: Collection[tuple[int, int]]) -> int:
+        """How many of the blocks some prefix holds."""
+        return sum(block in self._counts for block in blocks)
+
+    def add(self, prefix: Prefix) -> int:
+        """Note the blocks of a prefix; returns how many of them others hold."""
+        blocks = prefix.cache.blocks(len(prefix.ids))
+        shared = self.count(blocks)
+        self._counts.update(blocks)
+        return shared
+
+    def drop(self, prefix: Prefix) -> int:
+        """Note that a prefix no longer holds its blocks; returns how many of them others hold."""
+        blocks = prefix.cache.blocks(len(prefix.ids))
+        self._counts.subtract(blocks)
+        for block in blocks:
+            if not self._counts[block]:
+                del self._counts[block]
+        return self.count(blocks)
 
 
 def full_context_bytes(bundle: Bundle, context: int) -> int:

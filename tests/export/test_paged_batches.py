@@ -114,7 +114,8 @@ def test_whatever_runs_beside_a_request_its_answer_is_that_of_its_solo_run(
             assert (found.token_ids, found.text, found.finish_reason) == (
                 expected.token_ids, expected.text, expected.finish_reason,
             )  # fmt: skip
-    generator.prefix_cache._prefixes.clear()
+    while generator.prefix_cache.evict(lambda cache: True):
+        pass
     assert scheduler._batch.nbytes == 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from satchel.runtime.bundle.manifest import CacheLayer, CacheSpec
+from satchel.runtime.execution.block_pool import BLOCK, BlockPool
 from satchel.runtime.execution.kv_cache import KVCache, position_bytes
 from satchel.runtime.generation.prefix_cache import Prefix, PrefixCache, common_length
 
@@ -173,3 +174,39 @@ def test_texts_on_two_sides_of_a_border_are_kept_beside_each_other() -> None:
     longer.long = True
     store.keep(array("abcdefg"), longer)
     assert store.positions == 10, "the long prefix is replaced, the short one stays"
+
+
+def test_prefixes_that_share_blocks_stay_under_the_limit_and_are_not_evicted_without_need() -> None:
+    rng, held = random.Random(0), 6
+    pool = BlockPool(SPEC, 64)
+    store = PrefixCache(SPEC, held * pool.block_bytes)
+    evicted = shared = 0
+    for _ in range(200):
+        stem = "ab"[rng.randrange(2)] * BLOCK * rng.randrange(3)
+        ids = array(stem + "".join(rng.choices("cdef", k=rng.randrange(1, BLOCK))))
+        cache = pool.new_cache(len(ids), 1000)
+        length, found = store.longest(ids)
+        if found is not None:
+            cache.copy_from(found, length)
+        cache.begin(len(ids) - length)
+        cache.advance(len(ids) - length)
+        before = list(store._prefixes)
+        store.keep(ids, cache)
+        after = store._prefixes
+        assert any(common_length(prefix.ids, ids) == len(ids) for prefix in after)
+        lost = [old for old in before if all(old is not prefix for prefix in after)]
+        lost = [old for old in lost if common_length(old.ids, ids) < len(old.ids)]
+        if lost:  # the last one that went would have been too much
+            evicted += 1
+            assert blocks_of([*after, lost[-1]]) > held
+        shared += sum(len(set(prefix.cache.table)) for prefix in after) > blocks_of(after)
+        assert blocks_of(after) <= held
+        assert store.nbytes_of(lambda cache: True) == store._bytes == blocks_of(after) * pool.block_bytes
+        del cache, found, before, lost
+        assert pool.used == blocks_of(store._prefixes)
+    assert evicted > 50
+    assert shared > 50
+
+
+def blocks_of(prefixes: list[Prefix]) -> int:
+    return len({block for prefix in prefixes for block in prefix.cache.table})
