@@ -37,7 +37,7 @@ class Cut:
         found = shares.heads(self.queries, self.parts, equal)
         if self.keyed:
             return max(len(each.keys) for each in found) / self.parts
-        return max(len(each.queries) for each in found) / self.queries
+        return max(len(each.projected) for each in found) / self.queries
 
 
 @functools.cache

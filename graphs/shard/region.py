@@ -218,6 +218,8 @@ def _step(region: Region, node: ir.Node, heads: Callable[[ir.Node], Heads]) -> N
         {"Reshape": _reshape, "Transpose": _transpose, "Unsqueeze": _unsqueeze}[node.op_type](region, node, first)
     elif node.op_type in NORMS and not node.domain and node.attributes.get_int("axis", -1) == -1 and first.axis < -1:
         region.ask(node.inputs[0], first.axis, first.ranges)
+    elif node.op_type == "Slice" and not node.domain:
+        _own_heads(region, node, heads, first)
     elif node.op_type == "RotaryEmbedding":
         _rotary(region, node, first)
     elif node.op_type == "MatMul" and not node.domain:
@@ -346,8 +348,9 @@ def _matmul(region: Region, node: ir.Node, kept: Kept) -> None:
 
 def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> None:
     (heads, keys), (key_size, value_size) = head_counts(node), head_sizes(node)
-    queries, cached = (own.queries,), (own.keys,)
-    if kept != Kept(-1, scaled(queries, value_size)) or any(v in region.kept for v in node.outputs[1:]):
+    queries, cached = (own.projected,), (own.keys,)
+    given = own.queries if node.domain == INTERNAL else own.projected
+    if kept != Kept(-1, scaled((given,), value_size)) or any(v in region.kept for v in node.outputs[1:]):
         raise NotCutError(f"{node.name} is cut between its heads")
     if node.inputs[KEY] is None:
         key_start, value_start = heads * key_size, (heads + keys) * key_size
@@ -368,9 +371,30 @@ def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> 
                 _operand(region, node, index, Kept(axis, queries))
 
     def edit(slicer: Slicer) -> None:
-        node.attributes.add(ir.AttrInt64("num_heads", len(own.queries)))
+        node.attributes.add(ir.AttrInt64("num_heads", len(own.projected)))
         node.attributes.add(ir.AttrInt64("kv_num_heads", len(own.keys)))
         cut_cache(slicer, node, own.keys)
+        if node.domain == INTERNAL and own.projected != own.queries:
+            node.attributes.add(ir.AttrInt64("first_head", own.queries.start - own.projected.start))
+            node.attributes.add(ir.AttrInt64("own_heads", len(own.queries)))
+
+    region.edits.append(edit)
+
+
+def _own_heads(region: Region, node: ir.Node, heads: Callable[[ir.Node], Heads], kept: Kept) -> None:
+    """A Slice behind an attention over all query heads of its key heads, which takes those of the rank."""
+    attention = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if attention is None or (attention.domain, attention.op_type) not in ATTENTIONS:
+        raise NotCutError(f"{node.name} (Slice) needs all channels")
+    own, (_, size) = heads(attention), head_sizes(attention)
+    if kept != Kept(-1, scaled((own.queries,), size)):
+        raise NotCutError(f"{node.name} is cut between its heads")
+    region.ask(node.inputs[0], -1, scaled((own.projected,), size))
+    first = (own.queries.start - own.projected.start) * size
+
+    def edit(slicer: Slicer) -> None:
+        for index, edge in enumerate((first, first + width(kept.ranges)), start=1):
+            slicer.sizes(node, index, np.asarray([edge], np.int64), "heads")
 
     region.edits.append(edit)
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
 from satchel.graphs.shard.adapters import is_optional
-from satchel.graphs.shard.caches import head_counts, head_sizes
+from satchel.graphs.shard.caches import RECURRENCE, head_counts, head_sizes
 from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather, gather_logits
 from satchel.graphs.shard.experts import cut_experts
 from satchel.graphs.shard.pipeline import SKIPPING
@@ -42,6 +42,7 @@ class Cut:
 def cut_tensors(model: ir.Model, place: Place, uncut: Collection[str] = ()) -> Cut:
     """Cut a graph in place for one rank. Layers that read optional inputs of these names stay whole."""
     slicer, done, whole, fronts = Slicer(model), list[str](), dict[str, str](), set[ir.Node]()
+    _slice_heads(model, place)
     cut_product = _cut_by_output if place.exact else _cut_by_input
     for product in reversed(_products(model)):
         if product.y.is_graph_output() or mixing(product.x) or fronts & set(product.nodes):
@@ -69,6 +70,23 @@ def cut_tensors(model: ir.Model, place: Place, uncut: Collection[str] = ()) -> C
     sweep(model.graph)
     slicer.settle()
     return Cut(tuple(done), whole)
+
+
+def _slice_heads(model: ir.Model, place: Place) -> None:
+    """Put a Slice behind attentions whose key heads have query heads of several ranks: ONNX Runtime's operator wants as
+    many query heads for each key head, of which the Slice will keep those of the rank."""
+    for node in nodes(model, "GroupQueryAttention", MICROSOFT):
+        with contextlib.suppress(ShareError):
+            if all(each.projected == each.queries for each in heads(*head_counts(node), place.shares)):
+                continue
+            y, builder = node.outputs[0], Builder(model, _next(node))
+            ends = [
+                builder.constant(np.asarray([end], np.int64), f"heads.{end}") for end in (0, np.iinfo(np.int64).max)
+            ]
+            axis, readers = builder.constant(np.asarray([-1], np.int64), "axis.last"), list(y.uses())
+            own = builder.value("Slice", [y, *ends, axis], f"{y.name}.own", y)
+            for use in readers:
+                use.node.replace_input_with(use.idx, own)
 
 
 def rounds(model: ir.Model) -> bool:
@@ -218,7 +236,8 @@ FINE = 64
 def _heads(node: ir.Node, place: Place, unit: int) -> Heads:
     (count, keys), (_, size) = head_counts(node), head_sizes(node)
     together = next(heads for heads in range(1, unit + 1) if heads * size % unit == 0)
-    return heads(count, keys, place.shares, together)[place.rank]
+    whole_groups = node.op_type == RECURRENCE
+    return heads(count, keys, place.shares, together, whole_groups)[place.rank]
 
 
 def _forget_shapes(region: Region, product: Product) -> None:

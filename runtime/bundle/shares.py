@@ -16,15 +16,20 @@ class ShareError(ValueError):
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of an attention layer that one rank has: those of queries, and those of keys and values."""
+    """The heads of an attention layer that one rank has: those of queries, and those of keys and values. In the whole
+    layer, `group` query heads share a key head."""
 
     queries: range
     keys: range
+    group: int
 
     @property
-    def group(self) -> int:
-        """How many of its query heads share a key head."""
-        return len(self.queries) // max(len(self.keys), 1)
+    def projected(self) -> range:
+        """The query heads that the rank projects: as many for each key head, as operators of attention need them.
+        Where those of a key head are divided, it attends with `queries` only."""
+        if len(self.keys) == 1:
+            return self.queries
+        return range(self.keys.start * self.group, self.keys.stop * self.group)
 
 
 def counts(total: int, shares: Sequence[float]) -> list[int]:
@@ -62,17 +67,19 @@ def spans(total: int, shares: Sequence[float], unit: int = 1) -> list[range]:
     return [range(start * unit, end * unit) for start, end in itertools.pairwise(ends)]
 
 
-def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1) -> list[Heads]:
+def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1, whole_groups: bool = False) -> list[Heads]:
     """The heads of each rank. `queries` is a multiple of `keys`: so many query heads share a key head.
 
-    Where there are at least as many key heads as ranks, they are divided, each with its query heads. Otherwise the
-    query heads of a key head are divided among several ranks, each of which has that key head.
+    Where there are at least as many key heads as ranks, they are divided, each with its query heads. Where that is
+    uneven, two ranks may have a key head and each some of its query heads, if no rank gets more key heads so. With fewer
+    key heads than ranks, the query heads of each are divided among several ranks, which all have that key head.
 
     Args:
         queries: Query heads.
         keys: Heads of keys and values.
         shares: Of each rank.
         unit: How many neighboring query heads must stay together, because a block of quantized weights covers them.
+        whole_groups: Whether the query heads of a key head stay together where there are enough key heads.
 
     Raises:
         ShareError: There are fewer query heads, in such units, than ranks; or `counts` raises it.
@@ -86,7 +93,8 @@ def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1) -> li
         found_heads = []
         for key, members in enumerate(owners):
             for part in spans(group, [shares[rank] for rank in members], unit):
-                found_heads.append(Heads(range(key * group + part.start, key * group + part.stop), range(key, key + 1)))
+                own = range(key * group + part.start, key * group + part.stop)
+                found_heads.append(Heads(own, range(key, key + 1), group))
         return found_heads
     together = next(count for count in range(1, unit + 1) if count * group % unit == 0)
     if keys % together or keys // together < ranks:
@@ -94,7 +102,17 @@ def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1) -> li
             f"{keys} heads of keys, of which {together} must stay together, cannot be divided among {ranks} ranks: "
             f"choose {keys // together or 1}"
         )
-    return [Heads(range(part.start * group, part.stop * group), part) for part in spans(keys, shares, together)]
+    whole = [Heads(range(p.start * group, p.stop * group), p, group) for p in spans(keys, shares, together)]
+    if whole_groups or queries % unit:
+        return whole
+    parts = spans(queries, shares, unit)
+    split = [Heads(p, range(p.start // group, -(-p.stop // group)), group) for p in parts]
+
+    def largest(division: Sequence[Heads]) -> float:
+        return max(len(each.queries) / share for each, share in zip(division, shares, strict=True))
+
+    fewer = all(len(a.keys) <= max(len(b.keys) for b in whole) for a in split)
+    return split if all(parts) and fewer and largest(split) < largest(whole) else whole
 
 
 def stages(

@@ -14,6 +14,7 @@ typedef enum { CACHE_FLOAT, CACHE_HALF, CACHE_INT8 } CacheType;
 /* One step. All tensors are dense, and those of floats float32, but for the cache; a token's channels lie head by head. */
 typedef struct {
     int64_t batch, tokens, heads, kv_heads, head_dim; /* sequences, and new tokens of each; ragged: of all together */
+    int64_t first_head, own_heads; /* of the query heads, those that are wanted; at least one of each key head */
     const int32_t *row_offsets; /* [batch + 1]: ragged: where each sequence's new tokens begin, and their number; NULL:
                                  * each sequence has as many */
     const int32_t *block_table; /* ragged: [batch, table_width]: which block has each `capacity` positions of a
@@ -43,7 +44,7 @@ typedef struct {
     float scale;     /* 0: 1 / sqrt(head_dim) */
     float softcap;   /* 0: none */
     int64_t window;  /* a token attends to itself and window - 1 before it; below 1: to all before it */
-    float *out;      /* [batch, tokens, heads * head_dim] */
+    float *out;      /* [batch, tokens, own_heads * head_dim] */
 } AttentionCall;
 
 #endif

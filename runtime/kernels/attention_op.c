@@ -10,7 +10,7 @@
 enum { MAX_HEADS = 1 << 16 };
 
 typedef struct {
-    int64_t heads, kv_heads, window;
+    int64_t heads, kv_heads, first_head, own_heads, window;
     float scale, softcap;
     bool rotates, interleaved;
 } AttentionParams;
@@ -24,16 +24,19 @@ static void *create(Create *create)
     }
     params->heads = attribute(create, "num_heads", 0);
     params->kv_heads = attribute(create, "kv_num_heads", 0);
+    params->first_head = attribute(create, "first_head", 0);
+    params->own_heads = attribute(create, "own_heads", params->heads);
     params->window = attribute(create, "local_window_size", -1);
     params->scale = attribute_float(create, "scale", 0);
     params->softcap = attribute_float(create, "softcap", 0);
     params->rotates = attribute(create, "do_rotary", 0) != 0;
     params->interleaved = attribute(create, "rotary_interleaved", 0) != 0;
     if (params->kv_heads >= 1 && params->heads >= params->kv_heads && params->heads <= MAX_HEADS
-        && params->heads % params->kv_heads == 0)
+        && params->heads % params->kv_heads == 0 && params->first_head >= 0 && params->own_heads >= 1
+        && params->own_heads <= params->heads - params->first_head)
         return params;
     free(params);
-    create->error = "satchel:Attention: num_heads and kv_num_heads do not fit together";
+    create->error = "satchel:Attention: num_heads, kv_num_heads, first_head and own_heads do not fit together";
     return NULL;
 }
 
@@ -138,6 +141,8 @@ static bool run(const void *kernel, Run *run)
     const AttentionParams *params = kernel;
     AttentionCall call = {.heads = params->heads,
                           .kv_heads = params->kv_heads,
+                          .first_head = params->first_head,
+                          .own_heads = params->own_heads,
                           .window = params->window,
                           .scale = params->scale,
                           .softcap = params->softcap,
@@ -151,7 +156,7 @@ static bool run(const void *kernel, Run *run)
     const char *error = instructions->attention_check(&call, &bytes);
     if (error != NULL)
         return fail(run, error);
-    const int64_t dims[] = {ragged ? 1 : call.batch, call.tokens, call.heads * call.head_dim};
+    const int64_t dims[] = {ragged ? 1 : call.batch, call.tokens, call.own_heads * call.head_dim};
     const int64_t cache[] = {call.blocks, call.kv_heads, call.capacity, call.head_dim};
     if (!output(run, 0, dims, 3, &call.out) || !output_of_any_type(run, 1, cache, 4, &call.present_key)
         || !output_of_any_type(run, 2, cache, 4, &call.present_value))

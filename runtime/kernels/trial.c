@@ -78,6 +78,7 @@ static bool attend(const Instructions *set, float *y)
                                 .tokens = TOKENS,
                                 .heads = HEADS,
                                 .kv_heads = 1,
+                                .own_heads = HEADS,
                                 .head_dim = HEAD_DIM,
                                 .query = query,
                                 .key = key,

@@ -290,6 +290,22 @@ def test_what_does_not_fit_is_refused(case: tuple[Step, dict[str, Array]], messa
         attend(*case)
 
 
+@pytest.mark.parametrize("own", [range(4), range(1, 4), range(2, 6)])
+@pytest.mark.parametrize("name", ["decode over several ranges", "int8: chunk over a past", "prompt of several rows"])
+def test_some_of_the_heads_are_what_they_are_among_all(name: str, own: range) -> None:
+    step = STEPS[name]
+    feeds, size = packed(step.feeds()), step.head_dim
+    whole, found = attend(step, feeds), attend(dataclasses.replace(step, own=own), feeds)
+    assert np.array_equal(found[0], whole[0][..., own.start * size : own.stop * size])
+    assert all(map(np.array_equal, found[1:], whole[1:]))
+
+
+@pytest.mark.parametrize("own", [range(-1, 2), range(0), range(5, 8)])
+def test_heads_that_are_not_there_are_refused(own: range) -> None:
+    with pytest.raises(Exception, match="own_heads"):
+        open_node(dataclasses.replace(CHUNK, own=own), INPUTS)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(5, 2), (0, 0), (-6, -2), (1 << 40, 1 << 20)])
 def test_heads_that_do_not_go_together_are_refused(heads: int, kv_heads: int) -> None:
     with pytest.raises(Exception, match="num_heads"):

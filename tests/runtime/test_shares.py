@@ -36,11 +36,15 @@ def test_all_heads_are_there_once_and_beside_their_keys(ranks: int) -> None:
     for each in found:
         assert each.queries
         assert {head // 3 for head in each.queries} == set(each.keys)
-        assert len(each.queries) == each.group * len(each.keys)
+        assert set(each.queries) <= set(each.projected)
+        assert not len(each.projected) % len(each.keys)
 
 
 def test_key_heads_are_divided_unevenly_or_replicated() -> None:
-    assert [len(each.keys) for each in heads(9, 3, [1, 1])] == [2, 1]
+    assert [(len(each.queries), each.keys) for each in heads(9, 3, [1, 1])] == [(5, range(2)), (4, range(1, 3))]
+    assert [each.projected for each in heads(9, 3, [1, 1])] == [range(6), range(3, 9)]
+    assert [len(each.queries) for each in heads(9, 3, [1, 1], whole_groups=True)] == [6, 3]
+    assert [len(each.keys) for each in heads(32, 8, [1] * 3)] == [3, 3, 2], "a rank would need a fourth key head"
     assert [each.keys for each in heads(9, 3, [1] * 4)] == [range(1), range(1), range(1, 2), range(2, 3)]
     assert [len(each.queries) for each in heads(8, 8, [2, 1, 1])] == [4, 2, 2]
 

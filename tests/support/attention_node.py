@@ -33,6 +33,7 @@ class Step:
         spare: Positions of the cache beyond the step's last.
         cache: How the cache is stored: float32, float16 or int8. Some of the new numbers are beyond what the scales of
             int8 reach.
+        own: The query heads that are wanted; None for all.
     """
 
     heads: int = 6
@@ -49,6 +50,7 @@ class Step:
     spare: int = 3
     rows: int = 1
     cache: str = "float32"
+    own: range | None = None
 
     @property
     def pasts(self) -> list[int]:
@@ -87,7 +89,8 @@ class Step:
 
     def attributes(self, domain: str = "satchel") -> dict[str, Any]:
         kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        return (kinds if self.int8 and domain != "satchel" else {}) | {
+        own = {} if self.own is None else {"first_head": self.own.start, "own_heads": len(self.own)}
+        return (kinds if self.int8 and domain != "satchel" else own) | {
             "num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale, "softcap": self.softcap,
             "local_window_size": self.window, "do_rotary": int(self.rotary > 0),
             "rotary_interleaved": int(self.interleaved),

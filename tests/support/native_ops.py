@@ -180,7 +180,8 @@ class Attention(OpRun):
                 buffer[row, :, first : first + new] = rounded if buffer.dtype == np.int8 else part
             every = (buffer[row, :, : first + new] * step for buffer, step in zip(present, steps, strict=True))
             y[row] = attention(q, *every, options["scale"], max(options["local_window_size"], 0), options["softcap"])
-        return y.reshape(batch, new, -1), *present
+        own = slice(first := options.get("first_head", 0), first + options.get("own_heads", heads))
+        return y[:, :, own].reshape(batch, new, -1), *present
 
 
 class LinearAttention(OpRun):

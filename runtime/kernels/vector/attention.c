@@ -23,6 +23,8 @@ static const char *check_sizes(const AttentionCall *call)
         return "satchel:Attention: the head size exceeds 512";
     if (call->heads % call->kv_heads)
         return "satchel:Attention: the number of query heads is not a multiple of the key heads";
+    if (call->first_head < 0 || call->own_heads < 1 || call->own_heads > call->heads - call->first_head)
+        return "satchel:Attention: the heads that are wanted are not among the query heads";
     if (!call->key != !call->value)
         return "satchel:Attention: give both key and value, or pack both into the query";
     if (call->past_capacity < 0 || call->capacity < 1)

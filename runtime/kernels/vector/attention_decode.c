@@ -216,7 +216,7 @@ static void (*const ATTEND[][ROWS])(const Range *) = {{attend_1, attend_2, atten
 static void decode_queries(const AttentionPlan *plan, int64_t row, int64_t kv_head)
 {
     const AttentionCall *call = plan->call;
-    for (int64_t head = kv_head * plan->group; head < (kv_head + 1) * plan->group; head++)
+    for (int64_t head = first_head(plan, kv_head); head < last_head(plan, kv_head); head++)
         rotate_query(plan, row, 0, head, plan->queries + (row * call->heads + head) * call->head_dim);
 }
 
@@ -228,8 +228,8 @@ static void decode_task(const AttentionPlan *plan, int64_t index)
     int64_t length = range_of(seen_keys(call, row));
     int64_t from = first_key(call, position) + (place - plan->ranges[row]) * length;
     float *out = plan->partials + place * call->heads * (head_dim + 2), *maximum = out + call->heads * head_dim;
-    for (int64_t head = 0; head < plan->group; head += ROWS) {
-        int64_t rows = min64(plan->group - head, ROWS), at = kv_head * plan->group + head;
+    for (int64_t at = first_head(plan, kv_head), last = last_head(plan, kv_head); at < last; at += ROWS) {
+        int64_t rows = min64(last - at, ROWS);
         Range range = {.plan = plan,
                        .row = row,
                        .kv_head = kv_head,
@@ -270,6 +270,7 @@ static void merge(const AttentionPlan *plan, int64_t row, int64_t head)
 
 static void decode_merge(const AttentionPlan *plan, int64_t row)
 {
-    for (int64_t head = 0; head < plan->call->heads; head++)
+    const int64_t first = plan->call->first_head;
+    for (int64_t head = first; head < first + plan->call->own_heads; head++)
         merge(plan, row, head);
 }

@@ -83,6 +83,16 @@ INLINE F16 load_cached(const CacheType type, const void *cache, int64_t element,
     return load_up_to(whole, (const float *)cache + element, left);
 }
 
+/* The query heads of a key head that are wanted: from the first to in front of the last. */
+static inline int64_t first_head(const AttentionPlan *plan, int64_t kv_head)
+{
+    return max64(plan->call->first_head, kv_head * plan->group);
+}
+static inline int64_t last_head(const AttentionPlan *plan, int64_t kv_head)
+{
+    return min64(plan->call->first_head + plan->call->own_heads, (kv_head + 1) * plan->group);
+}
+
 /* Where a position of a sequence is in a cache of keys or values, in elements: the same for both. */
 static inline int64_t place_of(const AttentionPlan *plan, int64_t row, int64_t kv_head, int64_t position)
 {
@@ -113,7 +123,7 @@ static inline void scale_channels(int64_t head_dim, const float *scale, float *x
 
 static inline float *out_of(const AttentionCall *call, int64_t row, int64_t token, int64_t head)
 {
-    return call->out + ((first_token(call, row) + token) * call->heads + head) * call->head_dim;
+    return call->out + ((first_token(call, row) + token) * call->own_heads + head - call->first_head) * call->head_dim;
 }
 
 /* The row of the rotary tables that a new token has. */

@@ -395,14 +395,14 @@ static void store_outputs(const AttentionPlan *plan, const MatrixTile *tile)
                 out[i] = mul(load(tile->sums + (channel + i) * APART + v * LANES), share);
             transpose(out);
             for (int r = v * LANES; r < rows->count && r < (v + 1) * LANES; r++) {
-                float *to = out_of(plan->call, rows->row, token_of(plan, rows, r), head_of(plan, rows, r));
+                float *to = out_of(plan->call, rows->row, token_of(rows, r), head_of(rows, r));
                 store_some(to + channel, head_dim - channel, out[r - v * LANES]);
             }
         }
     }
     for (int r = 0; is_int8(plan->call) && r < rows->count; r++)
         scale_channels(head_dim, plan->call->value_scale + rows->kv_head * head_dim,
-                       out_of(plan->call, rows->row, token_of(plan, rows, r), head_of(plan, rows, r)));
+                       out_of(plan->call, rows->row, token_of(rows, r), head_of(rows, r)));
 }
 
 static void prefill_task(AttentionPlan *plan, int64_t index)
@@ -413,6 +413,8 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
         return;
     }
     find_rows(plan, index, &tile->rows);
+    if (tile->rows.count == 0)
+        return;
     tile->pairs = (plan->call->head_dim + TERMS - 1) / TERMS * LANES;
     split_queries(plan, tile);
     memset(tile->sums, 0, (size_t)(2 * tile->pairs * APART) * sizeof(float));

@@ -277,6 +277,8 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
     }
     QueryRows *rows = &tile->rows;
     find_rows(plan, index, rows);
+    if (rows->count == 0)
+        return;
     load_queries(plan, tile);
     memset(tile->sums, 0, (size_t)((TILE + BROADCASTS) * head_dim) * sizeof(float));
     memset(tile->factor, 0, sizeof tile->factor);
@@ -291,7 +293,7 @@ static void prefill_task(AttentionPlan *plan, int64_t index)
     for (int v = 0; v < rows->used; v++)
         store(totals + v * LANES, rows->total[v]);
     for (int r = 0; r < rows->count; r++) {
-        float *out = out_of(call, rows->row, token_of(plan, rows, r), head_of(plan, rows, r));
+        float *out = out_of(call, rows->row, token_of(rows, r), head_of(rows, r));
         const F16 share = floats(1.0f / totals[r]);
         for (int64_t d = 0; d < head_dim; d += LANES) {
             const F16 sum = load_some(tile->sums + r * head_dim + d, head_dim - d);

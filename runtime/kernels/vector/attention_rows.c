@@ -16,7 +16,8 @@ enum { VECTORS = TILE / LANES, BLOCK = 96, ENOUGH_TASKS = 16 };
 
 typedef struct {
     int64_t row, kv_head, start; /* of the batch; the first query row */
-    int count, used;             /* query rows, and vectors of them */
+    int64_t head, heads;         /* of the queries, the first one of this key head and how many it has */
+    int count, used;             /* query rows, and vectors of them; none: all heads' are in other tasks */
     int32_t first[TILE], last[TILE];              /* the keys that a row attends to: first <= key < last */
     int32_t all_from[VECTORS], all_to[VECTORS];   /* those that all rows of a vector attend to */
     F16 maximum[VECTORS], total[VECTORS];
@@ -50,10 +51,11 @@ static void find_rows(const AttentionPlan *plan, int64_t index, QueryRows *rows)
     const int64_t tiles = plan->tiles[call->batch], place = index % tiles, row = part_of(plan->tiles, call->batch, place);
     rows->row = row, rows->kv_head = index / tiles;
     rows->start = (plan->tiles[row + 1] - 1 - place) * plan->height; /* longest first */
-    rows->count = (int)min64(plan->height, new_tokens(call, row) * plan->group - rows->start);
+    rows->head = first_head(plan, rows->kv_head), rows->heads = last_head(plan, rows->kv_head) - rows->head;
+    rows->count = (int)max64(0, min64(plan->height, new_tokens(call, row) * rows->heads - rows->start));
     rows->used = (rows->count + LANES - 1) / LANES;
     for (int r = 0; r < rows->used * LANES; r++) {
-        const int64_t position = past_tokens(call, row) + (rows->start + r) / plan->group;
+        const int64_t position = past_tokens(call, row) + (rows->start + r) / rows->heads;
         rows->first[r] = r < rows->count ? (int32_t)first_key(call, position) : 0;
         rows->last[r] = r < rows->count ? (int32_t)(position + 1) : 0;
     }
@@ -68,12 +70,9 @@ static void find_rows(const AttentionPlan *plan, int64_t index, QueryRows *rows)
     }
 }
 
-static int64_t token_of(const AttentionPlan *plan, const QueryRows *rows, int r) { return (rows->start + r) / plan->group; }
+static int64_t token_of(const QueryRows *rows, int r) { return (rows->start + r) / rows->heads; }
 
-static int64_t head_of(const AttentionPlan *plan, const QueryRows *rows, int r)
-{
-    return rows->kv_head * plan->group + (rows->start + r) % plan->group;
-}
+static int64_t head_of(const QueryRows *rows, int r) { return rows->head + (rows->start + r) % rows->heads; }
 
 /* Rotated and scaled queries of the 16 rows from `from` on, to `rotated` [16][head_dim]; zeros beyond the last. */
 static void rotate_rows(const AttentionPlan *plan, const QueryRows *rows, int from, float *rotated)
@@ -81,7 +80,7 @@ static void rotate_rows(const AttentionPlan *plan, const QueryRows *rows, int fr
     const int64_t head_dim = plan->call->head_dim;
     for (int r = from; r < from + LANES; r++, rotated += head_dim)
         if (r < rows->count)
-            rotate_query(plan, rows->row, token_of(plan, rows, r), head_of(plan, rows, r), rotated);
+            rotate_query(plan, rows->row, token_of(rows, r), head_of(rows, r), rotated);
         else
             memset(rotated, 0, (size_t)head_dim * sizeof(float));
 }
