@@ -71,8 +71,8 @@ def heads(queries: int, keys: int, shares: Sequence[float], unit: int = 1, whole
     """The heads of each rank. `queries` is a multiple of `keys`: so many query heads share a key head.
 
     Where there are at least as many key heads as ranks, they are divided, each with its query heads. Where that is
-    uneven, two ranks may have a key head and each some of its query heads, if no rank gets more key heads so. With fewer
-    key heads than ranks, the query heads of each are divided among several ranks, which all have that key head.
+    uneven, two ranks may have a key head and each some of its query heads, if no rank gets more key heads so. With
+    fewer key heads than ranks, the query heads of each are divided among several ranks, which all have that key head.
 
     Args:
         queries: Query heads.
