@@ -3,7 +3,9 @@
     python samples/server_overhead.py BUNDLE [--requests 8] [--prompt-tokens 128] [--new-tokens 128] [--rounds 5]
 
 Prompts are random tokens, and answers are streams, without drafts, which the answers to the same prompts before would
-give. The client of the server is a process of its own on the same processor, so its work is part of the overhead.
+give. The scheduler takes a round's requests when all of them wait: how it feeds their prompts would else depend on when
+each arrives, and the time even more. The client of the server is a process of its own on the same processor, so its
+work is part of the overhead.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from satchel.runtime import Generator
@@ -63,7 +67,8 @@ def main() -> None:
                 [draw.randrange(100, vocabulary) for _ in range(args.prompt_tokens)] for _ in range(args.requests)
             ]
             engine = _ask_scheduler(model.scheduler, [Request(ids, GenerationOptions(**limits)) for ids in prompts])
-            served = _ask_server(client, [{"prompt": ids, "stream": True, **asked} for ids in prompts])
+            bodies = [{"prompt": ids, "stream": True, **asked} for ids in prompts]
+            served = _ask_server(model.scheduler, client, bodies)
             if number >= 0:
                 ratios.append(served / engine)
                 print(f"scheduler {engine:.3f} s, server {served:.3f} s: {100 * (ratios[-1] - 1):+.1f} %", flush=True)
@@ -83,9 +88,10 @@ def _open(path: str, args: argparse.Namespace) -> Generator:
 def _ask_scheduler(scheduler: Scheduler, requests: list[Request]) -> float:
     """The seconds until all have ended."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    begun, left = time.perf_counter(), len(requests)
-    for request in requests:
-        scheduler.submit(request, events.put)
+    with _held(scheduler, len(requests)):
+        begun, left = time.perf_counter(), len(requests)
+        for request in requests:
+            scheduler.submit(request, events.put)
     while left:
         outcome = events.get().outcome
         if isinstance(outcome, Exception):
@@ -94,10 +100,30 @@ def _ask_scheduler(scheduler: Scheduler, requests: list[Request]) -> float:
     return time.perf_counter() - begun
 
 
-def _ask_server(client: subprocess.Popen[str], bodies: list[dict[str, Any]]) -> float:
+def _ask_server(scheduler: Scheduler, client: subprocess.Popen[str], bodies: list[dict[str, Any]]) -> float:
     """The seconds that the client measures."""
-    print(json.dumps(bodies), file=client.stdin, flush=True)
+    with _held(scheduler, len(bodies)):
+        print(json.dumps(bodies), file=client.stdin, flush=True)
     return float(client.stdout.readline())
+
+
+@contextmanager
+def _held(scheduler: Scheduler, count: int) -> Iterator[None]:
+    """Hold the scheduler until `count` requests wait, which begin together then."""
+    stands, go = threading.Event(), threading.Event()
+
+    def hold(event: Event) -> None:
+        stands.set()
+        go.wait()
+
+    scheduler.submit(Request([1], GenerationOptions(max_new_tokens=1)), hold)
+    stands.wait()
+    try:
+        yield
+        while scheduler.waiting < count:
+            time.sleep(1e-4)
+    finally:
+        go.set()
 
 
 def ask_all(port: int) -> None:

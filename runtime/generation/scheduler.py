@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,12 +66,13 @@ class Scheduler:
             rows, capacity, prefix_cache.limit, None if kv_cache_mib is None else kv_cache_mib << 20, force=force_batch
         )
         self._capacity, self._queue_limit = capacity, queue_limit
-        self._pace = Pace(stretch, in_pieces=stretch < math.inf and engine.piece_invariant)
+        self._pace = Pace(stretch, in_pieces=engine.piece_invariant)
         self._rows = Rows(engine, self._batch, prefix_cache)
         self._draft_rows = draft_rows
         self._queue, self._flights = FairQueue(), Flights(engine.stages)
         self._oldest = True
         self._events: list[Event] = []
+        self._undelivered: list[tuple[Job, Deliver, Event]] = []
         self._ids = itertools.count()
         self._lock = threading.Lock()  # of what follows
         self._awake = threading.Condition(self._lock)
@@ -84,8 +84,8 @@ class Scheduler:
     def submit(self, request: Request, deliver: Deliver | None = None) -> int:
         """Put a request into the queue. Returns its number.
 
-        `deliver` gets its events, in the thread of `step`; an error that it raises ends the request. Raises PromptError
-        if the request is wrong or can never fit, QueueFullError if the queue is full.
+        `deliver` gets its events, in the thread of `step`, some of them in the next step; an error that it raises ends
+        the request. Raises PromptError if the request is wrong or can never fit, QueueFullError if the queue is full.
         """
         return self.enqueue(self._new_sequence(request), request, deliver)
 
@@ -167,6 +167,7 @@ class Scheduler:
         pieces = self._pieces()
         decoding = self._flights.next_of(self._rows.decoding)
         self._make_room(pieces, decoding)
+        self._deliver()
         alone = not pieces and not self._flights
         if alone and len(self._rows.decoding) == 1 and self._has_room_ahead(decoding[0]):
             self._decode_ahead(decoding, [])
@@ -176,6 +177,8 @@ class Scheduler:
             self._run(pieces, decoding)
         if self._flights.is_due(begun=bool(pieces or decoding)):
             self._land()
+        if not self._jobs:
+            self._deliver()
         return self._events
 
     def run(self) -> Iterator[Event]:
@@ -189,6 +192,7 @@ class Scheduler:
         for job in list(self._jobs.values()):
             job.sequence.fail(error)
             self._tell(job)
+        self._deliver()
 
     def _arrive(self) -> None:
         """Take in what was submitted and cancelled, and end what is over."""
@@ -206,7 +210,7 @@ class Scheduler:
 
     def _pieces(self) -> list[tuple[Job, Ids]]:
         """The pieces of prompts that this step feeds: as many tokens as the pace allows, at most one of a request."""
-        self._pace.begin(alone=not self._rows.decoding)
+        self._pace.begin(len(self._rows.decoding))
         found: list[tuple[Job, Ids]] = []
         flying = self._flights.jobs
         while (job := self._next([*flying, *(each for each, _ in found)])) and (size := self._pace.piece()) != 0:
@@ -374,8 +378,14 @@ class Scheduler:
         event = Event(job.id, text, tuple(sequence.token_ids[told]), tuple(sequence.logprobs[told]), outcome)
         self._events.append(event)
         if job.deliver is not None:
+            self._undelivered.append((job, job.deliver, event))
+
+    def _deliver(self) -> None:
+        """Deliver events, of the step before if it was not the last: who gets them works while the graph runs."""
+        for job, deliver, event in self._undelivered:
             with failing(job):
-                job.deliver(event)
+                deliver(event)
+        self._undelivered.clear()
 
     def _leave(self, job: Job) -> None:
         """Let a request go that has ended, and close the gap among the rows that are decoded."""

@@ -321,10 +321,9 @@ def test_a_failed_step_ends_those_that_ran_and_the_next_ones_run(
 def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: float) -> None:
     """A piece takes a fixed time and so much for each of its tokens, a decode step 0.010 seconds."""
     pace = Pace(3.0, in_pieces=True)
-    pace.waited(0.010)
     steps: list[tuple[float, int]] = []
     for _ in range(50):
-        pace.begin(alone=False)
+        pace.begin(1)
         total = 0
         while size := pace.piece():
             assert size % 2 == 0
@@ -337,10 +336,26 @@ def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: flo
     assert max(seconds for seconds, _ in steps) <= 0.020  # so that a step takes at most 3 times its 0.010 seconds
     possible = (PLANNED * 0.020 - fixed) / each
     assert 0.7 * min(possible, 256) <= steps[-1][1] <= possible
-    pace.begin(alone=True)
+    assert [total for _, total in steps].count(0) == 2, "one before the first piece, and one to measure again"
+    pace.begin(0)
     assert pace.piece() is None
     pace.plan(RUN)
     assert pace.piece() == 0
+
+
+def test_the_time_for_pieces_is_that_of_as_many_rows() -> None:
+    """A request that waited alone, in a tenth of the time, does not keep others' prompts from being fed."""
+    pace, sizes = Pace(3.0, in_pieces=True), dict[int, int]()
+    for rows, alone in ((1, 0.001), (8, 0.010)):
+        for _ in range(60):
+            pace.begin(rows)
+            if size := pace.piece():
+                pace.plan(size)
+                sizes[rows] = size
+            pace.waited(alone + 0.0001 * (size or 0))
+    for rows, alone in ((1, 0.001), (8, 0.010)):
+        possible = round(PLANNED * 2 * alone / 0.0001)
+        assert 0.7 * possible <= sizes[rows] <= possible
 
 
 @pytest.mark.parametrize("stages", [2, 3])
