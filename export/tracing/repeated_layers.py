@@ -34,7 +34,9 @@ def one_of_each(module: torch.nn.Module, kinds: Sequence[Kind]) -> Iterator[None
             first: Any = module.get_submodule(kind.first)
             changed.enter_context(_with_forward(first, _marked(first.forward, number, form)))
             for name in kind.offsets:
-                changed.enter_context(_with_forward(module.get_submodule(name), _placeholder(number, name, form)))
+                layer = module.get_submodule(name)
+                changed.enter_context(_with_forward(layer, _placeholder(number, name, form)))
+                changed.enter_context(_without_tensors(layer))
         yield
 
 
@@ -59,6 +61,19 @@ def _with_forward(layer: Any, forward: Forward) -> Iterator[None]:
         del layer.forward
         if before is not None:
             layer.forward = before
+
+
+@contextlib.contextmanager
+def _without_tensors(layer: torch.nn.Module) -> Iterator[None]:
+    """Take a layer's parameters and buffers from it: the tracer takes time for each, whether it is read or not."""
+    taken = [(part, part._parameters, part._buffers) for part in layer.modules()]
+    for part, _, _ in taken:
+        part._parameters, part._buffers = {}, {}
+    try:
+        yield
+    finally:
+        for part, parameters, buffers in taken:
+            part._parameters, part._buffers = parameters, buffers
 
 
 def _marked(forward: Forward, kind: int, form: _Form) -> Forward:

@@ -68,3 +68,13 @@ def test_copies_are_what_the_tracer_writes(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(trace, "same_layers", lambda *_: [])
     assert copied == structure(graph(checkpoint, family.context))
     assert copies
+
+
+def test_copied_layers_have_their_parameters_again_after_the_trace(tmp_path: Path) -> None:
+    family = deeper(FAMILIES["llama"])
+    opened = open_source(save(family, tmp_path / "checkpoint"), ExportConfig(Path("unused"), "fp32"))
+    before = dict(opened.module.named_parameters())
+    trace.trace(opened.module, opened.name, 64)
+    after = dict(opened.module.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
