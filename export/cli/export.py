@@ -199,8 +199,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises ExportError for user-correctable errors."""
     interrupt.handle(signal.SIGTERM)  # partial files are removed
-    # numpy's threads for matrices would wait for more work by computing, which torch's threads then cannot.
+    # numpy's and torch's threads would wait for more work by computing, which other threads then cannot.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     gc.disable()  # what is imported stays: looking for garbage in it takes a second
     with waiting("loading torch and transformers", shown=not args.quiet):
         from satchel.export.compile import export_bundle
