@@ -41,7 +41,7 @@ from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementa
 from satchel.export.tracing.trace import trace
 from satchel.export.user_passes import open_passes
 from satchel.export.writing.bundle_writer import write_bundle
-from satchel.export.writing.certify import certify
+from satchel.export.writing.certify import measuring, reference_ahead
 from satchel.export.writing.checked_graphs import check_attached, check_logits
 from satchel.export.writing.publish import check_target, staged
 from satchel.export.writing.resume import ROUNDING, check_resumes, scratch
@@ -122,8 +122,8 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         stages.say("starting anew: no export to resume" if left is None else "resuming the export that was interrupted")
     _announce(checkpoint, config, recipe, stages, notes)
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
-    kept = scratch(checkpoint, config, left, stages.say)
-    with _named_errors(checkpoint.name, config.output), fixed_threads(), kept as folder:
+    kept, ahead = scratch(checkpoint, config, left, stages.say), contextlib.ExitStack()
+    with _named_errors(checkpoint.name, config.output), fixed_threads(), kept as folder, ahead:
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):
@@ -137,6 +137,8 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
                 )
             checkpoint = with_recipe(checkpoint, text)
             common, report = lower(model, checkpoint, config, recipe, grids)
+        measured = folder / "certificate"
+        reference = ahead.enter_context(reference_ahead(common, texts.certificate, measured))
         quantized = None
         if recipe is not None:
             with stages.stage("rounding the weights"), stages.steps(pieces(common, recipe, config), "rounding") as bar:
@@ -152,11 +154,12 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         with staged(config.output, config.force) as bundle:
             with stages.stage("writing the bundle"):
                 manifest = write_bundle(bundle, checkpoint, config, models, quantized, report, stages.bytes)
-            with stages.stage("checking the bundle"):
-                self_check(bundle, config)
-            if config.certificate:
-                with stages.stage("measuring the bundle"):
-                    manifest = certify(bundle, common, texts, folder / "certificate", config.custom_ops)
+            with measuring(bundle, texts, measured, reference, config.custom_ops) as measure:
+                with stages.stage("checking the bundle"):
+                    self_check(bundle, config)
+                if reference is not None:
+                    with stages.stage("measuring the bundle"):
+                        manifest = measure()
     return manifest
 
 

@@ -1,12 +1,19 @@
-"""Measures a bundle against the float graph that it comes from, and records the results in its manifest."""
+"""Measures a bundle against the float graph that it comes from, and records the results in its manifest.
+
+The reference runs in a thread of this process, segment by segment, while the bundle is made; its logits go to files.
+The bundle runs as for a user, in a separate process.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,39 +35,69 @@ LARGEST_LOGITS = 256 << 20
 """Max bytes of the reference's logits that are in memory at once."""
 
 
-def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries: Sequence[Path] = ()) -> Manifest:
-    """Certify a bundle before it is published.
+class Left(Exception):
+    """The export has ended, so the reference is of no more use."""
 
-    The reference runs in this process, segment by segment, and its logits go to files. The bundle runs as for a user,
-    in a separate process.
+
+@contextlib.contextmanager
+def reference_ahead(model: ir.Model, windows: NDArray[np.int64] | None, folder: Path) -> Iterator[Future[None] | None]:
+    """While it is entered, a thread computes the reference: the float graph's logits of each window.
+
+    The export goes on meanwhile, since it does not keep all cores busy. Leaving stops the thread, at the next segment
+    of the graph.
+
+    Args:
+        model: The float graph that all phases share, before quantization.
+        windows: The windows to evaluate, [windows, length]; None for an export without a certificate.
+        folder: A folder to create, for the windows and the logits.
+    """
+    if windows is None:
+        yield None
+        return
+    left = threading.Event()
+    with ThreadPoolExecutor(1, "reference") as pool:
+        try:
+            yield pool.submit(_write_reference, model, windows, folder, left)
+        finally:
+            left.set()
+
+
+@contextlib.contextmanager
+def measuring(
+    bundle: Path, texts: Texts, folder: Path, reference: Future[None] | None, libraries: Sequence[Path] = ()
+) -> Iterator[Callable[[], Manifest]]:
+    """While it is entered, a process opens a bundle as for a user; calling what it yields measures it.
 
     Args:
         bundle: The bundle's folder.
-        model: The float graph that all phases share, before quantization.
-        texts: The windows to evaluate.
-        folder: A folder to create, for the reference's logits.
+        texts: The text that the windows come from.
+        folder: The folder of `reference_ahead`.
+        reference: What that yields; None to measure nothing.
         libraries: The libraries of custom operators that the bundle's graphs need.
 
-    Returns:
-        The manifest with the certificate, as written to the bundle.
+    Yields:
+        A function that records the results in the bundle's manifest, and returns that.
 
     Raises:
         ExportError: The bundle does not run, or its logits are not finite.
     """
-    if texts.certificate is None:
-        raise ValueError("no evaluation text")
-    folder.mkdir(parents=True)
+    if reference is None:
+        yield lambda: Manifest.read(bundle / MANIFEST_NAME)
+        return
     measured = None if texts.measured is None else strict_json.to_json(texts.measured)
     arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
     command = [sys.executable, "-m", "satchel.runtime.optimize.certificate_worker", *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as worker:
         try:
-            _write_reference(model, texts.certificate, folder)  # while the worker opens the bundle
-            output, complaint = worker.communicate("\n")
-        except BaseException:
-            worker.kill()
-            raise
+            yield lambda: _certified(bundle, folder, reference, worker)
+        finally:
+            worker.kill()  # it has ended, unless something failed
+
+
+def _certified(bundle: Path, folder: Path, reference: Future[None], worker: subprocess.Popen[str]) -> Manifest:
+    reference.result()
+    output, complaint = worker.communicate("\n")
     if worker.returncode != 0:
         lines = (complaint or output).strip().splitlines()
         raise ExportError(f"the exported bundle cannot be measured: {lines[-1] if lines else 'no message'}")
@@ -70,14 +107,21 @@ def certify(bundle: Path, model: ir.Model, texts: Texts, folder: Path, libraries
     return manifest
 
 
-def _write_reference(model: ir.Model, windows: NDArray[np.int64], folder: Path) -> None:
-    """Write the windows, and the float graph's logits of each, to files in `folder`."""
+def _write_reference(model: ir.Model, windows: NDArray[np.int64], folder: Path, left: threading.Event) -> None:
+    """Write the windows, and the float graph's logits of each, to files in `folder`. Raises Left once `left` is set."""
+
+    def go_on(_: int) -> None:
+        if left.is_set():
+            raise Left
+
+    folder.mkdir(parents=True)
     batch = _batch(model, windows)
     flow = Flow(model, windows, fresh(folder, "flow"), batch=batch)
-    flow.run()
+    flow.run(progress=go_on)
     for first in range(0, len(windows), batch):
         for index, logits in enumerate(flow.logits(first // batch), first):
             np.save(folder / REFERENCE.format(index), logits)
+        go_on(batch)
     np.save(folder / WINDOWS, windows)
 
 

@@ -70,9 +70,10 @@ def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None, wait: Call
     # Quantized weights run on other kernels if not packed, with other figures than those of the user.
     size = sum(record.bytes for record in manifest.files.values())
     lean = not quantized and bundle.specialized is None and size > LARGEST_PACKED
-    # Rounded values may differ with the number of threads, so each window is measured by one, and several at once.
-    exact = not quantized and bundle.specialized is None
-    engine = open_engine(bundle, SessionSettings(threads=None if exact else 1, lean=lean))
+    # The rounded values of ONNX Runtime's kernels may differ with the number of threads, so each window is measured by
+    # one, and several at once.
+    apart = quantized and bundle.specialized is None
+    engine = open_engine(bundle, SessionSettings(threads=1 if apart else None, lean=lean))
     wait()
     windows = list(np.load(work / WINDOWS))
     places = {window.tobytes(): index for index, window in enumerate(windows)}
@@ -81,7 +82,7 @@ def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None, wait: Call
         logits: NDArray[np.float32] = np.load(work / REFERENCE.format(places[ids.tobytes()]), mmap_mode="r")
         return logits
 
-    length, workers = len(windows[0]), 1 if exact else default_threads()
+    length, workers = len(windows[0]), default_threads() if apart else 1
     prompt = min(PROMPT_TOKENS, length // 2)
     certificate = make_certificate(
         engine,
@@ -97,7 +98,7 @@ def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None, wait: Call
     )
     if lean or manifest.target != "cpu":  # the speed of the CPU says nothing about another device
         return certificate
-    if not exact:
+    if apart:
         del engine  # before its weights are loaded once more
         engine = open_engine(bundle, SessionSettings())
     return dataclasses.replace(certificate, speed=_speed(engine, manifest))

@@ -6,8 +6,12 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from support.checkpoints import CONTEXT
 from support.command import Satchel
@@ -122,5 +126,35 @@ def test_a_bundle_that_cannot_be_measured_is_not_published(
 ) -> None:
     monkeypatch.setattr(certify_module, "WINDOWS", "elsewhere.npy")  # the process that measures looks for its own name
     with pytest.raises(ExportError, match=r"windows\.npy"):
+        export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reference_stops_with_an_export_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def run(self, progress: Callable[[int], object]) -> None:
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                progress(1)
+
+    monkeypatch.setattr(certify_module, "Flow", Endless)
+    monkeypatch.setattr(certify_module, "_batch", lambda *_: 1)
+    model: Any = None
+    with certify_module.reference_ahead(model, np.zeros((1, 8), np.int64), tmp_path / "work") as reference:
+        assert reference is not None
+    assert isinstance(reference.exception(timeout=0), certify_module.Left)
+
+
+def test_a_reference_that_fails_is_the_exports_error(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(certify_module, "_batch", full)
+    with pytest.raises(ExportError, match="No space left"):
         export_bundle(tiny_checkpoint, ExportConfig(tmp_path / "bundle", precision="fp32"))
     assert list(tmp_path.iterdir()) == []
