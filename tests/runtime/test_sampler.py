@@ -94,10 +94,25 @@ def test_each_draw_is_the_inverse_of_the_cumulated_probabilities_at_one_uniform_
 def test_a_draw_at_the_ends_takes_no_impossible_token() -> None:
     row = np.array([-np.inf, 0, -np.inf, 0, -2000, -np.inf])
     last = np.nextafter(1, 0)
-    assert [draw(row, uniform) for uniform in (0.0, 0.25, 0.5, 0.75, last)] == [1, 1, 3, 3, 3]
+    assert [draw(row.copy(), uniform) for uniform in (0.0, 0.25, 0.5, 0.75, last)] == [1, 1, 3, 3, 3]
     assert draw(np.array([-np.inf, -5.0, -np.inf]), last) == 1
     for weights in np.random.default_rng(1).normal(0, 3, (200, 7)):
         assert draw(np.append(weights, -2000.0), last) == 6
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 5000])
+def test_a_draw_is_where_the_probabilities_of_all_tokens_before_add_up_to_the_number(vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    for spread in (1.0, 20.0):
+        row = rng.normal(0, spread, vocabulary)
+        row[rng.random(vocabulary) < 0.3] = -np.inf
+        row[rng.integers(vocabulary)] = spread
+        cumulated = np.cumsum(np.exp(row - row.max()))
+        for uniform in (*rng.random(200), 0.0, np.nextafter(1, 0)):
+            token = draw(row.copy(), float(uniform))
+            assert row[token] > -np.inf
+            assert cumulated[token] - uniform * cumulated[-1] > -1e-12 * cumulated[-1]
+            assert token == 0 or cumulated[token - 1] - uniform * cumulated[-1] < 1e-12 * cumulated[-1]
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_or_row_others() -> None:

@@ -13,6 +13,8 @@ from satchel.runtime.generation.sampling.filters import EARLY_END, Row, adjusted
 from satchel.runtime.generation.sampling.finite import most_likely
 from satchel.runtime.generation.sampling.options import SamplingOptions
 
+BLOCK = 256  # tokens whose probabilities are added before a token is looked for among them
+
 Best = tuple[NDArray[np.int64], NDArray[np.float32]]
 """The most likely tokens, most likely first: ids [k] and logits [k]."""
 
@@ -135,12 +137,23 @@ class Sampler:
 def draw(row: Row, uniform: float) -> int:
     """The token where the cumulative probabilities of `row` [vocabulary], in order of id, exceed `uniform`.
 
-    `uniform` is at least 0 and at most 1 - 2**-53, as numpy draws it.
+    `uniform` is at least 0 and at most 1 - 2**-53, as numpy draws it. `row` is overwritten: with a second array of its
+    size, memory would go back to the operating system at each token, and be had again.
     """
-    kept = np.flatnonzero(row > -np.inf)
-    cumulated = np.cumsum(np.exp(row[kept] - row.max()))
+    if highest := row.max():  # 0 after a temperature
+        row -= highest
+    weights = np.exp(row, out=row)
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))  # only one block's are added one by one
+    cumulated = np.cumsum(sums)
     # The sum is at least 1 and the number at most 1 - 2**-53, so their product always rounds to less than the sum.
-    return int(kept[np.searchsorted(cumulated, uniform * cumulated[-1], side="right")])
+    target = uniform * cumulated[-1]
+    block = int(np.searchsorted(cumulated, target, side="right"))
+    if block:
+        target -= cumulated[block - 1]
+    inner = np.cumsum(weights[block * BLOCK :][:BLOCK])
+    # Added in another order, the sum of the block may be a little less: the last token that has a probability then.
+    target = min(target, np.nextafter(inner[-1], 0))
+    return block * BLOCK + int(np.searchsorted(inner, target, side="right"))
 
 
 def check_finite(logits: NDArray[np.float32], step: int) -> int:
