@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.values import INTERNAL, Builder, nodes, only_user, producer
 
-X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, NORM_WEIGHT, ROW_OFFSETS = range(8)
+X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, NORM_WEIGHT, ROW_OFFSETS, ROUNDED = range(9)
 """The operator's inputs."""
 
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder
+from satchel.graphs.analysis.linear import NORM_WEIGHT, ROUNDED, ROW_OFFSETS, X, has_input, set_input
+from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, nodes, replace
 from satchel.runtime.bundle.contract import LOGITS
+from satchel.runtime.bundle.layouts import HALF_BITS
 from satchel.runtime.bundle.ranks import MPI, NCCL
 
 DOMAINS = {MPI: INTERNAL, NCCL: MICROSOFT}
@@ -59,6 +61,42 @@ def gather(
     if own.shape is not None:
         joined.outputs[0].shape = ir.Shape([*list(own.shape)[:-1], sum(map(len, parts))])
     return joined
+
+
+def round_gathers(model: ir.Model) -> None:
+    """Let nodes that join what a Linear reads quantize it, too. With many rows each rank does so for some of them, and
+    they hand each other bytes. Then it has the joined numbers of its own rows only, unless others than such nodes read
+    them: `whole`.
+    """
+    rounding = {node: reader for node in nodes(model, "AllGather", INTERNAL) if (reader := _rounding(node)) is not None}
+    for node, reader in rounding.items():
+        joined = node.outputs[0]
+        alike = {(reader, X), *((other, ADDED) for other in rounding)}
+        others = [use for use in joined.uses() if (use.node, use.idx) not in alike]
+        reads = [*node.inputs, None][: ADDED + 1] + [_input(reader, index) for index in (NORM_WEIGHT, ROW_OFFSETS)]
+        needed = int(bool(others) or joined.is_graph_output())
+        new = Builder(model, node).node("RoundedGather", reads, f"{joined.name}.rounded", INTERNAL, 2, whole=needed)
+        new.attributes.update(reader.attributes)
+        whole, rounded = new.outputs
+        whole.shape, whole.type, rounded.type = joined.shape, joined.type, ir.TensorType(ir.DataType.UINT8)
+        replace(joined, whole)
+        set_input(reader, ROUNDED, rounded)
+
+
+ADDED = 2
+"""Where nodes that join parts take what they add."""
+
+
+def _rounding(node: ir.Node) -> ir.Node | None:
+    """The only Linear with quantized weights that reads what a node joins."""
+    readers = [use for use in node.outputs[0].uses() if (use.node.domain, use.node.op_type) == (INTERNAL, "Linear")]
+    if len(readers) != 1 or readers[0].idx != X or readers[0].node.attributes.get_int("bits", 8) == HALF_BITS:
+        return None
+    return readers[0].node
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if has_input(node, index) else None
 
 
 def _widths(parts: Sequence[range]) -> str:

@@ -53,6 +53,8 @@ static const Instructions *whole(size_t set)
     made[set] = *SETS[set].rest;
     made[set].name = own->name;
     made[set].linear = own->linear;
+    made[set].round = own->round;
+    made[set].places = own->places;
     made[set].table = own->table;
     if (own->attention != NULL) {
         made[set].attention_check = own->attention_check;

@@ -16,6 +16,11 @@
 typedef struct {
     const char *name;
     const char *(*linear)(const LinearParams *params, const LinearCall *call, const Parallel *parallel);
+    /* Quantizes some rows of a call, from `first` on, into memory of rounded_bytes. Their places there begin at that of
+     * `first`; `places` says how many there are before a row. */
+    const char *(*round)(const LinearParams *params, const LinearCall *call, int64_t first, int64_t end, void *rounded,
+                         const Parallel *parallel);
+    int64_t (*places)(const LinearParams *params, const LinearCall *call, int64_t row);
     const char *(*table)(const TableParams *params, const TableCall *call, const Parallel *parallel);
     /* Says what is wrong with a call; does not read the present or the output. Sets `scratch` to the bytes that
      * `attention` needs. */

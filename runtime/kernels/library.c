@@ -262,7 +262,7 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
                                  &attention_half_operator, &attention_int8_operator, &recurrence_operator,
                                  &convolution_operator,    &positions_operator,      &last_token_operator,
                                  &all_reduce_operator,     &all_gather_operator,     &gather_logits_operator,
-                                 &send_operator,           &receive_operator};
+                                 &rounded_gather_operator, &send_operator,           &receive_operator};
         for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
             status = add(api, made, operators[i]);
         if (status == NULL)

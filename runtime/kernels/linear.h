@@ -31,6 +31,7 @@ typedef struct {
     const float *bias;          /* [outputs], or NULL */
     const float *residual;      /* as y, or NULL */
     const float *norm_weight;   /* [inputs], or NULL */
+    void *rounded;              /* its rows are quantized already, as Rounded says; NULL: they are in x */
     float *y;                   /* [rows, outputs], or half of them with a gate */
 } LinearCall;
 
@@ -47,6 +48,29 @@ static inline int64_t panel_bytes(const LinearParams *params)
 {
     const int64_t inputs = params->row.inputs;
     return params->bits == 16 ? inputs * 32 : params->bits == 4 ? inputs * 8 : (inputs + 3) / 4 * 64;
+}
+
+/* The quantized rows of a call. A row is in one place or in two, one after the other. */
+typedef struct {
+    int8_t *activations; /* [places, row_bytes] */
+    float *scales;       /* [places, row_scales] */
+    int32_t *sums;       /* the same */
+} Rounded;
+
+enum { PLACES_BEYOND = 16 }; /* a tile may read more of them than there are */
+
+static inline Rounded rounded_in(const LinearParams *params, int64_t rows, void *memory)
+{
+    const int64_t places = 2 * rows, bytes = (places + PLACES_BEYOND) * row_bytes(&params->row);
+    float *scales = (float *)((char *)memory + bytes);
+    return (Rounded){memory, scales, (int32_t *)(scales + places * row_scales(&params->row))};
+}
+
+/* Bytes that Rounded needs for as many rows. */
+static inline int64_t rounded_bytes(const LinearParams *params, int64_t rows)
+{
+    const int64_t places = 2 * rows;
+    return (places + PLACES_BEYOND) * row_bytes(&params->row) + 8 * places * row_scales(&params->row);
 }
 
 #endif

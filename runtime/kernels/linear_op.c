@@ -2,9 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "linear.h"
 #include "instruction_set.h"
-#include "operator.h"
+#include "linear_op.h"
 #include "ragged.h"
 
 enum {
@@ -39,17 +38,21 @@ static bool valid_params(const LinearParams *params)
         && (params->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
 }
 
-static void *create(Create *create)
+bool read_linear(Create *create, LinearParams *params)
 {
     char text[16];
-    LinearParams params = {0};
-    params.row.inputs = attribute(create, "inputs", 0);
-    params.row.block = attribute(create, "block", 0);
-    params.row.hadamard = attribute(create, "hadamard", 0);
-    params.row.epsilon = attribute_float(create, "epsilon", 0);
-    params.outputs = attribute(create, "outputs", 0);
-    params.bits = (int)attribute(create, "bits", 8);
-    if (!attribute_text(create, "gate", text, sizeof text) || !is_gate(&params, text) || !valid_params(&params)) {
+    *params = (LinearParams){.bits = (int)attribute(create, "bits", 8), .outputs = attribute(create, "outputs", 0)};
+    params->row.inputs = attribute(create, "inputs", 0);
+    params->row.block = attribute(create, "block", 0);
+    params->row.hadamard = attribute(create, "hadamard", 0);
+    params->row.epsilon = attribute_float(create, "epsilon", 0);
+    return attribute_text(create, "gate", text, sizeof text) && is_gate(params, text) && valid_params(params);
+}
+
+static void *create(Create *create)
+{
+    LinearParams params;
+    if (!read_linear(create, &params)) {
         create->error = "satchel:Linear: invalid combination of attributes";
         return NULL;
     }
@@ -77,11 +80,11 @@ static bool fits(const LinearParams *params, const Tensor *weights, const Tensor
 static bool run(const void *kernel, Run *run)
 {
     const LinearParams *params = kernel;
-    Tensor x, weights, scales, zero_points, bias, residual, norm_weight, offsets;
+    Tensor x, weights, scales, zero_points, bias, residual, norm_weight, offsets, rounded;
     if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_ANY, &scales)
         || !input(run, 3, ORT_UINT8, &zero_points) || !input(run, 4, ORT_FLOAT, &bias)
         || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &norm_weight)
-        || !input(run, 7, ORT_INT32, &offsets))
+        || !input(run, 7, ORT_INT32, &offsets) || !input(run, 8, ORT_UINT8, &rounded))
         return false;
     if (x.rank == 0 || x.dims[x.rank - 1] != params->row.inputs)
         return fail(run, "satchel:Linear: the input width differs from attribute inputs");
@@ -92,6 +95,8 @@ static bool run(const void *kernel, Run *run)
     x.dims[x.rank - 1] = half_outputs(params);
     if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
         return fail(run, "satchel:Linear: the residual does not have the shape of the output");
+    if (rounded.data != NULL && (params->bits == 16 || rounded.count != rounded_bytes(params, rows)))
+        return fail(run, "satchel:Linear: the quantized rows are not those of x");
     const bool ragged = offsets.count > 0 && offsets.data != NULL;
     if (ragged && !splits(offsets.data, offsets.count - 1, rows))
         return fail(run, "satchel:Linear: row_offsets do not ascend from 0 to the number of rows");
@@ -106,7 +111,8 @@ static bool run(const void *kernel, Run *run)
                        .zero_points = zero_points.data,
                        .bias = bias.data,
                        .residual = residual.data,
-                       .norm_weight = norm_weight.data};
+                       .norm_weight = norm_weight.data,
+                       .rounded = rounded.data};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
     const char *error = instructions->linear(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
@@ -114,7 +120,7 @@ static bool run(const void *kernel, Run *run)
 }
 
 static const OrtElementType INPUTS[]
-    = {ORT_FLOAT, ORT_UINT8, ORT_ANY, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32};
+    = {ORT_FLOAT, ORT_UINT8, ORT_ANY, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_UINT8};
 
 Operator linear_operator
-    = {.name = "Linear", .inputs = 8, .required = 2, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};
+    = {.name = "Linear", .inputs = 9, .required = 2, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};

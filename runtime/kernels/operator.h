@@ -44,7 +44,8 @@ typedef struct {
 
 extern Operator linear_operator, table_linear_operator, attention_operator, recurrence_operator, convolution_operator;
 extern Operator attention_half_operator, attention_int8_operator, positions_operator, last_token_operator;
-extern Operator all_reduce_operator, all_gather_operator, gather_logits_operator, send_operator, receive_operator;
+extern Operator all_reduce_operator, all_gather_operator, rounded_gather_operator, gather_logits_operator;
+extern Operator send_operator, receive_operator;
 
 int64_t attribute(Create *create, const char *name, int64_t fallback);
 float attribute_float(Create *create, const char *name, float fallback);

@@ -1,4 +1,4 @@
-/* satchel:AllReduce, satchel:AllGather and satchel:GatherLogits, where ranks that share a layer exchange what each has
+/* satchel:AllReduce, satchel:AllGather, satchel:RoundedGather and satchel:GatherLogits, where ranks that share a layer exchange what each has
  * computed, and satchel:Send and satchel:Receive, where a stage of layers hands it to the next one (docs/several-devices.md). */
 #include <math.h>
 #include <stdlib.h>
@@ -11,7 +11,9 @@
 #include <sched.h>
 #endif
 
-#include "operator.h"
+#include "instruction_set.h"
+#include "linear_op.h"
+#include "ragged.h"
 #include "ranks.h"
 #include "scratch.h"
 
@@ -73,15 +75,24 @@ static bool alone(void) { return ranks.test == NULL; }
 
 static bool failed(Run *run) { return fail(run, "satchel: MPI could not exchange data with the other ranks"); }
 
-/* Puts up to PLACE_BYTES into this rank's mailbox. */
-static const char *publish(const void *data, int64_t bytes)
+/* This rank's memory for what it publishes next, up to PLACE_BYTES. */
+static char *open_place(void)
+{
+    Mailbox *mine = ranks.mailboxes[ranks.rank];
+    return mine->places[atomic_load_explicit(&mine->published, memory_order_relaxed) % PLACES];
+}
+
+static void publish_place(void)
 {
     Mailbox *mine = ranks.mailboxes[ranks.rank];
     const uint64_t number = atomic_load_explicit(&mine->published, memory_order_relaxed);
-    char *place = mine->places[number % PLACES];
-    memcpy(place, data, bytes);
     atomic_store_explicit(&mine->published, number + 1, memory_order_release);
-    return place;
+}
+
+static void publish(const void *data, int64_t bytes)
+{
+    memcpy(open_place(), data, bytes);
+    publish_place();
 }
 
 /* What another rank has published as this one published last; waits for it. */
@@ -260,64 +271,77 @@ static void join_by_mailboxes(const float *x, int64_t rows, const int64_t *width
         }
 }
 
-/* Joins the last axis of all ranks, in their order, on all of them, or on the first one of the group alone: then others
- * have zeros. */
-static bool join_parts(Run *run, bool everywhere)
+/* What is joined: the last axis of all ranks, in their order. */
+typedef struct {
+    const float *x;
+    int64_t rows, own, total; /* rows, and numbers of each: this rank's and all */
+    const int64_t *width;     /* of each rank */
+    size_t rank;
+    int64_t dims[MAX_RANK]; /* of the result */
+    const float *added;     /* as the result, or NULL */
+} Join;
+
+static bool read_join(Run *run, bool added, Join *join)
 {
     Tensor x, widths, residual = {0};
-    float *all;
-    Opaque request = {{0}};
     if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_INT64, &widths)
-        || (everywhere && !input(run, 2, ORT_FLOAT, &residual)))
+        || (added && !input(run, 2, ORT_FLOAT, &residual)))
         return false;
     const int64_t members = alone() ? widths.count : ranks.ranks;
     if (x.rank == 0 || widths.count != members || widths.count > MAX_RANKS)
         return fail(run, "satchel: the graph is for another number of ranks");
-    const int64_t *width = widths.data, rows = x.count / (x.dims[x.rank - 1] ? x.dims[x.rank - 1] : 1);
-    int counts[MAX_RANKS], starts[MAX_RANKS];
-    int64_t total = 0;
-    for (int rank = 0; rank < members; rank++) {
-        counts[rank] = (int)(rows * width[rank]);
-        starts[rank] = (int)(rows * total);
-        total += width[rank];
-    }
-    const int64_t own = x.dims[x.rank - 1];
-    if (rows * total > INT32_MAX || own > total || (!alone() && own != width[ranks.rank]))
+    *join = (Join){.x = x.data, .own = x.dims[x.rank - 1], .width = widths.data, .rank = x.rank, .added = residual.data};
+    join->rows = x.count / (join->own ? join->own : 1);
+    for (int rank = 0; rank < members; rank++)
+        join->total += join->width[rank];
+    if (join->rows * join->total > INT32_MAX || join->own > join->total
+        || (!alone() && join->own != join->width[ranks.rank]))
         return fail(run, "satchel: a rank has another width than the graph says");
-    x.dims[x.rank - 1] = total;
-    if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
-        return fail(run, "satchel:AllGather: the residual does not have the shape of the output");
-    if (!output(run, 0, x.dims, x.rank, &all))
-        return false;
+    memcpy(join->dims, x.dims, sizeof join->dims);
+    join->dims[x.rank - 1] = join->total;
+    if (residual.data != NULL && !has_dims(&residual, x.rank, join->dims))
+        return fail(run, "satchel: the residual does not have the shape of the output");
+    return true;
+}
+
+/* Joins the parts on all ranks, or on the first one of the group alone: then others have zeros. */
+static bool join_parts(Run *run, const Join *join, bool everywhere, float *all)
+{
+    const int64_t rows = join->rows, total = join->total, *width = join->width, sent = rows * join->own;
+    const float *added = join->added;
     if (alone()) {
         memset(all, 0, rows * total * sizeof *all);
         for (int64_t row = 0; row < rows; row++)
-            memcpy(all + row * total, (const float *)x.data + row * own, own * sizeof *all);
-        for (int64_t i = 0; residual.data != NULL && i < rows * total; i++)
-            all[i] += ((const float *)residual.data)[i];
+            memcpy(all + row * total, join->x + row * join->own, join->own * sizeof *all);
+        for (int64_t i = 0; added != NULL && i < rows * total; i++)
+            all[i] += added[i];
         return true;
     }
     const bool here = everywhere || ranks.rank == 0;
-    const float *added = residual.data;
+    const int64_t start = now();
     if (ranks.mailboxes != NULL) {
-        const int64_t start = now();
-        join_by_mailboxes(x.data, rows, width, total, here, added, all);
+        join_by_mailboxes(join->x, rows, width, total, here, added, all);
         if (!here)
             memset(all, 0, rows * total * sizeof *all);
-        count(start, x.count * sizeof *all);
+        count(start, sent * sizeof *all);
         return true;
+    }
+    int counts[MAX_RANKS], starts[MAX_RANKS];
+    Opaque request = {{0}};
+    for (int64_t rank = 0, before = 0; rank < ranks.ranks; before += width[rank++]) {
+        counts[rank] = (int)(rows * width[rank]);
+        starts[rank] = (int)(rows * before);
     }
     float *received = !here || (rows == 1 && added == NULL) ? all : thread_scratch(OF_RUN, rows * total * sizeof *all);
     if (received == NULL)
         return fail(run, "satchel: out of memory for the parts of other ranks");
-    const int64_t start = now();
-    const int error = everywhere ? ranks.all_gather(x.data, (int)x.count, ranks.real, received, counts, starts, ranks.real,
+    const int error = everywhere ? ranks.all_gather(join->x, (int)sent, ranks.real, received, counts, starts, ranks.real,
                                                     ranks.group, &request)
-                                 : ranks.gather(x.data, (int)x.count, ranks.real, received, counts, starts, ranks.real, 0,
+                                 : ranks.gather(join->x, (int)sent, ranks.real, received, counts, starts, ranks.real, 0,
                                                 ranks.group, &request);
     if (error || !wait_for(&request, start))
         return failed(run);
-    count(start, x.count * sizeof *all);
+    count(start, sent * sizeof *all);
     if (!here)
         memset(all, 0, rows * total * sizeof *all);
     else if (received != all || added != NULL)
@@ -326,16 +350,194 @@ static bool join_parts(Run *run, bool everywhere)
     return true;
 }
 
+static bool run_gather(Run *run, bool everywhere)
+{
+    Join join;
+    float *all;
+    return read_join(run, everywhere, &join) && output(run, 0, join.dims, join.rank, &all)
+        && join_parts(run, &join, everywhere, all);
+}
+
 static bool run_all_gather(const void *kernel, Run *run)
 {
     (void)kernel;
-    return join_parts(run, true);
+    return run_gather(run, true);
 }
 
 static bool run_gather_logits(const void *kernel, Run *run)
 {
     (void)kernel;
-    return join_parts(run, false);
+    return run_gather(run, false);
+}
+
+/* With many rows each rank joins and rounds some of them, of all channels, and hands the others what it has rounded. */
+enum { LEAST_OWN_ROWS = 16 };
+
+/* Entries of some memory, `bytes` each, of which rank r has starts[r] to starts[r + 1]. */
+typedef struct {
+    char *data;
+    int64_t bytes;
+    const int64_t *starts;
+} Shared;
+
+/* Entries of a rank in piece number `piece`, of `most` each: the first and their number. */
+static int64_t in_piece(const Shared *shared, int rank, int64_t piece, int64_t most, int64_t *first)
+{
+    const int64_t left = shared->starts[rank + 1] - (*first = shared->starts[rank] + piece * most);
+    return left < 0 ? 0 : left < most ? left : most;
+}
+
+/* Gives each rank the entries of all others. */
+static void hand_round(const Shared *shared, int kinds, int64_t most)
+{
+    const int64_t start = now();
+    int64_t sent = 0, first, pieces = 0;
+    for (int kind = 0; kind < kinds; kind++)
+        for (int rank = 0; rank < ranks.ranks; rank++) {
+            const int64_t own = shared[kind].starts[rank + 1] - shared[kind].starts[rank];
+            pieces = (own + most - 1) / most > pieces ? (own + most - 1) / most : pieces;
+        }
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        char *place = open_place();
+        for (int kind = 0; kind < kinds; kind++) {
+            const int64_t bytes = shared[kind].bytes, size = in_piece(shared + kind, ranks.rank, piece, most, &first) * bytes;
+            memcpy(place, shared[kind].data + first * bytes, size);
+            place += size, sent += size;
+        }
+        publish_place();
+        for (int rank = 0; rank < ranks.ranks; rank++) {
+            if (rank == ranks.rank)
+                continue;
+            const char *theirs = published_by(rank, start);
+            for (int kind = 0; kind < kinds; kind++) {
+                const int64_t bytes = shared[kind].bytes, size = in_piece(shared + kind, rank, piece, most, &first) * bytes;
+                memcpy(shared[kind].data + first * bytes, theirs, size);
+                theirs += size;
+            }
+        }
+    }
+    count(start, sent);
+}
+
+/* Joins the rows of this rank only. A piece of a mailbox is what another rank gets. */
+static void join_own_rows(const Join *join, const int64_t *starts, int64_t most, float *all)
+{
+    const Shared rows = {.starts = starts};
+    const int64_t start = now(), own = join->own, total = join->total;
+    int64_t longest = 0, sent = 0, first;
+    for (int rank = 0; rank < ranks.ranks; rank++)
+        longest = starts[rank + 1] - starts[rank] > longest ? starts[rank + 1] - starts[rank] : longest;
+    for (int64_t piece = 0; piece * most < longest; piece++) {
+        float *place = (float *)open_place();
+        for (int rank = 0; rank < ranks.ranks; rank++) {
+            if (rank == ranks.rank)
+                continue;
+            const int64_t size = in_piece(&rows, rank, piece, most, &first) * own;
+            memcpy(place, join->x + first * own, size * sizeof *place);
+            place += most * own, sent += size;
+        }
+        publish_place();
+        const int64_t mine = in_piece(&rows, ranks.rank, piece, most, &first);
+        for (int64_t rank = 0, column = first * total; rank < ranks.ranks; column += join->width[rank++]) {
+            const int64_t width = join->width[rank], before = ranks.rank < rank ? ranks.rank : ranks.rank - 1;
+            const float *part = rank == ranks.rank ? join->x + first * own
+                                                   : (const float *)published_by((int)rank, start) + before * most * width;
+            put_part(part, mine, width, total, join->added == NULL ? NULL : join->added + column, all + column);
+        }
+    }
+    count(start, sent * sizeof *all);
+}
+
+typedef struct {
+    LinearParams linear;
+    bool whole; /* all ranks need all rows of the first result, too */
+} RoundedParams;
+
+/* Rows of a piece that another rank gets, or 0 if each rank joins all rows: there are few, or too long ones. */
+static int64_t rows_of_piece(const Join *join)
+{
+    int64_t widest = 1;
+    if (alone() || ranks.mailboxes == NULL || join->rows < LEAST_OWN_ROWS * ranks.ranks)
+        return 0;
+    for (int rank = 0; rank < ranks.ranks; rank++)
+        widest = join->width[rank] > widest ? join->width[rank] : widest;
+    return PLACE_BYTES / (int64_t)sizeof(float) / ((ranks.ranks > 2 ? ranks.ranks - 1 : 1) * widest);
+}
+
+/* Rounds the rows of this rank, and gets those of others. */
+static bool round_own_rows(Run *run, const RoundedParams *params, const LinearCall *call, const int64_t *starts, float *all,
+                           void *rounded)
+{
+    const int64_t values = row_bytes(&params->linear.row), scales = 4 * row_scales(&params->linear.row);
+    const Rounded to = rounded_in(&params->linear, call->rows, rounded);
+    int64_t places[MAX_RANKS + 1];
+    const char *error = instructions->round(&params->linear, call, starts[ranks.rank], starts[ranks.rank + 1], rounded,
+                                            &run->parallel);
+    if (error != NULL)
+        return fail(run, error);
+    for (int rank = 0; rank <= ranks.ranks; rank++)
+        places[rank] = instructions->places(&params->linear, call, starts[rank]);
+    const Shared kinds[] = {{(char *)to.activations, values, places}, {(char *)to.scales, scales, places},
+                            {(char *)to.sums, scales, places}};
+    hand_round(kinds, 3, PLACE_BYTES / (values + 2 * scales));
+    const Shared rows = {(char *)all, params->linear.row.inputs * (int64_t)sizeof *all, starts};
+    if (params->whole)
+        hand_round(&rows, 1, PLACE_BYTES / rows.bytes);
+    return true;
+}
+
+static void *create_rounded(Create *create)
+{
+    RoundedParams *params = malloc(sizeof *params);
+    if (params == NULL) {
+        create->error = "satchel:RoundedGather: out of memory";
+        return NULL;
+    }
+    params->whole = attribute(create, "whole", 1) != 0;
+    if (read_linear(create, &params->linear) && params->linear.bits != 16)
+        return params;
+    free(params);
+    create->error = "satchel:RoundedGather: invalid combination of attributes";
+    return NULL;
+}
+
+/* Joins the last axis of all ranks, and quantizes the rows as satchel:Linear does, which reads them then. */
+static bool run_rounded_gather(const void *kernel, Run *run)
+{
+    const RoundedParams *params = kernel;
+    const RowParams *row = &params->linear.row;
+    Join join;
+    Tensor norm_weight, offsets;
+    float *all;
+    void *rounded;
+    if (!read_join(run, true, &join) || !input(run, 3, ORT_FLOAT, &norm_weight) || !input(run, 4, ORT_INT32, &offsets))
+        return false;
+    if (join.total != row->inputs || (norm_weight.data != NULL && !has_dims(&norm_weight, 1, &row->inputs)))
+        return fail(run, "satchel:RoundedGather: the input width differs from attribute inputs");
+    const bool ragged = offsets.count > 0 && offsets.data != NULL;
+    if (ragged && !splits(offsets.data, offsets.count - 1, join.rows))
+        return fail(run, "satchel:RoundedGather: row_offsets do not ascend from 0 to the number of rows");
+    const int64_t bytes = rounded_bytes(&params->linear, join.rows), most = rows_of_piece(&join);
+    if (!output(run, 0, join.dims, join.rank, &all) || !output_of_any_type(run, 1, &bytes, 1, &rounded))
+        return false;
+    const LinearCall call = {.rows = join.rows,
+                             .single = join.rank >= 2 && join.dims[join.rank - 2] == 1,
+                             .row_offsets = ragged ? offsets.data : NULL,
+                             .sequences = offsets.count - 1,
+                             .x = all,
+                             .norm_weight = norm_weight.data};
+    if (most > 0 && row->inputs * (int64_t)sizeof *all <= PLACE_BYTES) {
+        int64_t starts[MAX_RANKS + 1];
+        for (int rank = 0; rank <= ranks.ranks; rank++)
+            starts[rank] = join.rows * rank / ranks.ranks;
+        join_own_rows(&join, starts, most, all);
+        return round_own_rows(run, params, &call, starts, all, rounded);
+    }
+    if (!join_parts(run, &join, true, all))
+        return false;
+    const Parallel *parallel = join.rows == 1 ? &run->contiguous : &run->parallel;
+    const char *error = instructions->round(&params->linear, &call, 0, join.rows, rounded, parallel);
+    return error == NULL || fail(run, error);
 }
 
 enum { TO_NEXT = 77 };
@@ -457,7 +659,8 @@ EXPORTED Traffic satchel_traffic(void)
 }
 
 static const OrtElementType REDUCED[] = {ORT_FLOAT}, GATHERED[] = {ORT_FLOAT, ORT_INT64}, RECEIVED[] = {ORT_INT64};
-static const OrtElementType JOINED[] = {ORT_FLOAT, ORT_INT64, ORT_FLOAT};
+static const OrtElementType JOINED[] = {ORT_FLOAT, ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_INT32};
+static const OrtElementType ROUNDED[] = {ORT_FLOAT, ORT_UINT8};
 
 Operator all_reduce_operator = {.name = "AllReduce",
                                 .inputs = 1,
@@ -473,6 +676,14 @@ Operator all_gather_operator = {.name = "AllGather",
                                 .input_types = JOINED,
                                 .create = create_gather,
                                 .run = run_all_gather};
+Operator rounded_gather_operator = {.name = "RoundedGather",
+                                    .inputs = 5,
+                                    .required = 2,
+                                    .outputs = 2,
+                                    .input_types = JOINED,
+                                    .output_types = ROUNDED,
+                                    .create = create_rounded,
+                                    .run = run_rounded_gather};
 Operator gather_logits_operator = {.name = "GatherLogits",
                                    .inputs = 2,
                                    .required = 2,

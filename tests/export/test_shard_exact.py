@@ -24,9 +24,11 @@ from satchel.runtime.ort.open_bundle import open_bundle
 VOCABULARY = 96
 SIZES = {
     "hidden_size": 288, "intermediate_size": 384, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32,
-    "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 128,
 }  # fmt: skip
 """Heads that no 2 or 4 ranks divide evenly, and channels that some do."""
+PROMPT = 70
+"""Tokens: so many that each of 4 ranks rounds some of them for all."""
 QUICK = {("int8", 2, "satchel")}
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
@@ -56,13 +58,13 @@ def test_ranks_compute_the_bits_of_one_process(
     assert main(["shard", str(made / "portable"), "--tensor-parallel", str(ranks), "-o", str(cut), "--quiet"]) == 0
     for rank in range(ranks) if kernels == "satchel" else ():
         specialize_for_satchel(rank_folder(cut, rank))
-    ids = np.random.default_rng(2).integers(3, VOCABULARY, 20)
+    ids = np.random.default_rng(5).integers(3, VOCABULARY, PROMPT)
     np.save(tmp_path / "ids.npy", ids)
     done = together(ranks, rank_steps.__file__, cut, tmp_path / "ids.npy", tmp_path / "found.npz")
     assert done.returncode == 0, done.stderr
     found = dict(np.load(tmp_path / "found.npz"))
     whole = Engine.open(open_bundle(made / kernels), threads=1)
-    expected = rank_steps.steps(whole, ids, 43)
+    expected = rank_steps.steps(whole, ids, 128 - PROMPT - 1)
     expected["score"] = Engine.open(open_bundle(made / "portable"), threads=1).score(ids)  # so ranks do
     assert len(set(expected["tokens"].tolist())) > 3
     for key, wanted in expected.items():
@@ -96,8 +98,12 @@ def test_ranks_add_no_parts_of_sums(tmp_path: Path, tmp_path_factory: pytest.Tem
     assert main(["shard", str(made / "portable"), "--tensor-parallel", "2", "-o", str(cut), "--quiet"]) == 0
     for graph in ("prefill", "decode", "score", "native"):
         model = ir.load(rank_folder(cut, 1) / f"{graph}.onnx")
-        kinds = collections.Counter(node.op_type for node in model.graph if node.op_type.startswith(("All", "Gather")))
-        kinds = {kind: kinds[kind] for kind in ("AllReduce", "AllGather", "GatherLogits")}
-        assert kinds == {"AllReduce": 1, "AllGather": 8, "GatherLogits": 1}, "the embedding, two layers, the head"
-    joined = [node for node in model.graph if node.op_type == "AllGather"]
-    assert [len(node.inputs) for node in joined] == [2, 3] * 4, "residuals are added to what is joined"
+        kinds = collections.Counter(node.op_type for node in model.graph)
+        kinds = {kind: kinds[kind] for kind in ("AllReduce", "AllGather", "RoundedGather", "GatherLogits")}
+        joined = {"AllGather": 0, "RoundedGather": 8} if graph == "native" else {"AllGather": 8, "RoundedGather": 0}
+        assert kinds == {"AllReduce": 1, "GatherLogits": 1, **joined}, "the embedding, two layers, the head"
+    joined = [node for node in model.graph if node.op_type in ("AllGather", "RoundedGather")]
+    added = [len(node.inputs) > 2 and node.inputs[2] is not None for node in joined]
+    assert added == [False, True] * 4, "residuals are added to what is joined"
+    whole = [node.attributes.get_int("whole") for node in joined]
+    assert whole == [0, 0, 0, 1, 0, 0, 0, 0], "the last token is taken of what the fourth joins"

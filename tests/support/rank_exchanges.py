@@ -4,8 +4,11 @@ mpiexec -n N python rank_exchanges.py
 """
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 from mpi4py import MPI
-from support.kernels import operator_session
+from onnx import helper
+from support.kernels import Product, found, operator_session
 
 from satchel.runtime.execution.ranks import wire
 
@@ -17,6 +20,51 @@ def run(name: str, own: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray
     feeds = {"x": own, **inputs}
     found: np.ndarray = operator_session(name, {}, list(feeds), feeds, {}).run(None, feeds)[0]
     return found
+
+
+PRODUCTS = (
+    Product(576, 64, epsilon=1e-5, optional="g"),
+    Product(1536, 64, hadamard=128),
+    Product(640, 32, bits=4, block=32, optional="z"),
+)
+
+
+def check_rounded(product: Product, rank: int, ranks: int, tokens: int, whole: bool) -> None:
+    """Rows that ranks join and quantize give the bits of rows that one rank has in floats."""
+    random = np.random.default_rng(tokens)
+    x, residual = (random.standard_normal((1, tokens, product.inputs)).astype(np.float32) for _ in range(2))
+    edges = np.arange(1, ranks) * product.inputs // ranks // 16 * 16
+    widths, constants = np.diff([0, *edges, product.inputs]), product.constants(1)
+    feeds = {"x": np.split(x, edges, -1)[rank], "widths": widths, "residual": residual, **constants}
+    gain = "g" if "g" in feeds else ""
+    nodes = [
+        helper.make_node(
+            "RoundedGather",
+            ["x", "widths", "residual", gain],
+            ["joined", "rounded"],
+            domain="satchel",
+            whole=int(whole),
+        ),
+        helper.make_node("Linear", ["joined", *product.names[1:], "", "rounded"], ["y"], domain="satchel"),
+    ]
+    for node in nodes:
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in product.attributes.items())
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
+        for name, value in feeds.items()
+    ]
+    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("y", "joined")]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("satchel", 1)]
+    graph = helper.make_graph(nodes, "rounded", inputs, outputs)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(found()))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    y, joined = ort.InferenceSession(model, options).run(None, feeds)
+    alone = {"x": x + residual, **constants}
+    (expected,) = operator_session("Linear", product.attributes, product.names, alone, {}).run(None, alone)
+    np.testing.assert_array_equal(y, expected)
+    if whole:
+        np.testing.assert_array_equal(joined, x + residual)
 
 
 def main() -> None:
@@ -37,6 +85,9 @@ def main() -> None:
         summed = run("AllReduce", all_sums[rank], {})
         np.testing.assert_allclose(summed, all_sums.sum(0, np.float64), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(world.bcast(summed, 0), summed)
+    for product in PRODUCTS:
+        for tokens in (1, 5, 100, 1001):
+            check_rounded(product, rank, ranks, tokens, whole=tokens != 100)
     print(f"rank {rank} is right")
 
 

@@ -9,4 +9,4 @@
 #include "table_float.c"
 #include "table.c"
 
-#define LINEAR_KERNELS .linear = linear_run, .table = table_run
+#define LINEAR_KERNELS .linear = linear_run, .round = linear_round, .places = linear_places, .table = table_run

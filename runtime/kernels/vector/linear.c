@@ -44,8 +44,9 @@ static void quantize_rows(void *data, size_t index)
     const LinearWork *work = data;
     const RowParams *params = &work->params->row;
     const LinearCall *call = work->call;
-    const int64_t first = (int64_t)index * QUANTIZED_ROWS, scales = row_scales(params), stride = row_bytes(params);
-    for (int64_t r = first; r < first + QUANTIZED_ROWS && r < call->rows; r++) {
+    const int64_t first = work->first + (int64_t)index * QUANTIZED_ROWS, scales = row_scales(params);
+    const int64_t stride = row_bytes(params);
+    for (int64_t r = first; r < first + QUANTIZED_ROWS && r < work->end; r++) {
         const int64_t at = work->rows[r].place;
         const Form form = {work->rows[r].fine, is_words(work->params->bits)};
         quantize_row(form, params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride,
@@ -84,29 +85,63 @@ static size_t lay_out_rows(const LinearParams *params, const LinearCall *call, R
     return (size_t)count;
 }
 
-/* Gives the rows of a call memory of this run, and quantizes them. Returns false if out of memory. */
-static bool quantize_call(const LinearParams *params, const LinearCall *call, const Parallel *parallel, LinearWork *work)
+/* Gives the rows of a call memory of this run, and `rounded`, unless that is NULL. Returns false if out of memory. */
+static bool prepare_call(const LinearParams *params, const LinearCall *call, void *rounded, LinearWork *work)
 {
-    const int64_t stride = row_bytes(&params->row), scales = row_scales(&params->row);
-    const int64_t most = 2 * call->rows; /* places */
-    const int64_t kinds = call->row_offsets == NULL ? 1 : call->sequences;
+    const int64_t stride = row_bytes(&params->row), kinds = call->row_offsets == NULL ? 1 : call->sequences;
     const size_t tasks = (size_t)((call->rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS);
-    const size_t part_bytes = (size_t)(kinds + most / MULTIPLIED_ROWS + 1) * sizeof(Part);
-    const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), activation_bytes = (size_t)((most + PLACES_BEYOND) * stride);
-    const size_t scratch_bytes = tasks * (size_t)stride * sizeof(float), scale_bytes = (size_t)(most * scales) * 4;
-    uint8_t *memory
-        = thread_scratch(OF_RUN, scratch_bytes + activation_bytes + part_bytes + row_table_bytes + 2 * scale_bytes);
+    const size_t part_bytes = (size_t)(kinds + 2 * call->rows / MULTIPLIED_ROWS + 1) * sizeof(Part);
+    const size_t row_table_bytes = (size_t)call->rows * sizeof(Row), scratch_bytes = tasks * (size_t)stride * sizeof(float);
+    const size_t own = rounded == NULL ? (size_t)rounded_bytes(params, call->rows) : 0;
+    uint8_t *memory = thread_scratch(OF_RUN, scratch_bytes + own + part_bytes + row_table_bytes);
     if (memory == NULL)
         return false;
+    const Rounded to = rounded_in(params, call->rows, rounded == NULL ? memory + scratch_bytes : rounded);
     *work = (LinearWork){.params = params, .call = call, .scratch = (float *)memory, .memory = call->weights};
-    work->activations = (int8_t *)(memory + scratch_bytes);
-    work->parts = (Part *)(memory + scratch_bytes + activation_bytes);
+    work->activations = to.activations, work->scales = to.scales, work->sums = to.sums;
+    work->parts = (Part *)(memory + scratch_bytes + own);
     work->rows = (Row *)((uint8_t *)work->parts + part_bytes);
-    work->scales = (float *)((uint8_t *)work->rows + row_table_bytes);
-    work->sums = (int32_t *)((uint8_t *)work->scales + scale_bytes);
     work->part_count = lay_out_rows(params, call, work->rows, work->parts);
-    parallel_for(parallel, tasks, quantize_rows, work);
+    work->end = call->rows;
     return true;
+}
+
+static void quantize(LinearWork *work, const Parallel *parallel)
+{
+    parallel_for(parallel, (size_t)((work->end - work->first + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS), quantize_rows, work);
+}
+
+/* Gives the rows of a call memory of this run, and quantizes them unless they are. Returns false if out of memory. */
+static bool quantize_call(const LinearParams *params, const LinearCall *call, const Parallel *parallel, LinearWork *work)
+{
+    if (!prepare_call(params, call, call->rounded, work))
+        return false;
+    if (call->rounded == NULL)
+        quantize(work, parallel);
+    return true;
+}
+
+static const char *linear_round(const LinearParams *params, const LinearCall *call, int64_t first, int64_t end, void *rounded,
+                                const Parallel *parallel)
+{
+    LinearWork work;
+    if (call->rows == 0)
+        return NULL;
+    if (!prepare_call(params, call, rounded, &work))
+        return "satchel:RoundedGather: out of memory";
+    work.first = first, work.end = end;
+    quantize(&work, parallel);
+    return NULL;
+}
+
+static int64_t linear_places(const LinearParams *params, const LinearCall *call, int64_t row)
+{
+    int64_t places = 0;
+    for (int64_t i = 0, from = 0, end; from < row; from = end, i++) {
+        end = call->row_offsets == NULL || call->row_offsets[i + 1] > row ? row : call->row_offsets[i + 1];
+        places += (end - from) * (is_fine(params, call, i) || is_words(params->bits) ? 2 : 1);
+    }
+    return places;
 }
 
 static const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)

@@ -6,9 +6,9 @@
 
 /* Places of rows that a task multiplies: they fit in the cache of a core. */
 #ifdef MATRIX_TILES
-enum { MULTIPLIED_ROWS = 256, PLACES_BEYOND = 16 }; /* a tile may read more of them than there are */
+enum { MULTIPLIED_ROWS = 256 };
 #else
-enum { MULTIPLIED_ROWS = 96, PLACES_BEYOND = 0 };
+enum { MULTIPLIED_ROWS = 96 };
 #endif
 
 /* Rows that are multiplied together. A row of the call is in one place, or in two if its values have 16 bits (`fine`) or
@@ -27,11 +27,12 @@ typedef struct {
 typedef struct {
     const LinearParams *params;
     const LinearCall *call;
-    int8_t *activations; /* [places, row_bytes] */
-    float *scales;       /* [places, row_scales] */
-    int32_t *sums;       /* the same */
+    int8_t *activations; /* as in Rounded */
+    float *scales;
+    int32_t *sums;
     float *scratch;      /* [row tasks, row_bytes] */
     Row *rows;           /* of the call */
+    int64_t first, end;  /* of the rows, those that are to be quantized */
     Part *parts;
     size_t part_count;
     int64_t first_panel; /* that the call's weights and scales begin with */
