@@ -173,7 +173,7 @@ class Made:
     """A bundle. Nothing is read but its manifest and its decode graph.
 
     A manifest has no widths of queries, so a bundle is planned for no more devices than it has KV heads, and its
-    matrices count as if each could be cut like attention. Each device that shares a layer counts all of its states.
+    matrices count as if each were cut evenly. Each device that shares a layer counts all of its states.
 
     Raises:
         ExportError: Its decode graph has no norm, from which the width of the residual stream is known.
@@ -204,7 +204,7 @@ class Made:
         self.most_devices = min((layer.kv_heads for layer in self._cache.layers), default=1)
 
     def weights(self, devices: int = 1, stages: int = 1) -> int:
-        return round((self._file - self._read + self._read * self._part(devices)) / stages)
+        return round((self._file - self._read + self._read / devices) / stages)
 
     def stage_layers(self, stages: int) -> int:
         return -(-self.layers // stages)
@@ -213,7 +213,7 @@ class Made:
         return round(self._states / stages)
 
     def read(self, devices: int = 1) -> int:
-        return round(self._read * self._part(devices))
+        return round(self._read / devices)
 
     def cache(self, devices: int = 1) -> int:
         numbers = (-(-c.kv_heads // devices) * (c.key_dim + c.value_dim) for c in self._cache.layers)
@@ -227,6 +227,3 @@ class Made:
 
     def activations(self, devices: int = 1) -> int:
         return FLOAT_BYTES * (PREFILL_CHUNK * (4 + 8 // devices) * self.hidden + self.vocabulary)
-
-    def _part(self, devices: int) -> float:
-        return -(-self.most_devices // devices) / self.most_devices
