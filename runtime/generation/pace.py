@@ -23,9 +23,10 @@ class Pace:
     def __init__(self, stretch: float, *, in_pieces: bool) -> None:
         """Up to `stretch` times the time of a decode step may pass between two; infinity plans nothing.
 
-        `in_pieces` is whether prompts may be fed in small pieces: else each step takes one of the usual spans.
+        `in_pieces` is whether prompts are to be fed in small pieces: else each step takes one of the usual spans, or,
+        where nothing is planned, several short ones.
         """
-        self._stretch, self._in_pieces = stretch, in_pieces and stretch < math.inf
+        self._stretch, self._in_pieces = stretch, in_pieces
         self._seconds: dict[int, float] = {}  # of a decode step alone, by the number of rows
         self._since: dict[int, int] = {}  # steps with prompts since then
         self._size = float(SMALL_PIECE)  # of a piece that takes all the time there is

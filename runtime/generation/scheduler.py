@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ class Scheduler:
             rows, capacity, prefix_cache.limit, None if kv_cache_mib is None else kv_cache_mib << 20, force=force_batch
         )
         self._capacity, self._queue_limit = capacity, queue_limit
-        self._pace = Pace(stretch, in_pieces=engine.piece_invariant)
+        self._pace = Pace(stretch, in_pieces=stretch < math.inf and engine.piece_invariant)
         self._rows = Rows(engine, self._batch, prefix_cache)
         self._draft_rows = draft_rows
         self._queue, self._flights = FairQueue(), Flights(engine.stages)
