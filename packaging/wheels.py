@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,15 @@ def build(platform: Platform, pure: Path, directory: Path) -> Path:
         facts.write_text(text.replace("Tag: py3-none-any", f"Tag: py3-none-{platform.tag}"))
         run([sys.executable, "-m", "wheel", "pack", "--dest-dir", scratch, str(tree)])
         (found,) = Path(scratch).glob("*.whl")
-        return Path(shutil.copy(found, directory))
+        return compress(found, directory / found.name)
+
+
+def compress(wheel: Path, target: Path) -> Path:
+    """Write a wheel anew, as small as its format can be. Returns the target."""
+    with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(target, "w") as smaller:
+        for entry in packed.infolist():
+            smaller.writestr(entry, packed.read(entry), zipfile.ZIP_DEFLATED, compresslevel=9)
+    return target
 
 
 def compile_library(platform: Platform, tree: Path) -> None:

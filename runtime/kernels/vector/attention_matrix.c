@@ -150,14 +150,12 @@ INLINE void load_values(const CacheType type, const bool whole, const SomeValues
                         F16 *values)
 {
     UNROLL
-    for (int i = 0; i < LANES; i++) {
-        if (whole)
-            values[i] = load_cached(type, some->values, i * head_dim + channel, true, LANES);
-        else if (i >= some->low && i < some->high)
-            values[i] = some_cached(type, some->values, i * head_dim + channel, false, head_dim - channel);
-        else
-            values[i] = floats(0);
-    }
+    for (int i = 0; whole && i < LANES; i++)
+        values[i] = load_cached(type, some->values, i * head_dim + channel, true, LANES);
+    for (int i = 0; !whole && i < LANES; i++) /* seldom, and so many loads are much code */
+        values[i] = i < some->low || i >= some->high
+            ? floats(0)
+            : some_cached(type, some->values, i * head_dim + channel, false, head_dim - channel);
 }
 
 /* Pairs of 32 values, 16 channels of them, channel by channel. */
