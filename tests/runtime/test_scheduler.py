@@ -343,6 +343,18 @@ def test_planned_pieces_are_as_long_as_the_time_for_them(fixed: float, each: flo
     assert pace.piece() == 0
 
 
+def test_all_events_are_delivered_in_order_and_the_last_ones_without_a_further_step(roomy: Generator) -> None:
+    scheduler = roomy.scheduler(rows=2)
+    delivered: list[Event] = []
+    told: list[Event] = []
+    for number in range(3):
+        scheduler.submit(ask(5 + number, 4, which=number), delivered.append)
+    while scheduler.running or scheduler.waiting:
+        told += scheduler.step()
+    assert len(told) >= 12
+    assert delivered == told
+
+
 def test_the_time_for_pieces_is_that_of_as_many_rows() -> None:
     """A request that waited alone, in a tenth of the time, does not keep others' prompts from being fed."""
     pace, sizes = Pace(3.0, in_pieces=True), dict[int, int]()
