@@ -32,6 +32,9 @@ from satchel.runtime.bundle.ranks import RANKS_NAME
 from satchel.runtime.util import interrupt
 from satchel.runtime.util.progress import waiting
 
+COLLECT_EVERY = (10_000, 20, 20)
+"""How often garbage is looked for, as `gc.set_threshold` counts: a tracer makes many objects that stay for a while."""
+
 EXAMPLE = """\
 example:
   satchel export SmolLM2-135M-Instruct/
@@ -206,6 +209,7 @@ def main(args: argparse.Namespace) -> int:
     with waiting("loading torch and transformers", shown=not args.quiet):
         from satchel.export.compile import export_bundle
     gc.freeze()
+    gc.set_threshold(*COLLECT_EVERY)
     gc.enable()
 
     config = ExportConfig(
@@ -228,6 +232,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
     elif not args.quiet:
         print(row(facts), file=sys.stderr)
+    gc.freeze()  # else all that is left is looked through once more as the process ends
     return 0
 
 
