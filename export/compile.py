@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from satchel.export.ahead import helper, in_thread
 from satchel.export.checkpoint import Checkpoint, open_checkpoint, open_module
 from satchel.export.checkpoint.adapters import with_adapters
 from satchel.export.checkpoint.companions import generation_complaints
@@ -41,11 +42,12 @@ from satchel.export.tracing.stand_ins import IMPLEMENTATION, register_implementa
 from satchel.export.tracing.trace import trace
 from satchel.export.user_passes import open_passes
 from satchel.export.writing.bundle_writer import write_bundle
-from satchel.export.writing.certify import measuring, reference_ahead
+from satchel.export.writing.certify import WORKER, certified, open_bundle, reference_ahead
 from satchel.export.writing.checked_graphs import check_attached, check_logits
+from satchel.export.writing.provenance import source_records
 from satchel.export.writing.publish import check_target, staged
 from satchel.export.writing.resume import ROUNDING, check_resumes, scratch
-from satchel.export.writing.self_check import self_check
+from satchel.export.writing.self_check import SELFTEST, self_check
 from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.float32_islands import too_large
 from satchel.graphs.ir import pipeline
@@ -124,6 +126,9 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
     # Threads are fixed once more: the code of a module of the user's own, which has run by now, may have set others.
     kept, ahead = scratch(checkpoint, config, left, stages.say), contextlib.ExitStack()
     with _named_errors(checkpoint.name, config.output), fixed_threads(), kept as folder, ahead:
+        sources = ahead.enter_context(in_thread("sources", lambda go_on: source_records(checkpoint, go_on)))
+        selftest = ahead.enter_context(helper(SELFTEST))
+        worker = ahead.enter_context(helper(WORKER)) if texts.certificate is not None else None
         with stages.stage("tracing the model"):
             model = trace_source(checkpoint, config)
         with stages.stage("optimizing the graphs"):
@@ -153,13 +158,16 @@ def _export(source: str | Path | torch.nn.Module, config: ExportConfig, progress
         check_attached(models, checkpoint)
         with staged(config.output, config.force) as bundle:
             with stages.stage("writing the bundle"):
-                manifest = write_bundle(bundle, checkpoint, config, models, quantized, report, stages.bytes)
-            with measuring(bundle, texts, measured, reference, config.custom_ops) as measure:
-                with stages.stage("checking the bundle"):
-                    self_check(bundle, config)
-                if reference is not None:
-                    with stages.stage("measuring the bundle"):
-                        manifest = measure()
+                manifest = write_bundle(
+                    bundle, checkpoint, config, models, quantized, report, sources.result, stages.bytes
+                )
+            if worker is not None:
+                open_bundle(bundle, texts, measured, worker, config.custom_ops)
+            with stages.stage("checking the bundle"):
+                self_check(bundle, config, selftest)
+            if worker is not None and reference is not None:
+                with stages.stage("measuring the bundle"):
+                    manifest = certified(bundle, measured, reference, worker)
     return manifest
 
 

@@ -22,6 +22,7 @@ from satchel.export.config import ExportConfig
 from satchel.export.writing.bom import BOM_NAME, bom
 from satchel.export.writing.describe import describe
 from satchel.export.writing.genai_config import genai_config
+from satchel.export.writing.provenance import Sources
 from satchel.graphs.ir.inputs import table_of
 from satchel.graphs.ir.values import weight
 from satchel.graphs.ir.weights import LazyWeight, aligned, stored
@@ -49,11 +50,13 @@ def write_bundle(
     models: Mapping[str, ir.Model],
     quantized: Quantized | None,
     report: Sequence[dict[str, Any]],
+    sources: Callable[[], Sources],
     progress: Callable[[int], AbstractContextManager[Advance]],
 ) -> Manifest:
     """Write all files of a bundle into an empty folder, the manifest last.
 
-    `progress(total)` returns a context manager whose value is called with the bytes of weights written.
+    `sources` waits for what `source_records` returns. `progress(total)` returns a context manager whose value is called
+    with the bytes of weights written.
 
     Raises:
         PassError: A weight cannot be stored at this precision.
@@ -70,7 +73,7 @@ def write_bundle(
     write_companions(folder, companions)
     starts = {name: (place.file, place.offset) for name, place in places.items()}
     adapters = write_adapters(folder, adapter_inputs(next(iter(models.values()))))
-    manifest = describe(checkpoint, config, models, quantized, report, files, starts, adapters)
+    manifest = describe(checkpoint, config, models, quantized, report, files, starts, sources(), adapters)
     genai = genai_config(checkpoint, manifest)
     if genai is not None:
         write_json(folder / "genai_config.json", genai)

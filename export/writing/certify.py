@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from satchel.export.ahead import GoOn, Helper, in_thread
 from satchel.export.errors import ExportError
 from satchel.export.quantize.flow import Flow, fresh
 from satchel.export.quantize.observe import BATCH
@@ -35,8 +33,8 @@ LARGEST_LOGITS = 256 << 20
 """Max bytes of the reference's logits that are in memory at once."""
 
 
-class Left(Exception):
-    """The export has ended, so the reference is of no more use."""
+WORKER = "satchel.runtime.optimize.certificate_worker"
+"""The module of the process that measures a bundle."""
 
 
 @contextlib.contextmanager
@@ -54,66 +52,43 @@ def reference_ahead(model: ir.Model, windows: NDArray[np.int64] | None, folder: 
     if windows is None:
         yield None
         return
-    left = threading.Event()
-    with ThreadPoolExecutor(1, "reference") as pool:
-        try:
-            yield pool.submit(_write_reference, model, windows, folder, left)
-        finally:
-            left.set()
+    with in_thread("reference", lambda go_on: _write_reference(model, windows, folder, go_on)) as reference:
+        yield reference
 
 
-@contextlib.contextmanager
-def measuring(
-    bundle: Path, texts: Texts, folder: Path, reference: Future[None] | None, libraries: Sequence[Path] = ()
-) -> Iterator[Callable[[], Manifest]]:
-    """While it is entered, a process opens a bundle as for a user; calling what it yields measures it.
+def open_bundle(bundle: Path, texts: Texts, folder: Path, worker: Helper, libraries: Sequence[Path] = ()) -> None:
+    """Let `worker`, which runs `WORKER`, open a new bundle as for a user, to measure it later.
 
     Args:
         bundle: The bundle's folder.
         texts: The text that the windows come from.
         folder: The folder of `reference_ahead`.
-        reference: What that yields; None to measure nothing.
+        worker: The process.
         libraries: The libraries of custom operators that the bundle's graphs need.
+    """
+    measured = None if texts.measured is None else strict_json.to_json(texts.measured)
+    worker.tell([str(bundle), str(folder), measured, *map(str, libraries)])
 
-    Yields:
-        A function that records the results in the bundle's manifest, and returns that.
+
+def certified(bundle: Path, folder: Path, reference: Future[None], worker: Helper) -> Manifest:
+    """Measure the bundle that `worker` has opened, record the results in its manifest, and return that.
 
     Raises:
         ExportError: The bundle does not run, or its logits are not finite.
     """
-    if reference is None:
-        yield lambda: Manifest.read(bundle / MANIFEST_NAME)
-        return
-    measured = None if texts.measured is None else strict_json.to_json(texts.measured)
-    arguments = (str(bundle), str(folder), json.dumps(measured), *map(str, libraries))
-    command = [sys.executable, "-m", "satchel.runtime.optimize.certificate_worker", *arguments]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as worker:
-        try:
-            yield lambda: _certified(bundle, folder, reference, worker)
-        finally:
-            worker.kill()  # it has ended, unless something failed
-
-
-def _certified(bundle: Path, folder: Path, reference: Future[None], worker: subprocess.Popen[str]) -> Manifest:
     reference.result()
-    output, complaint = worker.communicate("\n")
-    if worker.returncode != 0:
-        lines = (complaint or output).strip().splitlines()
-        raise ExportError(f"the exported bundle cannot be measured: {lines[-1] if lines else 'no message'}")
+    worker.tell(None)
+    complaint = worker.finish()
+    if complaint is not None:
+        raise ExportError(f"the exported bundle cannot be measured: {complaint}")
     certificate: Certificate = strict_json.from_json(Certificate, json.loads((folder / RESULT).read_bytes()))
     manifest = dataclasses.replace(Manifest.read(bundle / MANIFEST_NAME), certificate=certificate)
     write_json(bundle / MANIFEST_NAME, manifest.to_json())
     return manifest
 
 
-def _write_reference(model: ir.Model, windows: NDArray[np.int64], folder: Path, left: threading.Event) -> None:
-    """Write the windows, and the float graph's logits of each, to files in `folder`. Raises Left once `left` is set."""
-
-    def go_on(_: int) -> None:
-        if left.is_set():
-            raise Left
-
+def _write_reference(model: ir.Model, windows: NDArray[np.int64], folder: Path, go_on: GoOn) -> None:
+    """Write the windows, and the float graph's logits of each, to files in `folder`."""
     folder.mkdir(parents=True)
     batch = _batch(model, windows)
     flow = Flow(model, windows, fresh(folder, "flow"), batch=batch)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from satchel.export.checkpoint import Checkpoint
 from satchel.export.config import ExportConfig
 from satchel.export.tracing.rotary_tables import border_within
-from satchel.export.writing.provenance import named_file, producer, provenance
+from satchel.export.writing.provenance import Sources, named_file, producer, provenance
 from satchel.export.writing.static_graphs import describe_static
 from satchel.export.writing.tensor_specs import tensor_specs
 from satchel.graphs.passes.adapt.attach_adapters import TENSORS
@@ -85,6 +85,7 @@ def describe(
     report: Sequence[dict[str, Any]],
     files: Mapping[str, FileRecord],
     starts: Mapping[str, tuple[str, int]],
+    sources: Sources,
     adapters: tuple[AdapterSpec, ...] = (),
 ) -> Manifest:
     """Return the manifest of a written bundle; `starts` has the file and offset of each weight."""
@@ -109,7 +110,7 @@ def describe(
     return Manifest(
         producer=producer(),
         source=Source(checkpoint.kind, checkpoint.name, checkpoint.model_type),
-        provenance=provenance(checkpoint, config),
+        provenance=provenance(checkpoint, config, sources),
         target=config.target,
         precision=config.precision,
         recipe=None if quantized is None else quantized.recipe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ PACKAGES = (
 )  # fmt: skip
 """Packages whose versions the manifest records."""
 
+Sources = dict[str, FileRecord]
+"""The checkpoint's files by name."""
+
 SILENT = ("output", "append_precision", "force", "resume")
 """Options that do not affect the bytes of a bundle."""
 
@@ -35,15 +39,24 @@ def producer() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
-def provenance(checkpoint: Checkpoint, config: ExportConfig) -> Provenance:
-    """Return the provenance of a checkpoint's bundle.
+def source_records(checkpoint: Checkpoint, go_on: Callable[[int], object] = lambda read: None) -> Sources:
+    """Return size and digest of each of the checkpoint's files; `go_on` is called with the bytes of each read.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return {path.name: FileRecord(path.stat().st_size, sha256_of(path, go_on)) for path in checkpoint.sources}
+
+
+def provenance(checkpoint: Checkpoint, config: ExportConfig, sources: Sources) -> Provenance:
+    """Return the provenance of a checkpoint's bundle; `sources` is what `source_records` returned.
 
     Raises:
         OSError: An input file no longer exists.
     """
     return Provenance(
         options=recorded_options(checkpoint, config),
-        source={path.name: FileRecord(path.stat().st_size, sha256(path)) for path in checkpoint.sources},
+        source=sources,
         processor=processor_features(),
         threads=machine_cores(),
     )

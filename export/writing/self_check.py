@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from satchel.export.ahead import Helper
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 
+SELFTEST = "satchel.runtime.evaluation.selftest"
+"""The module of the process that tries it."""
 
-def self_check(folder: Path, config: ExportConfig) -> None:
-    """Run a bundle as a user will: in a process of its own, without torch.
+
+def self_check(folder: Path, config: ExportConfig, selftest: Helper) -> None:
+    """Run a bundle as a user will: in a process of its own, without torch. `selftest` runs `SELFTEST`.
 
     Raises:
         ExportError: It does not run.
     """
-    command = [sys.executable, "-m", "satchel.runtime.evaluation.selftest", str(folder), *map(str, config.custom_ops)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines()
+    selftest.tell([str(folder), *map(str, config.custom_ops)])
+    complaint = selftest.finish()
+    if complaint is not None:
         raise ExportError(
-            f"the exported bundle does not run: {lines[-1] if lines else 'no message'}; "
+            f"the exported bundle does not run: {complaint}; "
             f"nothing was written: {'look at your --pass' if config.passes else 'report this model to satchel'}"
         )

@@ -1,10 +1,13 @@
 """Runs a new bundle before it is published. Only `satchel export` starts this, in a process without torch:
 
-python -m satchel.runtime.evaluation.selftest FOLDER [LIBRARY ...]
+    python -m satchel.runtime.evaluation.selftest
+
+A line on standard input then has in JSON the bundle's folder and the libraries of its operators.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -157,8 +160,12 @@ def _run(
 
 
 def main() -> int:
+    line = sys.stdin.readline()
+    if not line:
+        return 1  # the export has ended
+    folder, *libraries = map(Path, json.loads(line))
     try:
-        selftest(Path(sys.argv[1]), tuple(map(Path, sys.argv[2:])))
+        selftest(folder, tuple(libraries))
     except SatchelError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,10 +1,11 @@
 """Creates the certificate of a new bundle. Only `satchel export` starts this, in a process without torch:
 
-    python -m satchel.runtime.optimize.certificate_worker BUNDLE FOLDER TEXT [LIBRARY ...]
+    python -m satchel.runtime.optimize.certificate_worker
 
-FOLDER holds the windows and a file with the reference logits of each, and receives the certificate; TEXT describes in
-JSON the text that the windows were cut from; a LIBRARY has operators that the bundle needs. The bundle is opened at
-once, and measured after a line on standard input says that FOLDER is complete.
+A line on standard input then has in JSON the bundle, a folder, what describes the text that the windows were cut from,
+and the libraries of operators that the bundle needs. The folder holds the windows and a file with the reference logits
+of each, and receives the certificate. The bundle is opened at once, and measured after another line says that the
+folder is complete.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def appraise(
     work: Path,
     text: EvaluatedText | None,
     libraries: tuple[Path, ...] = (),
-    wait: Callable[[], None] = lambda: None,
+    wait: Callable[[], object] = lambda: None,
 ) -> Certificate:
     """Measure a bundle against the reference logits in `work`, on satchel's own kernels if it has a variant that runs
     here, as for a user, else on its portable graphs. `wait` returns when `work` is complete. Raises SatchelError."""
@@ -64,7 +65,7 @@ def appraise(
         return dataclasses.replace(certificate, kernels=ONNXRUNTIME if own is None else SATCHEL)
 
 
-def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None, wait: Callable[[], None]) -> Certificate:
+def _measured(bundle: Bundle, work: Path, text: EvaluatedText | None, wait: Callable[[], object]) -> Certificate:
     manifest = bundle.manifest
     quantized = bool(manifest.layers)
     # Quantized weights run on other kernels if not packed, with other figures than those of the user.
@@ -113,22 +114,24 @@ def _speed(engine: Engine, manifest: Manifest) -> Speed | None:
     return Speed(prompt, new, default_threads(), round(figures.prefill, 1), round(figures.decode, 1))
 
 
-def _told() -> None:
+def _told() -> str:
     """Wait for a line on standard input. Raises SatchelError if it ends, as that of an export that was killed."""
-    if not sys.stdin.readline():
+    line = sys.stdin.readline()
+    if not line:
         raise SatchelError("the export has ended")
+    return line
 
 
 def main() -> int:
     try:
-        text = json.loads(sys.argv[3])
+        folder, work, text, *libraries = json.loads(_told())
         described = None if text is None else strict_json.from_json(EvaluatedText, text)
-        certificate = appraise(Path(sys.argv[1]), Path(sys.argv[2]), described, tuple(map(Path, sys.argv[4:])), _told)
+        certificate = appraise(Path(folder), Path(work), described, tuple(map(Path, libraries)), _told)
     except SatchelError as error:
         print(error, file=sys.stderr)
         return 1
     document = json.dumps(strict_json.to_json(certificate))
-    (Path(sys.argv[2]) / RESULT).write_text(document, encoding="utf-8", newline="\n")
+    (Path(work) / RESULT).write_text(document, encoding="utf-8", newline="\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from support.checkpoints import CONTEXT
 from support.command import Satchel
 
 from satchel.export import ExportConfig, ExportError, export_bundle
+from satchel.export.ahead import Left
 from satchel.export.quantize.texts import EXACT_CERTIFICATE_WINDOWS
 from satchel.export.writing import certify as certify_module
 from satchel.runtime.bundle.certificate import Certificate
@@ -113,9 +115,8 @@ def test_no_certificate_is_none(satchel: Satchel, tiny_checkpoint: Path, tmp_pat
 
 def test_the_process_that_measures_ends_with_the_export(int8: Path, tmp_path: Path) -> None:
     shutil.copytree(int8, tmp_path / "copy")
-    module = "satchel.runtime.optimize.certificate_worker"
-    command = [sys.executable, "-m", module, str(tmp_path / "copy"), str(tmp_path / "work"), "null"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    command, given = [sys.executable, "-m", certify_module.WORKER], [str(tmp_path / "copy"), str(tmp_path / "w"), None]
+    done = subprocess.run(command, input=json.dumps(given) + "\n", capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
     assert "ended" in done.stderr
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in int8.iterdir()}
@@ -145,7 +146,7 @@ def test_the_reference_stops_with_an_export_that_fails(tmp_path: Path, monkeypat
     model: Any = None
     with certify_module.reference_ahead(model, np.zeros((1, 8), np.int64), tmp_path / "work") as reference:
         assert reference is not None
-    assert isinstance(reference.exception(timeout=0), certify_module.Left)
+    assert isinstance(reference.exception(timeout=0), Left)
 
 
 def test_a_reference_that_fails_is_the_exports_error(

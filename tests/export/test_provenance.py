@@ -18,7 +18,7 @@ from satchel.export.checkpoint import open_checkpoint
 from satchel.export.config import ExportConfig as Config
 from satchel.export.quantize.texts import CALIBRATION, CERTIFICATE
 from satchel.export.recipes import FOLDER as RECIPES
-from satchel.export.writing.provenance import provenance
+from satchel.export.writing.provenance import provenance, source_records
 from satchel.runtime.bundle import strict_json
 from satchel.runtime.bundle.manifest import Manifest
 from satchel.runtime.util.cpu import machine_cores, processor_features
@@ -36,7 +36,8 @@ def found(source: Path | str, **options: Any) -> dict[str, Any]:
     """The provenance of an export that is not made, as JSON."""
     options = options if {"precision", "target"} & set(options) else {"precision": "fp32", **options}
     checkpoint = open_checkpoint(source, tokenizer=options.get("tokenizer"))
-    document: dict[str, Any] = strict_json.to_json(provenance(checkpoint, Config(Path("/somewhere/out"), **options)))
+    config = Config(Path("/somewhere/out"), **options)
+    document: dict[str, Any] = strict_json.to_json(provenance(checkpoint, config, source_records(checkpoint)))
     json.dumps(document)
     return document
 
