@@ -26,8 +26,8 @@ from satchel.runtime.ort.session import SessionSettings, open_session
 
 Cache = dict[str, NDArray[np.float32]]
 Ids = NDArray[np.int64]
-Compared = tuple[str, NDArray[np.float32], NDArray[np.float32]]
-"""A phase, its logits, and those of the prefill graph for the same tokens; or hidden states, and those of one run."""
+Compared = tuple[str, NDArray[np.float32], str, NDArray[np.float32]]
+"""A phase and its logits; another phase, and its logits for the same tokens. Or hidden states, and those of one run."""
 
 TOKENS = 6
 
@@ -49,8 +49,8 @@ SPARE = 2
 def selftest(folder: Path, libraries: tuple[Path, ...] = ()) -> None:
     """Check that all graphs run and agree, and that the tokenizer encodes its corpus as recorded.
 
-    The last logits of a few tokens must be the same from the prefill graph alone, from prefill and decode, and from the
-    score graph, without an adapter and with each. Dynamic graphs are opened one at a time, to save memory.
+    The logits of a few tokens must be the same from prefill and decode as from the score graph, without an adapter and
+    with each. Dynamic graphs are opened one at a time, to save memory.
 
     Raises:
         BundleError: A check failed, or the logits are not finite.
@@ -72,13 +72,13 @@ def _check_graphs(bundle: Bundle) -> None:
         compared = [each for adapter in adapters for each in _compared_dynamic(bundle, adapter)]
     rounded = bool(bundle.manifest.layers) or bundle.manifest.kv_cache.dtype == "int8"
     exact = HALF_TOLERANCE if bundle.manifest.kv_cache.dtype == "float16" else TOLERANCE
-    for name, logits, whole in compared:
+    for name, logits, other, whole in compared:
         if not np.isfinite(logits).all() or not np.isfinite(whole).all():
             raise BundleError(f"{folder}: the logits of the {name} graph are not finite: export in another precision")
         size = _root_mean_square if rounded else _largest
         error = size(logits - whole) / max(size(whole), 1e-30)
         if error > (ROUNDED_TOLERANCE if rounded else exact):
-            raise BundleError(f"{folder}: the {name} graph differs from the prefill graph by {error:.2g} of the logits")
+            raise BundleError(f"{folder}: the {name} graph differs from the {other} graph by {error:.2g} of the logits")
 
 
 def _compared_dynamic(bundle: Bundle, adapter: str | None) -> list[Compared]:
@@ -88,17 +88,20 @@ def _compared_dynamic(bundle: Bundle, adapter: str | None) -> list[Compared]:
     fixed = bundle.manifest.has_fixed_mask
     empty = _empty_cache(bundle.manifest, min(length + SPARE, bundle.manifest.model.max_context) if fixed else length)
     tensors = dict(Adapters(bundle).tensors(adapter))
-    whole, _ = _run(bundle, "prefill", ids, 0, empty | tensors)
-    _, cache = _run(bundle, "prefill", ids[:, :-1], 0, empty | tensors) if length > 1 else (whole, empty)
-    decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, cache | tensors)
+    before = max(length - 1, 1)  # the tokens that decode finds in the cache, unless there is one token in all
     score, _ = _run(bundle, "score", ids, 0, empty | tensors)
+    prefill, cache = _run(bundle, "prefill", ids[:, :before], 0, empty | tensors)
+    decode, _ = _run(bundle, "decode", ids[:, -1:], length - 1, (cache if length > 1 else empty) | tensors)
     of = "" if adapter is None else f" with adapter {adapter}"
-    compared = [(f"decode{of}", decode, whole), (f"score{of}", score, whole)]
+    compared = [
+        (f"prefill{of}", prefill[-1], "score", score[before - 1]),
+        (f"decode{of}", decode[-1], "score", score[-1]),
+    ]
     if bundle.manifest.embeddings is not None:
         once, _ = _run(bundle, EMBED, ids, 0, empty | tensors)
         _, cache = _run(bundle, EMBED, ids[:, :-1], 0, empty | tensors) if length > 1 else (once, empty)
         pieces, _ = _run(bundle, EMBED, ids[:, -1:], length - 1, cache | tensors)
-        compared.append((f"{EMBED}{of}", pieces, once))
+        compared.append((f"{EMBED}{of}", pieces[-1], f"whole {EMBED}", once[-1]))
     return compared
 
 
@@ -109,13 +112,13 @@ def _compared_static(bundle: Bundle) -> list[Compared]:
     for graph in bundle.manifest.static.prefill if bundle.manifest.static else ():
         ids = _ids(bundle.manifest, graph.tokens)
         whole = engine.prefill(engine.new_state(len(ids)), ids, graph.tokens).copy()
-        compared.append(("score", engine.score(ids)[-1], whole))
+        compared.append(("score", engine.score(ids)[-1], "prefill", whole))
     ids = _ids(bundle.manifest, min(TOKENS, engine.max_context))
     whole = engine.prefill(engine.new_state(len(ids)), ids).copy()
     state = engine.new_state(len(ids))
     if len(ids) > 1:
         engine.prefill(state, ids[:-1])
-    return [*compared, ("decode", engine.decode(state, int(ids[-1])), whole)]
+    return [*compared, ("decode", engine.decode(state, int(ids[-1])), "prefill", whole)]
 
 
 def _ids(manifest: Manifest, count: int) -> Ids:
@@ -141,9 +144,10 @@ def _empty_cache(manifest: Manifest, capacity: int) -> Cache:
 def _run(
     bundle: Bundle, phase: str, ids: NDArray[np.int64], past: int, cache: Cache
 ) -> tuple[NDArray[np.float32], Cache]:
-    """The logits [vocabulary] of the last of `ids` [1, sequence], after `past` cached positions, and the new cache.
+    """The logits of `ids` [1, sequence], after `past` cached positions, and the new cache.
 
-    The graph of hidden states gives those in place of logits. `cache` may be followed by the tensors of an adapter.
+    The logits are [positions, vocabulary]: those of all in score, of the last one else. The graph of hidden states
+    gives those in place of logits. `cache` may be followed by the tensors of an adapter.
     """
     session = open_session(bundle, phase, SessionSettings(lean=True))
     end = past + ids.shape[1]
@@ -156,7 +160,7 @@ def _run(
     pairs = [(past, present) for layer in layers for past, present, _ in layer.buffers]
     pairs += [(state.past, state.present) for state in bundle.manifest.states]
     result = HIDDEN_STATES if phase == EMBED else LOGITS
-    return values[result][0, -1], {name: values[present] for name, present in pairs}
+    return values[result][0], {name: values[present] for name, present in pairs}
 
 
 def main() -> int:

@@ -267,7 +267,8 @@ def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
         options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
         options.inter_op_num_threads = 1
         _check_threads(options.intra_op_num_threads)
-        if options.intra_op_num_threads > default_threads():  # a waiting thread must not take a CPU from a working one
+        # A waiting thread must not take a CPU from a working one; lean sessions are those of checks, beside others.
+        if settings.lean or options.intra_op_num_threads > default_threads():
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Threads that keep spinning after a run take cores from the session of the other phase.
         options.add_session_config_entry("session.force_spinning_stop", "1")

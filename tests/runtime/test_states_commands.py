@@ -96,7 +96,7 @@ def test_the_selftest_passes_and_finds_a_wrong_graph(folder: Path, tmp_path: Pat
     two = next(each for each in model.graph.initializer if each.name == "two")  # in the decay
     two.CopyFrom(numpy_helper.from_array(np.float32(-3), "two"))
     replace_file(wrong, "decode.onnx", model.SerializeToString())
-    with pytest.raises(BundleError, match="the decode graph differs from the prefill graph"):
+    with pytest.raises(BundleError, match="the decode graph differs from the score graph"):
         selftest(wrong)
 
 
