@@ -37,6 +37,16 @@ def in_thread(name: str, work: Callable[[GoOn], T]) -> Iterator[Future[T]]:
             left.set()
 
 
+@contextlib.contextmanager
+def in_order() -> Iterator[ThreadPoolExecutor]:
+    """A thread that does one thing after the other. Leaving drops what it has not begun."""
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Helper:
     """A process without torch that has loaded its modules before it is told what to do, by lines of JSON."""
 

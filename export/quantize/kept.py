@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ def load(path: Path) -> dict[str, NDArray[Any]] | None:
 
 
 class RoundedWeights:
-    """Quantized weights in a folder: for each a file of quantized values, and one that names it once it is whole."""
+    """Quantized weights in a folder: for each a file of quantized values, and one that names it once it is whole.
+
+    Several threads may each add weights.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -40,14 +44,15 @@ class RoundedWeights:
         for path in folder.glob("*.npz"):
             name = str((load(path) or {})["name"])
             self._places[name] = int(path.stem)
+        self._new = itertools.count(max(self._places.values(), default=-1) + 1)
 
     def values(self, shape: tuple[int, int], dtype: type) -> np.memmap[Any, Any]:
-        """A mapped array of a new file, for the quantized values of the next weight."""
-        return np.memmap(self._path(len(self._places), "codes"), dtype, "w+", shape=shape)
+        """A mapped array of a new file, for the quantized values of a weight."""
+        return np.memmap(self._path(next(self._new), "codes"), dtype, "w+", shape=shape)
 
     def add(self, name: str, grid: Grid, values: np.memmap[Any, Any]) -> QuantizedWeight:
-        """The weight with these values, the last that `values` gave, and their grid, both on disk."""
-        place = len(self._places)
+        """The weight with these values, which `values` gave, and their grid, both on disk."""
+        place = int(Path(str(values.filename)).stem)
         points = {} if grid.zero_points is None else {"zero_points": grid.zero_points}
         values.flush()
         save(self._path(place, "npz"), {"name": np.asarray(name), "scales": grid.scales, **points})

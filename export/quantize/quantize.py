@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from satchel.export.ahead import in_order
 from satchel.export.config import ExportConfig
 from satchel.export.errors import ExportError
 from satchel.export.quantize.flow import Flow, Inputs
@@ -162,19 +164,22 @@ def _round(
     """Quantize each weight by its rule.
 
     A quick run uses fewer windows, and GPTQ only where it gains most: in layers with fewer inputs than outputs, which
-    read the residual stream.
+    read the residual stream. All other weights are rounded by a thread, ahead of the flow.
     """
     kept = RoundedWeights(folder / "codes")
     results: dict[str, QuantizedWeight] = {}
+    ahead: dict[str, Future[QuantizedWeight]] = {}
+
+    def follows(lazy: LazyWeight) -> bool:
+        """Whether a weight is rounded by the moments of what it multiplies."""
+        return chosen[lazy.name].rounding == "gptq" and (not quick or lazy.dims[0] < lazy.dims[-1])
 
     def rounded(node: ir.Node, lazy: LazyWeight, inputs: Inputs | None = None) -> QuantizedWeight:
         rule = chosen[lazy.name]
         before = kept.get(lazy.name, rule.scheme(_inputs(lazy, node)), _inputs(lazy, node))
         if before is not None:
             return before
-        moments = None
-        if rule.rounding == "gptq" and inputs is not None and (not quick or lazy.dims[0] < lazy.dims[-1]):
-            moments = head_moments(inputs, by_outputs(node))
+        moments = head_moments(inputs, by_outputs(node)) if inputs is not None and follows(lazy) else None
         stored, sweeps = kept_grid(lazy, rule, grids), 0 if quick else SWEEPS
         return round_weight(
             lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored, sweeps=sweeps
@@ -187,25 +192,37 @@ def _round(
             if lazy is None or lazy.name not in chosen:
                 continue
             if lazy.name not in results:
-                results[lazy.name] = rounded(node, lazy, inputs if node.op_type == "MatMul" else None)
-                progress(1)
+                take(node, lazy, inputs if node.op_type == "MatMul" else None)
             if not by_outputs(node):
                 replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
         return replaced
 
+    def take(node: ir.Node, lazy: LazyWeight, inputs: Inputs | None) -> None:
+        early = ahead.get(lazy.name)
+        results[lazy.name] = rounded(node, lazy, inputs) if early is None else early.result()
+        progress(1)
+
     linear = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
     at_head: tuple[ir.Node, Inputs] | None = None
-    if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
-        read = batched(windows[:QUICK_WINDOWS] if quick else windows)
-        values_between = folder / "round"
-        values_between.mkdir(parents=True, exist_ok=True)
-        flow = Flow(model, read, values_between, batch=BATCH)
-        flow.run(lambda node, inputs: visit(node, inputs) if node.name in linear else {}, journal=folder / "flow.json")
-        at_head = flow.head()
-    for node, lazy in quantizable(model):
-        if lazy.name in chosen and lazy.name not in results:
-            results[lazy.name] = rounded(node, lazy, read_by(lazy, at_head))
-            progress(1)
+    with in_order() as thread:
+        if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
+            alone: dict[str, tuple[ir.Node, LazyWeight]] = {}
+            for node, lazy in quantizable(model):
+                if lazy.name in chosen and not follows(lazy):
+                    alone.setdefault(lazy.name, (node, lazy))
+            for node, lazy in sorted(alone.values(), key=lambda found: by_outputs(found[0])):
+                ahead[lazy.name] = thread.submit(rounded, node, lazy)  # the flow waits for no table, which come last
+            read = batched(windows[:QUICK_WINDOWS] if quick else windows)
+            values_between = folder / "round"
+            values_between.mkdir(parents=True, exist_ok=True)
+            flow = Flow(model, read, values_between, batch=BATCH)
+            flow.run(
+                lambda node, inputs: visit(node, inputs) if node.name in linear else {}, journal=folder / "flow.json"
+            )
+            at_head = flow.head()
+        for node, lazy in quantizable(model):
+            if lazy.name in chosen and lazy.name not in results:
+                take(node, lazy, read_by(lazy, at_head))
     return results
 
 
