@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from satchel.runtime.ort.custom_ops import Custom
     from satchel.runtime.ort.open_bundle import open_bundle
     from satchel.runtime.ort.providers import ProviderChoice
-    from satchel.runtime.ort.session import share_thread_pool
 
 __all__ = [
     "Bundle",
@@ -45,7 +44,6 @@ __all__ = [
     "State",
     "TokenStream",
     "open_bundle",
-    "share_thread_pool",
 ]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -68,7 +66,6 @@ _HOMES = {
     "TokenStream": "generation.stream",
     "Request": "generation.request",
     "Manifest": "bundle.manifest",
-    "share_thread_pool": "ort.session",
 }
 
 

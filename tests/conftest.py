@@ -56,11 +56,11 @@ def satchel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_process_pool() -> Iterator[None]:
-    """A command that runs inside the test process must not take ONNX Runtime's threads from all tests after it.
+def _no_process_changes() -> Iterator[None]:
+    """A command that runs inside the test process must not change the heap of all tests after it.
 
     Tests of the pool itself, and of whole commands, run in processes of their own, as users' commands do.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("satchel.runtime.ort.session.share_thread_pool", lambda threads=None: None)
+        patch.setattr("satchel.runtime.ort.session.prepare_process", lambda threads=None: None)
         yield

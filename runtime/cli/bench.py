@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     if args.report is not None:
         check_target(args.report, "--report")
     choice = provider_flags.choice_of(args)
-    session.share_thread_pool(args.threads)
+    session.prepare_process(args.threads)
     bundle = custom_flags.open_bundle_of(args)
     lengths = _lengths(args, given, bundle)
     vocabulary = bundle.manifest.model.vocab_size if args.vocabulary is None else args.vocabulary

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     if to_file:
         check_target(Path(args.output), "--output")
     lines = read_lines(_content(args.input)) if args.input is not None else [PromptLine(1, 1, _text(args))]
-    session.share_thread_pool(args.threads)
+    session.prepare_process(args.threads)
     generator = Generator.open(
         args.bundle, threads=args.threads, prefix_cache_mib=0, verbose=args.verbose, progress=not args.quiet,
         require_signature=args.require_signature, specialize=False,

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
     with waiting("reading the text", shown=shown):
         windows = _windows(bundle, text, args)
     _check_reference(args.reference, bundle.manifest, len(windows[0]))
-    session.share_thread_pool(args.threads)
+    session.prepare_process(args.threads)
     reference = None if args.reference is None else _open_reference(args, theirs)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     if args.trace is not None:
         check_target(args.trace, TRACE_OPTION)
     choice = provider_flags.choice_of(args)
-    session.share_thread_pool(args.threads)
+    session.prepare_process(args.threads)
     bundle = custom_flags.open_bundle_of(args)
     settings = session.SessionSettings(choice, args.threads, args.verbose)
     layers = layer_count(bundle.manifest)

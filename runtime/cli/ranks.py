@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, command: Run) -> int:
     """
     from satchel.runtime.execution.engine import follow_rank, join_ranks, rank_traffic
     from satchel.runtime.ort.open_bundle import open_bundle
-    from satchel.runtime.ort.session import SessionSettings, share_thread_pool
+    from satchel.runtime.ort.session import SessionSettings, prepare_process
 
     ((path, name), *others) = _bundles(args)
     if args.command not in LEADABLE or others:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, command: Run) -> int:
         args.threads = world.threads
     if world.rank:
         bundle = open_bundle(world.folder, require_signature=args.require_signature)
-        share_thread_pool(args.threads)
+        prepare_process(args.threads)
         follow_rank(world, bundle, SessionSettings(threads=args.threads, verbose=args.verbose))
         return 0
     args.specialize = False

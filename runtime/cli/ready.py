@@ -50,7 +50,7 @@ def open_generator(args: argparse.Namespace, prefix_cache_mib: int | None) -> Ge
     from satchel.runtime.ort import session
 
     choice = provider_flags.choice_of(args)
-    session.share_thread_pool(args.threads)
+    session.prepare_process(args.threads)
     make_ready(args)
     return Generator.open(
         args.bundle,

@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         document = {"bundle": args.bundle, "made": False, "specialized": None, "bytes": 0}
         say("runs its portable graphs again")
     else:
-        session.share_thread_pool(args.threads)
+        session.prepare_process(args.threads)
         found = prepare(
             path,
             layout=args.layout,

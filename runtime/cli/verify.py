@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     certificate = bundle.manifest.certificate
     if certificate is None:
         raise BundleError(f"{bundle.folder}: has no certificate: export it again without --no-certificate")
-    session.share_thread_pool(args.threads)
+    session.prepare_process(args.threads)
     with waiting("opening the bundle", shown=shown):
         engine = Engine.open(bundle, choice, args.threads, verbose=args.verbose)
     replays = []

@@ -82,6 +82,8 @@ ORT_FUNCTION(KernelContext_GetOutput, 91, OrtStatus *, OrtKernelContext *, size_
              OrtValue **);
 ORT_FUNCTION(ReleaseStatus, 93, void, OrtStatus *);
 ORT_FUNCTION(ReleaseTensorTypeAndShapeInfo, 99, void, OrtTensorInfo *);
+ORT_FUNCTION(GetSessionConfigEntry, 238, OrtStatus *, const OrtSessionOptions *, const char *, char *, size_t *);
+ORT_FUNCTION(KernelInfoGetConstantInput_tensor, 249, OrtStatus *, const OrtKernelInfo *, size_t, int *, const OrtValue **);
 ORT_FUNCTION(KernelContext_ParallelFor, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t,
              size_t, void *);
 

@@ -169,7 +169,7 @@ static bool run(const void *kernel, Run *run)
     void *memory = thread_scratch(OF_RUN, bytes);
     if (memory == NULL)
         return fail(run, "satchel:Attention: out of memory");
-    error = instructions->attention(&call, memory, &run->parallel);
+    error = instructions->attention(&call, memory, call.batch * call.tokens == 1 ? &run->contiguous : &run->parallel);
     return error == NULL || fail(run, error);
 }
 
@@ -183,6 +183,6 @@ static const OrtElementType INT8_OUTPUTS[] = {ORT_FLOAT, ORT_INT8, ORT_INT8};
 
 /* One operator to ONNX Runtime, which chooses by the type of the cache. */
 #define ATTENTION(types) .name = "Attention", .inputs = 14, .required = 1, .outputs = 3, .create = create, .run = run, types
-Operator attention_operator = {ATTENTION(.input_types = FLOAT_INPUTS)};
-Operator attention_half_operator = {ATTENTION(.input_types = HALF_INPUTS), .output_types = HALF_OUTPUTS};
-Operator attention_int8_operator = {ATTENTION(.input_types = INT8_INPUTS), .output_types = INT8_OUTPUTS};
+const Operator attention_operator = {ATTENTION(.input_types = FLOAT_INPUTS)};
+const Operator attention_half_operator = {ATTENTION(.input_types = HALF_INPUTS), .output_types = HALF_OUTPUTS};
+const Operator attention_int8_operator = {ATTENTION(.input_types = INT8_INPUTS), .output_types = INT8_OUTPUTS};

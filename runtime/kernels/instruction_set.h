@@ -16,7 +16,7 @@
 typedef struct {
     const char *name;
     const char *(*linear)(const LinearParams *params, const LinearCall *call, const Parallel *parallel);
-    /* Quantizes some rows of a call, from `first` on, into memory of rounded_bytes. Their places there begin at that of
+    /* Quantizes some rows of a call, from `first` on, into memory of rounded_bytes; of floats, prepares all. Their places there begin at that of
      * `first`; `places` says how many there are before a row. */
     const char *(*round)(const LinearParams *params, const LinearCall *call, int64_t first, int64_t end, void *rounded,
                          const Parallel *parallel);

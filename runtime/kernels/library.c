@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "helpers.h"
 #include "instruction_set.h"
 #include "operator.h"
 #include "trial.h"
@@ -61,6 +62,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
 
 static void destroy(void *kernel)
 {
+    helpers_drain();
     free(((Kernel *)kernel)->own);
     free(kernel);
 }
@@ -80,15 +82,37 @@ static void run_tasks(void *pool, size_t tasks, void (*task)(void *, size_t), vo
     run_in(pool, tasks, tasks, task, data);
 }
 
+typedef struct {
+    void (*task)(void *, size_t);
+    void *data;
+    size_t tasks, each; /* of a unit */
+} Tasks;
+
+static bool run_units(const void *data, size_t from, size_t end, void *results)
+{
+    const Tasks *tasks = data;
+    (void)results;
+    for (size_t i = from * tasks->each; i < end * tasks->each && i < tasks->tasks; i++)
+        tasks->task(tasks->data, i);
+    return true;
+}
+
 static void run_ranges(void *pool, size_t tasks, void (*task)(void *, size_t), void *data)
 {
-    run_in(pool, tasks, 0, task, data); /* 0: one batch per thread */
+    const Run *run = pool;
+    Tasks *all = helpers_begin(run->helpers, sizeof *all);
+    if (all == NULL) {
+        run_in(run, tasks, 0, task, data); /* 0: one batch per thread */
+        return;
+    }
+    *all = (Tasks){task, data, tasks, (tasks + MOST_UNITS - 1) / MOST_UNITS};
+    helpers_run(&(Job){.run = run_units, .data = all, .units = (tasks + all->each - 1) / all->each}, NULL);
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context)
 {
     const Kernel *this_kernel = kernel;
-    Run run = {this_kernel->api, context, NULL, {&run, run_tasks}, {&run, run_ranges}};
+    Run run = {this_kernel->api, context, NULL, this_kernel->operator->helpers, {&run, run_tasks}, {&run, run_ranges}};
     return this_kernel->operator->run(this_kernel->own, &run) ? NULL : make_error(this_kernel->api, run.error);
 }
 
@@ -184,6 +208,17 @@ float attribute_float(Create *create, const char *name, float fallback)
     return fallback;
 }
 
+bool is_constant(Create *create, size_t index)
+{
+    int constant = 0;
+    const OrtValue *value;
+    OrtStatus *status = ORT(create->api, KernelInfoGetConstantInput_tensor)(create->info, index, &constant, &value);
+    if (status == NULL)
+        return constant != 0;
+    ORT(create->api, ReleaseStatus)(status);
+    return false;
+}
+
 bool attribute_text(Create *create, const char *name, char *text, size_t size)
 {
     size_t length = 0; /* queried first; includes the terminating zero */
@@ -230,23 +265,62 @@ static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *op
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-/* For satchel's runner, which calls these before the first session: see instruction_set.h and trial.h. */
+/* For satchel's runner: see instruction_set.h and trial.h, before the first session, and helpers.h, before it ends one. */
 EXPORTED const char *satchel_announced_instruction_set(size_t index) { return announced_instruction_set(index); }
 EXPORTED const char *satchel_choose_instruction_set(const char *name) { return choose_instruction_set(name); }
 EXPORTED bool satchel_try_instruction_set(const char *name) { return try_instruction_set(name); }
+EXPORTED void satchel_drain_helpers(void) { helpers_drain(); }
 
 /* For satchel's exporter, which has chosen an instruction set before: see rounding.h. */
 EXPORTED void satchel_choose_scales(const ScalesCall *call) { instructions->choose_scales(call); }
 EXPORTED void satchel_round_inputs(const InputsCall *call) { instructions->round_inputs(call); }
 EXPORTED void satchel_descend_inputs(const InputsCall *call) { instructions->descend_inputs(call); }
 
-/* The entry point that ONNX Runtime calls in a custom operator library. The domain lives as long as the process. */
+/* The threads that satchel's runner gives a session, less its own; 0 if it has not said. */
+static size_t helpers_of(const OrtApi *api, const OrtSessionOptions *options)
+{
+    char text[16];
+    size_t size = sizeof text;
+    OrtStatus *status = ORT(api, GetSessionConfigEntry)(options, "satchel.helpers", text, &size);
+    if (status == NULL)
+        return strtoul(text, NULL, 10);
+    ORT(api, ReleaseStatus)(status);
+    return 0;
+}
+
+/* The domain of operators for sessions with as many helpers. It lives as long as the process. */
+static OrtStatus *domain_for(const OrtApi *api, size_t helpers, OrtCustomOpDomain **domain)
+{
+    static OrtCustomOpDomain *domains[1 + MOST_HELPERS];
+    const Operator *const each[] = {&linear_operator,         &table_linear_operator,   &attention_operator,
+                              &attention_half_operator, &attention_int8_operator, &recurrence_operator,
+                              &convolution_operator,    &positions_operator,      &last_token_operator,
+                              &all_reduce_operator,     &all_gather_operator,     &gather_logits_operator,
+                              &rounded_gather_operator, &send_operator,           &receive_operator};
+    enum { OPERATORS = sizeof each / sizeof *each };
+    if (domains[helpers] == NULL) {
+        OrtCustomOpDomain *made;
+        Operator *operators = malloc(OPERATORS * sizeof *operators);
+        OrtStatus *status = operators == NULL ? make_error(api, "satchel: out of memory")
+                                              : ORT(api, CreateCustomOpDomain)("satchel", &made);
+        for (size_t i = 0; status == NULL && i < OPERATORS; i++) {
+            operators[i] = *each[i];
+            operators[i].helpers = helpers;
+            status = add(api, made, operators + i);
+        }
+        if (status != NULL)
+            return status;
+        domains[helpers] = made;
+    }
+    *domain = domains[helpers];
+    return NULL;
+}
+
+/* The entry point that ONNX Runtime calls in a custom operator library. */
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
 {
-    static OrtCustomOpDomain *domain;
     static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
     const OrtApi *api = base->get_api(ORT_API_VERSION);
-    OrtStatus *status = NULL;
     if (api == NULL) { /* an older ONNX Runtime: report it through the first version of the interface */
         const OrtApi *oldest = base->get_api(1);
         return oldest == NULL ? NULL
@@ -254,20 +328,10 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     }
     if (instructions == NULL && choose_instruction_set(NULL) == NULL)
         return make_error(api, "satchel: this processor has none of the instruction sets of satchel's kernels");
+    const size_t helpers = helpers_of(api, options);
+    OrtCustomOpDomain *domain;
     pthread_mutex_lock(&making);
-    if (domain == NULL) {
-        OrtCustomOpDomain *made;
-        status = ORT(api, CreateCustomOpDomain)("satchel", &made);
-        Operator *operators[] = {&linear_operator,         &table_linear_operator,   &attention_operator,
-                                 &attention_half_operator, &attention_int8_operator, &recurrence_operator,
-                                 &convolution_operator,    &positions_operator,      &last_token_operator,
-                                 &all_reduce_operator,     &all_gather_operator,     &gather_logits_operator,
-                                 &rounded_gather_operator, &send_operator,           &receive_operator};
-        for (size_t i = 0; status == NULL && i < sizeof operators / sizeof *operators; i++)
-            status = add(api, made, operators[i]);
-        if (status == NULL)
-            domain = made;
-    }
+    OrtStatus *status = domain_for(api, helpers <= MOST_HELPERS ? helpers : 0, &domain);
     pthread_mutex_unlock(&making);
     return status == NULL ? ORT(api, AddCustomOpDomain)(options, domain) : status;
 }

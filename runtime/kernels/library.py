@@ -80,6 +80,13 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(name for name in _announced() if _runs(name))
 
 
+def drain_helpers() -> None:
+    """Wait until no thread of satchel's own operators reads weights of a session that is about to end."""
+    path = _built()
+    if path is not None and _loaded.cache_info().currsize:
+        _loaded(path).satchel_drain_helpers()
+
+
 def _announced() -> tuple[str, ...]:
     """The names of the instruction sets that the processor announces, fastest first, and plain C."""
     opened = _opened()
@@ -126,6 +133,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
     announced, choose = opened.satchel_announced_instruction_set, opened.satchel_choose_instruction_set
     announced.argtypes, announced.restype = [ctypes.c_size_t], ctypes.c_char_p
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+    opened.satchel_drain_helpers.restype = None
     return opened
 
 

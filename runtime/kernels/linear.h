@@ -31,7 +31,8 @@ typedef struct {
     const float *bias;          /* [outputs], or NULL */
     const float *residual;      /* as y, or NULL */
     const float *norm_weight;   /* [inputs], or NULL */
-    void *rounded;              /* its rows are quantized already, as Rounded says; NULL: they are in x */
+    void *rounded;              /* its rows are quantized already, as Rounded says, or of floats, prepared; NULL: they are in x */
+    int64_t first_panel, end_panel; /* those that a single row is multiplied by; end 0: all */
     float *y;                   /* [rows, outputs], or half of them with a gate */
 } LinearCall;
 
@@ -42,6 +43,11 @@ static inline int64_t half_outputs(const LinearParams *params)
 static inline int64_t panels(const LinearParams *params)
 {
     return (half_outputs(params) + 15) / 16 * (params->gate ? 2 : 1);
+}
+
+static inline int64_t end_panel(const LinearParams *params, const LinearCall *call)
+{
+    return call->end_panel > 0 ? call->end_panel : panels(params);
 }
 
 static inline int64_t panel_bytes(const LinearParams *params)
@@ -70,6 +76,8 @@ static inline Rounded rounded_in(const LinearParams *params, int64_t rows, void 
 static inline int64_t rounded_bytes(const LinearParams *params, int64_t rows)
 {
     const int64_t places = 2 * rows;
+    if (params->bits == 16)
+        return rows * row_bytes(&params->row) * (int64_t)sizeof(float);
     return (places + PLACES_BEYOND) * row_bytes(&params->row) + 8 * places * row_scales(&params->row);
 }
 

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "helpers.h"
 #include "instruction_set.h"
 #include "linear_op.h"
 #include "ragged.h"
@@ -49,6 +50,13 @@ bool read_linear(Create *create, LinearParams *params)
     return attribute_text(create, "gate", text, sizeof text) && is_gate(params, text) && valid_params(params);
 }
 
+enum { FIRST_WEIGHT = 1, END_OF_WEIGHTS = 5 }; /* inputs: the quantized values, scales, zero points and the bias */
+
+typedef struct {
+    LinearParams params;
+    bool constant[END_OF_WEIGHTS];
+} LinearKernel;
+
 static void *create(Create *create)
 {
     LinearParams params;
@@ -56,11 +64,14 @@ static void *create(Create *create)
         create->error = "satchel:Linear: invalid combination of attributes";
         return NULL;
     }
-    LinearParams *kernel = malloc(sizeof *kernel);
-    if (kernel == NULL)
+    LinearKernel *kernel = malloc(sizeof *kernel);
+    if (kernel == NULL) {
         create->error = "satchel:Linear: out of memory";
-    else
-        *kernel = params;
+        return NULL;
+    }
+    *kernel = (LinearKernel){params, {false}};
+    for (size_t i = FIRST_WEIGHT; i < END_OF_WEIGHTS; i++)
+        kernel->constant[i] = is_constant(create, i);
     return kernel;
 }
 
@@ -77,9 +88,83 @@ static bool fits(const LinearParams *params, const Tensor *weights, const Tensor
         && (norm_weight->data == NULL || has_dims(norm_weight, 1, &params->row.inputs));
 }
 
+/* What helpers read of a call with one row: in memory of their own, since the run may be over before they are. */
+typedef struct {
+    const LinearParams *params;
+    LinearCall call;
+    int64_t each; /* panels of a unit: a gate's are in pairs */
+} Shared;
+
+static void one_after_another(void *pool, size_t tasks, void (*task)(void *data, size_t index), void *data)
+{
+    (void)pool;
+    for (size_t i = 0; i < tasks; i++)
+        task(data, i);
+}
+
+static const Parallel ALONE = {NULL, one_after_another};
+
+static bool multiply_units(const void *data, size_t from, size_t end, void *results)
+{
+    const Shared *shared = data;
+    LinearCall call = shared->call;
+    const int64_t all = panels(shared->params), stop = (int64_t)end * shared->each;
+    call.y = results;
+    call.first_panel = (int64_t)from * shared->each;
+    call.end_panel = stop < all ? stop : all;
+    return instructions->linear(shared->params, &call, &ALONE) == NULL;
+}
+
+static size_t in_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Whether a call has one row, and weights that live as long as the kernel. */
+static bool can_be_helped(const LinearKernel *kernel, const LinearCall *call)
+{
+    const void *const weights[] = {NULL, call->weights, call->scales, call->zero_points, call->bias};
+    bool all = call->rows == 1;
+    for (size_t i = FIRST_WEIGHT; i < END_OF_WEIGHTS; i++)
+        all = all && (kernel->constant[i] || weights[i] == NULL);
+    return all;
+}
+
+/* Runs a call with one row by this thread and helpers, and sets `error` or NULL. Returns false if there are none. */
+static bool run_with_helpers(const LinearParams *params, const LinearCall *call, size_t helpers, const char **error)
+{
+    const size_t outputs = (size_t)half_outputs(params), head = in_lines(sizeof(Shared));
+    const size_t input = in_lines((size_t)rounded_bytes(params, 1));
+    const size_t residual = call->residual == NULL ? 0 : outputs * sizeof *call->residual;
+    char *memory = helpers_begin(helpers, head + input + residual);
+    if (memory == NULL)
+        return false;
+    Shared *shared = (Shared *)memory;
+    shared->params = params, shared->call = *call;
+    shared->call.single = call->single || call->row_offsets != NULL, shared->call.row_offsets = NULL;
+    shared->each = 2 * ((panels(params) + 2 * MOST_UNITS - 1) / (2 * MOST_UNITS));
+    shared->call.rounded = memory + head;
+    *error = NULL;
+    if (call->rounded == NULL)
+        *error = instructions->round(params, call, 0, 1, memory + head, &ALONE);
+    else
+        memcpy(memory + head, call->rounded, (size_t)rounded_bytes(params, 1));
+    if (*error != NULL) {
+        helpers_cancel();
+        return true;
+    }
+    if (residual > 0)
+        shared->call.residual = memcpy(memory + head + input, call->residual, residual);
+    const Job job = {.run = multiply_units,
+                     .data = shared,
+                     .units = (size_t)((panels(params) + shared->each - 1) / shared->each),
+                     .unit_bytes = (size_t)shared->each * 16 / (params->gate ? 2 : 1) * sizeof *call->y,
+                     .result_bytes = outputs * sizeof *call->y};
+    if (!helpers_run(&job, call->y))
+        *error = "satchel:Linear: out of memory";
+    return true;
+}
+
 static bool run(const void *kernel, Run *run)
 {
-    const LinearParams *params = kernel;
+    const LinearParams *params = &((const LinearKernel *)kernel)->params;
     Tensor x, weights, scales, zero_points, bias, residual, norm_weight, offsets, rounded;
     if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_ANY, &scales)
         || !input(run, 3, ORT_UINT8, &zero_points) || !input(run, 4, ORT_FLOAT, &bias)
@@ -115,12 +200,14 @@ static bool run(const void *kernel, Run *run)
                        .rounded = rounded.data};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
-    const char *error = instructions->linear(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
+    const char *error;
+    if (!can_be_helped(kernel, &call) || !run_with_helpers(params, &call, run->helpers, &error))
+        error = instructions->linear(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
     return error == NULL || fail(run, error);
 }
 
 static const OrtElementType INPUTS[]
     = {ORT_FLOAT, ORT_UINT8, ORT_ANY, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_UINT8};
 
-Operator linear_operator
+const Operator linear_operator
     = {.name = "Linear", .inputs = 9, .required = 2, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};

@@ -24,7 +24,8 @@ typedef struct {
     const OrtApi *api;
     OrtKernelContext *context;
     const char *error;
-    Parallel parallel, contiguous; /* one task at a time to any free thread; or one range of tasks per thread */
+    size_t helpers;                /* threads that help with the work for one token (helpers.h) */
+    Parallel parallel, contiguous; /* one task at a time to any free thread; or ranges of tasks, for the work for one token */
 } Run;
 
 typedef struct {
@@ -40,15 +41,18 @@ typedef struct {
     const OrtElementType *input_types, *output_types; /* no output_types: float32 */
     void *(*create)(Create *create); /* NULL on failure */
     bool (*run)(const void *kernel, Run *run);
+    size_t helpers; /* of the session */
 } Operator;
 
-extern Operator linear_operator, table_linear_operator, attention_operator, recurrence_operator, convolution_operator;
-extern Operator attention_half_operator, attention_int8_operator, positions_operator, last_token_operator;
-extern Operator all_reduce_operator, all_gather_operator, rounded_gather_operator, gather_logits_operator;
-extern Operator send_operator, receive_operator;
+extern const Operator linear_operator, table_linear_operator, attention_operator, recurrence_operator, convolution_operator;
+extern const Operator attention_half_operator, attention_int8_operator, positions_operator, last_token_operator;
+extern const Operator all_reduce_operator, all_gather_operator, rounded_gather_operator, gather_logits_operator;
+extern const Operator send_operator, receive_operator;
 
 int64_t attribute(Create *create, const char *name, int64_t fallback);
 float attribute_float(Create *create, const char *name, float fallback);
+/* Whether an input is given and never changes. */
+bool is_constant(Create *create, size_t index);
 /* Copies a string attribute, "" if absent. Returns false if it does not fit into `size` bytes. */
 bool attribute_text(Create *create, const char *name, char *text, size_t size);
 

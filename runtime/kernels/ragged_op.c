@@ -92,7 +92,7 @@ static const OrtElementType POSITIONS_INPUTS[] = {ORT_INT64, ORT_INT64, ORT_INT3
 static const OrtElementType POSITIONS_OUTPUTS[] = {ORT_INT64};
 static const OrtElementType LAST_INPUTS[] = {ORT_FLOAT, ORT_INT64, ORT_INT32};
 
-Operator positions_operator = {.name = "Positions",
+const Operator positions_operator = {.name = "Positions",
                                .inputs = 4,
                                .required = 2,
                                .outputs = 1,
@@ -100,7 +100,7 @@ Operator positions_operator = {.name = "Positions",
                                .output_types = POSITIONS_OUTPUTS,
                                .create = create,
                                .run = run_positions};
-Operator last_token_operator = {.name = "LastToken",
+const Operator last_token_operator = {.name = "LastToken",
                                 .inputs = 3,
                                 .required = 2,
                                 .outputs = 1,

@@ -48,7 +48,7 @@ static bool run(const void *kernel, Run *run)
 
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_ANY, ORT_FLOAT};
 
-Operator table_linear_operator = {.name = "TableLinear",
+const Operator table_linear_operator = {.name = "TableLinear",
                                   .inputs = 3,
                                   .required = 2,
                                   .outputs = 1,

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
     path, threads = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None
     try:
-        session.share_thread_pool(threads)
+        session.prepare_process(threads)
         prepare(path, threads=threads)
     except BusyError:
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ ORT_ERRORS = (
 
 LOG_VERBOSE, LOG_FATAL = 0, 4
 
-_process_pool: int | None = None
-"""Threads of the pool that the whole process shares, once `share_thread_pool` has made one."""
+SPIN_MICROSECONDS = "100"
+"""How long ONNX Runtime's threads look for work before they sleep, in a session with satchel's own kernels."""
 
 
 @dataclass(frozen=True)
@@ -158,30 +159,21 @@ def save_optimized(
     _started(graph, options, settings.provider, bundle.manifest, [], graph)
 
 
-def share_thread_pool(threads: int | None = None) -> None:
-    """Run all sessions of this process on one shared pool of `threads` threads.
+def prepare_process(threads: int | None = None) -> None:
+    """Prepare a process of satchel's own, such as a command, for sessions with `threads` threads, before the first one.
 
-    For programs in which only satchel uses ONNX Runtime, such as its own commands: afterwards ONNX Runtime refuses
-    sessions with their own threads in this process. Call it before the first session; None means one thread per
-    physical core. Raises SatchelError if the process has a pool of another size.
+    All threads allocate from one heap, which needs less memory. Warns if the process has fewer CPUs. None means one
+    thread per physical core. Raises SatchelError for less than one thread.
     """
-    global _process_pool
     wanted = default_threads() if threads is None else threads
-    if _process_pool is None:
-        _check_threads(wanted)
-        if wanted > usable_cpus():
-            warnings.warn(
-                f"--threads {wanted}: this process has {usable_cpus()} CPUs, and more threads than that are slower",
-                SatchelWarning,
-                stacklevel=2,
-            )
-        use_one_arena()
-        ort.set_global_thread_pool_sizes(wanted, 1)
-        _process_pool = wanted
-    elif threads is not None and threads != _process_pool:
-        raise SatchelError(
-            f"--threads {threads}: this process shares one pool of {_process_pool} threads: ask for {_process_pool}"
+    _check_threads(wanted)
+    if wanted > usable_cpus():
+        warnings.warn(
+            f"--threads {wanted}: this process has {usable_cpus()} CPUs, and more threads than that are slower",
+            SatchelWarning,
+            stacklevel=2,
         )
+    use_one_arena()
 
 
 def _open(
@@ -205,6 +197,7 @@ def _open(
         session = _started(graph, options, choice, bundle.manifest, disabled, path)
     if prepared is not None:
         prepared.check(session)
+    weakref.finalize(session, library.drain_helpers)
     return session
 
 
@@ -252,26 +245,35 @@ def _session_options(bundle: Bundle, graph: str, settings: SessionSettings) -> o
     _register(options, bundle.custom_ops)
     own = any(each.name == graph and each.kernel_abi is not None for each in bundle.manifest.variants)
     if own or _exchanges(bundle) == MPI:
+        options.add_session_config_entry("satchel.helpers", str(_helpers(settings)))
+        # Some nodes of a step for one token run on ONNX Runtime's threads, which must not spin long beside the helpers.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
         _register_own(options)
     return options
+
+
+def _threads(settings: SessionSettings) -> int:
+    return default_threads() if settings.threads is None else settings.threads
+
+
+def _helpers(settings: SessionSettings) -> int:
+    """How many threads help the own kernels with the work for one token, instead of ONNX Runtime's."""
+    threads = _threads(settings)
+    return 0 if settings.lean or threads > default_threads() else threads - 1  # they wait by looking: each needs a CPU
 
 
 def _basic_options(settings: SessionSettings, name: str) -> ort.SessionOptions:
     """Options for threads, logs, profile and provider; `name` of the graph is part of the profile's name."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_VERBOSE if settings.verbose else LOG_FATAL
-    if _process_pool is not None:
-        share_thread_pool(settings.threads)  # raises if the number differs
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = default_threads() if settings.threads is None else settings.threads
-        options.inter_op_num_threads = 1
-        _check_threads(options.intra_op_num_threads)
-        # A waiting thread must not take a CPU from a working one; lean sessions are those of checks, beside others.
-        if settings.lean or options.intra_op_num_threads > default_threads():
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Threads that keep spinning after a run take cores from the session of the other phase.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.intra_op_num_threads = _threads(settings)
+    options.inter_op_num_threads = 1
+    _check_threads(options.intra_op_num_threads)
+    # A waiting thread must not take a CPU from a working one; lean sessions are those of checks, beside others.
+    if settings.lean or options.intra_op_num_threads > default_threads():
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that keep spinning after a run take cores from the session of the other phase.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = f"{settings.profile}-{name}"
@@ -298,10 +300,7 @@ def entry_options(entries: Mapping[str, str], where: str) -> ort.SessionOptions:
     """
     options = ort.SessionOptions()
     options.log_severity_level = LOG_FATAL
-    if _process_pool is not None:
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     _add_entries(options, entries, where)
     return options
 

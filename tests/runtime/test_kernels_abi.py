@@ -26,7 +26,7 @@ FLOAT, POINTER = 1, ctypes.c_void_p
 BY_KERNELS = {
     "KernelInfoGetAttribute_float", "KernelInfoGetAttribute_int64", "KernelInfoGetAttribute_string",
     "KernelContext_GetInputCount", "KernelContext_GetInput", "KernelContext_GetOutput", "KernelContext_ParallelFor",
-    "CustomOpDomain_Add",
+    "CustomOpDomain_Add", "GetSessionConfigEntry", "KernelInfoGetConstantInput_tensor",
 }  # fmt: skip
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -14,7 +12,6 @@ from support.tiny_bundle import change_manifest, replace_file
 
 from satchel.runtime.errors import BundleError
 from satchel.runtime.execution.engine import Engine
-from satchel.runtime.generation.generator import Generator
 from satchel.runtime.ort import session as session_module
 from satchel.runtime.ort.open_bundle import open_bundle
 from satchel.runtime.ort.session import SessionSettings, default_threads, open_session
@@ -108,29 +105,3 @@ def test_a_graph_whose_weights_are_outside_the_bundle_is_refused(
     with pytest.raises(BundleError, match=r"prefill\.onnx: the data of 'embed' .* not part of the bundle"):
         Engine.open(open_bundle(folder))
     assert capfd.readouterr() == ("", "")
-
-
-SHARED_POOL = """
-import sys
-import onnxruntime
-from satchel.runtime import Generator, SatchelError, share_thread_pool
-
-share_thread_pool(1)
-generator = Generator.open(sys.argv[1])
-print(generator.generate([3, 4, 5], 4).token_ids)
-share_thread_pool()
-share_thread_pool(1)
-for again in (lambda: share_thread_pool(2), lambda: Generator.open(sys.argv[1], threads=2)):
-    try:
-        again()
-    except SatchelError as error:
-        print(error)
-"""
-
-
-def test_a_process_that_shares_one_pool_generates_and_refuses_another_size(tiny: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SHARED_POOL, str(tiny)], capture_output=True, text=True, check=True)
-    first, *complaints = done.stdout.splitlines()
-    assert first == str(Generator.open(tiny, threads=1).generate([3, 4, 5], 4).token_ids)
-    assert len(complaints) == 2
-    assert all("shares one pool of 1 threads: ask for 1" in line for line in complaints)

@@ -114,6 +114,7 @@ def open_node(step: Step, names: tuple[str, ...], domain: str = "satchel", threa
     model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("satchel.helpers", str(threads - 1))
     options.log_severity_level = 4
     if domain == "satchel":
         options.register_custom_ops_library(str(found()))

@@ -71,6 +71,7 @@ def operator_session(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("satchel.helpers", str(threads - 1))
     options.register_custom_ops_library(str(found()))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

@@ -34,8 +34,9 @@ static void multiply_part(const LinearWork *work, const Part *part, int64_t pane
 static void multiply_panels(void *data, size_t index)
 {
     const LinearWork *work = data;
-    const int64_t whole = panels(work->params), panel = (int64_t)(index % work->groups) * work->width;
-    const int64_t stop = panel + work->width < whole ? panel + work->width : whole;
+    const int64_t end = end_panel(work->params, work->call);
+    const int64_t panel = work->call->first_panel + (int64_t)(index % work->groups) * work->width;
+    const int64_t stop = panel + work->width < end ? panel + work->width : end;
     multiply_part(work, work->parts + index / work->groups, panel, stop);
 }
 
@@ -127,6 +128,10 @@ static const char *linear_round(const LinearParams *params, const LinearCall *ca
     LinearWork work;
     if (call->rows == 0)
         return NULL;
+    if (params->bits == 16) {
+        prepare_floats(params, call, rounded, parallel);
+        return NULL;
+    }
     if (!prepare_call(params, call, rounded, &work))
         return "satchel:RoundedGather: out of memory";
     work.first = first, work.end = end;
@@ -154,7 +159,7 @@ static const char *linear_run(const LinearParams *params, const LinearCall *call
     if (!quantize_call(params, call, parallel, &work))
         return "satchel:Linear: out of memory";
     work.width = params->row.block == 0 && call->rows > 1 ? 4 : 2;
-    work.groups = (size_t)((panels(params) + work.width - 1) / work.width);
+    work.groups = (size_t)((end_panel(params, call) - call->first_panel + work.width - 1) / work.width);
     parallel_for(parallel, work.groups * work.part_count, multiply_panels, &work);
     return NULL;
 }

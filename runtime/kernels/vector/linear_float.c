@@ -24,8 +24,8 @@ enum {
 typedef struct {
     const LinearParams *params;
     const LinearCall *call;
-    const float *x;   /* [rows, stride]: those of the call, or `prepared` */
-    float *prepared;  /* normed and transformed rows, or NULL */
+    const float *x;   /* [rows, stride]: those of the call, or normed and transformed ones */
+    float *prepared;  /* where these are written */
     int64_t stride;
     size_t groups; /* tasks that cover the panels */
     bool failed;
@@ -130,9 +130,9 @@ INLINE void stream_rows(const int width, const FloatWork *work, int64_t panel)
 static void stream_panels(void *data, size_t index)
 {
     const FloatWork *work = data;
-    const int64_t whole = panels(work->params);
-    int64_t panel = (int64_t)index * STREAMED_PANELS;
-    const int64_t stop = panel + STREAMED_PANELS < whole ? panel + STREAMED_PANELS : whole;
+    const int64_t end = end_panel(work->params, work->call);
+    int64_t panel = work->call->first_panel + (int64_t)index * STREAMED_PANELS;
+    const int64_t stop = panel + STREAMED_PANELS < end ? panel + STREAMED_PANELS : end;
     for (; panel + 4 <= stop; panel += 4)
         stream_rows(4, work, panel);
     for (; panel + 2 <= stop; panel += 2)
@@ -234,25 +234,40 @@ static void prepare_rows(void *data, size_t index)
     const LinearCall *call = work->call;
     const RowParams *params = &work->params->row;
     const int64_t first = (int64_t)index * PREPARED_ROWS;
-    for (int64_t r = first; r < first + PREPARED_ROWS && r < call->rows; r++)
-        prepare_row(params, call->x + r * params->inputs, call->norm_weight, work->prepared + r * work->stride);
+    for (int64_t r = first; r < first + PREPARED_ROWS && r < call->rows; r++) {
+        const float *x = call->x + r * params->inputs;
+        float *prepared = work->prepared + r * work->stride;
+        if (prepare_row(params, x, call->norm_weight, prepared) == x)
+            memcpy(prepared, x, (size_t)params->inputs * sizeof *x);
+    }
 }
 
 static size_t in_tasks(int64_t count, int64_t each) { return (size_t)((count + each - 1) / each); }
 
+/* Norms and transforms the rows of a call, into memory of rounded_bytes. */
+static void prepare_floats(const LinearParams *params, const LinearCall *call, void *prepared, const Parallel *parallel)
+{
+    FloatWork work = {.params = params, .call = call, .prepared = prepared, .stride = row_bytes(&params->row)};
+    parallel_for(parallel, in_tasks(call->rows, PREPARED_ROWS), prepare_rows, &work);
+}
+
 static const char *linear_float_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
 {
     static const char *out_of_memory = "satchel:Linear: out of memory";
-    const int64_t whole = panels(params);
+    const int64_t whole = end_panel(params, call) - call->first_panel;
     FloatWork work = {.params = params, .call = call, .x = call->x, .stride = params->row.inputs};
     if (call->rows == 0)
         return NULL;
-    if (params->row.epsilon > 0 || params->row.hadamard > 0) {
+    if (call->rounded != NULL) {
         work.stride = row_bytes(&params->row);
-        work.x = work.prepared = thread_scratch(OF_RUN, (size_t)(call->rows * work.stride) * sizeof(float));
-        if (work.prepared == NULL)
+        work.x = call->rounded;
+    } else if (params->row.epsilon > 0 || params->row.hadamard > 0) {
+        work.stride = row_bytes(&params->row);
+        void *prepared = thread_scratch(OF_RUN, (size_t)rounded_bytes(params, call->rows));
+        if (prepared == NULL)
             return out_of_memory;
-        parallel_for(parallel, in_tasks(call->rows, PREPARED_ROWS), prepare_rows, &work);
+        prepare_floats(params, call, prepared, parallel);
+        work.x = prepared;
     }
     if (call->rows <= STREAMED_ROWS) {
         parallel_for(parallel, in_tasks(whole, STREAMED_PANELS), stream_panels, &work);
