@@ -32,6 +32,9 @@ Visit = Callable[[ir.Node, Inputs], Mapping[str, NDArray[Any]]]
 
 Observe = Callable[[str, NDArray[Any]], None]
 
+LARGEST_KEPT = 16 << 20
+"""Max bytes of a value between segments, of all batches, that is in memory and not in files."""
+
 MAPPED_BYTES = 64 << 20
 """A weight larger than this is written to a file and memory-mapped."""
 
@@ -46,7 +49,7 @@ class Flow:
     Args:
         model: A graph before it is split into phases: logits for every position.
         windows: Token ids [windows, length] int64.
-        folder: An empty folder for the values between segments; only the batch in use is in memory.
+        folder: An empty folder for the large values between segments; only the batch in use is in memory.
         batch: Windows per batch; must divide their number.
         keep: Keep the values between all segments, so that a branch can start in the middle.
     """
@@ -259,7 +262,7 @@ class Flow:
         return int(state["done"])
 
     def _store(self, name: str, index: int, array: NDArray[Any]) -> Path | NDArray[Any]:
-        if self._branch or (array.nbytes < 1 << 16 and not self._journaled):
+        if self._branch or (array.nbytes * self.batches <= LARGEST_KEPT and not self._journaled):
             return array
         path = self.folder / f"{_file_name(name)}-{index}.npy"
         np.save(path, array)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from satchel.graphs.ir.arrays import transposed
 from satchel.graphs.quant.rounding import Grid, in_half
 from satchel.runtime.kernels.rounding import INPUTS, compiled, round_inputs
 
@@ -169,14 +170,14 @@ class Feedback:
 
     def _ordered(self, weight: NDArray[np.float32]) -> torch.Tensor:
         """[inputs, outputs], inputs in order: one input is one contiguous row."""
-        copy = torch.from_numpy(weight.copy())  # a mapped weight is read-only
-        copy[:, self._never] = 0.0
-        return copy[:, self._order].T.contiguous()
+        copy = torch.from_numpy(transposed(weight))
+        copy[self._never] = 0.0
+        return copy[self._order]
 
     def _codes(self, codes: torch.Tensor) -> NDArray[np.int16]:
-        result = torch.empty_like(codes)
-        result[self._order] = codes
-        return result.T.contiguous().to(torch.int16).numpy()
+        result = torch.empty_like(codes, dtype=torch.int16)
+        result[self._order] = codes.to(torch.int16)
+        return result.T.contiguous().numpy()
 
 
 def _round_inputs(

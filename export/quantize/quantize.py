@@ -25,6 +25,7 @@ from satchel.export.quantize.scales import fit_grid
 from satchel.export.quantize.texts import QUICK_WINDOWS
 from satchel.graphs.analysis.segments import split
 from satchel.graphs.ir import pipeline
+from satchel.graphs.ir.arrays import transposed
 from satchel.graphs.ir.inputs import cached_layers
 from satchel.graphs.ir.pipeline import Done
 from satchel.graphs.ir.values import MICROSOFT, nodes, weight
@@ -85,7 +86,7 @@ def quantize(
     model, ran = pipeline.run(model, equalize_steps(recipe, statistics))
     done += ran
     chosen = rules(model)
-    weights = _round(model, chosen, windows, folder, config.effort == "quick", progress, grids or {})
+    weights = _round(model, chosen, windows, folder, config, progress, grids or {})
     scales = {layer: cache_scales(model, layer, maxima) for layer in (cached_layers(model) if maxima else ())}
     return Quantized(model, weights, chosen, scales, recipe.name), done
 
@@ -157,7 +158,7 @@ def _round(
     chosen: Mapping[str, Rule],
     windows: NDArray[np.int64] | None,
     folder: Path,
-    quick: bool,
+    config: ExportConfig,
     progress: Progress,
     grids: Mapping[str, StoredGrid],
 ) -> dict[str, QuantizedWeight]:
@@ -166,7 +167,7 @@ def _round(
     A quick run uses fewer windows, and GPTQ only where it gains most: in layers with fewer inputs than outputs, which
     read the residual stream. All other weights are rounded by a thread, ahead of the flow.
     """
-    kept = RoundedWeights(folder / "codes")
+    kept, quick = RoundedWeights(folder / "codes"), config.effort == "quick"
     results: dict[str, QuantizedWeight] = {}
     ahead: dict[str, Future[QuantizedWeight]] = {}
 
@@ -194,7 +195,7 @@ def _round(
             if lazy.name not in results:
                 take(node, lazy, inputs if node.op_type == "MatMul" else None)
             if not by_outputs(node):
-                replaced[lazy.name] = values(results[lazy.name]).T.reshape(lazy.dims)
+                replaced[lazy.name] = transposed(values(results[lazy.name])).reshape(lazy.dims)
         return replaced
 
     def take(node: ir.Node, lazy: LazyWeight, inputs: Inputs | None) -> None:
@@ -217,7 +218,8 @@ def _round(
             values_between.mkdir(parents=True, exist_ok=True)
             flow = Flow(model, read, values_between, batch=BATCH)
             flow.run(
-                lambda node, inputs: visit(node, inputs) if node.name in linear else {}, journal=folder / "flow.json"
+                lambda node, inputs: visit(node, inputs) if node.name in linear else {},
+                journal=folder / "flow.json" if config.resumable else None,
             )
             at_head = flow.head()
         for node, lazy in quantizable(model):
@@ -314,7 +316,7 @@ def _codes_on(grid: Grid, part: NDArray[np.float32], lazy: LazyWeight) -> NDArra
 def weight_parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield the weight as [outputs, inputs] in parts, each with the index of its first output."""
     if not by_outputs:
-        whole = np.ascontiguousarray(lazy.numpy().T)
+        whole = transposed(lazy.numpy())
         for start in range(0, len(whole), ROWS):
             yield start, whole[start : start + ROWS]
         return

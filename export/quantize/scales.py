@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from satchel.graphs.ir.arrays import workers
 from satchel.graphs.quant.recipe import Scheme
 from satchel.graphs.quant.rounding import Grid, in_half
 from satchel.runtime.kernels.rounding import LANES, choose_scales, compiled
@@ -58,8 +57,7 @@ def fit_grid(
         best = _best(groups, scales, zeros, counts, scheme, loops), np.arange(len(groups))
         return scales[best], None if zeros is None else zeros[best]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy works on arrays outside the interpreter's lock
-        parts = list(pool.map(fit, range(0, len(weight), step)))
+    parts = list(workers().map(fit, range(0, len(weight), step)))
     shape = (len(weight), inputs // width)
     zeros = [zeros for _, zeros in parts if zeros is not None]
     points = np.concatenate(zeros).astype(np.uint8).reshape(shape) if zeros else None

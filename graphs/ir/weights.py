@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from satchel.graphs.ir.arrays import rows_times, times_blocks
 from satchel.graphs.ir.low_rank import CHANGES, Change, carry, carry_inputs, carry_outputs, changes_of
 
 BLOCK_BYTES = 32 << 20
@@ -322,7 +323,7 @@ def right_multiplied(
 
     def multiply(array: np.ndarray) -> np.ndarray:
         part = array[..., low:high]
-        product = np.asarray(part.reshape(-1, size) @ matrix, dtype).reshape(part.shape)
+        product = np.asarray(rows_times(part.reshape(-1, size), matrix), dtype).reshape(part.shape)
         if span is None:
             return product
         return np.concatenate([array[..., :low], product, array[..., high:]], axis=-1)
@@ -357,8 +358,8 @@ def left_multiplied(weight: LazyWeight, matrix: np.ndarray, name: str) -> LazyWe
     dtype = weight.dtype.numpy()
 
     def multiply(array: np.ndarray) -> np.ndarray:
-        blocks = array.reshape(*array.shape[:-2], array.shape[-2] // size, size, array.shape[-1])
-        return np.asarray(matrix @ blocks, dtype).reshape(array.shape)
+        blocks = array.reshape(math.prod(array.shape[:-1]) // size, size, array.shape[-1])
+        return np.asarray(times_blocks(matrix, blocks), dtype).reshape(array.shape)
 
     def rows(start: int, stop: int) -> np.ndarray:
         if len(weight.dims) > 2:

@@ -55,14 +55,27 @@ class Grid:
 
     def round(self, weight: NDArray[np.float32]) -> NDArray[np.int16]:
         """The nearest quantized values of a weight [outputs, inputs]."""
-        scale, zero = self.expanded(weight.shape[1])
-        codes: NDArray[np.int16] = np.clip(np.rint(weight / scale) + zero, self.low, self.high).astype(np.int16)
+        rounded = self._groups(weight) / self.scales[..., None]
+        np.rint(rounded, out=rounded)
+        if self.zero_points is not None:
+            rounded += self.zero_points[..., None]
+        np.clip(rounded, self.low, self.high, out=rounded)
+        codes: NDArray[np.int16] = rounded.astype(np.int16).reshape(weight.shape)
         return codes
 
     def values(self, codes: NDArray[np.int16]) -> NDArray[np.float32]:
         """What quantized values [outputs, inputs] stand for, float32."""
-        scale, zero = self.expanded(codes.shape[1])
-        return (codes - zero) * scale
+        values = self._groups(codes).astype(np.float32)
+        if self.zero_points is not None:
+            values -= self.zero_points[..., None]
+        values *= self.scales[..., None]
+        return values.reshape(codes.shape)
+
+    def _groups(self, array: NDArray[Any]) -> NDArray[Any]:
+        """[outputs, inputs] as [outputs, groups, inputs of a group]."""
+        outputs, inputs = array.shape
+        groups = self.scales.shape[1]
+        return array.reshape(outputs, groups, inputs // groups)
 
 
 def in_half(scales: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
