@@ -20,6 +20,9 @@ typedef struct {
     size_t units; /* at most MOST_UNITS */
     /* Each unit writes its own unit_bytes of result_bytes. 0: it writes to shared memory, and all units are waited for. */
     size_t unit_bytes, result_bytes;
+    /* What units read in their order, or NULL. Helpers that wait fetch the beginning of that of the next job. */
+    const char *stream;
+    size_t stream_bytes;
 } Job;
 
 /* Takes `helpers` helpers for this thread, and gives it `bytes` of memory, aligned to 64, for the data of one job. Returns

@@ -156,7 +156,9 @@ static bool run_with_helpers(const LinearParams *params, const LinearCall *call,
                      .data = shared,
                      .units = (size_t)((panels(params) + shared->each - 1) / shared->each),
                      .unit_bytes = (size_t)shared->each * 16 / (params->gate ? 2 : 1) * sizeof *call->y,
-                     .result_bytes = outputs * sizeof *call->y};
+                     .result_bytes = outputs * sizeof *call->y,
+                     .stream = (const char *)call->weights,
+                     .stream_bytes = (size_t)(panels(params) * panel_bytes(params))};
     if (!helpers_run(&job, call->y))
         *error = "satchel:Linear: out of memory";
     return true;
