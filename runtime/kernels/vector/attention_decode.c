@@ -15,6 +15,7 @@ enum {
     MAX_RANGE = 512,
     STRIDE = MAX_RANGE + LANES, /* a run of keys is stored in whole steps */
     CACHED = 64,                /* values that are read once for each vector of columns */
+    KEYS_AHEAD = 2048,          /* bytes: processors do not fetch ahead across pages by themselves */
 };
 
 /* Keys in a range. Short ranges give work to more threads, long ones are read from memory faster. */
@@ -70,8 +71,10 @@ INLINE void decode_scores(const float *query, const void *keys, const void *valu
             F16 own[ROWS] = {floats(0), floats(0), floats(0), floats(0)};
             int64_t d = 0;
             for (; d + LANES <= head_dim; d += LANES) {
-                if (d * element_bytes(type) % BYTES == 0)
+                if (d * element_bytes(type) % BYTES == 0) {
                     __builtin_prefetch((const char *)values + (from + d) * element_bytes(type), 0, 2);
+                    __builtin_prefetch((const char *)keys + (from + d) * element_bytes(type) + KEYS_AHEAD, 0, 2);
+                }
                 add_channels(own, keys, from + d, query + d, head_dim, LANES, true, rows, type);
             }
             if (d < head_dim)
