@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from satchel.graphs.ir.values import INTERNAL, Builder, nodes, only_user, producer
 
-X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, NORM_WEIGHT, ROW_OFFSETS, ROUNDED = range(9)
+X, CODES, SCALES, ZERO_POINTS, BIAS, RESIDUAL, NORM_WEIGHT, ROW_OFFSETS = range(8)
+WIDTHS, ADDED = 9, 10
 """The operator's inputs."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from satchel.graphs.analysis.linear import NORM_WEIGHT, ROUNDED, ROW_OFFSETS, X, has_input, set_input
+from satchel.graphs.analysis.linear import ADDED, RESIDUAL, WIDTHS, X, has_input, set_input
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, nodes, replace
 from satchel.runtime.bundle.contract import LOGITS
 from satchel.runtime.bundle.layouts import HALF_BITS
@@ -63,40 +63,40 @@ def gather(
     return joined
 
 
-def round_gathers(model: ir.Model) -> None:
-    """Let nodes that join what a Linear reads quantize it, too. With many rows each rank does so for some of them, and
-    they hand each other bytes. Then it has the joined numbers of its own rows only, unless others than such nodes read
-    them: `whole`.
+def fold_gathers(model: ir.Model) -> None:
+    """Let a Linear join what it reads of all ranks itself: its second output is what an AllGather in front of it gives.
+
+    With many rows each rank quantizes some of them, and they hand each other bytes. Then it has the joined numbers of
+    its own rows only, unless others than such nodes read them: `whole`.
     """
-    rounding = {node: reader for node in nodes(model, "AllGather", INTERNAL) if (reader := _rounding(node)) is not None}
-    for node, reader in rounding.items():
+    folded = {node: reader for node in nodes(model, "AllGather", INTERNAL) if (reader := _joining(node)) is not None}
+    for node, reader in folded.items():
         joined = node.outputs[0]
-        alike = {(reader, X), *((other, ADDED) for other in rounding)}
-        others = [use for use in joined.uses() if (use.node, use.idx) not in alike]
-        reads = [*node.inputs, None][: ADDED + 1] + [_input(reader, index) for index in (NORM_WEIGHT, ROW_OFFSETS)]
-        needed = int(bool(others) or joined.is_graph_output())
-        new = Builder(model, node).node("RoundedGather", reads, f"{joined.name}.rounded", INTERNAL, 2, whole=needed)
-        new.attributes.update(reader.attributes)
-        whole, rounded = new.outputs
-        whole.shape, whole.type, rounded.type = joined.shape, joined.type, ir.TensorType(ir.DataType.UINT8)
+        adds = {(other, ADDED) for other in folded.values()} | {(other, _GATHERED) for other in folded}
+        others = [use for use in joined.uses() if use.node is not reader and (use.node, use.idx) not in adds]
+        reader.attributes.add(ir.AttrInt64("whole", int(bool(others) or joined.is_graph_output())))
+        own, widths, added = [*node.inputs, None][: _GATHERED + 1]
+        reader.resize_outputs(2)
+        whole = reader.outputs[1]
+        whole.name, whole.shape, whole.type = joined.name, joined.shape, joined.type
         replace(joined, whole)
-        set_input(reader, ROUNDED, rounded)
+        for index, value in ((X, own), (WIDTHS, widths), (ADDED, added)):
+            if value is not None:
+                set_input(reader, index, value)
+        model.graph.remove(node)
+    model.graph.sort()  # what reads joined numbers stands behind the node that joins them
 
 
-ADDED = 2
-"""Where nodes that join parts take what they add."""
+_GATHERED = 2
+"""Where an AllGather takes what it adds."""
 
 
-def _rounding(node: ir.Node) -> ir.Node | None:
-    """The only Linear with quantized weights that reads what a node joins."""
+def _joining(node: ir.Node) -> ir.Node | None:
+    """The only Linear with quantized weights that reads what a node joins, if nothing else that it reads needs that."""
     readers = [use for use in node.outputs[0].uses() if (use.node.domain, use.node.op_type) == (INTERNAL, "Linear")]
     if len(readers) != 1 or readers[0].idx != X or readers[0].node.attributes.get_int("bits", 8) == HALF_BITS:
         return None
-    return readers[0].node
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if has_input(node, index) else None
+    return None if has_input(readers[0].node, RESIDUAL) else readers[0].node
 
 
 def _widths(parts: Sequence[range]) -> str:

@@ -16,7 +16,7 @@ from satchel.graphs.ir.sweep import sweep
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, dims, nodes, producer, replace
 from satchel.graphs.shard.adapters import is_optional
 from satchel.graphs.shard.caches import RECURRENCE, head_counts, head_sizes
-from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, gather, gather_logits, round_gathers
+from satchel.graphs.shard.collectives import DOMAINS, Place, add_sum, fold_gathers, gather, gather_logits
 from satchel.graphs.shard.experts import cut_experts
 from satchel.graphs.shard.pipeline import SKIPPING
 from satchel.graphs.shard.products import Product, add_after, product_of, take_residual
@@ -67,7 +67,7 @@ def cut_tensors(model: ir.Model, place: Place, uncut: Collection[str] = ()) -> C
         except (NotCutError, ShareError) as error:
             whole[cut_one.__name__.removeprefix("_cut_")] = str(error)
     _join_sums(model, DOMAINS[place.collectives])
-    round_gathers(model)
+    fold_gathers(model)
     sweep(model.graph)
     slicer.settle()
     return Cut(tuple(done), whole)

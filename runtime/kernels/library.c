@@ -42,7 +42,7 @@ static OrtCharacteristic get_input_characteristic(const OrtCustomOp *op, size_t 
 
 static OrtCharacteristic get_output_characteristic(const OrtCustomOp *op, size_t i)
 {
-    return (void)op, (void)i, ORT_REQUIRED;
+    return i < operator_of(op)->outputs - operator_of(op)->optional_outputs ? ORT_REQUIRED : ORT_OPTIONAL;
 }
 
 static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **made)

@@ -17,7 +17,7 @@ from pathlib import Path
 from satchel.runtime.errors import SatchelError, SatchelWarning
 from satchel.runtime.kernels.trial import ENDED, RIGHT, tried
 
-VERSION, OLDEST = 8, 1
+VERSION, OLDEST = 9, 1
 """Raise the first when the operators change, for new graphs. Raise the second, too, when the layout of weights or the
 meaning of an operator changes by more than rounding: bundles of before must then be exported again."""
 

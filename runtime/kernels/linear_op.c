@@ -4,8 +4,10 @@
 
 #include "helpers.h"
 #include "instruction_set.h"
+#include "join.h"
 #include "linear_op.h"
 #include "ragged.h"
+#include "scratch.h"
 
 enum {
     MAX_SIZE = 1 << 24,
@@ -39,7 +41,7 @@ static bool valid_params(const LinearParams *params)
         && (params->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
 }
 
-bool read_linear(Create *create, LinearParams *params)
+static bool read_params(Create *create, LinearParams *params)
 {
     char text[16];
     *params = (LinearParams){.bits = (int)attribute(create, "bits", 8), .outputs = attribute(create, "outputs", 0)};
@@ -50,29 +52,21 @@ bool read_linear(Create *create, LinearParams *params)
     return attribute_text(create, "gate", text, sizeof text) && is_gate(params, text) && valid_params(params);
 }
 
-enum { FIRST_WEIGHT = 1, END_OF_WEIGHTS = 5 }; /* inputs: the quantized values, scales, zero points and the bias */
-
-typedef struct {
-    LinearParams params;
-    bool constant[END_OF_WEIGHTS];
-} LinearKernel;
-
-static void *create(Create *create)
+void *create_linear(Create *create)
 {
-    LinearParams params;
-    if (!read_linear(create, &params)) {
-        create->error = "satchel:Linear: invalid combination of attributes";
-        return NULL;
-    }
     LinearKernel *kernel = malloc(sizeof *kernel);
     if (kernel == NULL) {
         create->error = "satchel:Linear: out of memory";
         return NULL;
     }
-    *kernel = (LinearKernel){params, {false}};
+    kernel->whole = attribute(create, "whole", 1) != 0;
     for (size_t i = FIRST_WEIGHT; i < END_OF_WEIGHTS; i++)
         kernel->constant[i] = is_constant(create, i);
-    return kernel;
+    if (read_params(create, &kernel->params))
+        return kernel;
+    free(kernel);
+    create->error = "satchel:Linear: invalid combination of attributes";
+    return NULL;
 }
 
 static bool fits(const LinearParams *params, const Tensor *weights, const Tensor *scales, const Tensor *zero_points,
@@ -164,11 +158,31 @@ static bool run_with_helpers(const LinearParams *params, const LinearCall *call,
     return true;
 }
 
-static bool run(const void *kernel, Run *run)
+enum { WIDTHS = 9, ADDED = 10 };
+
+/* The x of a layer: an input, or what all ranks have of it, which the second output is. */
+static bool read_x(Run *run, Join *join, Tensor *x)
 {
-    const LinearParams *params = &((const LinearKernel *)kernel)->params;
+    float *all;
+    *join = (Join){0};
+    if (!input(run, WIDTHS, ORT_INT64, x))
+        return false;
+    if (x->data == NULL)
+        return input(run, 0, ORT_FLOAT, x);
+    if (!read_join(run, WIDTHS, ADDED, join) || !output(run, 1, join->dims, join->rank, &all))
+        return false;
+    *x = (Tensor){.data = all, .count = join->rows * join->total, .rank = join->rank};
+    memcpy(x->dims, join->dims, sizeof x->dims);
+    return true;
+}
+
+static bool run(const void *own, Run *run)
+{
+    const LinearKernel *kernel = own;
+    const LinearParams *params = &kernel->params;
+    Join join;
     Tensor x, weights, scales, zero_points, bias, residual, norm_weight, offsets, rounded;
-    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_ANY, &scales)
+    if (!read_x(run, &join, &x) || !input(run, 1, ORT_UINT8, &weights) || !input(run, 2, ORT_ANY, &scales)
         || !input(run, 3, ORT_UINT8, &zero_points) || !input(run, 4, ORT_FLOAT, &bias)
         || !input(run, 5, ORT_FLOAT, &residual) || !input(run, 6, ORT_FLOAT, &norm_weight)
         || !input(run, 7, ORT_INT32, &offsets) || !input(run, 8, ORT_UINT8, &rounded))
@@ -182,7 +196,9 @@ static bool run(const void *kernel, Run *run)
     x.dims[x.rank - 1] = half_outputs(params);
     if (residual.data != NULL && !has_dims(&residual, x.rank, x.dims))
         return fail(run, "satchel:Linear: the residual does not have the shape of the output");
-    if (rounded.data != NULL && (params->bits == 16 || rounded.count != rounded_bytes(params, rows)))
+    if ((rounded.data != NULL || join.width != NULL) && params->bits == 16)
+        return fail(run, "satchel:Linear: with 16 bits rows are not quantized");
+    if (rounded.data != NULL && rounded.count != rounded_bytes(params, rows))
         return fail(run, "satchel:Linear: the quantized rows are not those of x");
     const bool ragged = offsets.count > 0 && offsets.data != NULL;
     if (ragged && !splits(offsets.data, offsets.count - 1, rows))
@@ -202,14 +218,27 @@ static bool run(const void *kernel, Run *run)
                        .rounded = rounded.data};
     if (!output(run, 0, x.dims, x.rank, &call.y))
         return false;
+    if (join.width != NULL && rows > 0) {
+        call.rounded = thread_scratch(OF_EXCHANGE, (size_t)rounded_bytes(params, rows));
+        if (call.rounded == NULL)
+            return fail(run, "satchel:Linear: out of memory");
+        if (!join_rounded(run, &join, params, &call, kernel->whole, x.data, call.rounded))
+            return false;
+    }
     const char *error;
     if (!can_be_helped(kernel, &call) || !run_with_helpers(params, &call, run->helpers, &error))
         error = instructions->linear(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
     return error == NULL || fail(run, error);
 }
 
-static const OrtElementType INPUTS[]
-    = {ORT_FLOAT, ORT_UINT8, ORT_ANY, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_UINT8};
+static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_UINT8, ORT_ANY,   ORT_UINT8, ORT_FLOAT, ORT_FLOAT,
+                                        ORT_FLOAT, ORT_INT32, ORT_UINT8, ORT_INT64, ORT_FLOAT};
 
-const Operator linear_operator
-    = {.name = "Linear", .inputs = 9, .required = 2, .outputs = 1, .input_types = INPUTS, .create = create, .run = run};
+const Operator linear_operator = {.name = "Linear",
+                            .inputs = 11,
+                            .required = 2,
+                            .outputs = 2,
+                            .optional_outputs = 1,
+                            .input_types = INPUTS,
+                            .create = create_linear,
+                            .run = run};

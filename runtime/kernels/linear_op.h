@@ -1,11 +1,18 @@
-/* The attributes of a linear layer. */
+/* The kernel of a linear layer: its attributes. */
 #ifndef SATCHEL_LINEAR_OP_H
 #define SATCHEL_LINEAR_OP_H
 
 #include "linear.h"
 #include "operator.h"
 
-/* Reads those of a node. Returns false if they do not go together. */
-bool read_linear(Create *create, LinearParams *params);
+enum { FIRST_WEIGHT = 1, END_OF_WEIGHTS = 5 }; /* inputs: the quantized values, scales, zero points and the bias */
+
+typedef struct {
+    LinearParams params;
+    bool constant[END_OF_WEIGHTS];
+    bool whole; /* of a layer that joins what ranks have: each needs all rows of that, too */
+} LinearKernel;
+
+void *create_linear(Create *create);
 
 #endif

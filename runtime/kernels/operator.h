@@ -37,7 +37,7 @@ typedef struct {
 typedef struct {
     OrtCustomOp op; /* first member: ONNX Runtime passes a pointer to it */
     const char *name;
-    size_t inputs, required, outputs;
+    size_t inputs, required, outputs, optional_outputs; /* the last ones are optional */
     const OrtElementType *input_types, *output_types; /* no output_types: float32 */
     void *(*create)(Create *create); /* NULL on failure */
     bool (*run)(const void *kernel, Run *run);

@@ -12,6 +12,7 @@
 #endif
 
 #include "instruction_set.h"
+#include "join.h"
 #include "linear_op.h"
 #include "ragged.h"
 #include "ranks.h"
@@ -271,21 +272,11 @@ static void join_by_mailboxes(const float *x, int64_t rows, const int64_t *width
         }
 }
 
-/* What is joined: the last axis of all ranks, in their order. */
-typedef struct {
-    const float *x;
-    int64_t rows, own, total; /* rows, and numbers of each: this rank's and all */
-    const int64_t *width;     /* of each rank */
-    size_t rank;
-    int64_t dims[MAX_RANK]; /* of the result */
-    const float *added;     /* as the result, or NULL */
-} Join;
-
-static bool read_join(Run *run, bool added, Join *join)
+bool read_join(Run *run, size_t widths_at, size_t added_at, Join *join)
 {
     Tensor x, widths, residual = {0};
-    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, 1, ORT_INT64, &widths)
-        || (added && !input(run, 2, ORT_FLOAT, &residual)))
+    if (!input(run, 0, ORT_FLOAT, &x) || !input(run, widths_at, ORT_INT64, &widths)
+        || (added_at && !input(run, added_at, ORT_FLOAT, &residual)))
         return false;
     const int64_t members = alone() ? widths.count : ranks.ranks;
     if (x.rank == 0 || widths.count != members || widths.count > MAX_RANKS)
@@ -354,7 +345,7 @@ static bool run_gather(Run *run, bool everywhere)
 {
     Join join;
     float *all;
-    return read_join(run, everywhere, &join) && output(run, 0, join.dims, join.rank, &all)
+    return read_join(run, 1, everywhere ? 2 : 0, &join) && output(run, 0, join.dims, join.rank, &all)
         && join_parts(run, &join, everywhere, all);
 }
 
@@ -448,11 +439,6 @@ static void join_own_rows(const Join *join, const int64_t *starts, int64_t most,
     count(start, sent * sizeof *all);
 }
 
-typedef struct {
-    LinearParams linear;
-    bool whole; /* all ranks need all rows of the first result, too */
-} RoundedParams;
-
 /* Rows of a piece that another rank gets, or 0 if each rank joins all rows: there are few, or too long ones. */
 static int64_t rows_of_piece(const Join *join)
 {
@@ -465,59 +451,63 @@ static int64_t rows_of_piece(const Join *join)
 }
 
 /* Rounds the rows of this rank, and gets those of others. */
-static bool round_own_rows(Run *run, const RoundedParams *params, const LinearCall *call, const int64_t *starts, float *all,
-                           void *rounded)
+static bool round_own_rows(Run *run, const LinearParams *params, const LinearCall *call, bool whole, const int64_t *starts,
+                           float *all, void *rounded)
 {
-    const int64_t values = row_bytes(&params->linear.row), scales = 4 * row_scales(&params->linear.row);
-    const Rounded to = rounded_in(&params->linear, call->rows, rounded);
+    const int64_t values = row_bytes(&params->row), scales = 4 * row_scales(&params->row);
+    const Rounded to = rounded_in(params, call->rows, rounded);
     int64_t places[MAX_RANKS + 1];
-    const char *error = instructions->round(&params->linear, call, starts[ranks.rank], starts[ranks.rank + 1], rounded,
-                                            &run->parallel);
+    const char *error
+        = instructions->round(params, call, starts[ranks.rank], starts[ranks.rank + 1], rounded, &run->parallel);
     if (error != NULL)
         return fail(run, error);
     for (int rank = 0; rank <= ranks.ranks; rank++)
-        places[rank] = instructions->places(&params->linear, call, starts[rank]);
+        places[rank] = instructions->places(params, call, starts[rank]);
     const Shared kinds[] = {{(char *)to.activations, values, places}, {(char *)to.scales, scales, places},
                             {(char *)to.sums, scales, places}};
     hand_round(kinds, 3, PLACE_BYTES / (values + 2 * scales));
-    const Shared rows = {(char *)all, params->linear.row.inputs * (int64_t)sizeof *all, starts};
-    if (params->whole)
+    const Shared rows = {(char *)all, params->row.inputs * (int64_t)sizeof *all, starts};
+    if (whole)
         hand_round(&rows, 1, PLACE_BYTES / rows.bytes);
     return true;
 }
 
-static void *create_rounded(Create *create)
+bool join_rounded(Run *run, const Join *join, const LinearParams *params, const LinearCall *call, bool whole, float *all,
+                  void *rounded)
 {
-    RoundedParams *params = malloc(sizeof *params);
-    if (params == NULL) {
-        create->error = "satchel:RoundedGather: out of memory";
-        return NULL;
+    const int64_t most = rows_of_piece(join);
+    if (most > 0 && join->total * (int64_t)sizeof *all <= PLACE_BYTES) {
+        int64_t starts[MAX_RANKS + 1];
+        for (int rank = 0; rank <= ranks.ranks; rank++)
+            starts[rank] = join->rows * rank / ranks.ranks;
+        join_own_rows(join, starts, most, all);
+        return round_own_rows(run, params, call, whole, starts, all, rounded);
     }
-    params->whole = attribute(create, "whole", 1) != 0;
-    if (read_linear(create, &params->linear) && params->linear.bits != 16)
-        return params;
-    free(params);
-    create->error = "satchel:RoundedGather: invalid combination of attributes";
-    return NULL;
+    if (!join_parts(run, join, true, all))
+        return false;
+    const Parallel *parallel = join->rows == 1 ? &run->contiguous : &run->parallel;
+    const char *error = instructions->round(params, call, 0, join->rows, rounded, parallel);
+    return error == NULL || fail(run, error);
 }
 
-/* Joins the last axis of all ranks, and quantizes the rows as satchel:Linear does, which reads them then. */
+/* Of graphs of version 8 of the kernels: later ones let satchel:Linear do this. */
 static bool run_rounded_gather(const void *kernel, Run *run)
 {
-    const RoundedParams *params = kernel;
-    const RowParams *row = &params->linear.row;
+    const LinearKernel *rounds = kernel;
+    const RowParams *row = &rounds->params.row;
     Join join;
     Tensor norm_weight, offsets;
     float *all;
     void *rounded;
-    if (!read_join(run, true, &join) || !input(run, 3, ORT_FLOAT, &norm_weight) || !input(run, 4, ORT_INT32, &offsets))
+    if (!read_join(run, 1, 2, &join) || !input(run, 3, ORT_FLOAT, &norm_weight) || !input(run, 4, ORT_INT32, &offsets))
         return false;
-    if (join.total != row->inputs || (norm_weight.data != NULL && !has_dims(&norm_weight, 1, &row->inputs)))
+    if (rounds->params.bits == 16 || join.total != row->inputs
+        || (norm_weight.data != NULL && !has_dims(&norm_weight, 1, &row->inputs)))
         return fail(run, "satchel:RoundedGather: the input width differs from attribute inputs");
     const bool ragged = offsets.count > 0 && offsets.data != NULL;
     if (ragged && !splits(offsets.data, offsets.count - 1, join.rows))
         return fail(run, "satchel:RoundedGather: row_offsets do not ascend from 0 to the number of rows");
-    const int64_t bytes = rounded_bytes(&params->linear, join.rows), most = rows_of_piece(&join);
+    const int64_t bytes = rounded_bytes(&rounds->params, join.rows);
     if (!output(run, 0, join.dims, join.rank, &all) || !output_of_any_type(run, 1, &bytes, 1, &rounded))
         return false;
     const LinearCall call = {.rows = join.rows,
@@ -526,18 +516,7 @@ static bool run_rounded_gather(const void *kernel, Run *run)
                              .sequences = offsets.count - 1,
                              .x = all,
                              .norm_weight = norm_weight.data};
-    if (most > 0 && row->inputs * (int64_t)sizeof *all <= PLACE_BYTES) {
-        int64_t starts[MAX_RANKS + 1];
-        for (int rank = 0; rank <= ranks.ranks; rank++)
-            starts[rank] = join.rows * rank / ranks.ranks;
-        join_own_rows(&join, starts, most, all);
-        return round_own_rows(run, params, &call, starts, all, rounded);
-    }
-    if (!join_parts(run, &join, true, all))
-        return false;
-    const Parallel *parallel = join.rows == 1 ? &run->contiguous : &run->parallel;
-    const char *error = instructions->round(&params->linear, &call, 0, join.rows, rounded, parallel);
-    return error == NULL || fail(run, error);
+    return join_rounded(run, &join, &rounds->params, &call, rounds->whole, all, rounded);
 }
 
 enum { TO_NEXT = 77 };
@@ -682,7 +661,7 @@ const Operator rounded_gather_operator = {.name = "RoundedGather",
                                     .outputs = 2,
                                     .input_types = JOINED,
                                     .output_types = ROUNDED,
-                                    .create = create_rounded,
+                                    .create = create_linear,
                                     .run = run_rounded_gather};
 const Operator gather_logits_operator = {.name = "GatherLogits",
                                    .inputs = 2,

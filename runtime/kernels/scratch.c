@@ -19,14 +19,15 @@ typedef struct {
     _Alignas(ALIGNMENT) unsigned char memory[];
 } Scratch;
 
-static pthread_key_t keys[2]; /* by owner */
+static pthread_key_t keys[3]; /* by owner */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static bool has_keys;
 
 static void make_keys(void)
 {
     has_keys = pthread_key_create(&keys[OF_RUN], free_aligned) == 0
-        && pthread_key_create(&keys[OF_TASK], free_aligned) == 0;
+        && pthread_key_create(&keys[OF_TASK], free_aligned) == 0
+        && pthread_key_create(&keys[OF_EXCHANGE], free_aligned) == 0;
 }
 
 void *thread_scratch(ScratchOwner owner, size_t bytes)

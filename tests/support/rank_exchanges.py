@@ -29,24 +29,23 @@ PRODUCTS = (
 )
 
 
-def check_rounded(product: Product, rank: int, ranks: int, tokens: int, whole: bool) -> None:
-    """Rows that ranks join and quantize give the bits of rows that one rank has in floats."""
+def check_rounded(product: Product, rank: int, ranks: int, tokens: int, whole: bool, apart: bool) -> None:
+    """Rows that ranks join and quantize give the bits of rows that one rank has in floats; `apart`: in two nodes."""
     random = np.random.default_rng(tokens)
     x, residual = (random.standard_normal((1, tokens, product.inputs)).astype(np.float32) for _ in range(2))
     edges = np.arange(1, ranks) * product.inputs // ranks // 16 * 16
     widths, constants = np.diff([0, *edges, product.inputs]), product.constants(1)
     feeds = {"x": np.split(x, edges, -1)[rank], "widths": widths, "residual": residual, **constants}
     gain = "g" if "g" in feeds else ""
-    nodes = [
-        helper.make_node(
-            "RoundedGather",
-            ["x", "widths", "residual", gain],
-            ["joined", "rounded"],
-            domain="satchel",
-            whole=int(whole),
-        ),
-        helper.make_node("Linear", ["joined", *product.names[1:], "", "rounded"], ["y"], domain="satchel"),
-    ]
+    if apart:
+        reads = ["x", "widths", "residual", gain]
+        nodes = [
+            helper.make_node("RoundedGather", reads, ["joined", "rounded"], domain="satchel", whole=int(whole)),
+            helper.make_node("Linear", ["joined", *product.names[1:], "", "rounded"], ["y"], domain="satchel"),
+        ]
+    else:
+        reads = [*product.names, "", "", "widths", "residual"]
+        nodes = [helper.make_node("Linear", reads, ["y", "joined"], domain="satchel", whole=int(whole))]
     for node in nodes:
         node.attribute.extend(helper.make_attribute(name, value) for name, value in product.attributes.items())
     inputs = [
@@ -87,7 +86,8 @@ def main() -> None:
         np.testing.assert_array_equal(world.bcast(summed, 0), summed)
     for product in PRODUCTS:
         for tokens in (1, 5, 100, 1001):
-            check_rounded(product, rank, ranks, tokens, whole=tokens != 100)
+            for apart in (False, True):
+                check_rounded(product, rank, ranks, tokens, tokens != 100, apart)
     print(f"rank {rank} is right")
 
 
