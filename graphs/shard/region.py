@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from satchel.graphs.analysis.linear import linear
 from satchel.graphs.ir.values import INTERNAL, MICROSOFT, Builder, constant, dims, only_user, producer, rank
 from satchel.graphs.shard.caches import PAST, RECURRENCE, cut_cache, cut_state, head_counts, head_sizes
 from satchel.graphs.shard.products import Product, product_of
@@ -377,8 +378,22 @@ def _attention(region: Region, node: ir.Node, own: Heads, kept: Kept | None) -> 
         if node.domain == INTERNAL and own.projected != own.queries:
             node.attributes.add(ir.AttrInt64("first_head", own.queries.start - own.projected.start))
             node.attributes.add(ir.AttrInt64("own_heads", len(own.queries)))
+            _leave_unread(node, own, key_size)
 
     region.edits.append(edit)
+
+
+def _leave_unread(attention: ir.Node, own: Heads, size: int) -> None:
+    """Let the Linear in front of an attention not compute query heads that only other ranks read; those at one end of
+    what it projects, where there are some at both."""
+    made_by = linear(attention.inputs[QUERY])
+    if made_by is None or only_user(made_by.outputs[0]) is not attention or made_by.attributes.get("gate"):
+        return
+    start = own.projected.start
+    ends = range(start, own.queries.start), range(own.queries.stop, own.projected.stop)
+    unread = max(ends, key=len)
+    made_by.attributes.add(ir.AttrInt64("unread", (unread.start - start) * size))
+    made_by.attributes.add(ir.AttrInt64("unread_end", (unread.stop - start) * size))
 
 
 def _own_heads(region: Region, node: ir.Node, heads: Callable[[ir.Node], Heads], kept: Kept) -> None:

@@ -16,6 +16,7 @@ typedef struct {
     int64_t outputs;
     int bits;
     Gate gate;
+    int64_t unread, unread_end; /* outputs that nothing reads, which need not be computed */
 } LinearParams;
 
 typedef struct {

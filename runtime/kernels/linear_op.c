@@ -38,7 +38,7 @@ static bool valid_params(const LinearParams *params)
             : block == 0       ? params->bits == 8 && k <= MAX_CHANNEL_INPUTS
                        : block >= 8 && block <= MAX_BLOCK && k % block == 0 && block % 8 == 0)
         && (mixed == 0 || (mixed >= 2 && (mixed & (mixed - 1)) == 0 && k % mixed == 0))
-        && (params->gate == GATE_NONE || n % 2 == 0) && row->epsilon >= 0;
+        && (params->gate == GATE_NONE || (n % 2 == 0 && params->unread_end == 0)) && row->epsilon >= 0;
 }
 
 static bool read_params(Create *create, LinearParams *params)
@@ -49,6 +49,8 @@ static bool read_params(Create *create, LinearParams *params)
     params->row.block = attribute(create, "block", 0);
     params->row.hadamard = attribute(create, "hadamard", 0);
     params->row.epsilon = attribute_float(create, "epsilon", 0);
+    params->unread = attribute(create, "unread", 0);
+    params->unread_end = attribute(create, "unread_end", 0);
     return attribute_text(create, "gate", text, sizeof text) && is_gate(params, text) && valid_params(params);
 }
 

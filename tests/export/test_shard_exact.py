@@ -108,3 +108,5 @@ def test_ranks_add_no_parts_of_sums(tmp_path: Path, tmp_path_factory: pytest.Tem
     assert added == [False, True] * 4, "residuals are added to what is joined"
     whole = [node.attributes.get_int("whole") for node in joining]
     assert whole == [0, 0, 0, 1, 0, 0, 0, 0], "the last token is taken of what the fourth joins"
+    unread = [(node.attributes.get_int("unread", 0), node.attributes.get_int("unread_end", 0)) for node in model.graph]
+    assert [each for each in unread if each[1]] == [(0, 64)] * 2, "two of six query heads are of the other rank only"

@@ -83,6 +83,18 @@ def test_a_token_of_a_prompt_and_a_row_of_a_batch_get_what_they_get_alone(produc
             np.testing.assert_array_equal(found, together[part])
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_what_nothing_reads_changes_nothing_else(rows: int) -> None:
+    product = Product(64, 320)
+    feeds = product.feeds(rows, seed=rows, single=True)
+    unread = product.attributes | {"unread": 64, "unread_end": 192}
+    session = operator_session("Linear", unread, product.names, feeds, product.constants(0))
+    found, whole = session.run(None, feeds)[0], product.session(0, feeds).run(None, feeds)[0]
+    for part in (np.s_[..., :64], np.s_[..., 192:]):
+        np.testing.assert_array_equal(found[part], whole[part])
+    assert not np.array_equal(found, whole)
+
+
 def test_two_dimensions_are_enough() -> None:
     product = Product(32, 16, optional="r")
     whole = product.feeds(6, seed=1)
@@ -137,7 +149,7 @@ def test_shapes_that_do_not_fit_are_refused(changed: dict[str, tuple[int, ...]],
         {"bits": 5}, {"bits": 4}, {"inputs": 0}, {"outputs": -1}, {"block": 12}, {"block": 48}, {"hadamard": 24},
         {"hadamard": 128}, {"gate": "swish"}, {"gate": "a name that is far too long to be one of a gate"},
         {"outputs": 33, "gate": "silu"}, {"epsilon": -1.0}, {"epsilon": float("nan")},
-        {"inputs": (1 << 17) + 4}, {"inputs": 1 << 18, "block": 1 << 17},
+        {"inputs": (1 << 17) + 4}, {"inputs": 1 << 18, "block": 1 << 17}, {"gate": "silu", "unread_end": 16},
     ],
     ids=str,
 )  # fmt: skip

@@ -37,6 +37,8 @@ static void multiply_panels(void *data, size_t index)
     const int64_t end = end_panel(work->params, work->call);
     const int64_t panel = work->call->first_panel + (int64_t)(index % work->groups) * work->width;
     const int64_t stop = panel + work->width < end ? panel + work->width : end;
+    if (16 * panel >= work->params->unread && 16 * stop <= work->params->unread_end)
+        return;
     multiply_part(work, work->parts + index / work->groups, panel, stop);
 }
 
