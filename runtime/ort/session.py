@@ -25,7 +25,7 @@ from satchel.runtime.ort.collectives import check_collectives
 from satchel.runtime.ort.custom_ops import digest_of
 from satchel.runtime.ort.graph_file import graph_file
 from satchel.runtime.ort.providers import CPU, PROVIDERS, ProviderChoice, check_installed, check_target
-from satchel.runtime.util.cpu import usable_cpus
+from satchel.runtime.util.cpu import usable_cores, usable_cpus
 from satchel.runtime.util.memory import release_freed, use_one_arena
 
 # The only session entries that a manifest may set: none of them names a file.
@@ -227,11 +227,7 @@ def default_threads() -> int:
     """The number of physical cores among the CPUs that this process may use; of logical CPUs off Linux."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text(encoding="ascii") if siblings.is_file() else str(cpu))
-    return len(cores)
+    return len(usable_cores())
 
 
 def _session_options(bundle: Bundle, graph: str, settings: SessionSettings) -> ort.SessionOptions:

@@ -26,6 +26,18 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def usable_cores() -> list[set[int]]:
+    """The logical CPUs that this process may use, core by core. Empty where the system does not tell (off Linux)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores: dict[str, set[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        core = siblings.read_text(encoding="ascii") if siblings.is_file() else str(cpu)
+        cores.setdefault(core, set()).add(cpu)
+    return list(cores.values())
+
+
 @functools.cache
 def machine_cores() -> int:
     """The number of physical cores of the machine, not only those that this process may use; of logical CPUs off Linux.

@@ -25,6 +25,7 @@ from satchel.runtime.bundle.errors import BundleError
 from satchel.runtime.bundle.ranks import RANKS_NAME, read_ranks
 from satchel.runtime.cli.main import main
 from satchel.runtime.execution.cpu import CpuEngine
+from satchel.runtime.execution.ranks import world
 from satchel.runtime.execution.ranks.lead import LeadEngine
 from satchel.runtime.execution.ranks.watch import _places
 from satchel.runtime.execution.ranks.world import Member, _problem
@@ -65,6 +66,31 @@ def test_operators_exchange_numbers(apart: bool) -> None:
         done = together(ranks, rank_exchanges.__file__, apart=apart)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("is right") == ranks
+
+
+@pytest.mark.parametrize(
+    ("cores", "machine", "count", "own"),
+    [
+        ([{0, 4}, {1, 5}, {2, 6}, {3, 7}], 8, 2, [{0, 1, 4, 5}, {2, 3, 6, 7}]),
+        ([{0}, {1}, {2}], 3, 2, [{0}, {1, 2}]),
+        ([{0}, {1}], 2, 3, None),
+        ([{0}, {1}], 4, 2, None),
+        ([{0}, {1}], 2, 1, None),
+        ([], 2, 2, None),
+    ],
+    ids=["cores with two threads", "uneven", "too few", "bound by the launcher", "one rank", "unknown"],
+)
+def test_ranks_of_a_machine_divide_its_cores(
+    cores: list[set[int]], machine: int, count: int, own: list[set[int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[set[int]] = []
+    monkeypatch.setattr(world, "usable_cores", lambda: cores)
+    monkeypatch.setattr(world, "usable_cpus", lambda: sum(map(len, cores)))
+    monkeypatch.setattr(world.os, "cpu_count", lambda: machine)
+    monkeypatch.setattr(world.os, "sched_setaffinity", lambda process, cpus: given.append(cpus), raising=False)
+    for rank in range(count):
+        world._keep_to_own_cores(rank, count)
+    assert given == (own or [])
 
 
 def alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

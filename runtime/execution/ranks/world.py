@@ -26,6 +26,7 @@ from satchel.runtime.kernels import library
 from satchel.runtime.ort.collectives import lacking
 from satchel.runtime.ort.session import default_threads
 from satchel.runtime.util import requirements
+from satchel.runtime.util.cpu import usable_cores, usable_cpus
 
 HEADER = 4096
 """Bytes of a message; the first 8 are the length of its text, of which the rest follows in a second message."""
@@ -60,6 +61,7 @@ class World:
         """The number of the device that is this rank's, where each has one."""
         self.threads = max(1, default_threads() // count)
         """A fair number of threads for it."""
+        _keep_to_own_cores(self.device, count)
         self.collectives = layout.collectives
         self.rank: int = mpi.COMM_WORLD.Get_rank()
         self.lock = threading.RLock()
@@ -125,6 +127,15 @@ class World:
     def leave(self) -> None:
         """Stop watching the others, which are about to end."""
         self._watch.stop()
+
+
+def _keep_to_own_cores(rank: int, count: int) -> None:
+    """Let this rank, of several on a machine, run on its share of the cores: ranks wait for each other many times a
+    token, also while the system moves one to another core. A launcher that has bound them is left alone."""
+    cores = usable_cores()
+    if count > 1 and len(cores) >= count and usable_cpus() == os.cpu_count():
+        own = cores[rank * len(cores) // count : (rank + 1) * len(cores) // count]
+        os.sched_setaffinity(0, set().union(*own))
 
 
 def join(path: Path) -> World:
