@@ -58,7 +58,7 @@ def test_a_bundle_that_fails_its_check_is_not_published(
     target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     before = tree(tmp_path)
 
-    def fail(folder: Path, libraries: object) -> None:
+    def fail(folder: Path, config: object, check: object) -> None:
         assert (folder / "weights.bin").is_file()
         raise ExportError("the check says no")
 
@@ -86,7 +86,7 @@ def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(
     moved.mkdir()
     (moved / "manifest.json").write_text("the only one")
 
-    def fail(folder: Path, libraries: object) -> None:
+    def fail(folder: Path, config: object, check: object) -> None:
         raise ExportError("the check says no")
 
     monkeypatch.setattr("satchel.export.compile.self_check", fail)

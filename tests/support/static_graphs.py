@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from satchel.export.config import ExportConfig
 from satchel.export.stages import Stages
 from satchel.export.writing.bundle_writer import write_bundle
 from satchel.export.writing.checked_graphs import check_logits
+from satchel.export.writing.provenance import source_records
 from satchel.export.writing.static_graphs import lower_static
 from satchel.graphs.analysis.cut import INLINE_LIMIT
 from satchel.graphs.ir.inputs import Lengths
@@ -63,7 +65,8 @@ def write_static(checkpoint: Path | Lowered, config: ExportConfig, limit: int = 
     models = lower_static(known.common, known.checkpoint, config, None, report, limit)
     check_logits(models, known.checkpoint)
     config.output.mkdir(parents=True)
-    return write_bundle(config.output, known.checkpoint, config, models, None, report, Stages(False).bytes)
+    records = partial(source_records, known.checkpoint)
+    return write_bundle(config.output, known.checkpoint, config, models, None, report, records, Stages(False).bytes)
 
 
 def in_float32() -> dict[str, Target]:
