@@ -169,7 +169,7 @@ static bool run(const void *kernel, Run *run)
     void *memory = thread_scratch(OF_RUN, bytes);
     if (memory == NULL)
         return fail(run, "satchel:Attention: out of memory");
-    error = instructions->attention(&call, memory, call.batch * call.tokens == 1 ? &run->contiguous : &run->parallel);
+    error = instructions->attention(&call, memory, parallel_of(run, call.batch * call.tokens));
     return error == NULL || fail(run, error);
 }
 

@@ -51,11 +51,11 @@ static bool run(const void *kernel, Run *run)
         return fail(run, "satchel:CausalConv: the past is not [batch, width - 1, channels]");
     if (!output(run, 0, x.dims, 3, &call.y) || !output(run, 1, state, 3, &call.present))
         return false;
-    instructions->convolution(&call, call.batch * call.tokens == 1 ? &run->contiguous : &run->parallel);
+    instructions->convolution(&call, parallel_of(run, call.batch * call.tokens));
     return true;
 }
 
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
 
 const Operator convolution_operator = {.name = "CausalConv", .inputs = 4, .required = 2, .outputs = 2,
-                                 .input_types = INPUTS, .create = create, .run = run};
+                                       .input_types = INPUTS, .create = create, .run = run};

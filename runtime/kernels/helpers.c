@@ -11,13 +11,7 @@
 #include <string.h>
 #include <time.h>
 
-#ifdef _WIN32
-#include <malloc.h>
-#define aligned_alloc(alignment, bytes) _aligned_malloc(bytes, alignment)
-#define free_aligned _aligned_free
-#else
-#define free_aligned free
-#endif
+#include "aligned.h"
 
 enum {
     SPIN = 50000,    /* nanoseconds that a helper looks for the next job before it sleeps */

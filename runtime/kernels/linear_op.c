@@ -8,6 +8,7 @@
 #include "linear_op.h"
 #include "ragged.h"
 #include "scratch.h"
+#include "serial.h"
 
 enum {
     MAX_SIZE = 1 << 24,
@@ -91,15 +92,6 @@ typedef struct {
     int64_t each; /* panels of a unit: a gate's are in pairs */
 } Shared;
 
-static void one_after_another(void *pool, size_t tasks, void (*task)(void *data, size_t index), void *data)
-{
-    (void)pool;
-    for (size_t i = 0; i < tasks; i++)
-        task(data, i);
-}
-
-static const Parallel ALONE = {NULL, one_after_another};
-
 static bool multiply_units(const void *data, size_t from, size_t end, void *results)
 {
     const Shared *shared = data;
@@ -108,7 +100,7 @@ static bool multiply_units(const void *data, size_t from, size_t end, void *resu
     call.y = results;
     call.first_panel = (int64_t)from * shared->each;
     call.end_panel = stop < all ? stop : all;
-    return instructions->linear(shared->params, &call, &ALONE) == NULL;
+    return instructions->linear(shared->params, &call, &SERIAL) == NULL;
 }
 
 static size_t in_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -139,7 +131,7 @@ static bool run_with_helpers(const LinearParams *params, const LinearCall *call,
     shared->call.rounded = memory + head;
     *error = NULL;
     if (call->rounded == NULL)
-        *error = instructions->round(params, call, 0, 1, memory + head, &ALONE);
+        *error = instructions->round(params, call, 0, 1, memory + head, &SERIAL);
     else
         memcpy(memory + head, call->rounded, (size_t)rounded_bytes(params, 1));
     if (*error != NULL) {
@@ -229,7 +221,7 @@ static bool run(const void *own, Run *run)
     }
     const char *error;
     if (!can_be_helped(kernel, &call) || !run_with_helpers(params, &call, run->helpers, &error))
-        error = instructions->linear(params, &call, rows == 1 ? &run->contiguous : &run->parallel);
+        error = instructions->linear(params, &call, parallel_of(run, rows));
     return error == NULL || fail(run, error);
 }
 
@@ -237,10 +229,10 @@ static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_UINT8, ORT_ANY,   ORT_UIN
                                         ORT_FLOAT, ORT_INT32, ORT_UINT8, ORT_INT64, ORT_FLOAT};
 
 const Operator linear_operator = {.name = "Linear",
-                            .inputs = 11,
-                            .required = 2,
-                            .outputs = 2,
-                            .optional_outputs = 1,
-                            .input_types = INPUTS,
-                            .create = create_linear,
-                            .run = run};
+                                  .inputs = 11,
+                                  .required = 2,
+                                  .outputs = 2,
+                                  .optional_outputs = 1,
+                                  .input_types = INPUTS,
+                                  .create = create_linear,
+                                  .run = run};

@@ -28,6 +28,12 @@ typedef struct {
     Parallel parallel, contiguous; /* one task at a time to any free thread; or ranges of tasks, for the work for one token */
 } Run;
 
+/* How as many tokens are divided among threads. */
+static inline const Parallel *parallel_of(const Run *run, int64_t tokens)
+{
+    return tokens == 1 ? &run->contiguous : &run->parallel;
+}
+
 typedef struct {
     const OrtApi *api;
     const OrtKernelInfo *info;

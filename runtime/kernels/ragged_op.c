@@ -93,17 +93,17 @@ static const OrtElementType POSITIONS_OUTPUTS[] = {ORT_INT64};
 static const OrtElementType LAST_INPUTS[] = {ORT_FLOAT, ORT_INT64, ORT_INT32};
 
 const Operator positions_operator = {.name = "Positions",
-                               .inputs = 4,
-                               .required = 2,
-                               .outputs = 1,
-                               .input_types = POSITIONS_INPUTS,
-                               .output_types = POSITIONS_OUTPUTS,
-                               .create = create,
-                               .run = run_positions};
+                                     .inputs = 4,
+                                     .required = 2,
+                                     .outputs = 1,
+                                     .input_types = POSITIONS_INPUTS,
+                                     .output_types = POSITIONS_OUTPUTS,
+                                     .create = create,
+                                     .run = run_positions};
 const Operator last_token_operator = {.name = "LastToken",
-                                .inputs = 3,
-                                .required = 2,
-                                .outputs = 1,
-                                .input_types = LAST_INPUTS,
-                                .create = create,
-                                .run = run_last};
+                                      .inputs = 3,
+                                      .required = 2,
+                                      .outputs = 1,
+                                      .input_types = LAST_INPUTS,
+                                      .create = create,
+                                      .run = run_last};

@@ -485,8 +485,7 @@ bool join_rounded(Run *run, const Join *join, const LinearParams *params, const 
     }
     if (!join_parts(run, join, true, all))
         return false;
-    const Parallel *parallel = join->rows == 1 ? &run->contiguous : &run->parallel;
-    const char *error = instructions->round(params, call, 0, join->rows, rounded, parallel);
+    const char *error = instructions->round(params, call, 0, join->rows, rounded, parallel_of(run, join->rows));
     return error == NULL || fail(run, error);
 }
 
@@ -642,45 +641,45 @@ static const OrtElementType JOINED[] = {ORT_FLOAT, ORT_INT64, ORT_FLOAT, ORT_FLO
 static const OrtElementType ROUNDED[] = {ORT_FLOAT, ORT_UINT8};
 
 const Operator all_reduce_operator = {.name = "AllReduce",
-                                .inputs = 1,
-                                .required = 1,
-                                .outputs = 1,
-                                .input_types = REDUCED,
-                                .create = create_all_reduce,
-                                .run = run_all_reduce};
+                                      .inputs = 1,
+                                      .required = 1,
+                                      .outputs = 1,
+                                      .input_types = REDUCED,
+                                      .create = create_all_reduce,
+                                      .run = run_all_reduce};
 const Operator all_gather_operator = {.name = "AllGather",
-                                .inputs = 3,
+                                      .inputs = 3,
+                                      .required = 2,
+                                      .outputs = 1,
+                                      .input_types = JOINED,
+                                      .create = create_gather,
+                                      .run = run_all_gather};
+const Operator rounded_gather_operator = {.name = "RoundedGather",
+                                          .inputs = 5,
+                                          .required = 2,
+                                          .outputs = 2,
+                                          .input_types = JOINED,
+                                          .output_types = ROUNDED,
+                                          .create = create_linear,
+                                          .run = run_rounded_gather};
+const Operator gather_logits_operator = {.name = "GatherLogits",
+                                         .inputs = 2,
+                                         .required = 2,
+                                         .outputs = 1,
+                                         .input_types = GATHERED,
+                                         .create = create_gather,
+                                         .run = run_gather_logits};
+const Operator send_operator = {.name = "Send",
+                                .inputs = 2,
                                 .required = 2,
                                 .outputs = 1,
-                                .input_types = JOINED,
-                                .create = create_gather,
-                                .run = run_all_gather};
-const Operator rounded_gather_operator = {.name = "RoundedGather",
-                                    .inputs = 5,
-                                    .required = 2,
-                                    .outputs = 2,
-                                    .input_types = JOINED,
-                                    .output_types = ROUNDED,
-                                    .create = create_linear,
-                                    .run = run_rounded_gather};
-const Operator gather_logits_operator = {.name = "GatherLogits",
-                                   .inputs = 2,
-                                   .required = 2,
-                                   .outputs = 1,
-                                   .input_types = GATHERED,
-                                   .create = create_gather,
-                                   .run = run_gather_logits};
-const Operator send_operator = {.name = "Send",
-                          .inputs = 2,
-                          .required = 2,
-                          .outputs = 1,
-                          .input_types = GATHERED,
-                          .create = create_stage,
-                          .run = run_send};
+                                .input_types = GATHERED,
+                                .create = create_stage,
+                                .run = run_send};
 const Operator receive_operator = {.name = "Receive",
-                             .inputs = 1,
-                             .required = 1,
-                             .outputs = 1,
-                             .input_types = RECEIVED,
-                             .create = create_stage,
-                             .run = run_receive};
+                                   .inputs = 1,
+                                   .required = 1,
+                                   .outputs = 1,
+                                   .input_types = RECEIVED,
+                                   .create = create_stage,
+                                   .run = run_receive};

@@ -106,11 +106,11 @@ static bool run(const void *kernel, Run *run)
         return false;
     if (call.steps)
         call.tokens = call.batch, call.batch = 1;
-    const char *error = instructions->recurrence(&params, &call, call.batch * call.tokens == 1 ? &run->contiguous : &run->parallel);
+    const char *error = instructions->recurrence(&params, &call, parallel_of(run, call.batch * call.tokens));
     return error == NULL || fail(run, error);
 }
 
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
 
 const Operator recurrence_operator = {.name = "LinearAttention", .inputs = 6, .required = 1, .outputs = 2,
-                                .input_types = INPUTS, .create = create, .run = run};
+                                      .input_types = INPUTS, .create = create, .run = run};

@@ -2,15 +2,8 @@
 
 #include <pthread.h>
 #include <stdbool.h>
-#include <stdlib.h>
 
-#ifdef _WIN32
-#include <malloc.h>
-#define aligned_alloc(alignment, bytes) _aligned_malloc(bytes, alignment)
-#define free_aligned _aligned_free
-#else
-#define free_aligned free
-#endif
+#include "aligned.h"
 
 enum { ALIGNMENT = 64 };
 

@@ -49,9 +49,9 @@ static bool run(const void *kernel, Run *run)
 static const OrtElementType INPUTS[] = {ORT_FLOAT, ORT_ANY, ORT_FLOAT};
 
 const Operator table_linear_operator = {.name = "TableLinear",
-                                  .inputs = 3,
-                                  .required = 2,
-                                  .outputs = 1,
-                                  .input_types = INPUTS,
-                                  .create = create,
-                                  .run = run};
+                                        .inputs = 3,
+                                        .required = 2,
+                                        .outputs = 1,
+                                        .input_types = INPUTS,
+                                        .create = create,
+                                        .run = run};

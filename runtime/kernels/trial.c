@@ -11,6 +11,7 @@
 
 #include "instruction_set.h"
 #include "scratch.h"
+#include "serial.h"
 
 enum { INPUTS = 256, OUTPUTS = 80, ROWS = 40, SMALLEST_BLOCK = 32, THREADS = 2, MILLISECONDS = 60 };
 enum { HEADS = 2, HEAD_DIM = 64, TOKENS = ROWS }; /* of attention */
@@ -32,13 +33,6 @@ static const Case CASES[] = {
     {{.row = {INPUTS, 0, 1e-5f, 0}, .outputs = OUTPUTS, .bits = 16}, ROWS, false},
 };
 
-static void one_after_another(void *pool, size_t tasks, void (*task)(void *data, size_t index), void *data)
-{
-    (void)pool;
-    for (size_t i = 0; i < tasks; i++)
-        task(data, i);
-}
-
 /* Numbers that look random:  L'Ecuyer, Tables of Linear Congruential Generators (1999). */
 static uint32_t next(uint32_t *state) { return (*state = *state * 1597334677u + 12345u) >> 16; }
 
@@ -53,7 +47,6 @@ static uint16_t half_scales[sizeof scales / sizeof *scales];
 
 static bool multiply(const Instructions *set, const Case *each, float *y)
 {
-    const Parallel serial = {NULL, one_after_another};
     const LinearCall call = {.rows = each->rows,
                              .single = each->single,
                              .x = x,
@@ -62,7 +55,7 @@ static bool multiply(const Instructions *set, const Case *each, float *y)
                              .half_scales = each->half_scales,
                              .y = y};
     memset(y, 0, ROWS * OUTPUTS * sizeof *y);
-    return set->linear(&each->params, &call, &serial) == NULL;
+    return set->linear(&each->params, &call, &SERIAL) == NULL;
 }
 
 static float query[TOKENS * HEADS * HEAD_DIM], wanted_attention[TOKENS * HEADS * HEAD_DIM];
@@ -71,7 +64,6 @@ static const float *const key = query + 1, *const value = query + 2; /* [TOKENS,
 /* A prompt without a past. */
 static bool attend(const Instructions *set, float *y)
 {
-    const Parallel serial = {NULL, one_after_another};
     const int32_t last = TOKENS - 1;
     float keys[TOKENS * HEAD_DIM], values[TOKENS * HEAD_DIM];
     const AttentionCall call = {.batch = 1,
@@ -96,7 +88,7 @@ static bool attend(const Instructions *set, float *y)
     if (set->attention_check(&call, &bytes) != NULL)
         return false;
     void *memory = thread_scratch(OF_RUN, bytes);
-    return memory != NULL && set->attention(&call, memory, &serial) == NULL;
+    return memory != NULL && set->attention(&call, memory, &SERIAL) == NULL;
 }
 
 /* Within what sets differ by: one may attend in numbers of 16 bits. */
