@@ -22,6 +22,7 @@ INLINE __m256i lanes(int64_t left)
 
 INLINE PartF part_fma(PartF a, PartF b, PartF c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE PartF part_max(PartF a, PartF b) { return _mm256_max_ps(a, b); }
+INLINE PartI part_max_int(PartI a, PartI b) { return (PartI)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 INLINE PartF part_min(PartF a, PartF b) { return _mm256_min_ps(a, b); }
 INLINE PartF part_floor(PartF a) { return _mm256_floor_ps(a); }
 INLINE PartI part_nearest(PartF a) { return (PartI)_mm256_cvtps_epi32(a); }

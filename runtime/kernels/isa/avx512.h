@@ -17,6 +17,7 @@ INLINE __mmask16 lanes(int64_t left)
 
 INLINE PartF part_fma(PartF a, PartF b, PartF c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE PartF part_max(PartF a, PartF b) { return _mm512_max_ps(a, b); }
+INLINE PartI part_max_int(PartI a, PartI b) { return (PartI)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 INLINE PartF part_min(PartF a, PartF b) { return _mm512_min_ps(a, b); }
 INLINE PartF part_floor(PartF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 INLINE PartI part_nearest(PartF a) { return (PartI)_mm512_cvtps_epi32(a); }

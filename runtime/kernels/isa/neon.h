@@ -19,6 +19,7 @@ typedef int32x4_t PartI;
 
 INLINE PartF part_fma(PartF a, PartF b, PartF c) { return vfmaq_f32(c, a, b); }
 INLINE PartF part_max(PartF a, PartF b) { return vbslq_f32(vcgtq_f32(a, b), a, b); } /* vmaxq returns a NaN */
+INLINE PartI part_max_int(PartI a, PartI b) { return vmaxq_s32(a, b); }
 INLINE PartF part_min(PartF a, PartF b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 INLINE PartF part_floor(PartF a) { return vrndmq_f32(a); }
 INLINE PartI part_nearest(PartF a) { return vcvtnq_s32_f32(a); }

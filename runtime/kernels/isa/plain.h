@@ -18,6 +18,12 @@ INLINE PartF part_max(PartF a, PartF b) { EACH_LANE(a[j] > b[j] ? a[j] : b[j]); 
 INLINE PartF part_min(PartF a, PartF b) { EACH_LANE(a[j] < b[j] ? a[j] : b[j]); }
 INLINE PartF part_floor(PartF a) { EACH_LANE(floorf(a[j])); }
 
+INLINE PartI part_max_int(PartI a, PartI b)
+{
+    const PartI larger = a > b;
+    return (a & larger) | (b & ~larger);
+}
+
 INLINE PartI part_nearest(PartF a)
 {
     PartI r;

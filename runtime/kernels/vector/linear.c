@@ -51,9 +51,16 @@ static void quantize_rows(void *data, size_t index)
     const int64_t stride = row_bytes(params);
     for (int64_t r = first; r < first + QUANTIZED_ROWS && r < work->end; r++) {
         const int64_t at = work->rows[r].place;
-        const Form form = {work->rows[r].fine, is_words(work->params->bits)};
-        quantize_row(form, params, call->x + r * params->inputs, call->norm_weight, work->scratch + (int64_t)index * stride,
-                     work->activations + at * stride, work->scales + at * scales, work->sums + at * scales);
+        const float *x = call->x + r * params->inputs;
+        float *scratch = work->scratch + (int64_t)index * stride;
+        int8_t *to = work->activations + at * stride;
+        const bool words = is_words(work->params->bits);
+        if (work->rows[r].fine)
+            quantize_row((Form){true, words}, params, x, call->norm_weight, scratch, to, work->scales + at * scales,
+                         work->sums + at * scales);
+        else
+            quantize_row((Form){false, words}, params, x, call->norm_weight, scratch, to, work->scales + at * scales,
+                         work->sums + at * scales);
     }
 }
 

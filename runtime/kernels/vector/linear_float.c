@@ -236,8 +236,8 @@ static void prepare_rows(void *data, size_t index)
     const int64_t first = (int64_t)index * PREPARED_ROWS;
     for (int64_t r = first; r < first + PREPARED_ROWS && r < call->rows; r++) {
         const float *x = call->x + r * params->inputs;
-        float *prepared = work->prepared + r * work->stride;
-        if (prepare_row(params, x, call->norm_weight, prepared) == x)
+        float *prepared = work->prepared + r * work->stride, largest;
+        if (prepare_row(params, x, call->norm_weight, prepared, &largest) == x)
             memcpy(prepared, x, (size_t)params->inputs * sizeof *x);
     }
 }

@@ -73,13 +73,23 @@ INLINE const uint8_t *block_bytes(const int bits, const uint8_t *panel, int64_t 
 }
 
 /* Operands of two tiles of rows, or one, and of panels. A last tile with fewer inputs is in `last`, padded with zeros.
- * Unless `ahead` is 0, weights that are as far from those of `b` are fetched on the way. */
+ * In each step `lines` lines of weights that are needed later, from `next` on, are fetched. */
 typedef struct {
     const int8_t *a;
-    const uint8_t *b[TILE_PANELS];
+    const uint8_t *b[TILE_PANELS], *next;
     const uint8_t (*last)[TILE_INPUTS * SIDE];
-    int64_t stride, inputs, step, ahead;
+    int64_t stride, inputs, step, lines;
 } TileOperands;
+
+/* Spreads the fetching of `bytes` of weights from `next` on over runs of sum_tiles, of which this is the one for `row` of
+ * `places`: memory is read all the time, instead of as fast as it can be for a while. */
+INLINE void fetch_share(TileOperands *operands, const uint8_t *next, int64_t bytes, int64_t row, int64_t places)
+{
+    const int64_t steps = (operands->inputs + operands->step - 1) / operands->step, all = (bytes + BYTES - 1) / BYTES;
+    const int64_t runs = (places + 2 * SIDE - 1) / (2 * SIDE);
+    operands->lines = (all + runs * steps - 1) / (runs * steps);
+    operands->next = next + row / (2 * SIDE) * steps * operands->lines * BYTES;
+}
 
 /* Sums of two tiles of places and of panels, with one scale for all inputs. They become outputs between the tiles of the
  * next sums: vectors wait for tiles otherwise, and tiles for vectors. */
@@ -163,6 +173,7 @@ INLINE void sum_tiles(const bool tall, const LinearTile tile, const Gate gate, c
 {
     enum { APART = sizeof *sums };
     const bool wide = tile.width > 1;
+    const uint8_t *next = o->next;
     Pending p = *pending;
     TILE_ZERO(0);
     TILE_ZERO(1);
@@ -170,11 +181,9 @@ INLINE void sum_tiles(const bool tall, const LinearTile tile, const Gate gate, c
     TILE_ZERO(3);
     for (int64_t i = 0; i < o->inputs; i += o->step) {
         const bool whole = i + o->step <= o->inputs;
-        for (int64_t line = 0; o->ahead != 0 && line < o->step * SIDE; line += BYTES) {
-            __builtin_prefetch(o->b[0] + o->ahead + i * SIDE + line, 0, 2);
-            if (wide)
-                __builtin_prefetch(o->b[1] + o->ahead + i * SIDE + line, 0, 2);
-        }
+        for (int64_t line = 0; line < o->lines; line++)
+            __builtin_prefetch(next + line * BYTES, 0, 2);
+        next += o->lines * BYTES;
         TILE_LOAD(6, whole ? o->b[0] + i * SIDE : o->last[0], BYTES);
         TILE_LOAD(4, o->a + i, o->stride);
         TILE_DOT(0, 4, 6);
@@ -239,6 +248,7 @@ INLINE void multiply_blocks(const LinearTile tile, const LinearWork *work, const
     const LinearParams *params = work->params;
     const int64_t blocks = row_scales(&params->row), inputs = params->row.block, stride = row_bytes(&params->row);
     const int64_t apart = panel_bytes(params), ahead = tile.width * apart; /* the panels that come next */
+    const uint8_t *next = work->call->weights + (panel - work->first_panel) * apart + ahead;
     TileOperands operands = {.stride = stride, .inputs = inputs, .step = tile_inputs(params)};
     LinearTile single = tile;
     single.rows = 1;
@@ -251,7 +261,8 @@ INLINE void multiply_blocks(const LinearTile tile, const LinearWork *work, const
         for (int64_t row = 0; row < places; row += 2 * SIDE) {
             const int64_t left = places - row < 2 * SIDE ? places - row : 2 * SIDE;
             operands.a = work->activations + (part->from + row) * stride + block * inputs;
-            operands.ahead = row == 0 && tile.bits == 8 ? ahead : 0;
+            if (tile.bits == 8)
+                fetch_share(&operands, next + block * tile.width * inputs * SIDE, tile.width * inputs * SIDE, row, places);
             if (left > SIDE)
                 sum_tiles(true, tile, GATE_NONE, &operands, sums, &none, 0);
             else
@@ -290,7 +301,7 @@ INLINE void multiply_channels(const LinearTile tile, const LinearWork *work, con
         const int64_t left = places - row < 2 * SIDE ? places - row : 2 * SIDE;
         int32_t (*to)[TILE_PANELS][LANES] = sums[pending->sums == sums[0]];
         operands.a = work->activations + (part->from + row) * stride;
-        operands.ahead = row == 0 ? tile.width * apart : 0; /* the panels that come next */
+        fetch_share(&operands, operands.b[0] + tile.width * apart, tile.width * apart, row, places);
         if (left <= SIDE)
             sum_tiles(false, tile, GATE_NONE, &operands, to, pending, 0);
         else if (tile.width > 1 && params->gate == GATE_SILU)

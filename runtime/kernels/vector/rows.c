@@ -18,10 +18,13 @@
 /* 1 / root mean square:  Zhang and Sennrich, Root Mean Square Layer Normalization (2019). */
 static float inverse_rms(const float *x, int64_t count, float epsilon)
 {
+    const int64_t full = count / LANES * LANES;
     F16 sum = floats(0);
-    for (int64_t i = 0; i < count; i += LANES) {
-        F16 v = load_some(x + i, count - i);
-        sum = mul_add(v, v, sum);
+    for (int64_t i = 0; i < full; i += LANES)
+        sum = mul_add(load(x + i), load(x + i), sum);
+    if (full < count) {
+        const F16 rest = load_some(x + full, count - full);
+        sum = mul_add(rest, rest, sum);
     }
     return 1 / sqrtf(sum_of(sum) / (float)count + epsilon);
 }
@@ -126,58 +129,95 @@ INLINE void store_values(const Form form, int8_t *to, int64_t apart, int64_t i, 
         store_bytes(to + apart + i, sub_ints(value, mul_ints(upper, ints(256))), left);
 }
 
-INLINE void note_largest(F16 v, F16 *largest, I16 *ordered)
+/* Magnitudes as integers have the same order, and those of NaNs are beyond infinity. */
+INLINE I16 larger_magnitude(I16 largest, F16 v)
 {
-    *ordered = both(*ordered, is_equal(v, v));
-    *largest = larger(magnitude(v), *largest);
+    return larger_int(largest, both(bits_of(v), ints(0x7fffffff)));
+}
+
+static float largest_magnitude(const float *x, int64_t count)
+{
+    const int64_t full = count / LANES * LANES;
+    I16 largest = ints(0);
+    for (int64_t i = 0; i < full; i += LANES)
+        largest = larger_magnitude(largest, load(x + i));
+    if (full < count)
+        largest = larger_magnitude(largest, load_some(x + full, count - full));
+    return largest_of_magnitudes(largest);
+}
+
+/* The numbers of a run that are quantized next: 16, or the last ones. */
+INLINE void quantize_some(const Form form, const bool whole, const float *x, int64_t left, F16 factor, int8_t *quantized,
+                          int64_t apart, int64_t i, int64_t stored, I16 *total, I16 *total_upper)
+{
+    const I16 value = nearest(mul(load_up_to(whole, x + i, left), factor));
+    I16 upper = value;
+    *total = add_ints(*total, value);
+    if (form.fine) {
+        EACH_PART upper.part[i] = (value.part[i] + 128) >> 8;
+        *total_upper = add_ints(*total_upper, upper);
+    }
+    store_values(form, quantized, apart, i, value, upper, stored);
 }
 
 /* Quantizes `count` numbers with one scale; the second run of bytes is `apart` bytes from the first. `sums`: of the values,
- * or of their upper and of their lower halves. Writes whole vectors unless `tight`. */
-INLINE void quantize_run(const Form form, const float *x, int64_t count, bool tight, int8_t *quantized, int64_t apart,
-                         float *scale, int32_t *sums)
+ * or of their upper and of their lower halves. Writes whole vectors unless `tight`. `largest`: the largest magnitude. */
+INLINE void quantize_run(const Form form, const float *x, int64_t count, float largest, bool tight, int8_t *quantized,
+                         int64_t apart, float *scale, int32_t *sums)
 {
-    const float levels = form.fine ? FINE_LEVELS : LEVELS;
-    F16 largest = floats(0);
-    I16 ordered = ints(-1), total = ints(0), total_upper = ints(0);
-    const int64_t full = count / LANES * LANES;
-    for (int64_t i = 0; i < full; i += LANES)
-        note_largest(load(x + i), &largest, &ordered);
-    if (full < count)
-        note_largest(load_some(x + full, count - full), &largest, &ordered);
-    float whole = fmaxf(largest_of(largest), SMALLEST);
-    F16 factor = floats(levels / whole);
-    for (int64_t i = 0; i < count; i += LANES) {
-        F16 step = mul(load_some(x + i, count - i), factor);
-        I16 value = nearest(choose(is_equal(step, step), step, floats(0))), upper = value; /* NaN: 0 */
-        if (form.fine)
-            EACH_PART upper.part[i] = (value.part[i] + 128) >> 8;
-        total = add_ints(total, value);
-        total_upper = add_ints(total_upper, upper);
-        store_values(form, quantized, apart, i, value, upper, tight ? count - i : LANES);
-    }
-    *scale = all_of(ordered) ? whole / levels : NAN;
+    const float levels = form.fine ? FINE_LEVELS : LEVELS, most = fmaxf(largest, SMALLEST);
+    const int64_t full = count / LANES * LANES, left = count - full;
+    const bool finite = largest < INFINITY; /* else outputs are NaN, whatever the values are */
+    const F16 factor = floats(levels / most);
+    I16 total = ints(0), total_upper = ints(0);
+    for (int64_t i = 0; finite && i < full; i += LANES)
+        quantize_some(form, true, x, LANES, factor, quantized, apart, i, LANES, &total, &total_upper);
+    if (finite && left > 0)
+        quantize_some(form, false, x, left, factor, quantized, apart, full, tight ? left : LANES, &total, &total_upper);
+    for (int64_t i = 0; !finite && i < count; i += LANES)
+        store_values(form, quantized, apart, i, ints(0), ints(0), tight && count - i < LANES ? count - i : LANES);
+    *scale = finite ? most / levels : NAN;
     sums[0] = sum_of_ints(form.fine ? total_upper : total);
     if (form.fine)
         sums[1] = sum_of_ints(sub_ints(total, mul_ints(total_upper, ints(256))));
 }
 
-/* Returns the row to quantize: `x` itself, or its norm and Hadamard transform in `scratch`. */
-static const float *prepare_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch)
+/* The root mean square norm of 16 numbers, or of the first `left` of them. */
+INLINE F16 norm_some(const bool whole, const float *x, const float *norm_weight, int64_t left, F16 factor)
 {
-    const int64_t count = params->inputs;
+    const F16 v = mul(load_up_to(whole, x, left), factor);
+    return norm_weight == NULL ? v : mul(v, load_up_to(whole, norm_weight, left));
+}
+
+/* Writes a norm to `to`, whole vectors, and returns the largest magnitude. */
+static float norm_row(const RowParams *params, const float *x, const float *norm_weight, float *to)
+{
+    const int64_t count = params->inputs, full = count / LANES * LANES;
+    const F16 factor = floats(inverse_rms(x, count, params->epsilon));
+    I16 largest = ints(0);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const float *weight = norm_weight == NULL ? NULL : norm_weight + i;
+        const F16 v = i < full ? norm_some(true, x + i, weight, LANES, factor)
+                               : norm_some(false, x + i, weight, count - i, factor);
+        largest = larger_magnitude(largest, v);
+        store(to + i, v);
+    }
+    return largest_of_magnitudes(largest);
+}
+
+/* Returns the row to quantize: `x` itself, or its norm and Hadamard transform in `scratch`. Sets `largest` to its largest
+ * magnitude, or to -1 if that is not known yet. */
+static const float *prepare_row(const RowParams *params, const float *x, const float *norm_weight, float *scratch,
+                                float *largest)
+{
+    *largest = -1;
     if (params->epsilon > 0) {
-        const F16 factor = floats(inverse_rms(x, count, params->epsilon));
-        for (int64_t i = 0; i < count; i += LANES) {
-            F16 v = mul(load_some(x + i, count - i), factor);
-            if (norm_weight != NULL)
-                v = mul(v, load_some(norm_weight + i, count - i));
-            store(scratch + i, v);
-        }
+        *largest = norm_row(params, x, norm_weight, scratch);
         x = scratch;
     }
     if (params->hadamard > 0) {
-        fwht(x, count, params->hadamard, scratch);
+        fwht(x, params->inputs, params->hadamard, scratch);
+        *largest = -1;
         x = scratch;
     }
     return x;
@@ -194,12 +234,13 @@ INLINE void quantize_row(const Form form, const RowParams *params, const float *
 {
     const int64_t count = params->inputs, block = params->block, size = form.words ? 2 : 1, place = row_bytes(params);
     const int64_t written = block ? count : whole_vectors(count);
-    x = prepare_row(params, x, norm_weight, scratch);
+    float largest;
+    x = prepare_row(params, x, norm_weight, scratch, &largest);
     if (block == 0)
-        quantize_run(form, x, count, false, quantized, place, scales, sums);
-    else
-        for (int64_t b = 0; b < count / block; b++)
-            quantize_run(form, x + b * block, block, true, quantized + b * block * size, place, scales + b, sums + b);
+        quantize_run(form, x, count, largest < 0 ? largest_magnitude(x, count) : largest, false, quantized, place, scales, sums);
+    for (int64_t b = 0; block > 0 && b < count / block; b++)
+        quantize_run(form, x + b * block, block, largest_magnitude(x + b * block, block), true, quantized + b * block * size,
+                     place, scales + b, sums + b);
     memset(quantized + written * size, 0, (size_t)((place - written) * size));
     if (form.fine && !form.words)
         memset(quantized + place + written, 0, (size_t)(place - written));

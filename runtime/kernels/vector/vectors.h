@@ -6,6 +6,7 @@
 #ifndef SATCHEL_VECTORS_H
 #define SATCHEL_VECTORS_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -103,6 +104,7 @@ ON_PARTS_2(I16, sub_ints, I16, I16, a.part[i] - b.part[i])
 ON_PARTS_2(I16, mul_ints, I16, I16, a.part[i] * b.part[i])
 ON_PARTS_1(F16, bits_to_floats, I16, (PartF)a.part[i])
 ON_PARTS_1(I16, bits_of, F16, (PartI)a.part[i])
+ON_PARTS_2(I16, larger_int, I16, I16, part_max_int(a.part[i], b.part[i]))
 ON_PARTS_2(I16, both, I16, I16, a.part[i] & b.part[i])
 ON_PARTS_2(I16, either, I16, I16, a.part[i] | b.part[i])
 ON_PARTS_2(I16, is_below, F16, F16, (PartI)(a.part[i] < b.part[i])) /* all bits set, or none; a NaN is not */
@@ -350,6 +352,13 @@ INLINE void transpose(F16 v[LANES])
         for (int i = 0; i < LANES; i++)
             v[i] = w[i];
     }
+}
+
+/* The largest of magnitudes as integers, which have the order of floats, and NaN if there is one. */
+INLINE float largest_of_magnitudes(I16 v)
+{
+    const F16 each = bits_to_floats(v);
+    return all_of(is_equal(each, each)) ? largest_of(each) : NAN;
 }
 
 INLINE F16 magnitude(F16 v) { return bits_to_floats(both(bits_of(v), ints(0x7fffffff))); }
