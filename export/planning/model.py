@@ -15,11 +15,8 @@ from satchel.runtime.bundle.contract import WEIGHTS_NAME
 from satchel.runtime.bundle.dtypes import DTYPES
 from satchel.runtime.bundle.onnx_wire import external_tensors
 from satchel.runtime.bundle.reader import Bundle
+from satchel.runtime.execution.spans import OWN_CHUNK
 from satchel.runtime.tools.bench.decode_traffic import norm_width, weight_bytes
-
-PREFILL_CHUNK = 256
-"""Tokens of one run of prefill."""
-
 
 BY_INPUT = (".o_proj", ".out_proj", ".down_proj")
 """The layers behind those that devices divide by output."""
@@ -166,7 +163,7 @@ class Planned:
 
     def activations(self, devices: int = 1) -> int:
         widest = max((2 * m.outputs // devices for layer in self.shape.layers for m in layer.matrices), default=0)
-        return FLOAT_BYTES * (PREFILL_CHUNK * (4 * self.hidden + widest) + self.vocabulary)
+        return FLOAT_BYTES * (OWN_CHUNK * (4 * self.hidden + widest) + self.vocabulary)
 
 
 class Made:
@@ -226,4 +223,4 @@ class Made:
         return 2.0 * tokens**2 * self.hidden * len(self._cache.layers)
 
     def activations(self, devices: int = 1) -> int:
-        return FLOAT_BYTES * (PREFILL_CHUNK * (4 + 8 // devices) * self.hidden + self.vocabulary)
+        return FLOAT_BYTES * (OWN_CHUNK * (4 + 8 // devices) * self.hidden + self.vocabulary)

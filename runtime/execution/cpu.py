@@ -28,11 +28,11 @@ from satchel.runtime.execution.batch import Batch
 from satchel.runtime.execution.engine import Engine
 from satchel.runtime.execution.kv_cache import Cache, KVCache
 from satchel.runtime.execution.paged import Paging
-from satchel.runtime.execution.spans import PREFILL_CHUNK, chunks
+from satchel.runtime.execution.spans import OWN_CHUNK, PREFILL_CHUNK, chunks
 from satchel.runtime.execution.state import Ids, Logits, State, TopTokens
 from satchel.runtime.ort.binding import bind_input, bind_output, run_bound
 from satchel.runtime.ort.score_graph import SCORE, of_every_token, scored_by
-from satchel.runtime.ort.session import SessionSettings, open_both, open_session
+from satchel.runtime.ort.session import SessionSettings, open_both, open_session, specialized_for
 
 MAX_SPARE = 64 << 20  # bytes
 PREFILL, DECODE = 0, 1
@@ -102,7 +102,19 @@ class CpuEngine(Engine):
                 self._spare = cache.memory
 
     def spans(self, count: int, chunk: int | None = None) -> Iterator[slice]:
-        return chunks(count, chunk or PREFILL_CHUNK)
+        return chunks(count, chunk or self._chunk)
+
+    @functools.cached_property
+    def _chunk(self) -> int:
+        """Tokens of one run of prefill.
+
+        Small ones where something happens between runs: states are kept for the prefix cache, or go on to the next stage.
+        """
+        manifest, made = self.bundle.manifest, specialized_for(self.bundle, self._settings)
+        name = made.variant("prefill") if made is not None else None
+        own = name is not None and manifest.variant(name).kernel_abi is not None
+        stages = 1 if manifest.rank is None else manifest.rank.stages
+        return OWN_CHUNK if own and not manifest.states and stages == 1 else PREFILL_CHUNK
 
     def new_pool(self, rows: int, capacity: int, kept: int, limit: int | None = None, *, force: bool = False) -> Batch:
         session = self.ragged_session()
@@ -170,7 +182,7 @@ class CpuEngine(Engine):
             for name, tensor in self.adapters.tensors(adapter).items():
                 bind_input(binding, name, tensor, tensor.shape)
             lengths = text_lengths(self.bundle.manifest)
-            for span in self.spans(len(tokens), chunk):
+            for span in chunks(len(tokens), chunk or PREFILL_CHUNK):
                 rows = rows_of(span)
                 bind_output(binding, output, rows, (len(rows), 1, rows.shape[1]) if by_prefill else (1, *rows.shape))
                 run_span(session, binding, cache, tokens[span], ones.ctypes.data, lengths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 PREFILL_CHUNK = 256  # tokens
+OWN_CHUNK = 512  # the same with satchel's kernels, which read the weights once for all of them
 
 
 def chunks(total: int, size: int = PREFILL_CHUNK) -> Iterator[slice]:

@@ -53,6 +53,16 @@ def test_one_session_serves_both_phases_with_nearly_the_same_logits(made: Path) 
 
 
 @needs_kernels
+def test_own_kernels_take_more_tokens_of_a_prompt_in_a_run(made: Path) -> None:
+    bundle = open_bundle(made)
+    own, portable = (
+        [span.stop for span in Engine.open(each, threads=1).spans(600)]
+        for each in (bundle, dataclasses.replace(bundle, specialized=None))
+    )
+    assert (own, portable) == ([512, 600], [256, 512, 600])
+
+
+@needs_kernels
 def test_the_cache_is_of_the_native_graphs_type_and_takes_half_the_memory(folder: Path) -> None:
     portable = open_bundle(folder)
     before, whole = position_bytes(portable.kv_cache), inspect_bundle(portable).cache_bytes_per_token
