@@ -108,7 +108,7 @@ class CpuEngine(Engine):
     def _chunk(self) -> int:
         """Tokens of one run of prefill.
 
-        Small ones where something happens between runs: states are kept for the prefix cache, or go on to the next stage.
+        Small ones where something happens between runs: states are kept for the prefix cache, or go to the next stage.
         """
         manifest, made = self.bundle.manifest, specialized_for(self.bundle, self._settings)
         name = made.variant("prefill") if made is not None else None
