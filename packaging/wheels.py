@@ -113,6 +113,8 @@ def compile_library(platform: Platform, tree: Path) -> None:
     """Compile the kernels, as setup.py describes them, and put the library into a tree of packages."""
     library = runpy.run_path("setup.py")["LIBRARY"]
     options = [*library.extra_compile_args, "-fPIC", "-shared", "-s", *(f"-l{name}" for name in library.libraries)]
+    if platform.suffix == ".so":  # Windows needs tables to unwind the stack; elsewhere C has no use for them
+        options += ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]
     with tempfile.TemporaryDirectory() as scratch:
         # In that folder, since macOS libraries contain the path that they are written to.
         name = f"_library{platform.suffix}"

@@ -174,8 +174,12 @@ INLINE void quantize_run(const Form form, const float *x, int64_t count, float l
         quantize_some(form, true, x, LANES, factor, quantized, apart, i, LANES, &total, &total_upper);
     if (finite && left > 0)
         quantize_some(form, false, x, left, factor, quantized, apart, full, tight ? left : LANES, &total, &total_upper);
-    for (int64_t i = 0; !finite && i < count; i += LANES)
-        store_values(form, quantized, apart, i, ints(0), ints(0), tight && count - i < LANES ? count - i : LANES);
+    if (!finite) {
+        const size_t bytes = (size_t)((tight ? count : (count + LANES - 1) / LANES * LANES) * (form.words ? 2 : 1));
+        memset(quantized, 0, bytes);
+        if (form.fine && !form.words)
+            memset(quantized + apart, 0, bytes);
+    }
     *scale = finite ? most / levels : NAN;
     sums[0] = sum_of_ints(form.fine ? total_upper : total);
     if (form.fine)
@@ -234,13 +238,12 @@ INLINE void quantize_row(const Form form, const RowParams *params, const float *
 {
     const int64_t count = params->inputs, block = params->block, size = form.words ? 2 : 1, place = row_bytes(params);
     const int64_t written = block ? count : whole_vectors(count);
+    const int64_t run = block ? block : count; /* numbers with one scale */
     float largest;
     x = prepare_row(params, x, norm_weight, scratch, &largest);
-    if (block == 0)
-        quantize_run(form, x, count, largest < 0 ? largest_magnitude(x, count) : largest, false, quantized, place, scales, sums);
-    for (int64_t b = 0; block > 0 && b < count / block; b++)
-        quantize_run(form, x + b * block, block, largest_magnitude(x + b * block, block), true, quantized + b * block * size,
-                     place, scales + b, sums + b);
+    for (int64_t b = 0; b < count / run; b++)
+        quantize_run(form, x + b * run, run, block || largest < 0 ? largest_magnitude(x + b * run, run) : largest, block != 0,
+                     quantized + b * run * size, place, scales + b, sums + b);
     memset(quantized + written * size, 0, (size_t)((place - written) * size));
     if (form.fine && !form.words)
         memset(quantized + place + written, 0, (size_t)(place - written));
