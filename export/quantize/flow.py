@@ -76,6 +76,7 @@ class Flow:
         self._journaled = False
         self._branch = False
         self._sessions: dict[str, ort.InferenceSession] | None = {} if keep else None
+        self._confined = machine_cores() > default_threads()  # to fewer cores than there will be threads
 
     def run(
         self,
@@ -224,7 +225,7 @@ class Flow:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = machine_cores()  # see satchel.export.threads
-        if machine_cores() > default_threads() or self._sessions is not None:  # many sessions would spin at once
+        if self._confined or self._sessions is not None:  # many sessions would spin at once
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = self._sessions is None  # many sessions would each keep their largest run's

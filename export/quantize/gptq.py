@@ -45,8 +45,11 @@ class Feedback:
         second.diagonal().add_(DAMPING * diagonal.mean())
         self._order = torch.argsort(diagonal, descending=True)
         second = second[self._order][:, self._order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
-        self._upper = torch.linalg.cholesky(inverse, upper=True).float()
+        # The upper factor U of the inverse, H^-1 = U^T U, is the inverse of R in H = R R^T, R upper: the factor of H
+        # with inputs from last to first.
+        lower = torch.linalg.cholesky(second.flip(0, 1))
+        eye = torch.eye(len(lower), dtype=lower.dtype)
+        self._upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
         self._moments = second.float()  # of the inputs in order
 
     @property

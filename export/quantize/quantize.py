@@ -21,6 +21,7 @@ from satchel.export.quantize.gptq import SWEEPS, Feedback
 from satchel.export.quantize.kept import RoundedWeights
 from satchel.export.quantize.kv_scales import cache_scales
 from satchel.export.quantize.observe import BATCH, Progress, batched, observed
+from satchel.export.quantize.read_ahead import ReadAhead
 from satchel.export.quantize.scales import fit_grid
 from satchel.export.quantize.texts import QUICK_WINDOWS
 from satchel.graphs.analysis.segments import split
@@ -165,11 +166,13 @@ def _round(
     """Quantize each weight by its rule.
 
     A quick run uses fewer windows, and GPTQ only where it gains most: in layers with fewer inputs than outputs, which
-    read the residual stream. All other weights are rounded by a thread, ahead of the flow.
+    read the residual stream. All other weights are rounded by a thread, ahead of the flow, and another reads the next
+    weight for GPTQ.
     """
     kept, quick = RoundedWeights(folder / "codes"), config.effort == "quick"
     results: dict[str, QuantizedWeight] = {}
     ahead: dict[str, Future[QuantizedWeight]] = {}
+    reader: ReadAhead | None = None
 
     def follows(lazy: LazyWeight) -> bool:
         """Whether a weight is rounded by the moments of what it multiplies."""
@@ -182,8 +185,9 @@ def _round(
             return before
         moments = head_moments(inputs, by_outputs(node)) if inputs is not None and follows(lazy) else None
         stored, sweeps = kept_grid(lazy, rule, grids), 0 if quick else SWEEPS
+        whole = None if reader is None or moments is None or by_outputs(node) else reader.take(lazy)
         return round_weight(
-            lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored, sweeps=sweeps
+            lazy, rule, kept, by_outputs=by_outputs(node), moments=moments, stored=stored, sweeps=sweeps, whole=whole
         )
 
     def visit(node: ir.Node, inputs: Inputs) -> Mapping[str, NDArray[Any]]:
@@ -205,7 +209,7 @@ def _round(
 
     linear = {n.name for n, lazy in quantizable(model) if n.op_type == "MatMul" and lazy.name in chosen}
     at_head: tuple[ir.Node, Inputs] | None = None
-    with in_order() as thread:
+    with in_order() as thread, in_order() as reading:
         if windows is not None and any(rule.rounding == "gptq" for rule in chosen.values()):
             alone: dict[str, tuple[ir.Node, LazyWeight]] = {}
             for node, lazy in quantizable(model):
@@ -213,6 +217,12 @@ def _round(
                     alone.setdefault(lazy.name, (node, lazy))
             for node, lazy in sorted(alone.values(), key=lambda found: by_outputs(found[0])):
                 ahead[lazy.name] = thread.submit(rounded, node, lazy)  # the flow waits for no table, which come last
+            following = {
+                lazy.name: lazy
+                for node, lazy in quantizable(model)
+                if node.op_type == "MatMul" and lazy.name in chosen and lazy.name not in alone
+            }
+            reader = ReadAhead(following.values(), reading)
             read = batched(windows[:QUICK_WINDOWS] if quick else windows)
             values_between = folder / "round"
             values_between.mkdir(parents=True, exist_ok=True)
@@ -245,6 +255,7 @@ def round_weight(
     moments: NDArray[np.float32] | None = None,
     stored: Grid | None = None,
     sweeps: int = SWEEPS,
+    whole: NDArray[np.float32] | None = None,
 ) -> QuantizedWeight:
     """Quantize one weight by a rule; the quantized values go to a file of `kept` and are memory-mapped.
 
@@ -270,7 +281,7 @@ def round_weight(
     search = rule.rounding != "nearest"
     importance = None if moments is None else np.ascontiguousarray(moments.diagonal())
     feedback = None if moments is None else Feedback(moments)
-    for start, part in weight_parts(lazy, by_outputs, inputs):
+    for start, part in weight_parts(lazy, by_outputs, inputs, whole):
         if stored is not None:
             grid = stored.part(start, start + len(part))
             codes[start : start + len(part)] = _codes_on(grid, part, lazy)
@@ -313,10 +324,16 @@ def _codes_on(grid: Grid, part: NDArray[np.float32], lazy: LazyWeight) -> NDArra
     return codes
 
 
-def weight_parts(lazy: LazyWeight, by_outputs: bool, inputs: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the weight as [outputs, inputs] in parts, each with the index of its first output."""
-    if not by_outputs:
+def weight_parts(
+    lazy: LazyWeight, by_outputs: bool, inputs: int, whole: NDArray[np.float32] | None = None
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the weight as [outputs, inputs] in parts, each with the index of its first output.
+
+    `whole` is all of it, [outputs, inputs], if it has been read already.
+    """
+    if whole is None and not by_outputs:
         whole = transposed(lazy.numpy())
+    if whole is not None:
         for start in range(0, len(whole), ROWS):
             yield start, whole[start : start + ROWS]
         return

@@ -45,7 +45,7 @@ def fit_grid(
     width = scheme.block or inputs
     counts = None if importance is None else np.ascontiguousarray(importance.reshape(inputs // width, width))
     step = max(1, CACHED // inputs)
-    largest = float(np.abs(weight).max(initial=0)) / ((1 << scheme.bits - 1) - 1)
+    largest = max(float(weight.max(initial=0)), -float(weight.min(initial=0))) / ((1 << scheme.bits - 1) - 1)
     half = scheme.block is not None and (largest == 0 or HALF_SCALES[0] <= largest <= HALF_SCALES[1])
     loops = compiled() if width % LANES == 0 else None
 
@@ -114,9 +114,10 @@ def _candidates(groups: NDArray[np.float32], scheme: Scheme, search: bool, half:
         return in_half(scale) if half else _not_zero(scale)
 
     if scheme.symmetric:
-        largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[:, None], -1)[:, 0]
-        scales = stored(_not_zero(np.divide(np.abs(largest), np.float32(top))) * factors)
+        peak = np.maximum(groups.max(-1), -groups.min(-1))
+        scales = stored(_not_zero(np.divide(peak, np.float32(top))) * factors)
         if search and scheme.bits == 4:  # the grid has one more step on one side: let the largest weight have it
+            largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[:, None], -1)[:, 0]
             scales = np.concatenate([scales, stored(_not_zero(-largest / np.float32(top + 1)) * factors[1:])])
         return scales, None
     steps = (1 << scheme.bits) - 1
