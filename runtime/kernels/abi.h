@@ -18,7 +18,7 @@ typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 
 typedef struct {
-    void *functions[275];
+    void *functions[415];
 } OrtApi;
 
 typedef struct {
@@ -86,5 +86,8 @@ ORT_FUNCTION(GetSessionConfigEntry, 238, OrtStatus *, const OrtSessionOptions *,
 ORT_FUNCTION(KernelInfoGetConstantInput_tensor, 249, OrtStatus *, const OrtKernelInfo *, size_t, int *, const OrtValue **);
 ORT_FUNCTION(KernelContext_ParallelFor, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t,
              size_t, void *);
+/* Since ONNX Runtime 1.24: it allocates nothing, and the dimensions are the tensor's own. */
+ORT_FUNCTION(GetTensorElementTypeAndShapeDataReference, 414, OrtStatus *, const OrtValue *, OrtElementType *,
+             const int64_t **, size_t *);
 
 #endif

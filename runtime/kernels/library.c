@@ -15,6 +15,7 @@ typedef struct {
     const OrtApi *api;
     const Operator *operator;
     void *own;
+    Tensor constants[]; /* one of each input, see Run */
 } Kernel;
 
 static OrtStatus *make_error(const OrtApi *api, const char *error)
@@ -43,21 +44,6 @@ static OrtCharacteristic get_input_characteristic(const OrtCustomOp *op, size_t 
 static OrtCharacteristic get_output_characteristic(const OrtCustomOp *op, size_t i)
 {
     return i < operator_of(op)->outputs - operator_of(op)->optional_outputs ? ORT_REQUIRED : ORT_OPTIONAL;
-}
-
-static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **made)
-{
-    Kernel *kernel = malloc(sizeof *kernel);
-    Create create = {api, info, NULL};
-    if (kernel == NULL)
-        return make_error(api, "satchel: out of memory");
-    *kernel = (Kernel){api, operator_of(op), operator_of(op)->create(&create)};
-    if (kernel->own == NULL) {
-        free(kernel);
-        return make_error(api, create.error);
-    }
-    *made = kernel;
-    return NULL;
 }
 
 static void destroy(void *kernel)
@@ -109,12 +95,6 @@ static void run_ranges(void *pool, size_t tasks, void (*task)(void *, size_t), v
     helpers_run(&(Job){.run = run_units, .data = all, .units = (tasks + all->each - 1) / all->each}, NULL);
 }
 
-static OrtStatus *compute(void *kernel, OrtKernelContext *context)
-{
-    const Kernel *this_kernel = kernel;
-    Run run = {this_kernel->api, context, NULL, this_kernel->operator->helpers, {&run, run_tasks}, {&run, run_ranges}};
-    return this_kernel->operator->run(this_kernel->own, &run) ? NULL : make_error(this_kernel->api, run.error);
-}
 
 bool fail(Run *run, const char *error)
 {
@@ -131,44 +111,74 @@ static bool check(Run *run, OrtStatus *status, const char *error)
     return fail(run, error);
 }
 
-static bool describe(Run *run, const OrtValue *value, Tensor *tensor)
+static const char UNREADABLE[] = "satchel: a tensor cannot be read", TOO_DEEP[] = "satchel: a tensor has too many dimensions";
+
+/* Reads type and dimensions through an object that ONNX Runtime allocates. */
+static bool describe_by_info(Run *run, const OrtValue *value, Tensor *tensor)
 {
-    static const char *unreadable = "satchel: a tensor cannot be read";
     const OrtApi *api = run->api;
     OrtTensorInfo *info;
-    if (!check(run, ORT(api, GetTensorTypeAndShape)(value, &info), unreadable))
+    if (!check(run, ORT(api, GetTensorTypeAndShape)(value, &info), UNREADABLE))
         return false;
-    bool fits = check(run, ORT(api, GetTensorElementType)(info, &tensor->type), unreadable)
-        && check(run, ORT(api, GetDimensionsCount)(info, &tensor->rank), unreadable)
-        && (tensor->rank <= MAX_RANK || fail(run, "satchel: a tensor has too many dimensions"))
-        && check(run, ORT(api, GetDimensions)(info, tensor->dims, tensor->rank), unreadable);
+    const bool fits = check(run, ORT(api, GetTensorElementType)(info, &tensor->type), UNREADABLE)
+        && check(run, ORT(api, GetDimensionsCount)(info, &tensor->rank), UNREADABLE)
+        && (tensor->rank <= MAX_RANK || fail(run, TOO_DEEP))
+        && check(run, ORT(api, GetDimensions)(info, tensor->dims, tensor->rank), UNREADABLE);
     ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
+    return fits;
+}
+
+/* The same without: a step for one token reads about a thousand tensors. */
+static bool describe_in_place(Run *run, const OrtValue *value, Tensor *tensor)
+{
+    const int64_t *dims;
+    OrtStatus *status =
+        ORT(run->api, GetTensorElementTypeAndShapeDataReference)(value, &tensor->type, &dims, &tensor->rank);
+    if (!check(run, status, UNREADABLE))
+        return false;
+    if (tensor->rank > MAX_RANK)
+        return fail(run, TOO_DEEP);
+    for (size_t i = 0; i < tensor->rank; i++)
+        tensor->dims[i] = dims[i];
+    return true;
+}
+
+static bool has_dims_in_place; /* ONNX Runtime gives a tensor's own dimensions */
+
+static bool describe(Run *run, const OrtValue *value, Tensor *tensor)
+{
+    const bool fits = has_dims_in_place ? describe_in_place(run, value, tensor) : describe_by_info(run, value, tensor);
     tensor->count = 1;
     for (size_t i = 0; fits && i < tensor->rank; i++)
         tensor->count *= tensor->dims[i];
     return fits;
 }
 
+static bool read_tensor(Run *run, const OrtValue *value, Tensor *tensor)
+{
+    return describe(run, value, tensor)
+        && check(run, ORT(run->api, GetTensorMutableData)((OrtValue *)value, &tensor->data),
+                 "satchel: an input has no data");
+}
+
 bool input(Run *run, size_t index, OrtElementType type, Tensor *tensor)
 {
-    const OrtApi *api = run->api;
     const OrtValue *value = NULL;
-    size_t count;
-    memset(tensor, 0, sizeof *tensor);
-    if (!check(run, ORT(api, KernelContext_GetInputCount)(run->context, &count), "satchel: inputs cannot be counted"))
-        return false;
-    if (index >= count)
-        return true;
-    if (!check(run, ORT(api, KernelContext_GetInput)(run->context, index, &value), "satchel: an input cannot be read"))
-        return false;
-    if (value == NULL)
-        return true;
-    if (!describe(run, value, tensor))
-        return false;
-    if (type != ORT_ANY && tensor->type != type)
-        return fail(run, "satchel: an input has the wrong element type");
-    return check(run, ORT(api, GetTensorMutableData)((OrtValue *)value, &tensor->data),
-                 "satchel: an input has no data");
+    if (run->constants[index].data != NULL)
+        *tensor = run->constants[index];
+    else {
+        *tensor = (Tensor){0};
+        if (index >= run->inputs)
+            return true;
+        OrtStatus *status = ORT(run->api, KernelContext_GetInput)(run->context, index, &value);
+        if (!check(run, status, "satchel: an input cannot be read"))
+            return false;
+        if (value == NULL)
+            return true;
+        if (!read_tensor(run, value, tensor))
+            return false;
+    }
+    return type == ORT_ANY || tensor->type == type || fail(run, "satchel: an input has the wrong element type");
 }
 
 bool output_of_any_type(Run *run, size_t index, const int64_t *dims, size_t rank, void **data)
@@ -208,15 +218,16 @@ float attribute_float(Create *create, const char *name, float fallback)
     return fallback;
 }
 
-bool is_constant(Create *create, size_t index)
+/* An input that never changes; NULL: it does, or is absent. */
+static const OrtValue *constant_input(Create *create, size_t index)
 {
     int constant = 0;
-    const OrtValue *value;
+    const OrtValue *value = NULL;
     OrtStatus *status = ORT(create->api, KernelInfoGetConstantInput_tensor)(create->info, index, &constant, &value);
     if (status == NULL)
-        return constant != 0;
+        return constant ? value : NULL;
     ORT(create->api, ReleaseStatus)(status);
-    return false;
+    return NULL;
 }
 
 bool attribute_text(Create *create, const char *name, char *text, size_t size)
@@ -235,6 +246,51 @@ bool attribute_text(Create *create, const char *name, char *text, size_t size)
         return true;
     ORT(create->api, ReleaseStatus)(status);
     return false;
+}
+
+/* Describes the inputs that never change, which is then not done in each run. */
+static bool keep_constants(Kernel *kernel, Create *create)
+{
+    Run reading = {.api = create->api};
+    bool read = true;
+    for (size_t i = 0; read && i < kernel->operator->inputs; i++) {
+        const OrtValue *value = constant_input(create, i);
+        kernel->constants[i] = (Tensor){0};
+        read = value == NULL || read_tensor(&reading, value, kernel->constants + i);
+    }
+    create->error = reading.error;
+    return read;
+}
+
+static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **made)
+{
+    const Operator *operator = operator_of(op);
+    Kernel *kernel = malloc(sizeof *kernel + operator->inputs * sizeof *kernel->constants);
+    Create create = {api, info, NULL};
+    if (kernel == NULL)
+        return make_error(api, "satchel: out of memory");
+    *kernel = (Kernel){api, operator, operator->create(&create)};
+    if (kernel->own != NULL && keep_constants(kernel, &create)) {
+        *made = kernel;
+        return NULL;
+    }
+    free(kernel->own);
+    free(kernel);
+    return make_error(api, create.error);
+}
+
+static OrtStatus *compute(void *made, OrtKernelContext *context)
+{
+    const Kernel *kernel = made;
+    const Operator *operator = kernel->operator;
+    Run run = {.api = kernel->api,
+               .context = context,
+               .constants = kernel->constants,
+               .helpers = operator->helpers,
+               .parallel = {&run, run_tasks},
+               .contiguous = {&run, run_ranges}};
+    OrtStatus *status = ORT(run.api, KernelContext_GetInputCount)(context, &run.inputs);
+    return status == NULL && !operator->run(kernel->own, &run) ? make_error(run.api, run.error) : status;
 }
 
 static OrtStatus *add(const OrtApi *api, OrtCustomOpDomain *domain, Operator *operator)
@@ -316,6 +372,14 @@ static OrtStatus *domain_for(const OrtApi *api, size_t helpers, OrtCustomOpDomai
     return NULL;
 }
 
+enum { FIRST_WITH_DIMS_IN_PLACE = 24 };
+
+/* Of ONNX Runtime 1.x; 0 if its version does not read so. */
+static unsigned long minor_version(const char *version)
+{
+    return strncmp(version, "1.", 2) == 0 ? strtoul(version + 2, NULL, 10) : 0;
+}
+
 /* The entry point that ONNX Runtime calls in a custom operator library. */
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
 {
@@ -331,6 +395,7 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     const size_t helpers = helpers_of(api, options);
     OrtCustomOpDomain *domain;
     pthread_mutex_lock(&making);
+    has_dims_in_place = minor_version(base->get_version()) >= FIRST_WITH_DIMS_IN_PLACE;
     OrtStatus *status = domain_for(api, helpers <= MOST_HELPERS ? helpers : 0, &domain);
     pthread_mutex_unlock(&making);
     return status == NULL ? ORT(api, AddCustomOpDomain)(options, domain) : status;

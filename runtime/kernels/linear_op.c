@@ -63,8 +63,6 @@ void *create_linear(Create *create)
         return NULL;
     }
     kernel->whole = attribute(create, "whole", 1) != 0;
-    for (size_t i = FIRST_WEIGHT; i < END_OF_WEIGHTS; i++)
-        kernel->constant[i] = is_constant(create, i);
     if (read_params(create, &kernel->params))
         return kernel;
     free(kernel);
@@ -106,12 +104,12 @@ static bool multiply_units(const void *data, size_t from, size_t end, void *resu
 static size_t in_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* Whether a call has one row, and weights that live as long as the kernel. */
-static bool can_be_helped(const LinearKernel *kernel, const LinearCall *call)
+static bool can_be_helped(const Run *run, const LinearCall *call)
 {
     const void *const weights[] = {NULL, call->weights, call->scales, call->zero_points, call->bias};
     bool all = call->rows == 1;
     for (size_t i = FIRST_WEIGHT; i < END_OF_WEIGHTS; i++)
-        all = all && (kernel->constant[i] || weights[i] == NULL);
+        all = all && (run->constants[i].data != NULL || weights[i] == NULL);
     return all;
 }
 
@@ -220,7 +218,7 @@ static bool run(const void *own, Run *run)
             return false;
     }
     const char *error;
-    if (!can_be_helped(kernel, &call) || !run_with_helpers(params, &call, run->helpers, &error))
+    if (!can_be_helped(run, &call) || !run_with_helpers(params, &call, run->helpers, &error))
         error = instructions->linear(params, &call, parallel_of(run, rows));
     return error == NULL || fail(run, error);
 }

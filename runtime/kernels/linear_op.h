@@ -9,7 +9,6 @@ enum { FIRST_WEIGHT = 1, END_OF_WEIGHTS = 5 }; /* inputs: the quantized values, 
 
 typedef struct {
     LinearParams params;
-    bool constant[END_OF_WEIGHTS];
     bool whole; /* of a layer that joins what ranks have: each needs all rows of that, too */
 } LinearKernel;
 

@@ -23,6 +23,8 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     OrtKernelContext *context;
+    const Tensor *constants; /* a node's inputs that never change; `data` is NULL for others */
+    size_t inputs;           /* of the node */
     const char *error;
     size_t helpers;                /* threads that help with the work for one token (helpers.h) */
     Parallel parallel, contiguous; /* one task at a time to any free thread; or ranges of tasks, for the work for one token */
@@ -57,8 +59,6 @@ extern const Operator send_operator, receive_operator;
 
 int64_t attribute(Create *create, const char *name, int64_t fallback);
 float attribute_float(Create *create, const char *name, float fallback);
-/* Whether an input is given and never changes. */
-bool is_constant(Create *create, size_t index);
 /* Copies a string attribute, "" if absent. Returns false if it does not fit into `size` bytes. */
 bool attribute_text(Create *create, const char *name, char *text, size_t size);
 

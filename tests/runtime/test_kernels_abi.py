@@ -99,6 +99,11 @@ def test_functions_of_the_vtable_do_what_their_names_say(api: Api) -> None:
     assert api("GetDimensions", info, ctypes.cast(found, POINTER), ctypes.c_size_t(2)) is None
     assert (kind.value, count.value, list(found)) == (FLOAT, 2, [2, 3])
     api("ReleaseTensorTypeAndShapeInfo", info, result=None)
+    own = ctypes.POINTER(ctypes.c_int64)()
+    arguments = [ctypes.cast(ctypes.byref(each), POINTER) for each in (kind, own, count)]
+    kind.value = count.value = 0
+    assert api("GetTensorElementTypeAndShapeDataReference", value, *arguments) is None
+    assert (kind.value, count.value, own[:2]) == (FLOAT, 2, [2, 3])
 
     assert indices().keys() - api.called == BY_KERNELS
 
