@@ -11,15 +11,18 @@
 #include <stdint.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
-/* For short loops of constant length: unrolled before register allocation. */
+/* UNROLL is for short loops of constant length: unrolled before register allocation. Plain C need not be fast: with these
+ * two it takes minutes to compile, and four times the space. */
 #if defined(SATCHEL_ISA_PLAIN)
-#define UNROLL /* it takes minutes to compile */
-#elif defined(__clang__)
+#define INLINE static inline
+#define UNROLL
+#else
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 enum { LANES = 16, BYTES = 64 };
