@@ -67,14 +67,15 @@ def fold_gathers(model: ir.Model) -> None:
     """Let a Linear join what it reads of all ranks itself: its second output is what an AllGather in front of it gives.
 
     With many rows each rank quantizes some of them, and they hand each other bytes. Then it has the joined numbers of
-    its own rows only, unless others than such nodes read them: `whole`.
+    its own rows only, unless others than such nodes read them, or none if nothing does: `whole`.
     """
     folded = {node: reader for node in nodes(model, "AllGather", INTERNAL) if (reader := _joining(node)) is not None}
     for node, reader in folded.items():
         joined = node.outputs[0]
         adds = {(other, ADDED) for other in folded.values()} | {(other, _GATHERED) for other in folded}
         others = [use for use in joined.uses() if use.node is not reader and (use.node, use.idx) not in adds]
-        reader.attributes.add(ir.AttrInt64("whole", int(bool(others) or joined.is_graph_output())))
+        rows = ALL_ROWS if others or joined.is_graph_output() else OWN_ROWS if len(joined.uses()) > 1 else NO_ROWS
+        reader.attributes.add(ir.AttrInt64("whole", rows))
         own, widths, added = [*node.inputs, None][: _GATHERED + 1]
         reader.resize_outputs(2)
         whole = reader.outputs[1]
@@ -89,6 +90,9 @@ def fold_gathers(model: ir.Model) -> None:
 
 _GATHERED = 2
 """Where an AllGather takes what it adds."""
+
+OWN_ROWS, ALL_ROWS, NO_ROWS = range(3)
+"""What other nodes read of the rows that a Linear joins: attribute `whole`."""
 
 
 def _joining(node: ir.Node) -> ir.Node | None:

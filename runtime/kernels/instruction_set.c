@@ -55,6 +55,8 @@ static const Instructions *whole(size_t set)
     made[set].linear = own->linear;
     made[set].round = own->round;
     made[set].places = own->places;
+    made[set].measure_columns = own->measure_columns;
+    made[set].round_columns = own->round_columns;
     made[set].table = own->table;
     if (own->attention != NULL) {
         made[set].attention_check = own->attention_check;

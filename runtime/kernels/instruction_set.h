@@ -21,6 +21,8 @@ typedef struct {
     const char *(*round)(const LinearParams *params, const LinearCall *call, int64_t first, int64_t end, void *rounded,
                          const Parallel *parallel);
     int64_t (*places)(const LinearParams *params, const LinearCall *call, int64_t row);
+    void (*measure_columns)(const LinearParams *params, const Columns *columns, const Parallel *parallel); /* sets largest */
+    void (*round_columns)(const LinearParams *params, const Columns *columns, const Parallel *parallel);
     const char *(*table)(const TableParams *params, const TableCall *call, const Parallel *parallel);
     /* Says what is wrong with a call; does not read the present or the output. Sets `scratch` to the bytes that
      * `attention` needs. */

@@ -82,4 +82,16 @@ static inline int64_t rounded_bytes(const LinearParams *params, int64_t rows)
     return (places + PLACES_BEYOND) * row_bytes(&params->row) + 8 * places * row_scales(&params->row);
 }
 
+/* Some columns of rows that ranks quantize together, to 8 bits, with one scale for each row: each its own, after the largest
+ * magnitudes of all are known. */
+typedef struct {
+    int64_t rows, first, count; /* columns `first` to `first` + `count` of each row */
+    const float *x;             /* [rows, count] */
+    float *mixed;               /* [rows, column_stride]: the Hadamard transforms, if the layer has one */
+    float *largest;             /* [rows]: magnitudes */
+    void *rounded;              /* all columns, as Rounded says */
+} Columns;
+
+static inline int64_t column_stride(const Columns *columns) { return (columns->count + 15) / 16 * 16; }
+
 #endif

@@ -4,7 +4,6 @@
 
 #include "helpers.h"
 #include "instruction_set.h"
-#include "join.h"
 #include "linear_op.h"
 #include "ragged.h"
 #include "scratch.h"
@@ -62,7 +61,8 @@ void *create_linear(Create *create)
         create->error = "satchel:Linear: out of memory";
         return NULL;
     }
-    kernel->whole = attribute(create, "whole", 1) != 0;
+    const int64_t whole = attribute(create, "whole", ALL_ROWS);
+    kernel->joined = whole == OWN_ROWS || whole == NO_ROWS ? (Joined)whole : ALL_ROWS;
     if (read_params(create, &kernel->params))
         return kernel;
     free(kernel);
@@ -214,7 +214,7 @@ static bool run(const void *own, Run *run)
         call.rounded = thread_scratch(OF_EXCHANGE, (size_t)rounded_bytes(params, rows));
         if (call.rounded == NULL)
             return fail(run, "satchel:Linear: out of memory");
-        if (!join_rounded(run, &join, params, &call, kernel->whole, x.data, call.rounded))
+        if (!join_rounded(run, &join, params, &call, kernel->joined, x.data, call.rounded))
             return false;
     }
     const char *error;

@@ -2,6 +2,7 @@
 #ifndef SATCHEL_LINEAR_OP_H
 #define SATCHEL_LINEAR_OP_H
 
+#include "join.h"
 #include "linear.h"
 #include "operator.h"
 
@@ -9,7 +10,7 @@ enum { FIRST_WEIGHT = 1, END_OF_WEIGHTS = 5 }; /* inputs: the quantized values, 
 
 typedef struct {
     LinearParams params;
-    bool whole; /* of a layer that joins what ranks have: each needs all rows of that, too */
+    Joined joined; /* of a layer that joins what ranks have */
 } LinearKernel;
 
 void *create_linear(Create *create);

@@ -96,13 +96,27 @@ static void publish(const void *data, int64_t bytes)
     publish_place();
 }
 
+/* Fetches the next few lines of a stream. Returns false if there are none, or if the second cache has enough of them. */
+static bool fetch_some(const Stream *stream, int64_t *at)
+{
+    enum { LINE = 64, SOME = 8 * LINE, MOST = 1 << 18 };
+    if (stream->data == NULL || *at + SOME > stream->bytes || *at + SOME > MOST)
+        return false;
+    for (int64_t end = *at + SOME; *at < end; *at += LINE)
+        __builtin_prefetch(stream->data + *at, 0, 2);
+    return true;
+}
+
+static const Stream NOTHING = {NULL, 0};
+
 /* What another rank has published as this one published last; waits for it. */
-static const char *published_by(int rank, int64_t start)
+static const char *published_by(int rank, int64_t start, Stream next)
 {
     const uint64_t number = atomic_load_explicit(&ranks.mailboxes[ranks.rank]->published, memory_order_relaxed);
     Mailbox *theirs = ranks.mailboxes[rank];
+    int64_t fetched = 0;
     while (atomic_load_explicit(&theirs->published, memory_order_acquire) < number)
-        pause_for(now() - start);
+        pause_for(fetch_some(&next, &fetched) ? 0 : now() - start);
     return theirs->places[(number - 1) % PLACES];
 }
 
@@ -188,7 +202,7 @@ static void add_up(const float *x, int64_t numbers, float *sum)
         const int64_t size = numbers - first < MOST ? numbers - first : MOST, start = now();
         publish(x + first, size * sizeof *x);
         for (int rank = 0; rank < ranks.ranks; rank++) {
-            const float *part = rank == ranks.rank ? x + first : (const float *)published_by(rank, start);
+            const float *part = rank == ranks.rank ? x + first : (const float *)published_by(rank, start, NOTHING);
             for (int64_t i = 0; i < size; i++)
                 sum[first + i] = rank == 0 ? part[i] : sum[first + i] + part[i];
         }
@@ -248,9 +262,10 @@ static void put_part(const float *part, int64_t rows, int64_t width, int64_t tot
 
 /* Joins rows of all ranks by their mailboxes, a few at a time, so that one rank copies while others publish. A row that is
  * larger than a mailbox is in pieces. Only those `here` need the result. */
-static void join_by_mailboxes(const float *x, int64_t rows, const int64_t *width, int64_t total, bool here, const float *added,
-                              float *all)
+static void join_by_mailboxes(const Join *join, bool here, float *all)
 {
+    const float *x = join->x, *added = join->added;
+    const int64_t rows = join->rows, total = join->total, *width = join->width;
     enum { MOST = PLACE_BYTES / sizeof(float) };
     int64_t widest = 1;
     for (int rank = 0; rank < ranks.ranks; rank++)
@@ -265,7 +280,7 @@ static void join_by_mailboxes(const float *x, int64_t rows, const int64_t *width
             for (int rank = 0; rank < ranks.ranks; first += width[rank++]) {
                 const int64_t left = width[rank] - column, size = left < 0 ? 0 : left < most ? left : most;
                 const bool other = rank != ranks.rank;
-                const float *part = other ? (const float *)published_by(rank, start) : x + row * own + column;
+                const float *part = other ? (const float *)published_by(rank, start, join->next) : x + row * own + column;
                 if (here)
                     put_part(part, count, size, total, added == NULL ? NULL : added + first, all + first);
             }
@@ -311,7 +326,7 @@ static bool join_parts(Run *run, const Join *join, bool everywhere, float *all)
     const bool here = everywhere || ranks.rank == 0;
     const int64_t start = now();
     if (ranks.mailboxes != NULL) {
-        join_by_mailboxes(join->x, rows, width, total, here, added, all);
+        join_by_mailboxes(join, here, all);
         if (!here)
             memset(all, 0, rows * total * sizeof *all);
         count(start, sent * sizeof *all);
@@ -399,7 +414,7 @@ static void hand_round(const Shared *shared, int kinds, int64_t most)
         for (int rank = 0; rank < ranks.ranks; rank++) {
             if (rank == ranks.rank)
                 continue;
-            const char *theirs = published_by(rank, start);
+            const char *theirs = published_by(rank, start, NOTHING);
             for (int kind = 0; kind < kinds; kind++) {
                 const int64_t bytes = shared[kind].bytes, size = in_piece(shared + kind, rank, piece, most, &first) * bytes;
                 memcpy(shared[kind].data + first * bytes, theirs, size);
@@ -432,7 +447,7 @@ static void join_own_rows(const Join *join, const int64_t *starts, int64_t most,
         for (int64_t rank = 0, column = first * total; rank < ranks.ranks; column += join->width[rank++]) {
             const int64_t width = join->width[rank], before = ranks.rank < rank ? ranks.rank : ranks.rank - 1;
             const float *part = rank == ranks.rank ? join->x + first * own
-                                                   : (const float *)published_by((int)rank, start) + before * most * width;
+                                                   : (const float *)published_by((int)rank, start, NOTHING) + before * most * width;
             put_part(part, mine, width, total, join->added == NULL ? NULL : join->added + column, all + column);
         }
     }
@@ -472,18 +487,122 @@ static bool round_own_rows(Run *run, const LinearParams *params, const LinearCal
     return true;
 }
 
-bool join_rounded(Run *run, const Join *join, const LinearParams *params, const LinearCall *call, bool whole, float *all,
+/* Whether each rank can quantize its columns of all rows: nothing else depends on whole rows than their largest magnitude. */
+static bool has_own_columns(const Join *join, const LinearParams *params, const LinearCall *call)
+{
+    const RowParams *row = &params->row;
+    bool fits = join->added == NULL && row->epsilon == 0 && row->block == 0 && params->bits == 8 && call->row_offsets == NULL
+        && !call->single && join->rows * (int64_t)sizeof(float) <= PLACE_BYTES;
+    for (int rank = 0; fits && row->hadamard > 0 && rank < ranks.ranks; rank++)
+        fits = join->width[rank] % row->hadamard == 0;
+    return fits;
+}
+
+/* The larger of two magnitudes, NaN beyond infinity: as integers they have this order. */
+static float larger_magnitude(float a, float b)
+{
+    int32_t bits[2];
+    memcpy(bits, (float[]){a, b}, sizeof bits);
+    return bits[0] > bits[1] ? a : b;
+}
+
+/* Makes each row's largest magnitude that of all ranks' columns. */
+static void share_magnitudes(float *largest, int64_t rows)
+{
+    const int64_t start = now(), bytes = rows * (int64_t)sizeof *largest;
+    publish(largest, bytes);
+    for (int rank = 0; rank < ranks.ranks; rank++) {
+        if (rank == ranks.rank)
+            continue;
+        const float *theirs = (const float *)published_by(rank, start, NOTHING);
+        for (int64_t row = 0; row < rows; row++)
+            largest[row] = larger_magnitude(largest[row], theirs[row]);
+    }
+    count(start, bytes);
+}
+
+/* Copies `rows` pieces of `bytes` between memory with other distances. */
+static void copy_columns(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t rows, int64_t bytes)
+{
+    for (int64_t row = 0; row < rows; row++)
+        memcpy(to + row * to_stride, from + row * from_stride, bytes);
+}
+
+/* Gives each rank the quantized columns of all others, `size` bytes each, and adds their sums to its own. A row takes
+ * `places` places. */
+static void hand_columns(const Join *join, Rounded to, int64_t stride, int64_t places, int64_t size)
+{
+    const int64_t start = now(), own = join->own * size;
+    int64_t widest = 1, first[MAX_RANKS], sent = 0;
+    for (int64_t rank = 0, before = 0; rank < ranks.ranks; before += join->width[rank++]) {
+        widest = join->width[rank] > widest ? join->width[rank] : widest;
+        first[rank] = before * size;
+    }
+    const int64_t some = PLACE_BYTES / (widest * size + (int64_t)sizeof *to.sums);
+    for (int64_t row = 0; row < join->rows; row += some) {
+        const int64_t rows = join->rows - row < some ? join->rows - row : some;
+        char *values = (char *)to.activations + row * stride, *place = open_place();
+        int32_t *sums = to.sums + row * places;
+        copy_columns(values + first[ranks.rank], stride, place, own, rows, own);
+        copy_columns((char *)sums, places * (int64_t)sizeof *sums, place + rows * own, sizeof *sums, rows, sizeof *sums);
+        publish_place();
+        sent += rows * (own + (int64_t)sizeof *sums);
+        for (int rank = 0; rank < ranks.ranks; rank++) {
+            if (rank == ranks.rank)
+                continue;
+            const int64_t bytes = join->width[rank] * size;
+            const char *theirs = published_by(rank, start, NOTHING);
+            copy_columns(theirs, bytes, values + first[rank], stride, rows, bytes);
+            for (int64_t i = 0; i < rows; i++) {
+                int32_t sum;
+                memcpy(&sum, theirs + rows * bytes + i * (int64_t)sizeof sum, sizeof sum);
+                sums[i * places] += sum;
+            }
+        }
+    }
+    count(start, sent);
+}
+
+/* Quantizes the columns of this rank, and gets those of others. */
+static bool round_own_columns(Run *run, const Join *join, const LinearParams *params, const LinearCall *call, void *rounded)
+{
+    const int64_t rows = join->rows, places = instructions->places(params, call, 1), stride = row_bytes(&params->row) * places;
+    const int64_t size = places, used = join->total * size; /* values of one byte take one place, words take two */
+    Columns columns = {.rows = rows, .count = join->own, .x = join->x, .rounded = rounded};
+    for (int rank = 0; rank < ranks.rank; rank++)
+        columns.first += join->width[rank];
+    const int64_t mixed = params->row.hadamard > 0 ? column_stride(&columns) : 0;
+    columns.largest = thread_scratch(OF_RUN, (size_t)(rows * (1 + mixed) + 16) * sizeof *columns.largest);
+    if (columns.largest == NULL)
+        return fail(run, "satchel:Linear: out of memory");
+    columns.mixed = columns.largest + (rows + 15) / 16 * 16;
+    const Rounded to = rounded_in(params, rows, rounded);
+    instructions->measure_columns(params, &columns, &run->parallel);
+    share_magnitudes(columns.largest, rows);
+    instructions->round_columns(params, &columns, &run->parallel);
+    hand_columns(join, to, stride, places, size);
+    for (int64_t row = 0; row < rows && used < stride; row++)
+        memset(to.activations + row * stride + used, 0, stride - used);
+    return true;
+}
+
+bool join_rounded(Run *run, const Join *join, const LinearParams *params, const LinearCall *call, Joined joined, float *all,
                   void *rounded)
 {
     const int64_t most = rows_of_piece(join);
+    if (most > 0 && joined == NO_ROWS && has_own_columns(join, params, call))
+        return round_own_columns(run, join, params, call, rounded);
     if (most > 0 && join->total * (int64_t)sizeof *all <= PLACE_BYTES) {
         int64_t starts[MAX_RANKS + 1];
         for (int rank = 0; rank <= ranks.ranks; rank++)
             starts[rank] = join->rows * rank / ranks.ranks;
         join_own_rows(join, starts, most, all);
-        return round_own_rows(run, params, call, whole, starts, all, rounded);
+        return round_own_rows(run, params, call, joined == ALL_ROWS, starts, all, rounded);
     }
-    if (!join_parts(run, join, true, all))
+    Join streaming = *join;
+    if (join->rows == 1)
+        streaming.next = (Stream){(const char *)call->weights, panels(params) * panel_bytes(params)};
+    if (!join_parts(run, &streaming, true, all))
         return false;
     const char *error = instructions->round(params, call, 0, join->rows, rounded, parallel_of(run, join->rows));
     return error == NULL || fail(run, error);
@@ -515,7 +634,7 @@ static bool run_rounded_gather(const void *kernel, Run *run)
                              .sequences = offsets.count - 1,
                              .x = all,
                              .norm_weight = norm_weight.data};
-    return join_rounded(run, &join, &rounds->params, &call, rounds->whole, all, rounded);
+    return join_rounded(run, &join, &rounds->params, &call, rounds->joined, all, rounded);
 }
 
 enum { TO_NEXT = 77 };

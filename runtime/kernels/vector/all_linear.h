@@ -9,4 +9,5 @@
 #include "table_float.c"
 #include "table.c"
 
-#define LINEAR_KERNELS .linear = linear_run, .round = linear_round, .places = linear_places, .table = table_run
+#define LINEAR_KERNELS .linear = linear_run, .round = linear_round, .places = linear_places,              \
+    .measure_columns = linear_measure_columns, .round_columns = linear_round_columns, .table = table_run

@@ -158,6 +158,62 @@ static int64_t linear_places(const LinearParams *params, const LinearCall *call,
     return places;
 }
 
+typedef struct {
+    const LinearParams *params;
+    const Columns *columns;
+} ColumnsWork;
+
+/* The numbers of a row that are quantized. */
+static float *mixed_of(const Columns *columns, int64_t row) { return columns->mixed + row * column_stride(columns); }
+
+static void measure_rows(void *data, size_t index)
+{
+    const ColumnsWork *work = data;
+    const Columns *columns = work->columns;
+    const int64_t first = (int64_t)index * QUANTIZED_ROWS, mixes = work->params->row.hadamard;
+    for (int64_t row = first; row < first + QUANTIZED_ROWS && row < columns->rows; row++) {
+        const float *x = columns->x + row * columns->count;
+        if (mixes > 0) {
+            fwht(x, columns->count, mixes, mixed_of(columns, row));
+            x = mixed_of(columns, row);
+        }
+        columns->largest[row] = largest_magnitude(x, columns->count);
+    }
+}
+
+static void round_rows(void *data, size_t index)
+{
+    const ColumnsWork *work = data;
+    const LinearParams *params = work->params;
+    const Columns *columns = work->columns;
+    const int64_t first = (int64_t)index * QUANTIZED_ROWS, stride = row_bytes(&params->row);
+    const Rounded to = rounded_in(params, columns->rows, columns->rounded);
+    const bool words = is_words(params->bits);
+    for (int64_t row = first; row < first + QUANTIZED_ROWS && row < columns->rows; row++) {
+        const int64_t at = words ? 2 * row : row;
+        const float *x = params->row.hadamard > 0 ? mixed_of(columns, row) : columns->x + row * columns->count;
+        int8_t *own = to.activations + at * stride + columns->first * (words ? 2 : 1);
+        quantize_run((Form){false, words}, x, columns->count, columns->largest[row], true, own, 0, to.scales + at, to.sums + at);
+    }
+}
+
+static void run_columns(void (*task)(void *, size_t), const LinearParams *params, const Columns *columns,
+                        const Parallel *parallel)
+{
+    ColumnsWork work = {params, columns};
+    parallel_for(parallel, (size_t)((columns->rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS), task, &work);
+}
+
+static void linear_measure_columns(const LinearParams *params, const Columns *columns, const Parallel *parallel)
+{
+    run_columns(measure_rows, params, columns, parallel);
+}
+
+static void linear_round_columns(const LinearParams *params, const Columns *columns, const Parallel *parallel)
+{
+    run_columns(round_rows, params, columns, parallel);
+}
+
 static const char *linear_run(const LinearParams *params, const LinearCall *call, const Parallel *parallel)
 {
     LinearWork work;
