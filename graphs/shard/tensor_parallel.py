@@ -119,7 +119,7 @@ def _cut_by_output(model: ir.Model, slicer: Slicer, product: Product, place: Pla
     x, found = unmixed(product.x), functools.partial(_heads, place=place, unit=1)
     attention, readers = attention_behind(x), {use.node for use in x.uses()}
     inputs = _even(product.inputs, place) if attention is None else _head_spans(attention, product, place)
-    outputs = _even(product.outputs, place)
+    outputs = _even(product.outputs, place) if attention is None else _beside(attention, product, place)
     region = trace(x, -1, (inputs[place.rank],), found, readers)
     if not region.fronts:
         raise NotCutError("no linear layer is in front of it")
@@ -158,6 +158,20 @@ def _even(channels: int, place: Place) -> list[range]:
         if all(parts):
             return parts
     raise NotCutError(f"{channels} channels are fewer than ranks")
+
+
+def _beside(attention: ir.Node, product: Product, place: Place) -> list[range]:
+    """The outputs of the layer behind an attention: ranks with fewer heads get more, so that each reads its share of
+    the weights of both; as many as `_even` gives where heads differ by more than that layer can make up for."""
+    each = [_heads(attention, dataclasses.replace(place, rank=rank), unit=1) for rank in range(len(place.shares))]
+    size, hidden = product.inputs // head_counts(attention)[0], product.outputs
+    heads = [(len(own.queries) + 2 * len(own.keys)) * size * hidden for own in each]
+    total, shares = sum(heads) + product.inputs * hidden, sum(place.shares)
+    weights = [total * share / shares - own for share, own in zip(place.shares, heads, strict=True)]
+    if min(weights) <= 0 or hidden % PANEL:
+        return _even(hidden, place)
+    parts = spans(hidden, weights, PANEL)
+    return parts if all(parts) else _even(hidden, place)
 
 
 def _cut_by_input(model: ir.Model, slicer: Slicer, product: Product, place: Place, uncut: Collection[str]) -> Region:

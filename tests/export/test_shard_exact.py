@@ -17,6 +17,7 @@ from support.specialized import specialize_for_satchel
 
 from satchel.export import ExportConfig, export_bundle
 from satchel.graphs.analysis.linear import ADDED, WIDTHS
+from satchel.graphs.shard.collectives import ALL_ROWS, NO_ROWS, OWN_ROWS
 from satchel.runtime.bundle.ranks import rank_folder
 from satchel.runtime.cli.main import main
 from satchel.runtime.execution.engine import Engine
@@ -107,6 +108,10 @@ def test_ranks_add_no_parts_of_sums(tmp_path: Path, tmp_path_factory: pytest.Tem
     added = [len(node.inputs) > ADDED and node.inputs[ADDED] is not None for node in joining]
     assert added == [False, True] * 4, "residuals are added to what is joined"
     whole = [node.attributes.get_int("whole") for node in joining]
-    assert whole == [0, 0, 0, 1, 0, 0, 0, 0], "the last token is taken of what the fourth joins"
+    assert whole == [NO_ROWS, OWN_ROWS, NO_ROWS, ALL_ROWS, NO_ROWS, OWN_ROWS, NO_ROWS, NO_ROWS], (
+        "the last token is taken of what the fourth joins"
+    )
+    behind = [node.attributes.get_int("outputs", 0) for node in joining if "o_proj" in node.name]
+    assert behind == [160] * 2, "4 of 9 heads, and 10 of the 18 panels of the layer behind them"
     unread = [(node.attributes.get_int("unread", 0), node.attributes.get_int("unread_end", 0)) for node in model.graph]
     assert [each for each in unread if each[1]] == [(0, 64)] * 2, "two of six query heads are of the other rank only"
