@@ -131,6 +131,12 @@ class Follower:
             runner.decode(first, caches, message["tokens"])
         self._return(runner.logits[first : first + len(caches)])
 
+    def _one(self, message: Message) -> None:
+        number, row, token, length = message["numbers"]
+        runner = self._runners[number]
+        runner.decode_one(row, self._at([number, row], length, (None, False)), token)
+        self._return(runner.logits[row : row + 1])
+
     def _ahead(self, message: Message) -> None:
         (cache,), tokens = self._caches(message), np.array(message["tokens"], np.int64)
         self._return(self._runners[message["number"]].decode_ahead(message["first"], cache, tokens))

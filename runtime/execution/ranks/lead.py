@@ -102,6 +102,12 @@ class Told:
         dropped, self._dropped = self._dropped, []
         self.world.tell({"do": what, "dropped": dropped, **details})
 
+    def tell_numbers(self, what: str, *numbers: int) -> bool:
+        """The same for a step of one token, in a short message. Returns False if more must be told with it."""
+        if not self._dropped:
+            self.world.tell_numbers(what, *numbers)
+        return not self._dropped
+
     def number(self, owner: object) -> int:
         """A new number, by which the others know a cache until `owner` is gone."""
         number = next(self._numbers)
@@ -307,8 +313,14 @@ class LeadRunner(RowRunner):
             super().decode(first, caches, tokens)
 
     def decode_one(self, row: int, cache: Cache, token: int) -> None:
+        number = self.cache.place[0]  # type: ignore[attr-defined]
         with self._told.world.lock:
-            self._tell("decode", row, [cache], [token])
+            cache.require(1)
+            plain = cache.kind == (None, False)
+            if plain and self._told.tell_numbers("one", number, row, token, cache.length):
+                self.results.expect(self.logits[row : row + 1])
+            else:
+                self._tell("decode", row, [cache], [token])
             super().decode_one(row, cache, token)
 
     def decode_ahead(self, row: int, cache: Cache, tokens: Ids) -> Logits:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import socket
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,10 @@ from satchel.runtime.util import requirements
 from satchel.runtime.util.cpu import usable_cores, usable_cpus
 
 HEADER = 4096
-"""Bytes of a message; the first 8 are the length of its text, of which the rest follows in a second message."""
+"""Most bytes of a message; the first 8 are the length of its text, of which the rest follows in a second message."""
+NUMBERS = struct.Struct("<q8s4q")
+"""A message of numbers: -1 where others have their length, the name of what to do, and its numbers."""
+IS_NUMBERS = NUMBERS.pack(-1, b"", 0, 0, 0, 0)[:8]
 STOP = "stop"
 
 
@@ -75,29 +79,36 @@ class World:
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to all other ranks; only for the first one."""
         text = json.dumps(message).encode()
-        first = bytearray(len(text).to_bytes(8, "little") + text[: HEADER - 8])
-        self._send(first.ljust(HEADER, b"\0"))
+        self._send(len(text).to_bytes(8, "little") + text[: HEADER - 8])
         if len(text) > HEADER - 8:
             self._send(text[HEADER - 8 :])
 
-    def _send(self, data: bytes | bytearray) -> None:
-        # The form that does not block here too: MPI does not let the two forms meet.
-        self._control.Ibcast(np.frombuffer(data, np.uint8), 0).Wait()
+    def tell_numbers(self, what: str, *numbers: int) -> None:
+        """As `tell`, of up to 4 numbers: `hear` returns {"do": what, "numbers": numbers}. It takes half of the time."""
+        self._send(NUMBERS.pack(-1, what.encode(), *numbers))
+
+    def _send(self, data: bytes) -> None:
+        # One after the other: MPI's broadcasts that do not block take ten times as long for short messages.
+        for request in [self._control.Isend(data, rank) for rank in range(1, self._control.Get_size())]:
+            wait(request)
 
     def hear(self) -> dict[str, Any]:
         """The next message of the first rank."""
         first = self._received(HEADER)
-        length = int.from_bytes(first[:8].tobytes(), "little")
-        text = first[8 : 8 + length].tobytes()
+        if first[:8] == IS_NUMBERS:
+            _, what, *numbers = NUMBERS.unpack_from(first)
+            return {"do": what.rstrip(b"\0").decode(), "numbers": numbers, "dropped": ()}
+        length = int.from_bytes(first[:8], "little")
+        text = first[8 : 8 + length]
         if length > HEADER - 8:
-            text += self._received(length - (HEADER - 8)).tobytes()
+            text += self._received(length - (HEADER - 8))
         message: dict[str, Any] = json.loads(text)
         return message
 
-    def _received(self, size: int) -> Any:
-        buffer = np.empty(size, np.uint8)
-        wait(self._control.Ibcast(buffer, 0))
-        return buffer
+    def _received(self, most: int) -> bytes:
+        buffer = bytearray(most)
+        wait(self._control.Irecv(buffer, 0))
+        return bytes(buffer)
 
     def everywhere(self, holds: bool) -> bool:
         """Whether something holds on all ranks; all call it."""
