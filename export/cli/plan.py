@@ -108,12 +108,12 @@ def _machine(args: argparse.Namespace) -> Machine:
     if args.bandwidth is not None:
         return Machine(args.bandwidth * 1e9, compute, memory)
     from satchel.runtime.tools.bench import bandwidth
-    from satchel.runtime.tools.bench import compute as arithmetic
+    from satchel.runtime.tools.bench.compute import Compute, measure_in_child
     from satchel.runtime.util.memory import system_memory
     from satchel.runtime.util.progress import waiting
 
     with waiting("measuring this machine", shown=not args.quiet and not args.json):
         found = bandwidth.measure_in_child().gb_per_second * 1e9
-        compute = arithmetic.measure_in_child() if compute is None else compute
+        reached = Compute(compute, None) if compute is not None else measure_in_child()
     total = system_memory()[0]
-    return Machine(found, compute, total if memory is None else memory, measured=True)
+    return Machine(found, reached.floats, total if memory is None else memory, True, reached.int8)

@@ -49,6 +49,8 @@ def _device(plan: Plan) -> str:
     parts = [f"{machine.bandwidth / 1e9:.3g} GB/s"]
     if machine.compute is not None:
         parts.append(f"{machine.compute / 1e9:.3g} GFLOP/s")
+    if machine.int8 is not None:
+        parts.append(f"{machine.int8 / 1e9:,.0f} GOP/s in int8")
     if machine.memory is not None:
         parts.append(f"{machine.memory / 1e9:.3g} GB of memory")
     return ", ".join(parts) + (" (this machine, measured)" if machine.measured else "")

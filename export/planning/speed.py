@@ -10,7 +10,8 @@ T tokens reads the weights once, too, and computes
 
     2 x weights of layers x T + 2 x T^2 x width of queries x layers
 
-floating-point operations; its time is the longer one of both.
+operations; its time is the longer one of both. Where the speed of satchel's int8 kernels is known, the first term has
+it, and the second that of float32.
 
 On N devices with parts of each layer (Megatron-LM, Shoeybi et al., arXiv 1909.08053) each reads its part, and a layer
 ends its attention and its feed-forward part with an all-reduce of `hidden` float32 numbers for each token. An
@@ -49,6 +50,12 @@ LAYER_SECONDS = 25e-6
 PREFILL_REACHED = {"fp32": 0.75, "fp16": 0.55, "int8": 0.9, "a8w8": 0.9, "a16w8": 0.85, "int4": 0.85, "a16w4": 0.85}
 """Operations per second of prefill, as a part of those of a float32 matrix product on the same processor."""
 
+INT8_REACHED = {"int8": 0.8, "a8w8": 0.8, "int4": 0.65}
+"""The same of linear layers on satchel's kernels, as a part of the speed that these reach with int8 weights."""
+
+ATTENTION_REACHED = 1.0
+"""Then those of attention have a part of their own, of the speed of a float32 matrix product."""
+
 PROMPT = 512
 """Tokens of the prompt for which prefill is estimated."""
 
@@ -57,13 +64,15 @@ PROMPT = 512
 class Machine:
     """One device: bytes of memory per second, floating-point operations per second in float32, bytes of memory.
 
-    None for what is not known. `measured` says that it is this machine.
+    None for what is not known. `measured` says that it is this machine; then `int8` are operations per second of
+    satchel's linear layers with int8 weights, where its kernels run.
     """
 
     bandwidth: float
     compute: float | None = None
     memory: float | None = None
     measured: bool = False
+    int8: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +157,11 @@ def prefill_seconds(model: Model, machine: Machine, devices: int = 1, tokens: in
     """Seconds of the prefill of a prompt, without messages; None where the device's compute is not known."""
     if machine.compute is None:
         return None
-    rate = machine.compute * PREFILL_REACHED[model.precision]
     weights = model.active_parameters - model.hidden * model.vocabulary  # the head has one token
-    sums = (2 * weights * tokens + model.attention_sums(tokens)) / devices / rate
-    return max(sums, model.read(devices) / REACHED / machine.bandwidth) + model.layers * LAYER_SECONDS
+    sums, attention, own = 2 * weights * tokens, model.attention_sums(tokens), INT8_REACHED.get(model.precision)
+    if machine.int8 is None or own is None:
+        seconds = (sums + attention) / (machine.compute * PREFILL_REACHED[model.precision])
+    else:
+        seconds = sums / (machine.int8 * own) + attention / (machine.compute * ATTENTION_REACHED)
+    read = model.read(devices) / REACHED / machine.bandwidth
+    return max(seconds / devices, read) + model.layers * LAYER_SECONDS

@@ -7,6 +7,7 @@
 #include "helpers.h"
 #include "instruction_set.h"
 #include "operator.h"
+#include "rate.h"
 #include "trial.h"
 
 static const Operator *operator_of(const OrtCustomOp *op) { return (const Operator *)op; }
@@ -327,7 +328,8 @@ EXPORTED const char *satchel_choose_instruction_set(const char *name) { return c
 EXPORTED bool satchel_try_instruction_set(const char *name) { return try_instruction_set(name); }
 EXPORTED void satchel_drain_helpers(void) { helpers_drain(); }
 
-/* For satchel's exporter, which has chosen an instruction set before: see rounding.h. */
+/* For satchel's planner and exporter, which have chosen an instruction set before: see rate.h and rounding.h. */
+EXPORTED double satchel_products_per_second(void) { return products_per_second(); }
 EXPORTED void satchel_choose_scales(const ScalesCall *call) { instructions->choose_scales(call); }
 EXPORTED void satchel_round_inputs(const InputsCall *call) { instructions->round_inputs(call); }
 EXPORTED void satchel_descend_inputs(const InputsCall *call) { instructions->descend_inputs(call); }

@@ -22,6 +22,10 @@ from satchel.export.planning.model import Planned
 from satchel.export.planning.plan import PIPELINE, TENSOR, make_plan
 from satchel.export.planning.shape import Cut
 from satchel.export.planning.speed import (
+    ATTENTION_REACHED,
+    INT8_REACHED,
+    LAYER_SECONDS,
+    PREFILL_REACHED,
     REACHED,
     Machine,
     Network,
@@ -29,6 +33,7 @@ from satchel.export.planning.speed import (
     decode_seconds,
     gather,
     pipeline_messages,
+    prefill_seconds,
     tensor_messages,
 )
 from satchel.export.planning.stored import Precision
@@ -152,6 +157,21 @@ def test_published_figures_of_four_devices_follow_from_those_of_two() -> None:
     rows = {row.devices: row for row in make_plan(model, machine, network, length).rows if row.way == TENSOR}
     assert rows[2].decode == pytest.approx(3.07, rel=0.05)
     assert rows[4].decode == pytest.approx(4.08, rel=0.15)
+
+
+def test_a_prompt_takes_what_its_layers_and_its_attention_take() -> None:
+    tokens, ops = 512, 2 * 512 * 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    attention = 2 * 512**2 * 4096 * 32
+    known = Machine(1e12, 4e11, None, True, 4e12)
+    for precision, floats, int8 in (("int8", 0.0, ops), ("fp32", ops, 0.0)):
+        seconds = prefill_seconds(model_of("llama-3-8b", precision), known)
+        reached = ATTENTION_REACHED if int8 else PREFILL_REACHED[precision]
+        wanted = int8 / (4e12 * INT8_REACHED["int8"]) + (floats + attention) / (4e11 * reached)
+        assert seconds == pytest.approx(wanted + 32 * LAYER_SECONDS, rel=1e-3), precision
+    unknown = dataclasses.replace(known, int8=None)
+    assert prefill_seconds(model_of("llama-3-8b", "int8"), unknown, tokens=tokens) == pytest.approx(
+        (ops + attention) / (4e11 * PREFILL_REACHED["int8"]) + 32 * LAYER_SECONDS, rel=1e-3
+    )
 
 
 def test_the_verdict_names_the_devices_that_are_enough() -> None:

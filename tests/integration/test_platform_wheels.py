@@ -31,7 +31,12 @@ pytestmark = pytest.mark.slow
 
 LIBRARY = "satchel/runtime/kernels/_library"
 ENTRY_POINTS = {"RegisterCustomOps", "satchel_join", "satchel_traffic", "satchel_drain_helpers"}
-ENTRY_POINTS |= {"satchel_choose_scales", "satchel_round_inputs", "satchel_descend_inputs"}
+ENTRY_POINTS |= {
+    "satchel_products_per_second",
+    "satchel_choose_scales",
+    "satchel_round_inputs",
+    "satchel_descend_inputs",
+}
 ENTRY_POINTS |= {f"satchel_{verb}_instruction_set" for verb in ("announced", "choose", "try")}
 OF_LINKER = {"__dso_handle", "_mh_dylib_header"}
 """What the linker exports from every library for macOS."""
