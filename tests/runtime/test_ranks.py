@@ -26,7 +26,7 @@ from satchel.runtime.bundle.ranks import RANKS_NAME, read_ranks
 from satchel.runtime.cli.main import main
 from satchel.runtime.execution.cpu import CpuEngine
 from satchel.runtime.execution.ranks import world
-from satchel.runtime.execution.ranks.lead import LeadEngine
+from satchel.runtime.execution.ranks.lead import LeadEngine, Told
 from satchel.runtime.execution.ranks.watch import _places
 from satchel.runtime.execution.ranks.world import Member, _problem
 from satchel.runtime.ort.open_bundle import open_bundle
@@ -232,6 +232,20 @@ def test_another_version_of_satchel_is_refused(tmp_path: Path) -> None:
         assert message is not None
         assert "rank 1 on a" in message
     assert problem(tmp_path, members()[:1]) is not None
+
+
+def test_a_cache_that_goes_while_a_step_is_told_is_told_of_later() -> None:
+    sent: list[tuple[object, ...]] = []
+
+    def tell_numbers(*numbers: object) -> None:
+        sent.append(numbers)
+        told._dropped_later(7)  # as the collector of garbage may at any time
+
+    told = Told(SimpleNamespace(tell_numbers=tell_numbers, tell=lambda message: sent.append(tuple(message.values()))))  # type: ignore[arg-type]
+    assert told.tell_numbers("one", 1, 2, 3, 4), "it has been sent: it must not be sent again"
+    assert not told.tell_numbers("one", 1, 2, 3, 5)
+    told.tell("decode")
+    assert sent == [("one", 1, 2, 3, 4), ("decode", [7])]
 
 
 def test_a_host_names_addresses_that_others_can_reach() -> None:

@@ -104,9 +104,10 @@ class Told:
 
     def tell_numbers(self, what: str, *numbers: int) -> bool:
         """The same for a step of one token, in a short message. Returns False if more must be told with it."""
-        if not self._dropped:
-            self.world.tell_numbers(what, *numbers)
-        return not self._dropped
+        if self._dropped:
+            return False
+        self.world.tell_numbers(what, *numbers)
+        return True  # whatever is dropped meanwhile is told next time
 
     def number(self, owner: object) -> int:
         """A new number, by which the others know a cache until `owner` is gone."""

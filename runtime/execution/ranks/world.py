@@ -84,11 +84,11 @@ class World:
             self._send(text[HEADER - 8 :])
 
     def tell_numbers(self, what: str, *numbers: int) -> None:
-        """As `tell`, of up to 4 numbers: `hear` returns {"do": what, "numbers": numbers}. It takes half of the time."""
+        """As `tell`, of up to 4 numbers: `hear` returns {"do": what, "numbers": numbers}. It takes less time."""
         self._send(NUMBERS.pack(-1, what.encode(), *numbers))
 
     def _send(self, data: bytes) -> None:
-        # One after the other: MPI's broadcasts that do not block take ten times as long for short messages.
+        # One after the other: for short messages that takes less time than a broadcast of MPI that does not block.
         for request in [self._control.Isend(data, rank) for rank in range(1, self._control.Get_size())]:
             wait(request)
 
